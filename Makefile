@@ -1,0 +1,51 @@
+# make demo    install into .venv and run the main job        make demo ARGS="--seconds 30"
+# make test    install the test tools and run all tests       make test ARGS="-k gru"
+# make lint    format check, lint, types, import directions
+# make bench   install the peers and run the benchmarks
+# make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too
+
+PYTHON ?= python3
+ARGS ?=
+# The CPU builds of torch. On Linux the package index's own build carries CUDA, gigabytes of it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint bench clean distclean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/fusecell demo $(ARGS)
+
+# One thread in each of two test processes is faster than two threads in one.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) demo-output
+
+# .installed-X is the stamp of the extra X: installed once, again when its inputs change.
+# torch comes first and alone, so that no other package is looked up in torch's index.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	$(PIP) install --no-deps --constraint constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# Debian splits ensurepip from Python; there the outer pip installs the inner one.
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fusecell needs Python 3.10 or newer and $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; } || { rm -rf $(VENV); exit 1; }
