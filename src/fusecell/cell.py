@@ -1,0 +1,267 @@
+"""The contract: a cell is one time step, written in plain PyTorch.
+
+Everything else, layers, stacks, streams, the compiler, needs nothing of a cell but what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar, Generic, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.runner import Options, State, run
+
+__all__ = ["Cell", "StateLike", "bare", "noting", "state_tuple", "step"]
+
+T = TypeVar("T")
+StateLike = Tensor | Sequence[Tensor]
+"""A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
+
+_COLLECT: ContextVar[Callable[[Cell, str, Tensor], None] | None] = ContextVar("fusecell_notes", default=None)
+
+
+class _Default(Generic[T]):
+    """A computed attribute that a subclass may override by property, or an instance by plain assignment."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    @overload
+    def __get__(self, cell: None, owner: type) -> _Default[T]: ...
+    @overload
+    def __get__(self, cell: object, owner: type) -> T: ...
+    def __get__(self, cell: object | None, owner: type) -> _Default[T] | T:
+        return self if cell is None else self.compute(cell)
+
+
+class Cell(nn.Module):
+    r"""One time step of a recurrent network: subclass it, write ``step``, and it runs over whole sequences.
+
+    .. math:: (y_t, s_t) = \mathrm{step}(x_t, s_{t-1})
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> from torch import nn
+        >>> class LeakyCell(fc.Cell):
+        ...     def __init__(self, input_size, hidden_size, alpha=0.2):
+        ...         super().__init__(input_size, hidden_size)
+        ...         self.inp = nn.Linear(input_size, hidden_size)
+        ...         self.rec = nn.Linear(hidden_size, hidden_size, bias=False)
+        ...         self.alpha = alpha
+        ...     def step(self, x, state):
+        ...         (h,) = state
+        ...         h = (1 - self.alpha) * h + self.alpha * torch.relu(self.inp(x) + self.rec(h))
+        ...         return h, (h,)
+        >>> y, h = fc.Recurrent(LeakyCell(5, 10))(torch.randn(7, 3, 5))
+        >>> y.shape, h.shape
+        (torch.Size([7, 3, 10]), torch.Size([3, 10]))
+
+    Arguments:
+        input_size: features of the input x.
+        hidden_size: features of each state and of the output, unless ``state_sizes`` or ``output_size`` say otherwise.
+
+    Attributes:
+        states: the names of the states, in order.
+        inputs: the names of the inputs, in order; with more than one, ``step`` gets x as a tuple.
+        state_sizes: the features of each state; override by property or assign in ``__init__``.
+        output_size: the features of the output; likewise.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("h",)
+    inputs: ClassVar[tuple[str, ...]] = ("x",)
+
+    input_size: int
+    hidden_size: int
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+
+    @_Default
+    def state_sizes(self) -> tuple[int, ...]:
+        """The features of each state: ``hidden_size`` each."""
+        return (self.hidden_size,) * len(self.states)
+
+    @_Default
+    def output_size(self) -> int:
+        """The features of the output: ``hidden_size``."""
+        size: int = self.hidden_size
+        return size
+
+    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+        """Compute one time step; the only definition of the cell's maths.
+
+        It must be pure in x, state, parameters and buffers, and must not branch on a tensor's value.
+
+        Arguments:
+            x: (N, input_size), or a tuple in the order of ``inputs`` where there are several.
+            state: a tuple of (N, size) tensors in the order of ``states``.
+
+        Returns:
+            The output, (N, output_size), and the new state, a tuple like ``state``.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no step. Write step(self, x, state) -> (output, new_state), "
+            "for example:  def step(self, x, state): (h,) = state; h = torch.tanh(self.lin(x) + h); return h, (h,)"
+        )
+
+    def initial_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> State:
+        """The state a sequence begins with, and goes back to at a reset: zeros, (batch_size, size) each."""
+        return tuple(torch.zeros(batch_size, size, dtype=dtype, device=device) for size in self.state_sizes)
+
+    def draw(
+        self,
+        steps: int,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> State:
+        """Random inputs of a call, such as dropout masks and noise: appended to the inputs, once per call.
+
+        Returns:
+            Tensors (steps, batch_size, ...), or (1, batch_size, ...) for what is constant over time. None by default.
+        """
+        return ()
+
+    def note(self, name: str, value: Tensor) -> Tensor:
+        """Name an intermediate value of ``step`` for :func:`fusecell.record`; returns ``value``, else does nothing."""
+        collect = _COLLECT.get()
+        if collect is not None:
+            collect(self, name, value)
+        return value
+
+    def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
+        """One step, as torch.nn's cells do it.
+
+        Arguments:
+            input: (N, input_size) or (input_size,); a tuple of such where the cell has several inputs.
+            hx: the state, (N, size) or (size,), a tuple where there are several; ``initial_state`` if left out.
+
+        Returns:
+            The new state: the tensor where there is one, else a tuple.
+        """
+        return bare(step(self, input, hx)[1])
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}"
+
+
+def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> tuple[Tensor, State]:
+    """Run one step of a cell and return its output beside its state.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> output, (h,) = fc.step(fc.GRUCell(5, 10), torch.randn(3, 5))
+        >>> output.shape
+        torch.Size([3, 10])
+
+    Arguments:
+        cell: any cell.
+        input: (N, input_size) or (input_size,); a tuple of such where the cell has several inputs.
+        state: the state, like the input with or without N; ``cell.initial_state`` if left out.
+
+    Returns:
+        The output, (N, output_size), and the new state, always a tuple; without N if the input had none.
+
+    Raises:
+        ValueError: where a shape doesn't fit, naming it.
+    """
+    given = (input,) if isinstance(input, Tensor) else tuple(input)
+    unbatched = check_step_input(cell, given)
+    inputs = tuple(value[None, None] if unbatched else value[None] for value in given)
+    batch_size, first = inputs[0].shape[1], inputs[0]
+    if state is None:
+        start = cell.initial_state(batch_size, dtype=first.dtype, device=first.device)
+    else:
+        start = state_tuple(cell, state)
+        if unbatched:
+            start = tuple(value[None] if value.dim() == 1 else value for value in start)
+        check_state(cell, start, batch_size)
+    drawn = cell.draw(1, batch_size, dtype=first.dtype, device=first.device)
+    outputs, after = run(cell, inputs + drawn, start, Options())
+    if unbatched:
+        return outputs[0, 0], tuple(value[0] for value in after)
+    return outputs[0], after
+
+
+def bare(state: State) -> Tensor | State:
+    """One state comes and goes bare, several as a tuple."""
+    return state[0] if len(state) == 1 else state
+
+
+def state_tuple(cell: Cell, state: StateLike) -> State:
+    """The state as a tuple, from what a user hands over.
+
+    Raises:
+        TypeError, ValueError: if it is not as many tensors as the cell has states.
+    """
+    found = (state,) if isinstance(state, Tensor) else tuple(state)
+    names = ", ".join(cell.states)
+    if not all(isinstance(value, Tensor) for value in found):
+        kinds = ", ".join(type(value).__name__ for value in found)
+        raise TypeError(f"{_name(cell)} takes a state of tensors ({names}), got ({kinds}).")
+    if len(found) != len(cell.state_sizes):
+        raise ValueError(
+            f"{_name(cell)} has {len(cell.state_sizes)} states ({names}), got {len(found)}. "
+            "One state comes and goes bare, several as a tuple in that order."
+        )
+    return found
+
+
+def check_state(cell: Cell, state: State, batch_size: int) -> None:
+    """Raise ValueError unless each state is (batch_size, its size)."""
+    for name, size, value in zip(cell.states, cell.state_sizes, state, strict=True):
+        if tuple(value.shape) != (batch_size, size):
+            raise ValueError(
+                f"{_name(cell)} expected state {name} of shape ({batch_size}, {size}), got {tuple(value.shape)}. "
+                "A state has a row for each row of the input and is never batch-first or broadcast."
+            )
+
+
+def check_step_input(cell: Cell, given: State) -> bool:
+    """Raise ValueError unless ``given`` fits one step of the cell; return whether it lacks the batch dimension."""
+    if not given or not all(isinstance(value, Tensor) for value in given):
+        kinds = ", ".join(type(value).__name__ for value in given)
+        raise TypeError(f"{_name(cell)} takes tensors for its inputs ({', '.join(cell.inputs)}), got ({kinds}).")
+    first = given[0]
+    if first.dim() not in (1, 2):
+        raise ValueError(
+            f"{_name(cell)} expected an input of shape (N, {cell.input_size}) or ({cell.input_size},) for one step, "
+            f"got {tuple(first.shape)}. For a whole sequence use fusecell.Recurrent(cell)."
+        )
+    if first.shape[-1] != cell.input_size:
+        raise ValueError(
+            f"{_name(cell)} expected {cell.input_size} input features, got {first.shape[-1]} "
+            f"in an input of shape {tuple(first.shape)}."
+        )
+    unbatched = first.dim() == 1
+    for name, value in zip(cell.inputs, given, strict=False):
+        if not unbatched and (value.dim() < 1 or value.shape[0] != first.shape[0]):
+            raise ValueError(
+                f"{_name(cell)} expected input {name} with {first.shape[0]} rows, as {cell.inputs[0]} has, "
+                f"got {tuple(value.shape)}."
+            )
+    return unbatched
+
+
+@contextmanager
+def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
+    """Hand every ``note`` made inside the block to ``collect(cell, name, value)``."""
+    token = _COLLECT.set(collect)
+    try:
+        yield
+    finally:
+        _COLLECT.reset(token)
+
+
+def _name(cell: Cell) -> str:
+    return type(cell).__name__

@@ -1,0 +1,101 @@
+"""The eager runner: a Python loop over ``cell.step``. The definition, the reference and the fallback."""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.runner import Options, State, register
+
+__all__ = ["run_eager"]
+
+
+def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """Run ``cell`` over (T, N, ...) inputs step by step; see :class:`fusecell.runner.Options`.
+
+    Returns:
+        The outputs (T, N, output_size), in input time and zero beyond a row's length, and the state after each row's
+        last valid step. They share memory with nothing.
+    """
+    steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
+    if steps == 0:
+        return _empty(cell, inputs, state), tuple(value.clone() for value in state)
+    streams = [value.unbind(0) if value.shape[0] == steps else repeat(value[0], steps) for value in inputs]
+    rows = list(zip(*streams, strict=True))
+    order = range(steps - 1, -1, -1) if options.reverse else range(steps)
+    valid, resets, start = _row_masks(cell, steps, state, options)
+    outputs: list[Tensor] = [state[0]] * steps
+    for t in order:
+        x = rows[t]
+        before = state
+        if valid is not None:
+            x = tuple(_select(valid[t], value, torch.zeros_like(value)) for value in x)
+        if resets is not None:
+            state = tuple(_select(resets[t], *pair) for pair in zip(start, state, strict=True))
+        output, state = _checked_step(cell, x, state)
+        if valid is not None:
+            output = _select(valid[t], output, torch.zeros_like(output))
+            state = tuple(_select(valid[t], *pair) for pair in zip(state, before, strict=True))
+        outputs[t] = output
+    return torch.stack(outputs), tuple(value.clone() for value in state)
+
+
+def _checked_step(cell: Cell, x: State, state: State) -> tuple[Tensor, State]:
+    """One call of ``cell.step``; a result that breaks the contract is a sentence, not a puzzle three calls later."""
+    result: object = cell.step(x if len(cell.inputs) > 1 else x[0], state)
+    name, n = type(cell).__name__, state[0].shape[0] if state else x[0].shape[0]
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple | list)):
+        raise TypeError(f"{name}.step must return (output, state) with state a tuple, got {_describe(result)}.")
+    output, after = result[0], tuple(result[1])
+    sizes = cell.state_sizes
+    if len(after) != len(sizes):
+        raise ValueError(f"{name}.step returned {len(after)} states, expected {len(sizes)} ({', '.join(cell.states)}).")
+    if tuple(output.shape) != (n, cell.output_size):
+        raise ValueError(
+            f"{name}.step returned an output of shape {tuple(output.shape)}, expected ({n}, {cell.output_size}). "
+            "If the output is not as wide as the state, set self.output_size."
+        )
+    for label, size, old, new in zip(cell.states, sizes, state, after, strict=True):
+        if tuple(new.shape) != (n, size):
+            raise ValueError(
+                f"{name}.step returned state {label} of shape {tuple(new.shape)}, expected ({n}, {size}). "
+                "If a state is not hidden_size wide, set self.state_sizes."
+            )
+        if new.dtype != old.dtype:
+            raise ValueError(f"{name}.step turned state {label} from {old.dtype} into {new.dtype}.")
+    return output, after
+
+
+def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[Tensor | None, Tensor | None, State]:
+    """Which rows are valid and which are reset at each step, (T, N) or None, and the state a reset goes back to."""
+    valid, resets, start = None, options.resets, state
+    if options.lengths is not None:
+        valid = torch.arange(steps, device=options.lengths.device)[:, None] < options.lengths
+    if resets is not None:
+        like = state[0]
+        start = cell.initial_state(like.shape[0], dtype=like.dtype, device=like.device)
+        if valid is not None:
+            resets = resets & valid
+    return valid, resets, start
+
+
+def _select(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """``chosen`` where a row's flag is set, else ``other``: selected, never multiplied, as padding may hold NaN."""
+    return torch.where(rows.reshape(-1, *[1] * (chosen.dim() - 1)), chosen, other)
+
+
+def _empty(cell: Cell, inputs: State, state: State) -> Tensor:
+    like = state[0] if state else inputs[0]
+    return like.new_zeros(0, inputs[0].shape[1], cell.output_size)
+
+
+def _describe(result: object) -> str:
+    if isinstance(result, tuple):
+        return "(" + ", ".join(type(value).__name__ for value in result) + ")"
+    return type(result).__name__
+
+
+register("eager", run_eager)

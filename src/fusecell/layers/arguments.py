@@ -1,0 +1,208 @@
+"""What users hand to a layer, checked and brought to one form: time-major, batched, a tuple of states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusecell.cell import Cell, StateLike, check_state, state_tuple
+from fusecell.runner import State
+
+__all__ = ["Lengths", "Packing", "check_inputs", "check_lengths", "check_resets", "start_state", "weights_dtype"]
+
+Lengths = Tensor | Sequence[int] | np.ndarray[Any, Any]
+
+
+def weights_dtype(cell: Cell) -> torch.dtype | None:
+    """The dtype a cell computes in: its first floating-point parameter's, None for a cell without any."""
+    for parameter in cell.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            return parameter.dtype
+    return None
+
+
+def check_inputs(cell: Cell, given: State, batch_first: bool) -> tuple[State, bool]:
+    """Bring a sequence's inputs to (T, N, ...) each.
+
+    Arguments:
+        given: (T, N, input_size), (N, T, input_size) if ``batch_first``, or (T, input_size); extras likewise, where
+            T may be 1.
+
+    Returns:
+        The time-major inputs, and whether they came without a batch.
+    """
+    name = type(cell).__name__
+    if not given or not all(isinstance(value, Tensor) for value in given):
+        kinds = ", ".join(type(value).__name__ for value in given)
+        raise TypeError(f"{name} takes tensors for its inputs ({', '.join(cell.inputs)}), got ({kinds}).")
+    first = given[0]
+    if first.dim() not in (2, 3):
+        form = "(N, T, {0})" if batch_first else "(T, N, {0})"
+        raise ValueError(
+            f"{name} expected a sequence of shape {form.format(cell.input_size)} or (T, {cell.input_size}), "
+            f"got {tuple(first.shape)}."
+        )
+    if first.shape[-1] != cell.input_size:
+        raise ValueError(
+            f"{name} expected {cell.input_size} input features, got {first.shape[-1]} "
+            f"in an input of shape {tuple(first.shape)}."
+        )
+    unbatched = first.dim() == 2
+    if unbatched:
+        inputs = tuple(value[:, None] for value in given)
+    else:
+        inputs = tuple(value.transpose(0, 1) for value in given) if batch_first else given
+    _check_extras(cell, inputs)
+    _check_dtype(cell, inputs[0])
+    return inputs, unbatched
+
+
+def _check_extras(cell: Cell, inputs: State) -> None:
+    name, rows = type(cell).__name__, inputs[0].shape[1]
+    for label, value in zip(cell.inputs, inputs, strict=False):
+        if value.dim() < 2 or value.shape[1] != rows:
+            raise ValueError(
+                f"{name} expected input {label} with a time and a batch dimension and {rows} rows, as "
+                f"{cell.inputs[0]} has, got (time-major) {tuple(value.shape)}."
+            )
+    steps = {value.shape[0] for value in inputs if value.shape[0] != 1}
+    if len(steps) > 1:
+        lengths = ", ".join(str(value.shape[0]) for value in inputs)
+        raise ValueError(
+            f"{name}'s inputs ({', '.join(cell.inputs)}) have ({lengths}) steps; they must agree, "
+            "or be 1 for what is constant over time."
+        )
+
+
+def _check_dtype(cell: Cell, first: Tensor) -> None:
+    expected = weights_dtype(cell)
+    if expected is None or expected == first.dtype or not first.is_floating_point():
+        return
+    if torch.is_autocast_enabled(first.device.type):
+        return
+    raise ValueError(
+        f"{type(cell).__name__}'s weights are {expected} and the input is {first.dtype}. "
+        f"Convert the input: input.to({expected}), or the model: model.to({first.dtype})."
+    )
+
+
+def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched: bool) -> State:
+    """The state a sequence starts from, (N, size) each: the one given, checked, or the cell's own."""
+    first = inputs[0]
+    rows = first.shape[1]
+    if state is None:
+        dtype = weights_dtype(cell)
+        if dtype is None:
+            dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
+        return cell.initial_state(rows, dtype=dtype, device=first.device)
+    found = state_tuple(cell, state)
+    if unbatched:
+        found = tuple(value[None] if value.dim() == 1 else value for value in found)
+    check_state(cell, found, rows)
+    return found
+
+
+def check_lengths(lengths: Lengths | None, steps: int, rows: int, device: torch.device) -> Tensor | None:
+    """Lengths as (N,) int64 on ``device``.
+
+    Raises:
+        TypeError: for anything but whole numbers.
+        ValueError: for another shape, or a length outside [0, T].
+    """
+    if lengths is None:
+        return None
+    found = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    if found.numel() == 0 and not isinstance(lengths, Tensor):
+        found = found.long()
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise TypeError(
+            f"lengths must be whole numbers, got {found.dtype}. For a (T, N) mask of valid steps that end "
+            "each row, pass lengths=mask.sum(0)."
+        )
+    found = found.reshape(-1) if found.dim() == 0 else found
+    if tuple(found.shape) != (rows,):
+        raise ValueError(f"lengths must have one entry per row, shape ({rows},), got {tuple(found.shape)}.")
+    found = found.to(device=device, dtype=torch.int64)
+    if rows and found.device.type != "meta":
+        low, high = int(found.min()), int(found.max())
+        if low < 0 or high > steps:
+            raise ValueError(f"lengths must be between 0 and the {steps} steps of the input, got {low} to {high}.")
+    return found
+
+
+def check_resets(
+    resets: Any, steps: int, rows: int, device: torch.device, *, batch_first: bool, unbatched: bool
+) -> Tensor | None:
+    """Resets as (T, N) bool on ``device``.
+
+    Raises:
+        TypeError: for anything but booleans; 0/1 numbers are as often the opposite mask.
+        ValueError: for another shape.
+    """
+    if resets is None:
+        return None
+    found = resets if isinstance(resets, Tensor) else torch.as_tensor(resets)
+    if found.dtype != torch.bool:
+        raise TypeError(
+            f"resets must be bool, True where a row starts anew before the step at t, got {found.dtype}. "
+            "Pass resets.bool() if nonzero means reset."
+        )
+    if unbatched:
+        expected: tuple[int, ...] = (steps,)
+    else:
+        expected = (rows, steps) if batch_first else (steps, rows)
+    if tuple(found.shape) != expected:
+        raise ValueError(f"resets must have shape {expected}, one flag per step and row, got {tuple(found.shape)}.")
+    if unbatched:
+        found = found[:, None]
+    elif batch_first:
+        found = found.t()
+    return found.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A PackedSequence opened: rows in its own order (longest first), and the way back."""
+
+    packed: PackedSequence
+    valid: Tensor  # (T, N) bool; its True entries, read row by row, are the packed order
+
+    @classmethod
+    def open(cls, packed: PackedSequence) -> Packing:
+        sizes = packed.batch_sizes.to(packed.data.device)
+        rows = int(packed.batch_sizes[0])
+        return cls(packed, torch.arange(rows, device=sizes.device) < sizes[:, None])
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) int64, in the packed order."""
+        return self.valid.sum(0)
+
+    def padded(self, data: Tensor) -> Tensor:
+        """(T, N, ...) from packed data, zero beyond each row's length."""
+        out = data.new_zeros(*self.valid.shape, *data.shape[1:])
+        return out.masked_scatter(self.valid.reshape(*self.valid.shape, *[1] * (data.dim() - 1)), data)
+
+    def data(self, padded: Tensor) -> Tensor:
+        """Packed data from (T, N, ...)."""
+        return padded[self.valid]
+
+    def repack(self, padded: Tensor) -> PackedSequence:
+        """A PackedSequence like the one opened, around new values."""
+        return self.packed._replace(data=self.data(padded))
+
+    def sort(self, value: Tensor, dim: int = 0) -> Tensor:
+        """Rows from the caller's order to the packed order."""
+        order = self.packed.sorted_indices
+        return value if order is None else value.index_select(dim, order)
+
+    def unsort(self, value: Tensor, dim: int = 0) -> Tensor:
+        """Rows from the packed order to the caller's."""
+        order = self.packed.unsorted_indices
+        return value if order is None else value.index_select(dim, order)

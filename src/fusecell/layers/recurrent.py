@@ -1,0 +1,168 @@
+"""Layers: a cell over a whole sequence, and two layers in opposite directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusecell.cell import Cell, StateLike
+from fusecell.layers.arguments import Lengths
+from fusecell.layers.scan import Input, not_a_cell, scan
+from fusecell.runner import State
+
+__all__ = ["Bidirectional", "Recurrent"]
+
+
+class Recurrent(nn.Module):
+    """A cell as a layer over whole sequences.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> layer = fc.Recurrent(fc.LSTMCell(5, 10), batch_first=True)
+        >>> y, (h, c) = layer(torch.randn(3, 7, 5), lengths=[7, 4, 2])
+        >>> y.shape, c.shape
+        (torch.Size([3, 7, 10]), torch.Size([3, 10]))
+
+    Arguments:
+        cell: any :class:`fusecell.Cell`, a :class:`fusecell.Stack` of them included.
+        batch_first: input and output are (N, T, features) instead of (T, N, features). States never are.
+        reverse: run from the last step to the first.
+
+    Raises:
+        TypeError: if ``cell`` is not a fusecell cell.
+    """
+
+    def __init__(self, cell: Cell, *, batch_first: bool = False, reverse: bool = False) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            raise TypeError(f"Recurrent: {not_a_cell(cell)}")
+        self.cell = cell
+        self.batch_first = batch_first
+        self.reverse = reverse
+
+    @property
+    def input_size(self) -> int:
+        return self.cell.input_size
+
+    @property
+    def output_size(self) -> int:
+        return self.cell.output_size
+
+    def forward(
+        self,
+        input: Input,
+        state: StateLike | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+        """Run the cell over a sequence; arguments and returns as in :func:`fusecell.scan`."""
+        return scan(
+            self.cell,
+            input,
+            state,
+            lengths=lengths,
+            resets=resets,
+            reverse=self.reverse,
+            batch_first=self.batch_first,
+        )
+
+    def extra_repr(self) -> str:
+        flags = {"batch_first": self.batch_first, "reverse": self.reverse}
+        return ", ".join(f"{name}=True" for name, value in flags.items() if value)
+
+
+class Bidirectional(nn.Module):
+    r"""Two layers over the same input, the second from its end to its start, their outputs side by side.
+
+    .. math:: y_t = [\,\overrightarrow{y}_t,\ \overleftarrow{y}_t\,]
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> both = fc.Bidirectional(fc.Recurrent(fc.GRUCell(5, 8)), fc.Recurrent(fc.LSTMCell(5, 6)))
+        >>> y, (h, (h_back, c_back)) = both(torch.randn(7, 3, 5))
+        >>> y.shape
+        torch.Size([7, 3, 14])
+
+    Arguments:
+        forward_layer: a forward-running layer.
+        backward_layer: another; it is run reversed, each row within its own length, and its outputs are aligned to
+            input time, so that its last state is that at t = 0.
+
+    Raises:
+        ValueError: if either has ``reverse=True``, or they disagree in ``batch_first``.
+    """
+
+    def __init__(self, forward_layer: Recurrent, backward_layer: Recurrent) -> None:
+        super().__init__()
+        for name, layer in (("forward_layer", forward_layer), ("backward_layer", backward_layer)):
+            if not isinstance(layer, Recurrent):
+                raise TypeError(f"Bidirectional: {name} must be a fusecell.Recurrent, got {type(layer).__name__}.")
+            if layer.reverse:
+                raise ValueError(
+                    f"Bidirectional: {name} has reverse=True; give two forward-running layers, "
+                    "the second is run reversed."
+                )
+        if forward_layer.batch_first != backward_layer.batch_first:
+            raise ValueError(
+                f"Bidirectional: both layers must agree in batch_first, got {forward_layer.batch_first} "
+                f"and {backward_layer.batch_first}."
+            )
+        self.forward_layer = forward_layer
+        self.backward_layer = backward_layer
+
+    @property
+    def batch_first(self) -> bool:
+        return self.forward_layer.batch_first
+
+    @property
+    def input_size(self) -> int:
+        return self.forward_layer.input_size
+
+    @property
+    def output_size(self) -> int:
+        return self.forward_layer.output_size + self.backward_layer.output_size
+
+    def forward(
+        self,
+        input: Input,
+        state: Sequence[StateLike | None] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
+        """Run both directions.
+
+        Arguments:
+            input: as in :func:`fusecell.scan`.
+            state: a pair, each in its layer's own form; None for the initial state.
+            lengths, resets: as in :func:`fusecell.scan`, for both.
+
+        Returns:
+            The outputs side by side on the last axis, and the pair of states.
+        """
+        if state is None:
+            state = (None, None)
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            raise ValueError("Bidirectional takes its state as a pair: (forward state, backward state).")
+        ahead, h_ahead = self.forward_layer(input, state[0], lengths=lengths, resets=resets)
+        back, h_back = scan(
+            self.backward_layer.cell,
+            input,
+            state[1],
+            lengths=lengths,
+            resets=resets,
+            reverse=True,
+            batch_first=self.batch_first,
+        )
+        return _side_by_side(ahead, back), (h_ahead, h_back)
+
+
+def _side_by_side(ahead: Any, back: Any) -> Any:
+    if isinstance(ahead, PackedSequence):
+        return ahead._replace(data=torch.cat((ahead.data, back.data), -1))
+    return torch.cat((ahead, back), -1)

@@ -1,0 +1,149 @@
+"""``scan``: a cell over a whole sequence. Every layer is a thin class around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusecell.cell import Cell, StateLike, bare
+from fusecell.layers.arguments import (
+    Lengths,
+    Packing,
+    check_inputs,
+    check_lengths,
+    check_resets,
+    start_state,
+)
+from fusecell.layers.stack import Stack
+from fusecell.runner import Options, State, run
+
+__all__ = ["Input", "scan", "scan_cell"]
+
+Input = Tensor | PackedSequence | tuple[Tensor, ...]
+
+
+def scan(
+    cell: Cell,
+    input: Input,
+    state: StateLike | None = None,
+    *,
+    lengths: Lengths | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor | State]:
+    r"""Run a cell over a whole sequence.
+
+    .. math:: (y_t, s_t) = \mathrm{step}(x_t, s_{t-1}), \quad t = 0 \ldots T-1
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> y, h = fc.scan(fc.GRUCell(5, 10), torch.randn(7, 3, 5), lengths=[7, 2, 0])
+        >>> y.shape, h.shape
+        (torch.Size([7, 3, 10]), torch.Size([3, 10]))
+
+    Arguments:
+        cell: any :class:`fusecell.Cell`.
+        input: (T, N, input_size), (N, T, input_size) if ``batch_first``, (T, input_size), or a PackedSequence; a tuple
+            of such where the cell has several inputs. A T of 1 beside longer ones means constant over time.
+        state: the state before the first step, (N, size) each and never batch-first; ``cell.initial_state`` if left
+            out. One state bare, several as a tuple.
+        lengths: (N,) whole numbers on any device, in any order: row n is valid for t < lengths[n]. Outputs beyond are
+            0 and the state returned is that of the last valid step; what the padding holds is never seen.
+        resets: bool (T, N), (N, T) if ``batch_first``, (T,) without a batch: where True, the row goes back to
+            ``cell.initial_state`` before the step that consumes ``input[t, n]``.
+        reverse: run from the last step to the first, each row within its own length; outputs stay in input time.
+
+    Returns:
+        The outputs, in the form of the input, and the state after the last step.
+
+    Raises:
+        TypeError, ValueError: where an argument doesn't fit, naming it.
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(not_a_cell(cell))
+    if isinstance(input, PackedSequence):
+        return _scan_packed(cell, input, state, lengths, resets, reverse)
+    given = (input,) if isinstance(input, Tensor) else tuple(input)
+    inputs, unbatched = check_inputs(cell, given, batch_first)
+    rows, device = inputs[0].shape[1], inputs[0].device
+    steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
+    options = Options(
+        check_lengths(lengths, steps, rows, device),
+        check_resets(resets, steps, rows, device, batch_first=batch_first, unbatched=unbatched),
+        reverse,
+    )
+    start = start_state(cell, state, inputs, unbatched=unbatched)
+    outputs, after = scan_cell(cell, inputs, start, options)
+    if unbatched:
+        return outputs[:, 0], bare(tuple(value[0] for value in after))
+    return (outputs.transpose(0, 1) if batch_first else outputs), bare(after)
+
+
+def _scan_packed(
+    cell: Cell,
+    packed: PackedSequence,
+    state: StateLike | None,
+    lengths: Lengths | None,
+    resets: Tensor | None,
+    reverse: bool,
+) -> tuple[PackedSequence, Tensor | State]:
+    if lengths is not None or resets is not None:
+        raise ValueError(
+            "A PackedSequence carries its own lengths and takes neither lengths nor resets. "
+            "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
+        )
+    packing = Packing.open(packed)
+    inputs, _ = check_inputs(cell, (packing.padded(packed.data),), batch_first=False)
+    start = start_state(cell, state, inputs, unbatched=False)
+    if state is not None:
+        start = tuple(packing.sort(value) for value in start)
+    outputs, after = scan_cell(cell, inputs, start, Options(packing.lengths, None, reverse), packing)
+    return packing.repack(outputs), bare(tuple(packing.unsort(value) for value in after))
+
+
+def scan_cell(
+    cell: Cell, inputs: State, state: State, options: Options, packing: Packing | None = None
+) -> tuple[Tensor, State]:
+    """Scan checked, time-major arguments; a Stack goes layer by layer."""
+    if isinstance(cell, Stack):
+        return _scan_stack(cell, inputs, state, options, packing)
+    first = inputs[0]
+    steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
+    like = state[0] if state else first
+    drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
+    cast = tuple(
+        value.to(like.dtype) if value.is_floating_point() and value.dtype != like.dtype else value
+        for value in inputs + drawn
+    )
+    return run(cell, cast, state, options)
+
+
+def _scan_stack(
+    stack: Stack, inputs: State, state: State, options: Options, packing: Packing | None
+) -> tuple[Tensor, State]:
+    """Each cell over the whole sequence, then the next: the large products leave the loop layer by layer."""
+    after: State = ()
+    outputs = inputs[0]
+    flow: Callable[[Tensor], Tensor] = stack.drop
+    if packing is not None:
+        flow = lambda value: packing.padded(stack.drop(packing.data(value)))  # noqa: E731  # torch drops packed data
+    for index, (cell, part) in enumerate(zip(stack.layers, stack.split(state), strict=True)):
+        given = inputs if index == 0 else (outputs,)
+        below = given[0]
+        outputs, new = scan_cell(cell, given, part, options, packing)
+        after += new
+        if index + 1 < len(stack.cells):
+            outputs = flow(outputs)
+        outputs = stack.join(outputs, below)
+    return outputs, after
+
+
+def not_a_cell(found: object) -> str:
+    """The sentence for something that is no fusecell cell."""
+    name = type(found).__name__
+    if type(found).__module__.startswith("torch.nn") and name in ("GRUCell", "LSTMCell", "RNNCell"):
+        return f"expected a fusecell cell, got torch.nn.{name}. Use fusecell.{name}: it loads the same state_dict."
+    return f"expected a fusecell cell, got {name}. Subclass fusecell.Cell and write step(self, x, state)."

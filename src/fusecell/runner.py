@@ -1,0 +1,110 @@
+"""The seam: a runner maps (cell, inputs, state, options) to (outputs, state); this module picks one.
+
+Layers and cells call :func:`run` and know nothing of what is behind it. A runner is a module that registers a
+function here when it is imported; runners stand above this module, so they are imported by name, on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fusecell.cell import Cell
+
+__all__ = ["Options", "Runner", "RunnerName", "State", "active_runner", "register", "run", "runner"]
+
+RunnerName = Literal["auto", "compiled", "eager"]
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a sequence is run beside its input and state; every tensor is time-major and already checked.
+
+    Arguments:
+        lengths: (N,) int64, row n is valid for t < lengths[n].
+        resets: (T, N) bool, True puts a row back to the initial state before the step at t.
+        reverse: run from the last step to the first.
+    """
+
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    reverse: bool = False
+
+
+Runner = Callable[["Cell", State, State, Options], tuple[Tensor, State]]
+
+_MODULES = {"eager": "fusecell.eager", "auto": "fusecell.compiler", "compiled": "fusecell.compiler"}
+_RUNNERS: dict[str, Runner] = {}
+_CHOICE = threading.local()
+
+
+def register(name: RunnerName, function: Runner) -> None:
+    """Make ``function`` the runner called ``name``."""
+    _RUNNERS[name] = function
+
+
+def active_runner() -> RunnerName:
+    """The runner in force in this thread: the innermost ``with runner(...)``, else ``FUSECELL_RUNNER``, else auto."""
+    chosen: RunnerName | None = getattr(_CHOICE, "name", None)
+    if chosen is not None:
+        return chosen
+    return _checked(os.environ.get("FUSECELL_RUNNER", "auto"), "the environment variable FUSECELL_RUNNER")
+
+
+@contextmanager
+def runner(name: RunnerName) -> Iterator[None]:
+    """Choose how cells run inside a ``with`` block, in this thread.
+
+    ``"compiled"`` runs machine code and raises :class:`fusecell.NotCompilable` where it can't; ``"eager"`` loops
+    over ``cell.step`` in Python; ``"auto"``, the default, compiles where it can and falls back to eager with one
+    :class:`fusecell.EagerWarning` per cell.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> with fc.runner("eager"):
+        ...     y, h = fc.Recurrent(fc.GRUCell(5, 10))(torch.randn(7, 3, 5))
+
+    Raises:
+        ValueError: for any other name.
+    """
+    before = getattr(_CHOICE, "name", None)
+    _CHOICE.name = _checked(name, "runner()")
+    try:
+        yield
+    finally:
+        _CHOICE.name = before
+
+
+def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """Run ``cell`` over ``inputs``, each (T, N, ...) or (1, N, ...), with the runner in force.
+
+    Autocast is switched off: a recurrence in its weights' dtype is what torch.nn's own layers compute.
+    """
+    name = active_runner()
+    function = _RUNNERS.get(name) or _load(name)
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(cell, inputs, state, options)
+    with torch.autocast(device, enabled=False):
+        return function(cell, inputs, state, options)
+
+
+def _load(name: RunnerName) -> Runner:
+    importlib.import_module(_MODULES[name])
+    return _RUNNERS[name]
+
+
+def _checked(name: str, where: str) -> RunnerName:
+    if name not in get_args(RunnerName):
+        raise ValueError(f"{where} got {name!r}; expected one of 'auto', 'compiled' or 'eager'.")
+    return name  # type: ignore[return-value]  # narrowed by the test above
