@@ -1,0 +1,68 @@
+"""Vector maths as LLVM IR text: the functions that kernels call on 16 lanes at a time.
+
+Sixteen lanes on every target: LLVM cuts the vector into the machine's registers, and as each lane goes
+through the same operations everywhere, its bits are the same everywhere. Denormals count as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from fusecell.compiler.simd.functions import BINARY, UNARY
+from fusecell.compiler.simd.precision import PRECISIONS
+from fusecell.compiler.simd.text import LANES, VectorFunction, function_name
+
+__all__ = ["BINARY_OPS", "LANES", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
+
+UNARY_OPS: tuple[str, ...] = tuple(UNARY)
+BINARY_OPS: tuple[str, ...] = tuple(BINARY)
+OPS: tuple[str, ...] = UNARY_OPS + BINARY_OPS
+
+
+@cache
+def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
+    if dtype not in PRECISIONS:
+        raise ValueError(f"no vector functions for dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}")
+    if op not in OPS:
+        raise ValueError(f"no vector function {op!r}: expected one of {', '.join(OPS)}")
+    function = VectorFunction(PRECISIONS[dtype])
+    arguments = ("%x", "%y") if op in BINARY else ("%x",)
+    rule = BINARY[op] if op in BINARY else UNARY[op]
+    result = rule(function, *arguments)
+    return function.definition(op, arguments, result), frozenset(function.declares)
+
+
+def definitions(ops: Iterable[str], dtype: str) -> str:
+    """Return the IR text that defines ``ops`` for ``dtype``, in the order of `OPS`, each once.
+
+    Example:
+        >>> print(definitions(["abs"], "f32"))
+        define internal <16 x float> @fc.abs.f32(<16 x float> %x) alwaysinline nounwind {
+          %result = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)
+          ret <16 x float> %result
+        }
+        <BLANKLINE>
+
+    Args:
+        ops: names out of `OPS`.
+        dtype: "f32" or "f64".
+
+    Raises:
+        ValueError: an op or dtype that isn't known.
+    """
+    return "\n".join(_build(op, dtype)[0] for op in sorted(set(ops), key=_position))
+
+
+def declarations(ops: Iterable[str], dtype: str) -> frozenset[str]:
+    """Return the ``declare`` lines that the definitions of ``ops`` rely on, for a module to merge.
+
+    Example:
+        >>> sorted(declarations(["abs"], "f32"))
+        ['declare <16 x float> @llvm.fabs.v16f32(<16 x float>)']
+    """
+    return frozenset[str]().union(*(_build(op, dtype)[1] for op in ops))
+
+
+def _position(op: str) -> int:
+    return OPS.index(op) if op in OPS else len(OPS)
