@@ -26,11 +26,10 @@ def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
         raise ValueError(f"no vector functions for dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}")
     if op not in OPS:
         raise ValueError(f"no vector function {op!r}: expected one of {', '.join(OPS)}")
-    function = VectorFunction(PRECISIONS[dtype])
-    arguments = ("%x", "%y") if op in BINARY else ("%x",)
-    rule = BINARY[op] if op in BINARY else UNARY[op]
+    arguments, rule = (("%x", "%y"), BINARY[op]) if op in BINARY else (("%x",), UNARY[op])
+    function = VectorFunction(PRECISIONS[dtype], arguments)
     result = rule(function, *arguments)
-    return function.definition(op, arguments, result), frozenset(function.declares)
+    return function.definition(op, result), frozenset(function.declares)
 
 
 def definitions(ops: Iterable[str], dtype: str) -> str:

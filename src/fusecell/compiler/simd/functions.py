@@ -72,7 +72,7 @@ def tanh(f: VectorFunction, x: str) -> str:
     f.note("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
     a = f.at_most("a", f.intrinsic("a", "fabs", x), p.tanh_limit)
     n, n_bits = _nearest_integer(f, a, 2.0 * p.log2e, p.bias)
-    r = _reduce(f, n, a, p.half_ln2)
+    r = _reduce(f, n, a, tuple(part / 2.0 for part in p.ln2_for_small_n))
     scale = _power_of_two(f, n_bits)
     poly = f.horner("p", r, _scaled(p.exp, 2.0, 2.0))
     g = f.fma("g", f.mul("r2", r, r), poly, r)
@@ -153,12 +153,14 @@ def log1p(f: VectorFunction, x: str) -> str:
 
 def erf(f: VectorFunction, x: str) -> str:
     p = f.precision
-    f.note("|x| top(x^2) / bottom(x^2), at most 1")
+    f.note("-expm1(-g(|x|)) with g = -log(1 - erf): relative precision at both ends, and no division")
     a = f.at_most("a", f.intrinsic("a", "fabs", x), p.erf_limit)
-    z = f.mul("z", a, a)
-    top = f.mul("top", a, f.horner("top", z, p.erf_top))
-    magnitude = f.div("magnitude", top, f.horner("bottom", z, p.erf_bottom))
-    return f.intrinsic("result", "copysign", f.at_most("magnitude", magnitude, 1.0), x)
+    g = f.fma("g", a, f.horner("g", a, p.erf), a)
+    n, n_bits = _nearest_integer(f, g, -p.log2e, p.bias)
+    r = _reduce(f, n, f.neg("minus.g", g), p.ln2_for_small_n)
+    scale = _power_of_two(f, n_bits)
+    q = f.fma("q", f.mul("r2", r, r), f.horner("p", r, p.exp), r)
+    return f.intrinsic("result", "copysign", f.fma("negated", scale, q, f.sub("rest", scale, 1.0)), x)
 
 
 def sqrt(f: VectorFunction, x: str) -> str:

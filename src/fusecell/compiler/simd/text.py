@@ -31,9 +31,13 @@ class VectorFunction:
     """The body of one function from vectors to a vector, and the declarations it needs."""
 
     precision: Precision
+    arguments: tuple[str, ...]
     lines: list[str] = field(default_factory=list)
     declares: set[str] = field(default_factory=set)
     _uses: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._uses.update({argument.removeprefix("%"): 1 for argument in self.arguments})
 
     @property
     def vector(self) -> str:
@@ -133,9 +137,9 @@ class VectorFunction:
     def int_op(self, name: str, opcode: str, a: str | int, b: str | int) -> str:
         return self.value(name, f"{opcode} {self.ints} {self.int_operand(a)}, {self.int_operand(b)}")
 
-    def definition(self, op: str, arguments: Sequence[str], result: str) -> str:
+    def definition(self, op: str, result: str) -> str:
         """The finished text: ``define internal ... { ... }``."""
-        given = ", ".join(f"{self.vector} {a}" for a in arguments)
+        given = ", ".join(f"{self.vector} {a}" for a in self.arguments)
         name = function_name(op, self.precision.dtype)
         head = f"define internal {self.vector} {name}({given}) alwaysinline nounwind {{"
         return "\n".join([head, *self.lines, f"  ret {self.vector} {result}", "}", ""])
