@@ -1,6 +1,5 @@
 import ctypes
 import errno
-import gc
 import os
 import stat
 import time
@@ -38,7 +37,6 @@ def entry_path(directory: Path, key: str = KEY) -> Path:
 
 def load_and_check() -> bool:
     """Loads a kernel afresh, checks that it is right, says whether it came from the disk."""
-    gc.collect()
     loaded = load(TEXT, ["add"], host_target())
     assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(loaded.address("add"))(1) == 8
     return loaded.from_cache

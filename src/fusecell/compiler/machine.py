@@ -57,7 +57,7 @@ class Loaded:
         return llvm.assembly(self.llvm, names, target.cpu, target.features, target.triple)
 
 
-_live: weakref.WeakValueDictionary[tuple[str, frozenset[str]], Loaded] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[str, Target, frozenset[str]], Loaded] = weakref.WeakValueDictionary()
 
 
 def load(text: str, names: Sequence[str], target: Target) -> Loaded:
@@ -68,7 +68,7 @@ def load(text: str, names: Sequence[str], target: Target) -> Loaded:
 
     Args:
         text: LLVM IR of one module; triple and data layout may be left out.
-        names: the functions to export.
+        names: the functions to export; their addresses hold only as long as the result is kept.
         target: the CPU to compile for, from :func:`fusecell.compiler.target.host_target`.
 
     Raises:
@@ -83,15 +83,16 @@ def load(text: str, names: Sequence[str], target: Target) -> Loaded:
         >>> ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(code.address("next"))(41)
         42
     """
-    key = cache_key(text, target.cpu, target.features, target.triple, llvm.VERSIONS)
-    live_key = (key, frozenset(names))
-    loaded = _live.get(live_key)
+    wanted = (text, target, frozenset(names))
+    loaded = _live.get(wanted)
     if loaded is not None:
         return loaded
     with llvm.lock:
-        loaded = _live.get(live_key)
+        loaded = _live.get(wanted)
         if loaded is None:
-            loaded = _live[live_key] = _read(key, text, names, target) or _compile(key, text, names, target)
+            key = cache_key(text, target.cpu, target.features, target.triple, llvm.VERSIONS)
+            loaded = _read(key, text, names, target) or _compile(key, text, names, target)
+            _live[wanted] = loaded
         return loaded
 
 
