@@ -81,6 +81,12 @@ def tanh(f: VectorFunction, x: str) -> str:
     return f.intrinsic("result", "copysign", magnitude, x)
 
 
+def _itself_if_tiny(f: VectorFunction, x: str, result: str) -> str:
+    f.note("a tiny x is its own result: the halves above could be denormal, and -0 would lose its sign")
+    tiny = f.compare("tiny", "olt", f.intrinsic("magnitude", "fabs", x), 2.0 ** -(f.precision.mantissa + 2))
+    return f.select("result", tiny, x, result)
+
+
 def expm1(f: VectorFunction, x: str) -> str:
     p = f.precision
     lowest, highest = p.expm1_range
@@ -91,8 +97,7 @@ def expm1(f: VectorFunction, x: str) -> str:
     half_scale = _power_of_two(f, n_bits)
     q = f.fma("q", f.mul("r2", r, r), f.horner("p", r, p.exp), r)
     half = f.fma("half", half_scale, q, f.sub("rest", half_scale, 0.5))
-    f.note("copysign only for -0")
-    return f.intrinsic("result", "copysign", f.add("doubled", half, half), x)
+    return _itself_if_tiny(f, x, f.add("doubled", half, half))
 
 
 def _split(f: VectorFunction, x: str) -> tuple[str, str, str]:
@@ -146,9 +151,7 @@ def log1p(f: VectorFunction, x: str) -> str:
     exponent = f.int_op("scale.bits", "sub", 2 * p.bias + 1, k_bits)
     scale = f.from_bits("scale", f.int_op("scale.bits", "shl", exponent, p.mantissa))
     m_minus_1 = f.fma("f", f.mul("half.c", c, 0.5), scale, f.sub("m.minus.1", m, 1.0))
-    result = _log_edges(f, u, _log_of_parts(f, m_minus_1, k))
-    f.note("copysign only for -0")
-    return f.intrinsic("result", "copysign", result, x)
+    return _itself_if_tiny(f, x, _log_edges(f, u, _log_of_parts(f, m_minus_1, k)))
 
 
 def erf(f: VectorFunction, x: str) -> str:
