@@ -155,6 +155,10 @@ class Builder:
             known = self._known[key] = self.append(op, args, attrs, name)
         return known
 
+    def add_like(self, node: Node, args: Sequence[int]) -> int:
+        """The same primitive as ``node``, of other arguments."""
+        return self.add(node.op, *args, name=node.name, **node.attrs)
+
     def append(self, op: str, args: Sequence[int], attrs: Mapping[str, Any], name: str | None) -> int:
         """A new node, checked."""
         primitive = PRIMITIVES.get(op)
@@ -183,11 +187,7 @@ class Builder:
     def build(self, outputs: Mapping[str, int], *, keep_all: bool = False) -> Graph:
         """The graph of what ``outputs`` need; inputs, states and weights stay even if unused."""
         graph = Graph(self.title, self.dtype, tuple(self.nodes), dict(outputs))
-        return (
-            graph
-            if keep_all
-            else rebuild(graph, lambda new, node, args: new.add(node.op, *args, name=node.name, **node.attrs))
-        )
+        return graph if keep_all else rebuild(graph, copy(graph))
 
     def _unique(self, name: str) -> str:
         name = re.sub(r"[^\w.]", "_", name)
@@ -196,17 +196,17 @@ class Builder:
         return name if count is None else self._unique(f"{name}.{count}")
 
 
-Rewrite = Callable[[Builder, Node, tuple[int, ...]], int]
+Rewrite = Callable[[Builder, int, tuple[int, ...]], int]
 
 
 def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
-    """A graph made node by node by ``rewrite(builder, node, new_arguments) -> new index``, without what is not needed."""
+    """A graph made anew by ``rewrite(builder, old_index, new_arguments) -> new_index``, without what is not needed."""
     builder = Builder(graph.title, graph.dtype)
     needed = graph.needed(graph.outputs.values())
     new: list[int] = []
     for index, node in graph:
         if needed[index] or node.op in ("input", "state", "weight"):
-            new.append(rewrite(builder, node, tuple(new[arg] for arg in node.args)))
+            new.append(rewrite(builder, index, tuple(new[arg] for arg in node.args)))
         else:
             new.append(-1)
     outputs = {label: new[index] for label, index in graph.outputs.items()}
@@ -214,12 +214,12 @@ def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
     kept = made.needed(outputs.values())
     if all(kept[index] or node.op in ("input", "state", "weight") for index, node in made):
         return made
-    return rebuild(made, keep)
+    return rebuild(made, copy(made))
 
 
-def keep(builder: Builder, node: Node, args: tuple[int, ...]) -> int:
+def copy(graph: Graph) -> Rewrite:
     """The rewrite that changes nothing."""
-    return builder.add(node.op, *args, name=node.name, **node.attrs)
+    return lambda builder, index, args: builder.add_like(graph[index], args)
 
 
 def _frozen(value: Any) -> object:

@@ -176,7 +176,24 @@ def _place(args: Sequence[Type], attrs: Attrs) -> Type:
     return Type("sum", tuple(attrs["shape"]))
 
 
-_UNARY = ["neg", "abs", "sign", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf", "floor"]
+_UNARY = [
+    "neg",
+    "abs",
+    "sign",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "erf",
+    "floor",
+]
 _BINARY = {"add": True, "sub": False, "mul": True, "div": False, "pow": False, "maximum": True, "minimum": True}
 _COMPARISONS = ["lt", "le", "gt", "ge", "eq", "ne"]
 
