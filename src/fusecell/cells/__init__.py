@@ -1,0 +1,30 @@
+"""The zoo: torch.nn's three cells and others, each one step in plain torch; ``CELLS`` lists them all."""
+
+from fusecell.cells.gated import FastGRNNCell, MGUCell, MinGRUCell, UGRNNCell
+from fusecell.cells.normed import LayerNormGRUCell, LayerNormLSTMCell, LiGRUCell
+from fusecell.cells.oscillator import CoRNNCell
+from fusecell.cells.peephole import PeepholeLSTMCell
+from fusecell.cells.simple import AntisymmetricRNNCell, IndRNNCell, LeakyCell, SCRNCell
+from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell
+from fusecell.cells.zoo import CELLS, ZooCell
+
+__all__ = [
+    "CELLS",
+    "ZooCell",
+    "RNNCell",
+    "GRUCell",
+    "LSTMCell",
+    "PeepholeLSTMCell",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
+    "MGUCell",
+    "LiGRUCell",
+    "UGRNNCell",
+    "MinGRUCell",
+    "FastGRNNCell",
+    "LeakyCell",
+    "IndRNNCell",
+    "AntisymmetricRNNCell",
+    "CoRNNCell",
+    "SCRNCell",
+]

@@ -1,0 +1,208 @@
+"""Cells with layer normalisation inside the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusecell.cells.weights import Device, WeightCell, one_of
+from fusecell.runner import State
+
+__all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "LiGRUCell"]
+
+
+class LayerNormGRUCell(WeightCell):
+    r"""A GRU with layer norm on the input's and on the state's product apart, gates and candidate apart.
+
+    .. math::
+        r, z &= \sigma(\mathrm{LN}_1(W_{i,rz} x) + \mathrm{LN}_2(W_{h,rz} h)) \\
+        n    &= \tanh(\mathrm{LN}_3(W_{in} x) + r \odot \mathrm{LN}_4(W_{hn} h)) \\
+        h'   &= (1-z) \odot n + z \odot h
+
+    Each LN has its own gain and bias; LN1 and LN2 run over r and z together (2 * hidden_size features), LN3 and LN4
+    over n. That is the variant of the paper, with z as in torch.nn: there it weighs the candidate.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> y, h = fc.Recurrent(fc.cells.LayerNormGRUCell(5, 10))(torch.randn(7, 3, 5))
+        >>> y.shape
+        torch.Size([7, 3, 10])
+
+    Arguments:
+        input_size, hidden_size: features of x, and units; the weights' rows are r, z, n.
+        bias: whether the norms have a bias; the products have none.
+        eps: added to the variance.
+
+    Paper: Ba, Kiros and Hinton, "Layer normalization", 2016, arXiv:1607.06450, supplementary material.
+    """
+
+    options = ("eps",)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        eps: float = 1e-5,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            weight_ih=(3 * hidden_size, input_size),
+            weight_hh=(3 * hidden_size, hidden_size),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.eps = eps
+        self.norm_ih_gates = nn.LayerNorm(2 * hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+        self.norm_hh_gates = nn.LayerNorm(2 * hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+        self.norm_ih_candidate = nn.LayerNorm(hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+        self.norm_hh_candidate = nn.LayerNorm(hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        sizes = [2 * self.hidden_size, self.hidden_size]
+        x_gates, x_n = torch.split(F.linear(x, self.weight_ih), sizes, -1)
+        h_gates, h_n = torch.split(F.linear(h, self.weight_hh), sizes, -1)
+        r, z = torch.sigmoid(self.norm_ih_gates(x_gates) + self.norm_hh_gates(h_gates)).chunk(2, -1)
+        r, z = self.note("r", r), self.note("z", z)  # reset gate, update gate
+        n = self.note("n", torch.tanh(self.norm_ih_candidate(x_n) + r * self.norm_hh_candidate(h_n)))  # candidate
+        h = (1 - z) * n + z * h
+        return h, (h,)
+
+
+class LayerNormLSTMCell(WeightCell):
+    r"""An LSTM with layer norm on the input's and on the state's product apart, and on the memory it shows.
+
+    .. math::
+        i, f, g, o &= \mathrm{LN}_1(W_{ih} x) + \mathrm{LN}_2(W_{hh} h) \\
+        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
+        h' &= \sigma(o) \odot \tanh(\mathrm{LN}_3(c'))
+
+    Each LN has its own gain and bias; LN1 and LN2 run over all four parts together (4 * hidden_size features), as in
+    the paper, whose further bias b merges with theirs.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> y, (h, c) = fc.Recurrent(fc.cells.LayerNormLSTMCell(5, 10))(torch.randn(7, 3, 5))
+        >>> c.shape
+        torch.Size([3, 10])
+
+    Arguments:
+        input_size, hidden_size: features of x, and units; the weights' rows are i, f, g, o.
+        bias: whether the norms have a bias; the products have none.
+        eps: added to the variance.
+
+    Paper: Ba, Kiros and Hinton, "Layer normalization", 2016, arXiv:1607.06450, supplementary material.
+    """
+
+    states = ("h", "c")
+    options = ("eps",)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        eps: float = 1e-5,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            weight_ih=(4 * hidden_size, input_size),
+            weight_hh=(4 * hidden_size, hidden_size),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.eps = eps
+        self.norm_ih = nn.LayerNorm(4 * hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+        self.norm_hh = nn.LayerNorm(4 * hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+        self.norm_c = nn.LayerNorm(hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = state
+        gates = self.norm_ih(F.linear(x, self.weight_ih)) + self.norm_hh(F.linear(h, self.weight_hh))
+        i, f, g, o = gates.chunk(4, -1)
+        i = self.note("i", torch.sigmoid(i))  # input gate
+        f = self.note("f", torch.sigmoid(f))  # forget gate
+        g = self.note("g", torch.tanh(g))  # candidate
+        o = self.note("o", torch.sigmoid(o))  # output gate
+        c = f * c + i * g
+        h = o * torch.tanh(self.norm_c(c))
+        return h, (h, c)
+
+
+class LiGRUCell(WeightCell):
+    r"""The light GRU of speech recognition: no reset gate, relu candidate, a norm on the input's product.
+
+    .. math::
+        z  &= \sigma(\mathrm{norm}(W_i x)_z + W_{hz} h) \\
+        n  &= \mathrm{relu}(\mathrm{norm}(W_i x)_n + W_{hn} h) \\
+        h' &= z \odot h + (1-z) \odot n
+
+    The norm is a layer norm over z and n together, or none. The paper's is batch norm, which mixes the rows of a batch
+    and has moving averages; a step is pure and sees each row alone.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> y, h = fc.Recurrent(fc.cells.LiGRUCell(5, 10))(torch.randn(7, 3, 5))
+        >>> y.shape
+        torch.Size([7, 3, 10])
+
+    Arguments:
+        input_size, hidden_size: features of x, and units; the weights' rows are z, n.
+        norm: ``"layer"`` or None.
+        bias: whether the norm, or without one the input's product, has a bias.
+
+    Raises:
+        ValueError: for another ``norm``.
+
+    Paper: Ravanelli et al., "Light gated recurrent units for speech recognition", 2018, arXiv:1803.10225.
+    """
+
+    options = ("norm",)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        norm: str | None = "layer",
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        one_of("LiGRUCell", "norm", norm, ("layer", None))
+        rows = 2 * hidden_size
+        super().__init__(
+            input_size,
+            hidden_size,
+            weight_ih=(rows, input_size),
+            weight_hh=(rows, hidden_size),
+            bias_ih=(rows,) if norm is None else None,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.norm = norm
+        self.norm_ih: nn.Module = nn.Identity()
+        if norm == "layer":
+            self.norm_ih = nn.LayerNorm(rows, bias=bias, device=device, dtype=dtype)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        both = self.norm_ih(F.linear(x, self.weight_ih, self.bias_ih)) + F.linear(h, self.weight_hh)
+        z, n = both.chunk(2, -1)
+        z = self.note("z", torch.sigmoid(z))  # update gate
+        n = self.note("n", torch.relu(n))  # candidate
+        h = z * h + (1 - z) * n
+        return h, (h,)

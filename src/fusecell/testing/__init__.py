@@ -1,0 +1,137 @@
+"""``check_cell``: does a cell keep the contract? The conformance suite, to run on a cell of your own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.testing import sequence_checks, step_checks
+from fusecell.testing.trial import Trial, kinds, name_of
+
+__all__ = ["CHECKS", "CellCheckError", "CellReport", "check_cell"]
+
+Check = Callable[[Trial], Iterator[str]]
+
+CHECKS: dict[str, Check] = {
+    "shapes": step_checks.check_shapes,
+    "purity": step_checks.check_purity,
+    "branches": step_checks.check_branches,
+    "gradients": step_checks.check_gradients,
+    "rows": step_checks.check_rows,
+    "notes": step_checks.check_notes,
+    "sequence": sequence_checks.check_sequence,
+    "lengths": sequence_checks.check_lengths,
+    "resets": sequence_checks.check_resets,
+    "reverse": sequence_checks.check_reverse,
+    "halves": sequence_checks.check_halves,
+    "empty": sequence_checks.check_empty,
+    "unbatched": sequence_checks.check_unbatched,
+    "aliasing": sequence_checks.check_aliasing,
+    "copies": sequence_checks.check_copies,
+    "state_dict": sequence_checks.check_state_dict,
+}
+"""Every check by name: a function of a trial that yields a sentence for each failure."""
+
+
+class CellCheckError(AssertionError):
+    """A cell breaks the contract; ``failures`` holds (check, sentence) pairs, all of them."""
+
+    def __init__(self, cell: str, failures: Sequence[tuple[str, str]]) -> None:
+        self.failures = tuple(failures)
+        count = f"{len(failures)} check" + ("s" if len(failures) > 1 else "")
+        super().__init__("\n".join([f"{cell} fails {count}:", *(f"  {name}: {text}" for name, text in failures)]))
+
+
+@dataclass(frozen=True)
+class CellReport:
+    """What :func:`check_cell` looked at; ``str()`` is a line per check."""
+
+    cell: str
+    checks: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        width = max((len(name) for name, _ in self.checks), default=0)
+        lines = (f"  {name.ljust(width)}  {what}" for name, what in self.checks)
+        return "\n".join([f"{self.cell} keeps the contract:", *lines])
+
+
+def check_cell(
+    cell: Cell,
+    *,
+    steps: int = 5,
+    batch_size: int = 3,
+    seed: int = 0,
+    extras: Sequence[Tensor] = (),
+    skip: Collection[str] = (),
+) -> CellReport:
+    """Check a cell against the contract of :class:`fusecell.Cell`, with random inputs and states.
+
+    The sequences go through the runner in force, the loops they are compared with stand here. The cell is checked in
+    the mode it is in, so call it once more after ``eval()`` if it draws in training.
+
+    Example:
+        >>> import fusecell as fc
+        >>> print(fc.testing.check_cell(fc.GRUCell(5, 10)).checks[0])
+        ('shapes', 'output, states and initial state have their declared sizes and the dtype of the input')
+
+    Arguments:
+        cell: any cell; it is left as it is.
+        steps, batch_size: T and N of the sequences, at least 2 each.
+        seed: of the inputs and states.
+        extras: values of the ``inputs`` beyond x that the cell doesn't draw itself, (T, N, ...) or (1, N, ...) each.
+        skip: names of checks to leave out, such as "gradients" for a straight-through estimator.
+
+    Returns:
+        The checks made; printing it lists them.
+
+    Raises:
+        CellCheckError: an AssertionError with a sentence for every failure.
+        ValueError: if an argument doesn't fit.
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"check_cell takes a fusecell.Cell, got {type(cell).__name__}. Pass layer.cell for a layer.")
+    if steps < 2 or batch_size < 2:
+        raise ValueError(f"check_cell needs at least 2 steps and 2 rows, got steps={steps}, batch_size={batch_size}.")
+    unknown = set(skip) - set(CHECKS)
+    if unknown:
+        raise ValueError(f"There are no checks {sorted(unknown)}; there are {', '.join(CHECKS)}.")
+    failures: list[tuple[str, str]] = []
+    trial = Trial(_working_copy(cell), steps, batch_size, seed, tuple(extras))
+    device = trial.like.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trial.demand_extras()
+        made = {name: check for name, check in CHECKS.items() if name not in skip}
+        for name, check in made.items():
+            failures += [(name, sentence) for sentence in _run(check, trial)]
+            if name == "shapes" and failures:
+                break  # every other check would only repeat it
+    if failures:
+        raise CellCheckError(name_of(cell), failures)
+    return CellReport(name_of(cell), tuple((name, _says(check)) for name, check in made.items()))
+
+
+def _working_copy(cell: Cell) -> Cell:
+    """A copy, so that a step with side effects leaves the user's cell alone; a cell that can't be copied itself."""
+    try:
+        return copy.deepcopy(cell)
+    except Exception:
+        return cell  # the check "copies" says why
+
+
+def _run(check: Check, trial: Trial) -> list[str]:
+    """The sentences of a check; an exception inside the cell is one too."""
+    sentences: list[str] = []
+    try:
+        sentences.extend(check(trial))
+    except Exception as problem:
+        sentences.append(f"a call raises {kinds(problem)}: {problem}")
+    return sentences
+
+
+def _says(check: Check) -> str:
+    return (check.__doc__ or "").strip()

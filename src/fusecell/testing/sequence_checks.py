@@ -1,0 +1,213 @@
+"""Checks of a cell over sequences, through the runner in force, and of the cell as a module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell, bare, state_tuple
+from fusecell.runner import Options, State, run
+from fusecell.testing.trial import Outcome, Trial, apart, kinds, same
+
+__all__ = [
+    "check_aliasing",
+    "check_copies",
+    "check_empty",
+    "check_halves",
+    "check_lengths",
+    "check_resets",
+    "check_reverse",
+    "check_sequence",
+    "check_state_dict",
+    "check_unbatched",
+]
+
+_KEEPS = "Keep whatever a step needs from the one before in the state."
+
+
+def check_sequence(trial: Trial) -> Iterator[str]:
+    """a whole sequence equals a plain loop over step"""
+    with torch.no_grad():
+        expected = trial.loop()
+    yield from trial.compare(trial.scan(), expected, "of the sequence, against a loop over step,", _KEEPS)
+
+
+def check_reverse(trial: Trial) -> Iterator[str]:
+    """a reversed sequence equals a plain loop from each row's last valid step to its first"""
+    lengths = _lengths(trial)
+    expected = _row_by_row(trial, lengths, None, reverse=True)
+    found = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths, reverse=True)
+    yield from trial.compare(found, expected, f"reversed within lengths {lengths}, against a plain loop,", _KEEPS)
+
+
+def check_lengths(trial: Trial) -> Iterator[str]:
+    """with lengths, outputs end and states stop as in a plain loop over each row, whatever the padding holds"""
+    lengths = _lengths(trial)
+    expected = _row_by_row(trial, lengths, None)
+    found = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths)
+    yield from trial.compare(found, expected, f"with lengths {lengths}, against a plain loop,", _KEEPS)
+
+
+def check_resets(trial: Trial) -> Iterator[str]:
+    """with resets, rows begin again from initial_state as in a plain loop over each row"""
+    lengths = [trial.steps] * trial.batch_size
+    resets = torch.zeros(trial.steps, trial.batch_size, dtype=torch.bool)
+    resets[1, 0] = resets[-1, 1:] = resets[0, -1] = True
+    expected = _row_by_row(trial, lengths, resets)
+    fix = "initial_state must give the same at every call, and all memory must be in the state."
+    yield from trial.compare(trial.scan(resets=resets), expected, "with resets, against a plain loop,", fix)
+
+
+def _lengths(trial: Trial) -> list[int]:
+    """Unsorted, the last row empty, the first whole."""
+    return [trial.steps, *(1 + row % trial.steps for row in range(trial.batch_size - 2)), 0]
+
+
+def _padded_with_nan(trial: Trial, lengths: list[int]) -> State:
+    x = trial.given[0].clone()
+    for row, length in enumerate(lengths):
+        x[length:, row] = torch.nan
+    return (x, *trial.given[1:])
+
+
+@torch.no_grad()
+def _row_by_row(trial: Trial, lengths: list[int], resets: Tensor | None, reverse: bool = False) -> Outcome:
+    """Each row by itself: the meaning of lengths, resets and reverse in a dozen lines."""
+    like, cell = trial.like, trial.cell
+    outputs = like.new_zeros(trial.steps, trial.batch_size, cell.output_size)
+    first = cell.initial_state(trial.batch_size, dtype=like.dtype, device=like.device)
+    after: list[State] = []
+    for n, length in enumerate(lengths):
+        rows = slice(n, n + 1)
+        state = tuple(value[rows] for value in trial.state)
+        for t in reversed(range(length)) if reverse else range(length):
+            if resets is not None and resets[t, n]:
+                state = tuple(value[rows] for value in first)
+            output, state = cell.step(trial.at(t, rows=rows), state)
+            outputs[t, n] = output[0]
+        after.append(state)
+    return outputs, tuple(torch.cat(column) for column in zip(*after, strict=True))
+
+
+def check_halves(trial: Trial) -> Iterator[str]:
+    """two halves, the state carried over, equal the whole"""
+    middle = trial.steps // 2
+    with torch.no_grad():
+        whole = run(trial.cell, trial.inputs, trial.state, Options())
+        first = run(trial.cell, _times(trial.inputs, slice(0, middle)), trial.state, Options())
+        second = run(trial.cell, _times(trial.inputs, slice(middle, None)), first[1], Options())
+    joined = torch.cat((first[0], second[0])), second[1]
+    yield from trial.compare(joined, whole, f"of two halves, cut at step {middle}, against the whole,", _KEEPS)
+
+
+def _times(inputs: State, times: slice) -> State:
+    return tuple(value if value.shape[0] == 1 else value[times] for value in inputs)
+
+
+def check_empty(trial: Trial) -> Iterator[str]:
+    """no steps give an empty output and the given state"""
+    expected = trial.like.new_zeros(0, trial.batch_size, trial.cell.output_size), trial.state
+    found = trial.scan(_times(trial.given, slice(0, 0)))
+    yield from trial.compare(found, expected, "of a sequence of no steps", "draw() is called with steps=0 then.")
+
+
+def check_unbatched(trial: Trial) -> Iterator[str]:
+    """input and state without a batch dimension give what a batch of one gives, in layers and in cell(x)"""
+    cell, fix = trial.cell, "Leave forward to fusecell.Cell, and index from the end in step: x[..., :n], dim=-1."
+    given = tuple(value[:, :1] for value in trial.given)
+    state = tuple(value[:1] for value in trial.state)
+    batched = trial.scan(given, state)
+    outputs, after = trial.scan(tuple(value[:, 0] for value in given), tuple(value[0] for value in state))
+    found = outputs[:, None], tuple(value[None] for value in after)
+    yield from trial.compare(found, batched, "of a sequence without a batch", fix)
+    one = _one(trial, given, state)
+    alone = _one(trial, tuple(value[:, 0] for value in given), tuple(value[0] for value in state))
+    for name, value, expected in zip(cell.states, alone, one, strict=True):
+        if not trial.close(value[None], expected):
+            yield f"state {name} of cell(x) without a batch {apart(value[None], expected)}. {fix}"
+
+
+def _one(trial: Trial, given: State, state: State) -> State:
+    """The state after one call of the cell as a module, as torch.nn's cells are called."""
+    torch.manual_seed(trial.seed + 2)
+    x = tuple(value[0] for value in given)
+    with torch.no_grad():
+        return state_tuple(trial.cell, trial.cell(x if len(x) > 1 else x[0], bare(state)))
+
+
+def check_aliasing(trial: Trial) -> Iterator[str]:
+    """what layers and cell(x) return shares memory with nothing they were given, nor with each other"""
+    given = {
+        **{f"input {name}": value for name, value in zip(trial.cell.inputs, trial.given, strict=False)},
+        **{f"state {name}": value for name, value in zip(trial.cell.states, trial.state, strict=True)},
+        **{f"parameter {name}": value for name, value in trial.cell.named_parameters()},
+        **{f"buffer {name}": value for name, value in trial.cell.named_buffers()},
+    }
+    for call in ("a layer", "a layer over no steps", "cell(x)"):
+        results = _results(trial, call)
+        owners = {_memory(value): name for name, value in given.items() if value.numel()}
+        for name, value in results.items():
+            if value.numel() and _memory(value) in owners:
+                yield (
+                    f"{name} that {call} returns shares its memory with {owners[_memory(value)]}; writing to one would "
+                    "change the other. Leave forward to fusecell.Cell, which copies, or return a clone()."
+                )
+            owners[_memory(value)] = name
+
+
+def _results(trial: Trial, call: str) -> dict[str, Tensor]:
+    names = [f"state {name}" for name in trial.cell.states]
+    if call == "cell(x)":
+        return dict(zip(names, _one(trial, trial.given, trial.state), strict=True))
+    outputs, after = trial.scan(trial.given if call == "a layer" else _times(trial.given, slice(0, 0)))
+    return {"the output": outputs, **dict(zip(names, after, strict=True))}
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def check_copies(trial: Trial) -> Iterator[str]:
+    """pickle and deepcopy give a cell that computes the same"""
+    with torch.no_grad():
+        expected = trial.loop()
+    for how, duplicate in (("pickle", _pickled), ("deepcopy", copy.deepcopy)):
+        try:
+            twin = duplicate(trial.cell)
+        except Exception as problem:
+            yield (
+                f"{how} raises {kinds(problem)}: {problem}. Define the class at the top of a module, and keep lambdas, "
+                "open files and computed tensors out of its attributes."
+            )
+            continue
+        other = Trial(twin, trial.steps, trial.batch_size, trial.seed, trial.extras)
+        with torch.no_grad():
+            fix = "Attributes that step uses must survive the copy; see __getstate__."
+            yield from trial.compare(other.loop(), expected, f"of a copy by {how}", fix)
+
+
+def _pickled(cell: Cell) -> Cell:
+    twin: Cell = pickle.loads(pickle.dumps(cell))
+    return twin
+
+
+def check_state_dict(trial: Trial) -> Iterator[str]:
+    """the state_dict holds the cell's parameters and buffers, nothing else, and loads back"""
+    cell = trial.cell
+    saved = cell.state_dict()
+    parameters = {name: value.detach() for name, value in cell.named_parameters(remove_duplicate=False)}
+    held = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}
+    for name in saved.keys() - held.keys():
+        yield f"state_dict holds {name!r}, which is neither parameter nor buffer. Leave get_extra_state unwritten."
+    for name in parameters.keys() - saved.keys():
+        yield f"state_dict lacks the parameter {name!r}, so saving a model would lose it."
+    for name in saved.keys() & held.keys():
+        if not same(saved[name], held[name]):
+            yield f"{name!r} in the state_dict {apart(saved[name], held[name])}, which is what the cell holds."
+    problems = copy.deepcopy(cell).load_state_dict(saved, strict=False)
+    for name in (*problems.missing_keys, *problems.unexpected_keys):
+        yield f"load_state_dict doesn't take {name!r} from the cell's own state_dict."

@@ -1,0 +1,213 @@
+"""Checks of ``step`` itself, without a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fusecell.cell import Cell, noting
+from fusecell.runner import State
+from fusecell.testing.trial import Trial, apart, kinds, same
+
+__all__ = ["check_branches", "check_gradients", "check_notes", "check_purity", "check_rows", "check_shapes"]
+
+
+def check_shapes(trial: Trial) -> Iterator[str]:
+    """output, states and initial state have their declared sizes and the dtype of the input"""
+    cell, rows = trial.cell, trial.batch_size
+    sizes = cell.state_sizes
+    if len(sizes) != len(cell.states):
+        yield f"state_sizes {sizes} has {len(sizes)} entries for the states {cell.states}. Give one size per name."
+        return
+    for dtype in {trial.like.dtype, torch.float64}:
+        moved = trial if dtype == trial.like.dtype else trial.doubled()
+        label = "" if moved is trial else f" after cell.to({dtype})"
+        start = moved.cell.initial_state(rows, dtype=dtype, device=moved.like.device)
+        yield from _misshapen("initial_state", label, start, cell.states, [(rows, size) for size in sizes], dtype)
+        with torch.no_grad():
+            result: Any = moved.cell.step(moved.at(0), moved.state)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
+            yield f"step returns {kinds(result)}; expected (output, state) with state a tuple: `return h, (h,)`."
+            return
+        output, after = result
+        yield from _misshapen("step", label, (output,), ("output",), [(rows, cell.output_size)], dtype)
+        yield from _misshapen("step", label, after, cell.states, [(rows, size) for size in sizes], dtype)
+
+
+def _misshapen(
+    source: str, label: str, values: State, names: Sequence[str], shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> Iterator[str]:
+    if len(values) != len(names):
+        yield f"{source} gives {len(values)} states{label}, expected {len(names)} ({', '.join(names)})."
+        return
+    for value, name, shape in zip(values, names, shapes, strict=True):
+        if tuple(value.shape) != shape:
+            yield (
+                f"{source} gives {name} of shape {tuple(value.shape)}{label}, expected {shape}. "
+                "Set self.state_sizes or self.output_size where a size is not hidden_size."
+            )
+        if value.dtype != dtype:
+            yield (
+                f"{source} gives {name} in {value.dtype}{label}, expected {dtype}. "
+                "Make constants with x.new_tensor(...), or keep them as buffers, so that they follow the cell."
+            )
+
+
+def check_purity(trial: Trial) -> Iterator[str]:
+    """step gives the same twice, changes nothing it was given, and draws no random numbers"""
+    cell = trial.cell
+    x, state = trial.at(0), trial.state
+    inputs = x if isinstance(x, tuple) else (x,)
+    named = {
+        **{f"input {name}": value for name, value in zip(cell.inputs, inputs, strict=True)},
+        **{f"state {name}": value for name, value in zip(cell.states, state, strict=True)},
+        **{f"parameter {name}": value for name, value in cell.named_parameters()},
+        **{f"buffer {name}": value for name, value in cell.named_buffers()},
+    }
+    before = {name: value.detach().clone() for name, value in named.items()}
+    generator = torch.get_rng_state()
+    with torch.no_grad():
+        output, after = cell.step(x, state)
+        first = output.clone(), tuple(value.clone() for value in after)
+        drew = not torch.equal(generator, torch.get_rng_state())
+        torch.manual_seed(trial.seed + 99)
+        second = cell.step(x, state)
+    for name, value in named.items():
+        if not same(value, before[name]):
+            yield f"step changes {name} in place: it {apart(value, before[name])}. Compute a new tensor instead."
+    if drew:
+        yield (
+            "step uses the global random generator. Draw in draw(), which is called once per call, and take the "
+            "result as one of `inputs`; dropout between the cells of a Stack is for scan, so check a Stack in eval()."
+        )
+    fix = "Keep nothing from call to call outside of the state, and draw random numbers in draw()."
+    yield from trial.compare(second, first, "of a second call with the same arguments", fix)
+
+
+def check_branches(trial: Trial) -> Iterator[str]:
+    """step reads no tensor's value into Python, so that the same operations run for every value"""
+    with _Reads() as reads, torch.no_grad():
+        trial.cell.step(trial.at(0), trial.state)
+    if reads.calls:
+        yield (
+            f"step reads a tensor's value into Python ({', '.join(reads.calls)}), so what it computes may depend on "
+            "it. Choose between values with torch.where, and keep numbers as numbers or as 0-dim buffers."
+        )
+
+
+class _Reads(TorchFunctionMode):
+    """Collects the calls that hand a tensor's value to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy"):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def check_gradients(trial: Trial) -> Iterator[str]:
+    """gradients of two steps agree with finite differences in float64"""
+    double = trial.doubled()
+    wrapper = _TwoSteps(double)
+    leaves = {
+        **{f"input {n}": v for n, v in zip(double.cell.inputs, double.inputs, strict=True) if v.is_floating_point()},
+        **{f"state {name}": value for name, value in zip(double.cell.states, double.state, strict=True)},
+        **{f"parameter {name}": value.detach() for name, value in double.cell.named_parameters()},
+    }
+    for name, leaf in leaves.items():
+        if not leaf.numel():
+            continue
+        tested = leaf.clone().requires_grad_()
+        try:
+            # The full Jacobian takes two runs per number; past a thousand a random projection of it has to do.
+            torch.autograd.gradcheck(wrapper.of(name), (tested,), fast_mode=leaf.numel() > 1000)
+        except RuntimeError as problem:
+            lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+            yield (
+                f"the gradient of {name} is not that of the values: {' '.join(lines)[:400]}. Look for detach(), "
+                ".data, no_grad() and a custom backward in step. A cell with kinks (relu, abs, clamp) can differ at "
+                "the kink itself: try another seed. If the gradient is meant to differ, skip=('gradients',)."
+            )
+
+
+class _TwoSteps(nn.Module):
+    """Two steps as a function of one tensor, so that what a state hands on is differentiated too."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        self.cell = trial.cell
+        self.trial = trial
+
+    def forward(self, inputs: State, state: State) -> State:
+        outputs: list[Tensor] = []
+        for t in range(2):
+            output, state = self.cell.step(self.trial.at(t, inputs), state)
+            outputs.append(output)
+        return (*outputs, *state)
+
+    def of(self, name: str) -> Callable[[Tensor], State]:
+        """The function of the tensor called ``name``, every other one fixed."""
+        kind, label = name.split(" ", 1)
+        inputs, states = list(self.trial.inputs), list(self.trial.state)
+
+        def run(value: Tensor) -> State:
+            given, start, parameters = list(inputs), list(states), {}
+            if kind == "input":
+                given[self.cell.inputs.index(label)] = value
+            elif kind == "state":
+                start[self.cell.states.index(label)] = value
+            else:
+                parameters = {f"cell.{label}": value}
+            results = torch.func.functional_call(self, parameters, (tuple(given), tuple(start)))
+            return tuple(result + 0 * value.sum() for result in results)  # what doesn't use it has gradient 0
+
+        return run
+
+
+def check_rows(trial: Trial) -> Iterator[str]:
+    """rows of a batch are independent: alone or together, whatever the others hold"""
+    whole = trial.loop()
+    for row in (0, trial.batch_size - 1):
+        rows = slice(row, row + 1)
+        alone = trial.loop(state=tuple(value[rows] for value in trial.state), rows=rows)
+        expected = whole[0][:, rows], tuple(value[rows] for value in whole[1])
+        fix = "Reduce over the last dimension only, and give sizes as -1 or x.shape[0], never as squeeze()."
+        yield from trial.compare(alone, expected, f"of row {row} alone, against the same row in the batch,", fix)
+    changed = tuple(torch.cat((value[:, :1] * 3 + 1, value[:, 1:]), 1) for value in trial.inputs)
+    state = tuple(torch.cat((value[:1] * 3 + 1, value[1:])) for value in trial.state)
+    others = slice(1, None)
+    after = trial.loop(changed, state)
+    fix = "A step must not mix rows, as batch norm or a mean over dim 0 does; use layer norm or the last dimension."
+    yield from trial.compare(
+        (after[0][:, others], tuple(value[others] for value in after[1])),
+        (whole[0][:, others], tuple(value[others] for value in whole[1])),
+        "of other rows, when only row 0 is changed,",
+        fix,
+    )
+
+
+def check_notes(trial: Trial) -> Iterator[str]:
+    """names given by note are unique in a step, differ from the states', and name a row per row"""
+    seen: dict[tuple[int, str], Cell] = {}
+    found: list[tuple[Cell, str, Tensor]] = []
+    with noting(lambda cell, name, value: found.append((cell, name, value))), torch.no_grad():
+        trial.cell.step(trial.at(0), trial.state)
+    for cell, name, value in found:
+        if (id(cell), name) in seen:
+            yield f"note names {name!r} twice in a step. Give each value its own name, such as {name}1 and {name}2."
+        seen[id(cell), name] = cell
+        if name in (*cell.states, "output"):
+            yield f"note uses {name!r}, which is recorded anyway as a state or the output. Choose another name."
+        if value.dim() != 2 or value.shape[0] != trial.batch_size:
+            yield (
+                f"note names {name!r} a value of shape {tuple(value.shape)}, expected ({trial.batch_size}, size): "
+                "one row for each row of the input."
+            )
