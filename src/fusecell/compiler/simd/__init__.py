@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from fusecell.compiler.simd.functions import BINARY, UNARY
+from fusecell.compiler.simd.functions import ARITHMETIC, Rule
 from fusecell.compiler.simd.precision import PRECISIONS
 from fusecell.compiler.simd.text import LANES, VectorFunction, function_name
+from fusecell.compiler.simd.wide import cos, power, sin
 
 __all__ = ["BINARY_OPS", "LANES", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
 
-UNARY_OPS: tuple[str, ...] = tuple(UNARY)
-BINARY_OPS: tuple[str, ...] = tuple(BINARY)
+RULES: dict[str, Rule] = {**ARITHMETIC, "sin": sin, "cos": cos, "pow": power}
+BINARY_OPS: tuple[str, ...] = ("pow", "maximum", "minimum")
+UNARY_OPS: tuple[str, ...] = tuple(op for op in RULES if op not in BINARY_OPS)
 OPS: tuple[str, ...] = UNARY_OPS + BINARY_OPS
 
 
@@ -26,9 +28,9 @@ def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
         raise ValueError(f"no vector functions for dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}")
     if op not in OPS:
         raise ValueError(f"no vector function {op!r}: expected one of {', '.join(OPS)}")
-    arguments, rule = (("%x", "%y"), BINARY[op]) if op in BINARY else (("%x",), UNARY[op])
+    arguments = ("%x", "%y") if op in BINARY_OPS else ("%x",)
     function = VectorFunction(PRECISIONS[dtype], arguments)
-    result = rule(function, *arguments)
+    result = RULES[op](function, *arguments)
     return function.definition(op, result), frozenset(function.declares)
 
 

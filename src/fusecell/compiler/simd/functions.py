@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf, nan
 
-from fusecell.compiler.simd.text import LANES, VectorFunction
+from fusecell.compiler.simd.text import VectorFunction
 
 Rule = Callable[..., str]
 
 
-def _nearest_integer(f: VectorFunction, x: str, per_unit: float, biased_by: int = 0) -> tuple[str, str]:
+def nearest_integer(f: VectorFunction, x: str, per_unit: float, biased_by: int = 0) -> tuple[str, str]:
     """n = round(x * per_unit), as a number and as bits whose lowest part is n + biased_by."""
     rounder = f.precision.rounder + biased_by
     shifted = f.fma("shifted", x, per_unit, rounder)
     return f.sub("n", shifted, rounder), f.bits("n.bits", shifted)
 
 
-def _reduce(f: VectorFunction, n: str, x: str, parts: tuple[float, ...]) -> str:
+def reduce(f: VectorFunction, n: str, x: str, parts: tuple[float, ...]) -> str:
     """x - n * (the sum of parts), part by part (Cody and Waite)."""
     for part in parts:
         x = f.fma("r", n, -part, x)
@@ -42,8 +42,8 @@ def exp(f: VectorFunction, x: str) -> str:
     p = f.precision
     least, largest = p.exp_range
     f.note("exp(x) = 2^n exp(r), r = x - n ln 2")
-    n, n_bits = _nearest_integer(f, x, p.log2e)
-    r = _reduce(f, n, x, p.ln2)
+    n, n_bits = nearest_integer(f, x, p.log2e)
+    r = reduce(f, n, x, p.ln2)
     poly = f.horner("p", r, p.exp)
     mantissa = f.horner("p", r, (1.0, 1.0), start=poly)
     f.note("n is added to the exponent bits: right up to the last finite result, where 2^n itself is not")
@@ -60,8 +60,8 @@ def sigmoid(f: VectorFunction, x: str) -> str:
     lowest, highest = p.sigmoid_range
     f.note("1 / (1 + exp(-x)); exp(-x) = 2 exp(r) 2^(n-1), which overflows to inf where it should")
     y = f.at_most("y", f.at_least("y", x, lowest), highest)
-    n, n_bits = _nearest_integer(f, y, -p.log2e, p.bias - 1)
-    r = _reduce(f, n, f.neg("minus.y", y), p.ln2)
+    n, n_bits = nearest_integer(f, y, -p.log2e, p.bias - 1)
+    r = reduce(f, n, f.neg("minus.y", y), p.ln2)
     half_scale = _power_of_two(f, n_bits)
     twice = f.horner("p", r, [2.0, 2.0, *_scaled(p.exp, 2.0, 1.0)])
     return f.div("result", 1.0, f.fma("bottom", twice, half_scale, 1.0))
@@ -71,8 +71,8 @@ def tanh(f: VectorFunction, x: str) -> str:
     p = f.precision
     f.note("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
     a = f.at_most("a", f.intrinsic("a", "fabs", x), p.tanh_limit)
-    n, n_bits = _nearest_integer(f, a, 2.0 * p.log2e, p.bias)
-    r = _reduce(f, n, a, tuple(part / 2.0 for part in p.ln2_for_small_n))
+    n, n_bits = nearest_integer(f, a, 2.0 * p.log2e, p.bias)
+    r = reduce(f, n, a, tuple(part / 2.0 for part in p.ln2_for_small_n))
     scale = _power_of_two(f, n_bits)
     poly = f.horner("p", r, _scaled(p.exp, 2.0, 2.0))
     g = f.fma("g", f.mul("r2", r, r), poly, r)
@@ -92,8 +92,8 @@ def expm1(f: VectorFunction, x: str) -> str:
     lowest, highest = p.expm1_range
     f.note("2 (2^(n-1) expm1(r) + 2^(n-1) - 1/2), r = x - n ln 2: the doubling overflows where it should")
     y = f.at_most("y", f.at_least("y", x, lowest), highest)
-    n, n_bits = _nearest_integer(f, y, p.log2e, p.bias - 1)
-    r = _reduce(f, n, y, p.ln2)
+    n, n_bits = nearest_integer(f, y, p.log2e, p.bias - 1)
+    r = reduce(f, n, y, p.ln2)
     half_scale = _power_of_two(f, n_bits)
     q = f.fma("q", f.mul("r2", r, r), f.horner("p", r, p.exp), r)
     half = f.fma("half", half_scale, q, f.sub("rest", half_scale, 0.5))
@@ -159,8 +159,8 @@ def erf(f: VectorFunction, x: str) -> str:
     f.note("-expm1(-g(|x|)) with g = -log(1 - erf): relative precision at both ends, and no division")
     a = f.at_most("a", f.intrinsic("a", "fabs", x), p.erf_limit)
     g = f.fma("g", a, f.horner("g", a, p.erf), a)
-    n, n_bits = _nearest_integer(f, g, -p.log2e, p.bias)
-    r = _reduce(f, n, f.neg("minus.g", g), p.ln2_for_small_n)
+    n, n_bits = nearest_integer(f, g, -p.log2e, p.bias)
+    r = reduce(f, n, f.neg("minus.g", g), p.ln2_for_small_n)
     scale = _power_of_two(f, n_bits)
     q = f.fma("q", f.mul("r2", r, r), f.horner("p", r, p.exp), r)
     return f.intrinsic("result", "copysign", f.fma("negated", scale, q, f.sub("rest", scale, 1.0)), x)
@@ -206,35 +206,7 @@ def minimum(f: VectorFunction, x: str, y: str) -> str:
     return f.select("result", f.compare("x.nan", "uno", x, x), x, lesser)
 
 
-def _by_lane(f: VectorFunction, function: str, *args: str) -> str:
-    """The C library's double function, lane by lane; float32 is widened before and rounded once after."""
-    scalar = f.precision.scalar
-    f.declares.add(f"declare double @{function}({', '.join(['double'] * len(args))})")
-    result = "poison"
-    for lane in range(LANES):
-        given = [f.value("lane", f"extractelement {f.vector} {a}, i32 {lane}") for a in args]
-        if scalar == "float":
-            given = [f.value("wide", f"fpext float {a} to double") for a in given]
-        y = f.value("y", f"call double @{function}({', '.join(f'double {a}' for a in given)})")
-        if scalar == "float":
-            y = f.value("narrow", f"fptrunc double {y} to float")
-        result = f.value("result", f"insertelement {f.vector} {result}, {scalar} {y}, i32 {lane}")
-    return result
-
-
-def sin(f: VectorFunction, x: str) -> str:
-    return _by_lane(f, "sin", x)
-
-
-def cos(f: VectorFunction, x: str) -> str:
-    return _by_lane(f, "cos", x)
-
-
-def power(f: VectorFunction, x: str, y: str) -> str:
-    return _by_lane(f, "pow", x, y)
-
-
-UNARY: dict[str, Rule] = {
+ARITHMETIC: dict[str, Rule] = {
     "exp": exp,
     "expm1": expm1,
     "log": log,
@@ -243,13 +215,12 @@ UNARY: dict[str, Rule] = {
     "sigmoid": sigmoid,
     "sqrt": sqrt,
     "rsqrt": rsqrt,
-    "sin": sin,
-    "cos": cos,
     "erf": erf,
     "abs": absolute,
     "neg": neg,
     "sign": sign,
     "floor": floor,
     "reciprocal": reciprocal,
+    "maximum": maximum,
+    "minimum": minimum,
 }
-BINARY: dict[str, Rule] = {"pow": power, "maximum": maximum, "minimum": minimum}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fusecell.compiler.simd.precision import Precision
+from fusecell.compiler.simd.precision import F64, Precision
 
 LANES = 16
 
@@ -34,10 +34,13 @@ class VectorFunction:
     arguments: tuple[str, ...]
     lines: list[str] = field(default_factory=list)
     declares: set[str] = field(default_factory=set)
+    helpers: list[str] = field(default_factory=list)
+    """Definitions of functions that this one calls."""
     _uses: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._uses.update({argument.removeprefix("%"): 1 for argument in self.arguments})
+        for argument in self.arguments:
+            self._uses.setdefault(argument.removeprefix("%"), 1)
 
     @property
     def vector(self) -> str:
@@ -97,7 +100,9 @@ class VectorFunction:
         """a * b + c, rounded once."""
         return self.intrinsic(name, "fma", a, b, c)
 
-    def horner(self, name: str, x: str, coefficients: Sequence[float], *, start: Operand | None = None) -> str:
+    def horner(
+        self, name: str, x: str, coefficients: Sequence[float], *, start: Operand | None = None
+    ) -> str:
         """c0 + x c1 + x^2 c2 ..., plus ``start`` times the next power of x."""
         rest = list(coefficients)
         p: Operand = rest.pop() if start is None else start
@@ -112,7 +117,9 @@ class VectorFunction:
 
     def select(self, name: str, mask: str, a: Operand, b: Operand) -> str:
         first, second = self.operand(a), self.operand(b)
-        return self.value(name, f"select <{LANES} x i1> {mask}, {self.vector} {first}, {self.vector} {second}")
+        return self.value(
+            name, f"select <{LANES} x i1> {mask}, {self.vector} {first}, {self.vector} {second}"
+        )
 
     def at_most(self, name: str, x: str, limit: Operand) -> str:
         """min(x, limit), and NaN where x is NaN."""
@@ -133,9 +140,36 @@ class VectorFunction:
     def int_op(self, name: str, opcode: str, a: str | int, b: str | int) -> str:
         return self.value(name, f"{opcode} {self.ints} {self.int_operand(a)}, {self.int_operand(b)}")
 
-    def definition(self, op: str, result: str) -> str:
-        """The finished text: ``define internal ... { ... }``."""
+    # float32 in double arithmetic
+
+    def widened(self) -> VectorFunction:
+        """The same function, to be written on in double."""
+        return replace(self, precision=F64)
+
+    def widen(self, narrow: VectorFunction, x: str) -> str:
+        return self.value("wide", f"fpext {narrow.vector} {x} to {self.vector}")
+
+    def narrowed(self, wide: VectorFunction, x: str) -> str:
+        return self.value("narrow", f"fptrunc {wide.vector} {x} to {self.vector}")
+
+    # the whole
+
+    def where_rare(self, mask: str, op: str, x: str, otherwise: str) -> str:
+        """The function of ``op`` where the mask is set, called only if some lane needs it."""
+        reduction = f"@llvm.vector.reduce.or.v{LANES}i1"
+        self.declares.add(f"declare i1 {reduction}(<{LANES} x i1>)")
+        needed = self.value("needed", f"call i1 {reduction}(<{LANES} x i1> {mask})")
+        self.lines += ["  br label %usual", "usual:", f"  br i1 {needed}, label %rare, label %done", "rare:"]
+        name = function_name(op, self.precision.dtype)
+        called = self.value("called", f"call {self.vector} {name}({self.vector} {x})")
+        merged = self.select("merged", mask, called, otherwise)
+        self.lines += ["  br label %done", "done:"]
+        return self.value("either", f"phi {self.vector} [ {otherwise}, %usual ], [ {merged}, %rare ]")
+
+    def definition(self, op: str, result: str, attributes: str = "alwaysinline nounwind") -> str:
+        """The finished text: ``define internal ... { ... }``, helpers first."""
         given = ", ".join(f"{self.vector} {a}" for a in self.arguments)
         name = function_name(op, self.precision.dtype)
-        head = f"define internal {self.vector} {name}({given}) alwaysinline nounwind {{"
-        return "\n".join([head, *self.lines, f"  ret {self.vector} {result}", "}", ""])
+        head = f"define internal {self.vector} {name}({given}) {attributes} {{"
+        body = "\n".join([head, *self.lines, f"  ret {self.vector} {result}", "}", ""])
+        return "\n".join([*self.helpers, body])
