@@ -1,0 +1,9 @@
+"""The main job: a character model learns Python from the machine's own standard library.
+
+corpus → model → train → baselines → sample → report, one file each; ``job`` runs them in that order.
+"""
+
+from fusecell.demo.job import run_demo
+from fusecell.demo.settings import Settings
+
+__all__ = ["Settings", "run_demo"]

@@ -1,0 +1,141 @@
+"""Training: truncated backpropagation through time, the state carried from window to window."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusecell.demo.model import CharacterModel, build_model
+from fusecell.demo.settings import Settings
+from fusecell.layers import detach
+
+__all__ = ["Budget", "Point", "Trainer", "evaluate", "in_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of the learning curves.
+
+    Arguments:
+        seconds: of training alone, evaluation left out.
+        characters: trained on so far.
+        training: bits per character since the point before.
+        held_out: bits per character of held-out text.
+    """
+
+    seconds: float
+    characters: int
+    training: float
+    held_out: float
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How far to train: until so many seconds or steps have been spent in all."""
+
+    seconds: float = math.inf
+    steps: float = math.inf
+
+    def used(self, trainer: Trainer) -> float:
+        """The share used up, 0 to 1."""
+        return min(max(trainer.seconds / self.seconds, trainer.step / self.steps), 1.0)
+
+
+@dataclass
+class Trainer:
+    """A model in training, with all that going on from here needs."""
+
+    settings: Settings
+    text: Tensor
+    model: CharacterModel
+    optimizer: torch.optim.Adam
+    state: Tensor | None = None
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+
+    @classmethod
+    def new(cls, settings: Settings, training: NDArray[np.int64], vocabulary_size: int) -> Trainer:
+        """A trainer at its first step.
+
+        Raises:
+            ValueError: if the text is too short for one window of each row.
+        """
+        text = in_rows(training, settings.batch_size)
+        if len(text) <= settings.window:
+            raise ValueError(
+                f"{len(training)} characters are too few for {settings.batch_size} rows with windows of "
+                f"{settings.window}; lower batch_size or window."
+            )
+        model = build_model(settings, vocabulary_size)
+        return cls(settings, text, model, torch.optim.Adam(model.parameters(), lr=settings.learning_rate))
+
+    @property
+    def characters(self) -> int:
+        """Characters trained on so far."""
+        return self.step * self.settings.window * self.settings.batch_size
+
+    def learning_rate(self, used: float) -> float:
+        """A short rise, then half a cosine down to a fiftieth."""
+        peak, warmup = self.settings.learning_rate, self.settings.warmup
+        if used < warmup:
+            return peak * max(used / warmup, 0.05)
+        return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup))) / 2)
+
+    def advance(self, used: float) -> float:
+        """One update on the next window of every row; returns its bits per character.
+
+        Arguments:
+            used: the share of the budget behind us, for the learning rate.
+        """
+        began = time.perf_counter()
+        ids, targets = self._next_window()
+        scores, state = self.model(ids, self.state)
+        loss = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(used)
+        self.optimizer.step()
+        self.state = detach(state)
+        self.step += 1
+        self.seconds += time.perf_counter() - began
+        return loss.item() / math.log(2)
+
+    def run(self, budget: Budget) -> Iterator[float]:
+        """Advance until the budget is used up, yielding each step's bits per character."""
+        while (used := budget.used(self)) < 1:
+            yield self.advance(used)
+
+    def _next_window(self) -> tuple[Tensor, Tensor]:
+        window = self.settings.window
+        per_pass = (len(self.text) - 1) // window
+        start = self.step % per_pass * window
+        if start == 0:
+            self.state = None
+        return self.text[start : start + window], self.text[start + 1 : start + window + 1]
+
+
+def in_rows(ids: NDArray[np.int64], rows: int) -> Tensor:
+    """A text cut into rows of equal length, time-major: (len(ids) // rows, rows)."""
+    length = len(ids) // rows
+    return torch.from_numpy(ids[: length * rows].reshape(rows, length).T.copy())
+
+
+@torch.no_grad()
+def evaluate(model: CharacterModel, text: Tensor, window: int = 256) -> float:
+    """Bits per character of (T, N) ids, the state carried from window to window."""
+    total, state = 0.0, None
+    for start in range(0, len(text) - 1, window):
+        targets = text[start + 1 : start + window + 1]
+        scores, state = model(text[start : start + len(targets)], state)
+        total += nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    return total / ((len(text) - 1) * text.shape[1]) / math.log(2)
