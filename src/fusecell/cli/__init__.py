@@ -1,0 +1,21 @@
+"""The command line: ``fusecell demo``, ``cells``, ``count`` and ``summary``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+_EXTRA = {"typer", "rich", "safetensors", "matplotlib"}
+
+
+def main() -> None:
+    """Run the command line; without the packages it needs, say how to install them."""
+    try:
+        from fusecell.cli.commands import app
+
+        app()
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.partition(".")[0] not in _EXTRA:
+            raise
+        sys.exit(f'fusecell\'s command line needs {missing.name}:  pip install "fusecell[demo]"')

@@ -1,0 +1,120 @@
+"""The commands; each reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fusecell import __version__
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Write one time step of a recurrent network in plain PyTorch; run it over whole sequences.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fusecell {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options before any command."""
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = 90.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many updates, if that is sooner.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in the output folder.")] = False,
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-output"),
+    layer: Annotated[str, typer.Option(help="Whose GRU to train: fusecell or torch.")] = "fusecell",
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="Features of each layer.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of text read side by side.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights, the order of the files and the sample.")] = 0,
+) -> None:
+    """Teach a character model Python from this machine's own standard library."""
+    from fusecell.demo import Settings, run_demo
+
+    sizes = {"hidden_size": hidden_size, "batch_size": batch_size}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    try:
+        run_demo(
+            Settings(layer=layer, seed=seed, **given),
+            seconds=seconds,
+            steps=math.inf if steps is None else steps,
+            output=output,
+            resume=resume,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Go on with: fusecell demo --resume")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def cells() -> None:
+    """The cells that come with fusecell."""
+    from fusecell.cells import CELLS
+
+    table = Table("name", "states", "what it is, its step, its paper", show_lines=True)
+    for member in CELLS:
+        states = ", ".join(member.make(2, 2).states)
+        lines = Text(f"{member.summary} ({member.cell.__name__})\n")
+        lines.append(f"{member.equation}\n", style="bold").append(member.paper, style="dim")
+        table.add_row(member.name, states, lines)
+    Console().print(table)
+
+
+@app.command()
+def count(
+    seq_len: Annotated[int, typer.Option(min=0, help="Steps of the sequence.")],
+    layers: Annotated[int, typer.Option(min=1, help="Layers above one another.")] = 1,
+    bidirectional: Annotated[bool, typer.Option(help="A second direction, from the end to the start.")] = False,
+) -> None:
+    """How many cell calls one sequence takes: seq_len x directions x layers."""
+    from fusecell.drop_in import GRU
+    from fusecell.summary import count_cells
+
+    calls = count_cells(GRU(1, 1, num_layers=layers, bidirectional=bidirectional), seq_len)
+    directions = 2 if bidirectional else 1
+    typer.echo(f"{seq_len} steps x {directions} direction(s) x {layers} layer(s) = {calls} cell calls")
+    typer.echo(f"by {layers * directions} distinct cell(s), each with its own weights, shared over time")
+
+
+@app.command()
+def summary(
+    module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
+    cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
+    input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 5,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
+    seq_len: Annotated[int, typer.Option(min=0, help="Steps of the sequence.")] = 35,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
+) -> None:
+    """Parameters, multiply-accumulates, shapes and cell calls of a layer."""
+    from fusecell.cli.find import find_cell, find_module
+    from fusecell.summary import summary as summarize
+
+    if (module is None) == (cell is None):
+        raise typer.BadParameter("give either MODULE:FACTORY or --cell NAME")
+    try:
+        layer = find_module(module) if module is not None else find_cell(str(cell), input_size, hidden_size)
+        text = str(summarize(layer, seq_len, batch_size))
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(text)
