@@ -1,4 +1,4 @@
-"""The vector functions, compiled and run: accuracy against float64 and mpmath, edges against torch, equal bits."""
+"""The vector functions, compiled and run: accuracy against float64 and mpmath, edges as torch, equal bits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ FORMATS = {"f32": np.float32, "f64": np.float64}
 SCALARS = {"f32": "float", "f64": "double"}
 BITS = {"f32": np.uint32, "f64": np.uint64}
 
-# The largest error in ulp, float32 and float64. What IEEE 754 rounds exactly is held to half an ulp. The float32
-# bounds of exp ... sigmoid and erf hold for every float tried in sweeps of 1.3 to 2.0e8 (tanh and erf: each one).
+# The largest error in ulp, float32 and float64. What IEEE 754 rounds exactly is held to half an ulp. Sweeps
+# over every third float32 (tanh and erf: every one) where the function does anything found exp 0.921, expm1 1.518,
+# log 0.825, log1p 1.392, tanh 2.566, sigmoid 2.475, erf 1.839.
 WITHIN_ULP = {
     "exp": (0.93, 0.93),
     "expm1": (1.55, 2.0),
@@ -67,7 +68,8 @@ def loop_over(op: str, dtype: str) -> str:
     vector = f"<{simd.LANES} x {SCALARS[dtype]}>"
     names = ("x", "y") if op in simd.BINARY_OPS else ("x",)
     loads = "\n".join(
-        f"  %{n}.at = getelementptr {vector}, ptr %{n}, i64 %i\n  %{n}.in = load {vector}, ptr %{n}.at, align 8"
+        f"  %{n}.at = getelementptr {vector}, ptr %{n}, i64 %i\n"
+        f"  %{n}.in = load {vector}, ptr %{n}.at, align 8"
         for n in names
     )
     declared = "\n".join(sorted(simd.declarations([op], dtype)))

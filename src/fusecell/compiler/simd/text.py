@@ -110,7 +110,7 @@ class VectorFunction:
             p = self.fma(name, p, x, rest.pop())
         return self.operand(p)
 
-    # choices; a comparison with NaN is false, so each keeps the NaN of the operand it names
+    # choices; an ordered comparison with NaN is false, so at_most and at_least hand on the NaN of x
 
     def compare(self, name: str, predicate: str, a: Operand, b: Operand) -> str:
         return self.value(name, f"fcmp {predicate} {self.vector} {self.operand(a)}, {self.operand(b)}")
