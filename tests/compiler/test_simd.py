@@ -42,10 +42,7 @@ WITHIN_ULP = {
 }
 EXACT = ("abs", "neg", "sign", "floor", "maximum", "minimum")
 MPMATH = {
-    **{
-        op: getattr(mpmath, op)
-        for op in ("exp", "expm1", "log", "log1p", "tanh", "sqrt", "sin", "cos", "erf")
-    },
+    **{op: getattr(mpmath, op) for op in ("exp", "expm1", "log", "log1p", "tanh", "sqrt", "sin", "cos", "erf")},
     "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
     "rsqrt": lambda x: 1 / mpmath.sqrt(x),
     "reciprocal": lambda x: 1 / x,
@@ -68,8 +65,7 @@ def loop_over(op: str, dtype: str) -> str:
     vector = f"<{simd.LANES} x {SCALARS[dtype]}>"
     names = ("x", "y") if op in simd.BINARY_OPS else ("x",)
     loads = "\n".join(
-        f"  %{n}.at = getelementptr {vector}, ptr %{n}, i64 %i\n"
-        f"  %{n}.in = load {vector}, ptr %{n}.at, align 8"
+        f"  %{n}.at = getelementptr {vector}, ptr %{n}, i64 %i\n  %{n}.in = load {vector}, ptr %{n}.at, align 8"
         for n in names
     )
     declared = "\n".join(sorted(simd.declarations([op], dtype)))
@@ -143,9 +139,7 @@ def run(op: str, dtype: str, *args: np.ndarray, cpu: str = "host") -> np.ndarray
 
 
 def has(cpu: str) -> bool:
-    needed = {"x86-64-v2": ["sse4.2"], "x86-64-v3": ["avx2", "fma"], "x86-64-v4": ["avx512f", "avx512vl"]}[
-        cpu
-    ]
+    needed = {"x86-64-v2": ["sse4.2"], "x86-64-v3": ["avx2", "fma"], "x86-64-v4": ["avx512f", "avx512vl"]}[cpu]
     features = llvm.get_host_cpu_features()
     return all(features.get(feature, False) for feature in needed)
 
@@ -294,9 +288,7 @@ def test_exp_overflows_and_underflows_where_it_must(dtype: str) -> None:
         near = [np.nextafter(edge, float_type(to)) for edge in (top, bottom) for to in (-np.inf, np.inf)]
         x = np.array([top, bottom, *near], float_type)
         truth = [mpmath.exp(mpmath.mpf(float(value))) for value in x]
-        expected = [
-            np.inf if t > float(numbers.max) else 0.0 if t < float(numbers.tiny) else float(t) for t in truth
-        ]
+        expected = [np.inf if t > float(numbers.max) else 0.0 if t < float(numbers.tiny) else float(t) for t in truth]
     got = run("exp", dtype, x)
     np.testing.assert_allclose(got, expected, rtol=2 * float(numbers.eps))
     assert np.isinf(got).any()

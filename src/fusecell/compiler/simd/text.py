@@ -100,9 +100,7 @@ class VectorFunction:
         """a * b + c, rounded once."""
         return self.intrinsic(name, "fma", a, b, c)
 
-    def horner(
-        self, name: str, x: str, coefficients: Sequence[float], *, start: Operand | None = None
-    ) -> str:
+    def horner(self, name: str, x: str, coefficients: Sequence[float], *, start: Operand | None = None) -> str:
         """c0 + x c1 + x^2 c2 ..., plus ``start`` times the next power of x."""
         rest = list(coefficients)
         p: Operand = rest.pop() if start is None else start
@@ -117,9 +115,7 @@ class VectorFunction:
 
     def select(self, name: str, mask: str, a: Operand, b: Operand) -> str:
         first, second = self.operand(a), self.operand(b)
-        return self.value(
-            name, f"select <{LANES} x i1> {mask}, {self.vector} {first}, {self.vector} {second}"
-        )
+        return self.value(name, f"select <{LANES} x i1> {mask}, {self.vector} {first}, {self.vector} {second}")
 
     def at_most(self, name: str, x: str, limit: Operand) -> str:
         """min(x, limit), and NaN where x is NaN."""
