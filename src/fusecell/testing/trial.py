@@ -29,6 +29,7 @@ class Trial:
     batch_size: int
     seed: int
     extras: State = ()
+    dtype: torch.dtype | None = None  # of a cell without parameters
 
     @cached_property
     def like(self) -> Tensor:
@@ -36,7 +37,7 @@ class Trial:
         for value in (*self.cell.parameters(), *self.cell.buffers()):
             if value.is_floating_point():
                 return value.detach().new_empty(0)
-        return torch.empty(0)
+        return torch.empty(0, dtype=self.dtype)
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=self.like.dtype, device=self.like.device)
@@ -96,7 +97,9 @@ class Trial:
 
     def doubled(self) -> Trial:
         """The same trial in float64, on a copy of the cell."""
-        return Trial(copy.deepcopy(self.cell).double(), self.steps, self.batch_size, self.seed, self.extras)
+        return Trial(
+            copy.deepcopy(self.cell).double(), self.steps, self.batch_size, self.seed, self.extras, torch.float64
+        )
 
     def close(self, found: Tensor, expected: Tensor) -> bool:
         tolerance = max(2048 * torch.finfo(self.like.dtype).eps, 1e-12)

@@ -1,0 +1,40 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import fusecell as fc
+from fusecell.cells import CELLS, ZooCell
+
+# No deadline: the first example of a test may compile a cell. "ci" looks longer than "dev".
+settings.register_profile("dev", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=CELLS, ids=[entry.name for entry in CELLS])
+def zoo_cell(request: pytest.FixtureRequest) -> ZooCell:
+    """Each member of the zoo in turn."""
+    entry: ZooCell = request.param
+    return entry
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """The reference: the Python loop over ``step``."""
+    with fc.runner("eager"):
+        yield
