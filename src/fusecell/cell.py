@@ -13,9 +13,23 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.runner import Options, State, run
+from fusecell.runner import Options, State, autocasting, run
 
-__all__ = ["Cell", "StateLike", "bare", "noting", "state_tuple", "step"]
+__all__ = [
+    "Cell",
+    "StateLike",
+    "all_inputs",
+    "bare",
+    "check_count",
+    "check_dtype",
+    "check_state",
+    "compute_dtype",
+    "noting",
+    "start_state",
+    "state_tuple",
+    "step",
+    "weights_dtype",
+]
 
 T = TypeVar("T")
 StateLike = Tensor | Sequence[Tensor]
@@ -178,16 +192,9 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
     given = (input,) if isinstance(input, Tensor) else tuple(input)
     unbatched = check_step_input(cell, given)
     inputs = tuple(value[None, None] if unbatched else value[None] for value in given)
-    batch_size, first = inputs[0].shape[1], inputs[0]
-    if state is None:
-        start = cell.initial_state(batch_size, dtype=first.dtype, device=first.device)
-    else:
-        start = state_tuple(cell, state)
-        if unbatched:
-            start = tuple(value[None] if value.dim() == 1 else value for value in start)
-        check_state(cell, start, batch_size)
-    drawn = cell.draw(1, batch_size, dtype=first.dtype, device=first.device)
-    outputs, after = run(cell, inputs + drawn, start, Options())
+    check_dtype(cell, cell.inputs[0], inputs[0])
+    start = start_state(cell, state, inputs, unbatched=unbatched)
+    outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
     if unbatched:
         return outputs[0, 0], tuple(value[0] for value in after)
     return outputs[0], after
@@ -215,6 +222,77 @@ def state_tuple(cell: Cell, state: StateLike) -> State:
             "One state comes and goes bare, several as a tuple in that order."
         )
     return found
+
+
+def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched: bool) -> State:
+    """The state that time-major inputs start from, (N, size) each: the one given, checked, or the cell's own."""
+    first = inputs[0]
+    rows, dtype = first.shape[1], compute_dtype(cell, first)
+    if state is None:
+        return cell.initial_state(rows, dtype=dtype, device=first.device)
+    found = state_tuple(cell, state)
+    if unbatched:
+        found = tuple(value[None] if value.dim() == 1 else value for value in found)
+    check_state(cell, found, rows)
+    if weights_dtype(cell) is None:
+        return found
+    for name, value in zip(cell.states, found, strict=True):
+        check_dtype(cell, f"state {name}", value)
+    return _cast(found, dtype)
+
+
+def all_inputs(cell: Cell, given: State, start: State) -> State:
+    """Time-major inputs with what the cell draws, in the dtype of its state.
+
+    Raises:
+        ValueError: if given and drawn together are not what the cell takes.
+    """
+    first = given[0]
+    like = start[0] if start else first
+    steps = min((value.shape[0] for value in given if value.shape[0] != 1), default=1)
+    drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
+    check_count(cell, len(given), len(drawn))
+    return _cast(given + drawn, like.dtype)
+
+
+def check_count(cell: Cell, given: int, drawn: int) -> None:
+    """Raise ValueError unless so many inputs given and drawn are all the cell has."""
+    names = cell.inputs
+    if given + drawn != len(names):
+        raise ValueError(
+            f"{_name(cell)} takes the inputs ({', '.join(names)}) and draws {drawn} of them: it must be given "
+            f"{len(names) - drawn}, got {given}. Several go in as a tuple; in a Stack only the bottom cell is given "
+            "any, those above must draw theirs."
+        )
+
+
+def weights_dtype(cell: Cell) -> torch.dtype | None:
+    """The dtype a cell computes in: its first floating-point parameter's, None for a cell without any."""
+    for parameter in cell.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            return parameter.dtype
+    return None
+
+
+def compute_dtype(cell: Cell, first: Tensor) -> torch.dtype:
+    """The dtype of a cell's states: its weights', else that of its first input, else the default."""
+    fallback = first.dtype if first.is_floating_point() else torch.get_default_dtype()
+    return weights_dtype(cell) or fallback
+
+
+def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
+    """Raise ValueError where a floating-point input or state is not in the weights' dtype; autocast may cast."""
+    expected = weights_dtype(cell)
+    if expected in (None, value.dtype) or not value.is_floating_point() or autocasting(value.device.type):
+        return
+    raise ValueError(
+        f"{_name(cell)}'s weights are {expected} and {label} is {value.dtype}. "
+        f"Convert it with .to({expected}), or the model: model.to({value.dtype})."
+    )
+
+
+def _cast(values: State, dtype: torch.dtype) -> State:
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in values)
 
 
 def check_state(cell: Cell, state: State, batch_size: int) -> None:

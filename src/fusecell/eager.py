@@ -27,7 +27,7 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
     rows = list(zip(*streams, strict=True))
     order = range(steps - 1, -1, -1) if options.reverse else range(steps)
     valid, resets, start = _row_masks(cell, steps, state, options)
-    outputs: list[Tensor] = [state[0]] * steps
+    outputs: list[Tensor] = [inputs[0]] * steps
     for t in order:
         x = rows[t]
         before = state
@@ -75,8 +75,9 @@ def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[
     if options.lengths is not None:
         valid = torch.arange(steps, device=options.lengths.device)[:, None] < options.lengths
     if resets is not None:
-        like = state[0]
-        start = cell.initial_state(like.shape[0], dtype=like.dtype, device=like.device)
+        if state:
+            like = state[0]
+            start = cell.initial_state(like.shape[0], dtype=like.dtype, device=like.device)
         if valid is not None:
             resets = resets & valid
     return valid, resets, start

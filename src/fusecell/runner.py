@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fusecell.cell import Cell
 
-__all__ = ["Options", "Runner", "RunnerName", "State", "active_runner", "register", "run", "runner"]
+__all__ = ["Options", "Runner", "RunnerName", "State", "active_runner", "autocasting", "register", "run", "runner"]
 
 RunnerName = Literal["auto", "compiled", "eager"]
 State = tuple[Tensor, ...]
@@ -93,10 +93,15 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
     device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return function(cell, inputs, state, options)
     with torch.autocast(device, enabled=False):
         return function(cell, inputs, state, options)
+
+
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; some, such as ``meta``, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _load(name: RunnerName) -> Runner:

@@ -11,20 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import Cell, StateLike, check_state, state_tuple
+from fusecell.cell import Cell, check_dtype
 from fusecell.runner import State
 
-__all__ = ["Lengths", "Packing", "check_inputs", "check_lengths", "check_resets", "start_state", "weights_dtype"]
+__all__ = ["Lengths", "Packing", "check_inputs", "check_lengths", "check_resets"]
 
 Lengths = Tensor | Sequence[int] | np.ndarray[Any, Any]
-
-
-def weights_dtype(cell: Cell) -> torch.dtype | None:
-    """The dtype a cell computes in: its first floating-point parameter's, None for a cell without any."""
-    for parameter in cell.parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
-            return parameter.dtype
-    return None
 
 
 def check_inputs(cell: Cell, given: State, batch_first: bool) -> tuple[State, bool]:
@@ -54,22 +46,28 @@ def check_inputs(cell: Cell, given: State, batch_first: bool) -> tuple[State, bo
             f"in an input of shape {tuple(first.shape)}."
         )
     unbatched = first.dim() == 2
+    for label, value in zip(cell.inputs, given, strict=False):
+        if value.dim() < first.dim() - 1:
+            raise ValueError(
+                f"{name} expected input {label} with a time {'' if unbatched else 'and a batch '}dimension, as "
+                f"{cell.inputs[0]} has, got {tuple(value.shape)}. What is constant over time has a T of 1."
+            )
     if unbatched:
         inputs = tuple(value[:, None] for value in given)
     else:
         inputs = tuple(value.transpose(0, 1) for value in given) if batch_first else given
     _check_extras(cell, inputs)
-    _check_dtype(cell, inputs[0])
+    check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     return inputs, unbatched
 
 
 def _check_extras(cell: Cell, inputs: State) -> None:
     name, rows = type(cell).__name__, inputs[0].shape[1]
     for label, value in zip(cell.inputs, inputs, strict=False):
-        if value.dim() < 2 or value.shape[1] != rows:
+        if value.shape[1] != rows:
             raise ValueError(
-                f"{name} expected input {label} with a time and a batch dimension and {rows} rows, as "
-                f"{cell.inputs[0]} has, got (time-major) {tuple(value.shape)}."
+                f"{name} expected input {label} with {rows} rows, as {cell.inputs[0]} has, "
+                f"got (time-major) {tuple(value.shape)}."
             )
     steps = {value.shape[0] for value in inputs if value.shape[0] != 1}
     if len(steps) > 1:
@@ -78,34 +76,6 @@ def _check_extras(cell: Cell, inputs: State) -> None:
             f"{name}'s inputs ({', '.join(cell.inputs)}) have ({lengths}) steps; they must agree, "
             "or be 1 for what is constant over time."
         )
-
-
-def _check_dtype(cell: Cell, first: Tensor) -> None:
-    expected = weights_dtype(cell)
-    if expected is None or expected == first.dtype or not first.is_floating_point():
-        return
-    if torch.is_autocast_enabled(first.device.type):
-        return
-    raise ValueError(
-        f"{type(cell).__name__}'s weights are {expected} and the input is {first.dtype}. "
-        f"Convert the input: input.to({expected}), or the model: model.to({first.dtype})."
-    )
-
-
-def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched: bool) -> State:
-    """The state a sequence starts from, (N, size) each: the one given, checked, or the cell's own."""
-    first = inputs[0]
-    rows = first.shape[1]
-    if state is None:
-        dtype = weights_dtype(cell)
-        if dtype is None:
-            dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
-        return cell.initial_state(rows, dtype=dtype, device=first.device)
-    found = state_tuple(cell, state)
-    if unbatched:
-        found = tuple(value[None] if value.dim() == 1 else value for value in found)
-    check_state(cell, found, rows)
-    return found
 
 
 def check_lengths(lengths: Lengths | None, steps: int, rows: int, device: torch.device) -> Tensor | None:

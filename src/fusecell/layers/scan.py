@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import Cell, StateLike, bare
+from fusecell.cell import Cell, StateLike, all_inputs, bare, start_state
 from fusecell.layers.arguments import (
     Lengths,
     Packing,
     check_inputs,
     check_lengths,
     check_resets,
-    start_state,
 )
 from fusecell.layers.stack import Stack
 from fusecell.runner import Options, State, run
@@ -110,15 +110,7 @@ def scan_cell(
     """Scan checked, time-major arguments; a Stack goes layer by layer."""
     if isinstance(cell, Stack):
         return _scan_stack(cell, inputs, state, options, packing)
-    first = inputs[0]
-    steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
-    like = state[0] if state else first
-    drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
-    cast = tuple(
-        value.to(like.dtype) if value.is_floating_point() and value.dtype != like.dtype else value
-        for value in inputs + drawn
-    )
-    return run(cell, cast, state, options)
+    return run(cell, all_inputs(cell, inputs, state), state, options)
 
 
 def _scan_stack(
@@ -137,8 +129,16 @@ def _scan_stack(
         after += new
         if index + 1 < len(stack.cells):
             outputs = flow(outputs)
+        if index == 0 and options.lengths is not None and stack.residual:
+            below = _within(below, options.lengths)
         outputs = stack.join(outputs, below)
     return outputs, after
+
+
+def _within(value: Tensor, lengths: Tensor) -> Tensor:
+    """``value`` (T, N, size), zero beyond each row's length."""
+    valid = torch.arange(value.shape[0], device=lengths.device)[:, None] < lengths
+    return torch.where(valid[..., None], value, torch.zeros_like(value))
 
 
 def not_a_cell(found: object) -> str:

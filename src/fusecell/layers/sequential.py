@@ -59,10 +59,8 @@ class Sequential(nn.Sequential):
         count = sum(is_recurrent(part) for part in self)
         states = (None,) * count if state is None else state
         if not isinstance(states, tuple | list) or len(states) != count:
-            raise ValueError(
-                f"Sequential has {count} recurrent parts and takes a tuple of as many states, got "
-                f"{type(states).__name__} of length {len(states)}."
-            )
+            got = len(states) if isinstance(states, tuple | list) else f"a {type(states).__name__}"
+            raise ValueError(f"Sequential has {count} recurrent parts and takes a tuple of as many states, got {got}.")
         value: Any = input
         after: list[Any] = []
         data = {name: given for name, given in (("lengths", lengths), ("resets", resets)) if given is not None}
@@ -96,5 +94,6 @@ def detach(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: detach(value) for key, value in state.items()}
     if isinstance(state, tuple | list):
-        return type(state)(detach(value) for value in state)
+        parts = [detach(value) for value in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     raise TypeError(f"detach takes tensors, None and tuples, lists or dicts of them, got {type(state).__name__}.")

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell
+from fusecell.cell import Cell, check_count
 from fusecell.runner import State
 
 __all__ = ["Stack"]
@@ -100,7 +100,9 @@ class Stack(Cell):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> State:
-        each = (cell.draw(steps, batch_size, dtype=dtype, device=device) for cell in self.layers)
+        each = [cell.draw(steps, batch_size, dtype=dtype, device=device) for cell in self.layers]
+        for cell, drawn in zip(self.layers[1:], each[1:], strict=True):
+            check_count(cell, 1, len(drawn))
         return tuple(value for drawn in each for value in drawn)
 
     def split(self, state: State) -> list[State]:
