@@ -1,0 +1,254 @@
+"""RNNCell, GRUCell and LSTMCell against torch.nn's."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import fusecell as fc
+
+KINDS = {
+    "tanh": (fc.RNNCell, nn.RNNCell, {}),
+    "relu": (fc.RNNCell, nn.RNNCell, {"nonlinearity": "relu"}),
+    "gru": (fc.GRUCell, nn.GRUCell, {}),
+    "lstm": (fc.LSTMCell, nn.LSTMCell, {}),
+}
+LAYERS = {"tanh": nn.RNN, "relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    with fc.runner("eager"):
+        yield
+
+
+def pair(kind, input_size=5, hidden_size=7, **options):
+    ours, torchs, extra = KINDS[kind]
+    made = []
+    for cls in (ours, torchs):
+        torch.manual_seed(3)
+        made.append(cls(input_size, hidden_size, **extra, **options))
+    return made
+
+
+def tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def state_for(kind, *shape, dtype=torch.float32):
+    values = tuple(torch.randn(*shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    return values if kind == "lstm" else values[0]
+
+
+def assert_close(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if expected.numel():
+        scale = max(expected.abs().max().item(), 1e-3)
+        assert (found - expected).abs().max().item() <= tolerance * scale
+
+
+@every_kind
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("rows", [(), (0,), (1,), (6,)], ids=["unbatched", "N0", "N1", "N6"])
+def test_one_step_and_its_gradients_are_torchs(kind, bias, dtype, given, rows):
+    ours, torchs = pair(kind, bias=bias, dtype=dtype)
+    torch.manual_seed(0)
+    x = torch.randn(*rows, 5, dtype=dtype, requires_grad=True)
+    hx = state_for(kind, *rows, 7, dtype=dtype) if given else None
+    results = []
+    for cell in (ours, torchs):
+        after = tensors(cell(x, hx))
+        loss = sum((value * torch.linspace(0.5, 2, 7, dtype=dtype)).sum() for value in after)
+        sources = [x, *(tensors(hx) if given else []), *cell.parameters()]
+        results.append(after + list(torch.autograd.grad(loss, sources)))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, TOLERANCE[dtype])
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("hidden_size", [16, 48, 64])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_eager_loop_is_torchs_to_the_bit(kind, dtype, hidden_size, rows):
+    ours, torchs = pair(kind, 5, hidden_size, dtype=dtype)
+    x = torch.randn(20, rows, 5, dtype=dtype)
+    hx, expected = None, []
+    for step in x:
+        hx = torchs(step, hx)
+        expected.append(tensors(hx)[0])
+    outputs, state = fc.Recurrent(ours)(x)
+    assert torch.equal(outputs, torch.stack(expected))
+    for found, last in zip(tensors(state), tensors(hx), strict=True):
+        assert torch.equal(found, last)
+
+
+@every_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_are_torchs_to_the_bit(kind, bias):
+    ours, torchs = pair(kind, bias=bias)
+    assert list(dict(ours.named_parameters())) == list(dict(torchs.named_parameters()))
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    for found, expected in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    assert (ours.bias_ih is None) == (not bias)
+    assert repr(ours) == repr(torchs)
+    assert isinstance(ours, type(torchs))
+    assert isinstance(ours, fc.Cell)
+
+
+def test_repr_names_what_is_not_torchs():
+    assert repr(fc.GRUCell(3, 4, reset_after=False)) == "GRUCell(3, 4, reset_after=False)"
+    assert repr(fc.LSTMCell(3, 4, False, proj_size=2)) == "LSTMCell(3, 4, bias=False, proj_size=2)"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projected_cell_is_the_one_layer_lstm(bias):
+    torch.manual_seed(3)
+    ours = fc.LSTMCell(5, 7, bias, dtype=torch.float64, proj_size=3)
+    torch.manual_seed(3)
+    layer = nn.LSTM(5, 7, bias=bias, dtype=torch.float64, proj_size=3)
+    for found, expected in zip(ours.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    x, h, c = (torch.randn(2, size, dtype=torch.float64) for size in (5, 3, 7))
+    expected, (_, c_n) = layer(x[None], (h[None], c[None]))
+    found = ours(x, (h, c))
+    assert ours.state_sizes == (3, 7)
+    assert ours.output_size == 3
+    assert_close(found[0], expected[0], 1e-12)
+    assert_close(found[1], c_n[0], 1e-12)
+
+
+def test_resetting_parameters_keeps_the_parameter_objects():
+    cell = fc.LSTMCell(5, 7, proj_size=3)
+    before = list(cell.parameters())
+    values = [value.clone() for value in before]
+    cell.reset_parameters()
+    assert all(new is old for new, old in zip(cell.parameters(), before, strict=True))
+    assert all(not torch.equal(new, old) for new, old in zip(before, values, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_reset_before_the_product_follows_the_original_equation(bias):
+    torch.manual_seed(0)
+    cell = fc.GRUCell(5, 7, bias, dtype=torch.float64, reset_after=False)
+    x, h = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    w_r, w_z, w_n = cell.weight_ih.chunk(3)
+    u_r, u_z, u_n = cell.weight_hh.chunk(3)
+    zero = torch.zeros(21, dtype=torch.float64)
+    b_r, b_z, b_n = ((cell.bias_ih + cell.bias_hh) if bias else zero).chunk(3)
+    r = torch.sigmoid(x @ w_r.T + h @ u_r.T + b_r)
+    z = torch.sigmoid(x @ w_z.T + h @ u_z.T + b_z)
+    n = torch.tanh(x @ w_n.T + (r * h) @ u_n.T + b_n)
+    assert_close(cell(x, h), (1 - z) * n + z * h, 1e-14)
+
+
+@every_kind
+def test_state_dicts_go_both_ways_between_torch_a_cell_and_a_layer(kind):
+    ours, torchs = pair(kind)
+    extra = KINDS[kind][2]
+    layer, torch_layer = LAYERS[kind](5, 7, **extra), LAYERS[kind](5, 7, **extra)
+    torchs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(torchs.state_dict())
+    ours.load_state_dict(layer.state_dict())
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, layer.state_dict()[f"{name}_l0"])
+    dropped_in = getattr(fc, type(layer).__name__)(5, 7, **extra)
+    dropped_in.load_state_dict(ours.state_dict())
+    torch_layer.load_state_dict(dropped_in.state_dict())
+    for found, expected in zip(torch_layer.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_layers_state_dict_loads_into_a_cell_inside_a_model():
+    model = nn.ModuleDict({"rnn": fc.GRUCell(5, 7)})
+    source = nn.ModuleDict({"rnn": nn.GRU(5, 7)})
+    for target in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(target.load_state_dict(source.state_dict()))
+        assert torch.equal(target["rnn"].weight_hh, source["rnn"].weight_hh_l0)
+        target.load_state_dict(source.state_dict(), assign=True)
+    assert list(source.state_dict()) == [f"rnn.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
+def test_strict_loading_still_refuses_what_is_not_one_layer(options):
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        fc.GRUCell(5, 7).load_state_dict(nn.GRU(5, 7, **options).state_dict())
+    cell = fc.GRUCell(5, 7)
+    before = cell.weight_ih.clone()
+    cell.load_state_dict(nn.GRU(5, 7, **options).state_dict(), strict=False)
+    assert torch.equal(cell.weight_ih, before)
+
+
+def test_strict_loading_still_refuses_unknown_and_missing_keys():
+    state = nn.GRU(5, 7).state_dict()
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "gamma"'):
+        fc.GRUCell(5, 7).load_state_dict({**state, "gamma": torch.ones(1)})
+    del state["bias_hh_l0"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bias_hh"'):
+        fc.GRUCell(5, 7).load_state_dict(state)
+
+
+@every_kind
+def test_copies_compute_the_same(kind):
+    ours, _ = pair(kind)
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    x = torch.randn(3, 5)
+    expected = tensors(ours(x))
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(buffer, weights_only=False)):
+        assert all(map(torch.equal, tensors(other(x)), expected))
+
+
+def test_weights_put_in_from_outside_are_seen():
+    ours, torchs = pair("gru")
+    x, h = torch.randn(3, 5), torch.randn(3, 7)
+    other = {name: torch.randn_like(value) for name, value in torchs.state_dict().items()}
+    assert_close(functional_call(ours, other, (x, h)), functional_call(torchs, other, (x, h)), 1e-6)
+    for cell in (ours, torchs):
+        nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+        cell.parametrizations.weight_hh.original0.data.mul_(2)
+    assert_close(ours(x, h), torchs(x, h), 1e-6)
+
+
+def test_the_new_state_shares_memory_with_nothing():
+    cell = fc.LSTMCell(5, 7)
+    x, state = torch.randn(3, 5), (torch.randn(3, 7), torch.randn(3, 7))
+    h, c = cell(x, state)
+    expected = torch.autograd.grad(sum(value.sum() for value in cell(x, state)), cell.weight_hh)[0]
+    loss = h.sum() + c.sum()
+    h.detach().mul_(3)
+    c.detach().mul_(3)
+    assert torch.equal(torch.autograd.grad(loss, cell.weight_hh)[0], expected)
+    assert len({value.untyped_storage().data_ptr() for value in (x, *state, h, c)}) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_autocast_computes_in_the_weights_dtype(dtype):
+    cell = fc.GRUCell(5, 7)
+    x, h = torch.randn(3, 5).to(dtype), torch.randn(3, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cell(x, h)
+    assert torch.equal(found, cell(x.float(), h))
+
+
+def test_a_cell_of_ones_own_on_top_keeps_its_step():
+    class Negated(fc.GRUCell):
+        def step(self, x, state):
+            output, (h,) = super().step(x, state)
+            return -output, (-h,)
+
+    cell = Negated(5, 7)
+    x = torch.randn(3, 5)
+    plain = nn.GRUCell(5, 7)
+    plain.load_state_dict(cell.state_dict())
+    assert_close(cell(x), -plain(x), 1e-6)

@@ -1,0 +1,474 @@
+"""RNN, GRU and LSTM against torch.nn's, and what they add against a plain loop over torch.nn's cells."""
+
+import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fusecell as fc
+
+INPUT, HIDDEN, STEPS, ROWS = 5, 7, 6, 4
+KINDS = {
+    "tanh": (fc.RNN, nn.RNN, {}),
+    "relu": (fc.RNN, nn.RNN, {"nonlinearity": "relu"}),
+    "gru": (fc.GRU, nn.GRU, {}),
+    "lstm": (fc.LSTM, nn.LSTM, {}),
+    "projected": (fc.LSTM, nn.LSTM, {"proj_size": 3}),
+}
+OPTIONS = {
+    "plain": {},
+    "bias-free": {"bias": False},
+    "two-layers": {"num_layers": 2, "batch_first": True},
+    "both-ways": {"bidirectional": True},
+    "dropout": {"num_layers": 3, "dropout": 0.4},
+    "all": {"num_layers": 2, "bias": False, "batch_first": True, "dropout": 0.25, "bidirectional": True},
+}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    with fc.runner("eager"):
+        yield
+
+
+def pair(kind, **options):
+    ours, torchs, extra = KINDS[kind]
+    made = []
+    for cls in (ours, torchs):
+        torch.manual_seed(3)
+        made.append(cls(INPUT, HIDDEN, **extra, **options))
+    return made
+
+
+def tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def hidden(layer, *rows, dtype):
+    """A random hx for a layer, requiring gradients."""
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = (layer.proj_size or HIDDEN, HIDDEN)[: 2 if layer.mode == "LSTM" else 1]
+    values = tuple(torch.randn(count, *rows, size, dtype=dtype, requires_grad=True) for size in sizes)
+    return values if len(values) > 1 else values[0]
+
+
+def assert_close(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if expected.numel():
+        scale = max(expected.abs().max().item(), 1e-3)
+        assert (found - expected).abs().max().item() <= tolerance * scale
+
+
+def data_of(outputs):
+    return outputs.data if isinstance(outputs, PackedSequence) else outputs
+
+
+def run_and_differentiate(layer, x, form, hx):
+    """Outputs, states and the gradients of a weighted sum of both."""
+    torch.manual_seed(11)
+    outputs, after = layer(given_as(form, x, layer.batch_first), hx)
+    results = [data_of(outputs), *tensors(after)]
+    loss = sum((value * torch.linspace(0.5, 2, value.shape[-1], dtype=value.dtype)).sum() for value in results)
+    sources = [x, *([] if hx is None else tensors(hx)), *layer.parameters()]
+    return results + list(torch.autograd.grad(loss, sources))
+
+
+def given_as(form, x, batch_first):
+    if form == "sorted":
+        return pack_padded_sequence(x, [6, 4, 4, 1], batch_first=batch_first)
+    if form == "unsorted":
+        return pack_padded_sequence(x, [4, 1, 6, 4], batch_first=batch_first, enforce_sorted=False)
+    return x
+
+
+@every_kind
+@every_option
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("form", ["padded", "unbatched", "sorted", "unsorted"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_hx", [True, False], ids=["hx", "zeros"])
+def test_outputs_states_and_gradients_are_torchs(kind, options, dtype, form, training, with_hx):
+    ours, torchs = (layer.to(dtype).train(training) for layer in pair(kind, **options))
+    rows = () if form == "unbatched" else (ROWS,)
+    shape = (*rows, STEPS) if ours.batch_first else (STEPS, *rows)
+    x = torch.randn(*shape, INPUT, dtype=dtype, requires_grad=True)
+    hx = hidden(ours, *rows, dtype=dtype) if with_hx else None
+    found = run_and_differentiate(ours, x, form, hx)
+    expected = run_and_differentiate(torchs, x, form, hx)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_close(mine, theirs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("form", ["sorted", "unsorted"])
+def test_a_packed_sequence_comes_back_in_its_own_order(form):
+    ours, torchs = pair("gru")
+    packed = given_as(form, torch.randn(STEPS, ROWS, INPUT), False)
+    for found, expected in zip(ours(packed)[0][1:], torchs(packed)[0][1:], strict=True):
+        assert found is expected or torch.equal(found, expected)
+
+
+@every_kind
+@every_option
+def test_parameters_attributes_and_repr_are_torchs(kind, options):
+    ours, torchs = pair(kind, **options)
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    for name, value in torchs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    assert repr(ours) == repr(torchs)
+    assert isinstance(ours, type(torchs))
+    for name in (*nn.RNNBase.__constants__, "mode", "_flat_weights_names", "_all_weights"):
+        assert getattr(ours, name) == getattr(torchs, name)
+    assert ours.flatten_parameters() is None
+    for mine, theirs in zip(ours.all_weights, torchs.all_weights, strict=True):
+        assert all(map(torch.equal, mine, theirs))
+    assert all(found is value for found, value in zip(ours._flat_weights, ours.parameters(), strict=True))
+    assert [w.dtype for w in ours.half()._flat_weights] == [torch.float16] * len(torchs._flat_weights)
+    index = torch.tensor([1, 0])
+    hx = hidden(ours, 2, dtype=torch.float32)
+    for mine, theirs in zip(tensors(ours.permute_hidden(hx, index)), tensors(hx), strict=True):
+        assert torch.equal(mine, theirs[:, index])
+
+
+def test_the_original_gru_is_named_and_computed():
+    layer = fc.GRU(INPUT, HIDDEN, 2, reset_after=False)
+    assert repr(layer) == "GRU(5, 7, num_layers=2, reset_after=False)"
+    x = torch.randn(STEPS, ROWS, INPUT)
+    expected = x
+    for index in range(2):
+        cell = fc.GRUCell(expected.shape[-1], HIDDEN, reset_after=False)
+        cell.load_state_dict(
+            {
+                name.replace(f"_l{index}", ""): value
+                for name, value in layer.state_dict().items()
+                if name.endswith(f"_l{index}")
+            }
+        )
+        hx, outputs = torch.zeros(ROWS, HIDDEN), []
+        for step in expected:
+            hx = cell(step, hx)
+            outputs.append(hx)
+        expected = torch.stack(outputs)
+    assert_close(layer(x)[0], expected, 1e-6)
+
+
+def test_leaf_cells_come_bottom_first_with_the_layers_weights():
+    layer = fc.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=3)
+    found = layer.eval().leaf_cells()
+    assert [(index, direction) for index, direction, _ in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [repr(cell) for _, _, cell in found] == ["LSTMCell(5, 7, proj_size=3)"] * 2 + [
+        "LSTMCell(6, 7, proj_size=3)"
+    ] * 2
+    assert found[3][2].weight_hr is layer.weight_hr_l1_reverse
+    assert not any(cell.training for _, _, cell in found)
+    assert [name for name, _ in layer.named_modules()] == [""]
+    assert fc.GRU(INPUT, HIDDEN, bias=False).leaf_cells()[0][2].bias_hh is None
+
+
+def test_a_leaf_cell_takes_other_weights_by_functional_call():
+    layer, other = fc.GRU(INPUT, HIDDEN), nn.GRUCell(INPUT, HIDDEN)
+    x, h = torch.randn(3, INPUT), torch.randn(3, HIDDEN)
+    view = layer.leaf_cells()[0][2]
+    assert_close(functional_call(view, other.state_dict(), (x, h)), other(x, h), 1e-6)
+    assert view.weight_ih is layer.weight_ih_l0
+
+
+# Lengths and resets
+
+
+def loop(layer, x, lengths, resets, hx):
+    """Every row by itself, step by step, through torch.nn.GRUCell."""
+    steps, rows, _ = x.shape
+    after = []
+    for index in range(layer.num_layers):
+        ways = []
+        for suffix in ("", "_reverse")[: 2 if layer.bidirectional else 1]:
+            cell = nn.GRUCell(x.shape[-1], HIDDEN, dtype=x.dtype)
+            weights = {name: getattr(layer, f"{name}_l{index}{suffix}") for name in cell.state_dict()}
+            columns = []
+            for n in range(rows):
+                h, outputs = hx[len(after) // rows, n], [x.new_zeros(HIDDEN)] * steps
+                order = range(lengths[n])
+                for t in reversed(order) if suffix else order:
+                    h = torch.zeros_like(h) if resets[t, n] else h
+                    h = outputs[t] = functional_call(cell, weights, (x[t, n], h))
+                columns.append(torch.stack(outputs))
+                after.append(h)
+            ways.append(torch.stack(columns, 1))
+        x = torch.cat(ways, -1)
+    return x, torch.stack(after).reshape(-1, rows, HIDDEN)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["plain", "all"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_and_resets_are_a_plain_loops(options, batch_first):
+    torch.manual_seed(0)
+    layer = fc.GRU(INPUT, HIDDEN, batch_first=batch_first, dtype=torch.float64, **options)
+    lengths = torch.tensor([3, 6, 0, 1, 5])
+    resets = torch.rand(STEPS, 5) < 0.4
+    x = torch.randn(STEPS, 5, INPUT, dtype=torch.float64, requires_grad=True)
+    hx = hidden(layer, 5, dtype=torch.float64)
+    sources = [x, hx, *layer.parameters()]
+    given = x.transpose(0, 1) if batch_first else x
+    outputs, after = layer(given, hx, lengths=lengths, resets=resets.T if batch_first else resets)
+    outputs = outputs.transpose(0, 1) if batch_first else outputs
+    found = [outputs, after, *torch.autograd.grad(outputs.square().sum() + after.sum(), sources)]
+    outputs, after = loop(layer, x, lengths, resets, hx)
+    expected = [outputs, after, *torch.autograd.grad(outputs.square().sum() + after.sum(), sources)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_close(mine, theirs, 1e-12)
+
+
+@every_kind
+@every_option
+def test_lengths_are_what_packing_gives(kind, options):
+    ours, torchs = (layer.double().eval() for layer in pair(kind, **options))
+    lengths = [4, 1, 6, 3]
+    shape = (ROWS, STEPS) if ours.batch_first else (STEPS, ROWS)
+    x = torch.randn(*shape, INPUT, dtype=torch.float64)
+    packed = pack_padded_sequence(x, lengths, ours.batch_first, enforce_sorted=False)
+    expected, states = torchs(packed)
+    expected = nn.utils.rnn.pad_packed_sequence(expected, ours.batch_first)[0]
+    for form in (lengths, torch.tensor(lengths, dtype=torch.int32)):
+        found, after = ours(x, lengths=form)
+        assert_close(found, expected, 1e-12)
+        for mine, theirs in zip(tensors(after), tensors(states), strict=True):
+            assert_close(mine, theirs, 1e-12)
+
+
+def test_an_unbatched_sequence_takes_its_length_and_resets():
+    layer = fc.GRU(INPUT, HIDDEN)
+    x, resets = torch.randn(STEPS, INPUT), torch.tensor([False, False, True, False, True, False])
+    found, after = layer(x, lengths=[4], resets=resets)
+    expected, last = layer(x[2:4])
+    assert torch.equal(found[2:4], expected)
+    assert torch.equal(after, last)
+    assert not found[4:].any()
+
+
+@every_kind
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_sees_what_padding_holds(kind, bad):
+    ours, _ = pair(kind, num_layers=2, bidirectional=True)
+    lengths = torch.tensor([4, 0, 6, 3])
+    x = torch.randn(STEPS, ROWS, INPUT)
+    results = []
+    for filler in (0.0, bad):
+        padded = torch.where((torch.arange(STEPS)[:, None] < lengths)[..., None], x, filler).requires_grad_()
+        outputs, after = ours(padded, lengths=lengths)
+        loss = outputs.square().sum() + sum(value.sum() for value in tensors(after))
+        results.append([outputs, *tensors(after), *torch.autograd.grad(loss, [padded, *ours.parameters()])])
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+# Sizes of zero, memory, devices
+
+
+@every_kind
+@every_option
+def test_no_steps_give_no_outputs_and_the_given_state(kind, options):
+    ours, _ = pair(kind, **options)
+    directions = 2 if ours.bidirectional else 1
+    x = torch.randn(*((ROWS, 0) if ours.batch_first else (0, ROWS)), INPUT)
+    hx = hidden(ours, ROWS, dtype=torch.float32)
+    outputs, after = ours(x, hx)
+    assert outputs.shape == (*x.shape[:2], directions * (ours.proj_size or HIDDEN))
+    for found, given in zip(tensors(after), tensors(hx), strict=True):
+        assert torch.equal(found, given)
+        assert found.data_ptr() != given.data_ptr()
+        assert torch.equal(torch.autograd.grad(found.sum(), given)[0], torch.ones_like(given))
+    assert not any(value.any() for value in tensors(ours(x)[1]))
+    assert ours(torch.randn(0, INPUT))[0].shape == (0, outputs.shape[-1])
+
+
+@every_kind
+@every_option
+def test_no_rows_are_no_trouble(kind, options):
+    ours, torchs = pair(kind, **options)
+    x = torch.randn(*((0, STEPS) if ours.batch_first else (STEPS, 0)), INPUT)
+    found, expected = ours(x), torchs(x)
+    assert found[0].shape == expected[0].shape
+    assert [value.shape for value in tensors(found[1])] == [value.shape for value in tensors(expected[1])]
+    found[0].sum().backward()
+    assert all(not value.grad.any() for value in ours.parameters())
+
+
+@every_kind
+@pytest.mark.parametrize("form", ["padded", "unsorted"])
+def test_results_share_memory_with_nothing(kind, form):
+    ours, _ = pair(kind, num_layers=2)
+    x = torch.randn(STEPS, ROWS, INPUT)
+    given, hx = given_as(form, x, False), hidden(ours, ROWS, dtype=torch.float32)
+    before = [value.clone() for value in (data_of(given), *tensors(hx))]
+    parameters = list(ours.parameters())
+    expected = torch.autograd.grad(data_of(ours(given, hx)[0]).sum(), parameters)
+    outputs, after = ours(given, hx)
+    loss = data_of(outputs).sum()
+    for value in (data_of(outputs), *tensors(after)):
+        value.detach().fill_(3)
+    assert all(map(torch.equal, torch.autograd.grad(loss, parameters), expected))
+    assert all(map(torch.equal, (data_of(given), *tensors(hx)), before))
+
+
+@every_kind
+@pytest.mark.parametrize("form", ["padded", "unbatched"])
+def test_the_meta_device_gives_shapes(kind, form):
+    ours, torchs = (layer.to("meta") for layer in pair(kind, num_layers=2, bidirectional=True))
+    x = torch.empty(*((STEPS, ROWS) if form == "padded" else (STEPS,)), INPUT, device="meta")
+    found, expected = ours(x), torchs(x)
+    assert found[0].device.type == "meta"
+    assert found[0].shape == expected[0].shape
+    assert [value.shape for value in tensors(found[1])] == [value.shape for value in tensors(expected[1])]
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_autocast_computes_in_the_weights_dtype(kind, dtype):
+    ours, _ = pair(kind, num_layers=2, bidirectional=True)
+    x = torch.randn(STEPS, ROWS, INPUT).to(dtype)
+    for given in (x, pack_padded_sequence(x, [6, 4, 4, 1])):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = data_of(ours(given, hidden(ours, ROWS, dtype=dtype))[0])
+        assert found.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(x)[0]
+    assert torch.equal(found, ours(x.float())[0])
+
+
+# Weights: where they come from, and that nothing keeps them
+
+
+@every_kind
+@every_option
+def test_state_dicts_go_both_ways(kind, options):
+    ours, torchs = pair(kind, **options)
+    for value in torchs.parameters():
+        nn.init.normal_(value)
+    ours.load_state_dict(torchs.state_dict())
+    assert all(map(torch.equal, ours.parameters(), torchs.parameters()))
+    for value in ours.parameters():
+        nn.init.normal_(value)
+    torchs.load_state_dict(ours.state_dict())
+    assert all(map(torch.equal, ours.parameters(), torchs.parameters()))
+
+
+def test_a_cells_state_dict_loads_into_a_one_layer_layer_only():
+    cell = nn.GRUCell(INPUT, HIDDEN)
+    for source in (fc.GRU(INPUT, HIDDEN), copy.deepcopy(fc.GRU(INPUT, HIDDEN))):
+        source.load_state_dict(cell.state_dict())
+        assert torch.equal(source.bias_hh_l0, cell.bias_hh)
+    model, cells = nn.ModuleDict({"rnn": source}), nn.ModuleDict({"rnn": cell})
+    assert not any(model.load_state_dict(cells.state_dict()))
+    for options in ({"num_layers": 2}, {"bidirectional": True}):
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight_ih"'):
+            fc.GRU(INPUT, HIDDEN, **options).load_state_dict(cell.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "gamma"'):
+        source.load_state_dict({**cell.state_dict(), "gamma": torch.ones(1)})
+
+
+@every_kind
+def test_weights_put_in_from_outside_are_seen(kind):
+    ours, torchs = pair(kind, num_layers=2)
+    x = torch.randn(STEPS, ROWS, INPUT)
+    other = {name: torch.randn_like(value) for name, value in torchs.state_dict().items()}
+    assert_close(functional_call(ours, other, (x,))[0], functional_call(torchs, other, (x,))[0], 1e-6)
+    assert_close(ours(x)[0], torchs(x)[0], 1e-6)
+    for layer in (ours, torchs):
+        layer.weight_hh_l1.data.copy_(other["weight_hh_l1"])
+        nn.utils.parametrizations.weight_norm(layer, "weight_ih_l0")
+        layer.parametrizations.weight_ih_l0.original0.data.mul_(2)
+    assert_close(ours(x)[0], torchs(x)[0], 1e-6)
+    found, expected = (
+        torch.autograd.grad(layer(x)[0].sum(), layer.parametrizations.weight_ih_l0.original1)[0]
+        for layer in (ours, torchs)
+    )
+    assert_close(found, expected, 1e-5)
+
+
+def test_a_replicas_plain_tensors_are_its_weights():
+    layer = fc.GRU(INPUT, HIDDEN)
+    replica = layer._replicate_for_data_parallel()
+    for name, value in layer.named_parameters():
+        setattr(replica, name, value * 2)
+    doubled = nn.GRU(INPUT, HIDDEN)
+    doubled.load_state_dict({name: value * 2 for name, value in layer.state_dict().items()})
+    x = torch.randn(STEPS, ROWS, INPUT)
+    outputs, _ = replica(x)
+    assert_close(outputs, doubled(x)[0], 1e-6)
+    assert torch.autograd.grad(outputs.sum(), layer.weight_hh_l0)[0].any()
+
+
+def test_nothing_keeps_a_weight_after_the_call():
+    layer = fc.GRU(INPUT, HIDDEN)
+    weights = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
+    alive = [weakref.ref(value) for value in weights.values()]
+    with torch.no_grad():
+        functional_call(layer, weights, (torch.randn(STEPS, ROWS, INPUT),))
+    del weights
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 4
+
+
+@every_kind
+def test_copies_compute_the_same_and_are_apart(kind):
+    ours, _ = pair(kind, num_layers=2, bidirectional=True)
+    x = torch.randn(STEPS, ROWS, INPUT)
+    expected = ours(x)[0]
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(x)[0], expected)
+        assert all(found is value for found, value in zip(other._flat_weights, other.parameters(), strict=True))
+        other.weight_hh_l0.data.zero_()
+        assert not torch.equal(other(x)[0], expected)
+        assert torch.equal(ours(x)[0], expected)
+
+
+def test_threads_do_not_meet():
+    layer = fc.LSTM(INPUT, HIDDEN, 2)
+    inputs = [torch.randn(STEPS, 1 + index % 3, INPUT) for index in range(12)]
+    with torch.no_grad():
+        expected = [layer(x)[0] for x in inputs]
+
+    def call(x):
+        with torch.no_grad(), fc.runner("eager"):
+            return layer(x)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(call, inputs), expected))
+
+
+# torch's transforms
+
+
+def test_vmap_maps_over_a_batch_of_batches():
+    layer = fc.GRU(INPUT, HIDDEN, 2)
+    x = torch.randn(3, STEPS, ROWS, INPUT)
+    found = torch.func.vmap(lambda each: layer(each)[0])(x)
+    assert_close(found, torch.stack([layer(each)[0] for each in x]), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first jvp
+def test_forward_mode_and_double_backward_agree_with_torchs_backward():
+    ours, torchs = (layer.double() for layer in pair("gru"))
+    x, v = torch.randn(2, STEPS, ROWS, INPUT, dtype=torch.float64)
+    _, tangent = torch.func.jvp(lambda value: ours(value)[0], (x,), (v,))
+    weight = torch.randn(STEPS, ROWS, HIDDEN, dtype=torch.float64)
+    gradient = torch.func.grad(lambda value: (torchs(value)[0] * weight).sum())(x)
+    assert (tangent * weight).sum().item() == pytest.approx((gradient * v).sum().item(), rel=1e-10)
+    second = []
+    for layer in (ours, torchs):
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(leaf)[0].square().sum(), leaf, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    assert_close(*second, 1e-10)
