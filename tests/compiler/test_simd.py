@@ -193,9 +193,11 @@ def grid(op: str, dtype: str, points: int) -> list[np.ndarray]:
 
 
 def random_bits(dtype: str, points: int, rng: np.random.Generator) -> np.ndarray:
-    ints = BITS[dtype]
-    x = rng.integers(0, np.iinfo(ints).max, points, dtype=ints, endpoint=True).view(FORMATS[dtype])
-    return np.where(np.isnan(x), FORMATS[dtype](np.nan), x)  # NumPy warns of signalling NaNs
+    """Every kind of number, NaN with a payload too; the quiet bit is set because NumPy warns of signalling NaN."""
+    ints, float_type = BITS[dtype], FORMATS[dtype]
+    bits = rng.integers(0, np.iinfo(ints).max, points, dtype=ints, endpoint=True)
+    quiet = ints(1 << (np.finfo(float_type).nmant - 1))
+    return np.where(np.isnan(bits.view(float_type)), bits | quiet, bits).view(float_type)
 
 
 def by_torch(op: str, *args: np.ndarray) -> np.ndarray:
