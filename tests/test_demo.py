@@ -1,0 +1,285 @@
+"""The demo: its text, its baselines, its training, and the whole job in two seconds."""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import fusecell as fc
+from fusecell.demo import Settings, run_demo
+from fusecell.demo.baselines import KneserNey, unigram_bits
+from fusecell.demo.checkpoint import load_checkpoint, save_checkpoint
+from fusecell.demo.corpus import Corpus, Vocabulary, held_out, load_corpus
+from fusecell.demo.model import build_model
+from fusecell.demo.report import Results, verdict
+from fusecell.demo.sample import write
+from fusecell.demo.threads import fastest_threads
+from fusecell.demo.train import Budget, Trainer, evaluate, in_rows
+
+TINY = Settings(embedding_size=6, hidden_size=9, batch_size=5, window=7)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    line = "def f(x):\n    return x + 1\n\n"
+    vocabulary = Vocabulary.of(line * 60)
+    return Corpus(vocabulary, vocabulary.encode(line * 60), vocabulary.encode(line * 30), ("a.py",), ("b.py",))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=100)
+
+
+# The text
+
+
+def test_the_standard_library_is_split_by_file():
+    corpus = load_corpus()
+    assert len(corpus.training) > 5 * len(corpus.held_out) > 100_000
+    assert not set(corpus.training_files) & set(corpus.held_out_files)
+    assert all(held_out(name) for name in corpus.held_out_files)
+    assert (corpus.held_out == 0).mean() < 0.001
+
+
+def test_the_split_depends_on_the_name_alone(tmp_path):
+    for name in ("enum.py", "trace.py", "turtle.py", "os.py"):
+        (tmp_path / name).write_text("# the enum trace\n" * 60 + name)
+    corpus = load_corpus(folder=tmp_path)
+    assert sorted(corpus.held_out_files) == ["enum.py", "trace.py"]
+    assert corpus.vocabulary.decode(corpus.held_out).count("# the enum trace\n") == 120
+
+
+def test_a_library_without_sources_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="0 Python modules"):
+        load_corpus(folder=tmp_path)
+
+
+def test_a_vocabulary_goes_both_ways():
+    vocabulary = Vocabulary.of("aab\nab~", rare=2)
+    assert len(vocabulary) == 3
+    assert vocabulary.decode(vocabulary.encode("ab~a")) == "ab\N{REPLACEMENT CHARACTER}a"
+
+
+# The baselines
+
+
+def test_unigram_bits_are_the_entropy_of_the_letters():
+    text = np.array([0] * 7 + [1])
+    expected = -sum(count / 8 * math.log2((count + 1) / 10) for count in (7, 1))
+    assert unigram_bits(text, text, 2) == pytest.approx(expected, abs=1e-12)
+
+
+def slow_kneser_ney(training, context, char, size, order):
+    """The formula, recursively, over sets and lists."""
+    grams = [tuple(training[i : i + order]) for i in range(len(training) - order + 1)]
+    levels = {order: {gram: grams.count(gram) for gram in set(grams)}}
+    for length in range(order - 1, 0, -1):
+        longer = levels[length + 1]
+        levels[length] = {gram[1:]: sum(other[1:] == gram[1:] for other in longer) for gram in longer}
+
+    def probability(context, length):
+        if length == 0:
+            return 1 / size
+        counts = levels[length]
+        below = probability(context[1:], length - 1)
+        after = {gram[-1]: count for gram, count in counts.items() if gram[:-1] == context}
+        if not after:
+            return below
+        once, twice = (sum(count == times for count in counts.values()) for times in (1, 2))
+        discount = once / (once + 2 * twice) if once and twice else 0.5
+        total = sum(after.values())
+        return max(after.get(char, 0) - discount, 0) / total + discount * len(after) / total * below
+
+    return probability(tuple(context), order)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_kneser_ney_is_its_formula(order):
+    random = np.random.default_rng(order)
+    training, text = random.integers(0, 4, 90), random.integers(0, 5, 40)
+    found = KneserNey(training, 5, order).probabilities(text)
+    assert len(found) == 40 - order + 1
+    for position, value in enumerate(found):
+        context, char = text[position : position + order - 1], text[position + order - 1]
+        assert value == pytest.approx(slow_kneser_ney(training, context, char, 5, order), rel=1e-12)
+
+
+def test_kneser_ney_probabilities_sum_to_one():
+    training = np.random.default_rng(0).integers(0, 6, 400)
+    model = KneserNey(training, 6, 3)
+    for context in itertools.product(range(6), repeat=2):
+        texts = [np.array([*context, char]) for char in range(6)]
+        assert sum(model.probabilities(text)[0] for text in texts) == pytest.approx(1, abs=1e-12)
+
+
+def test_kneser_ney_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="63 bits"):
+        KneserNey(np.zeros(100, np.int64), 1000, 7)
+
+
+# Training
+
+
+def test_rows_are_contiguous_text():
+    rows = in_rows(np.arange(17), 3)
+    assert rows.shape == (5, 3)
+    assert torch.equal(rows.T.flatten(), torch.arange(15))
+
+
+def test_windows_go_through_the_whole_row_with_the_state_carried(corpus):
+    trainer = Trainer.new(TINY, corpus.training, len(corpus.vocabulary))
+    per_pass = (len(trainer.text) - 1) // TINY.window
+    seen, carried = [], []
+    forward = trainer.model.forward
+    trainer.model.forward = lambda ids, state: (seen.append(ids), carried.append(state), forward(ids, state))[2]
+    for _ in range(per_pass + 1):
+        trainer.advance(0.5)
+    whole = torch.cat(seen[:per_pass])
+    assert torch.equal(whole, trainer.text[: len(whole)])
+    assert torch.equal(seen[-1], seen[0])
+    assert [state is None for state in carried] == [True] + [False] * (per_pass - 1) + [True]
+    assert not any(state.requires_grad for state in carried[1:-1])
+
+
+def test_evaluation_is_the_mean_over_one_long_pass(corpus):
+    model = build_model(TINY, len(corpus.vocabulary))
+    text = in_rows(corpus.held_out, 3)
+    with torch.no_grad():
+        scores, _ = model(text[:-1])
+    expected = nn.functional.cross_entropy(scores.flatten(0, 1), text[1:].flatten()).item() / math.log(2)
+    assert evaluate(model, text, window=11) == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_seeds_train_fusecell_and_torch_alike(corpus):
+    trainers = [
+        Trainer.new(dataclasses.replace(TINY, layer=layer), corpus.training, len(corpus.vocabulary))
+        for layer in ("fusecell", "torch")
+    ]
+    assert isinstance(trainers[0].model.layer, fc.GRU)
+    assert not isinstance(trainers[1].model.layer, fc.GRU)
+    bits = [[trainer.advance(step / 20) for step in range(20)] for trainer in trainers]
+    assert bits[0] == pytest.approx(bits[1], abs=1e-4)
+    assert sum(bits[0][-5:]) < sum(bits[0][:5])
+
+
+def test_an_unknown_layer_is_an_error(corpus):
+    with pytest.raises(ValueError, match="fusecell, torch; got 'keras'"):
+        Trainer.new(dataclasses.replace(TINY, layer="keras"), corpus.training, len(corpus.vocabulary))
+
+
+def test_too_short_a_text_is_an_error():
+    with pytest.raises(ValueError, match="lower batch_size or window"):
+        Trainer.new(TINY, np.zeros(35, np.int64), 3)
+
+
+def test_the_learning_rate_rises_and_falls(corpus):
+    trainer = Trainer.new(TINY, corpus.training, len(corpus.vocabulary))
+    rates = [trainer.learning_rate(used / 100) for used in range(101)]
+    peak = rates.index(max(rates))
+    assert max(rates) == TINY.learning_rate
+    assert 0 < peak < 10
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 0.05 * TINY.learning_rate
+
+
+def test_a_resumed_run_is_the_run_uninterrupted(corpus, tmp_path):
+    size = len(corpus.vocabulary)
+    whole, part = (Trainer.new(TINY, corpus.training, size) for _ in range(2))
+    together = [whole.advance(step / 12) for step in range(12)]
+    apart = [part.advance(step / 12) for step in range(5)]
+    save_checkpoint(part, corpus, tmp_path)
+    resumed = load_checkpoint(corpus, tmp_path)
+    apart += [resumed.advance(step / 12) for step in range(5, 12)]
+    assert apart == together
+    assert all(torch.equal(*pair) for pair in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_checkpoints_that_do_not_fit_are_errors(corpus, tmp_path):
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        load_checkpoint(corpus, tmp_path)
+    trainer = Trainer.new(TINY, corpus.training, len(corpus.vocabulary))
+    save_checkpoint(trainer, corpus, tmp_path)
+    assert load_checkpoint(corpus, tmp_path).step == 0
+    with pytest.raises(ValueError, match="other characters"):
+        load_checkpoint(dataclasses.replace(corpus, vocabulary=Vocabulary("abc")), tmp_path)
+    config = json.loads((tmp_path / "checkpoint.json").read_text(encoding="utf-8"))
+    (tmp_path / "checkpoint.json").write_text(json.dumps({**config, "step": 3}))
+    with pytest.raises(ValueError, match=r"of step 0 and checkpoint\.json of step 3"):
+        load_checkpoint(corpus, tmp_path)
+
+
+def test_the_number_of_threads_is_measured_and_not_kept():
+    before = torch.get_num_threads()
+    used = []
+    assert fastest_threads(lambda: used.append(torch.get_num_threads()), most=3) in (1, 2, 3)
+    assert set(used) == {1, 2, 3}
+    assert torch.get_num_threads() == before
+
+
+# Writing and telling
+
+
+def test_writing_carries_the_state_and_is_repeatable(corpus):
+    model = build_model(TINY, len(corpus.vocabulary))
+    text = write(model, corpus.vocabulary, 40, prompt="def ", seed=3)
+    assert len(text) == 40
+    assert Vocabulary.unknown not in text
+    assert text == write(model, corpus.vocabulary, 40, prompt="def ", seed=3)
+    # With choices as good as certain, each character is the best after the whole text before it, read at once.
+    sure = write(model, corpus.vocabulary, 40, prompt="def ", temperature=1e-6)
+    with torch.no_grad():
+        scores, _ = model(torch.from_numpy(corpus.vocabulary.encode("def " + sure))[:, None])
+    scores[:, :, 0] = -torch.inf
+    assert corpus.vocabulary.decode(scores[3:-1, 0].argmax(-1).tolist()) == sure
+
+
+def test_the_verdict_is_plain():
+    results = Results("fusecell.GRU", 2.5, 4.4, 1.9, 1000, 10.0)
+    assert verdict(results).startswith("fusecell.GRU loses to the 5-gram by 0.600 bits")
+    assert "--resume" in verdict(results)
+    assert verdict(dataclasses.replace(results, model=1.8)).startswith("fusecell.GRU beats the 5-gram by 0.100")
+
+
+def test_the_whole_job_and_its_resumption(corpus, tmp_path):
+    console = quiet()
+    first = run_demo(TINY, seconds=60, steps=40, output=tmp_path, corpus=corpus, console=console)
+    again = run_demo(seconds=60, steps=40, output=tmp_path, corpus=corpus, console=console, resume=True)
+    assert again.characters == 2 * first.characters == 2 * 40 * 5 * 7
+    assert again.model < first.model < math.log2(len(corpus.vocabulary))
+    shown = console.file.getvalue()
+    assert "going on from step 40" in shown
+    assert verdict(again).split(":")[0] in " ".join(shown.split())
+    assert len((tmp_path / "sample.txt").read_text(encoding="utf-8")) == 400
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["held_out_bits_per_character"]["fusecell.GRU"] == round(again.model, 4)
+    assert metrics["steps"] == 80
+
+
+def test_two_seconds_of_the_real_thing(tmp_path):
+    results = run_demo(dataclasses.replace(TINY, hidden_size=48), seconds=2, output=tmp_path, console=quiet())
+    assert results.five_gram < 2.5 < results.unigram < 5
+    assert results.model < 6
+    assert Budget(seconds=2).used(load_checkpoint(load_corpus(), tmp_path)) == 1
+
+
+def test_an_interruption_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def interrupted(self, used):
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return advance(self, used)
+
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    monkeypatch.setattr("fusecell.demo.job.fastest_threads", lambda work: 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(TINY, seconds=60, steps=9, output=tmp_path, corpus=corpus, console=quiet())
+    assert load_checkpoint(corpus, tmp_path).step == 4
