@@ -1,0 +1,41 @@
+"""From a plan to LLVM text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusecell.compiler.emit.driver import emit_driver
+from fusecell.compiler.emit.layout import Layout, Panel, Size
+from fusecell.compiler.emit.stages import StageEmitter, segments
+from fusecell.compiler.emit.text import Module
+from fusecell.compiler.schedule import Plan
+from fusecell.compiler.target import Target
+
+__all__ = ["Emitted", "Layout", "Panel", "Size", "emit"]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A kernel's text, and what its caller needs to know: the words of its argument block and its scratch memory."""
+
+    text: str
+    words: tuple[str, ...]
+    given: int
+    scratch: Size
+    tiles: dict[str, str]
+
+
+def emit(plan: Plan, target: Target) -> Emitted:
+    """The LLVM text of a plan, for a target; it exports one function, ``run``."""
+    module = Module(plan.graph.title, plan.graph.dtype, target)
+    products = {stage.name: segments(plan, stage, module) for stage in plan.stages}
+    panels = [segment.panel for found in products.values() for segment in found]
+    layout = Layout(module, plan, panels)
+    tiles = {}
+    for stage in plan.stages:
+        emitter = StageEmitter(module, layout, plan, stage, products[stage.name])
+        emitter.emit()
+        if stage.affines:
+            tiles[stage.name] = ", ".join(f"{shape.rows}x{shape.blocks}" for shape in emitter.shapes)
+    emit_driver(module, layout, plan, panels)
+    return Emitted(module.text(), layout.words, len(layout.given), layout.scratch, tiles)

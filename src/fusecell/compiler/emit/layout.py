@@ -1,0 +1,169 @@
+"""What a kernel is called with: a block of 64-bit words, and scratch memory cut into buffers.
+
+The caller fills the words it knows, pointers, strides in bytes, sizes; the kernel fills in the addresses of its
+buffers. Sizes of buffers depend on the rows of a step and of a chunk, which are known at the call only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusecell.compiler.emit.text import Function, Module, Value
+from fusecell.compiler.schedule import Buffer, Plan
+
+__all__ = ["Layout", "Panel", "Size"]
+
+HEADER = (
+    "steps",
+    "rows",
+    "chunk_steps",
+    "reverse",
+    "scratch",
+    "counts",
+    "caller.order",
+    "resets",
+    "resets.step",
+    "resets.row",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes: fixed, and per row of a step, row of a chunk, and step of a chunk."""
+
+    fixed: int = 0
+    per_row: int = 0
+    per_chunk_row: int = 0
+    per_chunk_step: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.fixed + other.fixed,
+            self.per_row + other.per_row,
+            self.per_chunk_row + other.per_chunk_row,
+            self.per_chunk_step + other.per_chunk_step,
+        )
+
+    def bytes(self, rows: int, chunk_steps: int) -> int:
+        chunk_rows = rows * chunk_steps
+        return self.fixed + self.per_row * rows + self.per_chunk_row * chunk_rows + self.per_chunk_step * chunk_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Weights as a product reads them: [block of columns][k][product][lane]."""
+
+    name: str
+    depth: int
+    width: int
+    weights: tuple[tuple[str, bool, tuple[int, int], tuple[int, int]], ...]
+    """Per product: the weight, whether it is transposed, its rows and its columns."""
+
+
+_ROWS = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
+
+
+def _scoped(scope: str, row: int) -> Size:
+    """A buffer of rows of ``row`` bytes: one, one per row of a step or of a chunk, or the old and the new state."""
+    return {
+        "call": Size(fixed=row),
+        "step": Size(per_row=row),
+        "state": Size(per_row=2 * row),
+        "chunk": Size(per_chunk_row=row),
+    }[scope]
+
+
+class Layout:
+    """The words of the argument block, by name, and the offsets of the buffers in scratch memory."""
+
+    def __init__(self, module: Module, plan: Plan, panels: list[Panel]) -> None:
+        graph = plan.graph
+        words = list(HEADER)
+        for index in graph.leaves("input"):
+            words += [f"in.{graph[index].name}.{part}" for part in ("ptr", "step", "row")]
+        for index in graph.leaves("weight"):
+            words += [f"weight.{graph[index].name}.{part}" for part in ("ptr", "stride0", "stride1")]
+        for name in plan.states:
+            words += [f"{kind}.{name}.{part}" for kind in ("first", "last", "reset") for part in ("ptr", "row")]
+        for label, index in graph.outputs.items():
+            if graph[index].type.kind == "row" and not label.startswith("state."):
+                words += [f"out.{label}.{part}" for part in ("ptr", "step", "row")]
+            elif graph[index].type.kind == "sum":
+                words += [f"out.{label}.{part}" for part in ("ptr", "stride0", "stride1")]
+        self.given = tuple(words)
+        self.sizes = self._sizes(module, plan, panels)
+        self.words = (*words, *(f"at.{name}" for name in self.sizes))
+        self._index = {name: index for index, name in enumerate(self.words)}
+
+    @staticmethod
+    def _sizes(module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
+        sizes = {
+            "order": Size(fixed=64, per_row=8),
+            "starts": Size(fixed=64, per_chunk_step=8),
+        }
+        for stage in plan.stages:
+            if stage.reductions:
+                bytes_ = len(stage.reductions) * module.block
+                sizes[f"partials.{stage.name}"] = _scoped(_ROWS[stage.phase], bytes_)
+        for panel in panels:
+            sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
+        for buffer in plan.buffers():
+            sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
+        # A slice reads whole vectors, up to one past its row: every buffer ends in room for that.
+        return {name: size + Size(fixed=64 + module.block) for name, size in sizes.items()}
+
+    @property
+    def scratch(self) -> Size:
+        """All scratch memory of a call."""
+        total = Size(fixed=64)
+        for size in self.sizes.values():
+            total += size
+        return total
+
+    def index(self, name: str) -> int:
+        """The position of a word."""
+        return self._index[name]
+
+    def word(self, f: Function, name: str) -> str:
+        """A word of the argument block as a number."""
+        return f.load_int(f.at("%args", 8 * self._index[name], "word"), name)
+
+    def pointer(self, f: Function, name: str) -> str:
+        """A word of the argument block as an address."""
+        return f.let(name, f"load ptr, ptr {f.at('%args', 8 * self._index[name], 'word')}")
+
+    def buffer(self, f: Function, name: str) -> str:
+        """The address of a buffer."""
+        return self.pointer(f, f"at.{name}")
+
+    def place_buffers(self, f: Function, rows: Value, chunk_rows: Value, chunk_steps: Value) -> None:
+        """Work out every buffer's address and leave it in the argument block."""
+        here = self.pointer(f, "scratch")
+        for name, size in self.sizes.items():
+            f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{name}'], 'word')}")
+            total: Value = size.fixed
+            for count, each in (
+                (rows, size.per_row),
+                (chunk_rows, size.per_chunk_row),
+                (chunk_steps, size.per_chunk_step),
+            ):
+                total = f.add(total, f.mul(count, each))
+            up = f.add(total, 63)
+            aligned = -64 & up if isinstance(up, int) else f.let("aligned", f"and i64 {up}, -64")
+            here = f.at(here, aligned, name)
+
+
+def row_address(
+    f: Function, layout: Layout, module: Module, buffer: Buffer, *, t: str, base: str, slot: Value
+) -> tuple[str, Value, bool]:
+    """Where a buffer's rows of this step begin, how far apart they are, and whether they are in the caller's order."""
+    if buffer.scope == "user":
+        start = f.at(layout.pointer(f, f"{buffer.name}.ptr"), f.mul(t, layout.word(f, f"{buffer.name}.step")))
+        return start, layout.word(f, f"{buffer.name}.row"), True
+    stride = module.padded(buffer.size)
+    start = layout.buffer(f, buffer.name)
+    if buffer.scope == "chunk":
+        start = f.at(start, f.mul(base, stride))
+    elif buffer.scope == "state":
+        start = f.at(start, f.mul(f.mul(slot, layout.word(f, "rows")), stride))
+    return start, 0 if buffer.scope == "call" else stride, False

@@ -1,0 +1,195 @@
+"""A stage as functions: its accumulators' start, its products tile by tile, its pointwise values as their epilogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fusecell.compiler.emit.body import Body, join_lanes, partials, start_values
+from fusecell.compiler.emit.layout import Layout, Panel, row_address
+from fusecell.compiler.emit.text import Function, Module, Value
+from fusecell.compiler.emit.tiles import Shape, budget, shapes, tile_name
+from fusecell.compiler.passes import affine_parts
+from fusecell.compiler.schedule import Place, Plan, Stage
+
+__all__ = ["CALL", "Segment", "StageEmitter", "segments"]
+
+CALL = ("ptr %args", "i64 %t", "i64 %base", "i64 %slot")
+"""What every function of a stage takes first: the argument block, the step, its first row in the chunk's buffers,
+and which of the two copies of the state is the old one."""
+_PART = ("i64 %row0", "i64 %rows", "i64 %block0", "i64 %blocks", "ptr %acc")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One operand against one panel: neighbouring products of a stage that share the operand."""
+
+    operand: Place
+    first: int
+    panel: Panel
+
+    @property
+    def count(self) -> int:
+        return len(self.panel.weights)
+
+
+def segments(plan: Plan, stage: Stage, module: Module) -> list[Segment]:
+    """The products of a stage in the order in which they accumulate, as many at once as registers hold."""
+    most = max(1, min(4, budget(module.target, module.dtype)))
+    found: list[Segment] = []
+    terms = [affine_parts(plan.graph[index])[1] for index in stage.affines]
+    for turn in range(max(map(len, terms), default=0)):
+        open_: Segment | None = None
+        for position, mine in enumerate(terms):
+            if turn >= len(mine):
+                open_ = None
+                continue
+            row, weight, attrs = mine[turn]
+            place = plan.place(row, stage.phase)
+            assert place is not None, f"{plan.graph[row].name}, an operand of {stage.name}, is nowhere in memory"
+            (k0, k1), (f0, f1) = attrs["rows"], attrs["cols"]
+            source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (f0, f1))
+            joins = open_ is not None and open_.operand == place and open_.count < most
+            if open_ is not None and joins and open_.panel.depth == k1 - k0:
+                found.pop()
+                panel = Panel(open_.panel.name, k1 - k0, stage.width, (*open_.panel.weights, source))
+                open_ = Segment(place, open_.first, panel)
+            else:
+                panel = Panel(f"panel.{stage.name}.{len(found)}", k1 - k0, stage.width, (source,))
+                open_ = Segment(place, position, panel)
+            found.append(open_)
+    return found
+
+
+@dataclass
+class StageEmitter:
+    """Writes the functions of one stage; ``@<stage>(args, t, base, slot, rows)`` runs it."""
+
+    module: Module
+    layout: Layout
+    plan: Plan
+    stage: Stage
+    segments: list[Segment]
+    shapes: list[Shape] = field(init=False)
+
+    def __post_init__(self) -> None:
+        products = max((segment.count for segment in self.segments), default=1)
+        self.shapes = shapes(self.module.target, self.module.dtype, products, self.blocks)
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def blocks(self) -> int:
+        return self.module.blocks(self.stage.width)
+
+    def emit(self) -> None:
+        """All functions of the stage, those that are called first."""
+        self._epilogue()
+        if self.stage.affines:
+            self._start()
+            for shape in self.shapes:
+                rest = self.blocks % shape.blocks
+                for blocks in [shape.blocks] + ([rest] if rest else []):
+                    self._tile(shape.rows, blocks)
+        self._whole()
+
+    def _whole(self) -> None:
+        """The stage over all rows: tiles of most rows first, column blocks outside so that a panel stays in cache."""
+        f = Function(self.module, self.name, *CALL, "i64 %rows")
+        if not self.stage.affines:
+            f.call(f"{self.name}.epilogue", *CALL, "i64 0", "i64 %rows", "i64 0", f"i64 {self.blocks}", "ptr null")
+        start: Value = 0
+        for shape in self.shapes if self.stage.affines else []:
+            left = f.sub("%rows", start, "left")
+            if shape.rows > 1:
+                left = f.mul(f.let("tiles", f"sdiv i64 {left}, {shape.rows}"), shape.rows)
+            stop = f.add(start, left, f"rows{shape.rows}")
+            full = self.blocks - self.blocks % shape.blocks
+            with f.loop("block", 0, full, shape.blocks) as block, f.loop("row", start, stop, shape.rows) as row:
+                f.call(self._tile_name(shape.rows, shape.blocks), *CALL, f"i64 {row}", f"i64 {block}")
+            if full < self.blocks:
+                with f.loop("row", start, stop, shape.rows) as row:
+                    f.call(self._tile_name(shape.rows, self.blocks - full), *CALL, f"i64 {row}", f"i64 {full}")
+            start = stop
+        if self.stage.reductions:
+            self._finish_reductions(f)
+        f.end()
+
+    def _tile_name(self, rows: int, blocks: int) -> str:
+        return f"{self.name}.tile.{rows}x{blocks}"
+
+    def _tile(self, rows: int, blocks: int) -> None:
+        """Start, products and epilogue of one tile; its accumulators pass through a little memory in L1."""
+        module, block = self.module, self.module.block
+        f = Function(module, self._tile_name(rows, blocks), *CALL, "i64 %row", "i64 %block")
+        acc_row = len(self.stage.affines) * blocks * block
+        acc = f.let("acc", f"alloca [{rows * acc_row} x i8], align 64")
+        part = ("i64 %row", f"i64 {rows}", "i64 %block", f"i64 {blocks}", f"ptr {acc}")
+        f.call(f"{self.name}.start", *CALL, *part)
+        for segment in self.segments:
+            place, depth = segment.operand, segment.panel.depth
+            base, stride, _ = row_address(f, self.layout, module, place.buffer, t="%t", base="%base", slot="%slot")
+            operand = f.at(f.at(base, f.mul("%row", stride)), place.offset * module.bytes)
+            panel_block = depth * segment.count * block
+            panel = f.at(self.layout.buffer(f, segment.panel.name), f.mul("%block", panel_block))
+            f.call(
+                tile_name(module, rows, segment.count, blocks),
+                f"ptr {f.at(acc, segment.first * blocks * block)}",
+                f"i64 {acc_row}",
+                f"ptr {operand}",
+                f"i64 {stride}",
+                f"ptr {panel}",
+                f"i64 {panel_block}",
+                f"i64 {depth}",
+            )
+        f.call(f"{self.name}.epilogue", *CALL, *part)
+        f.end()
+
+    def _start(self) -> None:
+        """Accumulators begin with their init: a weight's values, or what was lifted; else with zero."""
+        f = Function(self.module, f"{self.name}.start", *CALL, *_PART)
+        inits = start_values(self.plan, self.stage)
+        body = Body(f, self.layout, self.plan, self.stage, roots=[init for init in inits if init is not None])
+        with body.rows(), body.columns():
+            for position, init in enumerate(inits):
+                value = "zeroinitializer" if init is None else body.value(init)
+                f.store(value, body.accumulator(position), self.module.block)
+        f.end()
+
+    def _epilogue(self) -> None:
+        """Pointwise values of a tile, row by row, and what is stored of them."""
+        stage, graph = self.stage, self.plan.graph
+        f = Function(self.module, f"{self.name}.epilogue", *CALL, *_PART)
+        body = Body(
+            f,
+            self.layout,
+            self.plan,
+            stage,
+            local=stage.results(),
+            roots=[*stage.stores, *(graph[index].args[0] for index in stage.reductions)],
+            stores=[place for places in stage.stores.values() for place in places],
+        )
+        with body.rows(), body.columns():
+            # All loads before stores: a state may become another state.
+            for index in stage.stores:
+                body.value(index)
+            for position, index in enumerate(stage.reductions):
+                body.reduce(position, index)
+            for index, places in stage.stores.items():
+                for place in places:
+                    body.store(index, place)
+        f.end()
+
+    def _finish_reductions(self, f: Function) -> None:
+        """Sixteen partial results a row become one, by one fixed tree."""
+        module, count = self.module, len(self.stage.reductions)
+        start = self.layout.buffer(f, partials(self.stage))
+        with f.loop("row", 0, "%rows") as row:
+            here = f.at(start, f.mul(row, count * module.block))
+            for position, index in enumerate(self.stage.reductions):
+                value = f.load(f.at(here, position * module.block), "partial", module.block)
+                total = join_lanes(f, self.plan.graph[index].op, value)
+                buffer = self.plan.homes[index].buffer
+                base, stride, _ = row_address(f, self.layout, module, buffer, t="%t", base="%base", slot="%slot")
+                f.do(f"store {module.scalar} {total}, ptr {f.at(base, f.mul(row, stride))}, align {module.bytes}")

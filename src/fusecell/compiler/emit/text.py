@@ -1,0 +1,241 @@
+"""A small typed emitter of LLVM text: functions, loops, branches, and the vector type of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fusecell.compiler.graph import DType
+from fusecell.compiler.simd import LANES, declarations, definitions, function_name
+from fusecell.compiler.target import Target
+
+__all__ = ["LANES", "Function", "Module", "Value"]
+
+Value = str | int
+"""An SSA name, or a number known now."""
+
+
+@dataclass
+class Module:
+    """The text of one module: its functions, and the vector functions and intrinsics they call."""
+
+    title: str
+    dtype: DType
+    target: Target
+    functions: list[str] = field(default_factory=list)
+    math: set[str] = field(default_factory=set)
+    declares: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
+
+    @property
+    def scalar(self) -> str:
+        return "float" if self.dtype == "f32" else "double"
+
+    @property
+    def vector(self) -> str:
+        return f"<{LANES} x {self.scalar}>"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a number."""
+        return 4 if self.dtype == "f32" else 8
+
+    @property
+    def block(self) -> int:
+        """Bytes of a vector."""
+        return LANES * self.bytes
+
+    def padded(self, size: int) -> int:
+        """Bytes of a row of ``size`` numbers in scratch memory: whole vectors."""
+        return -(-size // LANES) * self.block
+
+    def blocks(self, size: int) -> int:
+        return -(-size // LANES)
+
+    def text(self) -> str:
+        width = self.target.vector_bits
+        head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
+        declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
+        attributes = f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" "no-trapping-math"="true" }}\n'
+        parts = [head, declares, definitions(self.math, self.dtype), *self.functions, attributes]
+        return "\n".join(part for part in parts if part)
+
+
+class Function:
+    """One function, written line by line."""
+
+    def __init__(self, module: Module, name: str, *params: str, exported: bool = False, inline: bool = False) -> None:
+        self.module = module
+        linkage = "" if exported else "internal "
+        kind = "alwaysinline " if inline else "" if exported else "noinline "
+        self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
+        self._lines = ["entry:"]
+        self._count: dict[str, int] = {}
+
+    def end(self) -> None:
+        """Close the function and add it to its module."""
+        self._lines.append("  ret void")
+        self.module.functions.append("\n".join([self._head, *self._lines, "}\n"]))
+
+    def comment(self, text: str) -> None:
+        self._lines.append(f"  ; {text}")
+
+    def do(self, text: str) -> None:
+        """An instruction without a result."""
+        self._lines.append(f"  {text}")
+
+    def raw(self, lines: list[str]) -> None:
+        """Lines as they are: labels and phis of a loop written by hand."""
+        self._lines += lines
+
+    def let(self, name: str, text: str) -> str:
+        """An instruction's result, under a name of its own."""
+        value = self._fresh(name)
+        self._lines.append(f"  %{value} = {text}")
+        return f"%{value}"
+
+    def _fresh(self, name: str) -> str:
+        name = "".join(c if c.isalnum() or c in "._" else "_" for c in name)
+        count = self._count.get(name, 0)
+        self._count[name] = count + 1
+        return f"{name}.{count}" if count else name
+
+    # Integers and addresses; what is known now is folded, so that the text stays readable.
+
+    def add(self, a: Value, b: Value, name: str = "i") -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a + b
+        if a == 0 or b == 0:
+            return b if a == 0 else a
+        return self.let(name, f"add nsw i64 {a}, {b}")
+
+    def sub(self, a: Value, b: Value, name: str = "i") -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a - b
+        return a if b == 0 else self.let(name, f"sub nsw i64 {a}, {b}")
+
+    def mul(self, a: Value, b: Value, name: str = "i") -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a * b
+        if a == 0 or b == 0:
+            return 0
+        if a == 1 or b == 1:
+            return b if a == 1 else a
+        return self.let(name, f"mul nsw i64 {a}, {b}")
+
+    def minimum(self, a: Value, b: Value, name: str = "least") -> Value:
+        less = self.let("less", f"icmp slt i64 {a}, {b}")
+        return self.let(name, f"select i1 {less}, i64 {a}, i64 {b}")
+
+    def at(self, pointer: str, offset: Value, name: str = "at") -> str:
+        """A pointer some bytes further."""
+        if offset == 0:
+            return pointer
+        return self.let(name, f"getelementptr i8, ptr {pointer}, i64 {offset}")
+
+    def load_int(self, pointer: str, name: str) -> str:
+        return self.let(name, f"load i64, ptr {pointer}")
+
+    def store_int(self, value: Value, pointer: str) -> None:
+        self.do(f"store i64 {value}, ptr {pointer}")
+
+    def call(self, name: str, *args: str) -> None:
+        self.do(f"call void @{name}({', '.join(args)})")
+
+    # Control flow.
+
+    @contextmanager
+    def loop(self, name: str, start: Value, stop: Value, step: Value = 1) -> Iterator[str]:
+        """Repeat the block for an index from ``start`` below ``stop``."""
+        label = self._fresh(name)
+        before = self._here()
+        self.do(f"br label %{label}.head")
+        self._begin(f"{label}.head")
+        self._lines.append(f"  %{label} = phi i64 [ {start}, %{before} ], [ %{label}.next, %{label}.latch ]")
+        self.do(f"%{label}.more = icmp slt i64 %{label}, {stop}")
+        self.do(f"br i1 %{label}.more, label %{label}.body, label %{label}.done")
+        self._begin(f"{label}.body")
+        yield f"%{label}"
+        self.do(f"br label %{label}.latch")
+        self._begin(f"{label}.latch")
+        self.do(f"%{label}.next = add nsw i64 %{label}, {step}")
+        self.do(f"br label %{label}.head")
+        self._begin(f"{label}.done")
+
+    @contextmanager
+    def when(self, name: str, condition: str) -> Iterator[None]:
+        """Run the block if ``condition`` holds."""
+        label = self._fresh(name)
+        self.do(f"br i1 {condition}, label %{label}.then, label %{label}.end")
+        self._begin(f"{label}.then")
+        yield
+        self.do(f"br label %{label}.end")
+        self._begin(f"{label}.end")
+
+    def _begin(self, label: str) -> None:
+        self._lines.append(f"{label}:")
+
+    def _here(self) -> str:
+        return next(line[:-1] for line in reversed(self._lines) if line.endswith(":") and not line.startswith(" "))
+
+    # Vectors.
+
+    def load(self, pointer: str, name: str, align: int) -> str:
+        return self.let(name, f"load {self.module.vector}, ptr {pointer}, align {align}")
+
+    def store(self, value: str, pointer: str, align: int) -> None:
+        self.do(f"store {self.module.vector} {value}, ptr {pointer}, align {align}")
+
+    def splat(self, scalar: str, name: str) -> str:
+        """A number in every lane."""
+        vector, kind = self.module.vector, self.module.scalar
+        first = self.let(f"{name}.lane", f"insertelement {vector} poison, {kind} {scalar}, i64 0")
+        return self.let(name, f"shufflevector {vector} {first}, {vector} poison, <{LANES} x i32> zeroinitializer")
+
+    def load_splat(self, pointer: str, name: str) -> str:
+        module = self.module
+        scalar = self.let(f"{name}.scalar", f"load {module.scalar}, ptr {pointer}, align {module.bytes}")
+        return self.splat(scalar, name)
+
+    def first_lanes(self, count: Value, name: str = "mask") -> str:
+        """The mask of the first ``count`` lanes."""
+        ids = ", ".join(f"i32 {lane}" for lane in range(LANES))
+        if isinstance(count, int):
+            return "<" + ", ".join(f"i1 {'true' if lane < count else 'false'}" for lane in range(LANES)) + ">"
+        short = self.let("count", f"trunc i64 {count} to i32")
+        one = self.let("count.lane", f"insertelement <{LANES} x i32> poison, i32 {short}, i64 0")
+        kind = f"<{LANES} x i32>"
+        every = self.let("count.all", f"shufflevector {kind} {one}, {kind} poison, {kind} zeroinitializer")
+        return self.let(name, f"icmp slt {kind} <{ids}>, {every}")
+
+    def load_masked(self, pointer: str, mask: str, name: str) -> str:
+        vector, align = self.module.vector, self.module.bytes
+        kind = f"v{LANES}{self.module.dtype}"
+        self.module.declares.add(f"declare {vector} @llvm.masked.load.{kind}.p0(ptr, i32, <{LANES} x i1>, {vector})")
+        args = f"ptr {pointer}, i32 {align}, <{LANES} x i1> {mask}, {vector} zeroinitializer"
+        return self.let(name, f"call {vector} @llvm.masked.load.{kind}.p0({args})")
+
+    def store_masked(self, value: str, pointer: str, mask: str) -> None:
+        vector, align = self.module.vector, self.module.bytes
+        kind = f"v{LANES}{self.module.dtype}"
+        self.module.declares.add(f"declare void @llvm.masked.store.{kind}.p0({vector}, ptr, i32, <{LANES} x i1>)")
+        args = f"{vector} {value}, ptr {pointer}, i32 {align}, <{LANES} x i1> {mask}"
+        self.do(f"call void @llvm.masked.store.{kind}.p0({args})")
+
+    def fma(self, a: str, b: str, c: str, name: str) -> str:
+        """a*b + c: one rounding where the target has the instruction, else multiply and add."""
+        vector = self.module.vector
+        if not self.module.target.fma:
+            product = self.let(f"{name}.product", f"fmul {vector} {a}, {b}")
+            return self.let(name, f"fadd {vector} {product}, {c}")
+        kind = f"v{LANES}{self.module.dtype}"
+        self.module.declares.add(f"declare {vector} @llvm.fma.{kind}({vector}, {vector}, {vector})")
+        return self.let(name, f"call {vector} @llvm.fma.{kind}({vector} {a}, {vector} {b}, {vector} {c})")
+
+    def math(self, op: str, *args: str, name: str) -> str:
+        """A vector function of the module's number format."""
+        self.module.math.add(op)
+        vector = self.module.vector
+        given = ", ".join(f"{vector} {arg}" for arg in args)
+        return self.let(name, f"call {vector} {function_name(op, self.module.dtype)}({given})")

@@ -1,0 +1,135 @@
+"""The register tile: rows of a value times a panel of weights, added to accumulators; and the packing of panels.
+
+One tile is ``rows`` x ``products`` x ``blocks`` vectors of accumulators. They are loaded, run over all k in order,
+each element by one FMA per k, and stored again: whatever the tile, an element's bits are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusecell.compiler.emit.text import LANES, Function, Module
+from fusecell.compiler.target import Target
+
+__all__ = ["Shape", "budget", "pack_name", "shapes", "tile_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Rows of the batch and blocks of columns that a tile takes at once."""
+
+    rows: int
+    blocks: int
+
+
+def budget(target: Target, dtype: str) -> int:
+    """How many 16-lane accumulators the registers hold, beside operands."""
+    registers_each = LANES * (4 if dtype == "f32" else 8) * 8 // target.vector_bits
+    spare = target.registers // 4
+    return max(1, (target.registers - spare) // max(1, registers_each))
+
+
+def shapes(target: Target, dtype: str, products: int, blocks: int) -> list[Shape]:
+    """The tiles of a stage, most rows first: each fills the registers as far as its rows allow."""
+    room = max(1, budget(target, dtype) // products)
+    most = min(8, room)
+    counts = sorted({most, *(rows for rows in (4, 2, 1) if rows < most)}, reverse=True)
+    return [Shape(rows, max(1, min(room // rows, blocks, 8))) for rows in counts]
+
+
+def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
+    """The tile's function, emitted on first use.
+
+    It takes the accumulators and the bytes between their rows, the operand and the bytes between its rows, the panel
+    and the bytes between its blocks, and the depth.
+    """
+    name = f"tile.{rows}x{products}x{blocks}"
+    if name not in module.made:
+        module.made.add(name)
+        _tile(module, name, rows, products, blocks)
+    return name
+
+
+def _tile(module: Module, name: str, rows: int, products: int, blocks: int) -> None:
+    block = module.block
+    f = Function(
+        module, name, "ptr noalias %acc", "i64 %acc.row", "ptr %a", "i64 %a.row",
+        "ptr %panel", "i64 %panel.block", "i64 %depth",
+    )  # fmt: skip
+    f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
+    keys = [(r, p, b) for r in range(rows) for p in range(products) for b in range(blocks)]
+    acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(rows)]
+    where = {(r, p, b): f.at(acc_rows[r], (p * blocks + b) * block) for r, p, b in keys}
+    a_rows = [f.at("%a", f.mul("%a.row", r), f"a.r{r}") for r in range(rows)]
+    panels = [f.at("%panel", f.mul("%panel.block", b), f"panel.b{b}") for b in range(blocks)]
+    first = {key: f.load(where[key], f"first.{_label(key)}", block) for key in keys}
+    f.do("br label %k.head")
+    vector, scalar = module.vector, module.scalar
+    lines = [
+        "k.head:",
+        "  %k = phi i64 [ 0, %entry ], [ %k.next, %k.body ]",
+        *(f"  %c.{_label(key)} = phi {vector} [ {first[key]}, %entry ], [ %n.{_label(key)}, %k.body ]" for key in keys),
+        "  %k.more = icmp slt i64 %k, %depth",
+        "  br i1 %k.more, label %k.body, label %k.done",
+        "k.body:",
+    ]
+    f.raw(lines)
+    offset = f.mul("%k", module.bytes, "a.offset")
+    panel_offset = f.mul("%k", products * block, "panel.offset")
+    weights = {}
+    for b in range(blocks):
+        row = f.at(panels[b], panel_offset, f"panel.k{b}")
+        for p in range(products):
+            weights[p, b] = f.load(f.at(row, p * block), f"w{p}.{b}", block)
+    for r in range(rows):
+        pointer = f.at(a_rows[r], offset)
+        value = f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}")
+        a = f.splat(value, f"a{r}")
+        for p in range(products):
+            for b in range(blocks):
+                f.fma(a, weights[p, b], f"%c.{_label((r, p, b))}", f"n.{_label((r, p, b))}")
+    f.do("%k.next = add nsw i64 %k, 1")
+    f.do("br label %k.head")
+    f.raw(["k.done:"])
+    for key in keys:
+        f.store(f"%c.{_label(key)}", where[key], block)
+    f.end()
+
+
+def _label(key: tuple[int, int, int]) -> str:
+    return f"r{key[0]}p{key[1]}b{key[2]}"
+
+
+def pack_name(module: Module) -> str:
+    """The function that brings up to 16 columns of a weight into a panel; emitted on first use."""
+    name = "pack"
+    if name not in module.made:
+        module.made.add(name)
+        _pack(module, name)
+    return name
+
+
+def _pack(module: Module, name: str) -> None:
+    """Column by column where k is contiguous, row by row where columns are; columns beyond the weight's are zero."""
+    f = Function(
+        module, name, "ptr noalias %to", "i64 %to.k", "ptr %from", "i64 %from.k", "i64 %from.column",
+        "i64 %columns", "i64 %depth",
+    )  # fmt: skip
+    scalar, size = module.scalar, module.bytes
+    contiguous = f.let("contiguous", f"icmp eq i64 %from.column, {size}")
+    mask = f.first_lanes("%columns")
+    with f.when("rows", contiguous), f.loop("k", 0, "%depth") as k:
+        value = f.load_masked(f.at("%from", f.mul(k, "%from.k")), mask, "row")
+        f.store(value, f.at("%to", f.mul(k, "%to.k")), module.block)
+    other = f.let("other", f"xor i1 {contiguous}, true")
+    with f.when("columns", other):
+        with f.loop("k", 0, "%depth") as k:
+            f.store("zeroinitializer", f.at("%to", f.mul(k, "%to.k")), module.block)
+        with f.loop("column", 0, "%columns") as column:
+            source = f.at("%from", f.mul(column, "%from.column"))
+            target = f.at("%to", f.mul(column, size))
+            with f.loop("k", 0, "%depth") as k:
+                pointer = f.at(source, f.mul(k, "%from.k"))
+                value = f.let("value", f"load {scalar}, ptr {pointer}, align {size}")
+                f.do(f"store {scalar} {value}, ptr {f.at(target, f.mul(k, '%to.k'))}, align {size}")
+    f.end()

@@ -1,0 +1,393 @@
+"""From a graph to a plan: which value is computed where, in which stage, and in which memory it lives.
+
+once   what needs weights only: one row, once per call.
+lift   what needs x but no state and holds a product or a reduction: all rows of a chunk of steps at once.
+loop   what leads from state to state: the rows of one step.
+post   what nothing in the loop waits for: outputs read off by a product, sums for the gradients of weights.
+
+A stage computes values of one width, for every row: its products accumulate first, then its pointwise values are
+their epilogue. A value begins a new stage where it needs all columns of another: a product's operand, a reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fusecell.compiler.graph import Graph
+from fusecell.compiler.passes import affine_parts
+
+__all__ = ["Buffer", "Phase", "Place", "Plan", "Stage", "Sum", "plan"]
+
+Phase = Literal["once", "lift", "loop", "post"]
+PHASES: tuple[Phase, ...] = ("once", "lift", "loop", "post")
+REDUCTIONS = ("sum", "amax", "amin")
+_MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
+    "once": "call",
+    "lift": "chunk",
+    "loop": "step",
+    "post": "chunk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory for a value: one row per call, a row per row of a step, of a chunk, or of the caller's own tensor."""
+
+    name: str
+    scope: Literal["call", "step", "state", "chunk", "user"]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value can be read: a buffer, from a feature on."""
+
+    buffer: Buffer
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A contribution to a sum over rows: a^T b added to part of a weight's gradient, or the sum of b alone."""
+
+    label: str
+    a: int | None
+    b: int
+    transposed: bool
+    corner: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Stage:
+    """Values of one width computed together, row by row, column block by column block."""
+
+    phase: Phase
+    rank: int
+    width: int
+    affines: list[int] = field(default_factory=list)
+    pointwise: list[int] = field(default_factory=list)
+    reductions: list[int] = field(default_factory=list)
+    stores: dict[int, list[Place]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase}{self.rank}.{self.width}"
+
+    def results(self) -> Iterator[int]:
+        """All that is computed here, reductions aside."""
+        yield from self.affines
+        yield from self.pointwise
+
+
+@dataclass(slots=True)
+class Plan:
+    """Stages in the order in which they run, and the memory of every value that crosses from one to another."""
+
+    graph: Graph
+    stages: list[Stage]
+    homes: dict[int, Place]
+    gathered: dict[int, Buffer]
+    scattered: dict[str, int]
+    sums: list[Sum]
+    kept: dict[int, Buffer]
+    states: dict[str, tuple[int, int]]
+    """Each state's leaf and its new value."""
+
+    def place(self, index: int, phase: Phase) -> Place | None:
+        """Where a value is found by a stage of ``phase``; None if it is nowhere in memory."""
+        node = self.graph[index]
+        if node.op == "slice":
+            whole = self.place(node.args[0], phase)
+            return whole and Place(whole.buffer, whole.offset + node.attrs["start"])
+        if node.op == "input" and phase in ("lift", "post"):
+            return Place(self.gathered[index]) if index in self.gathered else None
+        if node.op == "state" and phase == "post":
+            return Place(self.kept[index]) if index in self.kept else None
+        return self.homes.get(index)
+
+    def buffers(self) -> list[Buffer]:
+        """Every buffer of the scratch memory, once each."""
+        found = {place.buffer: None for place in self.homes.values()}
+        found.update(dict.fromkeys([*self.gathered.values(), *self.kept.values()]))
+        for stage in self.stages:
+            found.update({place.buffer: None for places in stage.stores.values() for place in places})
+        return [buffer for buffer in found if buffer.scope != "user"]
+
+
+def plan(graph: Graph) -> Plan:
+    """Schedule a graph whose passes have run."""
+    return _Scheduler(graph).run()
+
+
+class _Scheduler:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.users = graph.users()
+        self.late = graph.reaches(graph.leaves("state"))
+        self.states = {
+            graph[index].name: (index, graph.outputs[f"state.{graph[index].name}"]) for index in graph.leaves("state")
+        }
+        self.rows = {label: i for label, i in graph.outputs.items() if graph[i].type.kind in ("row", "mask")}
+        self.row_outputs = {label: i for label, i in self.rows.items() if not label.startswith("state.")}
+        self.phase: dict[int, Phase] = {}
+        self.rank: dict[int, int] = {}
+        self.homes: dict[int, Place] = {}
+        self.gathered: dict[int, Buffer] = {}
+
+    def run(self) -> Plan:
+        self._choose_phases()
+        stages = self._make_stages()
+        made = Plan(self.graph, stages, self.homes, self.gathered, {}, [], {}, self.states)
+        self._give_memory(made)
+        return made
+
+    # Which phase computes a value; those in none are cheap values of x and numbers, computed wherever they are used.
+
+    def _choose_phases(self) -> None:
+        graph = self.graph
+        for_state = graph.needed(new for _, new in self.states.values())
+        heavy = graph.reaches(i for i, node in graph if node.op in ("affine", *REDUCTIONS))
+        for index, node in graph:
+            if node.op in ("input", "state", "weight", "const"):
+                continue
+            if node.type.kind == "weight":
+                self.phase[index] = "once"
+            elif node.type.kind == "sum":
+                continue
+            elif self.late[index]:
+                after = node.op == "affine" or any(self.phase.get(arg) == "post" for arg in node.args)
+                self.phase[index] = "post" if after and not for_state[index] else "loop"
+            elif heavy[index]:
+                self.phase[index] = "lift"
+        for index, node in graph:
+            if node.op == "affine":
+                _, terms = affine_parts(node)
+                self._needs_memory([row for row, _, _ in terms], self.phase[index])
+            elif node.op in ("outer", "rowsum"):
+                self._needs_memory(node.args, "post")
+        for index in self.rows.values():
+            if index not in self.phase and graph[index].op not in ("input", "state"):
+                self.phase[index] = "loop"
+
+    def _needs_memory(self, operands: list[int] | tuple[int, ...], phase: Phase) -> None:
+        """A cheap value that a product reads must be computed somewhere after all."""
+        for index in operands:
+            node = self.graph[index]
+            if node.op == "slice":
+                self._needs_memory(node.args, phase)
+            elif index not in self.phase and node.op not in ("input", "state", "weight"):
+                self.phase[index] = phase
+
+    # Stages: a rank within each phase, so that a stage's operands are complete before it begins.
+
+    def _make_stages(self) -> list[Stage]:
+        stages: dict[tuple[Phase, int, int], Stage] = {}
+        for index, node in self.graph:
+            phase = self.phase.get(index)
+            if phase is None:
+                continue
+            rank = self.rank[index] = self._rank(index)
+            if node.op in ("slice", "concat"):
+                continue
+            width = self.graph[node.args[0]].size if node.op in REDUCTIONS else node.size
+            stage = stages.setdefault((phase, rank, width), Stage(phase, rank, width))
+            kind = "affines" if node.op == "affine" else "reductions" if node.op in REDUCTIONS else "pointwise"
+            getattr(stage, kind).append(index)
+        return sorted(stages.values(), key=lambda stage: (PHASES.index(stage.phase), stage.rank, stage.width))
+
+    def _rank(self, index: int) -> int:
+        node, phase = self.graph[index], self.phase[index]
+        if node.op in ("slice", "concat"):
+            return max(self._ready(arg, phase) for arg in node.args)
+        ranks = [0]
+        for arg in self._local_args(index):
+            if self.phase.get(arg) != phase:
+                continue
+            other = self.graph[arg]
+            whole = node.op == "affine" or other.op in (*REDUCTIONS, "slice", "concat")
+            whole |= node.op not in REDUCTIONS and other.size != node.size
+            ranks.append(self._ready(arg, phase) if whole else self.rank[arg])
+        return max(ranks)
+
+    def _ready(self, index: int, phase: Phase) -> int:
+        """The rank from which all columns of a value are in memory."""
+        if self.phase.get(index) != phase:
+            return 0
+        return self.rank[index] + (0 if self.graph[index].op in ("slice", "concat") else 1)
+
+    def _local_args(self, index: int) -> Iterator[int]:
+        """The arguments in some phase, looking through those that are computed wherever they are used."""
+        for arg in self.graph[index].args:
+            if arg in self.phase or self.graph[arg].op in ("input", "state", "weight", "const"):
+                yield arg
+            else:
+                yield from self._local_args(arg)
+
+    # Memory.
+
+    def _give_memory(self, made: Plan) -> None:
+        graph = self.graph
+        for index, node in graph:
+            if node.op == "input":
+                self.homes[index] = Place(Buffer(f"in.{node.name}", "user", node.size))
+            elif node.op == "state":
+                self.homes[index] = Place(Buffer(f"state.{node.name}", "state", node.size))
+            elif node.op == "weight" and len(node.type.shape) < 2:
+                self.homes[index] = Place(Buffer(f"{node.name}.packed", "call", node.size))
+        for index, node in graph:
+            if index in self.phase and node.op not in ("slice",):
+                self._give_home(made, index)
+        self._give_outputs(made)
+        self._give_sums(made)
+        self._keep_states(made)
+        self._gather_inputs(made)
+
+    def _give_home(self, made: Plan, index: int) -> None:
+        """Memory for a value that another stage reads."""
+        phases = {phase for phase in self._read_in(index) if phase is not None}
+        if not phases:
+            return
+        mine = self.phase[index]
+        scope = "chunk" if mine == "loop" and phases - {"loop"} else _MEMORY[mine]
+        node = self.graph[index]
+        place = Place(Buffer(node.name, scope, node.size))
+        self.homes[index] = place
+        if node.op == "concat":
+            offset = 0
+            for part in node.args:
+                self._store(made, part, Place(place.buffer, offset))
+                offset += self.graph[part].size
+        elif node.op not in REDUCTIONS:
+            self._store(made, index, place)
+
+    def _read_in(self, index: int) -> Iterator[Phase | None]:
+        """The phases of the stages that read a value from memory; None for a use that reads a register."""
+        mine, rank = self.phase[index], self.rank[index]
+        node = self.graph[index]
+        for user in self.users[index]:
+            other = self.graph[user]
+            if other.op in ("slice", "concat") and user in self.phase:
+                yield from self._read_in(user)
+            elif other.op in ("outer", "rowsum"):
+                yield "post"
+            elif user not in self.phase:
+                yield from self._read_in_inline(user, mine)
+            elif node.op in (*REDUCTIONS, "slice", "concat") or other.op == "affine" or self.phase[user] != mine:
+                yield self.phase[user]
+            else:
+                same = self.rank[user] == rank and self._stage_width(user) == self._stage_width(index)
+                yield None if same else mine
+
+    def _read_in_inline(self, user: int, mine: Phase) -> Iterator[Phase]:
+        for other in self.users[user]:
+            if self.graph[other].op in ("outer", "rowsum"):
+                yield "post"
+            elif other in self.phase:
+                yield self.phase[other]
+            else:
+                yield from self._read_in_inline(other, mine)
+
+    def _stage_width(self, index: int) -> int:
+        node = self.graph[index]
+        return self.graph[node.args[0]].size if node.op in REDUCTIONS else node.size
+
+    def _store(self, made: Plan, index: int, place: Place) -> None:
+        """Have the stage that computes a value store it; a leaf or a cheap value is computed for it."""
+        stage = self._stage_of(made, index, place)
+        stage.stores.setdefault(index, []).append(place)
+
+    def _stage_of(self, made: Plan, index: int, place: Place) -> Stage:
+        node = self.graph[index]
+        computed = index in self.phase and node.op not in ("slice", "concat", *REDUCTIONS)
+        if computed:
+            return next(stage for stage in made.stages if index in stage.results() and stage.phase == self.phase[index])
+        # What is only moved is loaded and stored again by the last stage of its width, or by one made for it.
+        phase: Phase = "loop" if place.buffer.scope in ("state", "user", "step") or self.late[index] else "lift"
+        phase = self.phase.get(index, phase)
+        rank = max(self.rank.get(index, 0) + (node.op in REDUCTIONS), 0)
+        for stage in made.stages:
+            if stage.phase == phase and stage.width == node.size and stage.rank >= rank:
+                return stage
+        stage = Stage(phase, rank, node.size)
+        made.stages.append(stage)
+        made.stages.sort(key=lambda stage: (PHASES.index(stage.phase), stage.rank, stage.width))
+        return stage
+
+    def _give_outputs(self, made: Plan) -> None:
+        for name, (_, new) in self.states.items():
+            self._store(made, new, Place(Buffer(f"state.{name}", "state", self.graph[new].size)))
+        for label, index in self.row_outputs.items():
+            if self.phase.get(index) in ("lift", "post"):
+                made.scattered[label] = index
+                if made.place(index, "post") is None:
+                    self.homes[index] = Place(Buffer(self.graph[index].name, "chunk", self.graph[index].size))
+                    self._store(made, index, self.homes[index])
+            else:
+                self._store(made, index, Place(Buffer(f"out.{label}", "user", self.graph[index].size)))
+
+    def _give_sums(self, made: Plan) -> None:
+        for label, index in self.graph.outputs.items():
+            if self.graph[index].type.kind == "sum":
+                made.sums += _contributions(self.graph, index, label, False, (0,) * len(self.graph[index].type.shape))
+
+    def _keep_states(self, made: Plan) -> None:
+        """A state that a product after the loop reads is copied for it, step by step."""
+        for index in self.graph.leaves("state"):
+            if any(phase == "post" for phase in self._read_in_inline(index, "loop")):
+                node = self.graph[index]
+                made.kept[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
+                self._store(made, index, Place(made.kept[index]))
+
+    def _gather_inputs(self, made: Plan) -> None:
+        """Inputs that products outside the loop read are brought into rows of the chunk."""
+        read: set[int] = set()
+        for stage in made.stages:
+            if stage.phase in ("lift", "post"):
+                read |= _leaf_inputs(made, stage)
+        for found in made.sums:
+            for operand in (found.a, found.b):
+                if operand is not None:
+                    read |= _leaves_of(self.graph, operand)
+        for index in sorted(read):
+            node = self.graph[index]
+            self.gathered[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
+
+
+def _leaf_inputs(made: Plan, stage: Stage) -> set[int]:
+    """The inputs that a stage reads, directly or through values computed wherever they are used."""
+    graph, found = made.graph, set()
+    roots = [*stage.stores, *stage.reductions, *stage.results()]
+    local = set(stage.results())
+    stack = [arg for index in roots for arg in ((index,) if index not in local else graph[index].args)]
+    while stack:
+        index = stack.pop()
+        node = graph[index]
+        if node.op == "input":
+            found.add(index)
+        elif index not in local and (node.op == "slice" or made.place(index, stage.phase) is None):
+            stack.extend(node.args)
+    return found
+
+
+def _leaves_of(graph: Graph, index: int) -> set[int]:
+    node = graph[index]
+    if node.op == "slice":
+        return _leaves_of(graph, node.args[0])
+    return {index} if node.op == "input" else set()
+
+
+def _contributions(graph: Graph, index: int, label: str, transposed: bool, corner: tuple[int, ...]) -> list[Sum]:
+    """The outer products and row sums that a gradient of a weight is made of."""
+    node = graph[index]
+    if node.op == "total":
+        return [part for arg in node.args for part in _contributions(graph, arg, label, transposed, corner)]
+    if node.op == "transpose":
+        return _contributions(graph, node.args[0], label, not transposed, corner[::-1])
+    if node.op == "place":
+        inner = tuple(c + o for c, o in zip(corner, node.attrs["corner"], strict=True))
+        return _contributions(graph, node.args[0], label, transposed, inner)
+    if node.op == "outer":
+        return [Sum(label, node.args[0], node.args[1], transposed, corner)]
+    return [Sum(label, None, node.args[0], transposed, corner)]
