@@ -192,7 +192,7 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
     given = (input,) if isinstance(input, Tensor) else tuple(input)
     unbatched = check_step_input(cell, given)
     inputs = tuple(value[None, None] if unbatched else value[None] for value in given)
-    check_dtype(cell, cell.inputs[0], inputs[0])
+    check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
     if unbatched:
