@@ -232,6 +232,17 @@ def test_the_new_state_shares_memory_with_nothing():
     assert len({value.untyped_storage().data_ptr() for value in (x, *state, h, c)}) == 5
 
 
+@every_kind
+def test_the_meta_device_gives_shapes(kind):
+    ours, torchs = (cell.to("meta") for cell in pair(kind))
+    x = torch.empty(3, 5, device="meta")
+    found, expected = tensors(ours(x)), tensors(torchs(x))
+    assert [value.shape for value in found] == [value.shape for value in expected]
+    assert all(value.device.type == "meta" for value in found)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 must have the same dtype, but got Double and Float"):
+        ours(x.double())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_autocast_computes_in_the_weights_dtype(dtype):
     cell = fc.GRUCell(5, 7)

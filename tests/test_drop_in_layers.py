@@ -333,6 +333,25 @@ def test_the_meta_device_gives_shapes(kind, form):
     assert [value.shape for value in tensors(found[1])] == [value.shape for value in tensors(expected[1])]
 
 
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [
+        ({"reset_after": False}, {}),
+        ({}, {"lengths": torch.empty(ROWS, dtype=torch.int64, device="meta")}),
+        ({}, {"resets": torch.empty(STEPS, ROWS, dtype=torch.bool, device="meta")}),
+    ],
+    ids=["reset-before", "lengths", "resets"],
+)
+def test_the_meta_device_takes_what_torch_has_not(options, data):
+    layer = fc.GRU(INPUT, HIDDEN, bidirectional=True, device="meta", **options)
+    outputs, after = layer(torch.empty(STEPS, ROWS, INPUT, device="meta"), **data)
+    assert outputs.device.type == after.device.type == "meta"
+    assert outputs.shape == (STEPS, ROWS, 2 * HIDDEN)
+    assert after.shape == (2, ROWS, HIDDEN)
+    with pytest.raises(ValueError, match="does not match weight dtype"):
+        layer(torch.empty(STEPS, ROWS, INPUT, device="meta", dtype=torch.float64))
+
+
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_autocast_computes_in_the_weights_dtype(kind, dtype):

@@ -19,7 +19,7 @@ from fusecell.cell import Cell, StateLike, bare
 from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.layers.arguments import Lengths, Packing, check_lengths, check_resets
 from fusecell.layers.scan import scan_cell
-from fusecell.runner import Options, State
+from fusecell.runner import Options, State, autocasting
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -173,7 +173,7 @@ class _Scanned:
         if x.dim() not in (2, 3):
             noun = " tensor" if self._cell_type is RNNCell else ""
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D{noun} instead")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocasting(x.device.type):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -206,7 +206,7 @@ class _Scanned:
             if tuple(value.shape) != expected:
                 raise RuntimeError(f"Expected {label} size {expected}, got {list(value.shape)}")
             _check_device(x, "hidden", value)
-            if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if value.dtype != x.dtype and not autocasting(x.device.type):
                 raise RuntimeError(
                     f"Input and hidden tensors are not the same dtype, found input tensor with {x.dtype} and {label} "
                     f"tensor with {value.dtype}. Convert it: .to({x.dtype})"

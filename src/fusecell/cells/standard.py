@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fusecell.cell import Cell, StateLike, bare
-from fusecell.runner import Options, State, run
+from fusecell.cell import Cell, StateLike, all_inputs, bare
+from fusecell.runner import Options, State, autocasting, run
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys"]
 
@@ -60,8 +60,7 @@ class _TorchCell(Cell):
         else:
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)
-        drawn = self.draw(1, rows, dtype=input.dtype, device=input.device)
-        after = run(self, (input[None], *drawn), state, _ONE_STEP)[1]
+        after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
         return bare(tuple(value[0] for value in after) if unbatched else after)
 
     def _given_state(self, hx: StateLike, rank: int) -> State:
@@ -99,7 +98,7 @@ class _TorchCell(Cell):
         other = next((value for value in (input, *state) if value.dtype != dtype), None)
         if other is None:
             return input, state
-        if not torch.is_autocast_enabled(input.device.type):
+        if not autocasting(input.device.type):
             raise RuntimeError(
                 f"mat1 and mat2 must have the same dtype, but got {dtype_name(other.dtype)} and {dtype_name(dtype)}"
             )
