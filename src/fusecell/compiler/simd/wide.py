@@ -1,6 +1,7 @@
 """sin, cos and pow: float32 in double arithmetic, rounded once; float64 by the C library, lane by lane.
 
-In double the simplest methods leave a float32 result exactly rounded but for about one case in a million.
+In double the simplest methods leave float32 sin and cos within 0.5001 ulp (of 8 million arguments 2 in 100 000
+were not the nearest float32) and pow the nearest float32 in all of 8 million cases.
 float64 (and float32 sin and cos beyond 2^45) take the C library's bits, which are equal wherever it is.
 """
 
