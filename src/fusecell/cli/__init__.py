@@ -16,6 +16,7 @@ def main() -> None:
 
         app()
     except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.partition(".")[0] not in _EXTRA:
+        package = (missing.name or "").partition(".")[0]
+        if package not in _EXTRA:
             raise
-        sys.exit(f'fusecell\'s command line needs {missing.name}:  pip install "fusecell[demo]"')
+        sys.exit(f'fusecell\'s command line needs {package}:  pip install "fusecell[demo]"')

@@ -1,0 +1,98 @@
+"""The command line."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+import fusecell as fc
+from fusecell.cli.commands import app
+
+
+def build():
+    """A factory for `fusecell summary`."""
+    return fc.Sequential(fc.Recurrent(fc.GRUCell(3, 4)), nn.Linear(4, 2))
+
+
+def not_a_module():
+    return 3
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+    assert result.exit_code == code, result.output
+    # Boxes and line ends depend on the terminal's width; words don't.
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_version():
+    assert run("--version") == f"fusecell {fc.__version__}"
+
+
+def test_count():
+    assert "= 140 cell calls by 4 distinct" in run("count", "--seq-len", 35, "--layers", 2, "--bidirectional")
+    assert "= 35 cell calls by 1 distinct" in run("count", "--seq-len", 35)
+
+
+def test_cells_lists_the_zoo():
+    shown = run("cells")
+    for member in fc.CELLS:
+        assert member.name in shown
+        assert all(word in shown for word in member.equation.split())
+
+
+@pytest.mark.parametrize("name", ["gru", "GRU", "GRUCell", "gru_reset_before"])
+def test_summary_of_a_cell(name):
+    shown = run("summary", "--cell", name, "--input-size", 5, "--hidden-size", 10, "--seq-len", 7, "--batch-size", 3)
+    assert "T=7 N=3 total 510 9,450 7" in shown
+
+
+def test_summary_of_a_factory():
+    shown = run("summary", f"{__name__}:build", "--seq-len", 7)
+    assert f"total 118 {7 * (3 * 4 * 7 + 8)} 7" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "give either MODULE:FACTORY or --cell NAME"),
+        (["--cell", "gru", "a:b"], "give either MODULE:FACTORY or --cell NAME"),
+        (["--cell", "grue"], "no cell is called 'grue'; there are: rnn_tanh"),
+        (["nowhere"], "not of the form MODULE:FACTORY"),
+        (["no.such.module:build"], "No module named"),
+        ([f"{__name__}:missing"], "has no attribute 'missing'"),
+        ([f"{__name__}:not_a_module"], "gave int, expected a torch.nn.Module"),
+        (["torch.nn:Identity"], "got Identity"),
+    ],
+)
+def test_summary_says_what_is_wrong(arguments, text):
+    assert text in run("summary", *arguments, code=2)
+
+
+def test_demo_trains_and_goes_on(tmp_path):
+    size = ("--hidden-size", 8, "--batch-size", 4, "--steps", 3, "--output", tmp_path)
+    assert "loses to the 5-gram" in run("demo", *size)
+    assert "going on from step 3" in run("demo", "--resume", *size)
+
+
+def test_demo_without_a_checkpoint_or_with_another_layer(tmp_path):
+    assert "holds no checkpoint to resume" in run("demo", "--resume", "--output", tmp_path, code=2)
+    assert "got 'keras'" in run("demo", "--layer", "keras", "--output", tmp_path, code=2)
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_missing_extra_gives_the_install_line(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from fusecell.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == f'fusecell\'s command line needs {missing}:  pip install "fusecell[demo]"'
+
+
+def test_other_missing_modules_are_not_hidden():
+    code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['cells']; from fusecell.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ModuleNotFoundError" in result.stderr
+    assert "torch" in result.stderr
