@@ -1,0 +1,140 @@
+"""What a traced tensor stands for: a value per row, a weight, or a sum over rows; and where its features lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Beyond", "Matrix", "Row", "Sum", "Untraceable", "Value", "Vector", "Weight", "arranged", "runs"]
+
+Index = npt.NDArray[np.int64]
+Shape = tuple[int, ...]
+
+
+class Untraceable(Exception):
+    """The step does what a graph can't say; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """A value per row of the batch, as a node and the node's feature behind each of torch's elements.
+
+    Arguments:
+        shape: torch's shape, the batch dimension included.
+        node: the node of the graph, flat features per row.
+        axis: which dimension is the batch; None for what is the same for all rows.
+        index: for each element of a row (``shape`` without ``axis``) the feature of ``node``, -1 for zero;
+            None where they are the node's features in order.
+    """
+
+    shape: Shape
+    node: int
+    axis: int | None = 0
+    index: Index | None = None
+
+    @property
+    def features(self) -> Shape:
+        return self.shape if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
+
+    @property
+    def places(self) -> Index:
+        """The index, spelled out."""
+        return arranged(self.features) if self.index is None else self.index
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight as a rectangle of a stored matrix, flipped or not; all of it is ``rows`` and ``cols`` as stored."""
+
+    slot: int
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    flipped: bool = False
+
+    def transposed(self) -> Matrix:
+        return Matrix(self.slot, self.rows, self.cols, not self.flipped)
+
+    def narrowed(self, dim: int, start: int, stop: int) -> Matrix:
+        """The part ``start:stop`` of a dimension, counted as torch sees this matrix."""
+        if (dim == 0) != self.flipped:
+            return Matrix(self.slot, (self.rows[0] + start, self.rows[0] + stop), self.cols, self.flipped)
+        return Matrix(self.slot, self.rows, (self.cols[0] + start, self.cols[0] + stop), self.flipped)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vector:
+    """A weight as elements of a stored vector: for each of torch's elements its place there."""
+
+    slot: int
+    index: Index
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """What depends on parameters alone: a slot of the prologue, and the stored weight that it is a view of.
+
+    Arguments:
+        fill: the number it is filled with, where a factory made it so.
+    """
+
+    shape: Shape
+    slot: int
+    view: Matrix | Vector | None = None
+    fill: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sum:
+    """A sum over all rows and steps: the gradient of a weight, or a part of it."""
+
+    shape: Shape
+    node: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Beyond:
+    """A gradient behind the weights that a graph takes: torch's own autograd computes it at each call."""
+
+    shape: Shape
+
+
+Value = Row | Weight | Sum | Beyond
+
+
+def arranged(shape: Sequence[int]) -> Index:
+    """0, 1, 2 ... in ``shape``."""
+    return np.arange(math.prod(shape), dtype=np.int64).reshape(tuple(shape))
+
+
+def runs(flat: Index) -> Iterator[tuple[int, int, int]]:
+    """``flat`` cut into stretches (first, length, step) with step 1, or 0 where an element repeats."""
+    steps = np.diff(flat)
+    cuts = [0]
+    position, end = 0, len(flat)
+    # A stretch ends where the step changes, or is neither 0 nor 1.
+    while position < end - 1:
+        step = int(steps[position])
+        if step not in (0, 1) or (step == 1 and flat[position] < 0):
+            position += 1
+        else:
+            same = steps[position:] == step
+            position += int(same.argmin()) if not same.all() else len(same)
+            position += 1
+        if position < end:
+            cuts.append(position)
+    for start, stop in pairwise([*cuts, end]):
+        first = int(flat[start])
+        yield first, stop - start, 0 if stop - start > 1 and flat[start + 1] == first else 1
+
+
+def scalar(value: Any) -> float:
+    """A Python number as a float."""
+    if isinstance(value, complex):
+        raise Untraceable("Complex numbers are not compiled.")
+    return float(value)
