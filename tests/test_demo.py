@@ -17,11 +17,12 @@ from fusecell.demo import Settings, run_demo
 from fusecell.demo.baselines import KneserNey, unigram_bits
 from fusecell.demo.checkpoint import load_checkpoint, save_checkpoint
 from fusecell.demo.corpus import Corpus, Vocabulary, held_out, load_corpus
+from fusecell.demo.exam import Exam
 from fusecell.demo.model import build_model
 from fusecell.demo.report import Results, verdict
 from fusecell.demo.sample import write
 from fusecell.demo.threads import fastest_threads
-from fusecell.demo.train import Budget, Trainer, evaluate, in_rows
+from fusecell.demo.train import Budget, Trainer, in_rows
 
 TINY = Settings(embedding_size=6, hidden_size=9, batch_size=5, window=7)
 
@@ -35,6 +36,10 @@ def corpus():
 
 def quiet():
     return Console(file=io.StringIO(), width=100)
+
+
+def small_exam(corpus):
+    return Exam(corpus.held_out, rows=4, warmup=16)
 
 
 # The text
@@ -148,13 +153,32 @@ def test_windows_go_through_the_whole_row_with_the_state_carried(corpus):
     assert not any(state.requires_grad for state in carried[1:-1])
 
 
-def test_evaluation_is_the_mean_over_one_long_pass(corpus):
-    model = build_model(TINY, len(corpus.vocabulary))
-    text = in_rows(corpus.held_out, 3)
-    with torch.no_grad():
-        scores, _ = model(text[:-1])
-    expected = nn.functional.cross_entropy(scores.flatten(0, 1), text[1:].flatten()).item() / math.log(2)
-    assert evaluate(model, text, window=11) == pytest.approx(expected, rel=1e-5)
+def test_an_exam_scores_every_model_on_the_same_characters(corpus):
+    size = len(corpus.vocabulary)
+    exam = Exam(corpus.held_out, rows=3, warmup=20, scored=77)
+    length = len(corpus.held_out) // 3
+    assert len(exam) == 3 * 77
+    model = build_model(TINY, size)
+    ngram = KneserNey(corpus.training, size, 3)
+    by_model, by_ngram = [], []
+    for row in range(3):
+        ids = torch.from_numpy(corpus.held_out[row * length : row * length + 97])
+        with torch.no_grad():
+            scores, _ = model(ids[:-1, None])
+        by_model.append(nn.functional.cross_entropy(scores[19:, 0], ids[20:]).item() / math.log(2))
+        # An n-gram model sees the characters before it and needs no warming up.
+        by_ngram.append(-np.log2(ngram.probabilities(ids[18:].numpy())).mean())
+    for window in (7, 20, 64, 200):
+        assert exam.bits(model, window) == pytest.approx(np.mean(by_model), rel=1e-5)
+    assert exam.ngram_bits(ngram) == pytest.approx(np.mean(by_ngram), rel=1e-12)
+    frequencies = (np.bincount(corpus.training, minlength=size) + 1) / (len(corpus.training) + size)
+    scored = np.concatenate([corpus.held_out[row * length + 20 : row * length + 97] for row in range(3)])
+    assert exam.unigram_bits(corpus.training, size) == pytest.approx(-np.log2(frequencies[scored]).mean(), rel=1e-12)
+
+
+def test_an_exam_needs_text():
+    with pytest.raises(ValueError, match="lower rows or warmup"):
+        Exam(np.zeros(100, np.int64), rows=2, warmup=50)
 
 
 def test_equal_seeds_train_fusecell_and_torch_alike(corpus):
@@ -249,8 +273,12 @@ def test_the_verdict_is_plain():
 
 def test_the_whole_job_and_its_resumption(corpus, tmp_path):
     console = quiet()
-    first = run_demo(TINY, seconds=60, steps=40, output=tmp_path, corpus=corpus, console=console)
-    again = run_demo(seconds=60, steps=40, output=tmp_path, corpus=corpus, console=console, resume=True)
+    first = run_demo(
+        TINY, seconds=60, steps=40, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=console
+    )
+    again = run_demo(
+        seconds=60, steps=40, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=console, resume=True
+    )
     assert again.characters == 2 * first.characters == 2 * 40 * 5 * 7
     assert again.model < first.model < math.log2(len(corpus.vocabulary))
     shown = console.file.getvalue()
@@ -281,5 +309,5 @@ def test_an_interruption_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "advance", interrupted)
     monkeypatch.setattr("fusecell.demo.job.fastest_threads", lambda work: 1)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(TINY, seconds=60, steps=9, output=tmp_path, corpus=corpus, console=quiet())
+        run_demo(TINY, seconds=60, steps=9, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=quiet())
     assert load_checkpoint(corpus, tmp_path).step == 4

@@ -14,7 +14,7 @@ from fusecell.compiler.graph import Graph, Node
 __all__ = ["EVALUATE", "interpret"]
 
 Attrs = Mapping[str, Any]
-Rule = Callable[[Sequence[Tensor], Attrs], Any]
+Rule = Callable[[Sequence[Tensor], Attrs], Tensor]
 
 
 def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -40,15 +40,21 @@ def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: where a leaf has no value, or one of another shape.
     """
     needed = graph.needed(graph.outputs.values())
-    found: list[Any] = []
+    found: dict[int, Tensor] = {}
     rows = _rows(graph, values)
+    dtype = next((value.dtype for value in values.values()), torch.float64)
     for index, node in graph:
         if not needed[index]:
-            found.append(None)
-        elif node.op in ("input", "state", "weight"):
-            found.append(_leaf(node, values))
+            continue
+        if node.op in ("input", "state", "weight"):
+            found[index] = _leaf(node, values)
+        elif node.op == "const":
+            found[index] = torch.full((1, 1), node.attrs["value"], dtype=dtype)
         else:
-            found.append(EVALUATE[node.op]([found[arg] for arg in node.args], node.attrs))
+            args = [found[arg] for arg in node.args]
+            if node.op in ("outer", "rowsum"):
+                args = [arg.expand(rows, arg.shape[-1]) for arg in args]
+            found[index] = EVALUATE[node.op](args, node.attrs)
     return {label: _whole(graph[index], found[index], rows) for label, index in graph.outputs.items()}
 
 
@@ -69,9 +75,8 @@ def _leaf(node: Node, values: Mapping[str, Tensor]) -> Tensor:
     return value
 
 
-def _whole(node: Node, value: Any, rows: int) -> Tensor:
-    tensor: Tensor = torch.as_tensor(value)
-    return tensor.expand(rows, node.size) if node.type.kind in ("row", "mask") else tensor
+def _whole(node: Node, value: Tensor, rows: int) -> Tensor:
+    return value.expand(rows, node.size) if node.type.kind in ("row", "mask") else value
 
 
 def _product(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
@@ -101,15 +106,8 @@ def _place(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return whole
 
 
-def _tensors(function: Callable[..., Any]) -> Rule:
-    """A function of tensors; a constant is a Python number, which torch takes in most places but not in all."""
-
-    def rule(args: Sequence[Any], attrs: Attrs) -> Any:
-        like = next((arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()), None)
-        dtype = torch.float64 if like is None else like.dtype
-        return function(*(arg if isinstance(arg, Tensor) else torch.tensor([[arg]], dtype=dtype) for arg in args))
-
-    return rule
+def _tensors(function: Callable[..., Tensor]) -> Rule:
+    return lambda args, attrs: function(*args)
 
 
 def _leaf_rule(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
@@ -120,14 +118,13 @@ _UNARY = "neg abs sign exp expm1 log log1p sqrt rsqrt reciprocal sin cos tanh si
 _BINARY = "add sub mul div pow maximum minimum lt le gt ge eq ne where"
 
 EVALUATE: Mapping[str, Rule] = {
-    **dict.fromkeys(("input", "state", "weight"), _leaf_rule),
-    "const": lambda args, attrs: attrs["value"],
+    **dict.fromkeys(("input", "state", "weight", "const"), _leaf_rule),
     **{name: _tensors(getattr(torch, name)) for name in (_UNARY + " " + _BINARY).split()},
     "erf": _tensors(torch.special.erf),
     "and": _tensors(torch.logical_and),
     "or": _tensors(torch.logical_or),
     "not": _tensors(torch.logical_not),
-    "broadcast": lambda args, attrs: _tensors(lambda x: x.expand(*x.shape[:-1], attrs["size"]))(args, attrs),
+    "broadcast": lambda args, attrs: args[0].expand(*args[0].shape[:-1], attrs["size"]),
     "sum": lambda args, attrs: args[0].sum(-1, keepdim=True),
     "amax": lambda args, attrs: args[0].amax(-1, keepdim=True),
     "amin": lambda args, attrs: args[0].amin(-1, keepdim=True),

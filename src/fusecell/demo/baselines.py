@@ -30,7 +30,7 @@ class KneserNey:
     Example:
         >>> import numpy as np
         >>> text = np.array([0, 1, 2] * 50)
-        >>> bool(KneserNey(text, size=3, order=3).bits(text[:30]) < 0.1)
+        >>> bool((KneserNey(text, size=3, order=3).probabilities(text) > 0.9).all())
         True
 
     Arguments:
@@ -66,10 +66,6 @@ class KneserNey:
         for length, level in zip(range(1, self.order + 1), reversed(self.levels), strict=True):
             probability = level.refine(_grams(text[self.order - length :], length, self.size), probability)
         return probability
-
-    def bits(self, text: Ids) -> float:
-        """Bits per character of a text."""
-        return float(-np.log2(self.probabilities(text)).mean())
 
 
 class _Level:

@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fusecell.demo.baselines import KneserNey, unigram_bits
+from fusecell.demo.baselines import KneserNey
 from fusecell.demo.checkpoint import load_checkpoint, save_checkpoint
 from fusecell.demo.corpus import Corpus, load_corpus
+from fusecell.demo.exam import Exam
 from fusecell.demo.plot import plot_curves
 from fusecell.demo.report import Results, print_results, telling
 from fusecell.demo.sample import write
 from fusecell.demo.settings import Settings
 from fusecell.demo.threads import fastest_threads
-from fusecell.demo.train import Budget, Point, Trainer, evaluate, in_rows
+from fusecell.demo.train import Budget, Point, Trainer
 
 __all__ = ["run_demo", "train"]
 
-_ROWS = 128
-_GLANCE = 192
-"""Characters of each row in the held-out sample that the curve is drawn from; the end result takes all."""
 _SAVE_EVERY = 20.0
 
 
@@ -38,6 +36,7 @@ def run_demo(
     output: Path = Path("demo-output"),
     resume: bool = False,
     corpus: Corpus | None = None,
+    exam: Exam | None = None,
     console: Console | None = None,
 ) -> Results:
     """Train, compare with the baselines, write a sample, and leave everything in a folder.
@@ -49,6 +48,7 @@ def run_demo(
             and ``metrics.json``.
         resume: go on from the checkpoint in ``output``.
         corpus: another text than the standard library's.
+        exam: other held-out characters to be scored on than slices from all over the corpus.
         console: where to print.
 
     Returns:
@@ -56,9 +56,10 @@ def run_demo(
     """
     settings, console = settings or Settings(), console or Console()
     corpus = corpus or load_corpus(settings.seed)
+    exam = exam or Exam(corpus.held_out)
     console.print(
         f"{len(corpus.training):,} characters of {len(corpus.training_files)} modules to learn from, "
-        f"{len(corpus.held_out):,} of {len(corpus.held_out_files)} others held out; "
+        f"{len(corpus.held_out):,} of {len(corpus.held_out_files)} others held out, {len(exam):,} of them scored; "
         f"{len(corpus.vocabulary)} different characters"
     )
     if resume:
@@ -71,20 +72,21 @@ def run_demo(
     torch.set_num_threads(_threads(trainer.settings, corpus))
     try:
         console.print(f"{_name(trainer)}, {_parameters(trainer):,} parameters, {torch.get_num_threads()} thread(s)")
-        train(trainer, corpus, budget, output, console)
-        results = _results(trainer, corpus)
+        train(trainer, corpus, exam, budget, output, console)
+        results = _results(trainer, corpus, exam)
     finally:
         torch.set_num_threads(before)
-    _write_output(trainer, corpus, results, output, console)
+    _write_output(trainer, corpus, exam, results, output, console)
     return results
 
 
-def train(trainer: Trainer, corpus: Corpus, budget: Budget, output: Path, console: Console, points: int = 20) -> None:
+def train(
+    trainer: Trainer, corpus: Corpus, exam: Exam, budget: Budget, output: Path, console: Console, points: int = 12
+) -> None:
     """Use up a budget, adding about ``points`` points to the learning curve and saving as it goes.
 
     The checkpoint is saved on the way out too, an interruption included.
     """
-    sample = in_rows(corpus.held_out, _ROWS)[: _GLANCE + 1]
     begun, saved = budget.used(trainer), time.monotonic()
     shown, since = begun, [0.0, 0]
     try:
@@ -94,8 +96,8 @@ def train(trainer: Trainer, corpus: Corpus, budget: Budget, output: Path, consol
                 tell.step((used - begun) / (1 - begun), bits, trainer.characters / trainer.seconds)
                 since = [since[0] + bits, since[1] + 1]
                 if used - shown >= (1 - begun) / points or used == 1:
-                    held_out = evaluate(trainer.model, sample)
-                    trainer.curve.append(Point(trainer.seconds, trainer.characters, since[0] / since[1], held_out))
+                    training, held_out = since[0] / since[1], exam.bits(trainer.model)
+                    trainer.curve.append(Point(trainer.seconds, trainer.characters, training, held_out))
                     shown, since = used, [0.0, 0]
                 if time.monotonic() - saved > _SAVE_EVERY:
                     save_checkpoint(trainer, corpus, output)
@@ -109,29 +111,33 @@ def _threads(settings: Settings, corpus: Corpus) -> int:
     return fastest_threads(lambda: trial.advance(0.0))
 
 
-def _results(trainer: Trainer, corpus: Corpus) -> Results:
+def _results(trainer: Trainer, corpus: Corpus, exam: Exam) -> Results:
     size = len(corpus.vocabulary)
     return Results(
         name=_name(trainer),
-        model=evaluate(trainer.model, in_rows(corpus.held_out, _ROWS)),
-        unigram=unigram_bits(corpus.training, corpus.held_out, size),
-        five_gram=KneserNey(corpus.training, size, order=5).bits(corpus.held_out),
+        model=exam.bits(trainer.model),
+        unigram=exam.unigram_bits(corpus.training, size),
+        five_gram=exam.ngram_bits(KneserNey(corpus.training, size, order=5)),
         characters=trainer.characters,
         characters_per_second=trainer.characters / trainer.seconds,
     )
 
 
-def _write_output(trainer: Trainer, corpus: Corpus, results: Results, output: Path, console: Console) -> None:
+def _write_output(
+    trainer: Trainer, corpus: Corpus, exam: Exam, results: Results, output: Path, console: Console
+) -> None:
     sample = write(trainer.model, corpus.vocabulary, 400, seed=trainer.settings.seed)
     (output / "sample.txt").write_text(sample, encoding="utf-8")
     baselines = {"unigram": results.unigram, "5-gram": results.five_gram}
     plot_curves({results.name: trainer.curve}, baselines, output / "loss.png")
-    (output / "metrics.json").write_text(json.dumps(_metrics(trainer, corpus, results), indent=1), encoding="utf-8")
+    (output / "metrics.json").write_text(
+        json.dumps(_metrics(trainer, corpus, exam, results), indent=1), encoding="utf-8"
+    )
     print_results(console, results, sample)
     console.print(f"{output}/: checkpoint.safetensors, checkpoint.json, loss.png, sample.txt, metrics.json")
 
 
-def _metrics(trainer: Trainer, corpus: Corpus, results: Results) -> dict[str, Any]:
+def _metrics(trainer: Trainer, corpus: Corpus, exam: Exam, results: Results) -> dict[str, Any]:
     return {
         **results.to_dict(),
         "seconds": round(trainer.seconds, 2),
@@ -140,6 +146,7 @@ def _metrics(trainer: Trainer, corpus: Corpus, results: Results) -> dict[str, An
         "settings": trainer.settings.to_dict(),
         "training_characters": len(corpus.training),
         "held_out_characters": len(corpus.held_out),
+        "scored_characters": len(exam),
         "held_out_files": list(corpus.held_out_files),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": platform.machine(),

@@ -30,11 +30,12 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
     for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
         _draw_curve(axes, name, points, colour)
     for name, bits in baselines.items():
-        axes.axhline(bits, color=_FAINT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+        axes.plot((0, last), (bits, bits), color=_FAINT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
         axes.annotate(
             f"{name}  {bits:.2f}", (0, bits), (6, 4), textcoords="offset points", color=_FAINT, fontsize=9, va="bottom"
         )
-    axes.set_xlim(0, last * 1.22)
+    axes.set_xlim(0, last * 1.25)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
     axes.set_xlabel("seconds of training", color=_INK)
     axes.set_ylabel("bits per character", color=_INK)
     axes.set_title("Learning Python from the standard library", color=_INK, loc="left", fontsize=12, fontweight="bold")
@@ -66,5 +67,5 @@ def _draw_curve(axes: Axes, name: str, points: Sequence[Point], colour: str) -> 
         va="center",
     )
     axes.annotate(
-        "training", (seconds[-1], last.training), (9, -9), textcoords="offset points", color=colour, alpha=0.6
+        "training", (seconds[-1], last.training), (9, -18), textcoords="offset points", color=colour, alpha=0.6
     )

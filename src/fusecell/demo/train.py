@@ -16,7 +16,7 @@ from fusecell.demo.model import CharacterModel, build_model
 from fusecell.demo.settings import Settings
 from fusecell.layers import detach
 
-__all__ = ["Budget", "Point", "Trainer", "evaluate", "in_rows"]
+__all__ = ["Budget", "Point", "Trainer", "in_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +128,3 @@ def in_rows(ids: NDArray[np.int64], rows: int) -> Tensor:
     """A text cut into rows of equal length, time-major: (len(ids) // rows, rows)."""
     length = len(ids) // rows
     return torch.from_numpy(ids[: length * rows].reshape(rows, length).T.copy())
-
-
-@torch.no_grad()
-def evaluate(model: CharacterModel, text: Tensor, window: int = 256) -> float:
-    """Bits per character of (T, N) ids, the state carried from window to window."""
-    total, state = 0.0, None
-    for start in range(0, len(text) - 1, window):
-        targets = text[start + 1 : start + window + 1]
-        scores, state = model(text[start : start + len(targets)], state)
-        total += nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum").item()
-    return total / ((len(text) - 1) * text.shape[1]) / math.log(2)

@@ -71,7 +71,7 @@ class Function:
         kind = "alwaysinline " if inline else "" if exported else "noinline "
         self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
         self._lines = ["entry:"]
-        self._count: dict[str, int] = {}
+        self._count = dict.fromkeys((param.rpartition("%")[2] for param in params), 1)
 
     def end(self) -> None:
         """Close the function and add it to its module."""

@@ -15,7 +15,7 @@ from fusecell.compiler.trace.rules_move import CONSTANTS, KEEPS, MOVES, PRODUCTS
 from fusecell.compiler.trace.rules_pointwise import POINTWISE
 from fusecell.compiler.trace.rules_reduce import REDUCTIONS
 from fusecell.compiler.trace.shield import users_line
-from fusecell.compiler.trace.values import Beyond, Row, Sum, Untraceable, Value, Weight
+from fusecell.compiler.trace.values import Beyond, Row, Sum, Unsaid, Untraceable, Value, Weight
 from fusecell.compiler.trace.weights import Ref, Weights, weight_views
 from fusecell.compiler.trace.writer import Writer
 
@@ -91,9 +91,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         path, source = self.sources.get(id(tensor), ("", tensor))
         if not path:
             shape = tuple(tensor.shape)
-            raise Untraceable(
+            return Unsaid(
+                shape,
                 f"It uses a tensor of shape {shape} that is neither an input, a state, a parameter, a buffer or an "
-                "attribute of the cell nor made in the step; keep it on the cell with register_buffer."
+                "attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
             )
         self.know(source, self.weights.source(path, source), fixed=True)
         return self._values[_key(source)]
@@ -180,8 +181,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         plain = name.rstrip("_") if target is not None else name
         made = self._made(func, plain, args, values, options, results, found)
         for tensor, value in zip(results, made, strict=True):
-            if tensor is None or value is None:
+            if tensor is None:
                 continue
+            if value is None:
+                value = Unsaid(tuple(tensor.shape), f"It uses a result of {name} that has no rule.")
             self._check_result(tensor, value)
             if target is None and isinstance(value, Weight) and self.is_known(tensor):
                 continue  # a view of all of it, such as detach: the same weight
@@ -198,6 +201,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         found: list[Value],
     ) -> Sequence[Value | None]:
         """What the results of a call stand for."""
+        unsaid = [value for value in found if isinstance(value, Unsaid)]
+        if unsaid:
+            return self._of_unsaid(unsaid[0], found, results)
         if any(isinstance(value, Sum | Beyond) for value in found):
             return self._of_sums(name, values, options, results, found)
         if all(isinstance(value, Weight) for value in found):
@@ -208,7 +214,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return [filled(self.writer, name, values, results[0])]
         if name in KEEPS:
             return [found[0]]
-        return self._of_rows(func, name, values, options, results)
+        try:
+            return self._of_rows(func, name, values, options, results)
+        except Untraceable as refusal:
+            if not self.backward or any(isinstance(value, Row) for value in found):
+                raise
+            return [Unsaid(tuple(result.shape), str(refusal)) for result in results]
+
+    def _of_unsaid(self, first: Unsaid, found: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
+        """Beyond the weights that the graph takes anything may happen, elsewhere nothing that it can't say."""
+        if not self.backward or any(isinstance(value, Row | Sum) for value in found):
+            raise Untraceable(first.why)
+        if any(isinstance(value, Beyond) for value in found):
+            return [Beyond(tuple(result.shape)) for result in results]
+        return [Unsaid(tuple(result.shape), first.why) for result in results]
 
     def _of_rows(
         self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
@@ -277,7 +296,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return made
 
     def _ref(self, value: Weight, tensor: Tensor) -> Ref:
-        return Ref(value.slot, not tensor.requires_grad and tensor.is_floating_point())
+        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
 
     def _ref_plain(self, value: Weight) -> Ref:
         return Ref(value.slot)
@@ -286,13 +305,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         target = values[0]
         if not all(isinstance(value, Weight) for value in found):
             raise Untraceable("It writes rows into a tensor that has none.")
-        tensors = iter(_tensors_of_args(args))
-        refs = _mapped(
-            values,
-            lambda value: Ref(value.slot, value is not target and self._ref(value, next(tensors)).detached),
-            "",
-            Weight,
-        )
+        tensors = iter(_tensors_of_args(args[1:]))
+        rest = _mapped(values[1:], lambda value: self._ref(value, next(tensors)), "", Weight)
+        refs = [Ref(target.slot), *rest]
         self.weights.changed(func, refs, {}, target)
         # What the written tensor was filled with, and any view of it, is no longer so.
         storage = args[0].untyped_storage()._cdata
@@ -376,7 +391,7 @@ def _literal(tensor: Tensor, known: Callable[[Any], Any]) -> Any:
 
 
 def _tensors_of(value: Any) -> Iterator[Value]:
-    if isinstance(value, Row | Weight | Sum | Beyond):
+    if isinstance(value, Row | Weight | Sum | Beyond | Unsaid):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:

@@ -16,6 +16,7 @@ from fusecell.compiler.trace.writer import Operand, Writer
 __all__ = ["BACKWARD", "SUMS"]
 
 Rule = Callable[..., Any]
+_SIXTH = 0.1666666716337204  # in hardsigmoid's gradient torch has float32's sixth, in float64 too
 
 
 def _tanh(w: Writer, g: Row, y: Row) -> Row:
@@ -80,8 +81,7 @@ def _softplus(w: Writer, g: Row, x: Row, beta: float, threshold: float) -> Row:
     return w.point("where", w.point("gt", scaled, threshold), g, slope)
 
 
-def _log_sigmoid(w: Writer, g: Row, x: Row, _buffer: object) -> Row:
-    tail = w.point("exp", w.point("neg", w.point("abs", x)))
+def _log_sigmoid(w: Writer, g: Row, x: Row, tail: Row) -> Row:
     part = w.point("div", tail, w.point("add", 1.0, tail))
     return w.point("mul", g, w.point("where", w.point("lt", x, 0.0), w.point("sub", 1.0, part), part))
 
@@ -101,7 +101,7 @@ def _hardtanh(w: Writer, g: Row, x: Row, low: float, high: float) -> Row:
 
 def _hardsigmoid(w: Writer, g: Row, x: Row) -> Row:
     inside = w.point("and", w.point("gt", x, -3.0), w.point("lt", x, 3.0))
-    return w.point("where", inside, w.point("div", g, 6.0), 0.0)
+    return w.point("where", inside, w.point("mul", g, _SIXTH), 0.0)
 
 
 def _hardswish(w: Writer, g: Row, x: Row) -> Row:

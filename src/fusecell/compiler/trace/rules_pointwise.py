@@ -115,9 +115,9 @@ def _softplus(w: Writer, x: Operand, beta: float = 1, threshold: float = 20) -> 
     return w.point("where", w.point("gt", scaled, threshold), x, soft)
 
 
-def _log_sigmoid(w: Writer, x: Operand) -> tuple[Row, None]:
-    tail = w.point("log1p", w.point("exp", w.point("neg", w.point("abs", x))))
-    return w.point("sub", w.point("minimum", x, 0.0), tail), None
+def _log_sigmoid(w: Writer, x: Operand) -> tuple[Row, Row]:
+    tail = w.point("exp", w.point("neg", w.point("abs", x)))
+    return w.point("sub", w.point("minimum", x, 0.0), w.point("log1p", tail)), tail
 
 
 def _mish(w: Writer, x: Operand) -> Row:
@@ -235,6 +235,7 @@ POINTWISE: Mapping[str, Rule] = {
     "leaky_relu": _leaky_relu,
     "_prelu_kernel": _prelu,
     "elu": _elu,
+    "celu": lambda w, x, alpha=1.0: _elu(w, x, alpha, 1.0, 1.0 / alpha),
     "silu": _silu,
     "gelu": _gelu,
     "softplus": _softplus,

@@ -60,6 +60,7 @@ def users_line() -> str:
         return ""
     name, line = frame.f_code.co_filename, frame.f_lineno
     source = linecache.getline(name, line).strip()
+    source = source if len(source) < 100 else source[:97] + "..."
     return f" in {Path(name).name}, line {line}" + (f": `{source}`" if source else "")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Beyond", "Matrix", "Row", "Sum", "Untraceable", "Value", "Vector", "Weight", "arranged", "runs"]
+__all__ = ["Beyond", "Matrix", "Row", "Sum", "Unsaid", "Untraceable", "Value", "Vector", "Weight", "arranged", "runs"]
 
 Index = npt.NDArray[np.int64]
 Shape = tuple[int, ...]
@@ -104,7 +104,15 @@ class Beyond:
     shape: Shape
 
 
-Value = Row | Weight | Sum | Beyond
+@dataclass(frozen=True, slots=True, eq=False)
+class Unsaid:
+    """A tensor that a graph can't say; it matters only if it is used."""
+
+    shape: Shape
+    why: str
+
+
+Value = Row | Weight | Sum | Beyond | Unsaid
 
 
 def arranged(shape: Sequence[int]) -> Index:

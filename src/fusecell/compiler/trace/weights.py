@@ -113,6 +113,9 @@ class _Slot:
     path: str | None
     tensor: Tensor | None
     """The source itself; None for what a step made."""
+    storage: int
+    differentiable: bool
+    """Whether a gradient flows through it at a call, unless the step cuts it off."""
 
 
 class Weights:
@@ -127,7 +130,17 @@ class Weights:
 
     def source(self, path: str, tensor: Tensor) -> Weight:
         """A parameter, buffer or attribute as a value."""
-        self.slots.append(_Slot(tuple(tensor.shape), tensor.dtype, path.replace(".", "_"), path, tensor))
+        self.slots.append(
+            _Slot(
+                tuple(tensor.shape),
+                tensor.dtype,
+                path.replace(".", "_"),
+                path,
+                tensor,
+                _storage(tensor),
+                tensor.requires_grad,
+            )
+        )
         return _own(tuple(tensor.shape), len(self.slots) - 1)
 
     def record(
@@ -136,9 +149,12 @@ class Weights:
         """A call on weights alone, as a step of the prologue; ``args`` hold Refs for tensors."""
         refs = _refs((args, kwargs))
         base = self.slots[refs[0].slot].name + "_" if refs else ""
+        flows = self._flows(refs)
         first = len(self.slots)
         for result in results:
-            self.slots.append(_Slot(tuple(result.shape), result.dtype, base + name.strip("_"), None, None))
+            self.slots.append(
+                _Slot(tuple(result.shape), result.dtype, base + name.strip("_"), None, None, _storage(result), flows)
+            )
         made = tuple(range(first, len(self.slots)))
         self.steps.append(Step(func, tuple(args), dict(kwargs), made))
         return [_own(self.slots[slot].shape, slot) for slot in made]
@@ -148,6 +164,12 @@ class Weights:
         if target.slot in self.leaves:
             raise Untraceable("It changes in place a weight that the step has already used.")
         self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,)))
+        if self._flows(_refs(args)):
+            for slot in self.slots:
+                slot.differentiable |= slot.storage == self.slots[target.slot].storage
+
+    def _flows(self, refs: Sequence[Ref]) -> bool:
+        return any(self.slots[ref.slot].differentiable and not ref.detached for ref in refs)
 
     def leaf(self, slot: int, form: str) -> int:
         """The weight node of a slot, as a matrix or as a flat vector."""
@@ -170,13 +192,11 @@ class Weights:
         needed = set(self.leaves)
         kept: list[Step] = []
         for step in reversed(self.steps):
-            if needed.intersection(step.results):
+            # A write into a view changes what it is a view of.
+            memory = {self.slots[slot].storage for slot in needed} if _writes(step.func) else set()
+            if needed.intersection(step.results) or memory.intersection(self.slots[s].storage for s in step.results):
                 kept.append(step)
                 needed.update(ref.slot for ref in _refs((step.args, step.kwargs)))
-        # A write into a view changes what it is a view of: with one about, every step that shares memory stays.
-        if any(_writes(step.func) for step in self.steps):
-            kept = list(reversed(self.steps))
-            needed.update(ref.slot for step in kept for ref in _refs((step.args, step.kwargs)))
         sources = [(slot.path, place) for place, slot in enumerate(self.slots) if slot.path and place in needed]
         leaves = [self._leaf(slot, form) for slot, (_, form) in self.leaves.items()]
         return Prologue(sources, kept[::-1], leaves)
@@ -244,6 +264,10 @@ def _leaf_shape(shape: tuple[int, ...], form: str) -> tuple[int, ...]:
     if len(shape) < 2 or count != shape[-1] * shape[-2]:
         raise Untraceable(f"It multiplies rows with a weight of shape {shape}, not with one matrix.")
     return shape[-2:]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _writes(func: Any) -> bool:

@@ -16,6 +16,7 @@ from fusecell.compiler.trace.values import (
     Row,
     Shape,
     Sum,
+    Unsaid,
     Untraceable,
     Value,
     Vector,
@@ -55,6 +56,8 @@ class Writer:
             return self._weight(operand)
         if isinstance(operand, bool | int | float | complex):
             return self.const(scalar(operand))
+        if isinstance(operand, Unsaid):
+            raise Untraceable(operand.why)
         raise Untraceable("It mixes the rows of the batch: a sum over rows is used row by row.")
 
     def const(self, value: float, shape: Shape = (), axis: int | None = None) -> Row:
