@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.compiler.graph import Builder
+from fusecell.compiler.trace.arguments import Key, key_of, mapped, tensors_in, values_in
 from fusecell.compiler.trace.rules_backward import BACKWARD, SUMS
 from fusecell.compiler.trace.rules_move import CONSTANTS, KEEPS, MOVES, PRODUCTS, filled
 from fusecell.compiler.trace.rules_pointwise import POINTWISE
@@ -24,7 +25,7 @@ __all__ = ["RULES", "Recorder"]
 RULES = {**POINTWISE, **REDUCTIONS, **PRODUCTS, **BACKWARD}
 _NUMBERS = (torch.bool, torch.int64)
 
-Key = tuple[Any, ...]
+_STALE = "It changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates it in part
@@ -64,7 +65,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def know(self, tensor: Tensor, value: Value, *, fixed: bool = False) -> None:
         """From now on ``tensor`` stands for ``value``; a ``fixed`` one must not be written to."""
-        key = _key(tensor)
+        key = key_of(tensor)
         self._values[key] = value
         self._by_storage.setdefault(key[0], set()).add(key)
         self._kept.append(tensor)
@@ -77,7 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         Raises:
             Untraceable: for a tensor that came from nowhere.
         """
-        found = self._values.get(_key(tensor))
+        found = self._values.get(key_of(tensor))
         if found is None:
             found = self._source(tensor)
         if isinstance(found, Weight) and tensor.grad_fn is not None:
@@ -97,10 +98,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 "attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
             )
         self.know(source, self.weights.source(path, source), fixed=True)
-        return self._values[_key(source)]
+        return self._values[key_of(source)]
 
     def is_known(self, tensor: Tensor) -> bool:
-        return _key(tensor) in self._values
+        return key_of(tensor) in self._values
 
     # recording
 
@@ -113,11 +114,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             target = self._check(func, args, kwargs)
             stale = self._stale(target)
             # Read before the call: what is written in place has its old value here.
-            values = _mapped(args, self.value, name)
-            options = _mapped(kwargs, self.value, name)
+            values = mapped(args, self.value, name)
+            options = mapped(kwargs, self.value, name)
             result = func(*args, **kwargs)
             for key in stale:
-                del self._values[key]
+                self._values[key] = Unsaid(key[2], _STALE)
             self._record(func, name, args, values, options, result, target)
         except Untraceable as refusal:
             raise Untraceable(self._located(refusal, name)) from None
@@ -158,7 +159,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         """Other tensors over the memory that a call is about to write to: their values are no longer known."""
         if target is None or isinstance(self.value(target), Weight):
             return []
-        own = _key(target)
+        own = key_of(target)
         return [key for key in self._by_storage.get(own[0], ()) if key != own and key in self._values]
 
     def _record(
@@ -174,7 +175,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, list | tuple) or not all(isinstance(r, Tensor) or r is None for r in results):
             raise Untraceable("It reads the value of a tensor.")
-        found = list(_tensors_of((values, options)))
+        found = list(values_in((values, options)))
         if target is not None and isinstance(found[0], Weight):
             self._changed_weight(func, args, values, found)
             return
@@ -286,9 +287,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             number = torch.ops.aten.scalar_tensor.default
             made = self.weights.record(number, "number", [fill], {"dtype": results[0].dtype}, results)
             return [Weight((), made[0].slot, made[0].view, fill)]
-        tensors = iter(_tensors_of_args(args))
-        refs = _mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
-        made = self.weights.record(func, name, refs, _mapped(options, self._ref_plain, name, Weight), results)
+        tensors = iter(tensors_in(args))
+        refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
+        made = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
         if fill is not None:
             return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in made]
         if len(found) == 1 and isinstance(found[0], Weight) and isinstance(values[0], Weight):
@@ -305,8 +306,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         target = values[0]
         if not all(isinstance(value, Weight) for value in found):
             raise Untraceable("It writes rows into a tensor that has none.")
-        tensors = iter(_tensors_of_args(args[1:]))
-        rest = _mapped(values[1:], lambda value: self._ref(value, next(tensors)), "", Weight)
+        tensors = iter(tensors_in(args[1:]))
+        rest = mapped(values[1:], lambda value: self._ref(value, next(tensors)), "", Weight)
         refs = [Ref(target.slot), *rest]
         self.weights.changed(func, refs, {}, target)
         # What the written tensor was filled with, and any view of it, is no longer so.
@@ -358,54 +359,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows.")
         known = self.gradients.get(slot)
         self.gradients[slot] = gradient if not isinstance(known, Sum) else self.writer.total(known, gradient)
-
-
-def _key(tensor: Tensor) -> Key:
-    return (
-        tensor.untyped_storage()._cdata,
-        tensor.storage_offset(),
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.dtype,
-    )
-
-
-def _mapped(value: Any, change: Callable[[Any], Any], name: str, kind: type = Tensor) -> Any:
-    """``value`` with every tensor in it changed."""
-    if isinstance(value, kind):
-        if isinstance(value, Tensor) and name == "lift_fresh":
-            return _literal(value, change)
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change, name, kind) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mapped(item, change, name, kind) for item in value]
-    return value
-
-
-def _literal(tensor: Tensor, known: Callable[[Any], Any]) -> Any:
-    """What torch.tensor(...) wraps: a number is a constant of the step, anything longer came from elsewhere."""
-    if tensor.dim() == 0:
-        return Weight((), -1, None, float(tensor))
-    return known(tensor)
-
-
-def _tensors_of(value: Any) -> Iterator[Value]:
-    if isinstance(value, Row | Weight | Sum | Beyond | Unsaid):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, dict):
-        yield from _tensors_of(list(value.values()))
-
-
-def _tensors_of_args(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_of_args(item)
 
 
 def _fill(name: str, values: list[Any], found: list[Value]) -> float | None:

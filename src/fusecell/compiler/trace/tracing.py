@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -76,20 +76,19 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     reasons = _unsuited(cell, dtype)
     if reasons:
         return Refusal(reasons)
-    made: list[Traced] = []
+    runs: list[_Run] = []
     try:
         # Names of a step's variables are taken by a profile function, of which a thread has one.
         with _LOCK, shielded(), _quiet_parameters(cell):
             for rows in _batch_sizes(cell, inputs):
-                made.append(_Run(cell, inputs, dtype, rows, gradients).traced())
+                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
+                runs[-1].run()
+        first, second = (run.text() for run in runs)
     except (Untraceable, CompilerError) as refusal:
         return Refusal((str(refusal),))
     except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
         return Refusal((f"The step raised {type(error).__name__}: {error}",))
-    first, second = made
-    if first.graph.text != second.graph.text or first.weights.describe() != second.weights.describe():
-        return Refusal((_difference(first, second),))
-    return first
+    return runs[0].traced() if first == second else Refusal((_difference(first, second),))
 
 
 def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
@@ -106,19 +105,12 @@ def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _difference(first: Traced, second: Traced) -> str:
-    lines = zip(
-        (first.graph.text + first.weights.describe()).splitlines(),
-        (second.graph.text + second.weights.describe()).splitlines(),
-        strict=False,
-    )
-    for one, other in lines:
+def _difference(first: str, second: str) -> str:
+    said = "The step depends on the batch size or on a tensor's value: traced twice, with different rows, it "
+    for one, other in zip(first.splitlines(), second.splitlines(), strict=False):
         if one != other:
-            return (
-                "The step depends on the batch size or on a tensor's value: traced twice, with different rows, "
-                f"it computed `{one}` and `{other}`."
-            )
-    return "The step depends on the batch size or on a tensor's value: traced twice, it did more the second time."
+            return f"{said}computed `{one}` and `{other}`."
+    return f"{said}did more at one time than at the other."
 
 
 def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
@@ -176,6 +168,7 @@ class _Run:
     dtype: torch.dtype
     rows: int
     gradients: bool
+    named: bool
     names: dict[int, str] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
 
@@ -188,25 +181,39 @@ class _Run:
         # Values that are neither 0 nor 1 keep logarithms finite and kinks away.
         self.generator = torch.Generator().manual_seed(self.rows)
 
-    def traced(self) -> Traced:
+    def run(self) -> None:
+        """Run the step, and its gradient if asked for, under the recorder."""
         x = [self._leaf("input", name, shape) for name, shape in zip(self.cell.inputs, self.shapes, strict=True)]
         state = [
             self._leaf("state", name, (size,))
             for name, size in zip(self.cell.states, self.cell.state_sizes, strict=True)
         ]
-        with self.recorder, Guard(), noting(self._note), _variables(self._variable):
+        with self.recorder, Guard(), noting(self._note), self._watched():
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
         output, after = self._results(result)
         if self.gradients:
             self._backward(x, state, output, after)
+
+    def text(self) -> str:
+        """All that two runs must agree in."""
+        return self.builder.build(self.outputs).text + self.recorder.weights.prologue().describe()
+
+    def traced(self) -> Traced:
+        """What was recorded, in the user's names."""
         for node, name in self.names.items():
             self.builder.rename(node, name)
-        graph = self.builder.build(self.outputs)
-        return Traced(graph, self.recorder.weights.prologue())
+        return Traced(self.builder.build(self.outputs), self.recorder.weights.prologue())
+
+    def _watched(self) -> AbstractContextManager[None]:
+        # Profiling every call costs more than the rest of a small trace: the second run needs no names.
+        return _variables(self._variable) if self.named else nullcontext()
 
     def _leaf(self, op: str, name: str, shape: tuple[int, ...]) -> Tensor:
         node = self.builder.append(op, (), {"shape": [math.prod(shape)]}, name)
-        tensor = self._random((self.rows, *shape)).requires_grad_(self.gradients and not name.startswith("grad."))
+        tensor = self._random((self.rows, *shape))
+        if self.gradients and not name.startswith("grad."):
+            # No leaf of autograd: in place on one torch raises before the recorder can say where.
+            tensor = tensor.requires_grad_().clone()
         self.recorder.know(tensor, Row(tuple(tensor.shape), node), fixed=True)
         return tensor
 
