@@ -43,7 +43,7 @@ class Options:
 
 Runner = Callable[["Cell", State, State, Options], tuple[Tensor, State]]
 
-_MODULES = {"eager": "fusecell.eager", "auto": "fusecell.compiler", "compiled": "fusecell.compiler"}
+_MODULES = {"eager": "fusecell.eager", "auto": "fusecell.compiler.runner", "compiled": "fusecell.compiler.runner"}
 _RUNNERS: dict[str, Runner] = {}
 _CHOICE = threading.local()
 

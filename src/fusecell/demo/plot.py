@@ -34,6 +34,7 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
         axes.annotate(
             f"{name}  {bits:.2f}", (0, bits), (6, 4), textcoords="offset points", color=_FAINT, fontsize=9, va="bottom"
         )
+    axes.margins(y=0.1)
     axes.set_xlim(0, last * 1.25)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
     axes.set_xlabel("seconds of training", color=_INK)
@@ -66,6 +67,14 @@ def _draw_curve(axes: Axes, name: str, points: Sequence[Point], colour: str) -> 
         fontweight="bold",
         va="center",
     )
+    middle = points[len(points) // 3]
     axes.annotate(
-        "training", (seconds[-1], last.training), (9, -18), textcoords="offset points", color=colour, alpha=0.6
+        "training",
+        (middle.seconds, middle.training),
+        (0, -6),
+        textcoords="offset points",
+        color=colour,
+        alpha=0.6,
+        va="top",
+        ha="center",
     )

@@ -20,7 +20,8 @@ class Emitted:
 
     text: str
     words: tuple[str, ...]
-    given: int
+    pointers: tuple[str, ...]
+    """The words that must be given: addresses of inputs, weights, states and outputs."""
     scratch: Size
     tiles: dict[str, str]
 
@@ -38,4 +39,4 @@ def emit(plan: Plan, target: Target) -> Emitted:
         if stage.affines:
             tiles[stage.name] = ", ".join(f"{shape.rows}x{shape.blocks}" for shape in emitter.shapes)
     emit_driver(module, layout, plan, panels)
-    return Emitted(module.text(), layout.words, len(layout.given), layout.scratch, tiles)
+    return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, tiles)

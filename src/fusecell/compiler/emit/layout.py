@@ -113,6 +113,11 @@ class Layout:
         return {name: size + Size(fixed=64 + module.block) for name, size in sizes.items()}
 
     @property
+    def pointers(self) -> tuple[str, ...]:
+        """The words without which a kernel must not be called; the state of resets goes with the resets."""
+        return tuple(name for name in self.given if name.endswith(".ptr") and not name.startswith("reset."))
+
+    @property
     def scratch(self) -> Size:
         """All scratch memory of a call."""
         total = Size(fixed=64)

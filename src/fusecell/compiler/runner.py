@@ -1,0 +1,99 @@
+"""The compiled runner: which calls it takes, the programs it keeps, and what happens to the rest."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.compiler.keys import signature
+from fusecell.compiler.program import Program, compile_step
+from fusecell.compiler.target import host_target
+from fusecell.compiler.trace import Refusal
+from fusecell.eager import run_eager
+from fusecell.errors import EagerWarning, NotCompilable
+from fusecell.runner import Options, State, register
+
+__all__ = ["find_program", "run_auto", "run_compiled"]
+
+_MOST_PROGRAMS = 256
+_programs: OrderedDict[Hashable, Program | Refusal] = OrderedDict()
+_lock = threading.RLock()
+_warned: set[Hashable] = set()
+
+
+def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """Run machine code, or raise NotCompilable with the reasons."""
+    reasons = _call_reasons(cell, inputs, state, options)
+    if not reasons:
+        program = find_program(cell, inputs)
+        if isinstance(program, Program):
+            return program(cell, inputs, state, options)
+        reasons = program.reasons
+    raise NotCompilable(type(cell).__name__, reasons)
+
+
+def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """Run machine code where it can be, else the Python loop; say so once per cell that can't be compiled."""
+    if _call_reasons(cell, inputs, state, options):
+        return run_eager(cell, inputs, state, options)
+    program = find_program(cell, inputs)
+    if isinstance(program, Program):
+        return program(cell, inputs, state, options)
+    if type(cell) not in _warned:
+        _warned.add(type(cell))
+        reasons = " ".join(program.reasons)
+        warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=2)
+    return run_eager(cell, inputs, state, options)
+
+
+def find_program(cell: Cell, inputs: State) -> Program | Refusal:
+    """The program for a cell as it is now; compiled on first use."""
+    features = tuple(tuple(value.shape[2:]) for value in inputs)
+    dtype = next(value.dtype for value in inputs)
+    key = (signature(cell), features, dtype, host_target())
+    found = _programs.get(key)
+    if found is None:
+        with _lock:
+            found = _programs.get(key)
+            if found is None:
+                found = _programs[key] = compile_step(cell, features, dtype)
+                if len(_programs) > _MOST_PROGRAMS:
+                    _programs.popitem(last=False)
+    return found
+
+
+def _call_reasons(cell: Cell, inputs: State, state: State, options: Options) -> tuple[str, ...]:
+    """Why this call, whatever its cell, must run eagerly; empty if it need not."""
+    tensors = (*inputs, *state)
+    first = inputs[0]
+    if not all(type(value) in (Tensor, nn.Parameter) for value in tensors):
+        return ("An input or state is a subclass of Tensor.",)
+    if any(value.device.type != "cpu" or value.layout is not torch.strided for value in tensors):
+        return ("An input or state is not a dense tensor on the CPU.",)
+    if first.dtype not in (torch.float32, torch.float64) or any(value.dtype != first.dtype for value in tensors):
+        return (f"Inputs and states must all be float32 or all float64, got {sorted({str(v.dtype) for v in tensors})}.",)
+    if min(value.shape[0] for value in inputs) == 0 or first.shape[1] == 0 or first.shape[-1] == 0:
+        return ("There is nothing to compute.",)
+    if torch.is_grad_enabled() and _needs_gradient(cell, tensors):
+        return ("A gradient is asked for: use torch.no_grad() or torch.inference_mode().",)
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return ("A transform of torch.func or a dispatch mode is active.",)
+    if torch.compiler.is_compiling() or any(value.is_neg() for value in tensors):
+        return ("The call is being traced, or a tensor is a lazy negation.",)
+    return ()
+
+
+def _needs_gradient(cell: Cell, tensors: State) -> bool:
+    if any(value.requires_grad for value in tensors) or any(value.requires_grad for value in cell.parameters()):
+        return True
+    return any(isinstance(value, Tensor) and value.requires_grad for value in vars(cell).values())
+
+
+register("compiled", run_compiled)
+register("auto", run_auto)
