@@ -295,6 +295,12 @@ class _Scheduler:
 
     def _store(self, made: Plan, index: int, place: Place) -> None:
         """Have the stage that computes a value store it; a leaf or a cheap value is computed for it."""
+        if self.graph[index].op == "concat" and made.place(index, "loop") is None:
+            offset = place.offset
+            for part in self.graph[index].args:
+                self._store(made, part, Place(place.buffer, offset))
+                offset += self.graph[part].size
+            return
         stage = self._stage_of(made, index, place)
         stage.stores.setdefault(index, []).append(place)
 

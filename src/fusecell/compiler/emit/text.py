@@ -71,7 +71,8 @@ class Function:
         kind = "alwaysinline " if inline else "" if exported else "noinline "
         self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
         self._lines = ["entry:"]
-        self._count = dict.fromkeys((param.rpartition("%")[2] for param in params), 1)
+        self._used = {param.rpartition("%")[2] for param in params}
+        self._count: dict[str, int] = {}
 
     def end(self) -> None:
         """Close the function and add it to its module."""
@@ -97,9 +98,13 @@ class Function:
 
     def _fresh(self, name: str) -> str:
         name = "".join(c if c.isalnum() or c in "._" else "_" for c in name)
-        count = self._count.get(name, 0)
-        self._count[name] = count + 1
-        return f"{name}.{count}" if count else name
+        value, count = name, self._count.get(name, 0)
+        while value in self._used:
+            count += 1
+            value = f"{name}.{count}"
+        self._count[name] = count
+        self._used.add(value)
+        return value
 
     # Integers and addresses; what is known now is folded, so that the text stays readable.
 
@@ -149,6 +154,7 @@ class Function:
     def loop(self, name: str, start: Value, stop: Value, step: Value = 1) -> Iterator[str]:
         """Repeat the block for an index from ``start`` below ``stop``."""
         label = self._fresh(name)
+        self._used |= {f"{label}.more", f"{label}.next"}
         before = self._here()
         self.do(f"br label %{label}.head")
         self._begin(f"{label}.head")
