@@ -321,7 +321,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if isinstance(value, Sum) and not self.backward:
             raise Untraceable("It mixes the rows of the batch: it sums over them.")
         if isinstance(value, Row):
-            if tensor.dtype not in (self.dtype, *_NUMBERS):
+            # A factory's numbers take the dtype of what they meet.
+            constant = self.builder.nodes[value.node].op == "const"
+            if tensor.dtype not in (self.dtype, *_NUMBERS) and not constant:
                 raise Untraceable(f"It computes in {tensor.dtype} where the cell is {self.dtype}.")
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)

@@ -222,7 +222,6 @@ POINTWISE: Mapping[str, Rule] = {
     "rsub": _rsub,
     "div": _div,
     "pow": power,
-    "square": _square,
     "sgn": _same("sign"),
     "ceil": _ceil,
     "trunc": _trunc,

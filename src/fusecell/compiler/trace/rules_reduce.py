@@ -133,7 +133,6 @@ REDUCTIONS: Mapping[str, Rule] = {
     "max": _extreme_of_dim("amax"),
     "min": _extreme_of_dim("amin"),
     "linalg_vector_norm": _vector_norm,
-    "norm": _vector_norm,
     "_softmax": _softmax,
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
