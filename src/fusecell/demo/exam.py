@@ -29,7 +29,7 @@ class Exam:
         ValueError: if a slice would have nothing to score.
     """
 
-    def __init__(self, held_out: NDArray[np.int64], rows: int = 256, warmup: int = 64, scored: int = 320) -> None:
+    def __init__(self, held_out: NDArray[np.int64], rows: int = 256, warmup: int = 64, scored: int = 160) -> None:
         length = len(held_out) // rows
         scored = min(scored, length - warmup)
         if scored < 1:

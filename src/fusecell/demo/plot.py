@@ -67,7 +67,7 @@ def _draw_curve(axes: Axes, name: str, points: Sequence[Point], colour: str) -> 
         fontweight="bold",
         va="center",
     )
-    middle = points[len(points) // 3]
+    middle = points[2 * len(points) // 3]
     axes.annotate(
         "training",
         (middle.seconds, middle.training),
