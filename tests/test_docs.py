@@ -1,0 +1,98 @@
+"""Every example of the documentation runs, and its tables are those of the code."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fusecell as fc
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def snippets():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for found in SNIPPET.finditer(text):
+            line = text.count("\n", 0, found.start(1)) + 1
+            # Lines kept in number, so that a traceback names the page's own.
+            code = "\n" * (line - 1) + found[1]
+            yield pytest.param(page, code, id=f"{page.relative_to(ROOT)}:{line}")
+
+
+@pytest.mark.parametrize(("page", "code"), list(snippets()))
+def test_snippets_run_as_pasted(page, code, monkeypatch):
+    module = ModuleType("pasted")
+    monkeypatch.setitem(sys.modules, "pasted", module)  # where pickle looks for the classes that it defines
+    exec(compile(code, str(page), "exec"), module.__dict__)
+
+
+def modules():
+    for source in sorted((ROOT / "src").rglob("*.py")):
+        if ">>> " in source.read_text(encoding="utf-8"):
+            yield ".".join(source.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_docstrings_run(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fc.EagerWarning)
+        result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_there_are_examples_to_run():
+    assert len(list(snippets())) >= 8
+    assert "fusecell.cell" in set(modules())
+
+
+def zoo_table():
+    lines = ["| name | class | what it is | step | paper |", "|---|---|---|---|---|"]
+    for member in fc.CELLS:
+        cell = f"`{member.cell.__name__}`"
+        steps = "<br>".join(f"`{step.strip()}`" for step in member.equation.split("; "))
+        lines.append(f"| `{member.name}` | {cell} | {member.summary} | {steps} | {member.paper} |")
+    return "\n".join(lines)
+
+
+def test_the_page_of_cells_shows_the_zoo():
+    page = ROOT / "docs" / "cells.md"
+    text = page.read_text(encoding="utf-8")
+    before, start, rest = text.partition("<!-- zoo")
+    comment, arrow, rest = rest.partition("-->\n")
+    _, end, after = rest.partition("<!-- end of zoo -->")
+    wanted = f"{before}{start}{comment}{arrow}{zoo_table()}\n{end}{after}"
+    if os.environ.get("UPDATE_DOCS"):
+        page.write_text(wanted, encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == wanted, (
+        "docs/cells.md is behind fusecell.CELLS; UPDATE_DOCS=1 rewrites it"
+    )
+
+
+def test_the_design_names_every_module():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- tree -->")[2].partition("<!-- end of tree -->")[0]
+    named = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert named == {found.name for found in pkgutil.iter_modules(fc.__path__)}
+
+
+def test_the_readme_is_short_and_shows_something_by_line_30():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert "print(" in "\n".join(lines[:30])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
