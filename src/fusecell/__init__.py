@@ -29,6 +29,7 @@ _HOME = {
     "scan": "layers",
     "detach": "layers",
     "runner": "runner",
+    "explain": "explain",
     "count_cells": "summary",
     "summary": "summary",
     "EagerWarning": "errors",

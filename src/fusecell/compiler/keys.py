@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Hashabl
     """
     seen = {} if _seen is None else _seen
     state = vars(module)
-    tensors = [(name, _tensor(value, seen)) for kind in ("_parameters", "_buffers") for name, value in state[kind].items()]
+    tensors = [
+        (name, _tensor(value, seen)) for kind in ("_parameters", "_buffers") for name, value in state[kind].items()
+    ]
     plain = [(name, _frozen(value, seen)) for name, value in state.items() if name not in _OWN]
     parts = [(name, signature(part, seen)) for name, part in state["_modules"].items() if part is not None]
     hooks = any(state.get(name) for name in _HOOKS)
@@ -47,5 +49,5 @@ def _frozen(value: Any, seen: dict[int, int]) -> Hashable:
     if isinstance(value, Mapping):
         return type(value), tuple((repr(key), _frozen(item, seen)) for key, item in value.items())
     if callable(value) and not isinstance(value, nn.Module):
-        return value if isinstance(value, Hashable) else type(value)
-    return type(value)
+        return cast("Hashable", value if isinstance(value, Hashable) else type(value))
+    return cast("Hashable", type(value))

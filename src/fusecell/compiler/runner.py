@@ -24,7 +24,7 @@ __all__ = ["find_program", "run_auto", "run_compiled"]
 _MOST_PROGRAMS = 256
 _programs: OrderedDict[Hashable, Program | Refusal] = OrderedDict()
 _lock = threading.RLock()
-_warned: set[Hashable] = set()
+_warned: set[type[Cell]] = set()
 
 
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
@@ -77,7 +77,8 @@ def _call_reasons(cell: Cell, inputs: State, state: State, options: Options) -> 
     if any(value.device.type != "cpu" or value.layout is not torch.strided for value in tensors):
         return ("An input or state is not a dense tensor on the CPU.",)
     if first.dtype not in (torch.float32, torch.float64) or any(value.dtype != first.dtype for value in tensors):
-        return (f"Inputs and states must all be float32 or all float64, got {sorted({str(v.dtype) for v in tensors})}.",)
+        kinds = ", ".join(sorted({str(value.dtype) for value in tensors}))
+        return (f"Inputs and states must all be float32 or all float64, got {kinds}.",)
     if min(value.shape[0] for value in inputs) == 0 or first.shape[1] == 0 or first.shape[-1] == 0:
         return ("There is nothing to compute.",)
     if torch.is_grad_enabled() and _needs_gradient(cell, tensors):

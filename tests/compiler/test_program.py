@@ -1,0 +1,285 @@
+"""The compiled runner against the eager one, float64 and itself: numbers, bits, weights that change, odd calls."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fusecell as fc
+import fusecell.compiler.program as program
+from fusecell.cells import CELLS
+
+SHAPES = [(5, 3, 4, 10), (7, 33, 5, 16), (4, 1, 3, 40), (3, 9, 10, 257), (6, 2, 1, 2)]
+NAMES = [found.name for found in CELLS]
+
+
+def make(name: str, input_size: int, hidden_size: int, dtype: torch.dtype = torch.float32) -> fc.Cell:
+    torch.manual_seed(0)
+    chosen = next(found for found in CELLS if found.name == name)
+    return chosen.make(input_size, hidden_size).to(dtype).eval()
+
+
+def run(cell: fc.Cell, x: torch.Tensor, state=None, *, runner: str = "compiled", **options):
+    with torch.no_grad(), fc.runner(runner):
+        y, after = fc.scan(cell, x, state, **options)
+    return y, after if isinstance(after, tuple) else (after,)
+
+
+def furthest(found, expected) -> float:
+    """The largest difference, relative to the largest value where that is above 1."""
+    pairs = [(found[0], expected[0]), *zip(found[1], expected[1], strict=True)]
+    return max(((a.double() - b.double()).abs() / b.abs().max().clamp(min=1)).max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers(name, shape):
+    steps, rows, inputs, hidden = shape
+    cell = make(name, inputs, hidden)
+    exact = copy.deepcopy(cell).double()
+    x = torch.randn(steps, rows, inputs)
+    lengths, resets = torch.randint(0, steps + 1, (rows,)), torch.rand(steps, rows) < 0.3
+    for options in (
+        {},
+        {"lengths": lengths, "resets": resets},
+        {"lengths": lengths, "resets": resets, "reverse": True},
+    ):
+        truth = run(exact, x.double(), runner="eager", **options)
+        eager = furthest(run(cell, x, runner="eager", **options), truth)
+        assert furthest(run(cell, x, **options), truth) <= max(4 * eager, 2e-6)
+        assert furthest(run(exact, x.double(), **options), truth) <= 1e-13
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_do_not_depend_on_batch_chunks_or_layout(name, monkeypatch):
+    cell = make(name, 19, 40)
+    x = torch.randn(9, 13, 19)
+    y, state = run(cell, x)
+    for rows in (slice(0, 1), slice(5, 6), slice(0, 2), slice(3, 6), slice(2, 9)):
+        assert torch.equal(run(cell, x[:, rows])[0], y[:, rows])
+    first, middle = run(cell, x[:4])
+    second, last = run(cell, x[4:], middle[0] if len(middle) == 1 else middle)
+    assert torch.equal(torch.cat((first, second)), y)
+    assert all(map(torch.equal, last, state))
+    swapped = x.transpose(0, 1).contiguous()
+    assert torch.equal(run(cell, swapped, batch_first=True)[0].transpose(0, 1), y)
+    assert torch.equal(run(cell, torch.cat((x, x), -1)[..., 19:])[0], y)
+    assert torch.equal(run(cell, x, lengths=[9] * 13)[0], y)
+    monkeypatch.setattr(program, "CHUNK_BYTES", 1)
+    assert torch.equal(run(cell, x)[0], y)
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    rows=st.integers(1, 20),
+    hidden=st.integers(2, 50),
+    cut=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_bits_of_a_row_alone(name, rows, hidden, cut, seed):
+    cell = make(name, 3, hidden)
+    torch.manual_seed(seed)
+    x = torch.randn(6, rows, 3)
+    y, _ = run(cell, x)
+    row = seed % rows
+    first, state = run(cell, x[:cut, row : row + 1])
+    rest, _ = run(cell, x[cut:, row : row + 1], state[0] if len(state) == 1 else state)
+    assert torch.equal(torch.cat((first, rest))[:, 0], y[:, row])
+
+
+_BITS = """
+import hashlib, torch, fusecell as fc
+torch.set_num_threads(1)
+found = hashlib.sha256()
+for zoo in fc.CELLS:
+    torch.manual_seed(1)
+    cell, x = zoo.make(7, 21).eval(), torch.randn(5, 6, 7)
+    with torch.no_grad(), fc.runner("compiled"):
+        found.update(fc.scan(cell, x)[0].numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+def test_bits_are_equal_on_every_level_with_fma(monkeypatch):
+    import fusecell.compiler.target as target
+
+    if target.host_target().vector_bits < 512:
+        pytest.skip("this CPU has no AVX-512 to compare with AVX2")
+    found = set()
+    for level in ("x86-64-v3", "x86-64-v4", "native"):
+        monkeypatch.setenv("FUSECELL_TARGET", level)
+        found.add(subprocess.run([sys.executable, "-c", _BITS], capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("name", ["gru", "lstm", "rnn_relu", "min_gru", "gru_layer_norm"])
+def test_special_values_go_through_as_in_torch(name, special):
+    cell, x = make(name, 3, 10), torch.randn(4, 5, 3)
+    x[1, 2, 0] = special
+    found, expected = run(cell, x)[0], run(cell, x, runner="eager")[0]
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_seen_by_nothing():
+    cell, x = make("gru", 3, 10), torch.randn(4, 3, 3)
+    lengths = [4, 0, 2]
+    clean = run(cell, x, lengths=lengths)
+    x[2:, 2], x[:, 1] = float("nan"), float("inf")
+    found = run(cell, x, lengths=lengths)
+    assert torch.equal(found[0], clean[0])
+    assert torch.equal(found[1][0], clean[1][0])
+
+
+def _changes():
+    def optimizer(layer):
+        (parameter,) = [p for name, p in layer.named_parameters() if name.endswith("weight_hh")]
+        parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD([parameter], lr=0.1).step()
+
+    def load(layer):
+        layer.load_state_dict({name: value + 0.1 for name, value in layer.state_dict().items()})
+
+    def data(layer):
+        layer.cell.bias_ih.data.copy_(torch.ones(30))
+
+    def replaced(layer):
+        layer.cell.weight_hh = nn.Parameter(torch.eye(30, 10))
+
+    def parametrized(layer):
+        nn.utils.parametrizations.weight_norm(layer.cell, "weight_ih")
+        with torch.no_grad():
+            layer.cell.parametrizations.weight_ih.original0.mul_(2)
+
+    return [optimizer, load, data, replaced, parametrized]
+
+
+@pytest.mark.parametrize("change", _changes(), ids=lambda change: change.__name__)
+def test_a_change_of_a_weight_is_seen(change):
+    layer, x = fc.Recurrent(make("gru", 3, 10)), torch.randn(4, 5, 3)
+    before = run(layer.cell, x)[0]
+    change(layer)
+    after = run(layer.cell, x)[0]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, run(layer.cell, x, runner="eager")[0], atol=1e-6, rtol=1e-5)
+
+
+class Switches(fc.Cell):
+    """h' = scale * h + x, doubled in training, with a mode in words."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.scale, self.mode, self.lin = 0.5, "plain", nn.Linear(4, 4)
+
+    def step(self, x, state):
+        (h,) = state
+        h = self.scale * h + self.lin(x)
+        if self.training:
+            h = 2 * h
+        if self.mode == "squashed":
+            h = torch.tanh(h)
+        return h, (h,)
+
+
+def test_a_change_of_an_attribute_or_mode_is_seen():
+    cell, x = Switches(), torch.randn(3, 2, 4)
+    for change in (
+        lambda: None,
+        lambda: setattr(cell, "scale", 0.25),
+        lambda: setattr(cell, "mode", "squashed"),
+        cell.eval,
+    ):
+        change()
+        torch.testing.assert_close(run(cell, x)[0], run(cell, x, runner="eager")[0], atol=1e-6, rtol=1e-5)
+
+
+class Swap(fc.Cell):
+    """A shift register: each state becomes the other."""
+
+    states = ("a", "b")
+
+    def step(self, x, state):
+        a, b = state
+        return a, (b, x)
+
+
+def test_a_state_that_becomes_another_state():
+    cell, x = Swap(10, 10), torch.randn(5, 3, 10)
+    found, expected = run(cell, x), run(cell, x, runner="eager")
+    assert torch.equal(found[0], expected[0])
+    assert all(map(torch.equal, found[1], expected[1]))
+
+
+class Reads(fc.Cell):
+    """An output read off the state by a product, which leaves the loop, and a softmax, which follows it."""
+
+    def __init__(self):
+        super().__init__(3, 17)
+        self.rec, self.out = nn.Linear(20, 17), nn.Linear(17, 5)
+        self.output_size = 5
+
+    def step(self, x, state):
+        (h,) = state
+        h = torch.tanh(self.rec(torch.cat((x, h), -1)))
+        return torch.softmax(self.out(h), -1), (h,)
+
+
+def test_outputs_that_leave_the_loop():
+    cell, x = Reads(), torch.randn(6, 7, 3)
+    for options in ({}, {"lengths": [6, 0, 3, 1, 5, 5, 2]}, {"lengths": [6, 0, 3, 1, 5, 5, 2], "reverse": True}):
+        assert furthest(run(cell, x, **options), run(cell, x, runner="eager", **options)) < 2e-6
+
+
+class Branches(fc.Cell):
+    def step(self, x, state):
+        (h,) = state
+        if x.sum() > 0:
+            h = h + x
+        return h, (h,)
+
+
+def test_what_cannot_be_compiled_says_why_and_runs_eagerly():
+    cell, x = Branches(4, 4), torch.randn(3, 2, 4)
+    with torch.no_grad(), fc.runner("compiled"), pytest.raises(fc.NotCompilable, match=r"if x\.sum\(\) > 0"):
+        fc.scan(cell, x)
+    with torch.no_grad(), pytest.warns(fc.EagerWarning, match="Branches"):
+        y, _ = fc.scan(cell, x)
+    assert torch.equal(y, run(cell, x, runner="eager")[0])
+
+
+def test_returned_tensors_are_the_callers_own():
+    cell, x, h = make("gru", 3, 10), torch.randn(4, 5, 3), torch.randn(5, 10)
+    before = h.clone()
+    y, (after,) = run(cell, x, h)
+    y.fill_(0)
+    assert torch.equal(h, before)
+    assert not torch.equal(after, torch.zeros_like(after))
+    after.fill_(1)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+def test_threads_share_a_program():
+    cell, x = make("lstm", 5, 20), torch.randn(30, 4, 5)
+    expected, found = run(cell, x)[0], []
+    threads = [threading.Thread(target=lambda: found.append(run(cell, x)[0])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(torch.equal(y, expected) for y in found)
+
+
+def test_denormals_are_left_to_the_caller_as_they_were():
+    tiny = torch.tensor([1e-40])
+    run(make("gru", 3, 10), torch.randn(4, 5, 3))
+    assert (tiny * 1.0).item() != 0
