@@ -22,7 +22,7 @@ def fastest_threads(work: Callable[[], object], most: int | None = None, repeats
     """
     before: int = torch.get_num_threads()
     most = before if most is None else most
-    candidates = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
+    candidates: list[int] = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
     try:
         times = {threads: _seconds(work, threads, repeats) for threads in candidates}
     finally:
