@@ -1,0 +1,1 @@
+"""What fusecell costs beside others, on shapes that people run: ``python -m benchmarks.run``."""

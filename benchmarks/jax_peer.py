@@ -1,0 +1,114 @@
+"""JAX: ``lax.scan`` under ``jit``, written as its users write it well, with x's product before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, nn
+
+from benchmarks.peers import Call
+from benchmarks.problem import Array, Problem
+
+__all__ = ["jax_scan", "outputs"]
+
+Weights = dict[str, Any]
+Step = Callable[[Weights, Any, Any], Any]
+
+
+def _norm(weights: Weights, name: str, value: Any) -> Any:
+    mean = value.mean(-1, keepdims=True)
+    variance = ((value - mean) ** 2).mean(-1, keepdims=True)
+    return (value - mean) / jnp.sqrt(variance + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def _linear(weights: Weights, x: Any) -> Any:
+    return x @ weights["weight_ih"] + weights["bias_ih"]
+
+
+def _gru(weights: Weights, h: Any, x: Any) -> Any:
+    x_r, x_z, x_n = jnp.split(x, 3, -1)
+    h_r, h_z, h_n = jnp.split(h @ weights["weight_hh"] + weights["bias_hh"], 3, -1)
+    r, z = nn.sigmoid(x_r + h_r), nn.sigmoid(x_z + h_z)
+    return (1 - z) * jnp.tanh(x_n + r * h_n) + z * h
+
+
+def _lstm(weights: Weights, state: Any, x: Any) -> Any:
+    h, c = state
+    i, f, g, o = jnp.split(x + h @ weights["weight_hh"] + weights["bias_hh"], 4, -1)
+    c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
+    return nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def _rnn(weights: Weights, h: Any, x: Any) -> Any:
+    return jnp.tanh(x + h @ weights["weight_hh"] + weights["bias_hh"])
+
+
+def _leaky(weights: Weights, h: Any, x: Any) -> Any:
+    return 0.8 * h + 0.2 * nn.relu(x + h @ weights["weight_hh"])
+
+
+def _layer_norm_gru_input(weights: Weights, x: Any) -> Any:
+    gates, n = jnp.split(x @ weights["weight_ih"], [weights["weight_hh"].shape[1] // 3 * 2], -1)
+    gates, n = _norm(weights, "norm_ih_gates", gates), _norm(weights, "norm_ih_candidate", n)
+    return jnp.concatenate([gates, n], -1)
+
+
+def _layer_norm_gru(weights: Weights, h: Any, x: Any) -> Any:
+    split = [2 * h.shape[-1]]
+    x_gates, x_n = jnp.split(x, split, -1)
+    h_gates, h_n = jnp.split(h @ weights["weight_hh"], split, -1)
+    r, z = jnp.split(nn.sigmoid(x_gates + _norm(weights, "norm_hh_gates", h_gates)), 2, -1)
+    return (1 - z) * jnp.tanh(x_n + r * _norm(weights, "norm_hh_candidate", h_n)) + z * h
+
+
+def _ligru_input(weights: Weights, x: Any) -> Any:
+    return _norm(weights, "norm_ih", x @ weights["weight_ih"])
+
+
+def _ligru(weights: Weights, h: Any, x: Any) -> Any:
+    z, n = jnp.split(x + h @ weights["weight_hh"], 2, -1)
+    z = nn.sigmoid(z)
+    return z * h + (1 - z) * nn.relu(n)
+
+
+# What is done to all of x before the loop, and the step.
+_CELLS: dict[str, tuple[Callable[[Weights, Any], Any], Step]] = {
+    "gru": (_linear, _gru),
+    "lstm": (_linear, _lstm),
+    "rnn_tanh": (_linear, _rnn),
+    "leaky": (_linear, _leaky),
+    "gru_layer_norm": (_layer_norm_gru_input, _layer_norm_gru),
+    "ligru": (_ligru_input, _ligru),
+}
+
+
+def jax_scan(problem: Problem) -> Call | None:
+    """The layer as one compiled function of weights and x, called with arrays already JAX's."""
+    before, step = _CELLS[problem.shape.cell]
+    several = problem.shape.cell == "lstm"
+
+    def body(weights: Weights, state: Any, x: Any) -> tuple[Any, Any]:
+        state = step(weights, state, x)
+        return state, state[0] if several else state
+
+    @jax.jit
+    def layer(weights: Weights, x: Any) -> Any:
+        h = jnp.zeros((x.shape[1], problem.shape.hidden), x.dtype)
+        lifted = before(weights, x)
+        return lax.scan(lambda state, x: body(weights, state, x), (h, h) if several else h, lifted)[::-1]
+
+    weights = {
+        name.removeprefix("cell."): jnp.asarray(value.T if value.ndim == 2 else value)
+        for name, value in problem.weights().items()
+    }
+    x = jnp.asarray(problem.input.numpy())
+    return lambda: jax.block_until_ready(layer(weights, x))  # type: ignore[no-untyped-call]  # as JAX ships it
+
+
+def outputs(returned: Any) -> Array:
+    """y (T, N, H) of (y, the last state)."""
+    return np.asarray(returned[0])

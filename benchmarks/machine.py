@@ -1,0 +1,59 @@
+"""The process's cores, and what a figure must say about the machine and the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+__all__ = ["bind", "describe", "versions"]
+
+
+def bind(threads: int) -> list[int]:
+    """Keep the process to ``threads`` cores; called before a framework counts them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"Binding a process to cores needs Linux; this is {platform.system()}.")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(cores):
+        raise ValueError(f"--threads {threads}: this process may use {len(cores)} cores; give 1 to {len(cores)}.")
+    os.sched_setaffinity(0, cores[:threads])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return cores[:threads]
+
+
+def describe() -> dict[str, str | int]:
+    """CPU, operating system and how busy the machine was before the run."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's version and those of the installed ones of ``packages``."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str:
+    """Linux's name of the CPU with its family and model, as some clouds hide the rest of the name."""
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name", platform.processor())
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{name} (family {family}, model {model})" if family else name

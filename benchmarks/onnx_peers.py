@@ -1,0 +1,83 @@
+"""ONNX Runtime and OpenVINO: both read one model, of the layers that ONNX has an operator for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.peers import Call
+from benchmarks.problem import Array, Problem
+
+__all__ = ["make_model", "onnx_runtime", "openvino", "outputs"]
+
+# ONNX's operator, and where in its weights' rows each block of torch's stands (z r n; i o f g).
+_OPERATORS = {"gru": ("GRU", (1, 0, 2)), "lstm": ("LSTM", (0, 3, 1, 2)), "rnn_tanh": ("RNN", (0,))}
+
+
+def make_model(problem: Problem) -> onnx.ModelProto:
+    """One operator, its weights constants, x (T, N, I) to y (T, 1, N, H) with fixed sizes."""
+    shape = problem.shape
+    operator, order = _OPERATORS[shape.cell]
+    rows = {
+        name: np.concatenate([np.split(value, len(order))[block] for block in order])
+        for name, value in problem.weights().items()
+    }
+    constants = {
+        "W": rows["weight_ih"],
+        "R": rows["weight_hh"],
+        "B": np.concatenate([rows["bias_ih"], rows["bias_hh"]]),
+    }
+    reset_after: dict[str, Any] = {"linear_before_reset": 1} if operator == "GRU" else {}
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", *constants], ["y"], hidden_size=shape.hidden, **reset_after)],
+        shape.cell,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [shape.steps, shape.batch, shape.inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [shape.steps, 1, shape.batch, shape.hidden])],
+        [numpy_helper.from_array(value[None], name) for name, value in constants.items()],
+    )
+    # Opset 14 and IR 8 are what both runtimes have read for years.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model
+
+
+def onnx_runtime(problem: Problem, threads: int) -> Call | None:
+    """A session with ``threads`` threads inside an operator, fed with NumPy."""
+    import onnxruntime
+
+    if problem.shape.cell not in _OPERATORS:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    model = make_model(problem).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = {"x": problem.input.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def openvino(problem: Problem, threads: int) -> Call | None:
+    """A request in float32 (the default may be bfloat16), one stream, nothing copied in or out."""
+    import openvino as ov
+
+    if problem.shape.cell not in _OPERATORS:
+        return None
+    core = ov.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    model = core.read_model(make_model(problem).SerializeToString())
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    feed = [problem.input.numpy()]
+    return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
+
+
+def outputs(returned: object) -> Array:
+    """y (T, N, H) of y (T, 1, N, H)."""
+    return np.array(returned)[:, 0]

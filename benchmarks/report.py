@@ -1,0 +1,79 @@
+"""Rows as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.measure import Row
+from benchmarks.peers import OURS
+
+__all__ = ["as_json", "as_markdown", "as_table", "geometric_mean", "write_json"]
+
+
+def geometric_mean(rows: Sequence[Row]) -> float | None:
+    """Of the ratios to the best peer."""
+    ratios = [ratio for row in rows if (ratio := row.ratio()) is not None]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys([OURS.name, *(name for row in rows for name in row.timings)]))
+
+
+def _cells(row: Row, columns: Sequence[str]) -> list[str]:
+    times = [row.microseconds(name) for name in columns]
+    ratio = row.ratio()
+    return [
+        row.shape.name,
+        *("" if time is None else f"{time:.3g}" if time < 1000 else f"{time:.0f}" for time in times),
+        "" if ratio is None else f"{ratio:.2f}x",
+    ]
+
+
+def as_table(rows: Sequence[Row], title: str) -> Table:
+    """Microseconds per step and how many times faster than the best peer."""
+    columns = _columns(rows)
+    table = Table(title=title, caption="us per time step; last column: the best peer's time over fusecell's")
+    table.add_column("cell T/N/I/H", no_wrap=True)
+    for name in (*columns, "to best peer"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row, columns), style="red" if (row.ratio() or 1) < 1 else None)
+    return table
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The same for a page of the documentation."""
+    columns = _columns(rows)
+    lines = [["cell T/N/I/H", *columns, "to best peer"], ["---", *["---:"] * (len(columns) + 1)]]
+    lines += [_cells(row, columns) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
+    """``about`` (machine, versions, date, command) and every figure."""
+    shapes = [
+        {
+            **dataclasses.asdict(row.shape),
+            "us_per_step": {name: row.microseconds(name) for name in row.timings},
+            "seconds_per_call": {name: dataclasses.asdict(timing) for name, timing in row.timings.items()},
+            "max_abs_error": row.errors,
+            "best_peer": row.best_peer(),
+            "ratio_to_best_peer": row.ratio(),
+            "not_compiled": row.refused,
+        }
+        for row in rows
+    ]
+    return {**about, "geometric_mean_ratio": geometric_mean(rows), "shapes": shapes}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

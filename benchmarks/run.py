@@ -1,0 +1,95 @@
+"""``python -m benchmarks.run``: inference, ours against torch.nn, ONNX Runtime, OpenVINO and JAX.
+
+This module imports no framework before the process is bound to its cores: most of them count cores when imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.machine import bind, describe, versions
+from benchmarks.shapes import Shape, pick
+
+__all__ = ["main"]
+
+_PACKAGES = ("fusecell", "torch", "numpy", "llvmlite", "onnxruntime", "openvino", "jax")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1, help="cores that every contestant gets")
+    parser.add_argument("--quick", action="store_true", help="one small shape of each cell")
+    parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name, such as 'lstm' or '/1/'")
+    parser.add_argument("--peers", metavar="NAMES", help="separated by commas; all that are installed if left out")
+    parser.add_argument("--seconds", type=float, default=1.0, help="timing of a shape, all contestants together")
+    parser.add_argument("--json", type=Path, default=Path("bench-output/bench.json"), help="where the figures go")
+    parser.add_argument("--markdown", action="store_true", help="print the table once more for a page")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for, print it and write it."""
+    options = parse(arguments)
+    shapes = pick(options.only, quick=options.quick)
+    if not shapes:
+        known = ", ".join(shape.name for shape in pick(quick=options.quick))
+        raise SystemExit(f"--only {options.only!r} is in no shape's name; there are {known}.")
+    try:
+        cores = bind(options.threads)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    given = sys.argv[1:] if arguments is None else arguments
+    about = {
+        "command": shlex.join(["python", "-m", "benchmarks.run", *given]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {**describe(), "bound_to": cores},
+        "versions": versions(_PACKAGES),
+        "threads": options.threads,
+    }
+    _run(shapes, options, about)
+
+
+def _run(shapes: Sequence[Shape], options: argparse.Namespace, about: dict[str, object]) -> None:
+    import torch
+    from rich.console import Console
+
+    from benchmarks import report
+    from benchmarks.measure import measure
+    from benchmarks.peers import PEERS, installed
+
+    torch.set_num_threads(options.threads)
+    console = Console(width=max(Console().width, 110))  # wide enough where there is no terminal
+    names = {peer.name for peer in PEERS} if options.peers is None else set(options.peers.split(","))
+    if unknown := names - {peer.name for peer in PEERS}:
+        raise SystemExit(
+            f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(p.name for p in PEERS)}."
+        )
+    wanted = [peer for peer in PEERS if peer.name in names]
+    peers = [peer for peer in wanted if installed(peer)]
+    missing = [peer.name for peer in wanted if peer not in peers]
+    rows = []
+    for shape in shapes:
+        console.print(f"[dim]{shape.name}")
+        rows.append(measure(shape, peers, options.threads, options.seconds))
+        if rows[-1].refused:
+            console.print(rows[-1].refused)
+    console.print(report.as_table(rows, f"Inference, {options.threads} thread(s)"))
+    if missing:
+        console.print(f"Not installed, so left out: {', '.join(missing)}.")
+    mean = report.geometric_mean(rows)
+    if mean is not None:
+        console.print(f"Geometric mean over the best peer: {mean:.2f}x.")
+    if options.markdown:
+        print(report.as_markdown(rows))
+    report.write_json(options.json, report.as_json(rows, {**about, "not_installed": missing}))
+    console.print(f"Written to {options.json}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The shapes that are measured: sizes of published models and of the field's own code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["QUICK", "SHAPES", "Shape", "pick"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of one direction over a batch of sequences.
+
+    Attributes:
+        cell: the cell's name in ``fusecell.CELLS``.
+        steps, batch, inputs, hidden: T, N, input_size, hidden_size.
+    """
+
+    cell: str
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell} {self.steps}/{self.batch}/{self.inputs}/{self.hidden}"
+
+
+SHAPES: tuple[Shape, ...] = (
+    Shape("gru", 35, 3, 5, 10),
+    Shape("gru", 64, 128, 64, 64),
+    Shape("gru", 32, 64, 32, 128),
+    Shape("gru", 100, 1, 64, 128),
+    Shape("gru", 100, 1, 256, 256),
+    Shape("gru", 100, 8, 128, 256),
+    Shape("gru", 100, 32, 128, 256),
+    Shape("gru", 64, 16, 512, 512),
+    Shape("gru", 25, 64, 512, 512),
+    Shape("gru", 50, 20, 800, 800),
+    Shape("lstm", 128, 2, 512, 128),
+    Shape("lstm", 96, 32, 32, 40),
+    Shape("rnn_tanh", 100, 32, 64, 128),
+    Shape("leaky", 100, 64, 85, 256),
+    Shape("gru_layer_norm", 64, 32, 64, 128),
+    Shape("ligru", 100, 8, 80, 256),
+)
+QUICK: tuple[Shape, ...] = tuple(Shape(name, 35, 3, 5, 10) for name in dict.fromkeys(shape.cell for shape in SHAPES))
+
+
+def pick(only: str | None = None, *, quick: bool = False) -> tuple[Shape, ...]:
+    """The shapes to run: one small one of each cell if ``quick``; those with ``only`` in their name, if given."""
+    shapes = QUICK if quick else SHAPES
+    return tuple(shape for shape in shapes if only is None or only in shape.name)
