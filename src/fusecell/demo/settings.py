@@ -10,7 +10,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The demo's model and training; the defaults were the best of fifteen tried, at 50 seconds on one core.
+    """The demo's model and training; the defaults were the best of thirteen tried, at 50 seconds on one core.
 
     Arguments:
         layer: whose GRU is trained, a key of :data:`fusecell.demo.model.LAYERS`.
