@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_trace import FUNCTIONS, WEIGHTS
 from torch import nn
+from traced_cells import BodyCell, both
 
 import fusecell as fc
 import fusecell.compiler.program as program
@@ -283,3 +285,34 @@ def test_denormals_are_left_to_the_caller_as_they_were():
     tiny = torch.tensor([1e-40])
     run(make("gru", 3, 10), torch.randn(4, 5, 3))
     assert (tiny * 1.0).item() != 0
+
+
+class PartOfAState(fc.Cell):
+    """A state of which a part stands beside the whole in the next."""
+
+    def step(self, x, state):
+        (h,) = state
+        a = torch.tanh(x + h[:, :4])
+        h = torch.cat((a, a[:, :2]), -1)
+        return h, (h,)
+
+
+def test_a_part_of_a_value_beside_the_whole():
+    cell, x = PartOfAState(4, 6), torch.randn(5, 3, 4)
+    assert furthest(run(cell, x), run(cell, x, runner="eager")) < 1e-6
+
+
+BODIES = [*FUNCTIONS, *WEIGHTS]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_every_rule_of_the_tracer_compiled(name):
+    torch.manual_seed(3)
+    if name in WEIGHTS:
+        cell = BodyCell(WEIGHTS[name]).double()
+    else:
+        cell = BodyCell(lambda cell, x, h: FUNCTIONS[name](both(cell, x, h))).double()
+    x = torch.randn(5, 7, 4, dtype=torch.float64)
+    for options in ({}, {"lengths": [5, 1, 0, 2, 3, 5, 4]}):
+        found, expected = run(cell, x, **options)[0], run(cell, x, runner="eager", **options)[0]
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9, equal_nan=True)

@@ -137,11 +137,15 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
     traced = trace(cell, features, dtype, gradients=False)
     if isinstance(traced, Refusal):
         return traced
-    graph = optimise(_without_notes(traced.graph))[-1][1]
-    schedule = plan(graph)
     target = host_target()
-    emitted = emit(schedule, target)
-    loaded = load(emitted.text, ["run"], target)
+    try:
+        schedule = plan(optimise(_without_notes(traced.graph))[-1][1])
+        emitted = emit(schedule, target)
+        loaded = load(emitted.text, ["run"], target)
+    except (CompilerError, AssertionError, LookupError) as error:
+        # A defect of ours must not stop a user whose cell runs well without the compiler.
+        kind = type(error).__name__
+        return Refusal((f"The compiler failed on it, please report this with the cell ({kind}: {error}).",))
     address = loaded.address("run")
     return Program(
         traced,

@@ -310,6 +310,7 @@ class _Scheduler:
         if computed:
             return next(stage for stage in made.stages if index in stage.results() and stage.phase == self.phase[index])
         # What is only moved is loaded and stored again by the last stage of its width, or by one made for it.
+        self._ensure_home(made, index)
         phase: Phase = "loop" if place.buffer.scope in ("state", "user", "step") or self.late[index] else "lift"
         phase = self.phase.get(index, phase)
         rank = max(self.rank.get(index, 0) + (node.op in REDUCTIONS), 0)
@@ -320,6 +321,15 @@ class _Scheduler:
         made.stages.append(stage)
         made.stages.sort(key=lambda stage: (PHASES.index(stage.phase), stage.rank, stage.width))
         return stage
+
+    def _ensure_home(self, made: Plan, index: int) -> None:
+        """Memory for a value of which a part is stored as an output or state: the part is read from there."""
+        node = self.graph[index]
+        if node.op == "slice":
+            self._ensure_home(made, node.args[0])
+        elif index in self.phase and index not in self.homes and node.op not in ("concat", *REDUCTIONS):
+            self.homes[index] = Place(Buffer(node.name, _MEMORY[self.phase[index]], node.size))
+            self._store(made, index, self.homes[index])
 
     def _give_outputs(self, made: Plan) -> None:
         for name, (_, new) in self.states.items():
