@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["bind", "describe", "versions"]
+__all__ = ["bind", "describe", "revision", "versions"]
 
 
 def bind(threads: int) -> list[int]:
@@ -35,6 +36,16 @@ def describe() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "load": f"{os.getloadavg()[0]:.2f}",
     }
+
+
+def revision() -> str:
+    """The commit that was run, with "-dirty" if files differ from it; "unknown" outside of a clone."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

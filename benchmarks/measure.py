@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,12 +29,14 @@ class Row:
         timings: by contestant's name.
         errors: the largest absolute differences from float64, by contestant's name.
         refused: why ours was not compiled and is missing from ``timings``; empty if it was.
+        core_share: processor time over wall time while timing; on one core, well below 1 says that others used it.
     """
 
     shape: Shape
     timings: dict[str, Timing]
     errors: dict[str, float]
     refused: str = ""
+    core_share: float = 1.0
 
     def microseconds(self, name: str) -> float | None:
         """Of one time step; None if ``name`` did not run."""
@@ -73,8 +76,11 @@ def measure(shape: Shape, peers: Sequence[Peer], threads: int, seconds: float) -
         errors[peer.name] = _error(peer.name, problem, found)
         calls[peer.name] = call
     # The pools of some peers spin for milliseconds after a call, on cores that the next one needs.
-    timings = take_turns(calls, seconds / len(calls), pause=0.01 if threads > 1 else 0.0)
-    return Row(shape, timings, errors, refused)
+    pause = 0.01 if threads > 1 else 0.0
+    wall, processor = time.perf_counter(), time.process_time()
+    timings = take_turns(calls, seconds / len(calls), pause)
+    share = (time.process_time() - processor) / (time.perf_counter() - wall)
+    return Row(shape, timings, errors, refused, share)
 
 
 def _error(name: str, problem: Problem, found: Array) -> float:

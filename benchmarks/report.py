@@ -68,6 +68,7 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
             "best_peer": row.best_peer(),
             "ratio_to_best_peer": row.ratio(),
             "not_compiled": row.refused,
+            "core_share": row.core_share,
         }
         for row in rows
     ]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.machine import bind, describe, versions
+from benchmarks.machine import bind, describe, revision, versions
 from benchmarks.shapes import Shape, pick
 
 __all__ = ["main"]
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": shlex.join(["python", "-m", "benchmarks.run", *given]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {**describe(), "bound_to": cores},
+        "revision": revision(),
         "versions": versions(_PACKAGES),
         "threads": options.threads,
     }

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
-from benchmarks import report
+from benchmarks import plot, report
 from benchmarks.clock import Timing, take_turns
 from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, TORCH, Peer
@@ -35,12 +36,26 @@ def test_a_run_prints_and_writes_its_figures(tmp_path):
     assert len(found["machine"]["bound_to"]) == found["threads"] == 1
     assert found["versions"]["torch"] == torch.__version__
     assert "--quick" in found["command"]
+    assert found["revision"]
     (shape,) = found["shapes"]
     times = shape["us_per_step"]
     assert set(times) == {"fusecell", "torch.nn"}
     assert shape["ratio_to_best_peer"] == pytest.approx(times["torch.nn"] / times["fusecell"])
     assert max(shape["max_abs_error"].values()) < 1e-6
+    assert 0 < shape["core_share"] < 1.5
     assert "torch.nn" in done.stdout
+
+
+def test_the_chart_marks_every_peer_once_per_shape(tmp_path, monkeypatch):
+    rows = [row(fusecell=2e-4, fast=1e-4, slow=8e-4), row(fusecell=2e-4, fast=4e-4)]
+    run = report.as_json(rows, {"threads": 1, "machine": {"cpu": "a CPU"}})
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, mark, label, **style: drawn.update({label: (x, y)}))
+    monkeypatch.setattr(Axes, "legend", lambda self, **style: None)
+    plot.draw(run, tmp_path / "chart.png")
+    assert drawn["fast"] == (pytest.approx((2.0, 0.5)), (0, 1))
+    assert drawn["slow"] == (pytest.approx((4.0,)), (1,))
+    assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("options", [["--only", "no such shape"], ["--peers", "nobody"], ["--threads", "100000"]])
