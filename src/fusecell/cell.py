@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.runner import Options, State, autocasting, run
+from fusecell.runner import Options, State, autocasting, run, steps_of
 
 __all__ = [
     "Cell",
@@ -249,7 +249,7 @@ def all_inputs(cell: Cell, given: State, start: State) -> State:
     """
     first = given[0]
     like = start[0] if start else first
-    steps = min((value.shape[0] for value in given if value.shape[0] != 1), default=1)
+    steps = steps_of(given)
     drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
     check_count(cell, len(given), len(drawn))
     return _cast(given + drawn, like.dtype)

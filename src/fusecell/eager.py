@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.runner import Options, State, register
+from fusecell.runner import Options, State, register, steps_of
 
 __all__ = ["run_eager"]
 
@@ -20,7 +20,7 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
         The outputs (T, N, output_size), in input time and zero beyond a row's length, and the state after each row's
         last valid step. They share memory with nothing.
     """
-    steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
+    steps = steps_of(inputs)
     if steps == 0:
         return _empty(cell, inputs, state), tuple(value.clone() for value in state)
     streams = [value.unbind(0) if value.shape[0] == steps else repeat(value[0], steps) for value in inputs]

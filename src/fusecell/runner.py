@@ -20,7 +20,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fusecell.cell import Cell
 
-__all__ = ["Options", "Runner", "RunnerName", "State", "active_runner", "autocasting", "register", "run", "runner"]
+__all__ = [
+    "Options",
+    "Runner",
+    "RunnerName",
+    "State",
+    "active_runner",
+    "autocasting",
+    "register",
+    "run",
+    "runner",
+    "steps_of",
+]
 
 RunnerName = Literal["auto", "compiled", "eager"]
 State = tuple[Tensor, ...]
@@ -102,6 +113,14 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
 def autocasting(device_type: str) -> bool:
     """Whether autocast is on for a type of device; some, such as ``meta``, have none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def steps_of(inputs: State) -> int:
+    """The steps of a sequence: those of any input that is not constant over time."""
+    for value in inputs:
+        if value.shape[0] != 1:
+            return value.shape[0]
+    return 1
 
 
 def _load(name: RunnerName) -> Runner:

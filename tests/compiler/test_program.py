@@ -316,3 +316,20 @@ def test_every_rule_of_the_tracer_compiled(name):
     for options in ({}, {"lengths": [5, 1, 0, 2, 3, 5, 4]}):
         found, expected = run(cell, x, **options)[0], run(cell, x, runner="eager", **options)[0]
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9, equal_nan=True)
+
+
+def test_sizes_of_nothing_run_eagerly_and_quietly():
+    with torch.no_grad():
+        assert fc.GRUCell(5, 0)(torch.randn(3, 5)).shape == (3, 0)
+        assert fc.GRU(5, 4)(torch.randn(0, 3, 5))[0].shape == (0, 3, 4)
+        assert fc.GRU(5, 4)(torch.randn(6, 0, 5))[0].shape == (6, 0, 4)
+
+
+def test_lazy_negation_and_expanded_tensors():
+    cell, x = make("gru", 5, 10), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(fc.scan(cell, torch._neg_view(x))[0], fc.scan(cell, -x)[0], atol=1e-6, rtol=1e-5)
+    wide = torch.randn(4, 1, 1).expand(4, 3, 5)
+    torch.testing.assert_close(run(cell, wide)[0], run(cell, wide, runner="eager")[0], atol=1e-6, rtol=1e-5)
+    state = torch.randn(1, 10).expand(3, 10)
+    torch.testing.assert_close(run(cell, x, state)[0], run(cell, x, state, runner="eager")[0], atol=1e-6, rtol=1e-5)

@@ -20,7 +20,7 @@ from fusecell.compiler.schedule import Plan, plan
 from fusecell.compiler.target import host_target
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
-from fusecell.runner import Options, State
+from fusecell.runner import Options, State, steps_of
 
 __all__ = ["Program", "compile_step"]
 
@@ -45,7 +45,7 @@ class Program:
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
-        steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
+        steps = steps_of(inputs)
         rows = inputs[0].shape[1]
         kept: list[Tensor] = []
         words: dict[str, int] = {"steps": steps, "rows": rows, "reverse": int(options.reverse)}

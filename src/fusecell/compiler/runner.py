@@ -40,7 +40,7 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code where it can be, else the Python loop; say so once per cell that can't be compiled."""
-    if _call_reasons(cell, inputs, state, options):
+    if torch.compiler.is_compiling() or _call_reasons(cell, inputs, state, options):
         return run_eager(cell, inputs, state, options)
     program = find_program(cell, inputs)
     if isinstance(program, Program):
@@ -79,14 +79,14 @@ def _call_reasons(cell: Cell, inputs: State, state: State, options: Options) -> 
     if first.dtype not in (torch.float32, torch.float64) or any(value.dtype != first.dtype for value in tensors):
         kinds = ", ".join(sorted({str(value.dtype) for value in tensors}))
         return (f"Inputs and states must all be float32 or all float64, got {kinds}.",)
-    if min(value.shape[0] for value in inputs) == 0 or first.shape[1] == 0 or first.shape[-1] == 0:
+    if any(0 in value.shape for value in tensors):
         return ("There is nothing to compute.",)
     if torch.is_grad_enabled() and _needs_gradient(cell, tensors):
         return ("A gradient is asked for: use torch.no_grad() or torch.inference_mode().",)
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return ("A transform of torch.func or a dispatch mode is active.",)
-    if torch.compiler.is_compiling() or any(value.is_neg() for value in tensors):
-        return ("The call is being traced, or a tensor is a lazy negation.",)
+    if any(value.is_neg() for value in tensors):
+        return ("An input or state is a lazy negation.",)
     return ()
 
 

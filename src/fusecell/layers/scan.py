@@ -17,7 +17,7 @@ from fusecell.layers.arguments import (
     check_resets,
 )
 from fusecell.layers.stack import Stack
-from fusecell.runner import Options, State, run
+from fusecell.runner import Options, State, run, steps_of
 
 __all__ = ["Input", "scan", "scan_cell"]
 
@@ -69,7 +69,7 @@ def scan(
     given = (input,) if isinstance(input, Tensor) else tuple(input)
     inputs, unbatched = check_inputs(cell, given, batch_first)
     rows, device = inputs[0].shape[1], inputs[0].device
-    steps = min((value.shape[0] for value in inputs if value.shape[0] != 1), default=1)
+    steps = steps_of(inputs)
     options = Options(
         check_lengths(lengths, steps, rows, device),
         check_resets(resets, steps, rows, device, batch_first=batch_first, unbatched=unbatched),
