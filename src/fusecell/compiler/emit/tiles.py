@@ -123,13 +123,47 @@ def _pack(module: Module, name: str) -> None:
         f.store(value, f.at("%to", f.mul(k, "%to.k")), module.block)
     other = f.let("other", f"xor i1 {contiguous}, true")
     with f.when("columns", other):
-        with f.loop("k", 0, "%depth") as k:
+        by_k = f.let("by.k", f"icmp eq i64 %from.k, {size}")
+        whole = f.let("whole", f"icmp eq i64 %columns, {LANES}")
+        squares = f.let("squares", f"and i1 {by_k}, {whole}")
+        most = f.let("most", f"and i64 %depth, {-LANES}")
+        done = f.let("done", f"select i1 {squares}, i64 {most}, i64 0")
+        with f.loop("square", 0, done, LANES) as k:
+            _transpose(f, k)
+        with f.loop("k", done, "%depth") as k:
             f.store("zeroinitializer", f.at("%to", f.mul(k, "%to.k")), module.block)
         with f.loop("column", 0, "%columns") as column:
             source = f.at("%from", f.mul(column, "%from.column"))
             target = f.at("%to", f.mul(column, size))
-            with f.loop("k", 0, "%depth") as k:
+            with f.loop("k", done, "%depth") as k:
                 pointer = f.at(source, f.mul(k, "%from.k"))
                 value = f.let("value", f"load {scalar}, ptr {pointer}, align {size}")
                 f.do(f"store {scalar} {value}, ptr {f.at(target, f.mul(k, '%to.k'))}, align {size}")
     f.end()
+
+
+def _transpose(f: Function, k: str) -> None:
+    """Sixteen columns of sixteen k each, turned over in registers: pairs of rows 8, 4, 2 and 1 apart trade halves."""
+    module = f.module
+    offset = f.mul(k, module.bytes, "k.offset")
+    rows = [
+        f.load(f.at(f.at("%from", f.mul("%from.column", lane)), offset), f"column{lane}", module.bytes)
+        for lane in range(LANES)
+    ]
+    apart = LANES // 2
+    while apart:
+        low = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
+        high = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
+        for row in range(LANES):
+            if not row & apart:
+                a, b = rows[row], rows[row + apart]
+                rows[row], rows[row + apart] = (_shuffle(f, a, b, lanes) for lanes in (low, high))
+        apart //= 2
+    for row in range(LANES):
+        f.store(rows[row], f.at("%to", f.mul(f.add(k, row), "%to.k")), module.block)
+
+
+def _shuffle(f: Function, a: str, b: str, lanes: list[int]) -> str:
+    vector = f.module.vector
+    chosen = ", ".join(f"i32 {lane}" for lane in lanes)
+    return f.let("turned", f"shufflevector {vector} {a}, {vector} {b}, <{LANES} x i32> <{chosen}>")
