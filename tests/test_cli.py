@@ -71,6 +71,20 @@ def test_summary_says_what_is_wrong(arguments, text):
     assert text in run("summary", *arguments, code=2)
 
 
+def test_explain_a_cell_and_a_factory():
+    assert "GRUCell(5, 10): compiled" in run("explain", "--cell", "gru", "--input-size", 5, "--hidden-size", 10)
+    assert "GRUCell(3, 4): compiled" in run("explain", f"{__name__}:build")
+    assert "give either MODULE:FACTORY or --cell NAME" in run("explain", code=2)
+
+
+def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSECELL_CACHE", str(tmp_path / "kernels"))
+    assert "0 kernels" in run("cache")
+    assert "removed 0 kernels" in run("cache", "--clear")
+    monkeypatch.setenv("FUSECELL_CACHE", "off")
+    assert "no cache in use" in run("cache")
+
+
 def test_demo_trains_and_goes_on(tmp_path):
     size = ("--hidden-size", 8, "--batch-size", 4, "--steps", 3, "--output", tmp_path)
     assert "loses to the 5-gram" in run("demo", *size)

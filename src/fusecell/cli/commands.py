@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fusecell import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["app"]
 
@@ -107,14 +111,51 @@ def summary(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
 ) -> None:
     """Parameters, multiply-accumulates, shapes and cell calls of a layer."""
-    from fusecell.cli.find import find_cell, find_module
     from fusecell.summary import summary as summarize
+
+    _say(lambda layer: summarize(layer, seq_len, batch_size), module, cell, input_size, hidden_size)
+
+
+@app.command()
+def explain(
+    module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
+    cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
+    input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 5,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
+) -> None:
+    """What was compiled, what left the loop, what it costs, and why the rest runs as a Python loop."""
+    from fusecell.explain import explain as describe
+
+    _say(describe, module, cell, input_size, hidden_size)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all machine code kept on disk.")] = False,
+) -> None:
+    """Where compiled kernels are kept, and how many."""
+    from fusecell.compiler.cache import cache_info, clear_cache
+
+    if clear:
+        typer.echo(f"removed {clear_cache()} kernels")
+    info = cache_info()
+    if not info.enabled:
+        typer.echo(f"no cache in use: {info.reason}")
+        return
+    typer.echo(f"{info.entries} kernels, {info.bytes:,} bytes, in {info.path}")
+
+
+def _say(
+    describe: Callable[[nn.Module], object], module: str | None, cell: str | None, input_size: int, hidden_size: int
+) -> None:
+    """Print what ``describe`` says of the layer that the arguments name."""
+    from fusecell.cli.find import find_cell, find_module
 
     if (module is None) == (cell is None):
         raise typer.BadParameter("give either MODULE:FACTORY or --cell NAME")
     try:
         layer = find_module(module) if module is not None else find_cell(str(cell), input_size, hidden_size)
-        text = str(summarize(layer, seq_len, batch_size))
+        text = str(describe(layer))
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(text)
