@@ -6,7 +6,9 @@ import copy
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -200,6 +202,37 @@ def test_a_change_of_an_attribute_or_mode_is_seen():
         lambda: setattr(cell, "mode", "squashed"),
         cell.eval,
     ):
+        change()
+        torch.testing.assert_close(run(cell, x)[0], run(cell, x, runner="eager")[0], atol=1e-6, rtol=1e-5)
+
+
+class Configured(fc.Cell):
+    """h' = scale * h + x, with the scale kept in an object, a NumPy number and a list."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.config, self.gain, self.table = (
+            SimpleNamespace(scale=0.5, inner=SimpleNamespace(sign=1)),
+            np.float32(2),
+            [3],
+        )
+
+    def step(self, x, state):
+        (h,) = state
+        scale = self.config.scale * self.config.inner.sign * float(self.gain) / self.table[0]
+        return scale * h + x, (scale * h + x,)
+
+
+def test_a_change_inside_an_attribute_is_seen():
+    cell, x = Configured(), torch.randn(3, 2, 4)
+    changes = (
+        lambda: None,
+        lambda: setattr(cell.config, "scale", 0.25),
+        lambda: setattr(cell.config.inner, "sign", -1),
+        lambda: setattr(cell, "gain", np.float32(3)),
+        lambda: cell.table.__setitem__(0, 7),
+    )
+    for change in changes:
         change()
         torch.testing.assert_close(run(cell, x)[0], run(cell, x, runner="eager")[0], atol=1e-6, rtol=1e-5)
 

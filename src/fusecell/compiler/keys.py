@@ -18,9 +18,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Hashable:
     """A key that changes whenever the module would trace differently.
 
-    It sees every bool, number, string and None, alone or in tuples, lists and dicts; functions and classes by
-    identity; the shape, dtype and tying of tensors; the training flag; whether there are hooks; and all submodules.
-    Globals and closures it does not see.
+    It sees every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
+    objects; functions and classes by identity; the shape, dtype and tying of tensors; the training flag; whether
+    there are hooks; and all submodules. Globals and closures it does not see.
     """
     seen = {} if _seen is None else _seen
     state = vars(module)
@@ -50,4 +50,15 @@ def _frozen(value: Any, seen: dict[int, int]) -> Hashable:
         return type(value), tuple((repr(key), _frozen(item, seen)) for key, item in value.items())
     if callable(value) and not isinstance(value, nn.Module):
         return cast("Hashable", value if isinstance(value, Hashable) else type(value))
-    return cast("Hashable", type(value))
+    return _object(value, seen)
+
+
+def _object(value: Any, seen: dict[int, int]) -> Hashable:
+    """Anything else: by its attributes where it has some, by value where it can be hashed."""
+    fields = getattr(value, "__dict__", None)
+    if fields is not None:
+        if id(value) in seen:
+            return type(value), seen[id(value)]
+        seen[id(value)] = len(seen)
+        return type(value), tuple((name, _frozen(item, seen)) for name, item in fields.items())
+    return type(value), cast("Hashable", value if isinstance(value, Hashable) else None)
