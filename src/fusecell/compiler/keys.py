@@ -61,4 +61,5 @@ def _object(value: Any, seen: dict[int, int]) -> Hashable:
             return type(value), seen[id(value)]
         seen[id(value)] = len(seen)
         return type(value), tuple((name, _frozen(item, seen)) for name, item in fields.items())
-    return type(value), cast("Hashable", value if isinstance(value, Hashable) else None)
+    by_value: Hashable = value if isinstance(value, Hashable) else None
+    return type(value), by_value
