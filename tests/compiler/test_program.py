@@ -207,19 +207,16 @@ def test_a_change_of_an_attribute_or_mode_is_seen():
 
 
 class Configured(fc.Cell):
-    """h' = scale * h + x, with the scale kept in an object, a NumPy number and a list."""
+    """h' = scale * h + x, with the scale kept in objects, a NumPy number, a list and an array."""
 
     def __init__(self):
         super().__init__(4, 4)
-        self.config, self.gain, self.table = (
-            SimpleNamespace(scale=0.5, inner=SimpleNamespace(sign=1)),
-            np.float32(2),
-            [3],
-        )
+        self.config = SimpleNamespace(scale=0.5, inner=SimpleNamespace(sign=1))
+        self.gain, self.table, self.array = np.float32(2), [3], np.array([1.0])
 
     def step(self, x, state):
         (h,) = state
-        scale = self.config.scale * self.config.inner.sign * float(self.gain) / self.table[0]
+        scale = self.config.scale * self.config.inner.sign * float(self.gain) / self.table[0] * float(self.array[0])
         return scale * h + x, (scale * h + x,)
 
 
@@ -231,6 +228,7 @@ def test_a_change_inside_an_attribute_is_seen():
         lambda: setattr(cell.config.inner, "sign", -1),
         lambda: setattr(cell, "gain", np.float32(3)),
         lambda: cell.table.__setitem__(0, 7),
+        lambda: cell.array.fill(0.5),
     )
     for change in changes:
         change()

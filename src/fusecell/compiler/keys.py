@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,5 +62,9 @@ def _object(value: Any, seen: dict[int, int]) -> Hashable:
             return type(value), seen[id(value)]
         seen[id(value)] = len(seen)
         return type(value), tuple((name, _frozen(item, seen)) for name, item in fields.items())
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
+    if isinstance(value, set):
+        return frozenset(value)
     by_value: Hashable = value if isinstance(value, Hashable) else None
     return type(value), by_value
