@@ -15,9 +15,11 @@ from typing import Any, Literal
 from fusecell.compiler.ops import PRIMITIVES, Type
 from fusecell.errors import CompilerError
 
-__all__ = ["Builder", "DType", "Graph", "Node"]
+__all__ = ["SAVED", "Builder", "DType", "Graph", "Node"]
 
 DType = Literal["f32", "f64"]
+SAVED = "saved."
+"""How values kept for the backward are called: outputs of the forward, inputs of the backward."""
 _LINE = re.compile(
     r"^(?P<name>[\w.]+) = (?P<op>\w+)\((?P<args>[\w., ]*)\)(?: (?P<attrs>\{.*\}))? : (?P<type>\w+\[.*\])$"
 )

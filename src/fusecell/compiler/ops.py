@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 from fusecell.errors import CompilerError
 
-__all__ = ["PRIMITIVES", "Kind", "Primitive", "Type"]
+__all__ = ["LANES", "PRIMITIVES", "Kind", "Primitive", "Type"]
 
+LANES = 16
+"""Features computed together, on every target: reductions keep as many partial results."""
 Kind = Literal["row", "mask", "weight", "sum"]
 
 

@@ -12,10 +12,11 @@ their epilogue. A value begins a new stage where it needs all columns of another
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fusecell.compiler.graph import Graph
+from fusecell.compiler.graph import SAVED, Graph
+from fusecell.compiler.ops import LANES
 from fusecell.compiler.passes import affine_parts
 
 __all__ = ["Buffer", "Phase", "Place", "Plan", "Stage", "Sum", "plan"]
@@ -33,10 +34,13 @@ _MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory for a value: one row per call, a row per row of a step, of a chunk, or of the caller's own tensor."""
+    """Memory for a value: one row per call, a row per row of a step, of a chunk, or of the caller's own tensor.
+
+    What is saved for the backward is the caller's too, but laid out as a chunk's rows are: one step after the other.
+    """
 
     name: str
-    scope: Literal["call", "step", "state", "chunk", "user"]
+    scope: Literal["call", "step", "state", "chunk", "user", "saved"]
     size: int
 
 
@@ -50,13 +54,29 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A contribution to a sum over rows: a^T b added to part of a weight's gradient, or the sum of b alone."""
+    """A contribution to the gradient of a weight: the sum over rows of a^T b, or of b alone."""
 
+    name: str
     label: str
     a: int | None
     b: int
-    transposed: bool
-    corner: tuple[int, ...]
+    height: int
+    """Features of ``a``; 1 without."""
+    width: int
+    corner: tuple[int, int]
+    """Where in the gradient it belongs, in its own rows and columns."""
+    flipped: bool
+    """Whether its rows are the gradient's columns."""
+
+    @property
+    def part(self) -> str:
+        """The buffer of the block of rows that is being added up."""
+        return f"{self.name}.block"
+
+    @property
+    def total(self) -> str:
+        """The buffer of the blocks added up."""
+        return f"{self.name}.total"
 
 
 @dataclass(slots=True)
@@ -94,6 +114,8 @@ class Plan:
     kept: dict[int, Buffer]
     states: dict[str, tuple[int, int]]
     """Each state's leaf and its new value."""
+    backward: bool = False
+    """Whether the states are gradients: a reset cuts them off after the step instead of setting them before it."""
 
     def place(self, index: int, phase: Phase) -> Place | None:
         """Where a value is found by a stage of ``phase``; None if it is nowhere in memory."""
@@ -101,7 +123,7 @@ class Plan:
         if node.op == "slice":
             whole = self.place(node.args[0], phase)
             return whole and Place(whole.buffer, whole.offset + node.attrs["start"])
-        if node.op == "input" and phase in ("lift", "post"):
+        if node.op == "input" and phase in ("lift", "post") and not node.name.startswith(SAVED):
             return Place(self.gathered[index]) if index in self.gathered else None
         if node.op == "state" and phase == "post":
             return Place(self.kept[index]) if index in self.kept else None
@@ -113,12 +135,20 @@ class Plan:
         found.update(dict.fromkeys([*self.gathered.values(), *self.kept.values()]))
         for stage in self.stages:
             found.update({place.buffer: None for places in stage.stores.values() for place in places})
-        return [buffer for buffer in found if buffer.scope != "user"]
+        return [buffer for buffer in found if buffer.scope not in ("user", "saved")]
+
+    def saved(self) -> list[Buffer]:
+        """What the forward keeps, or the backward finds."""
+        graph = self.graph
+        names = [label for label in graph.outputs if label.startswith(SAVED)]
+        sizes = {label: graph[graph.outputs[label]].size for label in names}
+        sizes |= {graph[i].name: graph[i].size for i in graph.leaves("input") if graph[i].name.startswith(SAVED)}
+        return [Buffer(name, "saved", size) for name, size in sizes.items()]
 
 
-def plan(graph: Graph) -> Plan:
-    """Schedule a graph whose passes have run."""
-    return _Scheduler(graph).run()
+def plan(graph: Graph, *, backward: bool = False) -> Plan:
+    """Schedule a graph whose passes have run; ``backward`` if it is the gradient's."""
+    return replace(_Scheduler(graph).run(), backward=backward)
 
 
 class _Scheduler:
@@ -231,7 +261,11 @@ class _Scheduler:
         graph = self.graph
         for index, node in graph:
             if node.op == "input":
-                self.homes[index] = Place(Buffer(f"in.{node.name}", "user", node.size))
+                saved = node.name.startswith(SAVED)
+                buffer = (
+                    Buffer(node.name, "saved", node.size) if saved else Buffer(f"in.{node.name}", "user", node.size)
+                )
+                self.homes[index] = Place(buffer)
             elif node.op == "state":
                 self.homes[index] = Place(Buffer(f"state.{node.name}", "state", node.size))
             elif node.op == "weight" and len(node.type.shape) < 2:
@@ -335,7 +369,9 @@ class _Scheduler:
         for name, (_, new) in self.states.items():
             self._store(made, new, Place(Buffer(f"state.{name}", "state", self.graph[new].size)))
         for label, index in self.row_outputs.items():
-            if self.phase.get(index) in ("lift", "post"):
+            if label.startswith(SAVED):
+                self._store(made, index, Place(Buffer(label, "saved", self.graph[index].size)))
+            elif self.phase.get(index) in ("lift", "post"):
                 made.scattered[label] = index
                 if made.place(index, "post") is None:
                     self.homes[index] = Place(Buffer(self.graph[index].name, "chunk", self.graph[index].size))
@@ -346,7 +382,18 @@ class _Scheduler:
     def _give_sums(self, made: Plan) -> None:
         for label, index in self.graph.outputs.items():
             if self.graph[index].type.kind == "sum":
-                made.sums += _contributions(self.graph, index, label, False, (0,) * len(self.graph[index].type.shape))
+                for a, b, flipped, corner in _contributions(self.graph, index, False, (0, 0)):
+                    made.sums.append(self._sum(f"sum.{len(made.sums)}", label, a, b, flipped, corner))
+
+    def _sum(self, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
+        """A sum whose columns, whole vectors, run over the operand that fills them better."""
+        size = self.graph[b].size
+        if a is None:
+            return Sum(name, label, None, b, 1, size, corner, flipped)
+        height = self.graph[a].size
+        if height * -(-size // LANES) > size * -(-height // LANES):
+            return Sum(name, label, b, a, size, height, corner[::-1], not flipped)
+        return Sum(name, label, a, b, height, size, corner, flipped)
 
     def _keep_states(self, made: Plan) -> None:
         """A state that a product after the loop reads is copied for it, step by step."""
@@ -368,6 +415,8 @@ class _Scheduler:
                     read |= _leaves_of(self.graph, operand)
         for index in sorted(read):
             node = self.graph[index]
+            if node.name.startswith(SAVED):
+                continue
             self.gathered[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
 
 
@@ -394,16 +443,20 @@ def _leaves_of(graph: Graph, index: int) -> set[int]:
     return {index} if node.op == "input" else set()
 
 
-def _contributions(graph: Graph, index: int, label: str, transposed: bool, corner: tuple[int, ...]) -> list[Sum]:
-    """The outer products and row sums that a gradient of a weight is made of."""
+def _contributions(
+    graph: Graph, index: int, flipped: bool, corner: tuple[int, int]
+) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
+    """The outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
     node = graph[index]
     if node.op == "total":
-        return [part for arg in node.args for part in _contributions(graph, arg, label, transposed, corner)]
-    if node.op == "transpose":
-        return _contributions(graph, node.args[0], label, not transposed, corner[::-1])
-    if node.op == "place":
-        inner = tuple(c + o for c, o in zip(corner, node.attrs["corner"], strict=True))
-        return _contributions(graph, node.args[0], label, transposed, inner)
-    if node.op == "outer":
-        return [Sum(label, node.args[0], node.args[1], transposed, corner)]
-    return [Sum(label, None, node.args[0], transposed, corner)]
+        for arg in node.args:
+            yield from _contributions(graph, arg, flipped, corner)
+    elif node.op == "transpose":
+        yield from _contributions(graph, node.args[0], not flipped, corner[::-1])
+    elif node.op == "place":
+        offset = (0, *node.attrs["corner"])[-2:]
+        yield from _contributions(graph, node.args[0], flipped, (corner[0] + offset[0], corner[1] + offset[1]))
+    elif node.op == "outer":
+        yield node.args[0], node.args[1], flipped, corner
+    else:
+        yield None, node.args[0], flipped, corner

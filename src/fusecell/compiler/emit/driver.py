@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from fusecell.compiler.emit.layout import Layout, Panel
 from fusecell.compiler.emit.stages import CALL
+from fusecell.compiler.emit.sums import SumEmitter
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import pack_name
 from fusecell.compiler.schedule import Buffer, Phase, Plan
@@ -21,9 +22,11 @@ __all__ = ["emit_driver"]
 class _Driver:
     def __init__(self, module: Module, layout: Layout, plan: Plan, panels: list[Panel]) -> None:
         self.module, self.layout, self.plan, self.panels = module, layout, plan, panels
+        self.sums = SumEmitter(module, layout, plan)
         self.f = Function(module, "run", "ptr %args", exported=True)
 
     def emit(self) -> None:
+        self.sums.functions()
         f, layout = self.f, self.layout
         self.steps, self.rows = layout.word(f, "steps"), layout.word(f, "rows")
         self.chunk = layout.word(f, "chunk_steps")
@@ -36,10 +39,15 @@ class _Driver:
         self._pack()
         self._stages("once", "0", "0", "0", 1)
         self._skip_rows_without_steps()
+        self.sums.clear(f)
         before = f.let("alive.at", "alloca i64")
         f.store_int(0, before)
+        self.filled, self.done = f.let("filled.at", "alloca i64"), f.let("done.at", "alloca i64")
+        self.start = f.let("start.first", "alloca i64")
+        f.store_int(0, self.filled)
         with f.loop("first", 0, self.steps, self.chunk) as first:
             self._chunk(first, before)
+        self.sums.finish(f)
         last = f.let("last.slot", f"and i64 {self.steps}, 1")
         self._move_states("last", 0, f.load_int(before, "alive"), last)
         restore()
@@ -52,12 +60,14 @@ class _Driver:
         behind = f.sub(f.sub(self.steps, first), steps, "behind")
         low = f.let("low", f"select i1 {self.reverse}, i64 {behind}, i64 {first}")
         total = self._starts(low, steps)
+        self._find_saved(low)
         self._gather(low, steps)
         self._stages("lift", low, "0", "0", total)
         with f.loop("i", 0, steps) as i:
             self._step(f.add(first, i, "done"), low, alive_at)
         self._stages("post", low, "0", "0", total)
         self._scatter(low, steps)
+        self.sums.add_chunk(f, total, self.reverse, self.filled, self.done)
 
     def _step(self, done: Value, low: str, alive_at: str) -> None:
         f = self.f
@@ -70,8 +80,11 @@ class _Driver:
         self._move_states("first", before, rows, slot)
         self._move_states("last", rows, before, slot)
         f.store_int(rows, alive_at)
-        self._reset(t, rows, slot)
+        if not self.plan.backward:
+            self._reset(t, rows, slot, self._reset_row)
         self._stages("loop", t, base, slot, rows)
+        if self.plan.backward:
+            self._reset(t, rows, f.sub(1, slot, "slot.after"), self._cut_row)
 
     def _alive(self, t: Value) -> str:
         """How many rows take part in a step."""
@@ -177,9 +190,9 @@ class _Driver:
                 bytes_ = self.plan.graph[leaf].size * self.module.bytes
                 self._copy(self._caller_state("last", name, row), self._caller_state("first", name, row), bytes_)
 
-    def _reset(self, t: Value, rows: Value, slot: Value) -> None:
-        """Rows whose flag is set go back to the reset state before the step."""
-        f, module = self.f, self.module
+    def _reset(self, t: Value, rows: Value, slot: Value, act: Callable[[str, str, str, int], None]) -> None:
+        """Do something with each state of the rows whose flag is set."""
+        f = self.f
         flags = self.layout.pointer(f, "resets")
         given = f.let("has.resets", f"icmp ne ptr {flags}, null")
         with f.when("resets", given):
@@ -192,7 +205,33 @@ class _Driver:
                     for name, (leaf, _) in self.plan.states.items():
                         size = self.plan.graph[leaf].size
                         mine = self._state_row(f"state.{name}", size, slot, row)
-                        self._copy(mine, self._caller_state("reset", name, caller), size * module.bytes)
+                        act(mine, self._caller_state("reset", name, caller), f"state.{name}", size)
+
+    def _reset_row(self, mine: str, theirs: str, name: str, size: int) -> None:
+        """Go back to the reset state before the step."""
+        self._copy(mine, theirs, size * self.module.bytes)
+
+    def _cut_row(self, mine: str, theirs: str, name: str, size: int) -> None:
+        """After the step's backward: its gradient belongs to the reset state, and nothing goes further back."""
+        f, module = self.f, self.module
+        with f.loop("j", 0, size) as j:
+            own, other = f.at(mine, f.mul(j, module.bytes)), f.at(theirs, f.mul(j, module.bytes))
+            values = [f.let("value", f"load {module.scalar}, ptr {at}, align {module.bytes}") for at in (own, other)]
+            total = f.let("sum", f"fadd {module.scalar} {values[0]}, {values[1]}")
+            f.do(f"store {module.scalar} {total}, ptr {other}, align {module.bytes}")
+            f.do(f"store {module.scalar} 0.0, ptr {own}, align {module.bytes}")
+
+    def _find_saved(self, low: str) -> None:
+        """Where the chunk's rows begin among all rows of all steps, for what is saved."""
+        f = self.f
+        if not self.layout.saved:
+            return
+        offsets = self.layout.pointer(f, "offsets")
+        regular = f.let("no.offsets", f"icmp eq ptr {offsets}, null")
+        start_at = f.let("start.at", f"select i1 {regular}, ptr {self.start}, ptr {offsets}")
+        offset = f.let("start.offset", f"select i1 {regular}, i64 0, i64 {f.mul(low, 8)}")
+        f.store_int(f.mul(low, self.rows), self.start)
+        self.layout.place_saved(f, self.module, f.load_int(f.at(start_at, offset), "start"))
 
     def _gather(self, low: str, steps: Value) -> None:
         """Inputs of products outside the loop, brought into rows of the chunk."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusecell.compiler.emit.text import Function, Module, Value
+from fusecell.compiler.graph import SAVED
 from fusecell.compiler.schedule import Buffer, Plan
 
 __all__ = ["Layout", "Panel", "Size"]
@@ -24,6 +25,7 @@ HEADER = (
     "resets",
     "resets.step",
     "resets.row",
+    "offsets",
 )
 
 
@@ -80,19 +82,22 @@ class Layout:
         graph = plan.graph
         words = list(HEADER)
         for index in graph.leaves("input"):
-            words += [f"in.{graph[index].name}.{part}" for part in ("ptr", "step", "row")]
+            if not graph[index].name.startswith(SAVED):
+                words += [f"in.{graph[index].name}.{part}" for part in ("ptr", "step", "row")]
         for index in graph.leaves("weight"):
             words += [f"weight.{graph[index].name}.{part}" for part in ("ptr", "stride0", "stride1")]
         for name in plan.states:
             words += [f"{kind}.{name}.{part}" for kind in ("first", "last", "reset") for part in ("ptr", "row")]
         for label, index in graph.outputs.items():
-            if graph[index].type.kind == "row" and not label.startswith("state."):
+            if graph[index].type.kind in ("row", "mask") and not label.startswith(("state.", SAVED)):
                 words += [f"out.{label}.{part}" for part in ("ptr", "step", "row")]
             elif graph[index].type.kind == "sum":
                 words += [f"out.{label}.{part}" for part in ("ptr", "stride0", "stride1")]
+        self.saved = plan.saved()
+        words += [f"{buffer.name}.ptr" for buffer in self.saved]
         self.given = tuple(words)
         self.sizes = self._sizes(module, plan, panels)
-        self.words = (*words, *(f"at.{name}" for name in self.sizes))
+        self.words = (*words, *(f"at.{name}" for name in (*self.sizes, *(buffer.name for buffer in self.saved))))
         self._index = {name: index for index, name in enumerate(self.words)}
 
     @staticmethod
@@ -109,6 +114,9 @@ class Layout:
             sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
         for buffer in plan.buffers():
             sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
+        for found in plan.sums:
+            for name in (found.part, found.total):
+                sizes[name] = Size(fixed=found.height * module.padded(found.width))
         # A slice reads whole vectors, up to one past its row: every buffer ends in room for that.
         return {name: size + Size(fixed=64 + module.block) for name, size in sizes.items()}
 
@@ -141,6 +149,13 @@ class Layout:
         """The address of a buffer."""
         return self.pointer(f, f"at.{name}")
 
+    def place_saved(self, f: Function, module: Module, start: Value) -> None:
+        """Have a chunk find its rows, from ``start`` on, of what is saved."""
+        for buffer in self.saved:
+            whole = self.pointer(f, f"{buffer.name}.ptr")
+            here = f.at(whole, f.mul(start, module.padded(buffer.size)), buffer.name)
+            f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{buffer.name}'], 'word')}")
+
     def place_buffers(self, f: Function, rows: Value, chunk_rows: Value, chunk_steps: Value) -> None:
         """Work out every buffer's address and leave it in the argument block."""
         here = self.pointer(f, "scratch")
@@ -167,7 +182,7 @@ def row_address(
         return start, layout.word(f, f"{buffer.name}.row"), True
     stride = module.padded(buffer.size)
     start = layout.buffer(f, buffer.name)
-    if buffer.scope == "chunk":
+    if buffer.scope in ("chunk", "saved"):
         start = f.at(start, f.mul(base, stride))
     elif buffer.scope == "state":
         start = f.at(start, f.mul(f.mul(slot, layout.word(f, "rows")), stride))

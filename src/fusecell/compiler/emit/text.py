@@ -170,6 +170,37 @@ class Function:
         self._begin(f"{label}.done")
 
     @contextmanager
+    def loop_carrying(
+        self, name: str, start: Value, stop: Value, vectors: list[str]
+    ) -> Iterator[tuple[str, list[str]]]:
+        """A loop whose vectors stay in registers: the block replaces the list's entries by their next values.
+
+        After the loop the list holds the last ones.
+        """
+        label, kind, before = self._fresh(name), self.module.vector, self._here()
+        self._used |= {f"{label}.more", f"{label}.next"}
+        phis = [f"%{self._fresh(f'{label}.carried')}" for _ in vectors]
+        self.do(f"br label %{label}.head")
+        self._begin(f"{label}.head")
+        at = len(self._lines)
+        self.do(f"%{label}.more = icmp slt i64 %{label}, {stop}")
+        self.do(f"br i1 %{label}.more, label %{label}.body, label %{label}.done")
+        self._begin(f"{label}.body")
+        carried = list(phis)
+        yield f"%{label}", carried
+        self.do(f"br label %{label}.latch")
+        self._begin(f"{label}.latch")
+        self.do(f"%{label}.next = add nsw i64 %{label}, 1")
+        self.do(f"br label %{label}.head")
+        self._begin(f"{label}.done")
+        # The phis can be written only now that the next values have names.
+        head = [f"  %{label} = phi i64 [ {start}, %{before} ], [ %{label}.next, %{label}.latch ]"]
+        for phi, first, following in zip(phis, vectors, carried, strict=True):
+            head.append(f"  {phi} = phi {kind} [ {first}, %{before} ], [ {following}, %{label}.latch ]")
+        self._lines[at:at] = head
+        carried[:] = phis
+
+    @contextmanager
     def when(self, name: str, condition: str) -> Iterator[None]:
         """Run the block if ``condition`` holds."""
         label = self._fresh(name)

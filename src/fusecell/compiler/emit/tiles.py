@@ -1,5 +1,7 @@
 """The register tile: rows of a value times a panel of weights, added to accumulators; and the packing of panels.
 
+The same tile sums over rows: there its "rows" are features of one value, and k counts rows.
+
 One tile is ``rows`` x ``products`` x ``blocks`` vectors of accumulators. They are loaded, run over all k in order,
 each element by one FMA per k, and stored again: whatever the tile, an element's bits are the same.
 """
@@ -8,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusecell.compiler.emit.text import LANES, Function, Module
+from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.target import Target
 
-__all__ = ["Shape", "budget", "pack_name", "shapes", "tile_name"]
+__all__ = ["Shape", "budget", "outer_name", "pack_name", "shapes", "tile_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +48,56 @@ def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
     name = f"tile.{rows}x{products}x{blocks}"
     if name not in module.made:
         module.made.add(name)
-        _tile(module, name, rows, products, blocks)
+        head = (
+            "ptr noalias %acc",
+            "i64 %acc.row",
+            "ptr %a",
+            "i64 %a.row",
+            "ptr %panel",
+            "i64 %panel.block",
+            "i64 %depth",
+        )
+        f = Function(module, name, *head)
+        f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
+        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block)
+        _tile(f, walk, rows, products, blocks)
     return name
 
 
-def _tile(module: Module, name: str, rows: int, products: int, blocks: int) -> None:
-    block = module.block
-    f = Function(
-        module, name, "ptr noalias %acc", "i64 %acc.row", "ptr %a", "i64 %a.row",
-        "ptr %panel", "i64 %panel.block", "i64 %depth",
-    )  # fmt: skip
-    f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
+def outer_name(module: Module, rows: int, blocks: int) -> str:
+    """The tile of a sum over rows, emitted on first use: ``rows`` features of one value by ``blocks`` of another.
+
+    It takes the accumulators and the bytes between their rows, the two values and the bytes between the rows of each,
+    and how many rows to add.
+    """
+    name = f"outer.{rows}x{blocks}"
+    if name not in module.made:
+        module.made.add(name)
+        head = ("ptr noalias %acc", "i64 %acc.row", "ptr %a", "i64 %a.k", "ptr %b", "i64 %b.k", "i64 %depth")
+        f = Function(module, name, *head)
+        f.comment(f"{rows} features x {blocks} blocks of {LANES} features")
+        _tile(f, _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k"), rows, 1, blocks)
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """How a tile walks over its operands: bytes between rows and between k of %a; blocks and k of the other."""
+
+    row: Value
+    k: Value
+    panel: str
+    block: Value
+    panel_k: Value
+
+
+def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> None:
+    module, block = f.module, f.module.block
     keys = [(r, p, b) for r in range(rows) for p in range(products) for b in range(blocks)]
     acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(rows)]
     where = {(r, p, b): f.at(acc_rows[r], (p * blocks + b) * block) for r, p, b in keys}
-    a_rows = [f.at("%a", f.mul("%a.row", r), f"a.r{r}") for r in range(rows)]
-    panels = [f.at("%panel", f.mul("%panel.block", b), f"panel.b{b}") for b in range(blocks)]
+    a_rows = [f.at("%a", f.mul(walk.row, r), f"a.r{r}") for r in range(rows)]
+    panels = [f.at(walk.panel, f.mul(walk.block, b), f"panel.b{b}") for b in range(blocks)]
     first = {key: f.load(where[key], f"first.{_label(key)}", block) for key in keys}
     f.do("br label %k.head")
     vector, scalar = module.vector, module.scalar
@@ -74,8 +110,8 @@ def _tile(module: Module, name: str, rows: int, products: int, blocks: int) -> N
         "k.body:",
     ]
     f.raw(lines)
-    offset = f.mul("%k", module.bytes, "a.offset")
-    panel_offset = f.mul("%k", products * block, "panel.offset")
+    offset = f.mul("%k", walk.k, "a.offset")
+    panel_offset = f.mul("%k", walk.panel_k, "panel.offset")
     weights = {}
     for b in range(blocks):
         row = f.at(panels[b], panel_offset, f"panel.k{b}")

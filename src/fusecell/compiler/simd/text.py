@@ -6,9 +6,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from fusecell.compiler.ops import LANES
 from fusecell.compiler.simd.precision import F64, Precision
-
-LANES = 16
 
 Operand = str | float
 """The name of a value in the function, or a number that stands in every lane."""

@@ -1,0 +1,219 @@
+"""Sums over all rows of all steps, for the gradients of weights.
+
+Rows are taken in the order in which the steps run, in blocks of 512: a block is added up row by row, then added to
+the total. So a sum has the same bits however the steps are cut into chunks, and long ones stay accurate.
+"""
+
+from __future__ import annotations
+
+from fusecell.compiler.emit.layout import Layout, row_address
+from fusecell.compiler.emit.text import LANES, Function, Module, Value
+from fusecell.compiler.emit.tiles import Shape, outer_name, shapes
+from fusecell.compiler.schedule import Plan, Sum
+
+__all__ = ["BLOCK", "SumEmitter"]
+
+BLOCK = 512
+# So many rows of an operand's tile stay in L1 while it meets all of the other operand.
+_STRETCH = 128
+
+
+class SumEmitter:
+    """The sums of a plan: :meth:`functions`, and what ``@run`` does with them at the start, per chunk, at the end."""
+
+    def __init__(self, module: Module, layout: Layout, plan: Plan) -> None:
+        self.module, self.layout, self.plan = module, layout, plan
+        # A dozen rows keep the multipliers busy with the fewest reads of the other operand.
+        self.shapes = {found.name: self._shapes(found) for found in plan.sums if found.a is not None}
+
+    def _shapes(self, found: Sum) -> list[Shape]:
+        return shapes(self.module.target, self.module.dtype, 1, self.module.blocks(found.width))
+
+    def functions(self) -> None:
+        """One function per sum, and those they share."""
+        for found in self.plan.sums:
+            if found.a is None:
+                self._row_sum(found)
+            else:
+                self._outer(found)
+        if self.plan.sums:
+            self._flush()
+
+    # What @run calls.
+
+    def clear(self, f: Function) -> None:
+        """Begin with nothing."""
+        for found in self.plan.sums:
+            for name in (found.part, found.total):
+                with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
+                    f.store("zeroinitializer", f.at(self.layout.buffer(f, name), byte), self.module.block)
+
+    def add_chunk(self, f: Function, total: str, backwards: str, filled_at: str, done_at: str) -> None:
+        """Add the rows of a chunk, as many at a time as the open block still takes."""
+        if not self.plan.sums:
+            return
+        last = f.sub(total, 1, "last")
+        f.store_int(0, done_at)
+        blocks = f.let("most.blocks", f"sdiv i64 {total}, {BLOCK}")
+        with f.loop("turn", 0, f.add(blocks, 2)):
+            done = f.load_int(done_at, "done")
+            filled = f.load_int(filled_at, "filled")
+            count = f.minimum(f.sub(BLOCK, filled), f.sub(total, done), "count")
+            mirrored = f.sub(last, done, "mirrored")
+            first = f.let("first.row", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
+            for found in self.plan.sums:
+                f.call(f"{found.name}", "ptr %args", f"i64 {first}", f"i1 {backwards}", f"i64 {count}")
+            f.store_int(f.add(done, count), done_at)
+            now = f.add(filled, count, "filled")
+            full = f.let("is.full", f"icmp eq i64 {now}, {BLOCK}")
+            f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
+            with f.when("full", full):
+                self._flush_all(f)
+
+    def finish(self, f: Function) -> None:
+        """Close the last block and add the sums to the caller's gradients."""
+        self._flush_all(f)
+        for found in self.plan.sums:
+            self._hand_over(f, found)
+
+    # Parts.
+
+    def _bytes(self, found: Sum) -> int:
+        return found.height * self.module.padded(found.width)
+
+    def _flush_all(self, f: Function) -> None:
+        for found in self.plan.sums:
+            places = (f"ptr {self.layout.buffer(f, name)}" for name in (found.total, found.part))
+            f.call("sum.flush", *places, f"i64 {self._bytes(found)}")
+
+    def _flush(self) -> None:
+        module = self.module
+        f = Function(module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %bytes")
+        with f.loop("byte", 0, "%bytes", module.block) as byte:
+            total, part = f.at("%total", byte), f.at("%part", byte)
+            more = f.load(part, "part", module.block)
+            old = f.load(total, "total", module.block)
+            f.store(f.let("sum", f"fadd {module.vector} {old}, {more}"), total, module.block)
+            f.store("zeroinitializer", part, module.block)
+        f.end()
+
+    def _operand(self, f: Function, index: int, name: str) -> tuple[str, str]:
+        """Where an operand's first row is, and the bytes to the next in the order in which rows are added."""
+        place = self.plan.place(index, "post")
+        assert place is not None, f"{self.plan.graph[index].name}, an operand of a sum, is nowhere in memory"
+        base, stride, _ = row_address(f, self.layout, self.module, place.buffer, t="0", base="0", slot="0")
+        start = f.at(f.at(base, f.mul("%first", stride)), place.offset * self.module.bytes, name)
+        back = f.sub(0, stride)
+        return start, f.let(f"{name}.k", f"select i1 %backwards, i64 {back}, i64 {stride}")
+
+    def _function(self, found: Sum) -> Function:
+        return Function(self.module, found.name, "ptr %args", "i64 %first", "i1 %backwards", "i64 %rows")
+
+    def _outer(self, found: Sum) -> None:
+        module, layout = self.module, self.layout
+        assert found.a is not None
+        f = self._function(found)
+        a, a_k = self._operand(f, found.a, "a")
+        b, b_k = self._operand(f, found.b, "b")
+        acc = layout.buffer(f, found.part)
+        with f.loop("stretch", 0, "%rows", _STRETCH) as begun:
+            depth = f.minimum(f.sub("%rows", begun), _STRETCH, "depth")
+            given = (f.at(a, f.mul(begun, a_k)), a_k, f.at(b, f.mul(begun, b_k)), b_k, depth)
+            self._tiles(f, found, acc, *given)
+        f.end()
+
+    def _tiles(self, f: Function, found: Sum, acc: str, a: str, a_k: str, b: str, b_k: str, depth: Value) -> None:
+        """All of a sum's tiles, those of one block of columns after the other."""
+        module = self.module
+        blocks, start = module.blocks(found.width), 0
+        stride = module.padded(found.width)
+        for shape in self.shapes[found.name]:
+            stop = start + (found.height - start) // shape.rows * shape.rows
+            full = blocks - blocks % shape.blocks
+            for first, last, wide in ((0, full, shape.blocks), (full, blocks, blocks - full)):
+                if stop == start or first == last:
+                    continue
+                name = outer_name(module, shape.rows, wide)
+                with f.loop("block", first, last, wide) as block, f.loop("row", start, stop, shape.rows) as row:
+                    column = f.mul(block, module.block)
+                    here = f.at(f.at(acc, f.mul(row, stride)), column)
+                    own, other = f.at(a, f.mul(row, module.bytes)), f.at(b, column)
+                    f.call(
+                        name, f"ptr {here}", f"i64 {stride}", f"ptr {own}", f"i64 {a_k}", f"ptr {other}",
+                        f"i64 {b_k}", f"i64 {depth}",
+                    )  # fmt: skip
+            start = stop
+
+    def _row_sum(self, found: Sum) -> None:
+        module = self.module
+        f = self._function(found)
+        b, b_k = self._operand(f, found.b, "b")
+        acc = self.layout.buffer(f, found.part)
+        for first in range(0, module.blocks(found.width), 8):
+            many = min(8, module.blocks(found.width) - first)
+            self._add_rows(f, f.at(acc, first * module.block), f.at(b, first * module.block), b_k, many)
+        f.end()
+
+    def _add_rows(self, f: Function, acc: str, b: str, b_k: str, many: int) -> None:
+        """Add up so many blocks of columns of all rows, in registers."""
+        module = self.module
+        places = [f.at(acc, block * module.block) for block in range(many)]
+        first = [f.load(place, "so.far", module.block) for place in places]
+        with f.loop_carrying("row", 0, "%rows", first) as (row, carried):
+            here = f.at(b, f.mul(row, b_k))
+            for block, old in enumerate(carried):
+                value = f.load(f.at(here, block * module.block), "value", module.bytes)
+                carried[block] = f.let("sum", f"fadd {module.vector} {old}, {value}")
+        for place, value in zip(places, carried, strict=True):
+            f.store(value, place, module.block)
+
+    def _hand_over(self, f: Function, found: Sum) -> None:
+        """Add a sum to its place in the caller's gradient, whatever its strides."""
+        module, layout, label = self.module, self.layout, found.label
+        matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2
+        dims = ("1", "0") if found.flipped else ("0", "1")
+        strides = [layout.word(f, f"out.{label}.stride{dim}") for dim in (dims if matrix else "00")]
+        start = layout.pointer(f, f"out.{label}.ptr")
+        start = f.at(start, f.mul(strides[0], found.corner[0])) if matrix else start
+        start = f.at(start, f.mul(strides[1], found.corner[1]))
+        f.call(
+            self._add_to(),
+            f"ptr {start}",
+            f"i64 {strides[0]}",
+            f"i64 {strides[1]}",
+            f"ptr {layout.buffer(f, found.total)}",
+            f"i64 {module.padded(found.width)}",
+            f"i64 {found.height}",
+            f"i64 {found.width}",
+        )
+
+    def _add_to(self) -> str:
+        """The function that adds rows of our own to a caller's matrix: by vectors where its columns are neighbours."""
+        module, name = self.module, "sum.add"
+        if name in module.made:
+            return name
+        module.made.add(name)
+        f = Function(
+            module, name, "ptr noalias %to", "i64 %to.row", "i64 %to.column", "ptr noalias %from", "i64 %from.row",
+            "i64 %height", "i64 %width",
+        )  # fmt: skip
+        close = f.let("close", f"icmp eq i64 %to.column, {module.bytes}")
+        with f.loop("row", 0, "%height") as row:
+            to, source = f.at("%to", f.mul(row, "%to.row")), f.at("%from", f.mul(row, "%from.row"))
+            with f.when("near", close), f.loop("first", 0, "%width", LANES) as first:
+                mask = f.first_lanes(f.sub("%width", first))
+                offset = f.mul(first, module.bytes)
+                theirs = f.at(to, offset)
+                old = f.load_masked(theirs, mask, "old")
+                more = f.load(f.at(source, offset), "more", module.block)
+                f.store_masked(f.let("sum", f"fadd {module.vector} {old}, {more}"), theirs, mask)
+            far = f.let("far", f"xor i1 {close}, true")
+            with f.when("far", far), f.loop("column", 0, "%width") as column:
+                theirs = f.at(to, f.mul(column, "%to.column"))
+                old = f.let("old", f"load {module.scalar}, ptr {theirs}, align {module.bytes}")
+                mine = f.at(source, f.mul(column, module.bytes))
+                more = f.let("more", f"load {module.scalar}, ptr {mine}, align {module.bytes}")
+                total = f.let("sum", f"fadd {module.scalar} {old}, {more}")
+                f.do(f"store {module.scalar} {total}, ptr {theirs}, align {module.bytes}")
+        f.end()
+        return name
