@@ -50,7 +50,8 @@ def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False)
     demanded = _demanded(joint, backward.values(), late)
     first = joint.needed(forward.values())
     if recompute:
-        kept = [index for index in joint.leaves("state") if _reached(joint, demanded)[index]]
+        reached = joint.needed(demanded)
+        kept = [index for index in joint.leaves("state") if reached[index]]
     else:
         kept = _Cut(joint, first, demanded).smallest()
     saved = {f"{SAVED}{joint[index].name}": index for index in kept}
@@ -72,10 +73,6 @@ def _demanded(joint: Graph, results: Collection[int], late: list[bool]) -> list[
     return list(found)
 
 
-def _reached(joint: Graph, results: Collection[int]) -> list[bool]:
-    return joint.needed(results)
-
-
 def _free(node: Node) -> bool:
     """What the backward has at hand: inputs, numbers, and whatever needs weights alone."""
     return node.op in ("input", "const") or node.type.kind == "weight"
@@ -92,7 +89,7 @@ class _Cut:
         self.joint = joint
         self.source, self.sink = -1, -2
         self.room: dict[int, dict[int, float]] = {}
-        reached = _reached(joint, demanded)
+        reached = joint.needed(demanded)
         for index, node in joint:
             if not reached[index] or _free(node):
                 continue
@@ -195,7 +192,7 @@ def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> G
 def _with_all_states(made: Graph, joint: Graph, carried: dict[str, int | None]) -> Graph:
     """A state that no gradient flows back through goes on with zeros; one whose gradient nobody reads is a leaf."""
     builder = Builder(made.title, made.dtype)
-    new = {}
+    new: dict[int, int] = {}
     for index, node in made:
         new[index] = builder.append(node.op, [new[arg] for arg in node.args], node.attrs, node.name)
     outputs = {label: new[index] for label, index in made.outputs.items()}

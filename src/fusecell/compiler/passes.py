@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from fusecell.compiler.graph import Builder, Graph, Node, rebuild
+from fusecell.compiler.graph import SAVED, Builder, Graph, Node, rebuild
 from fusecell.compiler.ops import PRIMITIVES
 
 __all__ = ["PASSES", "affine_parts", "optimise"]
@@ -56,6 +57,34 @@ def split_concat_products(graph: Graph) -> Graph:
     return rebuild(graph, rewrite)
 
 
+def save_in_parts(graph: Graph) -> Graph:
+    """A wide value that is saved, but else used in parts only, is saved as its parts: it isn't computed whole too."""
+    users, only_sliced = graph.users(), _only_sliced(graph)
+    builder = Builder(graph.title, graph.dtype)
+    new: list[int] = []
+    for _, node in graph:
+        new.append(builder.add_like(node, [new[arg] for arg in node.args]))
+    outputs = {label: new[index] for label, index in graph.outputs.items()}
+    for label, index in graph.outputs.items():
+        cuts = sorted(_cuts(graph, users, index)) if label.startswith(SAVED) and only_sliced[index] else []
+        if len(cuts) > 2:
+            parts = [builder.add("slice", new[index], start=start, stop=stop) for start, stop in pairwise(cuts)]
+            outputs[label] = builder.add("concat", *parts, name=graph[index].name)
+    return builder.build(outputs)
+
+
+def _cuts(graph: Graph, users: list[list[int]], index: int) -> set[int]:
+    """The features at which the slices of a value, and of what is made of it element by element, begin and end."""
+    found = {0, graph[index].size}
+    for user in users[index]:
+        node = graph[user]
+        if node.op == "slice":
+            found |= {node.attrs["start"], node.attrs["stop"]}
+        elif node.size == graph[index].size:
+            found |= _cuts(graph, users, user)
+    return found
+
+
 def sink_slices(graph: Graph) -> Graph:
     """A slice of a product is a product with fewer columns; a slice of a pointwise value, the value of slices.
 
@@ -77,7 +106,7 @@ def sink_slices(graph: Graph) -> Graph:
 
 def _only_sliced(graph: Graph) -> list[bool]:
     """For each node, whether slices are all that is ever used of it, once those after it have sunk."""
-    users, outputs = graph.users(), set(graph.outputs.values())
+    users, outputs = graph.users(), _results(graph)
     found = [False] * len(graph.nodes)
     for index in range(len(graph.nodes) - 1, -1, -1):
         found[index] = (
@@ -89,6 +118,11 @@ def _only_sliced(graph: Graph) -> list[bool]:
             )
         )
     return found
+
+
+def _results(graph: Graph) -> set[int]:
+    """The outputs but for what is saved: whether a value is saved must not change how others are computed."""
+    return {index for label, index in graph.outputs.items() if not label.startswith(SAVED)}
 
 
 def _sink(builder: Builder, index: int, start: int, stop: int, name: str, sinks: dict[int, bool]) -> int:
@@ -120,7 +154,7 @@ def gather_affines(graph: Graph) -> Graph:
 
     First the init, a weight or what needs x only; then the terms that need x only; then the rest as written.
     """
-    users, outputs = graph.users(), set(graph.outputs.values())
+    users, outputs = graph.users(), _results(graph)
     open_: dict[int, bool] = {}
     facts = _Facts()
 
@@ -234,6 +268,7 @@ def affine_parts(node: Node) -> tuple[int | None, list[Term]]:
 PASSES: tuple[Pass, ...] = (
     fold_constants,
     split_concat_products,
+    save_in_parts,
     sink_slices,
     gather_affines,
     split_affines,

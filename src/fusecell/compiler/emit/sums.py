@@ -110,12 +110,11 @@ class SumEmitter:
         return Function(self.module, found.name, "ptr %args", "i64 %first", "i1 %backwards", "i64 %rows")
 
     def _outer(self, found: Sum) -> None:
-        module, layout = self.module, self.layout
         assert found.a is not None
         f = self._function(found)
         a, a_k = self._operand(f, found.a, "a")
         b, b_k = self._operand(f, found.b, "b")
-        acc = layout.buffer(f, found.part)
+        acc = self.layout.buffer(f, found.part)
         with f.loop("stretch", 0, "%rows", _STRETCH) as begun:
             depth = f.minimum(f.sub("%rows", begun), _STRETCH, "depth")
             given = (f.at(a, f.mul(begun, a_k)), a_k, f.at(b, f.mul(begun, b_k)), b_k, depth)

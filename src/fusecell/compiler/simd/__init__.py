@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
+from fusecell.compiler.ops import LANES
 from fusecell.compiler.simd.functions import ARITHMETIC, Rule
 from fusecell.compiler.simd.precision import PRECISIONS
-from fusecell.compiler.simd.text import LANES, VectorFunction, function_name
+from fusecell.compiler.simd.text import VectorFunction, function_name
 from fusecell.compiler.simd.wide import cos, power, sin
 
 __all__ = ["BINARY_OPS", "LANES", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]

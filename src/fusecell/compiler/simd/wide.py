@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from math import nan
 
+from fusecell.compiler.ops import LANES
 from fusecell.compiler.simd.functions import exp, log, nearest_integer, reduce
-from fusecell.compiler.simd.text import LANES, VectorFunction
+from fusecell.compiler.simd.text import VectorFunction
 
 HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 TWO_OVER_PI = 0.6366197723675814
