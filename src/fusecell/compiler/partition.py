@@ -56,7 +56,7 @@ def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False)
         kept = _Cut(joint, first, demanded).smallest()
     saved = {f"{SAVED}{joint[index].name}": index for index in kept}
     return Halves(
-        _copied(joint, {**forward, **saved}, {}, "step"),
+        _copied(joint, {**forward, **saved}, {}, "step", keep_states=True),
         _backward(joint, backward, {index: name for name, index in saved.items()}),
         tuple((name, joint[index].size) for name, index in saved.items()),
     )
@@ -150,13 +150,15 @@ def _cheap(node: Node) -> bool:
     return node.op in _MOVES or (PRIMITIVES[node.op].pointwise and node.op not in _DEAR)
 
 
-def _copied(graph: Graph, outputs: dict[str, int], leaves: dict[int, tuple[str, str]], title: str) -> Graph:
+def _copied(
+    graph: Graph, outputs: dict[str, int], leaves: dict[int, tuple[str, str]], title: str, *, keep_states: bool
+) -> Graph:
     """The part of a graph that ``outputs`` need, with some values turned into leaves: (primitive, name)."""
     builder = Builder(title, graph.dtype)
     needed = _needed_before(graph, outputs.values(), leaves)
     new: dict[int, int] = {}
     for index, node in graph:
-        if not needed[index]:
+        if not needed[index] and not (keep_states and node.op == "state"):
             continue
         if index in leaves:
             op, name = leaves[index]
@@ -185,7 +187,8 @@ def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> G
     leaves |= {names[f"grad.{state}"]: ("state", f"grad.{state}") for state in states}
     results = {label: index for label, index in outputs.items() if not label.startswith("grad.state.")}
     carried = {f"state.grad.{state}": outputs.get(f"grad.state.{state}") for state in states}
-    made = _copied(joint, {**results, **{k: v for k, v in carried.items() if v is not None}}, leaves, "gradient")
+    results |= {label: index for label, index in carried.items() if index is not None}
+    made = _copied(joint, results, leaves, "gradient", keep_states=False)
     return _with_all_states(made, joint, carried)
 
 

@@ -95,6 +95,19 @@ class Prologue:
             slots.update(zip(step.results, results, strict=True))
         return tuple(leaf.made(slots[leaf.slot]) for leaf in self.leaves)
 
+    def originals(self, cell: Cell) -> tuple[Tensor, ...]:
+        """What the leaves are computed from; nothing where each leaf is an attribute as it stands."""
+        if self._plain is not None:
+            return ()
+        return tuple(attrgetter(path)(cell) for path, _ in self.sources)
+
+    def bindings(self, leaves: Sequence[Tensor], originals: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The attributes, by path, that an earlier call of :meth:`values` and :meth:`originals` saw."""
+        if self._plain is None:
+            return {path: value for (path, _), value in zip(self.sources, originals, strict=True)}
+        paths = {slot: path for path, slot in self.sources}
+        return {paths[leaf.slot]: value for leaf, value in zip(self.leaves, leaves, strict=True)}
+
     def describe(self) -> str:
         """The prologue as text, a line for each source, step and leaf; equal prologues have equal texts."""
         lines = [f"%{slot} = {path}" for path, slot in self.sources]
