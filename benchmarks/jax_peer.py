@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn
 
-from benchmarks.peers import Call
-from benchmarks.problem import Array, Problem
+from benchmarks.problem import Array, Call, Problem
 
-__all__ = ["jax_scan", "outputs"]
+__all__ = ["arrays", "jax_scan"]
 
 Weights = dict[str, Any]
 Step = Callable[[Weights, Any, Any], Any]
@@ -87,7 +86,9 @@ _CELLS: dict[str, tuple[Callable[[Weights, Any], Any], Step]] = {
 
 
 def jax_scan(problem: Problem) -> Call | None:
-    """The layer as one compiled function of weights and x, called with arrays already JAX's."""
+    """The layer, or the gradient of its loss, as one compiled function, called with arrays already JAX's."""
+    if problem.mode.single:
+        return None
     before, step = _CELLS[problem.shape.cell]
     several = problem.shape.cell == "lstm"
 
@@ -95,20 +96,30 @@ def jax_scan(problem: Problem) -> Call | None:
         state = step(weights, state, x)
         return state, state[0] if several else state
 
-    @jax.jit
     def layer(weights: Weights, x: Any) -> Any:
         h = jnp.zeros((x.shape[1], problem.shape.hidden), x.dtype)
         lifted = before(weights, x)
         return lax.scan(lambda state, x: body(weights, state, x), (h, h) if several else h, lifted)[::-1]
 
-    weights = {
-        name.removeprefix("cell."): jnp.asarray(value.T if value.ndim == 2 else value)
-        for name, value in problem.weights().items()
-    }
-    x = jnp.asarray(problem.input.numpy())
-    return lambda: jax.block_until_ready(layer(weights, x))  # type: ignore[no-untyped-call]  # as JAX ships it
+    def loss(weights: Weights, x: Any, weight: Any) -> Any:
+        return (layer(weights, x)[0] * weight).sum()
+
+    weights = {name: jnp.asarray(_turned(value)) for name, value in problem.weights().items()}
+    x, weight = jnp.asarray(problem.inputs[0].numpy()), jnp.asarray(problem.weight.numpy())
+    if problem.mode.training:
+        gradient = jax.jit(jax.grad(loss))
+        return lambda: jax.block_until_ready(gradient(weights, x, weight))  # type: ignore[no-untyped-call]  # as shipped
+    forward = jax.jit(layer)
+    return lambda: jax.block_until_ready(forward(weights, x))  # type: ignore[no-untyped-call]  # as JAX ships it
 
 
-def outputs(returned: Any) -> Array:
-    """y (T, N, H) of (y, the last state)."""
-    return np.asarray(returned[0])
+def arrays(problem: Problem, returned: Any) -> dict[str, Array]:
+    """y (T, N, H) of (y, the last state), or the gradients."""
+    if problem.mode.training:
+        return {name: _turned(np.asarray(value)) for name, value in returned.items()}
+    return {"y": np.asarray(returned[0])}
+
+
+def _turned(value: Array) -> Array:
+    """A matrix of torch's as JAX's users keep it, input features first, and back."""
+    return value.T if value.ndim == 2 else value

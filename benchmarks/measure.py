@@ -1,17 +1,19 @@
-"""One shape: every contestant's outputs compared with the answer, then all timed by turns."""
+"""One shape: every contestant's numbers compared with the answer, then all timed by turns."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+import fusecell as fc
 from benchmarks.clock import Timing, take_turns
-from benchmarks.peers import OURS, Call, Peer
-from benchmarks.problem import Array, Problem, make_problem
-from benchmarks.shapes import Shape
+from benchmarks.peers import OURS, Peer
+from benchmarks.problem import Array, Call, Problem, make_problem
+from benchmarks.shapes import Mode, Shape
 from fusecell.errors import NotCompilable
 
 __all__ = ["Row", "measure"]
@@ -25,14 +27,15 @@ class Row:
     """What was found for a shape.
 
     Attributes:
-        shape: which.
+        shape, mode: of what.
         timings: by contestant's name.
-        errors: the largest absolute differences from float64, by contestant's name.
+        errors: the largest differences from float64, by contestant; of a gradient, relative to its largest value.
         refused: why ours was not compiled and is missing from ``timings``; empty if it was.
         core_share: processor time over wall time while timing; on one core, well below 1 says that others used it.
     """
 
     shape: Shape
+    mode: Mode
     timings: dict[str, Timing]
     errors: dict[str, float]
     refused: str = ""
@@ -54,42 +57,53 @@ class Row:
         return other / ours if ours and other else None
 
 
-def measure(shape: Shape, peers: Sequence[Peer], threads: int, seconds: float) -> Row:
+def measure(shape: Shape, mode: Mode, peers: Sequence[Peer], threads: int, seconds: float) -> Row:
     """Build, compare and time ours and ``peers`` on ``shape``.
 
     Raises:
-        ArithmeticError: a contestant's outputs are not the answer's.
+        ArithmeticError: a contestant's numbers are not the answer's.
     """
-    problem = make_problem(shape)
+    problem = make_problem(shape, mode)
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
     refused = ""
-    for peer in (OURS, *peers):
-        call = peer.build(problem, threads)
-        if call is None:
-            continue
-        try:
-            found = peer.outputs(call())
-        except NotCompilable as reason:
-            refused = str(reason)
-            continue
-        errors[peer.name] = _error(peer.name, problem, found)
-        calls[peer.name] = call
-    # The pools of some peers spin for milliseconds after a call, on cores that the next one needs.
-    pause = 0.01 if threads > 1 else 0.0
-    wall, processor = time.perf_counter(), time.process_time()
-    timings = take_turns(calls, seconds / len(calls), pause)
+    # Machine code or nothing: a silent fall back to the Python loop would be timed under the wrong name.
+    with torch.inference_mode(not mode.training), fc.runner("compiled"):
+        for peer in (OURS, *peers):
+            call = peer.build(problem, threads)
+            if call is None:
+                continue
+            try:
+                found = peer.arrays(problem, call())
+            except NotCompilable as reason:
+                refused = str(reason)
+                continue
+            errors[peer.name] = _error(peer.name, problem, found)
+            calls[peer.name] = call
+        # The pools of some peers spin for milliseconds after a call, on cores that the next one needs.
+        pause = 0.01 if threads > 1 else 0.0
+        wall, processor = time.perf_counter(), time.process_time()
+        timings = take_turns(calls, seconds / len(calls), pause) if calls else {}
     share = (time.process_time() - processor) / (time.perf_counter() - wall)
-    return Row(shape, timings, errors, refused, share)
+    return Row(shape, mode, timings, errors, refused, share)
 
 
-def _error(name: str, problem: Problem, found: Array) -> float:
-    if found.shape != problem.answer.shape:
+def _error(name: str, problem: Problem, found: Mapping[str, Array]) -> float:
+    """The largest of all that a contestant found."""
+    if found.keys() != problem.answer.keys():
         raise ArithmeticError(
-            f"{name} on {problem.shape.name}: outputs of {found.shape}, expected {problem.answer.shape}."
+            f"{name} on {problem.shape.name}: gave {sorted(found)}, expected {sorted(problem.answer)}."
         )
-    error = float(np.abs(found - problem.answer).max())
-    bound = _TOLERANCE * max(1.0, float(np.abs(problem.answer).max()))
+    return max(_compare(f"{name} on {problem.shape.name}", problem, each, found[each]) for each in problem.answer)
+
+
+def _compare(where: str, problem: Problem, name: str, found: Array) -> float:
+    answer = problem.answer[name]
+    if found.shape != answer.shape:
+        raise ArithmeticError(f"{where}: {name} of {found.shape}, expected {answer.shape}.")
+    error, largest = float(np.abs(found - answer).max()), float(np.abs(answer).max())
+    # Gradients are sums over steps and rows, of any size.
+    error, bound = (error / largest, _TOLERANCE) if problem.mode.training else (error, _TOLERANCE * max(1.0, largest))
     if not error <= bound:  # NaN too
-        raise ArithmeticError(f"{name} on {problem.shape.name}: off by {error:.2g}, expected at most {bound:.2g}.")
+        raise ArithmeticError(f"{where}: {name} is off by {error:.2g}, expected at most {bound:.2g}.")
     return error

@@ -8,13 +8,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.peers import Call
-from benchmarks.problem import Array, Problem
+from benchmarks.problem import Array, Call, Problem
+from benchmarks.shapes import Mode
 
-__all__ = ["make_model", "onnx_runtime", "openvino", "outputs"]
+__all__ = ["arrays", "make_model", "onnx_runtime", "openvino"]
 
 # ONNX's operator, and where in its weights' rows each block of torch's stands (z r n; i o f g).
 _OPERATORS = {"gru": ("GRU", (1, 0, 2)), "lstm": ("LSTM", (0, 3, 1, 2)), "rnn_tanh": ("RNN", (0,))}
+
+
+def _has(problem: Problem) -> bool:
+    """Inference of a layer that ONNX has an operator for."""
+    return problem.mode is Mode.INFERENCE and problem.shape.cell in _OPERATORS
 
 
 def make_model(problem: Problem) -> onnx.ModelProto:
@@ -48,14 +53,14 @@ def onnx_runtime(problem: Problem, threads: int) -> Call | None:
     """A session with ``threads`` threads inside an operator, fed with NumPy."""
     import onnxruntime
 
-    if problem.shape.cell not in _OPERATORS:
+    if not _has(problem):
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     model = make_model(problem).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {"x": problem.input.numpy()}
+    feed = {"x": problem.inputs[0].numpy()}
     return lambda: session.run(None, feed)[0]
 
 
@@ -63,7 +68,7 @@ def openvino(problem: Problem, threads: int) -> Call | None:
     """A request in float32 (the default may be bfloat16), one stream, nothing copied in or out."""
     import openvino as ov
 
-    if problem.shape.cell not in _OPERATORS:
+    if not _has(problem):
         return None
     core = ov.Core()
     settings = {
@@ -74,10 +79,10 @@ def openvino(problem: Problem, threads: int) -> Call | None:
     }
     model = core.read_model(make_model(problem).SerializeToString())
     request = core.compile_model(model, "CPU", settings).create_infer_request()
-    feed = [problem.input.numpy()]
+    feed = [problem.inputs[0].numpy()]
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
 
 
-def outputs(returned: object) -> Array:
+def arrays(returned: object) -> dict[str, Array]:
     """y (T, N, H) of y (T, 1, N, H)."""
-    return np.array(returned)[:, 0]
+    return {"y": np.array(returned)[:, 0]}

@@ -1,4 +1,4 @@
-"""The contestants: each makes a call without arguments that runs a problem and returns its outputs."""
+"""The contestants: each makes a call without arguments that runs a problem and returns its outputs or gradients."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 
 import fusecell as fc
-from benchmarks.problem import Array, Problem
+from benchmarks.problem import Array, Call, Problem
 
-__all__ = ["EAGER", "OURS", "PEERS", "TORCH", "Call", "Peer", "installed"]
-
-Call = Callable[[], object]
+__all__ = ["EAGER", "OURS", "PEERS", "TORCH", "Peer", "installed"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,14 @@ class Peer:
     Attributes:
         name: the column's title.
         packages: what must be installed, as imported.
-        build: makes the call; None where the contestant has no such layer.
-        outputs: the outputs (T, N, H) of what the call returned.
+        build: makes the call; None where the contestant has no such layer or doesn't train.
+        arrays: what the call returned, named and laid out as the problem's answer.
     """
 
     name: str
     packages: tuple[str, ...]
     build: Callable[[Problem, int], Call | None]
-    outputs: Callable[[object], Array]
+    arrays: Callable[[Problem, object], dict[str, Array]]
 
 
 def installed(peer: Peer) -> bool:
@@ -39,23 +37,18 @@ def installed(peer: Peer) -> bool:
 
 
 def _ours(problem: Problem, threads: int) -> Call:
-    """Machine code or nothing: a silent fall back to the Python loop would be timed under the wrong name."""
-
-    def call() -> object:
-        with torch.inference_mode(), fc.runner("compiled"):
-            return problem.layer(problem.input)
-
-    return call
+    return problem.call(problem.layer)
 
 
 def _eager_loop(problem: Problem, threads: int) -> Call | None:
     """The baseline of layers that torch.nn lacks: what their users write today."""
     if problem.in_torch:
         return None
+    layer = problem.call(problem.layer)
 
     def call() -> object:
-        with torch.inference_mode(), fc.runner("eager"):
-            return problem.layer(problem.input)
+        with fc.runner("eager"):
+            return layer()
 
     return call
 
@@ -65,18 +58,7 @@ def _torch_nn(problem: Problem, threads: int) -> Call | None:
         return None
     layer = getattr(torch.nn, type(problem.layer).__name__)(problem.shape.inputs, problem.shape.hidden)
     layer.load_state_dict(problem.layer.state_dict())
-    layer.eval()
-
-    def call() -> object:
-        with torch.inference_mode():
-            return layer(problem.input)
-
-    return call
-
-
-def _first(returned: object) -> Array:
-    found: Array = returned[0].numpy()  # type: ignore[index]  # every layer of torch and ours returns a pair
-    return found
+    return problem.call(layer.train(problem.mode.training))
 
 
 def _onnx_runtime(problem: Problem, threads: int) -> Call | None:
@@ -91,10 +73,10 @@ def _openvino(problem: Problem, threads: int) -> Call | None:
     return onnx_peers.openvino(problem, threads)
 
 
-def _onnx_outputs(returned: object) -> Array:
+def _onnx_arrays(problem: Problem, returned: object) -> dict[str, Array]:
     from benchmarks import onnx_peers
 
-    return onnx_peers.outputs(returned)
+    return onnx_peers.arrays(returned)
 
 
 def _jax(problem: Problem, threads: int) -> Call | None:
@@ -103,19 +85,19 @@ def _jax(problem: Problem, threads: int) -> Call | None:
     return jax_peer.jax_scan(problem)
 
 
-def _jax_outputs(returned: object) -> Array:
+def _jax_arrays(problem: Problem, returned: object) -> dict[str, Array]:
     from benchmarks import jax_peer
 
-    return jax_peer.outputs(returned)
+    return jax_peer.arrays(problem, returned)
 
 
-OURS = Peer("fusecell", (), _ours, _first)
-TORCH = Peer("torch.nn", (), _torch_nn, _first)
-EAGER = Peer("eager loop", (), _eager_loop, _first)
+OURS = Peer("fusecell", (), _ours, Problem.arrays)
+TORCH = Peer("torch.nn", (), _torch_nn, Problem.arrays)
+EAGER = Peer("eager loop", (), _eager_loop, Problem.arrays)
 PEERS: tuple[Peer, ...] = (
     TORCH,
     EAGER,
-    Peer("ONNX Runtime", ("onnx", "onnxruntime"), _onnx_runtime, _onnx_outputs),
-    Peer("OpenVINO", ("onnx", "openvino"), _openvino, _onnx_outputs),
-    Peer("JAX", ("jax",), _jax, _jax_outputs),
+    Peer("ONNX Runtime", ("onnx", "onnxruntime"), _onnx_runtime, _onnx_arrays),
+    Peer("OpenVINO", ("onnx", "openvino"), _openvino, _onnx_arrays),
+    Peer("JAX", ("jax",), _jax, _jax_arrays),
 )

@@ -12,6 +12,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.shapes import Mode
 
 __all__ = ["draw", "main"]
 
@@ -19,10 +22,32 @@ _OURS = "fusecell"
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Draw a run of :mod:`benchmarks.run`: a row for each shape, a mark for each peer; left of 1 is a loss."""
-    shapes = run["shapes"][::-1]
-    names = list(dict.fromkeys(name for shape in shapes[::-1] for name in shape["us_per_step"] if name != _OURS))
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(shapes)), layout="constrained")
+    """Draw a run of :mod:`benchmarks.run`, losses too, which are left of 1.
+
+    Each mode has a panel, each shape a row in it, each peer a mark.
+    """
+    shapes = {mode: [shape for shape in run["shapes"] if shape["mode"] == mode.value][::-1] for mode in Mode}
+    shapes = {mode: of_mode for mode, of_mode in shapes.items() if of_mode}
+    names = list(dict.fromkeys(name for shape in run["shapes"] for name in shape["us_per_step"] if name != _OURS))
+    rows = [len(of_mode) for of_mode in shapes.values()]
+    figure, panels = plt.subplots(
+        len(shapes),
+        figsize=(8, 0.4 + 0.8 * len(shapes) + 0.32 * sum(rows)),
+        height_ratios=rows,
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for (mode, of_mode), axes in zip(shapes.items(), panels[:, 0], strict=True):
+        axes.set_title(mode.title, loc="left", fontsize="medium")
+        _draw_mode(axes, of_mode, names)
+    panels[-1, 0].set_xlabel(f"peer's time over fusecell's, {run['threads']} thread(s), {run['machine']['cpu']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_mode(axes: Axes, shapes: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     axes.axvline(1, color="black", linewidth=1)
     for number, name in enumerate(names):
         points = [
@@ -31,19 +56,18 @@ def draw(run: dict[str, Any], path: Path) -> None:
             if name in times and _OURS in times
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "osD^vP"[number % 6], label=name, markersize=6)
+            mark = "osD^vP"[number % 6]
+            axes.plot(*zip(*points, strict=True), mark, label=name, color=f"C{number}", markersize=6)
     labels = [
         f"{shape['cell']} {shape['steps']}/{shape['batch']}/{shape['inputs']}/{shape['hidden']}" for shape in shapes
     ]
     axes.set_yticks(range(len(shapes)), labels)
+    axes.set_ylim(-0.5, len(shapes) - 0.5)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
-    axes.set_xlabel(f"peer's time over fusecell's, inference, {run['threads']} thread(s), {run['machine']['cpu']}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

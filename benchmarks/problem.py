@@ -3,56 +3,105 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import fusecell as fc
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Mode, Shape
 
-__all__ = ["Array", "Problem", "make_problem"]
+__all__ = ["Array", "Call", "Problem", "make_problem"]
 
 Array = np.ndarray
+Call = Callable[[], object]
 _LAYERS = {"gru": fc.GRU, "lstm": fc.LSTM, "rnn_tanh": fc.RNN}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer in float32, its input (T, N, I) and its outputs (T, N, H) in float64.
+    """A layer, or a cell, in float32, what it is called with, and what must come out.
 
     Arguments:
         shape: the sizes.
-        layer: our drop-in where torch.nn has the layer, else ``Recurrent`` of a zoo cell.
-        input: float32.
-        answer: of the step's own definition, looped over in Python and computed in float64.
+        mode: what is computed.
+        layer: our drop-in where torch.nn has the layer, else ``Recurrent`` of a zoo cell; in a step mode, a cell.
+        inputs: float32: x (T, N, I); in a step mode x (N, I) and the state (N, H).
+        weight: float32, of the outputs in the loss ``(y * weight).sum()``, so that the gradient that comes in is dense.
+        answer: of the step's own definition, looped over in Python and computed in float64: the outputs under "y", or
+            the gradients of the loss under their parameters' names.
     """
 
     shape: Shape
-    layer: torch.nn.Module
-    input: torch.Tensor
-    answer: Array
+    mode: Mode
+    layer: nn.Module
+    inputs: tuple[Tensor, ...]
+    weight: Tensor
+    answer: Mapping[str, Array]
 
     @property
     def in_torch(self) -> bool:
         """Whether torch.nn has this layer."""
         return self.shape.cell in _LAYERS
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what a call returns: "y", or the parameters whose gradients they are."""
+        return tuple(_parameters(self.layer)) if self.mode.training else ("y",)
+
     def weights(self) -> dict[str, Array]:
-        """The parameters by name, a drop-in's without the layer's number."""
-        return {name.removesuffix("_l0"): value.numpy() for name, value in self.layer.state_dict().items()}
+        """The parameters by name."""
+        return {name: value.detach().numpy() for name, value in _parameters(self.layer).items()}
+
+    def call(self, layer: nn.Module) -> Call:
+        """A call of ``layer``, whose parameters are named as ours are, and in training of its backward."""
+        inputs, weight = self.inputs, self.weight
+        if not self.mode.training:
+            return lambda: layer(*inputs)
+        parameters = list(layer.parameters())
+
+        def call() -> tuple[Tensor, ...]:
+            loss = (_outputs(layer(*inputs)) * weight).sum()
+            return torch.autograd.grad(loss, parameters)
+
+        return call
+
+    def arrays(self, returned: object) -> dict[str, Array]:
+        """What such a call returned, by name."""
+        found: Any = returned if self.mode.training else (_outputs(returned),)
+        return {name: value.detach().numpy() for name, value in zip(self.names, found, strict=True)}
 
 
-def make_problem(shape: Shape) -> Problem:
-    """Draw weights as the layer does and a normal input, the same for every run."""
+def make_problem(shape: Shape, mode: Mode) -> Problem:
+    """Draw weights as the layer does and normal inputs, the same for every run."""
     torch.manual_seed(0)
-    if shape.cell in _LAYERS:
-        layer: torch.nn.Module = _LAYERS[shape.cell](shape.inputs, shape.hidden)
+    member = next(member for member in fc.CELLS if member.name == shape.cell)
+    if mode.single:
+        layer: nn.Module = member.make(shape.inputs, shape.hidden)
+        sizes: list[tuple[int, ...]] = [(shape.batch, shape.inputs), (shape.batch, shape.hidden)]
     else:
-        member = next(member for member in fc.CELLS if member.name == shape.cell)
-        layer = fc.Recurrent(member.make(shape.inputs, shape.hidden))
-    layer.eval()
-    x = torch.randn(shape.steps, shape.batch, shape.inputs)
-    with torch.inference_mode(), fc.runner("eager"):
-        answer = copy.deepcopy(layer).double()(x.double())[0].numpy()
-    return Problem(shape, layer, x, answer)
+        own = _LAYERS.get(shape.cell)
+        layer = own(shape.inputs, shape.hidden) if own else fc.Recurrent(member.make(shape.inputs, shape.hidden))
+        sizes = [(shape.steps, shape.batch, shape.inputs)]
+    inputs = tuple(torch.randn(size) for size in sizes)
+    weight = torch.randn(*sizes[0][:-1], shape.hidden)
+    layer.train(mode.training)
+    exact = copy.deepcopy(layer).double()
+    definition = Problem(shape, mode, exact, tuple(value.double() for value in inputs), weight.double(), {})
+    with fc.runner("eager"):
+        answer = definition.arrays(definition.call(exact)())
+    return Problem(shape, mode, layer, inputs, weight, answer)
+
+
+def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, without a layer's number and the name of the cell in it."""
+    return {name.removesuffix("_l0").removeprefix("cell."): value for name, value in layer.named_parameters()}
+
+
+def _outputs(returned: Any) -> Tensor:
+    """y of a layer's (y, state), or the state that a cell returns."""
+    found: Tensor = returned if isinstance(returned, Tensor) else returned[0]
+    return found

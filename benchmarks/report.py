@@ -13,8 +13,15 @@ from rich.table import Table
 
 from benchmarks.measure import Row
 from benchmarks.peers import OURS
+from benchmarks.shapes import Mode
 
-__all__ = ["as_json", "as_markdown", "as_table", "geometric_mean", "write_json"]
+__all__ = ["as_json", "as_markdown", "as_table", "by_mode", "geometric_mean", "write_json"]
+
+
+def by_mode(rows: Sequence[Row]) -> dict[Mode, list[Row]]:
+    """The rows of each mode that was run, in the modes' order."""
+    found = {mode: [row for row in rows if row.mode is mode] for mode in Mode}
+    return {mode: of_mode for mode, of_mode in found.items() if of_mode}
 
 
 def geometric_mean(rows: Sequence[Row]) -> float | None:
@@ -38,7 +45,7 @@ def _cells(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def as_table(rows: Sequence[Row], title: str) -> Table:
-    """Microseconds per step and how many times faster than the best peer."""
+    """Microseconds per step and how many times faster than the best peer; the rows of one mode."""
     columns = _columns(rows)
     table = Table(title=title, caption="us per time step; last column: the best peer's time over fusecell's")
     table.add_column("cell T/N/I/H", no_wrap=True)
@@ -61,10 +68,11 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
     """``about`` (machine, versions, date, command) and every figure."""
     shapes = [
         {
+            "mode": row.mode.value,
             **dataclasses.asdict(row.shape),
             "us_per_step": {name: row.microseconds(name) for name in row.timings},
             "seconds_per_call": {name: dataclasses.asdict(timing) for name, timing in row.timings.items()},
-            "max_abs_error": row.errors,
+            "max_error": row.errors,
             "best_peer": row.best_peer(),
             "ratio_to_best_peer": row.ratio(),
             "not_compiled": row.refused,
@@ -72,7 +80,8 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
         }
         for row in rows
     ]
-    return {**about, "geometric_mean_ratio": geometric_mean(rows), "shapes": shapes}
+    means = {mode.value: geometric_mean(of_mode) for mode, of_mode in by_mode(rows).items()}
+    return {**about, "geometric_mean_ratio": means, "shapes": shapes}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

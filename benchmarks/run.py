@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run``: inference, ours against torch.nn, ONNX Runtime, OpenVINO and JAX.
+"""``python -m benchmarks.run``: ours against torch.nn, ONNX Runtime, OpenVINO and JAX.
 
 This module imports no framework before the process is bound to its cores: most of them count cores when imported.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import bind, describe, revision, versions
-from benchmarks.shapes import Shape, pick
+from benchmarks.shapes import Mode, Shape, pick
 
 __all__ = ["main"]
 
@@ -24,21 +24,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="cores that every contestant gets")
-    parser.add_argument("--quick", action="store_true", help="one small shape of each cell")
+    parser.add_argument(
+        "--mode",
+        action="append",
+        type=Mode,
+        metavar="MODE",
+        help=f"one of {', '.join(mode.value for mode in Mode)}; may be given again; all of them if left out",
+    )
+    parser.add_argument("--quick", action="store_true", help="one small shape of each cell in each mode")
     parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name, such as 'lstm' or '/1/'")
     parser.add_argument("--peers", metavar="NAMES", help="separated by commas; all that are installed if left out")
     parser.add_argument("--seconds", type=float, default=1.0, help="timing of a shape, all contestants together")
     parser.add_argument("--json", type=Path, default=Path("bench-output/bench.json"), help="where the figures go")
-    parser.add_argument("--markdown", action="store_true", help="print the table once more for a page")
+    parser.add_argument("--markdown", action="store_true", help="print the tables once more for a page")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print it and write it."""
     options = parse(arguments)
-    shapes = pick(options.only, quick=options.quick)
-    if not shapes:
-        known = ", ".join(shape.name for shape in pick(quick=options.quick))
+    modes = [mode for mode in Mode if options.mode is None or mode in options.mode]
+    jobs = [(shape, mode) for mode in modes for shape in pick(mode, options.only, quick=options.quick)]
+    if not jobs:
+        known = ", ".join(dict.fromkeys(shape.name for mode in modes for shape in pick(mode, quick=options.quick)))
         raise SystemExit(f"--only {options.only!r} is in no shape's name; there are {known}.")
     try:
         cores = bind(options.threads)
@@ -53,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(_PACKAGES),
         "threads": options.threads,
     }
-    _run(shapes, options, about)
+    _run(jobs, options, about)
 
 
-def _run(shapes: Sequence[Shape], options: argparse.Namespace, about: dict[str, object]) -> None:
+def _run(jobs: Sequence[tuple[Shape, Mode]], options: argparse.Namespace, about: dict[str, object]) -> None:
     import torch
     from rich.console import Console
 
@@ -75,19 +83,20 @@ def _run(shapes: Sequence[Shape], options: argparse.Namespace, about: dict[str, 
     peers = [peer for peer in wanted if installed(peer)]
     missing = [peer.name for peer in wanted if peer not in peers]
     rows = []
-    for shape in shapes:
-        console.print(f"[dim]{shape.name}")
-        rows.append(measure(shape, peers, options.threads, options.seconds))
+    for shape, mode in jobs:
+        console.print(f"[dim]{mode.value} {shape.name}")
+        rows.append(measure(shape, mode, peers, options.threads, options.seconds))
         if rows[-1].refused:
             console.print(rows[-1].refused)
-    console.print(report.as_table(rows, f"Inference, {options.threads} thread(s)"))
+    for mode, of_mode in report.by_mode(rows).items():
+        console.print(report.as_table(of_mode, f"{mode.title}, {options.threads} thread(s)"))
+        mean = report.geometric_mean(of_mode)
+        if mean is not None:
+            console.print(f"Geometric mean over the best peer: {mean:.2f}x.")
+        if options.markdown:
+            print(f"## {mode.title}\n\n{report.as_markdown(of_mode)}\n")
     if missing:
         console.print(f"Not installed, so left out: {', '.join(missing)}.")
-    mean = report.geometric_mean(rows)
-    if mean is not None:
-        console.print(f"Geometric mean over the best peer: {mean:.2f}x.")
-    if options.markdown:
-        print(report.as_markdown(rows))
     report.write_json(options.json, report.as_json(rows, {**about, "not_installed": missing}))
     console.print(f"Written to {options.json}.")
 

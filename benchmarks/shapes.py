@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
-__all__ = ["QUICK", "SHAPES", "Shape", "pick"]
+__all__ = ["QUICK", "SHAPES", "STEPS", "Mode", "Shape", "pick"]
+
+
+class Mode(Enum):
+    """What is timed; the value is its name on the command line and in the results."""
+
+    INFERENCE = "inference"
+    TRAINING = "training"
+    STEP = "step"
+    STEP_TRAINING = "step-training"
+
+    @property
+    def training(self) -> bool:
+        """Forward, and backward to every parameter, rather than forward without gradients."""
+        return self in (Mode.TRAINING, Mode.STEP_TRAINING)
+
+    @property
+    def single(self) -> bool:
+        """One call of a cell rather than of a layer."""
+        return self in (Mode.STEP, Mode.STEP_TRAINING)
+
+    @property
+    def title(self) -> str:
+        return {
+            Mode.INFERENCE: "Inference",
+            Mode.TRAINING: "Training: forward and backward",
+            Mode.STEP: "One step of a cell, without gradients",
+            Mode.STEP_TRAINING: "One step of a cell, forward and backward",
+        }[self]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer of one direction over a batch of sequences.
+    """A layer of one direction over a batch of sequences, or, of one step, a cell.
 
     Attributes:
         cell: the cell's name in ``fusecell.CELLS``.
@@ -45,10 +74,14 @@ SHAPES: tuple[Shape, ...] = (
     Shape("gru_layer_norm", 64, 32, 64, 128),
     Shape("ligru", 100, 8, 80, 256),
 )
+STEPS: tuple[Shape, ...] = (Shape("gru", 1, 1, 5, 10), Shape("gru", 1, 32, 64, 128))
 QUICK: tuple[Shape, ...] = tuple(Shape(name, 35, 3, 5, 10) for name in dict.fromkeys(shape.cell for shape in SHAPES))
 
 
-def pick(only: str | None = None, *, quick: bool = False) -> tuple[Shape, ...]:
+def pick(mode: Mode, only: str | None = None, *, quick: bool = False) -> tuple[Shape, ...]:
     """The shapes to run: one small one of each cell if ``quick``; those with ``only`` in their name, if given."""
-    shapes = QUICK if quick else SHAPES
+    if mode.single:
+        shapes = STEPS[:1] if quick else STEPS
+    else:
+        shapes = QUICK if quick else SHAPES
     return tuple(shape for shape in shapes if only is None or only in shape.name)
