@@ -59,7 +59,7 @@ def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
         )
         f = Function(module, name, *head)
         f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
-        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block)
+        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block, module.block)
         _tile(f, walk, rows, products, blocks)
     return name
 
@@ -76,7 +76,7 @@ def outer_name(module: Module, rows: int, blocks: int) -> str:
         head = ("ptr noalias %acc", "i64 %acc.row", "ptr %a", "i64 %a.k", "ptr %b", "i64 %b.k", "i64 %depth")
         f = Function(module, name, *head)
         f.comment(f"{rows} features x {blocks} blocks of {LANES} features")
-        _tile(f, _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k"), rows, 1, blocks)
+        _tile(f, _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k", module.bytes), rows, 1, blocks)
     return name
 
 
@@ -89,6 +89,7 @@ class _Walk:
     panel: str
     block: Value
     panel_k: Value
+    align: int
 
 
 def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> None:
@@ -96,8 +97,6 @@ def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> No
     keys = [(r, p, b) for r in range(rows) for p in range(products) for b in range(blocks)]
     acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(rows)]
     where = {(r, p, b): f.at(acc_rows[r], (p * blocks + b) * block) for r, p, b in keys}
-    a_rows = [f.at("%a", f.mul(walk.row, r), f"a.r{r}") for r in range(rows)]
-    panels = [f.at(walk.panel, f.mul(walk.block, b), f"panel.b{b}") for b in range(blocks)]
     first = {key: f.load(where[key], f"first.{_label(key)}", block) for key in keys}
     f.do("br label %k.head")
     vector, scalar = module.vector, module.scalar
@@ -110,15 +109,15 @@ def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> No
         "k.body:",
     ]
     f.raw(lines)
-    offset = f.mul("%k", walk.k, "a.offset")
-    panel_offset = f.mul("%k", walk.panel_k, "panel.offset")
+    # Constant distances go last: they become part of the instruction's address.
+    a_here, panel_here = f.at("%a", f.mul("%k", walk.k), "a.k"), f.at(walk.panel, f.mul("%k", walk.panel_k), "panel.k")
     weights = {}
     for b in range(blocks):
-        row = f.at(panels[b], panel_offset, f"panel.k{b}")
+        row = f.at(panel_here, f.mul(walk.block, b), f"panel.b{b}")
         for p in range(products):
-            weights[p, b] = f.load(f.at(row, p * block), f"w{p}.{b}", block)
+            weights[p, b] = f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
     for r in range(rows):
-        pointer = f.at(a_rows[r], offset)
+        pointer = f.at(a_here, f.mul(walk.row, r), f"a.r{r}")
         value = f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}")
         a = f.splat(value, f"a{r}")
         for p in range(products):
