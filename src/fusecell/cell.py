@@ -266,11 +266,16 @@ def check_count(cell: Cell, given: int, drawn: int) -> None:
         )
 
 
-def weights_dtype(cell: Cell) -> torch.dtype | None:
+def weights_dtype(cell: nn.Module) -> torch.dtype | None:
     """The dtype a cell computes in: its first floating-point parameter's, None for a cell without any."""
-    for parameter in cell.parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
+    # The order of cell.parameters(), whose generators would take longer than a small cell's step.
+    for parameter in cell._parameters.values():
+        if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
             return parameter.dtype
+    for part in cell._modules.values():
+        found = None if part is None else weights_dtype(part)
+        if found is not None:
+            return found
     return None
 
 
@@ -292,6 +297,8 @@ def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
 
 
 def _cast(values: State, dtype: torch.dtype) -> State:
+    if all(value.dtype is dtype for value in values):
+        return values
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in values)
 
 
@@ -322,7 +329,7 @@ def check_step_input(cell: Cell, given: State) -> bool:
             f"in an input of shape {tuple(first.shape)}."
         )
     unbatched = first.dim() == 1
-    for name, value in zip(cell.inputs, given, strict=False):
+    for name, value in zip(cell.inputs[1:], given[1:], strict=False):
         if not unbatched and (value.dim() < 1 or value.shape[0] != first.shape[0]):
             raise ValueError(
                 f"{_name(cell)} expected input {name} with {first.shape[0]} rows, as {cell.inputs[0]} has, "

@@ -25,6 +25,7 @@ __all__ = ["GRU", "LSTM", "RNN"]
 
 _CONTAINERS = tuple((name, type(value)) for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not isinstance(value, dict | set)}
+_PLAIN = Options()
 
 
 class _Scanned:
@@ -42,6 +43,7 @@ class _Scanned:
     bidirectional: bool
     proj_size: int
     training: bool
+    _parameters: dict[str, nn.Parameter | None]
 
     def forward(
         self,
@@ -88,6 +90,8 @@ class _Scanned:
         packing = None if packed is None else Packing.open(packed)
         if packing is not None:
             x, options = packing.padded(x), Options(packing.lengths)
+        elif lengths is None and resets is None:
+            options = _PLAIN
         else:
             steps, device = x.shape[0], x.device
             options = Options(
@@ -111,27 +115,39 @@ class _Scanned:
         names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
         names += ["weight_hr"] if self.proj_size else []
         constants = {**_CONSTANTS, "training": self.training, "hidden_size": self.hidden_size, "bias": self.bias}
-        constants |= {name: getattr(self, name) for name in self._cell_attributes}
-        constants |= {} if self.bias else {"bias_ih": None, "bias_hh": None}
+        for name in self._cell_attributes:
+            constants[name] = getattr(self, name)
+        if not self.bias:
+            constants["bias_ih"] = constants["bias_hh"] = None
         found = []
         for layer in range(self.num_layers):
-            width = self.input_size if layer == 0 else directions * (self.proj_size or self.hidden_size)
+            constants["input_size"] = directions * (self.proj_size or self.hidden_size) if layer else self.input_size
             for direction in range(directions):
-                suffix = f"_l{layer}" + ("_reverse" if direction else "")
+                suffix = f"_l{layer}_reverse" if direction else f"_l{layer}"
                 cell = self._cell_type.__new__(self._cell_type)
                 # Past nn.Module's constructor and __setattr__, which would cost more than a step.
                 fields = cell.__dict__
-                fields.update(constants, input_size=width)
-                fields.update({name: kind() for name, kind in _CONTAINERS})
-                fields.update({name: getattr(self, name + suffix) for name in names})
+                fields.update(constants)
+                for name, kind in _CONTAINERS:
+                    fields[name] = kind()
+                for name in names:
+                    fields[name] = self._weight(name + suffix)
                 found.append((layer, direction, cell))
+        return found
+
+    def _weight(self, name: str) -> Tensor:
+        """A weight as an attribute gives it, parametrized or swapped, but sooner where it is a parameter."""
+        parameter = self._parameters.get(name)
+        found: Tensor = getattr(self, name) if parameter is None else parameter
         return found
 
     def _scan(
         self, cells: Sequence[Cell], x: Tensor, start: Sequence[State], options: Options, packing: Packing | None
     ) -> tuple[Tensor, State]:
         """Scan every layer in every direction: outputs (T, N, features), states stacked."""
-        directions = (options, Options(options.lengths, options.resets, reverse=True))[: 2 if self.bidirectional else 1]
+        directions = [options]
+        if self.bidirectional:
+            directions.append(Options(options.lengths, options.resets, reverse=True))
         after: list[State] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -142,7 +158,9 @@ class _Scanned:
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = self._drop(x, packing)
-        return x, tuple(torch.stack(values) for values in zip(*after, strict=True))
+        if len(after) == 1:
+            return x, tuple([value[None] for value in after[0]])
+        return x, tuple([torch.stack(values) for values in zip(*after, strict=True)])
 
     def _drop(self, x: Tensor, packing: Packing | None) -> Tensor:
         """Dropout between layers; torch draws it over packed data, so that its masks come from the same numbers."""
@@ -229,7 +247,7 @@ class _Scanned:
 
     def _leave_to_torch(self, x: Tensor) -> bool:
         """Whether torch's own kernels (cuDNN and its like) compute this layer, for want of ours on the device."""
-        return x.device.type != "cpu" and x.numel() > 0
+        return not x.is_cpu and x.numel() > 0
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.num_layers == 1 and not self.bidirectional:
@@ -238,7 +256,7 @@ class _Scanned:
 
 
 def _check_device(x: Tensor, kind: str, other: Tensor) -> None:
-    if x.device != other.device:
+    if not (x.is_cpu and other.is_cpu) and x.device != other.device:
         raise RuntimeError(
             f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} "
             f"and {kind} tensor at {other.device}"

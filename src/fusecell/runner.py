@@ -6,6 +6,7 @@ function here when it is imported; runners stand above this module, so they are 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import threading
@@ -69,6 +70,12 @@ def active_runner() -> RunnerName:
     chosen: RunnerName | None = getattr(_CHOICE, "name", None)
     if chosen is not None:
         return chosen
+    return _default_runner()
+
+
+@functools.cache
+def _default_runner() -> RunnerName:
+    # Read once: a look into os.environ costs a tenth of a small cell's step.
     return _checked(os.environ.get("FUSECELL_RUNNER", "auto"), "the environment variable FUSECELL_RUNNER")
 
 
@@ -103,11 +110,12 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
     """
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
-    device = inputs[0].device.type
-    if not autocasting(device):
-        return function(cell, inputs, state, options)
-    with torch.autocast(device, enabled=False):
-        return function(cell, inputs, state, options)
+    if torch._C._is_any_autocast_enabled():
+        device = inputs[0].device.type
+        if autocasting(device):
+            with torch.autocast(device, enabled=False):
+                return function(cell, inputs, state, options)
+    return function(cell, inputs, state, options)
 
 
 def autocasting(device_type: str) -> bool:

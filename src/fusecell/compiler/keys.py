@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import Any, cast
+from collections.abc import Hashable, Mapping, MutableSequence, Set
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,60 +12,94 @@ from torch import Tensor, nn
 
 __all__ = ["signature"]
 
-_SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+Key = tuple[Any, ...]
+
+_ATOMS = frozenset((bool, int, str, type(None), torch.dtype, torch.device))
 _OWN = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONSTANT = (type, FunctionType, BuiltinFunctionType, MethodType, torch._ops.OperatorBase)
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
-def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Hashable:
+def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
     """A key that changes whenever the module would trace differently.
 
     It sees every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
     objects; functions and classes by identity; the shape, dtype and tying of tensors; the training flag; whether
     there are hooks; and all submodules. Globals and closures it does not see.
+
+    A value stands as (name, type, content), without the name in a sequence; a container's content is a tuple of such.
     """
     seen = {} if _seen is None else _seen
     state = vars(module)
-    tensors = [
-        (name, _tensor(value, seen)) for kind in ("_parameters", "_buffers") for name, value in state[kind].items()
-    ]
-    plain = [(name, _frozen(value, seen)) for name, value in state.items() if name not in _OWN]
-    parts = [(name, signature(part, seen)) for name, part in state["_modules"].items() if part is not None]
-    hooks = any(state.get(name) for name in _HOOKS)
-    return type(module), module.training, hooks, tuple(tensors), tuple(plain), tuple(parts)
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    found: list[Any] = [type(module), bool(hooks)]
+    for name, value in state.items():
+        kind = type(value)
+        if kind in _ATOMS:
+            found.append((name, kind, value))
+        elif kind in _PLAIN_TENSORS:
+            found.append((name, *_tensor(value, seen)))
+        elif name not in _OWN:
+            found.append((name, *_frozen(value, seen)))
+    for table in (state["_parameters"], state["_buffers"]):
+        for name, tensor in table.items():
+            found.append((name, *_tensor(tensor, seen)))
+    for name, part in state["_modules"].items():
+        found.append((name, type(part), () if part is None else signature(part, seen)))
+    return tuple(found)
 
 
-def _tensor(value: Tensor | None, seen: dict[int, int]) -> Hashable:
+def _tensor(value: Tensor | None, seen: dict[int, int]) -> Key:
     if value is None:
-        return None
-    return seen.setdefault(id(value), len(seen)), tuple(value.shape), value.dtype, value.device.type
+        return (None,)
+    kind = type(value)
+    if kind is nn.Parameter:
+        kind = Tensor  # functional_call puts a tensor in a parameter's place
+    return kind, seen.setdefault(id(value), len(seen)), value.shape, value.dtype, value.is_cpu or value.device.type
 
 
-def _frozen(value: Any, seen: dict[int, int]) -> Hashable:
-    if isinstance(value, _SCALARS):
-        return type(value), repr(value) if isinstance(value, float) else value
+def _frozen(value: Any, seen: dict[int, int]) -> Key:
+    """A value as (its type, its content)."""
+    kind = type(value)
+    if isinstance(value, float):
+        return kind, float.hex(value)  # -0.0 differs from 0.0 and nan equals itself
+    if kind in _ATOMS or isinstance(value, int | str):
+        return kind, value
     if isinstance(value, Tensor):
         return _tensor(value, seen)
     if isinstance(value, tuple | list):
-        return type(value), tuple(_frozen(item, seen) for item in value)
+        return kind, tuple([_frozen(item, seen) for item in value])
     if isinstance(value, Mapping):
-        return type(value), tuple((repr(key), _frozen(item, seen)) for key, item in value.items())
-    if callable(value) and not isinstance(value, nn.Module):
-        return cast("Hashable", value if isinstance(value, Hashable) else type(value))
-    return _object(value, seen)
+        return kind, tuple([(repr(key), *_frozen(item, seen)) for key, item in value.items()])
+    if isinstance(value, _CONSTANT):
+        return kind, value
+    return kind, _object(value, seen)
 
 
-def _object(value: Any, seen: dict[int, int]) -> Hashable:
-    """Anything else: by its attributes where it has some, by value where it can be hashed."""
-    fields = getattr(value, "__dict__", None)
+def _object(value: Any, seen: dict[int, int]) -> Any:
+    """Anything else: by its attributes where it has some, by its items, by value where it can be hashed."""
+    fields = _fields(value)
     if fields is not None:
         if id(value) in seen:
-            return type(value), seen[id(value)]
+            return seen[id(value)]
         seen[id(value)] = len(seen)
-        return type(value), tuple((name, _frozen(item, seen)) for name, item in fields.items())
+        return tuple([(name, *_frozen(item, seen)) for name, item in fields.items()])
     if isinstance(value, np.ndarray):
-        return value.shape, value.dtype.str, value.tobytes()
-    if isinstance(value, set):
-        return frozenset(value)
-    by_value: Hashable = value if isinstance(value, Hashable) else None
-    return type(value), by_value
+        return *value.shape, value.dtype.str, value.tobytes()
+    if isinstance(value, Set):
+        return frozenset((type(item), item) for item in value)
+    if isinstance(value, MutableSequence):
+        return tuple([_frozen(item, seen) for item in value])
+    return value if isinstance(value, Hashable) else None
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object, those in slots too where nothing else tells it from another."""
+    fields: dict[str, Any] | None = getattr(value, "__dict__", None)
+    hashed: object = type(value).__hash__
+    if hashed is object.__hash__:
+        names = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+        slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        return {**slots, **(fields or {})} if slots else fields
+    return fields

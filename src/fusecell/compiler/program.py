@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,100 @@ CHUNK_BYTES = 384 * 1024
 SHORT_CALL = 1_000_000
 
 
+class _Binding:
+    """What a call writes into the argument block: the words' positions, looked up by name once."""
+
+    def __init__(self, schedule: Plan, emitted: Emitted) -> None:
+        graph = schedule.graph
+        self._positions = {name: position for position, name in enumerate(emitted.words)}
+        self.block = array("q", bytes(8 * len(emitted.words)))
+        self.itemsize = 4 if graph.dtype == "f32" else 8
+        self.output_size = graph[graph.outputs["output"]].size
+        self.scratch = emitted.scratch
+        self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
+        self.lengths = self._all("", "counts", "caller.order")
+        self.resets = self._all("resets", "", ".step", ".row")
+        sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
+        self.inputs = [self._all(f"in.{graph[index].name}", *sequence) for index in graph.leaves("input")]
+        self.output = self._all("out.output", *sequence)
+        self.weights = [self._all(f"weight.{graph[index].name}", *matrix) for index in graph.leaves("weight")]
+        self.first, self.last, self.reset = (
+            [self._all(f"{kind}.{name}", *rows) for name in schedule.states] for kind in ("first", "last", "reset")
+        )
+        bound = {places[0] for places in (*self.inputs, self.output, *self.weights, *self.first, *self.last)}
+        missing = [name for name in emitted.pointers if self._positions[name] not in bound]
+        if missing:
+            raise CompilerError(f"a kernel would be called without {', '.join(missing)}")
+
+    def _all(self, name: str, *parts: str) -> tuple[int, ...]:
+        return tuple([self._positions[name + part] for part in parts])
+
+    # Each hands back the tensors it made that the block now points into: they must live until the kernel returns.
+
+    def give_inputs(self, block: array[int], inputs: State) -> list[Tensor]:
+        kept = []
+        for (ptr, step, row), value in zip(self.inputs, inputs, strict=True):
+            rows = value if value.dim() == 3 else value.reshape(value.shape[0], value.shape[1], -1)
+            strides = rows.stride()
+            if strides[2] != 1 and rows.shape[2] > 1:
+                rows = rows.contiguous()
+                strides = rows.stride()
+            if rows is not value:
+                kept.append(rows)
+            block[ptr], block[row] = rows.data_ptr(), strides[1] * self.itemsize
+            block[step] = strides[0] * self.itemsize if rows.shape[0] > 1 else 0
+        return kept
+
+    def give_weights(self, block: array[int], weights: Sequence[Tensor]) -> list[Tensor]:
+        kept = []
+        for (ptr, stride0, stride1), value in zip(self.weights, weights, strict=True):
+            if value.is_neg():
+                value = value.resolve_neg()
+                kept.append(value)
+            strides = value.stride()
+            block[ptr], block[stride0] = value.data_ptr(), strides[0] * self.itemsize
+            if len(strides) > 1:
+                block[stride1] = strides[1] * self.itemsize
+        return kept
+
+    def give_states(self, block: array[int], places: Sequence[tuple[int, ...]], state: State) -> list[Tensor]:
+        kept = []
+        for (ptr, row), value in zip(places, state, strict=True):
+            strides = value.stride()
+            if strides[1] != 1 and value.shape[1] > 1:
+                value = value.contiguous()
+                strides = value.stride()
+                kept.append(value)
+            block[ptr], block[row] = value.data_ptr(), strides[0] * self.itemsize
+        return kept
+
+    def give_lengths(self, block: array[int], lengths: Tensor, steps: int) -> list[Tensor]:
+        ordered, order = torch.sort(lengths, descending=True, stable=True)
+        counts = (ordered > torch.arange(steps, device=lengths.device)[:, None]).sum(1)
+        kept = [counts, order]
+        for place, value in zip(self.lengths, kept, strict=True):
+            block[place] = value.data_ptr()
+        return kept
+
+    def give_resets(self, block: array[int], resets: Tensor) -> None:
+        ptr, step, row = self.resets
+        block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
+
+    def give_outputs(self, block: array[int], outputs: Tensor) -> None:
+        ptr, step, row = self.output
+        strides = outputs.stride()
+        block[ptr], block[step], block[row] = outputs.data_ptr(), strides[0] * self.itemsize, strides[1] * self.itemsize
+
+    def give_sizes(self, block: array[int], steps: int, rows: int, reverse: bool, like: Tensor) -> Tensor:
+        chunk = max(1, min(steps, CHUNK_BYTES // max(self.scratch.per_chunk_row * rows, 1)))
+        # In the inputs' dtype: new_empty goes where they are, whatever the default device.
+        scratch = like.new_empty((self.scratch.bytes(rows, chunk) + 64) // self.itemsize + 1)
+        places = self.sizes
+        block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
+        block[places[3]], block[places[4]] = chunk, -(-scratch.data_ptr() // 64) * 64
+        return scratch
+
+
 @dataclass(frozen=True)
 class Program:
     """Machine code for one cell, input form and dtype; any number of steps and rows."""
@@ -40,91 +135,37 @@ class Program:
     loaded: Loaded
     seconds: float
     macs: int
+    binding: _Binding
     short: Callable[[int], None]
     long: Callable[[int], None]
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
-        steps = steps_of(inputs)
-        rows = inputs[0].shape[1]
-        kept: list[Tensor] = []
-        words: dict[str, int] = {"steps": steps, "rows": rows, "reverse": int(options.reverse)}
-        like = state[0] if state else inputs[0]
-        self._give_inputs(words, kept, inputs, steps)
-        self._give_weights(words, kept, self.traced.weights.values(cell))
-        after = self._give_states(words, kept, cell, state, options, like)
-        self._give_options(words, kept, options, steps)
-        ragged = options.lengths is not None
-        outputs = (like.new_zeros if ragged else like.new_empty)(steps, rows, cell.output_size)
-        _give(words, "out.output", outputs)
-        chunk = self._chunk_steps(steps, rows)
-        scratch = torch.empty(self.emitted.scratch.bytes(rows, chunk) + 64, dtype=torch.uint8)
-        words["chunk_steps"] = chunk
-        words["scratch"] = -(-scratch.data_ptr() // 64) * 64
-        missing = [name for name in self.emitted.pointers if name not in words]
-        if missing:
-            raise CompilerError(f"a kernel would be called without {', '.join(missing)}")
-        block = (ctypes.c_int64 * len(self.emitted.words))(*[words.get(name, 0) for name in self.emitted.words])
-        function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
-        function(ctypes.addressof(block))
-        return outputs, after
-
-    def _chunk_steps(self, steps: int, rows: int) -> int:
-        each = self.emitted.scratch.per_chunk_row * max(rows, 1)
-        return max(1, min(steps, CHUNK_BYTES // max(each, 1)))
-
-    def _give_inputs(self, words: dict[str, int], kept: list[Tensor], inputs: State, steps: int) -> None:
-        graph = self.plan.graph
-        for index, value in zip(graph.leaves("input"), inputs, strict=True):
-            rows = value.reshape(value.shape[0], value.shape[1], -1) if value.dim() != 3 else value
-            if rows.shape[2] > 1 and rows.stride(2) != 1:
-                rows = rows.contiguous()
-            kept.append(rows)
-            _give(words, f"in.{graph[index].name}", rows)
-            if rows.shape[0] == 1 and steps != 1:
-                words[f"in.{graph[index].name}.step"] = 0
-
-    def _give_weights(self, words: dict[str, int], kept: list[Tensor], weights: Sequence[Tensor]) -> None:
-        graph = self.plan.graph
-        for index, value in zip(graph.leaves("weight"), weights, strict=True):
-            kept.append(value)
-            name, bytes_ = f"weight.{graph[index].name}", value.element_size()
-            words[f"{name}.ptr"] = value.data_ptr()
-            for dim, stride in enumerate(value.stride()):
-                words[f"{name}.stride{dim}"] = stride * bytes_
-
-    def _give_states(
-        self, words: dict[str, int], kept: list[Tensor], cell: Cell, state: State, options: Options, like: Tensor
-    ) -> State:
-        after = tuple(value.new_empty(value.shape) for value in state)
-        groups = {"first": state, "last": after}
-        if options.resets is not None:
-            groups["reset"] = cell.initial_state(like.shape[-2], dtype=like.dtype, device=like.device)
-        for kind, values in groups.items():
-            for name, value in zip(self.plan.states, values, strict=True):
-                row = value if value.shape[1] < 2 or value.stride(1) == 1 else value.contiguous()
-                kept.append(row)
-                words[f"{kind}.{name}.ptr"] = row.data_ptr()
-                words[f"{kind}.{name}.row"] = row.stride(0) * row.element_size()
-        return after
-
-    def _give_options(self, words: dict[str, int], kept: list[Tensor], options: Options, steps: int) -> None:
+        like, binding = inputs[0], self.binding
+        steps, rows = steps_of(inputs), like.shape[1]
+        block = binding.block[:]  # like the scratch memory, the call's own: other threads may be in the kernel
+        weights = self.traced.weights.values(cell)
+        kept: list[object] = [
+            binding.give_inputs(block, inputs),
+            binding.give_weights(block, weights),
+            binding.give_states(block, binding.first, state),
+            binding.give_sizes(block, steps, rows, options.reverse, like),
+        ]
+        after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
+        binding.give_states(block, binding.last, after)
+        new = like.new_empty
         if options.lengths is not None:
-            lengths, order = torch.sort(options.lengths, descending=True, stable=True)
-            counts = (lengths > torch.arange(steps)[:, None]).sum(1)
-            kept += [order, counts]
-            words["caller.order"], words["counts"] = order.data_ptr(), counts.data_ptr()
+            new = like.new_zeros
+            kept.append(binding.give_lengths(block, options.lengths, steps))
         if options.resets is not None:
-            kept.append(options.resets)
-            words["resets"] = options.resets.data_ptr()
-            words["resets.step"], words["resets.row"] = options.resets.stride()
-
-
-def _give(words: dict[str, int], name: str, value: Tensor) -> None:
-    """The address and the strides, in bytes, of a (T, N, size) tensor."""
-    bytes_ = value.element_size()
-    words[f"{name}.ptr"] = value.data_ptr()
-    words[f"{name}.step"], words[f"{name}.row"] = value.stride(0) * bytes_, value.stride(1) * bytes_
+            start = cell.initial_state(rows, dtype=like.dtype, device=like.device)
+            kept += [start, binding.give_states(block, binding.reset, start)]
+            binding.give_resets(block, options.resets)
+        outputs = new(steps, rows, binding.output_size)
+        binding.give_outputs(block, outputs)
+        function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
+        function(block.buffer_info()[0])
+        return outputs, after
 
 
 def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:
@@ -141,6 +182,7 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
     try:
         schedule = plan(optimise(_without_notes(traced.graph))[-1][1])
         emitted = emit(schedule, target)
+        binding = _Binding(schedule, emitted)
         loaded = load(emitted.text, ["run"], target)
     except (CompilerError, AssertionError, LookupError) as error:
         # A defect of ours must not stop a user whose cell runs well without the compiler.
@@ -154,6 +196,7 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
         loaded,
         time.perf_counter() - began,
         _macs(schedule),
+        binding,
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
     )

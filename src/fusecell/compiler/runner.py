@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fusecell.cell import Cell
 from fusecell.compiler.keys import signature
 from fusecell.compiler.program import Program, compile_step
-from fusecell.compiler.target import host_target
 from fusecell.compiler.trace import Refusal
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
@@ -21,6 +20,7 @@ from fusecell.runner import Options, State, register
 
 __all__ = ["find_program", "run_auto", "run_compiled"]
 
+_EXACT = (Tensor, nn.Parameter)
 _MOST_PROGRAMS = 256
 _programs: OrderedDict[Hashable, Program | Refusal] = OrderedDict()
 _lock = threading.RLock()
@@ -29,7 +29,7 @@ _warned: set[type[Cell]] = set()
 
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code, or raise NotCompilable with the reasons."""
-    reasons = _call_reasons(cell, inputs, state, options)
+    reasons = _call_reasons(cell, inputs, state)
     if not reasons:
         program = find_program(cell, inputs)
         if isinstance(program, Program):
@@ -40,7 +40,7 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code where it can be, else the Python loop; say so once per cell that can't be compiled."""
-    if torch.compiler.is_compiling() or _call_reasons(cell, inputs, state, options):
+    if torch.compiler.is_compiling() or _call_reasons(cell, inputs, state):
         return run_eager(cell, inputs, state, options)
     program = find_program(cell, inputs)
     if isinstance(program, Program):
@@ -53,41 +53,52 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
 
 
 def find_program(cell: Cell, inputs: State) -> Program | Refusal:
-    """The program for a cell as it is now; compiled on first use."""
-    features = tuple(tuple(value.shape[2:]) for value in inputs)
-    dtype = next(value.dtype for value in inputs)
-    key = (signature(cell), features, dtype, host_target())
-    found = _programs.get(key)
-    if found is None:
-        with _lock:
-            found = _programs.get(key)
-            if found is None:
-                found = _programs[key] = compile_step(cell, features, dtype)
-                if len(_programs) > _MOST_PROGRAMS:
-                    _programs.popitem(last=False)
-    return found
+    """The program for a cell as it is now; compiled on first use, for the target of that moment."""
+    features = tuple([value.shape[2:] for value in inputs])
+    key = (signature(cell), features, inputs[0].dtype)
+    return _programs.get(key) or _compiled(key, cell, inputs)
 
 
-def _call_reasons(cell: Cell, inputs: State, state: State, options: Options) -> tuple[str, ...]:
+def _compiled(key: Hashable, cell: Cell, inputs: State) -> Program | Refusal:
+    with _lock:
+        found = _programs.get(key)
+        if found is None:
+            features = [tuple(value.shape[2:]) for value in inputs]
+            found = _programs[key] = compile_step(cell, features, inputs[0].dtype)
+            if len(_programs) > _MOST_PROGRAMS:
+                _programs.popitem(last=False)
+        return found
+
+
+def _call_reasons(cell: Cell, inputs: State, state: State) -> tuple[str, ...]:
     """Why this call, whatever its cell, must run eagerly; empty if it need not."""
-    tensors = (*inputs, *state)
-    first = inputs[0]
-    if not all(type(value) in (Tensor, nn.Parameter) for value in tensors):
+    dtype = inputs[0].dtype
+    usual = dtype is torch.float32 or dtype is torch.float64
+    for value in (*inputs, *state):
+        usual = usual and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
+        usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
+    if not usual:
+        return _tensor_reasons((*inputs, *state))
+    if torch.is_grad_enabled() and _needs_gradient(cell, (*inputs, *state)):
+        return ("A gradient is asked for: use torch.no_grad() or torch.inference_mode().",)
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return ("A transform of torch.func or a dispatch mode is active.",)
+    return ()
+
+
+def _tensor_reasons(tensors: State) -> tuple[str, ...]:
+    """What is unusual about one of the tensors of a call."""
+    first = tensors[0]
+    if not all(type(value) in _EXACT for value in tensors):
         return ("An input or state is a subclass of Tensor.",)
-    if any(value.device.type != "cpu" or value.layout is not torch.strided for value in tensors):
+    if not all(value.is_cpu and value.layout is torch.strided for value in tensors):
         return ("An input or state is not a dense tensor on the CPU.",)
     if first.dtype not in (torch.float32, torch.float64) or any(value.dtype != first.dtype for value in tensors):
         kinds = ", ".join(sorted({str(value.dtype) for value in tensors}))
         return (f"Inputs and states must all be float32 or all float64, got {kinds}.",)
-    if any(0 in value.shape for value in tensors):
-        return ("There is nothing to compute.",)
-    if torch.is_grad_enabled() and _needs_gradient(cell, tensors):
-        return ("A gradient is asked for: use torch.no_grad() or torch.inference_mode().",)
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return ("A transform of torch.func or a dispatch mode is active.",)
     if any(value.is_neg() for value in tensors):
         return ("An input or state is a lazy negation.",)
-    return ()
+    return ("There is nothing to compute.",)
 
 
 def _needs_gradient(cell: Cell, tensors: State) -> bool:

@@ -46,7 +46,7 @@ def check_inputs(cell: Cell, given: State, batch_first: bool) -> tuple[State, bo
             f"in an input of shape {tuple(first.shape)}."
         )
     unbatched = first.dim() == 2
-    for label, value in zip(cell.inputs, given, strict=False):
+    for label, value in zip(cell.inputs[1:], given[1:], strict=False):
         if value.dim() < first.dim() - 1:
             raise ValueError(
                 f"{name} expected input {label} with a time {'' if unbatched else 'and a batch '}dimension, as "
@@ -56,7 +56,8 @@ def check_inputs(cell: Cell, given: State, batch_first: bool) -> tuple[State, bo
         inputs = tuple(value[:, None] for value in given)
     else:
         inputs = tuple(value.transpose(0, 1) for value in given) if batch_first else given
-    _check_extras(cell, inputs)
+    if len(inputs) > 1:
+        _check_extras(cell, inputs)
     check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     return inputs, unbatched
 
