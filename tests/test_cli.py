@@ -87,8 +87,11 @@ def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
 
 def test_demo_trains_and_goes_on(tmp_path):
     size = ("--hidden-size", 8, "--batch-size", 4, "--steps", 3, "--output", tmp_path)
-    assert "loses to the 5-gram" in run("demo", *size)
+    shown = run("demo", *size)
+    assert "torch.nn.GRU loses to the 5-gram" in shown
+    assert "times as many characters a second as torch.nn.GRU" in shown
     assert "going on from step 3" in run("demo", "--resume", *size)
+    assert "as torch.nn.GRU" not in run("demo", "--resume", "--layer", "fusecell", *size)
 
 
 def test_demo_without_a_checkpoint_or_with_another_layer(tmp_path):

@@ -1,4 +1,4 @@
-"""The demo: its text, its baselines, its training, and the whole job in two seconds."""
+"""The demo: its text, its baselines, its training, the race, and the whole job in two seconds."""
 
 import dataclasses
 import io
@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from rich.console import Console
 from torch import nn
 
@@ -19,10 +20,12 @@ from fusecell.demo.checkpoint import load_checkpoint, save_checkpoint
 from fusecell.demo.corpus import Corpus, Vocabulary, held_out, load_corpus
 from fusecell.demo.exam import Exam
 from fusecell.demo.model import build_model
-from fusecell.demo.report import Results, verdict
+from fusecell.demo.plot import plot_curves
+from fusecell.demo.race import Lane, race
+from fusecell.demo.report import Results, Score, verdict
 from fusecell.demo.sample import write
 from fusecell.demo.threads import fastest_threads
-from fusecell.demo.train import Budget, Trainer, in_rows
+from fusecell.demo.train import Budget, Point, Trainer, in_rows
 
 TINY = Settings(embedding_size=6, hidden_size=9, batch_size=5, window=7)
 
@@ -264,38 +267,129 @@ def test_writing_carries_the_state_and_is_repeatable(corpus):
     assert corpus.vocabulary.decode(scores[3:-1, 0].argmax(-1).tolist()) == sure
 
 
-def test_the_verdict_is_plain():
-    results = Results("fusecell.GRU", 2.5, 4.4, 1.9, 1000, 10.0)
-    assert verdict(results).startswith("fusecell.GRU loses to the 5-gram by 0.600 bits")
-    assert "--resume" in verdict(results)
-    assert verdict(dataclasses.replace(results, model=1.8)).startswith("fusecell.GRU beats the 5-gram by 0.100")
+def results(bits=2.5, other_bits=2.6, characters=3000, seconds=10.0, other_seconds=10.0):
+    ours, torchs = (
+        Score("fusecell.GRU", bits, characters, seconds),
+        Score("torch.nn.GRU", other_bits, 1000, other_seconds),
+    )
+    return Results((ours, torchs), unigram=4.4, five_gram=1.9)
 
 
-def test_the_whole_job_and_its_resumption(corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (results(), "fusecell.GRU read 3.00 times as many characters a second as torch.nn.GRU; after 10 seconds each"),
+        (results(), "each it is 0.100 bits per character ahead."),
+        (results(bits=2.9), "each it is 0.300 bits per character behind."),
+        (results(bits=2.595), "it is level with it, 0.005 bits per character ahead."),
+        (results(characters=500), "read 0.50 times as many characters a second as torch.nn.GRU; after"),
+        (results(characters=1040), "read 1.04 times as many characters a second as torch.nn.GRU, which is as good as"),
+        (results(seconds=30.0), "They trained for 30 and 10 seconds: their bits are no race."),
+        (results(), "fusecell.GRU loses to the 5-gram by 0.600 bits per character. torch.nn.GRU loses to"),
+        (results(), "--resume"),
+        (results(bits=1.8), "fusecell.GRU beats the 5-gram by 0.100 bits per character. torch.nn.GRU loses to"),
+        (Results(results(bits=1.8).scores[:1], 4.4, 1.9), "fusecell.GRU beats the 5-gram by 0.100 bits per character."),
+    ],
+)
+def test_the_verdict_is_plain(found, text):
+    assert text in verdict(found)
+
+
+def test_without_a_second_model_or_a_loss_the_verdict_is_one_sentence():
+    assert verdict(Results(results(bits=1.8).scores[:1], 4.4, 1.9)).count(".") == 3  # a name, a number, an end
+
+
+def test_equal_work_takes_turns(corpus):
+    size = len(corpus.vocabulary)
+    trainers = [Trainer.new(TINY, corpus.training, size) for _ in range(2)]
+    order = []
+    for name, trainer in zip("ab", trainers, strict=True):
+        trainer.advance = lambda used, name=name, trainer=trainer: advance(name, trainer)
+
+    def advance(name, trainer):
+        order.append(name)
+        trainer.step += 1
+        trainer.seconds += 0.1 if name == "a" else 0.3
+        return 3.0
+
+    lanes = [Lane(name, trainer, Budget(6.0), 1, None) for name, trainer in zip("ab", trainers, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusecell.demo.race.save_checkpoint", lambda trainer, corpus, folder: None)
+        race(lanes, corpus, small_exam(corpus), quiet(), points=3)
+    turns = ["".join(group) for _, group in itertools.groupby(order)]
+    assert [turn[0] for turn in turns] == ["a", "b"] * 6
+    assert all(9 <= len(turn) <= 11 for turn in turns[::2])
+    assert all(3 <= len(turn) <= 4 for turn in turns[1::2])
+    for trainer in trainers:
+        assert trainer.seconds == pytest.approx(6.0, abs=0.31)
+        assert [point.seconds for point in trainer.curve] == pytest.approx([2, 4, 6], abs=0.21)
+
+
+def test_both_curves_are_drawn_and_their_labels_kept_apart(tmp_path, monkeypatch):
+    def curve(bits):
+        return [Point(seconds, seconds * 1000, bits + 1 / seconds, bits + 2 / seconds) for seconds in (1, 2, 3)]
+
+    lines, labels = [], {}
+    plot, annotate = Axes.plot, Axes.annotate
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: (lines.append(list(y)), plot(self, x, y, **style))[1])
+
+    def noted(self, text, xy, offset, **style):
+        made = annotate(self, text, xy, offset, **style)
+        labels[text] = made
+        return made
+
+    monkeypatch.setattr(Axes, "annotate", noted)
+    plot_curves({"one": curve(2.0), "other": curve(2.01)}, {"5-gram": 1.9}, tmp_path / "loss.png")
+    assert [2.0 + 2 / seconds for seconds in (1, 2, 3)] in lines
+    assert [2.01 + 2 / seconds for seconds in (1, 2, 3)] in lines
+    boxes = [label.get_window_extent() for text, label in labels.items() if "million" in text]
+    assert len(boxes) == 2
+    assert not boxes[0].overlaps(boxes[1])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_whole_race_and_its_resumption(corpus, tmp_path):
     console = quiet()
-    first = run_demo(
-        TINY, seconds=60, steps=40, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=console
-    )
-    again = run_demo(
-        seconds=60, steps=40, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=console, resume=True
-    )
-    assert again.characters == 2 * first.characters == 2 * 40 * 5 * 7
-    assert again.model < first.model < math.log2(len(corpus.vocabulary))
-    shown = console.file.getvalue()
+    job = {"seconds": 60, "steps": 40, "output": tmp_path, "corpus": corpus, "exam": small_exam(corpus)}
+    first = run_demo(TINY, **job, console=console)
+    again = run_demo(**job, console=console, resume=True)
+    # Equal seeds and equal steps: the same model, whoever computes it.
+    assert [score.name for score in first.scores] == ["fusecell.GRU", "torch.nn.GRU"]
+    assert first.scores[0].bits == pytest.approx(first.scores[1].bits, abs=1e-3)
+    for before, after in zip(first.scores, again.scores, strict=True):
+        assert after.characters == 2 * before.characters == 2 * 40 * 5 * 7
+        assert after.bits < before.bits < math.log2(len(corpus.vocabulary))
+    shown = " ".join(console.file.getvalue().split())
     assert "going on from step 40" in shown
-    assert verdict(again).split(":")[0] in " ".join(shown.split())
-    assert len((tmp_path / "sample.txt").read_text(encoding="utf-8")) == 400
+    assert verdict(again).split(";")[0] in shown
+    for layer in ("fusecell", "torch"):
+        assert len((tmp_path / layer / "sample.txt").read_text(encoding="utf-8")) == 400
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["held_out_bits_per_character"]["fusecell.GRU"] == round(again.model, 4)
-    assert metrics["steps"] == 80
+    bits, speeds = metrics["held_out_bits_per_character"], metrics["characters_per_second"]
+    assert bits["torch.nn.GRU"] == round(again.scores[1].bits, 4)
+    assert metrics["characters_per_second_ratio"] == pytest.approx(
+        speeds["fusecell.GRU"] / speeds["torch.nn.GRU"], abs=1e-3
+    )
+    assert metrics["steps"] == {"fusecell.GRU": 80, "torch.nn.GRU": 80}
+
+
+def test_models_of_different_sizes_do_not_race(corpus, tmp_path):
+    for layer, hidden_size in (("fusecell", 9), ("torch", 8)):
+        settings = dataclasses.replace(TINY, layer=layer, hidden_size=hidden_size)
+        save_checkpoint(Trainer.new(settings, corpus.training, len(corpus.vocabulary)), corpus, tmp_path / layer)
+    with pytest.raises(ValueError, match="different settings"):
+        run_demo(output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=quiet(), resume=True)
 
 
 def test_two_seconds_of_the_real_thing(tmp_path):
-    results = run_demo(dataclasses.replace(TINY, hidden_size=48), seconds=2, output=tmp_path, console=quiet())
-    assert results.five_gram < 2.5 < results.unigram < 5
-    assert results.model < 6
-    assert Budget(seconds=2).used(load_checkpoint(load_corpus(), tmp_path)) == 1
+    settings = dataclasses.replace(TINY, hidden_size=48)
+    found = run_demo(settings, layers=["fusecell"], seconds=2, output=tmp_path, console=quiet())
+    assert found.five_gram < 2.5 < found.unigram < 5
+    assert found.scores[0].bits < 6
+    assert found.speed_ratio() is None
+    assert not (tmp_path / "torch").exists()
+    assert Budget(seconds=2).used(load_checkpoint(load_corpus(), tmp_path / "fusecell")) == 1
 
 
 def test_an_interruption_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
@@ -310,4 +404,5 @@ def test_an_interruption_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("fusecell.demo.job.fastest_threads", lambda work: 1)
     with pytest.raises(KeyboardInterrupt):
         run_demo(TINY, seconds=60, steps=9, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=quiet())
-    assert load_checkpoint(corpus, tmp_path).step == 4
+    assert load_checkpoint(corpus, tmp_path / "fusecell").step == 4
+    assert load_checkpoint(corpus, tmp_path / "torch").step <= 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,23 +42,27 @@ def _root(
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = 90.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many updates, if that is sooner.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in the output folder.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train, all layers together.")] = 90.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many updates of each, if that is sooner.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in the output folder.")] = False,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-output"),
-    layer: Annotated[str, typer.Option(help="Whose GRU to train: fusecell or torch.")] = "fusecell",
+    layer: Annotated[str, typer.Option(help="Whose GRU to train: fusecell, torch, or both in turns.")] = "both",
     hidden_size: Annotated[int | None, typer.Option(min=1, help="Features of each layer.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of text read side by side.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the order of the files and the sample.")] = 0,
 ) -> None:
-    """Teach a character model Python from this machine's own standard library."""
+    """Teach a character model Python from this machine's own standard library: fusecell's GRU races torch's."""
     from fusecell.demo import Settings, run_demo
+    from fusecell.demo.model import LAYERS
 
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size}
-    given = {name: value for name, value in sizes.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     try:
         run_demo(
-            Settings(layer=layer, seed=seed, **given),
+            Settings(seed=seed, **given),
+            layers=tuple(LAYERS) if layer == "both" else (layer,),
             seconds=seconds,
             steps=math.inf if steps is None else steps,
             output=output,
@@ -67,7 +71,7 @@ def demo(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
-        typer.echo("Stopped. Go on with: fusecell demo --resume")
+        typer.echo("Stopped. Go on with the same command and --resume.")
         raise typer.Exit(130) from None
 
 

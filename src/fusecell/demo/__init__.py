@@ -1,6 +1,6 @@
-"""The main job: a character model learns Python from the machine's own standard library.
+"""The main job: a character model learns Python from the machine's own standard library, on our GRU and on torch's.
 
-corpus → model → train → baselines → sample → report, one file each; ``job`` runs them in that order.
+corpus → model → train → race → baselines → sample → report, one file each; ``job`` runs them in that order.
 """
 
 from fusecell.demo.job import run_demo

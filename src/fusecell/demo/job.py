@@ -6,6 +6,8 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,27 @@ import torch
 from rich.console import Console
 
 from fusecell.demo.baselines import KneserNey
-from fusecell.demo.checkpoint import load_checkpoint, save_checkpoint
+from fusecell.demo.checkpoint import load_checkpoint
 from fusecell.demo.corpus import Corpus, load_corpus
 from fusecell.demo.exam import Exam
+from fusecell.demo.model import LAYERS
 from fusecell.demo.plot import plot_curves
-from fusecell.demo.report import Results, print_results, telling
+from fusecell.demo.race import Lane, race
+from fusecell.demo.report import Results, Score, print_results
 from fusecell.demo.sample import write
 from fusecell.demo.settings import Settings
 from fusecell.demo.threads import fastest_threads
-from fusecell.demo.train import Budget, Point, Trainer
+from fusecell.demo.train import Budget, Trainer
 
-__all__ = ["run_demo", "train"]
+__all__ = ["run_demo"]
 
-_SAVE_EVERY = 20.0
-_EVALUATION = 0.08
-"""The largest share of the time that goes into points of the curve: a slow machine draws fewer."""
+_NAMES = {"fusecell": "fusecell.GRU", "torch": "torch.nn.GRU"}
 
 
 def run_demo(
     settings: Settings | None = None,
     *,
+    layers: Sequence[str] = tuple(LAYERS),
     seconds: float = 90.0,
     steps: float = math.inf,
     output: Path = Path("demo-output"),
@@ -41,14 +44,16 @@ def run_demo(
     exam: Exam | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Train, compare with the baselines, write a sample, and leave everything in a folder.
+    """Train, compare with one another and the baselines, write samples, and leave everything in a folder.
 
     Arguments:
         settings: of the model and its training; a resumed run keeps those it was begun with.
-        seconds, steps: to train, whichever is reached first; on top of what a resumed run has behind it.
-        output: the folder of ``checkpoint.safetensors``, ``checkpoint.json``, ``loss.png``, ``sample.txt``
-            and ``metrics.json``.
-        resume: go on from the checkpoint in ``output``.
+        layers: keys of :data:`fusecell.demo.model.LAYERS`, each trained as ``settings.layer``, in turns.
+        seconds: to train, all layers together, each as long; on top of what a resumed run has behind it.
+        steps: of each layer, if they are reached first.
+        output: the folder of ``loss.png``, ``metrics.json``, and for each layer, in a folder of its name,
+            ``checkpoint.safetensors``, ``checkpoint.json`` and ``sample.txt``.
+        resume: go on from the checkpoints in ``output``.
         corpus: another text than the standard library's.
         exam: other held-out characters to be scored on than slices from all over the corpus.
         console: where to print.
@@ -64,91 +69,105 @@ def run_demo(
         f"{len(corpus.held_out):,} of {len(corpus.held_out_files)} others held out, {len(exam):,} of them scored; "
         f"{len(corpus.vocabulary)} different characters"
     )
+    trainers = _resume(layers, corpus, output) if resume else _begin(settings, layers, corpus)
     if resume:
-        trainer = load_checkpoint(corpus, output)
-        console.print(f"going on from step {trainer.step:,} ({trainer.seconds:.0f} seconds of training)")
-    else:
-        trainer = Trainer.new(settings, corpus.training, len(corpus.vocabulary))
-    budget = Budget(trainer.seconds + seconds, trainer.step + steps)
+        done = ", ".join(f"step {trainer.step:,} ({trainer.seconds:.0f} seconds)" for trainer in trainers)
+        console.print(f"going on from {done}")
+    console.print(
+        f"{_parameters(trainers[0]):,} parameters, {seconds / len(trainers):g} seconds for each layer, in turns"
+    )
     before = torch.get_num_threads()
-    torch.set_num_threads(_threads(trainer.settings, corpus))
     try:
-        console.print(f"{_name(trainer)}, {_parameters(trainer):,} parameters, {torch.get_num_threads()} thread(s)")
-        train(trainer, corpus, exam, budget, output, console)
-        results = _results(trainer, corpus, exam)
+        lanes = [
+            Lane(
+                _NAMES[trainer.settings.layer],
+                trainer,
+                Budget(trainer.seconds + seconds / len(trainers), trainer.step + steps),
+                _threads(trainer.settings, corpus, console),
+                output / trainer.settings.layer,
+            )
+            for trainer in trainers
+        ]
+        race(lanes, corpus, exam, console)
+        results = _results(lanes, corpus, exam)
     finally:
         torch.set_num_threads(before)
-    _write_output(trainer, corpus, exam, results, output, console)
+    _write_output(lanes, corpus, exam, results, output, console)
     return results
 
 
-def train(
-    trainer: Trainer, corpus: Corpus, exam: Exam, budget: Budget, output: Path, console: Console, points: int = 12
-) -> None:
-    """Use up a budget, adding about ``points`` points to the learning curve and saving as it goes.
-
-    The checkpoint is saved on the way out too, an interruption included.
-    """
-    begun, saved = budget.used(trainer), time.monotonic()
-    shown, since, spent = begun, [0.0, 0], 0.0
-    try:
-        with telling(console) as tell:
-            for bits in trainer.run(budget):
-                used = budget.used(trainer)
-                tell.step((used - begun) / (1 - begun), bits, trainer.characters / trainer.seconds)
-                since = [since[0] + bits, since[1] + 1]
-                due = used - shown >= (1 - begun) / points and spent < _EVALUATION * trainer.seconds
-                if due or used == 1:
-                    began = time.monotonic()
-                    training, held_out = since[0] / since[1], exam.bits(trainer.model)
-                    spent += time.monotonic() - began
-                    trainer.curve.append(Point(trainer.seconds, trainer.characters, training, held_out))
-                    shown, since = used, [0.0, 0]
-                if time.monotonic() - saved > _SAVE_EVERY:
-                    save_checkpoint(trainer, corpus, output)
-                    saved = time.monotonic()
-    finally:
-        save_checkpoint(trainer, corpus, output)
+def _begin(settings: Settings, layers: Sequence[str], corpus: Corpus) -> list[Trainer]:
+    size = len(corpus.vocabulary)
+    return [Trainer.new(replace(settings, layer=layer), corpus.training, size) for layer in layers]
 
 
-def _threads(settings: Settings, corpus: Corpus) -> int:
+def _resume(layers: Sequence[str], corpus: Corpus, output: Path) -> list[Trainer]:
+    trainers = [load_checkpoint(corpus, output / layer) for layer in layers]
+    if len({replace(trainer.settings, layer="") for trainer in trainers}) > 1:
+        raise ValueError(
+            f"the checkpoints in {output} are of models with different settings, which can't race: "
+            "start anew without --resume, or go on with one of them by --layer."
+        )
+    return trainers
+
+
+def _threads(settings: Settings, corpus: Corpus, console: Console) -> int:
+    """Each layer gets the number of threads that suits it best, found on a model that is thrown away."""
     trial = Trainer.new(settings, corpus.training, len(corpus.vocabulary))
-    return fastest_threads(lambda: trial.advance(0.0))
+    began = time.perf_counter()
+    trial.advance(0.0)
+    first = time.perf_counter() - began
+    threads = fastest_threads(lambda: trial.advance(0.0))
+    console.print(
+        f"{_NAMES[settings.layer]}: {threads} thread(s); the first update of all, not counted, took {first:.2f} seconds"
+    )
+    return threads
 
 
-def _results(trainer: Trainer, corpus: Corpus, exam: Exam) -> Results:
+def _results(lanes: Sequence[Lane], corpus: Corpus, exam: Exam) -> Results:
     size = len(corpus.vocabulary)
     return Results(
-        name=_name(trainer),
-        model=trainer.curve[-1].held_out,
+        tuple(
+            Score(
+                name=lane.name,
+                bits=lane.trainer.curve[-1].held_out,
+                characters=lane.trainer.characters,
+                seconds=lane.trainer.seconds,
+                threads=lane.threads,
+            )
+            for lane in lanes
+        ),
         unigram=exam.unigram_bits(corpus.training, size),
         five_gram=exam.ngram_bits(KneserNey(corpus.training, size, order=5)),
-        characters=trainer.characters,
-        characters_per_second=trainer.characters / trainer.seconds,
     )
 
 
 def _write_output(
-    trainer: Trainer, corpus: Corpus, exam: Exam, results: Results, output: Path, console: Console
+    lanes: Sequence[Lane], corpus: Corpus, exam: Exam, results: Results, output: Path, console: Console
 ) -> None:
-    sample = write(trainer.model, corpus.vocabulary, 400, seed=trainer.settings.seed)
-    (output / "sample.txt").write_text(sample, encoding="utf-8")
+    samples = {}
+    for lane in lanes:
+        sample = write(lane.trainer.model, corpus.vocabulary, 400, seed=lane.trainer.settings.seed)
+        (lane.folder / "sample.txt").write_text(sample, encoding="utf-8")
+        samples[lane.name] = sample
     baselines = {"unigram": results.unigram, "5-gram": results.five_gram}
-    plot_curves({results.name: trainer.curve}, baselines, output / "loss.png")
-    (output / "metrics.json").write_text(
-        json.dumps(_metrics(trainer, corpus, exam, results), indent=1), encoding="utf-8"
-    )
-    print_results(console, results, sample)
-    console.print(f"{output}/: checkpoint.safetensors, checkpoint.json, loss.png, sample.txt, metrics.json")
+    plot_curves({lane.name: lane.trainer.curve for lane in lanes}, baselines, output / "loss.png")
+    metrics = json.dumps(_metrics(lanes, corpus, exam, results), indent=1)
+    (output / "metrics.json").write_text(metrics, encoding="utf-8")
+    print_results(console, results, samples)
+    folders = " and ".join(f"{lane.folder.name}/" for lane in lanes)
+    console.print(f"{output}/: loss.png, metrics.json; a checkpoint and sample.txt in {folders}")
 
 
-def _metrics(trainer: Trainer, corpus: Corpus, exam: Exam, results: Results) -> dict[str, Any]:
+def _metrics(lanes: Sequence[Lane], corpus: Corpus, exam: Exam, results: Results) -> dict[str, Any]:
+    first = lanes[0].trainer
+    settings = first.settings.to_dict()
+    del settings["layer"]
     return {
         **results.to_dict(),
-        "seconds": round(trainer.seconds, 2),
-        "steps": trainer.step,
-        "parameters": _parameters(trainer),
-        "settings": trainer.settings.to_dict(),
+        "steps": {lane.name: lane.trainer.step for lane in lanes},
+        "parameters": _parameters(first),
+        "settings": settings,
         "training_characters": len(corpus.training),
         "held_out_characters": len(corpus.held_out),
         "scored_characters": len(exam),
@@ -156,10 +175,6 @@ def _metrics(trainer: Trainer, corpus: Corpus, exam: Exam, results: Results) -> 
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": platform.machine(),
     }
-
-
-def _name(trainer: Trainer) -> str:
-    return {"fusecell": "fusecell.GRU", "torch": "torch.nn.GRU"}[trainer.settings.layer]
 
 
 def _parameters(trainer: Trainer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,67 +15,68 @@ __all__ = ["plot_curves"]
 
 _COLOURS = ("#0b6e99", "#d9730d", "#4d6461")
 _INK, _FAINT = "#37352f", "#8a8a86"
+_DPI = 160
+_LABEL_HEIGHT = 30.0
+"""Points of two lines and the gap to the next label."""
 
 
 def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, float], path: Path) -> None:
     """Draw learning curves into a PNG.
 
     Arguments:
-        curves: for each model, its name and its points.
+        curves: for each model, its name and its points, one at least.
         baselines: bits per character of what doesn't learn over time, drawn as level lines.
         path: the file.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    last = max((points[-1].seconds for points in curves.values() if points), default=1.0)
-    for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
-        _draw_curve(axes, name, points, colour)
+    last = max(points[-1].seconds for points in curves.values())
+    for points, colour in zip(curves.values(), _COLOURS, strict=False):
+        _draw_curve(axes, points, colour)
     for name, bits in baselines.items():
         axes.plot((0, last), (bits, bits), color=_FAINT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
         axes.annotate(
             f"{name}  {bits:.2f}", (0, bits), (6, 4), textcoords="offset points", color=_FAINT, fontsize=9, va="bottom"
         )
     axes.margins(y=0.1)
-    axes.set_xlim(0, last * 1.25)
+    axes.set_xlim(0, last * 1.35)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
-    axes.set_xlabel("seconds of training", color=_INK)
-    axes.set_ylabel("bits per character", color=_INK)
+    axes.set_xlabel("seconds of training; faint: bits of the text trained on", color=_INK)
+    axes.set_ylabel("bits per character of held-out text", color=_INK)
     axes.set_title("Learning Python from the standard library", color=_INK, loc="left", fontsize=12, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT)
     axes.tick_params(colors=_INK)
     axes.grid(axis="y", color="#eeeeec", linewidth=0.8)
     axes.set_axisbelow(True)
+    figure.draw_without_rendering()  # so that the axes have their place and labels can be kept apart
+    _label_ends(axes, curves)
     figure.savefig(path, facecolor="white")
 
 
-def _draw_curve(axes: Axes, name: str, points: Sequence[Point], colour: str) -> None:
-    """Held-out bits strongly, training bits faintly, the name at the end of the line."""
-    if not points:
-        return
+def _draw_curve(axes: Axes, points: Sequence[Point], colour: str) -> None:
+    """Held-out bits strongly, training bits faintly."""
     seconds = [point.seconds for point in points]
     held_out = [point.held_out for point in points]
-    axes.plot(seconds, [point.training for point in points], color=colour, alpha=0.35, linewidth=1.2)
+    axes.plot(seconds, [point.training for point in points], color=colour, alpha=0.3, linewidth=1.2)
     axes.plot(seconds, held_out, color=colour, linewidth=2.2, marker="o", markersize=3.5)
-    last = points[-1]
-    axes.annotate(
-        f"{name}  {last.held_out:.2f}\nheld-out text",
-        (last.seconds, last.held_out),
-        (9, 0),
-        textcoords="offset points",
-        color=colour,
-        fontsize=10,
-        fontweight="bold",
-        va="center",
-    )
-    middle = points[2 * len(points) // 3]
-    axes.annotate(
-        "training",
-        (middle.seconds, middle.training),
-        (0, -6),
-        textcoords="offset points",
-        color=colour,
-        alpha=0.6,
-        va="top",
-        ha="center",
-    )
+
+
+def _label_ends(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
+    """Each name at the end of its line, with the bits reached and the characters read."""
+    ends = [(points[-1], name, colour) for (name, points), colour in zip(curves.items(), _COLOURS, strict=False)]
+    below = -math.inf
+    for point, name, colour in sorted(ends, key=lambda end: end[0].held_out):
+        y = axes.transData.transform((point.seconds, point.held_out))[1] * 72 / _DPI
+        height = max(y, below + _LABEL_HEIGHT)
+        below = height
+        axes.annotate(
+            f"{name}  {point.held_out:.2f}\n{point.characters / 1e6:.2g} million characters",
+            (point.seconds, point.held_out),
+            (9, height - y),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            fontweight="bold",
+            va="center",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,34 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Results", "Telling", "print_results", "telling", "verdict"]
+__all__ = ["Results", "Score", "Telling", "print_results", "telling", "verdict"]
+
+_LEVEL_SPEED, _LEVEL_BITS = 1.05, 0.01
+"""Differences that the next run may turn round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A trained model's figures.
+
+    Arguments:
+        name: what it is called.
+        bits: per character of held-out text.
+        characters: trained on.
+        seconds: of training.
+        threads: it trained with.
+    """
+
+    name: str
+    bits: float
+    characters: int
+    seconds: float
+    threads: int = 1
+
+    @property
+    def speed(self) -> float:
+        """Characters a second in training."""
+        return self.characters / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,54 +48,51 @@ class Results:
     """The figures of a run.
 
     Arguments:
-        model: held-out bits per character of the trained model, under its name.
-        unigram, five_gram: of the baselines, on the same characters.
-        characters: trained on.
-        characters_per_second: in training.
+        scores: of the models; where there are two, the first is compared with the second.
+        unigram, five_gram: bits per character of the baselines, on the same characters.
     """
 
-    name: str
-    model: float
+    scores: tuple[Score, ...]
     unigram: float
     five_gram: float
-    characters: int
-    characters_per_second: float
+
+    def speed_ratio(self) -> float | None:
+        """How many times as many characters a second the first model read as the second; None without one."""
+        return self.scores[0].speed / self.scores[1].speed if len(self.scores) == 2 else None
 
     def to_dict(self) -> dict[str, Any]:
+        bits = {score.name: score.bits for score in self.scores} | {"5-gram": self.five_gram, "unigram": self.unigram}
+        ratio = self.speed_ratio()
         return {
-            "characters": self.characters,
-            "characters_per_second": round(self.characters_per_second, 1),
-            "held_out_bits_per_character": {
-                self.name: round(self.model, 4),
-                "5-gram": round(self.five_gram, 4),
-                "unigram": round(self.unigram, 4),
-            },
+            "held_out_bits_per_character": {name: round(value, 4) for name, value in bits.items()},
+            "characters_per_second": {score.name: round(score.speed, 1) for score in self.scores},
+            "characters_per_second_ratio": None if ratio is None else round(ratio, 3),
+            "characters": {score.name: score.characters for score in self.scores},
+            "seconds": {score.name: round(score.seconds, 2) for score in self.scores},
+            "threads": {score.name: score.threads for score in self.scores},
             "verdict": verdict(self),
         }
 
 
 class Telling:
-    """A progress bar that is told of each step."""
+    """A progress bar for each model, told of each step."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, names: Sequence[str]) -> None:
         self._progress = progress
-        self._task = progress.add_task("training", total=1.0, bits="", speed="")
-        self._smooth: float | None = None
+        self._tasks = {name: progress.add_task(name, total=1.0, bits="", speed="") for name in names}
+        self._smooth: dict[str, float] = {}
 
-    def step(self, used: float, bits: float, characters_per_second: float) -> None:
-        """Show a step: the share of the budget used, its bits per character, and the speed so far."""
-        self._smooth = bits if self._smooth is None else 0.95 * self._smooth + 0.05 * bits
+    def step(self, name: str, used: float, bits: float, speed: float) -> None:
+        """Show a step: the share of the budget used, its bits per character, and characters a second so far."""
+        smooth = self._smooth[name] = 0.95 * self._smooth.get(name, bits) + 0.05 * bits
         self._progress.update(
-            self._task,
-            completed=used,
-            bits=f"{self._smooth:.3f} bits/char",
-            speed=f"{characters_per_second:,.0f} chars/s",
+            self._tasks[name], completed=used, bits=f"{smooth:.3f} bits/char", speed=f"{speed:,.0f} chars/s"
         )
 
 
 @contextmanager
-def telling(console: Console) -> Iterator[Telling]:
-    """A progress bar for as long as the block runs."""
+def telling(console: Console, names: Sequence[str]) -> Iterator[Telling]:
+    """Progress bars for as long as the block runs."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
@@ -77,29 +101,47 @@ def telling(console: Console) -> Iterator[Telling]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield Telling(progress)
+        yield Telling(progress, names)
 
 
 def verdict(results: Results) -> str:
-    """Whether the model beats the 5-gram, said plainly."""
-    gap = results.model - results.five_gram
-    if gap < 0:
-        return f"{results.name} beats the 5-gram by {-gap:.3f} bits per character."
-    return (
-        f"{results.name} loses to the 5-gram by {gap:.3f} bits per character: it has not trained long enough. "
-        "Go on with: fusecell demo --resume"
-    )
+    """Who won, the models among one another and each against the 5-gram, said plainly."""
+    sentences = [_compare(*results.scores)] if len(results.scores) == 2 else []
+    for score in results.scores:
+        gap = score.bits - results.five_gram
+        outcome = f"beats the 5-gram by {-gap:.3f}" if gap < 0 else f"loses to the 5-gram by {gap:.3f}"
+        sentences.append(f"{score.name} {outcome} bits per character.")
+    if any(score.bits >= results.five_gram for score in results.scores):
+        sentences.append("What loses has not trained long enough; go on with the same command and --resume.")
+    return " ".join(sentences)
 
 
-def print_results(console: Console, results: Results, sample: str) -> None:
-    """The sample, the table and the verdict."""
-    console.print(Panel(Text(sample), title="400 characters it wrote", border_style="dim"))
-    table = Table("held-out text", "bits per character", title_justify="left")
-    for name, bits in (
-        ("unigram", results.unigram),
-        ("5-gram, Kneser-Ney", results.five_gram),
-        (results.name, results.model),
-    ):
-        table.add_row(name, f"{bits:.3f}")
+def _compare(one: Score, other: Score) -> str:
+    """The first model's speed and bits beside the second's."""
+    ratio, lead = one.speed / other.speed, other.bits - one.bits
+    speed = f"{one.name} read {ratio:.2f} times as many characters a second as {other.name}"
+    if 1 / _LEVEL_SPEED <= ratio <= _LEVEL_SPEED:
+        speed += ", which is as good as equal"
+    if abs(one.seconds - other.seconds) > 0.1 * max(one.seconds, other.seconds):
+        return f"{speed}. They trained for {one.seconds:.0f} and {other.seconds:.0f} seconds: their bits are no race."
+    bits = f"{abs(lead):.3f} bits per character {'ahead' if lead > 0 else 'behind'}"
+    if abs(lead) < _LEVEL_BITS:
+        bits = f"level with it, {bits}"
+    return f"{speed}; after {one.seconds:.0f} seconds each it is {bits}."
+
+
+def print_results(console: Console, results: Results, samples: Mapping[str, str]) -> None:
+    """The best model's sample, the table and the verdict."""
+    best = min(results.scores, key=lambda score: score.bits)
+    title = f"400 characters that {best.name} wrote"
+    console.print(Panel(Text(samples[best.name]), title=title, border_style="dim"))
+    table = Table("held-out text", title_justify="left")
+    for column in ("bits per character", "characters a second", "characters read"):
+        table.add_column(column, justify="right")
+    table.add_row("unigram", f"{results.unigram:.3f}")
+    table.add_row("5-gram, Kneser-Ney", f"{results.five_gram:.3f}")
+    for score in reversed(results.scores):
+        table.add_row(score.name, f"{score.bits:.3f}", f"{score.speed:,.0f}", f"{score.characters:,}")
     console.print(table)
-    console.print(verdict(results), style="bold green" if results.model < results.five_gram else "bold yellow")
+    won = results.scores[0].bits <= min(results.five_gram, *(score.bits for score in results.scores))
+    console.print(verdict(results), style="bold green" if won else "bold yellow")

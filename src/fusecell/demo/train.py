@@ -82,6 +82,11 @@ class Trainer:
         """Characters trained on so far."""
         return self.step * self.settings.window * self.settings.batch_size
 
+    @property
+    def speed(self) -> float:
+        """Characters a second, 0 before the first step."""
+        return self.characters / self.seconds if self.seconds else 0.0
+
     def learning_rate(self, used: float) -> float:
         """A short rise, then half a cosine down to a fiftieth."""
         peak, warmup = self.settings.learning_rate, self.settings.warmup
@@ -110,9 +115,9 @@ class Trainer:
         self.seconds += time.perf_counter() - began
         return loss.item() / math.log(2)
 
-    def run(self, budget: Budget) -> Iterator[float]:
-        """Advance until the budget is used up, yielding each step's bits per character."""
-        while (used := budget.used(self)) < 1:
+    def run(self, budget: Budget, share: float = 1.0) -> Iterator[float]:
+        """Advance until a share of the budget is used up, yielding each step's bits per character."""
+        while (used := budget.used(self)) < share:
             yield self.advance(used)
 
     def _next_window(self) -> tuple[Tensor, Tensor]:
