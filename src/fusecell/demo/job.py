@@ -78,16 +78,7 @@ def run_demo(
     )
     before = torch.get_num_threads()
     try:
-        lanes = [
-            Lane(
-                _NAMES[trainer.settings.layer],
-                trainer,
-                Budget(trainer.seconds + seconds / len(trainers), trainer.step + steps),
-                _threads(trainer.settings, corpus, console),
-                output / trainer.settings.layer,
-            )
-            for trainer in trainers
-        ]
+        lanes = _lanes(trainers, Budget(seconds / len(trainers), steps), corpus, output, console)
         race(lanes, corpus, exam, console)
         results = _results(lanes, corpus, exam)
     finally:
@@ -109,6 +100,22 @@ def _resume(layers: Sequence[str], corpus: Corpus, output: Path) -> list[Trainer
             "start anew without --resume, or go on with one of them by --layer."
         )
     return trainers
+
+
+def _lanes(trainers: Sequence[Trainer], more: Budget, corpus: Corpus, output: Path, console: Console) -> list[Lane]:
+    """Every trainer with ``more`` before it and the threads that suit it."""
+    # Ours last, so that what torch loads at the first update of any model isn't put down to it.
+    threads = [_threads(trainer.settings, corpus, console) for trainer in reversed(trainers)][::-1]
+    return [
+        Lane(
+            _NAMES[trainer.settings.layer],
+            trainer,
+            Budget(trainer.seconds + more.seconds, trainer.step + more.steps),
+            count,
+            output / trainer.settings.layer,
+        )
+        for trainer, count in zip(trainers, threads, strict=True)
+    ]
 
 
 def _threads(settings: Settings, corpus: Corpus, console: Console) -> int:

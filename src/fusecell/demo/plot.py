@@ -32,16 +32,24 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
     axes = figure.add_subplot()
     last = max(points[-1].seconds for points in curves.values())
     for points, colour in zip(curves.values(), _COLOURS, strict=False):
-        _draw_curve(axes, points, colour)
-    for name, bits in baselines.items():
-        axes.plot((0, last), (bits, bits), color=_FAINT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
-        axes.annotate(
-            f"{name}  {bits:.2f}", (0, bits), (6, 4), textcoords="offset points", color=_FAINT, fontsize=9, va="bottom"
-        )
+        seconds, bits = [point.seconds for point in points], [point.held_out for point in points]
+        axes.plot(seconds, bits, color=colour, linewidth=2.2, marker="o", markersize=3.5)
+    for name, level in baselines.items():
+        axes.plot((0, last), (level, level), color=_FAINT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+        label = {"color": _FAINT, "fontsize": 9, "va": "bottom"}
+        axes.annotate(f"{name}  {level:.2f}", (0, level), (6, 4), textcoords="offset points", **label)
+    _style(axes, last)
+    figure.draw_without_rendering()  # so that the axes have their place and labels can be kept apart
+    _label_ends(axes, curves)
+    figure.savefig(path, facecolor="white")
+
+
+def _style(axes: Axes, last: float) -> None:
+    """Scales, words and lines, with room for names on the right."""
     axes.margins(y=0.1)
     axes.set_xlim(0, last * 1.35)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
-    axes.set_xlabel("seconds of training; faint: bits of the text trained on", color=_INK)
+    axes.set_xlabel("seconds of training", color=_INK)
     axes.set_ylabel("bits per character of held-out text", color=_INK)
     axes.set_title("Learning Python from the standard library", color=_INK, loc="left", fontsize=12, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
@@ -49,17 +57,6 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
     axes.tick_params(colors=_INK)
     axes.grid(axis="y", color="#eeeeec", linewidth=0.8)
     axes.set_axisbelow(True)
-    figure.draw_without_rendering()  # so that the axes have their place and labels can be kept apart
-    _label_ends(axes, curves)
-    figure.savefig(path, facecolor="white")
-
-
-def _draw_curve(axes: Axes, points: Sequence[Point], colour: str) -> None:
-    """Held-out bits strongly, training bits faintly."""
-    seconds = [point.seconds for point in points]
-    held_out = [point.held_out for point in points]
-    axes.plot(seconds, [point.training for point in points], color=colour, alpha=0.3, linewidth=1.2)
-    axes.plot(seconds, held_out, color=colour, linewidth=2.2, marker="o", markersize=3.5)
 
 
 def _label_ends(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:

@@ -21,7 +21,7 @@ __all__ = ["Lane", "race"]
 
 _SAVE_EVERY = 20.0
 _EVALUATION = 0.08
-"""The largest share of the time that goes into points of a curve: a slow machine draws fewer."""
+"""The largest share of the time that goes into points of the curves: a slow machine draws fewer."""
 
 
 @dataclass
@@ -59,7 +59,10 @@ class Lane:
             yield (self.budget.used(self.trainer) - self.begun) / (1 - self.begun)
 
     def add_point(self, exam: Exam) -> None:
-        """A point of the curve."""
+        """A point of the curve, if there was a step since the last."""
+        if not self.losses:
+            return
+        torch.set_num_threads(self.threads)
         began, trainer = time.monotonic(), self.trainer
         held_out = exam.bits(trainer.model)
         self.evaluating += time.monotonic() - began
@@ -83,14 +86,18 @@ def race(lanes: Sequence[Lane], corpus: Corpus, exam: Exam, console: Console, po
                 for lane in lanes:
                     for used in lane.go(turn / turns):
                         tell.step(lane.name, used, lane.losses[-1], lane.trainer.speed)
-                    wanted = turn % turns_per_point == 0 and lane.evaluating < _EVALUATION * lane.trainer.seconds
-                    if lane.losses and (wanted or turn == turns):
+                if turn == turns or (turn % turns_per_point == 0 and _time_for_points(lanes)):
+                    for lane in lanes:
                         lane.add_point(exam)
                 if time.monotonic() - saved > _SAVE_EVERY:
                     _save(lanes, corpus)
                     saved = time.monotonic()
     finally:
         _save(lanes, corpus)
+
+
+def _time_for_points(lanes: Sequence[Lane]) -> bool:
+    return sum(lane.evaluating for lane in lanes) < _EVALUATION * sum(lane.trainer.seconds for lane in lanes)
 
 
 def _save(lanes: Sequence[Lane], corpus: Corpus) -> None:
