@@ -36,8 +36,8 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
         axes.plot(seconds, bits, color=colour, linewidth=2.2, marker="o", markersize=3.5)
     for name, level in baselines.items():
         axes.plot((0, last), (level, level), color=_FAINT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
-        label = {"color": _FAINT, "fontsize": 9, "va": "bottom"}
-        axes.annotate(f"{name}  {level:.2f}", (0, level), (6, 4), textcoords="offset points", **label)
+        label = f"{name}  {level:.2f}"
+        axes.annotate(label, (0, level), (6, 4), textcoords="offset points", color=_FAINT, fontsize=9, va="bottom")
     _style(axes, last)
     figure.draw_without_rendering()  # so that the axes have their place and labels can be kept apart
     _label_ends(axes, curves)
