@@ -37,6 +37,8 @@ _HOME = {
     "NotCompilable": "errors",
 }
 _MODULES = ("cells", "testing")
+# Who takes a name from here is about to compute: the compiler is imported with it, not in the first call.
+_COMPUTING = ("cell", "cells", "drop_in", "layers")
 
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604  # names, though not yet loaded
 
@@ -44,6 +46,8 @@ __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604  # names, though not yet loaded
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"fusecell.{_HOME[name]}"), name)
+        if _HOME[name] in _COMPUTING:
+            importlib.import_module("fusecell.runner").prepare()
     elif name in _MODULES:
         value = importlib.import_module(f"fusecell.{name}")
     else:

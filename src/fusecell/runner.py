@@ -7,6 +7,7 @@ function here when it is imported; runners stand above this module, so they are 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 import threading
@@ -28,6 +29,8 @@ __all__ = [
     "State",
     "active_runner",
     "autocasting",
+    "no_collection",
+    "prepare",
     "register",
     "run",
     "runner",
@@ -46,11 +49,13 @@ class Options:
         lengths: (N,) int64, row n is valid for t < lengths[n].
         resets: (T, N) bool, True puts a row back to the initial state before the step at t.
         reverse: run from the last step to the first.
+        recompute: keep the states only for the backward, which computes everything else again.
     """
 
     lengths: Tensor | None = None
     resets: Tensor | None = None
     reverse: bool = False
+    recompute: bool = False
 
 
 Runner = Callable[["Cell", State, State, Options], tuple[Tensor, State]]
@@ -131,8 +136,30 @@ def steps_of(inputs: State) -> int:
     return 1
 
 
+def prepare() -> None:
+    """Import the runner that calls will want, so that the first one needn't wait for it."""
+    if os.environ.get("FUSECELL_RUNNER", "auto") != "eager":
+        _load("auto")
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold back Python's cyclic garbage collector inside a ``with`` block.
+
+    Beside torch's objects a full collection takes longer than all else of a first call, and would find nothing.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _load(name: RunnerName) -> Runner:
-    importlib.import_module(_MODULES[name])
+    with no_collection():
+        importlib.import_module(_MODULES[name])
     return _RUNNERS[name]
 
 

@@ -16,7 +16,7 @@ from fusecell.compiler.program import Program, compile_step
 from fusecell.compiler.trace import Refusal
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
-from fusecell.runner import Options, State, register
+from fusecell.runner import Options, State, no_collection, register
 
 __all__ = ["find_program", "run_auto", "run_compiled"]
 
@@ -64,7 +64,8 @@ def _compiled(key: Hashable, cell: Cell, inputs: State) -> Program | Refusal:
         found = _programs.get(key)
         if found is None:
             features = [tuple(value.shape[2:]) for value in inputs]
-            found = _programs[key] = compile_step(cell, features, inputs[0].dtype)
+            with no_collection():
+                found = _programs[key] = compile_step(cell, features, inputs[0].dtype)
             if len(_programs) > _MOST_PROGRAMS:
                 _programs.popitem(last=False)
         return found
