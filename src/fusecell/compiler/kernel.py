@@ -1,10 +1,11 @@
-"""A kernel: machine code for one graph, and the block of words that it is called with."""
+"""A kernel: machine code for one graph, and what a call writes into its argument block."""
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,80 +18,158 @@ from fusecell.compiler.machine import Loaded, load
 from fusecell.compiler.passes import optimise
 from fusecell.compiler.schedule import Plan, plan
 from fusecell.compiler.target import host_target
+from fusecell.errors import CompilerError
 
-__all__ = ["Block", "Kernel", "compile_graph"]
-
-Block = Any
-"""A ctypes array of 64-bit words; it belongs to one call, so that kernels can run in many threads at once."""
+__all__ = ["Kernel", "RaggedRows", "compile_graph"]
 
 # What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them.
 CHUNK_BYTES = 384 * 1024
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
 
+_Places = tuple[int, ...]
+
+
+class _Words:
+    """The positions of an argument block's words, looked up by name once.
+
+    Attributes:
+        inputs, outputs, saved, weights: by name.
+        first, last, reset: of each state, in order.
+    """
+
+    def __init__(self, schedule: Plan, emitted: Emitted) -> None:
+        graph = schedule.graph
+        self._positions = {name: position for position, name in enumerate(emitted.words)}
+        sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
+        leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
+        self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
+        self.ragged = self._all("", "caller.order", "counts", "offsets")
+        self.resets = self._all("resets", "", ".step", ".row")
+        self.inputs = {name: self._all(f"in.{name}", *sequence) for name in leaves["input"] if not _is_saved(name)}
+        self.weights = {name: self._all(f"weight.{name}", *matrix) for name in leaves["weight"]}
+        self.first, self.last, self.reset = (
+            [self._all(f"{kind}.{name}", *rows) for name in schedule.states] for kind in ("first", "last", "reset")
+        )
+        self.saved = {buffer.name: self._positions[f"{buffer.name}.ptr"] for buffer in schedule.saved()}
+        self.outputs: dict[str, _Places] = {}
+        self.sums: dict[str, _Places] = {}
+        for label, index in graph.outputs.items():
+            if graph[index].type.kind == "sum":
+                self.sums[label] = self._all(f"out.{label}", *matrix)
+            elif not label.startswith(("state.", SAVED)):
+                self.outputs[label] = self._all(f"out.{label}", *sequence)
+        self._check(emitted)
+
+    def _all(self, name: str, *parts: str) -> _Places:
+        return tuple([self._positions[name + part] for part in parts])
+
+    def _check(self, emitted: Emitted) -> None:
+        tables = (self.inputs, self.weights, self.outputs, self.sums)
+        bound = {places[0] for table in tables for places in table.values()} | set(self.saved.values())
+        bound |= {places[0] for places in (*self.first, *self.last)}
+        missing = [name for name in emitted.pointers if self._positions[name] not in bound]
+        if missing:
+            raise CompilerError(f"a kernel would be called without {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Rows of different lengths, longest first: their order, how many take part in each step, and in all before it."""
+
+    order: Tensor
+    counts: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, lengths: Tensor, steps: int) -> RaggedRows:
+        longest, order = torch.sort(lengths, descending=True, stable=True)
+        counts = (longest > torch.arange(steps, device=lengths.device)[:, None]).sum(1)
+        return cls(order, counts, torch.cumsum(counts, 0) - counts)
+
 
 @dataclass(frozen=True)
 class Kernel:
     """Machine code for one graph; any number of steps and rows.
 
-    A call fills a :meth:`block` by name, through :meth:`sequence`, :meth:`rows` and :meth:`matrix`, and runs it.
+    Methods called ``give_...`` write into a block, which belongs to one call, so that a kernel can run in many
+    threads at once. They return the tensors they had to make, which must live until the kernel returns.
     """
 
     plan: Plan
     emitted: Emitted
     loaded: Loaded
     seconds: float
-    """How long it took to compile."""
+    """How long it took from the graph to callable code."""
     macs: int
     """Multiply-adds of a row's step."""
-    at: dict[str, int]
-    """Where each word is in a block."""
+    words: _Words
+    itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
-    words: type[Block]
-    inputs: tuple[str, ...]
-    """The inputs it reads, but for those saved by the forward."""
-    weights: tuple[str, ...]
+    _zeros: array[int]
 
-    def block(self) -> Block:
-        """A new block of words, all zero."""
-        return self.words()
+    def block(self) -> array[int]:
+        """A new argument block."""
+        return self._zeros[:]
 
-    def sequence(self, block: Block, name: str, value: Tensor) -> None:
-        """Give a (T, N, size) tensor, its features side by side; one of a single step stands for all steps."""
-        at, bytes_ = self.at[f"{name}.ptr"], value.element_size()
-        step, row, _ = value.stride()
-        block[at] = value.data_ptr()
-        block[at + 1] = 0 if value.shape[0] == 1 else step * bytes_
-        block[at + 2] = row * bytes_
+    def give_sequence(self, block: array[int], places: _Places, value: Tensor) -> Tensor:
+        """A (T, N, ...) tensor; one of a single step stands for all steps."""
+        if value.dim() != 3:
+            value = value.reshape(value.shape[0], value.shape[1], -1)
+        strides = value.stride()
+        if strides[2] != 1 and value.shape[2] > 1:
+            value = value.contiguous()
+            strides = value.stride()
+        ptr, step, row = places
+        block[ptr], block[row] = value.data_ptr(), strides[1] * self.itemsize
+        block[step] = strides[0] * self.itemsize if value.shape[0] > 1 else 0
+        return value
 
-    def rows(self, block: Block, name: str, value: Tensor) -> None:
-        """Give a (N, size) tensor, its features side by side."""
-        at = self.at[f"{name}.ptr"]
-        block[at] = value.data_ptr()
-        block[at + 1] = value.stride(0) * value.element_size()
+    def give_states(self, block: array[int], places: Iterable[_Places], state: Sequence[Tensor]) -> list[Tensor]:
+        """A (N, size) tensor for each state."""
+        kept = []
+        for (ptr, row), value in zip(places, state, strict=True):
+            strides = value.stride()
+            if strides[1] != 1 and value.shape[1] > 1:
+                value = value.contiguous()
+                strides = value.stride()
+                kept.append(value)
+            block[ptr], block[row] = value.data_ptr(), strides[0] * self.itemsize
+        return kept
 
-    def matrix(self, block: Block, name: str, value: Tensor) -> None:
-        """Give a weight, or the memory for its gradient, with any strides."""
-        at, bytes_ = self.at[f"{name}.ptr"], value.element_size()
-        block[at] = value.data_ptr()
-        for dim, stride in enumerate(value.stride(), 1):
-            block[at + dim] = stride * bytes_
+    def give_matrix(self, block: array[int], places: _Places, value: Tensor) -> Tensor:
+        """A weight, or the memory for its gradient, with any strides."""
+        if value.is_neg():
+            value = value.resolve_neg()
+        strides = value.stride()
+        ptr, stride0, stride1 = places
+        block[ptr], block[stride0] = value.data_ptr(), strides[0] * self.itemsize
+        if len(strides) > 1:
+            block[stride1] = strides[1] * self.itemsize
+        return value
 
-    def run(self, block: Block, steps: int, rows: int, *, reverse: bool) -> None:
-        """Run over a filled block."""
-        chunk, at = self.chunk_steps(steps, rows), self.at
-        scratch = torch.empty(self.emitted.scratch.bytes(rows, chunk) + 64, dtype=torch.uint8)
-        block[at["steps"]], block[at["rows"]] = steps, rows
-        block[at["chunk_steps"]], block[at["reverse"]] = chunk, reverse
-        block[at["scratch"]] = -(-scratch.data_ptr() // 64) * 64
+    def give_ragged(self, block: array[int], rows: RaggedRows) -> None:
+        """Rows of different lengths."""
+        for place, value in zip(self.words.ragged, (rows.order, rows.counts, rows.offsets), strict=True):
+            block[place] = value.data_ptr()
+
+    def give_resets(self, block: array[int], resets: Tensor) -> None:
+        """Which rows go back to the reset state, (T, N)."""
+        ptr, step, row = self.words.resets
+        block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
+
+    def run(self, block: array[int], steps: int, rows: int, reverse: bool, like: Tensor) -> None:
+        """Run over a filled block, in scratch memory of the call's own."""
+        size = self.emitted.scratch
+        chunk = max(1, min(steps, CHUNK_BYTES // max(size.per_chunk_row * rows, 1)))
+        # In the inputs' dtype: new_empty goes where they are, whatever the default device.
+        scratch = like.new_empty((size.bytes(rows, chunk) + 64) // self.itemsize + 1)
+        places = self.words.sizes
+        block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
+        block[places[3]], block[places[4]] = chunk, -(-scratch.data_ptr() // 64) * 64
         function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
-        function(ctypes.addressof(block))
-
-    def chunk_steps(self, steps: int, rows: int) -> int:
-        """How many steps are lifted at a time."""
-        each = self.emitted.scratch.per_chunk_row * rows
-        return max(1, min(steps, CHUNK_BYTES // max(each, 1)))
+        function(block.buffer_info()[0])
 
 
 def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
@@ -99,6 +178,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
     target = host_target()
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
+    words = _Words(schedule, emitted)
     loaded = load(emitted.text, ["run"], target)
     address = loaded.address("run")
     return Kernel(
@@ -107,17 +187,16 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         loaded,
         time.perf_counter() - began,
         _macs(schedule),
-        {name: index for index, name in enumerate(emitted.words)},
+        words,
+        4 if graph.dtype == "f32" else 8,
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-        ctypes.c_int64 * len(emitted.words),
-        tuple(name for name in _names(schedule, "input") if not name.startswith(SAVED)),
-        tuple(_names(schedule, "weight")),
+        array("q", bytes(8 * len(emitted.words))),
     )
 
 
-def _names(schedule: Plan, op: str) -> list[str]:
-    return [schedule.graph[index].name for index in schedule.graph.leaves(op)]
+def _is_saved(name: str) -> bool:
+    return name.startswith(SAVED)
 
 
 def _macs(schedule: Plan) -> int:
@@ -126,5 +205,6 @@ def _macs(schedule: Plan) -> int:
     total = sum(found.height * found.width for found in schedule.sums if found.a is not None)
     for _, node in graph:
         if node.op == "affine":
-            total += sum((term["rows"][1] - term["rows"][0]) * node.size for term in node.attrs["terms"])
+            terms: Any = node.attrs["terms"]
+            total += sum((term["rows"][1] - term["rows"][0]) * node.size for term in terms)
     return total

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["signature"]
+__all__ = ["Key", "signature", "split_numbers"]
 
 Key = tuple[Any, ...]
 
 _ATOMS = frozenset((bool, int, str, type(None), torch.dtype, torch.device))
+_NUMBERS = (int, float)
 _OWN = frozenset(vars(nn.Module()))
-_CONSTANT = (type, FunctionType, BuiltinFunctionType, MethodType, torch._ops.OperatorBase)
+_CONSTANT = (type, FunctionType, BuiltinFunctionType, torch._ops.OperatorBase)
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
@@ -30,6 +31,7 @@ def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
     A value stands as (name, type, content), without the name in a sequence; a container's content is a tuple of such.
     """
     seen = {} if _seen is None else _seen
+    seen.setdefault(id(module), len(seen))
     state = vars(module)
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
     hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
@@ -47,6 +49,30 @@ def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
             found.append((name, *_tensor(tensor, seen)))
     for name, part in state["_modules"].items():
         found.append((name, type(part), () if part is None else signature(part, seen)))
+    return tuple(found)
+
+
+def split_numbers(key: Key) -> tuple[Key, dict[str, Any]]:
+    """A signature with its numbers blanked out, and the numbers by the path of their attribute."""
+    numbers: dict[str, Any] = {}
+    return _blanked(key, "", numbers), numbers
+
+
+def _blanked(entries: Key, path: str, numbers: dict[str, Any]) -> Key:
+    found: list[Any] = []
+    for index, entry in enumerate(entries):
+        if type(entry) is not tuple:
+            found.append(entry)
+            continue
+        named = isinstance(entry[0], str)
+        here = f"{path}.{entry[0]}".strip(".") if named else f"{path}[{index}]"
+        kind, content = entry[named], entry[-1]
+        if kind in _NUMBERS or (isinstance(kind, type) and issubclass(kind, np.number)):
+            numbers[here] = content
+            content = None
+        elif type(content) is tuple:
+            content = _blanked(content, here, numbers)
+        found.append((*entry[:-1], content))
     return tuple(found)
 
 
@@ -72,6 +98,8 @@ def _frozen(value: Any, seen: dict[int, int]) -> Key:
         return kind, tuple([_frozen(item, seen) for item in value])
     if isinstance(value, Mapping):
         return kind, tuple([(repr(key), *_frozen(item, seen)) for key, item in value.items()])
+    if isinstance(value, MethodType):
+        return kind, (value.__func__, _frozen(value.__self__, seen))
     if isinstance(value, _CONSTANT):
         return kind, value
     return kind, _object(value, seen)

@@ -193,19 +193,21 @@ def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> G
 
 
 def _with_all_states(made: Graph, joint: Graph, carried: dict[str, int | None]) -> Graph:
-    """A state that no gradient flows back through goes on with zeros; one whose gradient nobody reads is a leaf."""
+    """Every state in the cell's order; one that no gradient flows back through goes on with zeros."""
     builder = Builder(made.title, made.dtype)
+    states = [joint[index] for index in joint.leaves("state")]
+    leaves = {
+        f"grad.{node.name}": builder.append("state", (), {"shape": [node.size]}, f"grad.{node.name}") for node in states
+    }
     new: dict[int, int] = {}
     for index, node in made:
-        new[index] = builder.append(node.op, [new[arg] for arg in node.args], node.attrs, node.name)
+        if node.op == "state":
+            new[index] = leaves[node.name]
+        else:
+            new[index] = builder.append(node.op, [new[arg] for arg in node.args], node.attrs, node.name)
     outputs = {label: new[index] for label, index in made.outputs.items()}
-    present = {made[index].name for index in made.leaves("state")}
-    sizes = {joint[index].name: joint[index].size for index in joint.leaves("state")}
-    for label, value in carried.items():
-        name = label.removeprefix("state.")
-        size = sizes[name.removeprefix("grad.")]
-        if name not in present:
-            builder.append("state", (), {"shape": [size]}, name)
-        if value is None:
-            outputs[label] = builder.add("broadcast", builder.const(0.0), size=size)
+    for node in states:
+        if carried[f"state.grad.{node.name}"] is None:
+            zeros = builder.add("broadcast", builder.const(0.0), size=node.size)
+            outputs[f"state.grad.{node.name}"] = zeros
     return Graph(made.title, made.dtype, tuple(builder.nodes), outputs)

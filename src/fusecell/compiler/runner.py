@@ -5,34 +5,37 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
 from fusecell.compiler.keys import signature
 from fusecell.compiler.program import Program, compile_step
 from fusecell.compiler.trace import Refusal
+from fusecell.compiler.training import Learner, compile_learner
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
 from fusecell.runner import Options, State, no_collection, register
 
-__all__ = ["find_program", "run_auto", "run_compiled"]
+__all__ = ["find_learner", "find_program", "run_auto", "run_compiled"]
 
 _EXACT = (Tensor, nn.Parameter)
 _MOST_PROGRAMS = 256
-_programs: OrderedDict[Hashable, Program | Refusal] = OrderedDict()
+Made = TypeVar("Made")
 _lock = threading.RLock()
 _warned: set[type[Cell]] = set()
 
 
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code, or raise NotCompilable with the reasons."""
-    reasons = _call_reasons(cell, inputs, state)
+    reasons = _call_reasons(inputs, state)
     if not reasons:
-        program = find_program(cell, inputs)
-        if isinstance(program, Program):
+        program = _find(cell, inputs, state)
+        if not isinstance(program, Refusal):
             return program(cell, inputs, state, options)
         reasons = program.reasons
     raise NotCompilable(type(cell).__name__, reasons)
@@ -40,10 +43,10 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code where it can be, else the Python loop; say so once per cell that can't be compiled."""
-    if torch.compiler.is_compiling() or _call_reasons(cell, inputs, state):
+    if torch.compiler.is_compiling() or _call_reasons(inputs, state):
         return run_eager(cell, inputs, state, options)
-    program = find_program(cell, inputs)
-    if isinstance(program, Program):
+    program = _find(cell, inputs, state)
+    if not isinstance(program, Refusal):
         return program(cell, inputs, state, options)
     if type(cell) not in _warned:
         _warned.add(type(cell))
@@ -52,26 +55,41 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
     return run_eager(cell, inputs, state, options)
 
 
-def find_program(cell: Cell, inputs: State) -> Program | Refusal:
-    """The program for a cell as it is now; compiled on first use, for the target of that moment."""
-    features = tuple([value.shape[2:] for value in inputs])
-    key = (signature(cell), features, inputs[0].dtype)
-    return _programs.get(key) or _compiled(key, cell, inputs)
+class _Kept(Generic[Made]):
+    """What was made of cells, by all that it depends on; the oldest goes first."""
+
+    def __init__(self, build: Callable[[Cell, Sequence[tuple[int, ...]], torch.dtype], Made | Refusal]) -> None:
+        self._build = build
+        self._made: OrderedDict[Hashable, Made | Refusal] = OrderedDict()
+
+    def find(self, cell: Cell, inputs: State) -> Made | Refusal:
+        """What was made for a cell as it is now; made on first use, for the target of that moment."""
+        key = (signature(cell), tuple([value.shape[2:] for value in inputs]), inputs[0].dtype)
+        return self._made.get(key) or self._new(key, cell, inputs)
+
+    def _new(self, key: Hashable, cell: Cell, inputs: State) -> Made | Refusal:
+        with _lock:
+            found = self._made.get(key)
+            if found is None:
+                features = [tuple(value.shape[2:]) for value in inputs]
+                with no_collection():
+                    found = self._made[key] = self._build(cell, features, inputs[0].dtype)
+                if len(self._made) > _MOST_PROGRAMS:
+                    self._made.popitem(last=False)
+            return found
 
 
-def _compiled(key: Hashable, cell: Cell, inputs: State) -> Program | Refusal:
-    with _lock:
-        found = _programs.get(key)
-        if found is None:
-            features = [tuple(value.shape[2:]) for value in inputs]
-            with no_collection():
-                found = _programs[key] = compile_step(cell, features, inputs[0].dtype)
-            if len(_programs) > _MOST_PROGRAMS:
-                _programs.popitem(last=False)
-        return found
+_programs = _Kept(compile_step)
+_learners = _Kept(compile_learner)
+find_program = _programs.find
+find_learner = _learners.find
 
 
-def _call_reasons(cell: Cell, inputs: State, state: State) -> tuple[str, ...]:
+def _find(cell: Cell, inputs: State, state: State) -> Program | Learner | Refusal:
+    return (find_learner if _needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
+
+
+def _call_reasons(inputs: State, state: State) -> tuple[str, ...]:
     """Why this call, whatever its cell, must run eagerly; empty if it need not."""
     dtype = inputs[0].dtype
     usual = dtype is torch.float32 or dtype is torch.float64
@@ -80,10 +98,10 @@ def _call_reasons(cell: Cell, inputs: State, state: State) -> tuple[str, ...]:
         usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
     if not usual:
         return _tensor_reasons((*inputs, *state))
-    if torch.is_grad_enabled() and _needs_gradient(cell, (*inputs, *state)):
-        return ("A gradient is asked for: use torch.no_grad() or torch.inference_mode().",)
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return ("A transform of torch.func or a dispatch mode is active.",)
+    if forward_ad._current_level >= 0:
+        return ("Forward-mode differentiation is active.",)
     return ()
 
 
@@ -103,6 +121,8 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
 
 
 def _needs_gradient(cell: Cell, tensors: State) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     if any(value.requires_grad for value in tensors) or any(value.requires_grad for value in cell.parameters()):
         return True
     return any(isinstance(value, Tensor) and value.requires_grad for value in vars(cell).values())

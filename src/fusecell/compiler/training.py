@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
-from fusecell.compiler.kernel import Block, Kernel, compile_graph
+from fusecell.compiler.kernel import Kernel, RaggedRows, compile_graph
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves, partition
-from fusecell.compiler.trace import Traced
+from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.eager import run_eager
 from fusecell.runner import Options, State, steps_of
 
-__all__ = ["Learner", "Training"]
+__all__ = ["Learner", "Training", "compile_learner"]
 
 
 @dataclass
@@ -37,41 +38,15 @@ class Training:
         """The kernel of the gradient."""
         return compile_graph(self.halves.backward, backward=True)
 
-    def named(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The weights by the names of their leaves."""
-        graph = self.traced.graph
-        return dict(zip((graph[index].name for index in graph.leaves("weight")), weights, strict=True))
+    @cached_property
+    def saved(self) -> tuple[tuple[str, int], ...]:
+        """Each kept value's name, and its numbers per row and step, padded to whole vectors."""
+        return tuple((name, -(-size // LANES) * LANES) for name, size in self.halves.saved)
 
-    @property
+    @cached_property
     def saved_numbers(self) -> int:
-        """Numbers kept per row and step, padded to whole vectors."""
-        return sum(_padded(size) for _, size in self.halves.saved)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Which rows take part in which steps; all of them in all where there are no lengths."""
-
-    steps: int
-    rows: int
-    total: int
-    order: Tensor | None = None
-    counts: Tensor | None = None
-    offsets: Tensor | None = None
-
-    @classmethod
-    def of(cls, steps: int, rows: int, lengths: Tensor | None) -> _Rows:
-        if lengths is None:
-            return cls(steps, rows, steps * rows)
-        longest, order = torch.sort(lengths, descending=True, stable=True)
-        counts = (longest > torch.arange(steps)[:, None]).sum(1)
-        offsets = torch.cumsum(counts, 0) - counts
-        return cls(steps, rows, int(counts.sum()), order, counts, offsets)
-
-    def give(self, kernel: Kernel, block: Block) -> None:
-        if self.order is not None and self.counts is not None and self.offsets is not None:
-            for name, value in (("caller.order", self.order), ("counts", self.counts), ("offsets", self.offsets)):
-                block[kernel.at[name]] = value.data_ptr()
+        """Numbers kept per row and step in all."""
+        return sum(size for _, size in self.saved)
 
 
 @dataclass(frozen=True)
@@ -81,84 +56,94 @@ class _Call:
     cell: Cell
     training: Training
     options: Options
-    rows: _Rows
-    counts: tuple[int, ...]
-    """How many of the tensors are inputs, states, states to go back to, and weights; what those come from follows."""
-
-    def new_rows(self, like: Tensor, size: int) -> Tensor:
-        """Memory for a (T, N, size) result; zero where rows end before the others."""
-        new = like.new_empty if self.rows.counts is None else like.new_zeros
-        return new(self.rows.steps, self.rows.rows, size)
-
-    def run(self, kernel: Kernel, block: Block, saved: Tensor, *, reverse: bool) -> None:
-        """Run a kernel, its block filled but for what forward and backward have in common."""
-        here = -(-saved.data_ptr() // 64) * 64
-        for name, size in self.training.halves.saved:
-            # Each saved value has a region of its own, a row for every row of every step.
-            position = kernel.at.get(f"{name}.ptr")
-            if position is not None:
-                block[position] = here
-            here += self.rows.total * _padded(size) * saved.element_size()
-        self.rows.give(kernel, block)
-        resets = self.options.resets
-        if resets is not None:
-            at = kernel.at["resets"]
-            block[at] = resets.data_ptr()
-            block[at + 1], block[at + 2] = resets.stride()
-        kernel.run(block, self.rows.steps, self.rows.rows, reverse=reverse)
+    steps: int
+    rows: int
+    ragged: RaggedRows | None
+    ends: tuple[int, ...]
+    """Where among the tensors inputs, states, states to go back to, and weights end; what weights come from follows."""
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[State, State, State, State, State]:
         """The tensors of a call by what they are."""
-        ends = list(accumulate(self.counts))
-        inputs, state, resets, weights = (tuple(tensors[a:b]) for a, b in pairwise([0, *ends]))
-        return inputs, state, resets, weights, tuple(tensors[ends[-1] :])
+        a, b, c, d = self.ends
+        return tuple(tensors[:a]), tuple(tensors[a:b]), tuple(tensors[b:c]), tuple(tensors[c:d]), tuple(tensors[d:])
+
+    @cached_property
+    def all_rows(self) -> int:
+        """The rows of all steps."""
+        return self.steps * self.rows if self.ragged is None else int(self.ragged.counts.sum())
+
+    def new_rows(self, like: Tensor, size: int) -> Tensor:
+        """Memory for a (T, N, size) result; zero where rows end before the others."""
+        new = like.new_empty if self.ragged is None else like.new_zeros
+        return new(self.steps, self.rows, size)
+
+    def run(self, kernel: Kernel, block: array[int], saved: Tensor, *, reverse: bool) -> None:
+        """Run a kernel, its block filled but for what forward and backward have in common."""
+        here = -(-saved.data_ptr() // 64) * 64
+        places = kernel.words.saved
+        for name, size in self.training.saved:
+            # Each saved value has a region of its own, a row for every row of every step.
+            if name in places:
+                block[places[name]] = here
+            here += self.all_rows * size * kernel.itemsize
+        if self.ragged is not None:
+            kernel.give_ragged(block, self.ragged)
+        if self.options.resets is not None:
+            kernel.give_resets(block, self.options.resets)
+        kernel.run(block, self.steps, self.rows, reverse, saved)
 
 
 class Learner:
     """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met."""
 
-    def __init__(self, traced: Traced) -> None:
+    def __init__(self, traced: Traced, inputs: Sequence[str]) -> None:
         self.traced = traced
-        self._made: dict[tuple[frozenset[str], bool], Training] = {}
+        names = traced.weight_names
+        self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
+        self._made: dict[tuple[bool, ...], Training] = {}
         self._lock = threading.Lock()
-        weights = [traced.graph[index].name for index in traced.graph.leaves("weight")]
-        self._labels = [f"grad.weight.{name}" for name in weights]
 
-    def __call__(
-        self, cell: Cell, inputs: State, state: State, options: Options, *, recompute: bool = False
-    ) -> tuple[Tensor, State]:
+    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
-        weights = self.traced.weights.values(cell)
-        labels = [*(f"grad.input.{name}" for name in cell.inputs), *self._labels]
-        pairs = zip(labels, (*inputs, *weights), strict=True)
-        training = self.training(frozenset(label for label, value in pairs if value.requires_grad), recompute)
-        rows = inputs[0].shape[1]
+        prologue = self.traced.weights
+        weights = prologue.values(cell)
+        flags = tuple([value.requires_grad for value in (*inputs, *weights)])
+        training = self._made.get((options.recompute, *flags)) or self.training(flags, options.recompute)
+        steps, rows = steps_of(inputs), inputs[0].shape[1]
         resets: State = ()
         if options.resets is not None:
-            like = state[0] if state else inputs[0]
-            resets = tuple(cell.initial_state(rows, dtype=like.dtype, device=like.device))
-        call = _Call(
-            cell,
-            training,
-            options,
-            _Rows.of(steps_of(inputs), rows, options.lengths),
-            (len(inputs), len(state), len(resets), len(weights)),
-        )
-        originals = self.traced.weights.originals(cell)
-        outputs, *after = _Scan.apply(call, *inputs, *state, *resets, *weights, *originals)  # type: ignore[no-untyped-call]
+            resets = tuple(cell.initial_state(rows, dtype=inputs[0].dtype, device=inputs[0].device))
+        ragged = None if options.lengths is None else RaggedRows.of(options.lengths, steps)
+        ends = tuple(accumulate((len(inputs), len(state), len(resets), len(weights))))
+        call = _Call(cell, training, options, steps, rows, ragged, ends)
+        tensors = (*inputs, *state, *resets, *weights, *prologue.originals(cell))
+        outputs, *after = _Scan.apply(call, *tensors)  # type: ignore[no-untyped-call]
         return outputs, tuple(after)
 
-    def training(self, wanted: frozenset[str], recompute: bool) -> Training:
-        """The kernels for some gradients, compiled on first use."""
-        found = self._made.get((wanted, recompute))
-        if found is None:
-            with self._lock:
-                found = self._made.get((wanted, recompute))
-                if found is None:
-                    halves = partition(self.traced.graph, wanted, recompute=recompute)
-                    found = Training(self.traced, halves, compile_graph(halves.forward))
-                    self._made[wanted, recompute] = found
-        return found
+    def training(self, flags: Sequence[bool], recompute: bool) -> Training:
+        """The kernels for some gradients, compiled on first use.
+
+        Arguments:
+            flags: for each input, then each weight, whether its gradient is wanted.
+            recompute: keep the states only, and compute everything else again in the backward.
+        """
+        key = (recompute, *flags)
+        with self._lock:
+            if key not in self._made:
+                wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
+                halves = partition(self.traced.graph, wanted, recompute=recompute)
+                self._made[key] = Training(self.traced, halves, compile_graph(halves.forward))
+            return self._made[key]
+
+
+def compile_learner(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Learner | Refusal:
+    """Trace a cell's step and its gradient.
+
+    Arguments:
+        features: the feature shape of each input, what follows (T, N).
+    """
+    traced = trace(cell, features, dtype, gradients=True)
+    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs)
 
 
 class _Scan(torch.autograd.Function):
@@ -167,22 +152,24 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, state, resets, weights, _ = call.split(tensors)
-        training, rows = call.training, call.rows
-        kernel = training.forward
-        block = kernel.block()
-        like = state[0] if state else inputs[0]
-        saved = like.new_empty(rows.total * training.saved_numbers + 4 * LANES)
+        kernel = call.training.forward
+        words, block = kernel.words, kernel.block()
+        like = inputs[0]
+        saved = like.new_empty(call.all_rows * call.training.saved_numbers + 4 * LANES)
         outputs = call.new_rows(like, call.cell.output_size)
-        after = tuple(value.new_empty(value.shape) for value in state)
-        sequences = {name: _sequence(value) for name, value in zip(call.cell.inputs, inputs, strict=True)}
-        _give_leaves(kernel, block, sequences, training.named(weights))
-        kernel.sequence(block, "out.output", outputs)
-        kept = _give_states(kernel, block, call.cell.states, state, after, resets)
+        after = tuple([value.new_empty(value.shape) for value in state])
+        kept: list[object] = _give_leaves(
+            call, kernel, block, dict(zip(call.cell.inputs, inputs, strict=True)), weights
+        )
+        kernel.give_sequence(block, words.outputs["output"], outputs)
+        kept.append(kernel.give_states(block, words.first, state))
+        kernel.give_states(block, words.last, after)
+        if resets:
+            kept.append(kernel.give_states(block, words.reset, resets))
         call.run(kernel, block, saved, reverse=call.options.reverse)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *tensors)
-        del kept
         return outputs, *after
 
     @staticmethod
@@ -201,46 +188,71 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The backward kernel; the gradients in the order of ``tensors``."""
     inputs, state, resets, weights, originals = call.split(tensors)
-    training, cell = call.training, call.cell
-    kernel = training.backward
-    block = kernel.block()
-    output = saved.new_zeros(1, call.rows.rows, cell.output_size) if grads[0] is None else grads[0]
-    sequences = {name: _sequence(value) for name, value in zip(cell.inputs, inputs, strict=True)}
-    sequences["grad.output"] = _sequence(output)
-    named = training.named(weights)
-    _give_leaves(kernel, block, sequences, named)
-    for_inputs: dict[str, Tensor] = {}
-    for_weights: dict[str, Tensor] = {}
-    for label in kernel.plan.graph.outputs:
-        if label.startswith("grad.input."):
-            name = label.removeprefix("grad.input.")
-            for_inputs[name] = call.new_rows(saved, sequences[name].shape[2])
-            kernel.sequence(block, f"out.{label}", for_inputs[name])
-        elif label.startswith("grad.weight."):
-            name = label.removeprefix("grad.weight.")
-            for_weights[name] = torch.zeros_like(named[name], memory_format=torch.contiguous_format)
-            kernel.matrix(block, f"out.{label}", for_weights[name])
+    cell, kernel = call.cell, call.training.backward
+    words, block = kernel.words, kernel.block()
+    output = saved.new_zeros(1, call.rows, cell.output_size) if grads[0] is None else grads[0]
+    sequences = dict(zip((*cell.inputs, "grad.output"), (*inputs, output), strict=True))
+    kept: list[object] = _give_leaves(call, kernel, block, sequences, weights)
+    for_inputs = {}
+    for label, places in words.outputs.items():
+        name = label.removeprefix("grad.input.")
+        for_inputs[name] = call.new_rows(saved, sequences[name][0, 0].numel())
+        kernel.give_sequence(block, places, for_inputs[name])
+    names = call.training.traced.weight_names
+    for_weights = {}
+    for label, places in words.sums.items():
+        name = label.removeprefix("grad.weight.")
+        for_weights[name] = torch.zeros_like(weights[names.index(name)], memory_format=torch.contiguous_format)
+        kernel.give_matrix(block, places, for_weights[name])
     after = [saved.new_zeros(value.shape) if g is None else g for g, value in zip(grads[1:], state, strict=True)]
     before = [saved.new_empty(value.shape) for value in state]
     cut = [saved.new_zeros(value.shape) for value in resets]
-    kept = _give_states(kernel, block, [f"grad.{name}" for name in cell.states], after, before, cut)
+    kept += [after, kernel.give_states(block, words.first, after)]
+    kernel.give_states(block, words.last, before)
+    if resets:
+        kernel.give_states(block, words.reset, cut)
     call.run(kernel, block, saved, reverse=not call.options.reverse)
-    del kept
     found = [_like_input(for_inputs.get(name), value) for name, value in zip(cell.inputs, inputs, strict=True)]
-    return [*found, *before, *cut, *map(for_weights.get, named), *[None] * len(originals)]
+    return [*found, *before, *cut, *map(for_weights.get, names), *[None] * len(originals)]
+
+
+def _give_leaves(
+    call: _Call, kernel: Kernel, block: array[int], sequences: dict[str, Tensor], weights: State
+) -> list[object]:
+    """Give what a kernel reads of the inputs and weights; returns what must live until it returns."""
+    words = kernel.words
+    kept: list[object] = [kernel.give_sequence(block, places, sequences[name]) for name, places in words.inputs.items()]
+    for name, value in zip(call.training.traced.weight_names, weights, strict=True):
+        places = words.weights.get(name)
+        if places is not None:
+            kept.append(kernel.give_matrix(block, places, value))
+    return kept
+
+
+def _like_input(grad: Tensor | None, value: Tensor) -> Tensor | None:
+    """A gradient in its input's shape; one that was the same at all steps has the sum over them."""
+    if grad is None:
+        return None
+    if value.shape[0] != grad.shape[0]:
+        grad = grad.sum(0, keepdim=True)
+    return grad.reshape(value.shape)
 
 
 def _differentiable(
     call: _Call, tensors: list[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
+    # Aliases, so that a tensor that went in twice gets both of its gradients once.
     aliases = [value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True)]
     inputs, state, resets, weights, originals = call.split(aliases)
     prologue = call.training.traced.weights
     cell = bound(call.cell, prologue.bindings(weights, originals), resets)
     outputs, after = run_eager(cell, inputs, state, call.options)
-    pairs = [(value, grad) for value, grad in zip((outputs, *after), grads, strict=True) if grad is not None]
-    pairs = [(value, grad) for value, grad in pairs if value.requires_grad]
+    pairs = [
+        (value, grad)
+        for value, grad in zip((outputs, *after), grads, strict=True)
+        if grad is not None and value.requires_grad
+    ]
     chosen = [index for index, need in enumerate(needed) if need]
     found = torch.autograd.grad(
         [value for value, _ in pairs],
@@ -253,41 +265,3 @@ def _differentiable(
     for index, grad in zip(chosen, found, strict=True):
         result[index] = grad
     return result
-
-
-def _give_leaves(kernel: Kernel, block: Block, sequences: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    for name in kernel.inputs:
-        kernel.sequence(block, f"in.{name}", sequences[name])
-    for name in kernel.weights:
-        kernel.matrix(block, f"weight.{name}", weights[name])
-
-
-def _give_states(
-    kernel: Kernel, block: Block, names: Sequence[str], first: Sequence[Tensor], last: State | list[Tensor], reset: Any
-) -> list[Tensor]:
-    """Give the states to start from, to leave and to go back to; returns what must live as long as the call."""
-    kept = []
-    for kind, values in (("first", first), ("last", last), ("reset", reset)):
-        for name, value in zip(names, values, strict=False):
-            kept.append(value if value.shape[1] < 2 or value.stride(1) == 1 else value.contiguous())
-            kernel.rows(block, f"{kind}.{name}", kept[-1])
-    return kept
-
-
-def _padded(size: int) -> int:
-    return -(-size // LANES) * LANES
-
-
-def _sequence(value: Tensor) -> Tensor:
-    """An input as (T, N, size), its features side by side."""
-    flat = value if value.dim() == 3 else value.reshape(value.shape[0], value.shape[1], -1)
-    return flat if flat.shape[2] < 2 or flat.stride(2) == 1 else flat.contiguous()
-
-
-def _like_input(grad: Tensor | None, value: Tensor) -> Tensor | None:
-    """A gradient in its input's shape; one that was the same at all steps has the sum over them."""
-    if grad is None:
-        return None
-    if value.shape[0] != grad.shape[0]:
-        grad = grad.sum(0, keepdim=True)
-    return grad.reshape(value.shape)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import CodeType, FrameType
 from typing import Any
 
@@ -41,6 +42,11 @@ class Traced:
 
     graph: Graph
     weights: Prologue
+
+    @cached_property
+    def weight_names(self) -> tuple[str, ...]:
+        """The names of the weight leaves, in order."""
+        return tuple(self.graph[index].name for index in self.graph.leaves("weight"))
 
 
 @dataclass(frozen=True)
