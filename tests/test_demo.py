@@ -401,7 +401,7 @@ def test_an_interruption_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
         return advance(self, used)
 
     monkeypatch.setattr(Trainer, "advance", interrupted)
-    monkeypatch.setattr("fusecell.demo.job.fastest_threads", lambda work: 1)
+    monkeypatch.setattr("fusecell.demo.job.fastest_threads", lambda work, most: 1)
     with pytest.raises(KeyboardInterrupt):
         run_demo(TINY, seconds=60, steps=9, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=quiet())
     assert load_checkpoint(corpus, tmp_path / "fusecell").step == 4

@@ -42,7 +42,7 @@ def _root(
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train, all layers together.")] = 90.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train, all layers together.")] = 80.0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many updates of each, if that is sooner.")
     ] = None,

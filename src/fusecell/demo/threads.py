@@ -10,7 +10,7 @@ import torch
 __all__ = ["fastest_threads"]
 
 
-def fastest_threads(work: Callable[[], object], most: int | None = None, repeats: int = 3) -> int:
+def fastest_threads(work: Callable[[], object], most: int | None = None, repeats: int = 5) -> int:
     """The number of torch threads that runs ``work`` fastest, of 1, 2, 4 ... ``most``; the smaller where it is close.
 
     Arguments:
