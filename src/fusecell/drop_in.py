@@ -8,6 +8,7 @@ so that functional_call, parametrizations, replicas and ``.data`` are seen and n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ __all__ = ["GRU", "LSTM", "RNN"]
 
 _CONTAINERS = tuple((name, type(value)) for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not isinstance(value, dict | set)}
-_PLAIN = Options()
+_PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)}
 
 
 class _Scanned:
@@ -44,6 +45,11 @@ class _Scanned:
     proj_size: int
     training: bool
     _parameters: dict[str, nn.Parameter | None]
+    recompute: bool = False
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
 
     def forward(
         self,
@@ -89,14 +95,15 @@ class _Scanned:
             return result
         packing = None if packed is None else Packing.open(packed)
         if packing is not None:
-            x, options = packing.padded(x), Options(packing.lengths)
+            x, options = packing.padded(x), Options(packing.lengths, recompute=self.recompute)
         elif lengths is None and resets is None:
-            options = _PLAIN
+            options = _PLAIN[self.recompute]
         else:
             steps, device = x.shape[0], x.device
             options = Options(
                 check_lengths(lengths, steps, rows, device),
                 check_resets(resets, steps, rows, device, batch_first=self.batch_first, unbatched=unbatched),
+                recompute=self.recompute,
             )
         outputs, after = self._scan(cells, x, self._start(cells, given, packing, rows), options, packing)
         if packing is not None:
@@ -147,7 +154,7 @@ class _Scanned:
         """Scan every layer in every direction: outputs (T, N, features), states stacked."""
         directions = [options]
         if self.bidirectional:
-            directions.append(Options(options.lengths, options.resets, reverse=True))
+            directions.append(replace(options, reverse=True))
         after: list[State] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -249,6 +256,10 @@ class _Scanned:
         """Whether torch's own kernels (cuDNN and its like) compute this layer, for want of ours on the device."""
         return not x.is_cpu and x.numel() > 0
 
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()  # type: ignore[misc]
+        return text + (", recompute=True" if self.recompute else "")
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.num_layers == 1 and not self.bidirectional:
             state_dict = layer_keys(state_dict, prefix)
@@ -276,6 +287,7 @@ class RNN(_Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than to
     Arguments:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as
             in torch.nn.RNN, in this order.
+        recompute: as in :class:`fusecell.Recurrent`.
 
     Raises:
         TypeError, ValueError: as torch.nn.RNN.
@@ -307,6 +319,7 @@ class GRU(_Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than to
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
             torch.nn.GRU, in this order.
         reset_after: False for the original equation, as in :class:`fusecell.GRUCell`.
+        recompute: as in :class:`fusecell.Recurrent`.
 
     Raises:
         TypeError, ValueError: as torch.nn.GRU.

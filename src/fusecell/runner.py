@@ -108,6 +108,38 @@ def runner(name: RunnerName) -> Iterator[None]:
         _CHOICE.name = before
 
 
+@contextmanager
+def recompute(enabled: bool = True) -> Iterator[None]:
+    """Keep less for the backward inside a ``with`` block, in this thread.
+
+    Training keeps, for each row and step, the products and transcendentals that the gradient needs: for a GRU five
+    numbers per unit. Recomputing keeps the states only and works out the rest in the backward, for about a third more
+    arithmetic. The layers' keyword ``recompute=True`` does the same for one layer.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> gru = fc.GRU(5, 10)
+        >>> with fc.recompute():
+        ...     y, h = gru(torch.randn(7, 3, 5))
+        >>> y.sum().backward()
+
+    Arguments:
+        enabled: False to switch it off again inside another block; a layer's own ``recompute=True`` stays.
+    """
+    before = recomputing()
+    _CHOICE.recompute = enabled
+    try:
+        yield
+    finally:
+        _CHOICE.recompute = before
+
+
+def recomputing() -> bool:
+    """Whether ``with recompute():`` is in force in this thread."""
+    found: bool = getattr(_CHOICE, "recompute", False)
+    return found
+
+
 def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run ``cell`` over ``inputs``, each (T, N, ...) or (1, N, ...), with the runner in force.
 

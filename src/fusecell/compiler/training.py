@@ -20,7 +20,7 @@ from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves, partition
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.eager import run_eager
-from fusecell.runner import Options, State, steps_of
+from fusecell.runner import Options, State, recomputing, steps_of
 
 __all__ = ["Learner", "Training", "compile_learner"]
 
@@ -108,7 +108,8 @@ class Learner:
         prologue = self.traced.weights
         weights = prologue.values(cell)
         flags = tuple([value.requires_grad for value in (*inputs, *weights)])
-        training = self._made.get((options.recompute, *flags)) or self.training(flags, options.recompute)
+        recompute = options.recompute or recomputing()
+        training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
         steps, rows = steps_of(inputs), inputs[0].shape[1]
         resets: State = ()
         if options.resets is not None:

@@ -31,18 +31,23 @@ class Recurrent(nn.Module):
         cell: any :class:`fusecell.Cell`, a :class:`fusecell.Stack` of them included.
         batch_first: input and output are (N, T, features) instead of (T, N, features). States never are.
         reverse: run from the last step to the first.
+        recompute: keep the states only for the backward, which computes everything else again: less memory, about a
+            third more arithmetic. See :func:`fusecell.recompute`.
 
     Raises:
         TypeError: if ``cell`` is not a fusecell cell.
     """
 
-    def __init__(self, cell: Cell, *, batch_first: bool = False, reverse: bool = False) -> None:
+    def __init__(
+        self, cell: Cell, *, batch_first: bool = False, reverse: bool = False, recompute: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
             raise TypeError(f"Recurrent: {not_a_cell(cell)}")
         self.cell = cell
         self.batch_first = batch_first
         self.reverse = reverse
+        self.recompute = recompute
 
     @property
     def input_size(self) -> int:
@@ -69,10 +74,11 @@ class Recurrent(nn.Module):
             resets=resets,
             reverse=self.reverse,
             batch_first=self.batch_first,
+            recompute=self.recompute,
         )
 
     def extra_repr(self) -> str:
-        flags = {"batch_first": self.batch_first, "reverse": self.reverse}
+        flags = {"batch_first": self.batch_first, "reverse": self.reverse, "recompute": self.recompute}
         return ", ".join(f"{name}=True" for name, value in flags.items() if value)
 
 

@@ -33,6 +33,7 @@ def scan(
     resets: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor | State]:
     r"""Run a cell over a whole sequence.
 
@@ -55,6 +56,8 @@ def scan(
         resets: bool (T, N), (N, T) if ``batch_first``, (T,) without a batch: where True, the row goes back to
             ``cell.initial_state`` before the step that consumes ``input[t, n]``.
         reverse: run from the last step to the first, each row within its own length; outputs stay in input time.
+        recompute: keep the states only for the backward, which computes everything else again: less memory, about a
+            third more arithmetic.
 
     Returns:
         The outputs, in the form of the input, and the state after the last step.
@@ -65,7 +68,7 @@ def scan(
     if not isinstance(cell, Cell):
         raise TypeError(not_a_cell(cell))
     if isinstance(input, PackedSequence):
-        return _scan_packed(cell, input, state, lengths, resets, reverse)
+        return _scan_packed(cell, input, state, lengths, resets, reverse, recompute)
     given = (input,) if isinstance(input, Tensor) else tuple(input)
     inputs, unbatched = check_inputs(cell, given, batch_first)
     rows, device = inputs[0].shape[1], inputs[0].device
@@ -74,6 +77,7 @@ def scan(
         check_lengths(lengths, steps, rows, device),
         check_resets(resets, steps, rows, device, batch_first=batch_first, unbatched=unbatched),
         reverse,
+        recompute,
     )
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = scan_cell(cell, inputs, start, options)
@@ -89,6 +93,7 @@ def _scan_packed(
     lengths: Lengths | None,
     resets: Tensor | None,
     reverse: bool,
+    recompute: bool,
 ) -> tuple[PackedSequence, Tensor | State]:
     if lengths is not None or resets is not None:
         raise ValueError(
@@ -100,7 +105,7 @@ def _scan_packed(
     start = start_state(cell, state, inputs, unbatched=False)
     if state is not None:
         start = tuple(packing.sort(value) for value in start)
-    outputs, after = scan_cell(cell, inputs, start, Options(packing.lengths, None, reverse), packing)
+    outputs, after = scan_cell(cell, inputs, start, Options(packing.lengths, None, reverse, recompute), packing)
     return packing.repack(outputs), bare(tuple(packing.unsort(value) for value in after))
 
 
