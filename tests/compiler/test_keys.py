@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fusecell as fc
-from fusecell.compiler.keys import signature
+from fusecell.compiler.keys import signature, split_numbers
 
 
 class Slotted:
@@ -102,6 +102,8 @@ CHANGES = [
     pytest.param(lambda cell: cell.add_module("more", nn.Linear(3, 4)), id="a submodule"),
     pytest.param(lambda cell: setattr(cell, "tensor", cell.lin.bias), id="a tensor tied to a parameter"),
     pytest.param(lambda cell: cell.double(), id="double"),
+    pytest.param(lambda cell: cell.lin.weight.requires_grad_(False), id="a frozen weight"),
+    pytest.param(lambda cell: setattr(cell, "function", cell.extra_repr), id="a method of its own"),
 ]
 
 
@@ -121,7 +123,6 @@ def test_what_a_step_computes_from_alike_is_alike():
         cell.lin.weight.add_(1)
         cell.mean.data = torch.ones(3)
     cell.lin.weight = nn.Parameter(torch.randn(4, 3))
-    cell.lin.weight.requires_grad_(False)
     assert signature(cell) == before
     cell.rate, cell.names, cell.slotted, cell.tensor = float("0.5"), ["a", "b"], Slotted(1.0), torch.randn(4)
     assert signature(cell) == before
@@ -158,3 +159,19 @@ def test_objects_that_hold_each_other():
     assert signature(cell) == before
     cell.config.scale = 3.0
     assert signature(cell) != before
+
+
+def test_numbers_have_the_names_of_their_attributes():
+    cell = Keeper()
+    blank, numbers = split_numbers(signature(cell))
+    expected = {"count": 1, "pair[0]": 1, "config.inner.sign": 1, "table.'inner'[0]": 1, "number": 2, "recent[1]": 2}
+    assert {name: numbers[name] for name in expected} == expected
+    floats = {name: float.fromhex(numbers[name]) for name in ("rate", "config.scale", "slotted.factor", "part.p")}
+    assert floats == {"rate": 0.5, "config.scale": 0.5, "slotted.factor": 1.0, "part.p": 0.25}
+    assert not {"flag", "training", "mode", "lin.weight", "tensor"} & set(numbers)
+    cell.rate, cell.config.inner.sign, cell.part.p = 0.25, -1, 0.75
+    other, changed = split_numbers(signature(cell))
+    assert other == blank
+    assert {name for name in numbers if numbers[name] != changed[name]} == {"rate", "config.inner.sign", "part.p"}
+    cell.flag = False
+    assert split_numbers(signature(cell))[0] != blank

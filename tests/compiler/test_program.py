@@ -18,7 +18,8 @@ from torch import nn
 from traced_cells import BodyCell, both
 
 import fusecell as fc
-import fusecell.compiler.program as program
+import fusecell.compiler.kernel as kernel
+import fusecell.compiler.runner as compiled
 from fusecell.cells import CELLS
 
 SHAPES = [(5, 3, 4, 10), (7, 33, 5, 16), (4, 1, 3, 40), (3, 9, 10, 257), (6, 2, 1, 2)]
@@ -77,7 +78,7 @@ def test_bits_do_not_depend_on_batch_chunks_or_layout(name, monkeypatch):
     assert torch.equal(run(cell, swapped, batch_first=True)[0].transpose(0, 1), y)
     assert torch.equal(run(cell, torch.cat((x, x), -1)[..., 19:])[0], y)
     assert torch.equal(run(cell, x, lengths=[9] * 13)[0], y)
-    monkeypatch.setattr(program, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 1)
     assert torch.equal(run(cell, x)[0], y)
 
 
@@ -364,3 +365,134 @@ def test_lazy_negation_and_expanded_tensors():
     torch.testing.assert_close(run(cell, wide)[0], run(cell, wide, runner="eager")[0], atol=1e-6, rtol=1e-5)
     state = torch.randn(1, 10).expand(3, 10)
     torch.testing.assert_close(run(cell, x, state)[0], run(cell, x, state, runner="eager")[0], atol=1e-6, rtol=1e-5)
+
+
+def test_a_weight_that_is_frozen_no_more_learns():
+    cell, x = make("gru", 3, 4), torch.randn(5, 2, 3)
+    cell.weight_hh.requires_grad_(False)
+    with fc.runner("compiled"):
+        fc.scan(cell, x)[0].sum().backward()
+        assert cell.weight_hh.grad is None
+        cell.weight_hh.requires_grad_(True)
+        fc.scan(cell, x)[0].sum().backward()
+    assert cell.weight_hh.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[fc.Cell]:
+    """The cells that are compiled while a test runs."""
+    found: list[fc.Cell] = []
+    build = compiled._programs._build
+
+    def counted(cell, *rest):
+        found.append(cell)
+        return build(cell, *rest)
+
+    monkeypatch.setattr(compiled._programs, "_build", counted)
+    fc.refresh()
+    return found
+
+
+def test_one_program_serves_every_number_of_steps_and_rows(compilations):
+    cell = make("rnn_tanh", 3, 4)
+    assert run(cell, torch.randn(10, 2, 3))[0].shape == (10, 2, 4)
+    one = compiled.find_program(cell, (torch.randn(10, 2, 3),))
+    for shape in ((10_000, 1, 3), (1, 1, 3), (2, 501, 3)):
+        x = torch.randn(shape)
+        assert compiled.find_program(cell, (x,)) is one
+        assert furthest(run(cell, x), run(cell, x, runner="eager")) < 1e-5
+    assert compilations == [cell]
+
+
+class Leaky(fc.Cell):
+    """h' = (1 - alpha) h + alpha tanh(x), with alpha in an object."""
+
+    def __init__(self, alpha):
+        super().__init__(4, 4)
+        self.alpha, self.config = alpha, SimpleNamespace(gain=1.0)
+
+    def step(self, x, state):
+        (h,) = state
+        h = (1 - self.alpha) * h + self.alpha * self.config.gain * torch.tanh(x)
+        return h, (h,)
+
+
+def test_a_number_that_keeps_changing_is_compiled_three_times(compilations):
+    cell, x = Leaky(0.1), torch.randn(3, 2, 4)
+    for alpha in (0.1, 0.2, 0.3, 0.1, 0.2):
+        cell.alpha = alpha
+        torch.testing.assert_close(run(cell, x)[0], run(cell, x, runner="eager")[0], atol=1e-6, rtol=1e-5)
+    assert len(compilations) == 3
+    cell.alpha = 0.4
+    with torch.no_grad(), pytest.warns(fc.EagerWarning, match=r"attribute alpha changes.*register_buffer\(\"alpha\""):
+        y, _ = fc.scan(cell, x)
+    assert torch.equal(y, run(cell, x, runner="eager")[0])
+    with pytest.raises(fc.NotCompilable, match="attribute alpha changes"):
+        run(cell, x)
+    cell.alpha = 0.3
+    run(cell, x)  # what was compiled stays
+    cell.alpha, cell.config.gain = 0.5, 2.0
+    with pytest.raises(fc.NotCompilable, match=r"attributes alpha, config\.gain change"):
+        run(cell, x)
+    assert len(compilations) == 3
+    fc.refresh(cell)
+    run(cell, x)
+    assert len(compilations) == 4
+
+
+def test_numbers_are_counted_for_each_cell(compilations):
+    stack = fc.Recurrent(fc.Stack(*[Leaky(alpha / 10) for alpha in range(1, 9)]))
+    x = torch.randn(3, 2, 4)
+    with torch.no_grad(), fc.runner("compiled"):
+        found, _ = stack(x)
+    with torch.no_grad(), fc.runner("eager"):
+        expected, _ = stack(x)
+    assert len(compilations) == 8
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+class Buffered(Leaky):
+    """The same with alpha a value of the run."""
+
+    def __init__(self):
+        super().__init__(0.5)
+        del self.alpha
+        self.register_buffer("alpha", torch.tensor(0.5))
+
+
+def test_a_number_in_a_buffer_is_compiled_once(compilations):
+    cell, x = Buffered(), torch.randn(3, 2, 4)
+    for alpha in (0.1, 0.2, 0.3, 0.4, 0.5):
+        cell.alpha.fill_(alpha)
+        torch.testing.assert_close(run(cell, x)[0], run(cell, x, runner="eager")[0], atol=1e-6, rtol=1e-5)
+    assert len(compilations) == 1
+
+
+_gain = 1.0
+
+
+class ReadsAGlobal(fc.Cell):
+    def step(self, x, state):
+        return _gain * x, state
+
+
+def test_refresh_forgets_the_programs_of_the_cells_inside(compilations, monkeypatch):
+    cell, other, x = ReadsAGlobal(4, 4), make("rnn_tanh", 4, 4), torch.ones(2, 3, 4)
+    drop_in = fc.GRU(4, 4)
+    for module in (fc.Recurrent(cell), drop_in):
+        with torch.no_grad(), fc.runner("compiled"):
+            module(x)
+    run(other, x)
+    monkeypatch.setitem(globals(), "_gain", 2.0)
+    assert run(cell, x)[0].max() == 1.0
+    fc.refresh(nn.ModuleList([fc.Recurrent(cell)]))
+    assert run(cell, x)[0].max() == 2.0
+    run(other, x)
+    assert [type(found).__name__ for found in compilations] == ["ReadsAGlobal", "GRUCell", "RNNCell", "ReadsAGlobal"]
+    fc.refresh(drop_in)
+    with torch.no_grad(), fc.runner("compiled"):
+        drop_in(x)
+    assert type(compilations[-1]) is fc.GRUCell
+    fc.refresh()
+    run(other, x)
+    assert compilations[-1] is other

@@ -25,7 +25,8 @@ def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
     """A key that changes whenever the module would trace differently.
 
     It sees every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
-    objects; functions and classes by identity; the shape, dtype and tying of tensors; the training flag; whether
+    objects; functions and classes by identity; the shape, dtype, requires_grad and tying of
+    tensors; the training flag; whether
     there are hooks; and all submodules. Globals and closures it does not see.
 
     A value stands as (name, type, content), without the name in a sequence; a container's content is a tuple of such.
@@ -82,7 +83,8 @@ def _tensor(value: Tensor | None, seen: dict[int, int]) -> Key:
     kind = type(value)
     if kind is nn.Parameter:
         kind = Tensor  # functional_call puts a tensor in a parameter's place
-    return kind, seen.setdefault(id(value), len(seen)), value.shape, value.dtype, value.is_cpu or value.device.type
+    place = seen.setdefault(id(value), len(seen))
+    return kind, place, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
 
 
 def _frozen(value: Any, seen: dict[int, int]) -> Key:

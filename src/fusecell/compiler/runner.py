@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
-from fusecell.compiler.keys import signature
+from fusecell.compiler.kept import Kept
 from fusecell.compiler.program import Program, compile_step
 from fusecell.compiler.trace import Refusal
 from fusecell.compiler.training import Learner, compile_learner
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
-from fusecell.runner import Options, State, no_collection, register
+from fusecell.runner import Options, State, register
 
-__all__ = ["find_learner", "find_program", "run_auto", "run_compiled"]
+__all__ = ["find_learner", "find_program", "refresh", "run_auto", "run_compiled"]
 
 _EXACT = (Tensor, nn.Parameter)
-_MOST_PROGRAMS = 256
-Made = TypeVar("Made")
-_lock = threading.RLock()
-_warned: set[type[Cell]] = set()
+_warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
@@ -42,47 +37,63 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 
 
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
-    """Run machine code where it can be, else the Python loop; say so once per cell that can't be compiled."""
+    """Run machine code where it can be, else the Python loop; say so once per class of cells and reason."""
     if torch.compiler.is_compiling() or _call_reasons(inputs, state):
         return run_eager(cell, inputs, state, options)
     program = _find(cell, inputs, state)
     if not isinstance(program, Refusal):
         return program(cell, inputs, state, options)
-    if type(cell) not in _warned:
-        _warned.add(type(cell))
+    if (type(cell), program.reasons) not in _warned:
+        _warned.add((type(cell), program.reasons))
         reasons = " ".join(program.reasons)
         warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=2)
     return run_eager(cell, inputs, state, options)
 
 
-class _Kept(Generic[Made]):
-    """What was made of cells, by all that it depends on; the oldest goes first."""
-
-    def __init__(self, build: Callable[[Cell, Sequence[tuple[int, ...]], torch.dtype], Made | Refusal]) -> None:
-        self._build = build
-        self._made: OrderedDict[Hashable, Made | Refusal] = OrderedDict()
-
-    def find(self, cell: Cell, inputs: State) -> Made | Refusal:
-        """What was made for a cell as it is now; made on first use, for the target of that moment."""
-        key = (signature(cell), tuple([value.shape[2:] for value in inputs]), inputs[0].dtype)
-        return self._made.get(key) or self._new(key, cell, inputs)
-
-    def _new(self, key: Hashable, cell: Cell, inputs: State) -> Made | Refusal:
-        with _lock:
-            found = self._made.get(key)
-            if found is None:
-                features = [tuple(value.shape[2:]) for value in inputs]
-                with no_collection():
-                    found = self._made[key] = self._build(cell, features, inputs[0].dtype)
-                if len(self._made) > _MOST_PROGRAMS:
-                    self._made.popitem(last=False)
-            return found
-
-
-_programs = _Kept(compile_step)
-_learners = _Kept(compile_learner)
+_programs = Kept(compile_step)
+_learners = Kept(compile_learner)
 find_program = _programs.find
 find_learner = _learners.find
+
+
+def refresh(module: nn.Module | None = None) -> None:
+    """Forget what was compiled for the cells in a module and for others of their classes; for all, without a module.
+
+    A compiled step follows every attribute of its cell. It doesn't follow global variables, nor what its functions
+    enclose: after a change of those, call this.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> class Amplifier(fc.Cell):
+        ...     def step(self, x, state):
+        ...         return settings["gain"] * x, state
+        >>> settings = {"gain": 1.0}
+        >>> layer, x = fc.Recurrent(Amplifier(3, 3)), torch.ones(2, 1, 3)
+        >>> before, _ = layer(x)
+        >>> settings["gain"] = 2.0
+        >>> fc.refresh(layer)
+        >>> after, _ = layer(x)
+        >>> before.max(), after.max()
+        (tensor(1.), tensor(2.))
+
+    Arguments:
+        module: a cell, a layer, or any module that holds some.
+    """
+    kinds = None if module is None else {type(cell) for cell in _cells(module)}
+    for kept in (_programs, _learners):
+        kept.forget(kinds)
+    for warned in list(_warned):
+        if kinds is None or warned[0] in kinds:
+            _warned.discard(warned)
+
+
+def _cells(module: nn.Module) -> Iterator[Cell]:
+    for part in module.modules():
+        if isinstance(part, Cell):
+            yield part
+        elif hasattr(part, "leaf_cells"):  # a drop-in layer, whose cells are in no module's tree
+            leaves: Any = part.leaf_cells
+            yield from (cell for *_, cell in leaves())
 
 
 def _find(cell: Cell, inputs: State, state: State) -> Program | Learner | Refusal:
