@@ -250,6 +250,19 @@ def test_the_number_of_threads_is_measured_and_not_kept():
     assert torch.get_num_threads() == before
 
 
+def test_threads_that_only_wait_are_given_up(monkeypatch):
+    clock = [0.0]
+    used = []
+
+    def work():
+        used.append(torch.get_num_threads())
+        clock[0] += {1: 2.0, 2: 1.0, 3: 30.0}[torch.get_num_threads()]
+
+    monkeypatch.setattr("fusecell.demo.threads.time.perf_counter", lambda: clock[0])
+    assert fastest_threads(work, most=3) == 2
+    assert [used.count(threads) for threads in (1, 2, 3)] == [4, 4, 2]
+
+
 # Writing and telling
 
 
