@@ -129,7 +129,7 @@ class Cell(nn.Module):
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> State:
         """The state a sequence begins with, and goes back to at a reset: zeros, (batch_size, size) each."""
-        return tuple(torch.zeros(batch_size, size, dtype=dtype, device=device) for size in self.state_sizes)
+        return tuple([torch.zeros(batch_size, size, dtype=dtype, device=device) for size in self.state_sizes])
 
     def draw(
         self,
@@ -297,9 +297,10 @@ def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
 
 
 def _cast(values: State, dtype: torch.dtype) -> State:
-    if all(value.dtype is dtype for value in values):
-        return values
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in values)
+    for value in values:
+        if value.dtype is not dtype:
+            return tuple(value.to(dtype) if value.is_floating_point() else value for value in values)
+    return values
 
 
 def check_state(cell: Cell, state: State, batch_size: int) -> None:

@@ -42,12 +42,12 @@ def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
         if kind in _ATOMS:
             found.append((name, kind, value))
         elif kind in _PLAIN_TENSORS:
-            found.append((name, *_tensor(value, seen)))
+            found.append(_tensor(name, value, seen))
         elif name not in _OWN:
             found.append((name, *_frozen(value, seen)))
     for table in (state["_parameters"], state["_buffers"]):
         for name, tensor in table.items():
-            found.append((name, *_tensor(tensor, seen)))
+            found.append(_tensor(name, tensor, seen))
     for name, part in state["_modules"].items():
         found.append((name, type(part), () if part is None else signature(part, seen)))
     return tuple(found)
@@ -77,14 +77,14 @@ def _blanked(entries: Key, path: str, numbers: dict[str, Any]) -> Key:
     return tuple(found)
 
 
-def _tensor(value: Tensor | None, seen: dict[int, int]) -> Key:
+def _tensor(name: str, value: Tensor | None, seen: dict[int, int]) -> Key:
     if value is None:
-        return (None,)
+        return name, None
     kind = type(value)
     if kind is nn.Parameter:
         kind = Tensor  # functional_call puts a tensor in a parameter's place
     place = seen.setdefault(id(value), len(seen))
-    return kind, place, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
+    return name, kind, place, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
 
 
 def _frozen(value: Any, seen: dict[int, int]) -> Key:
@@ -95,7 +95,7 @@ def _frozen(value: Any, seen: dict[int, int]) -> Key:
     if kind in _ATOMS or isinstance(value, int | str):
         return kind, value
     if isinstance(value, Tensor):
-        return _tensor(value, seen)
+        return _tensor("", value, seen)[1:]
     if isinstance(value, tuple | list):
         return kind, tuple([_frozen(item, seen) for item in value])
     if isinstance(value, Mapping):
