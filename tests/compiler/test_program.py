@@ -432,12 +432,20 @@ def test_a_number_that_keeps_changing_is_compiled_three_times(compilations):
     cell.alpha = 0.3
     run(cell, x)  # what was compiled stays
     cell.alpha, cell.config.gain = 0.5, 2.0
-    with pytest.raises(fc.NotCompilable, match=r"attributes alpha, config\.gain change"):
+    with pytest.raises(fc.NotCompilable, match="attribute alpha changes"):
         run(cell, x)
     assert len(compilations) == 3
+    cell.alpha = 0.3
+    run(cell, x)  # another number, for the second time
+    cell.config.gain = 3.0
+    run(cell, x)
+    cell.alpha, cell.config.gain = 0.6, 4.0
+    with pytest.raises(fc.NotCompilable, match=r"attributes alpha, config\.gain change"):
+        run(cell, x)
+    assert len(compilations) == 5
     fc.refresh(cell)
     run(cell, x)
-    assert len(compilations) == 4
+    assert len(compilations) == 6
 
 
 def test_numbers_are_counted_for_each_cell(compilations):

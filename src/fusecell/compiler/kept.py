@@ -36,8 +36,8 @@ class Kept(Generic[Made]):
     def __init__(self, build: Callable[[Cell, Sequence[tuple[int, ...]], torch.dtype], Made | Refusal]) -> None:
         self._build = build
         self._made: OrderedDict[Key, Made | Refusal] = OrderedDict()
-        # Of each cell, the numbers it was compiled with, by all else that it depends on.
-        self._numbers: WeakKeyDictionary[Cell, dict[Key, list[dict[str, Any]]]] = WeakKeyDictionary()
+        # Of each cell, the values of each number it was compiled with, by all else that it depends on.
+        self._numbers: WeakKeyDictionary[Cell, dict[Key, dict[str, set[Any]]]] = WeakKeyDictionary()
 
     def find(self, cell: Cell, inputs: State) -> Made | Refusal:
         """What was made for a cell as it is now; made on first use, for the target of that moment."""
@@ -64,20 +64,20 @@ class Kept(Generic[Made]):
             return found
 
     def _too_often(self, key: Key, cell: Cell) -> Refusal | None:
-        """Why a cell of which only numbers change isn't compiled once more, or None if it is."""
+        """Why a cell with a number that keeps changing isn't compiled once more, or None if it is."""
         rest, numbers = split_numbers(key[0])
-        tried = self._numbers.setdefault(cell, {}).setdefault((rest, *key[1:]), [])
-        if numbers in tried:
+        tried = self._numbers.setdefault(cell, {}).setdefault((rest, *key[1:]), {name: set() for name in numbers})
+        names = [name for name, value in numbers.items() if value not in tried[name]]
+        names = [name for name in names if len(tried[name]) >= _MOST_NUMBERS]
+        if not names:
+            for name, value in numbers.items():
+                tried[name].add(value)
             return None
-        if len(tried) < _MOST_NUMBERS:
-            tried.append(numbers)
-            return None
-        names = [name for name, value in numbers.items() if any(before[name] != value for before in tried)]
+        name = names[0].rpartition(".")[2].partition("[")[0]
         what = f"attribute {names[0]} changes" if len(names) == 1 else f"attributes {', '.join(names)} change"
         return Refusal(
             (
-                f"Its {what}, and for each of {_MOST_NUMBERS} values it was compiled anew. Make it a buffer without "
-                f'dimensions, self.register_buffer("{names[0].rpartition(".")[2]}", torch.tensor(value)): its value is '
-                "read at every call.",
+                f"Its {what} again, after {_MOST_NUMBERS} values that it was compiled for. Make it a buffer without "
+                f'dimensions, self.register_buffer("{name}", torch.tensor(value)): its value is read at every call.',
             )
         )
