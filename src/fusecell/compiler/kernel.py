@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = ["Kernel", "RaggedRows", "compile_graph"]
 CHUNK_BYTES = 384 * 1024
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
+# Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls.
+SMALL_SCRATCH, LARGE_SCRATCH = 1 << 16, 1 << 23
 
 _Places = tuple[int, ...]
 
@@ -93,7 +96,8 @@ class Kernel:
     """Machine code for one graph; any number of steps and rows.
 
     Methods called ``give_...`` write into a block, which belongs to one call, so that a kernel can run in many
-    threads at once. They return the tensors they had to make, which must live until the kernel returns.
+    threads at once. They return the tensors they had to make: those, like all that are given, must live until the
+    kernel returns.
     """
 
     plan: Plan
@@ -113,23 +117,23 @@ class Kernel:
         """A new argument block."""
         return self._zeros[:]
 
-    def give_sequence(self, block: array[int], places: _Places, value: Tensor) -> Tensor:
-        """A (T, N, ...) tensor; one of a single step stands for all steps."""
-        if value.dim() != 3:
-            value = value.reshape(value.shape[0], value.shape[1], -1)
-        strides = value.stride()
-        if strides[2] != 1 and value.shape[2] > 1:
-            value = value.contiguous()
+    def give_sequences(self, block: array[int], table: Iterable[_Places], values: Iterable[Tensor]) -> list[Tensor]:
+        """A (T, N, ...) tensor for each entry of the table; one of a single step stands for all steps."""
+        kept = []
+        for (ptr, step, row), value in zip(table, values, strict=True):
             strides = value.stride()
-        ptr, step, row = places
-        block[ptr], block[row] = value.data_ptr(), strides[1] * self.itemsize
-        block[step] = strides[0] * self.itemsize if value.shape[0] > 1 else 0
-        return value
+            if len(strides) != 3 or (strides[2] != 1 and value.shape[2] > 1):
+                value = value.reshape(value.shape[0], value.shape[1], -1).contiguous()
+                strides = value.stride()
+                kept.append(value)
+            block[ptr], block[row] = value.data_ptr(), strides[1] * self.itemsize
+            block[step] = strides[0] * self.itemsize if value.shape[0] > 1 else 0
+        return kept
 
-    def give_states(self, block: array[int], places: Iterable[_Places], state: Sequence[Tensor]) -> list[Tensor]:
+    def give_states(self, block: array[int], table: Iterable[_Places], state: Iterable[Tensor]) -> list[Tensor]:
         """A (N, size) tensor for each state."""
         kept = []
-        for (ptr, row), value in zip(places, state, strict=True):
+        for (ptr, row), value in zip(table, state, strict=True):
             strides = value.stride()
             if strides[1] != 1 and value.shape[1] > 1:
                 value = value.contiguous()
@@ -138,16 +142,18 @@ class Kernel:
             block[ptr], block[row] = value.data_ptr(), strides[0] * self.itemsize
         return kept
 
-    def give_matrix(self, block: array[int], places: _Places, value: Tensor) -> Tensor:
-        """A weight, or the memory for its gradient, with any strides."""
-        if value.is_neg():
-            value = value.resolve_neg()
-        strides = value.stride()
-        ptr, stride0, stride1 = places
-        block[ptr], block[stride0] = value.data_ptr(), strides[0] * self.itemsize
-        if len(strides) > 1:
-            block[stride1] = strides[1] * self.itemsize
-        return value
+    def give_matrices(self, block: array[int], table: Iterable[_Places], values: Iterable[Tensor]) -> list[Tensor]:
+        """A weight for each entry of the table, or the memory for its gradient, with any strides."""
+        kept = []
+        for (ptr, stride0, stride1), value in zip(table, values, strict=True):
+            if value.is_neg():
+                value = value.resolve_neg()
+                kept.append(value)
+            strides = value.stride()
+            block[ptr], block[stride0] = value.data_ptr(), strides[0] * self.itemsize
+            if len(strides) > 1:
+                block[stride1] = strides[1] * self.itemsize
+        return kept
 
     def give_ragged(self, block: array[int], rows: RaggedRows) -> None:
         """Rows of different lengths."""
@@ -159,17 +165,29 @@ class Kernel:
         ptr, step, row = self.words.resets
         block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
 
-    def run(self, block: array[int], steps: int, rows: int, reverse: bool, like: Tensor) -> None:
-        """Run over a filled block, in scratch memory of the call's own."""
+    def run(self, block: array[int], steps: int, rows: int, reverse: bool) -> None:
+        """Run over a filled block."""
         size = self.emitted.scratch
         chunk = max(1, min(steps, CHUNK_BYTES // max(size.per_chunk_row * rows, 1)))
-        # In the inputs' dtype: new_empty goes where they are, whatever the default device.
-        scratch = like.new_empty((size.bytes(rows, chunk) + 64) // self.itemsize + 1)
+        scratch = _scratch(size.bytes(rows, chunk) + 64)
         places = self.words.sizes
         block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
         block[places[3]], block[places[4]] = chunk, -(-scratch.data_ptr() // 64) * 64
         function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
         function(block.buffer_info()[0])
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory for one call: a thread's own, kept for its next call unless it is large."""
+    kept: Tensor | None = getattr(_memory, "scratch", None)
+    if kept is None or kept.shape[0] < size:
+        kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
+        if size <= LARGE_SCRATCH:
+            _memory.scratch = kept
+    return kept
+
+
+_memory = threading.local()
 
 
 def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:

@@ -55,14 +55,13 @@ class Program:
         kernel, like = self.kernel, inputs[0]
         words, block = kernel.words, kernel.block()
         steps, rows = steps_of(inputs), like.shape[1]
+        weights = self.traced.weights.values(cell)
         # Whatever the block points into must live until the kernel returns.
         kept: list[object] = [
-            kernel.give_sequence(block, places, value)
-            for places, value in zip(words.inputs.values(), inputs, strict=True)
+            kernel.give_sequences(block, words.inputs.values(), inputs),
+            kernel.give_matrices(block, words.weights.values(), weights),
+            kernel.give_states(block, words.first, state),
         ]
-        for places, value in zip(words.weights.values(), self.traced.weights.values(cell), strict=True):
-            kept.append(kernel.give_matrix(block, places, value))
-        kept.append(kernel.give_states(block, words.first, state))
         after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
         kernel.give_states(block, words.last, after)
         new = like.new_empty
@@ -76,8 +75,8 @@ class Program:
             kept += [start, kernel.give_states(block, words.reset, start)]
             kernel.give_resets(block, options.resets)
         outputs = new(steps, rows, cell.output_size)
-        kernel.give_sequence(block, words.outputs["output"], outputs)
-        kernel.run(block, steps, rows, options.reverse, like)
+        kernel.give_sequences(block, words.outputs.values(), (outputs,))
+        kernel.run(block, steps, rows, options.reverse)
         return outputs, after
 
 

@@ -11,6 +11,7 @@ their epilogue. A value begins a new stage where it needs all columns of another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -136,6 +137,16 @@ class Plan:
         for stage in self.stages:
             found.update({place.buffer: None for places in stage.stores.values() for place in places})
         return [buffer for buffer in found if buffer.scope not in ("user", "saved")]
+
+    def covered(self) -> set[str]:
+        """The gradients that one sum makes whole: nothing has to be added up in them."""
+        labels = [found.label for found in self.sums]
+        found = set()
+        for each in self.sums:
+            size = math.prod(self.graph[self.graph.outputs[each.label]].type.shape)
+            if labels.count(each.label) == 1 and each.height * each.width == size:
+                found.add(each.label)
+        return found
 
     def saved(self) -> list[Buffer]:
         """What the forward keeps, or the backward finds."""

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,31 +24,80 @@ from fusecell.runner import Options, State, recomputing, steps_of
 __all__ = ["Learner", "Training", "compile_learner"]
 
 
-@dataclass
+class Half:
+    """The forward's or the backward's kernel, and where its block takes what among the tensors of a call.
+
+    Arguments:
+        inputs, weights: the names of a call's tensors, of which the kernel reads some.
+
+    Attributes:
+        saved: for each value that is kept between the two, its word, -1 if it isn't read, and its numbers per row.
+    """
+
+    def __init__(self, kernel: Kernel, inputs: Sequence[str], weights: Sequence[str], halves: Halves) -> None:
+        self.kernel = kernel
+        words = kernel.words
+        self._inputs = [inputs.index(name) for name in words.inputs]
+        self._weights = [weights.index(name) for name in words.weights]
+        self.saved = [(words.saved.get(name, -1), -(-size // LANES) * LANES) for name, size in halves.saved]
+
+    def give(self, block: array[int], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Give what the kernel reads of the inputs and weights; returns what must live until it returns."""
+        kernel = self.kernel
+        kept = kernel.give_sequences(block, kernel.words.inputs.values(), [inputs[i] for i in self._inputs])
+        kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self._weights])
+        return kept
+
+    def run(self, call: _Call, block: array[int], saved: Tensor, *, reverse: bool) -> None:
+        """Run a kernel whose block is filled but for what forward and backward have in common."""
+        kernel, here = self.kernel, -(-saved.data_ptr() // 64) * 64
+        # Each saved value has a region of its own, a row for every row of every step.
+        row = call.all_rows * kernel.itemsize
+        for place, size in self.saved:
+            if place >= 0:
+                block[place] = here
+            here += row * size
+        if call.ragged is not None:
+            kernel.give_ragged(block, call.ragged)
+        if call.options.resets is not None:
+            kernel.give_resets(block, call.options.resets)
+        kernel.run(block, call.steps, call.rows, reverse)
+
+
 class Training:
     """The kernels of a cell that learns, for one set of wanted gradients; the backward is compiled on first use."""
 
-    traced: Traced
-    halves: Halves
-    forward: Kernel
+    def __init__(self, traced: Traced, inputs: Sequence[str], halves: Halves) -> None:
+        self.traced = traced
+        self.halves = halves
+        self._inputs = (*inputs, "grad.output")
+        self.forward = self._half(compile_graph(halves.forward))
+        self.saved_numbers = sum(size for _, size in self.forward.saved)
+
+    def _half(self, kernel: Kernel) -> Half:
+        return Half(kernel, self._inputs, self.traced.weight_names, self.halves)
 
     @cached_property
-    def backward(self) -> Kernel:
-        """The kernel of the gradient."""
-        return compile_graph(self.halves.backward, backward=True)
+    def backward(self) -> Half:
+        """The gradient."""
+        return self._half(compile_graph(self.halves.backward, backward=True))
 
     @cached_property
-    def saved(self) -> tuple[tuple[str, int], ...]:
-        """Each kept value's name, and its numbers per row and step, padded to whole vectors."""
-        return tuple((name, -(-size // LANES) * LANES) for name, size in self.halves.saved)
+    def results(self) -> tuple[list[tuple[int, Any]], list[tuple[int, Any, bool]]]:
+        """Which inputs, and which weights, the backward makes gradients of; and whether it fills them or adds."""
+        words, covered = self.backward.kernel.words, self.backward.kernel.plan.covered()
+        sequences = [
+            (self._inputs.index(label.removeprefix("grad.input.")), places) for label, places in words.outputs.items()
+        ]
+        names = self.traced.weight_names
+        matrices = [
+            (names.index(label.removeprefix("grad.weight.")), places, label in covered)
+            for label, places in words.sums.items()
+        ]
+        return sequences, matrices
 
-    @cached_property
-    def saved_numbers(self) -> int:
-        """Numbers kept per row and step in all."""
-        return sum(size for _, size in self.saved)
 
-
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Call:
     """One call of a layer: what its forward and its backward have in common."""
 
@@ -58,39 +106,21 @@ class _Call:
     options: Options
     steps: int
     rows: int
+    all_rows: int
+    """The rows of all steps together."""
     ragged: RaggedRows | None
-    ends: tuple[int, ...]
+    ends: tuple[int, int, int, int]
     """Where among the tensors inputs, states, states to go back to, and weights end; what weights come from follows."""
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[State, State, State, State, State]:
+    def split(self, tensors: State) -> tuple[State, State, State, State, State]:
         """The tensors of a call by what they are."""
         a, b, c, d = self.ends
-        return tuple(tensors[:a]), tuple(tensors[a:b]), tuple(tensors[b:c]), tuple(tensors[c:d]), tuple(tensors[d:])
-
-    @cached_property
-    def all_rows(self) -> int:
-        """The rows of all steps."""
-        return self.steps * self.rows if self.ragged is None else int(self.ragged.counts.sum())
+        return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
 
     def new_rows(self, like: Tensor, size: int) -> Tensor:
         """Memory for a (T, N, size) result; zero where rows end before the others."""
         new = like.new_empty if self.ragged is None else like.new_zeros
         return new(self.steps, self.rows, size)
-
-    def run(self, kernel: Kernel, block: array[int], saved: Tensor, *, reverse: bool) -> None:
-        """Run a kernel, its block filled but for what forward and backward have in common."""
-        here = -(-saved.data_ptr() // 64) * 64
-        places = kernel.words.saved
-        for name, size in self.training.saved:
-            # Each saved value has a region of its own, a row for every row of every step.
-            if name in places:
-                block[places[name]] = here
-            here += self.all_rows * size * kernel.itemsize
-        if self.ragged is not None:
-            kernel.give_ragged(block, self.ragged)
-        if self.options.resets is not None:
-            kernel.give_resets(block, self.options.resets)
-        kernel.run(block, self.steps, self.rows, reverse, saved)
 
 
 class Learner:
@@ -98,6 +128,7 @@ class Learner:
 
     def __init__(self, traced: Traced, inputs: Sequence[str]) -> None:
         self.traced = traced
+        self._inputs = tuple(inputs)
         names = traced.weight_names
         self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
         self._made: dict[tuple[bool, ...], Training] = {}
@@ -111,14 +142,18 @@ class Learner:
         recompute = options.recompute or recomputing()
         training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
         steps, rows = steps_of(inputs), inputs[0].shape[1]
+        all_rows, ragged = steps * rows, None
+        if options.lengths is not None:
+            ragged = RaggedRows.of(options.lengths, steps)
+            all_rows = int(ragged.counts.sum())
         resets: State = ()
         if options.resets is not None:
             resets = tuple(cell.initial_state(rows, dtype=inputs[0].dtype, device=inputs[0].device))
-        ragged = None if options.lengths is None else RaggedRows.of(options.lengths, steps)
-        ends = tuple(accumulate((len(inputs), len(state), len(resets), len(weights))))
-        call = _Call(cell, training, options, steps, rows, ragged, ends)
-        tensors = (*inputs, *state, *resets, *weights, *prologue.originals(cell))
-        outputs, *after = _Scan.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        a = len(inputs)
+        b = a + len(state)
+        c = b + len(resets)
+        call = _Call(cell, training, options, steps, rows, all_rows, ragged, (a, b, c, c + len(weights)))
+        outputs, *after = _apply(call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
         return outputs, tuple(after)
 
     def training(self, flags: Sequence[bool], recompute: bool) -> Training:
@@ -133,7 +168,7 @@ class Learner:
             if key not in self._made:
                 wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
                 halves = partition(self.traced.graph, wanted, recompute=recompute)
-                self._made[key] = Training(self.traced, halves, compile_graph(halves.forward))
+                self._made[key] = Training(self.traced, self._inputs, halves)
             return self._made[key]
 
 
@@ -153,21 +188,18 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, state, resets, weights, _ = call.split(tensors)
-        kernel = call.training.forward
+        half, like = call.training.forward, inputs[0]
+        kernel = half.kernel
         words, block = kernel.words, kernel.block()
-        like = inputs[0]
         saved = like.new_empty(call.all_rows * call.training.saved_numbers + 4 * LANES)
         outputs = call.new_rows(like, call.cell.output_size)
         after = tuple([value.new_empty(value.shape) for value in state])
-        kept: list[object] = _give_leaves(
-            call, kernel, block, dict(zip(call.cell.inputs, inputs, strict=True)), weights
-        )
-        kernel.give_sequence(block, words.outputs["output"], outputs)
-        kept.append(kernel.give_states(block, words.first, state))
+        kept = [half.give(block, inputs, weights), kernel.give_states(block, words.first, state)]
+        kernel.give_sequences(block, words.outputs.values(), (outputs,))
         kernel.give_states(block, words.last, after)
         if resets:
             kept.append(kernel.give_states(block, words.reset, resets))
-        call.run(kernel, block, saved, reverse=call.options.reverse)
+        half.run(call, block, saved, reverse=call.options.reverse)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *tensors)
@@ -175,7 +207,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, *tensors = ctx.saved_tensors
+        found: State = ctx.saved_tensors
+        saved, tensors = found[0], found[1:]
         call: _Call = ctx.call
         if all(grad is None for grad in grads):
             return (None,) * (1 + len(tensors))
@@ -184,67 +217,53 @@ class _Scan(torch.autograd.Function):
         return None, *_gradients(call, saved, tensors, grads)
 
 
-def _gradients(
-    call: _Call, saved: Tensor, tensors: list[Tensor], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+# Past the wrapper that looks for transforms of torch.func: a call under one doesn't come here.
+_apply: Any = super(torch.autograd.Function, _Scan).apply
+
+
+def _gradients(call: _Call, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The backward kernel; the gradients in the order of ``tensors``."""
-    inputs, state, resets, weights, originals = call.split(tensors)
-    cell, kernel = call.cell, call.training.backward
+    inputs, state, resets, weights, _ = call.split(tensors)
+    half = call.training.backward
+    kernel = half.kernel
     words, block = kernel.words, kernel.block()
-    output = saved.new_zeros(1, call.rows, cell.output_size) if grads[0] is None else grads[0]
-    sequences = dict(zip((*cell.inputs, "grad.output"), (*inputs, output), strict=True))
-    kept: list[object] = _give_leaves(call, kernel, block, sequences, weights)
-    for_inputs = {}
-    for label, places in words.outputs.items():
-        name = label.removeprefix("grad.input.")
-        for_inputs[name] = call.new_rows(saved, sequences[name][0, 0].numel())
-        kernel.give_sequence(block, places, for_inputs[name])
-    names = call.training.traced.weight_names
-    for_weights = {}
-    for label, places in words.sums.items():
-        name = label.removeprefix("grad.weight.")
-        for_weights[name] = torch.zeros_like(weights[names.index(name)], memory_format=torch.contiguous_format)
-        kernel.give_matrix(block, places, for_weights[name])
+    output = saved.new_zeros(1, call.rows, call.cell.output_size) if grads[0] is None else grads[0]
     after = [saved.new_zeros(value.shape) if g is None else g for g, value in zip(grads[1:], state, strict=True)]
-    before = [saved.new_empty(value.shape) for value in state]
-    cut = [saved.new_zeros(value.shape) for value in resets]
-    kept += [after, kernel.give_states(block, words.first, after)]
+    kept = [half.give(block, (*inputs, output), weights), kernel.give_states(block, words.first, after)]
+    result: list[Tensor | None] = [None] * len(tensors)
+    start, first, second, _ = call.ends
+    result[start:first] = before = [saved.new_empty(value.shape) for value in state]
     kernel.give_states(block, words.last, before)
     if resets:
+        result[first:second] = cut = [saved.new_zeros(value.shape) for value in resets]
         kernel.give_states(block, words.reset, cut)
-    call.run(kernel, block, saved, reverse=not call.options.reverse)
-    found = [_like_input(for_inputs.get(name), value) for name, value in zip(cell.inputs, inputs, strict=True)]
-    return [*found, *before, *cut, *map(for_weights.get, names), *[None] * len(originals)]
+    sequences, matrices = call.training.results
+    made = [call.new_rows(saved, inputs[index][0, 0].numel()) for index, _ in sequences]
+    kernel.give_sequences(block, [places for _, places in sequences], made)
+    for index, places, fills in matrices:
+        new = saved.new_empty if fills else saved.new_zeros
+        result[second + index] = grad = new(weights[index].shape)
+        kernel.give_matrices(block, (places,), (grad,))
+    half.run(call, block, saved, reverse=not call.options.reverse)
+    del kept
+    for (index, _), grad in zip(sequences, made, strict=True):
+        result[index] = _like_input(grad, inputs[index])
+    return result
 
 
-def _give_leaves(
-    call: _Call, kernel: Kernel, block: array[int], sequences: dict[str, Tensor], weights: State
-) -> list[object]:
-    """Give what a kernel reads of the inputs and weights; returns what must live until it returns."""
-    words = kernel.words
-    kept: list[object] = [kernel.give_sequence(block, places, sequences[name]) for name, places in words.inputs.items()]
-    for name, value in zip(call.training.traced.weight_names, weights, strict=True):
-        places = words.weights.get(name)
-        if places is not None:
-            kept.append(kernel.give_matrix(block, places, value))
-    return kept
-
-
-def _like_input(grad: Tensor | None, value: Tensor) -> Tensor | None:
+def _like_input(grad: Tensor, value: Tensor) -> Tensor:
     """A gradient in its input's shape; one that was the same at all steps has the sum over them."""
-    if grad is None:
-        return None
     if value.shape[0] != grad.shape[0]:
         grad = grad.sum(0, keepdim=True)
     return grad.reshape(value.shape)
 
 
 def _differentiable(
-    call: _Call, tensors: list[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
+    call: _Call, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
     # Aliases, so that a tensor that went in twice gets both of its gradients once.
-    aliases = [value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True)]
+    aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
     inputs, state, resets, weights, originals = call.split(aliases)
     prologue = call.training.traced.weights
     cell = bound(call.cell, prologue.bindings(weights, originals), resets)

@@ -42,9 +42,7 @@ class _Driver:
         self.sums.clear(f)
         before = f.let("alive.at", "alloca i64")
         f.store_int(0, before)
-        self.filled, self.done = f.let("filled.at", "alloca i64"), f.let("done.at", "alloca i64")
         self.start = f.let("start.first", "alloca i64")
-        f.store_int(0, self.filled)
         with f.loop("first", 0, self.steps, self.chunk) as first:
             self._chunk(first, before)
         self.sums.finish(f)
@@ -67,7 +65,7 @@ class _Driver:
             self._step(f.add(first, i, "done"), low, alive_at)
         self._stages("post", low, "0", "0", total)
         self._scatter(low, steps)
-        self.sums.add_chunk(f, total, self.reverse, self.filled, self.done)
+        self.sums.add_chunk(f, total, self.reverse)
 
     def _step(self, done: Value, low: str, alive_at: str) -> None:
         f = self.f

@@ -43,15 +43,20 @@ class SumEmitter:
 
     def clear(self, f: Function) -> None:
         """Begin with nothing."""
+        if not self.plan.sums:
+            return
+        self._filled, self._done, self._closed = (f.let(name, "alloca i64") for name in ("filled", "done", "closed"))
+        f.store_int(0, self._filled)
+        f.store_int(0, self._closed)
         for found in self.plan.sums:
-            for name in (found.part, found.total):
-                with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
-                    f.store("zeroinitializer", f.at(self.layout.buffer(f, name), byte), self.module.block)
+            with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
+                f.store("zeroinitializer", f.at(self.layout.buffer(f, found.part), byte), self.module.block)
 
-    def add_chunk(self, f: Function, total: str, backwards: str, filled_at: str, done_at: str) -> None:
+    def add_chunk(self, f: Function, total: str, backwards: str) -> None:
         """Add the rows of a chunk, as many at a time as the open block still takes."""
         if not self.plan.sums:
             return
+        filled_at, done_at = self._filled, self._done
         last = f.sub(total, 1, "last")
         f.store_int(0, done_at)
         blocks = f.let("most.blocks", f"sdiv i64 {total}, {BLOCK}")
@@ -71,10 +76,15 @@ class SumEmitter:
                 self._flush_all(f)
 
     def finish(self, f: Function) -> None:
-        """Close the last block and add the sums to the caller's gradients."""
-        self._flush_all(f)
+        """Close the last block and bring the sums to the caller's gradients."""
+        if not self.plan.sums:
+            return
+        several = f.let("several", f"icmp ne i64 {f.load_int(self._closed, 'closed')}, 0")
+        with f.when("several", several):
+            self._flush_all(f)
         for found in self.plan.sums:
-            self._hand_over(f, found)
+            total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
+            self._hand_over(f, found, f.let("source", f"select i1 {several}, ptr {total}, ptr {part}"))
 
     # Parts.
 
@@ -82,17 +92,22 @@ class SumEmitter:
         return found.height * self.module.padded(found.width)
 
     def _flush_all(self, f: Function) -> None:
+        """Close a block: add it to the total, which begins with the first."""
+        closed = f.load_int(self._closed, "closed")
+        first = f.let("is.first", f"icmp eq i64 {closed}, 0")
+        f.store_int(f.add(closed, 1), self._closed)
         for found in self.plan.sums:
             places = (f"ptr {self.layout.buffer(f, name)}" for name in (found.total, found.part))
-            f.call("sum.flush", *places, f"i64 {self._bytes(found)}")
+            f.call("sum.flush", *places, f"i64 {self._bytes(found)}", f"i1 {first}")
 
     def _flush(self) -> None:
         module = self.module
-        f = Function(module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %bytes")
+        f = Function(module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %bytes", "i1 %first")
         with f.loop("byte", 0, "%bytes", module.block) as byte:
             total, part = f.at("%total", byte), f.at("%part", byte)
             more = f.load(part, "part", module.block)
             old = f.load(total, "total", module.block)
+            old = f.let("so.far", f"select i1 %first, {module.vector} zeroinitializer, {module.vector} {old}")
             f.store(f.let("sum", f"fadd {module.vector} {old}, {more}"), total, module.block)
             f.store("zeroinitializer", part, module.block)
         f.end()
@@ -166,8 +181,8 @@ class SumEmitter:
         for place, value in zip(places, carried, strict=True):
             f.store(value, place, module.block)
 
-    def _hand_over(self, f: Function, found: Sum) -> None:
-        """Add a sum to its place in the caller's gradient, whatever its strides."""
+    def _hand_over(self, f: Function, found: Sum, source: str) -> None:
+        """Bring a sum to its place in the caller's gradient, whatever its strides."""
         module, layout, label = self.module, self.layout, found.label
         matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2
         dims = ("1", "0") if found.flipped else ("0", "1")
@@ -176,19 +191,22 @@ class SumEmitter:
         start = f.at(start, f.mul(strides[0], found.corner[0])) if matrix else start
         start = f.at(start, f.mul(strides[1], found.corner[1]))
         f.call(
-            self._add_to(),
+            self._add_to(fresh=label in self.plan.covered()),
             f"ptr {start}",
             f"i64 {strides[0]}",
             f"i64 {strides[1]}",
-            f"ptr {layout.buffer(f, found.total)}",
+            f"ptr {source}",
             f"i64 {module.padded(found.width)}",
             f"i64 {found.height}",
             f"i64 {found.width}",
         )
 
-    def _add_to(self) -> str:
-        """The function that adds rows of our own to a caller's matrix: by vectors where its columns are neighbours."""
-        module, name = self.module, "sum.add"
+    def _add_to(self, *, fresh: bool) -> str:
+        """The function that adds rows of our own to a caller's matrix, or stores them in a ``fresh`` one.
+
+        It takes vectors where the matrix's columns are neighbours.
+        """
+        module, name = self.module, "sum.store" if fresh else "sum.add"
         if name in module.made:
             return name
         module.made.add(name)
@@ -203,16 +221,19 @@ class SumEmitter:
                 mask = f.first_lanes(f.sub("%width", first))
                 offset = f.mul(first, module.bytes)
                 theirs = f.at(to, offset)
-                old = f.load_masked(theirs, mask, "old")
-                more = f.load(f.at(source, offset), "more", module.block)
-                f.store_masked(f.let("sum", f"fadd {module.vector} {old}, {more}"), theirs, mask)
+                value = f.load(f.at(source, offset), "value", module.block)
+                if not fresh:
+                    old = f.load_masked(theirs, mask, "old")
+                    value = f.let("sum", f"fadd {module.vector} {old}, {value}")
+                f.store_masked(value, theirs, mask)
             far = f.let("far", f"xor i1 {close}, true")
             with f.when("far", far), f.loop("column", 0, "%width") as column:
                 theirs = f.at(to, f.mul(column, "%to.column"))
-                old = f.let("old", f"load {module.scalar}, ptr {theirs}, align {module.bytes}")
                 mine = f.at(source, f.mul(column, module.bytes))
-                more = f.let("more", f"load {module.scalar}, ptr {mine}, align {module.bytes}")
-                total = f.let("sum", f"fadd {module.scalar} {old}, {more}")
-                f.do(f"store {module.scalar} {total}, ptr {theirs}, align {module.bytes}")
+                value = f.let("value", f"load {module.scalar}, ptr {mine}, align {module.bytes}")
+                if not fresh:
+                    old = f.let("old", f"load {module.scalar}, ptr {theirs}, align {module.bytes}")
+                    value = f.let("sum", f"fadd {module.scalar} {old}, {value}")
+                f.do(f"store {module.scalar} {value}, ptr {theirs}, align {module.bytes}")
         f.end()
         return name
