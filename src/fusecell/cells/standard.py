@@ -41,6 +41,8 @@ class _TorchCell(Cell):
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size or a dtype doesn't fit.
             TypeError: where an argument is not a tensor, or the state not of the cell's form.
         """
+        if isinstance(input, Tensor) and isinstance(hx, Tensor) and self._fits(input, hx):
+            return run(self, (input[None],), (hx,), _ONE_STEP)[1][0]
         if len(self.inputs) > 1:
             return super().forward(input, hx)
         if not isinstance(input, Tensor):
@@ -62,6 +64,15 @@ class _TorchCell(Cell):
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
         return bare(tuple(value[0] for value in after) if unbatched else after)
+
+    def _fits(self, input: Tensor, h: Tensor) -> bool:
+        """Whether one input and one state need no closer look: this is asked once per step of a user's own loop."""
+        weight = self._parameters.get("weight_ih")
+        if weight is None or not input.dtype is weight.dtype is h.dtype or len(self.states) + len(self.inputs) > 2:
+            return False
+        shape, cell = input.shape, type(self)
+        usual = cell.draw is Cell.draw and cell.state_sizes is Cell.state_sizes
+        return usual and len(shape) == 2 and shape[1] == self.input_size and h.shape == (shape[0], self.hidden_size)
 
     def _given_state(self, hx: StateLike, rank: int) -> State:
         """The state as a tuple of tensors of the input's rank."""

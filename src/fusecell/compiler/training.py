@@ -83,18 +83,24 @@ class Training:
         return self._half(compile_graph(self.halves.backward, backward=True))
 
     @cached_property
-    def results(self) -> tuple[list[tuple[int, Any]], list[tuple[int, Any, bool]]]:
-        """Which inputs, and which weights, the backward makes gradients of; and whether it fills them or adds."""
-        words, covered = self.backward.kernel.words, self.backward.kernel.plan.covered()
-        sequences = [
-            (self._inputs.index(label.removeprefix("grad.input.")), places) for label, places in words.outputs.items()
-        ]
-        names = self.traced.weight_names
-        matrices = [
-            (names.index(label.removeprefix("grad.weight.")), places, label in covered)
-            for label, places in words.sums.items()
-        ]
-        return sequences, matrices
+    def results(self) -> _Results:
+        """What the backward makes."""
+        words, plan = self.backward.kernel.words, self.backward.kernel.plan
+        covered, names = plan.covered(), self.traced.weight_names
+        return _Results(
+            [self._inputs.index(label.removeprefix("grad.input.")) for label in words.outputs],
+            [names.index(label.removeprefix("grad.weight.")) for label in words.sums],
+            [label in covered for label in words.sums],
+        )
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The gradients that a backward makes: of which inputs, of which weights, and which of those it fills whole."""
+
+    inputs: list[int]
+    weights: list[int]
+    fills: list[bool]
 
 
 @dataclass(slots=True)
@@ -237,16 +243,17 @@ def _gradients(call: _Call, saved: Tensor, tensors: State, grads: Sequence[Tenso
     if resets:
         result[first:second] = cut = [saved.new_zeros(value.shape) for value in resets]
         kernel.give_states(block, words.reset, cut)
-    sequences, matrices = call.training.results
-    made = [call.new_rows(saved, inputs[index][0, 0].numel()) for index, _ in sequences]
-    kernel.give_sequences(block, [places for _, places in sequences], made)
-    for index, places, fills in matrices:
-        new = saved.new_empty if fills else saved.new_zeros
-        result[second + index] = grad = new(weights[index].shape)
-        kernel.give_matrices(block, (places,), (grad,))
+    results = call.training.results
+    made = [call.new_rows(saved, inputs[index][0, 0].numel()) for index in results.inputs]
+    kernel.give_sequences(block, words.outputs.values(), made)
+    sums = []
+    for index, fills in zip(results.weights, results.fills, strict=True):
+        result[second + index] = grad = (saved.new_empty if fills else saved.new_zeros)(weights[index].shape)
+        sums.append(grad)
+    kernel.give_matrices(block, words.sums.values(), sums)
     half.run(call, block, saved, reverse=not call.options.reverse)
     del kept
-    for (index, _), grad in zip(sequences, made, strict=True):
+    for index, grad in zip(results.inputs, made, strict=True):
         result[index] = _like_input(grad, inputs[index])
     return result
 

@@ -77,10 +77,10 @@ class Prologue:
             return None
         paths = {slot: path for path, slot in self.sources}
         order = [paths[leaf.slot] for leaf in self.leaves]
-        if len(order) == 1:
-            only = attrgetter(order[0])
-            return lambda cell: (only(cell),)
-        return attrgetter(*order) if order else lambda cell: ()
+        if any("." in path for path in order):
+            getters = [attrgetter(path) for path in order]
+            return lambda cell: tuple([get(cell) for get in getters])
+        return lambda cell: _own_tensors(cell, order)
 
     def values(self, cell: Cell) -> tuple[Tensor, ...]:
         """The weights as they are now, one for each weight leaf; with autograd where grad mode is on."""
@@ -116,6 +116,13 @@ class Prologue:
             shape = "" if leaf.shape is None else f" as {list(leaf.shape)}"
             lines.append(f"leaf %{leaf.slot}{shape}" + ("" if leaf.dtype is None else f" in {leaf.dtype}"))
         return "\n".join(lines) + "\n"
+
+
+def _own_tensors(cell: Cell, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """Attributes of the cell itself; parameters past nn.Module's __getattr__, which is slow."""
+    table = cell._parameters
+    found = [table.get(name) for name in names]
+    return tuple([getattr(cell, name) if value is None else value for name, value in zip(names, found, strict=True)])
 
 
 @dataclass
