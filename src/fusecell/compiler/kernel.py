@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecell.compiler import check
 from fusecell.compiler.emit import Emitted, emit
 from fusecell.compiler.graph import SAVED, Graph
 from fusecell.compiler.machine import Loaded, load
@@ -39,11 +40,13 @@ class _Words:
     Attributes:
         inputs, outputs, saved, weights: by name.
         first, last, reset: of each state, in order.
+        positions: of every word.
     """
 
     def __init__(self, schedule: Plan, emitted: Emitted) -> None:
+        self._plan = schedule
         graph = schedule.graph
-        self._positions = {name: position for position, name in enumerate(emitted.words)}
+        self.positions = {name: position for position, name in enumerate(emitted.words)}
         sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
         leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
         self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
@@ -54,7 +57,7 @@ class _Words:
         self.first, self.last, self.reset = (
             [self._all(f"{kind}.{name}", *rows) for name in schedule.states] for kind in ("first", "last", "reset")
         )
-        self.saved = {buffer.name: self._positions[f"{buffer.name}.ptr"] for buffer in schedule.saved()}
+        self.saved = {buffer.name: self.positions[f"{buffer.name}.ptr"] for buffer in schedule.saved()}
         self.outputs: dict[str, _Places] = {}
         self.sums: dict[str, _Places] = {}
         for label, index in graph.outputs.items():
@@ -65,13 +68,30 @@ class _Words:
         self._check(emitted)
 
     def _all(self, name: str, *parts: str) -> _Places:
-        return tuple([self._positions[name + part] for part in parts])
+        return tuple([self.positions[name + part] for part in parts])
+
+    def extents(self, steps: int, rows: int, itemsize: int) -> list[check.Extent]:
+        """Where a call with all these words given writes into memory of the caller's."""
+        graph = self._plan.graph
+        found = []
+        for label, (ptr, step, row) in self.outputs.items():
+            size = graph[graph.outputs[label]].size * itemsize
+            found.append(check.Extent(label, ptr, ((step, steps), (row, rows)), size))
+        for label, (ptr, stride0, stride1) in self.sums.items():
+            shape = graph[graph.outputs[label]].type.shape
+            pairs = tuple(zip((stride0, stride1), shape, strict=False))
+            found.append(check.Extent(label, ptr, pairs, itemsize))
+        for kind, table in (("last", self.last), ("reset", self.reset if self._plan.backward else [])):
+            for name, (ptr, row) in zip(self._plan.states, table, strict=False):
+                size = graph[self._plan.states[name][0]].size * itemsize
+                found.append(check.Extent(f"{kind}.{name}", ptr, ((row, rows),), size))
+        return found
 
     def _check(self, emitted: Emitted) -> None:
         tables = (self.inputs, self.weights, self.outputs, self.sums)
         bound = {places[0] for table in tables for places in table.values()} | set(self.saved.values())
         bound |= {places[0] for places in (*self.first, *self.last)}
-        missing = [name for name in emitted.pointers if self._positions[name] not in bound]
+        missing = [name for name in emitted.pointers if self.positions[name] not in bound]
         if missing:
             raise CompilerError(f"a kernel would be called without {', '.join(missing)}")
 
@@ -174,7 +194,13 @@ class Kernel:
         block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
         block[places[3]], block[places[4]] = chunk, -(-scratch.data_ptr() // 64) * 64
         function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
-        function(block.buffer_info()[0])
+        if check.ENABLED:
+            extents = self.words.extents(steps, rows, self.itemsize)
+            check.checked_run(
+                function, block, self.emitted, extents, self.words.positions, steps=steps, rows=rows, chunk=chunk
+            )
+        else:
+            function(block.buffer_info()[0])
 
 
 def _scratch(size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusecell.compiler.emit.driver import emit_driver
-from fusecell.compiler.emit.layout import Layout, Panel, Size
+from fusecell.compiler.emit.layout import Layout, Panel, Size, slack
 from fusecell.compiler.emit.stages import StageEmitter, segments
 from fusecell.compiler.emit.text import Module
 from fusecell.compiler.schedule import Plan
@@ -23,6 +23,10 @@ class Emitted:
     pointers: tuple[str, ...]
     """The words that must be given: addresses of inputs, weights, states and outputs."""
     scratch: Size
+    buffers: dict[str, Size]
+    """What the scratch memory is cut into, each with some slack behind it."""
+    slack: int
+    """Bytes behind a buffer that may be read past its end, and are never written."""
     tiles: dict[str, str]
 
 
@@ -39,4 +43,4 @@ def emit(plan: Plan, target: Target) -> Emitted:
         if stage.affines:
             tiles[stage.name] = ", ".join(f"{shape.rows}x{shape.blocks}" for shape in emitter.shapes)
     emit_driver(module, layout, plan, panels)
-    return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, tiles)
+    return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)

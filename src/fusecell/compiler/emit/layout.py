@@ -12,7 +12,7 @@ from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.graph import SAVED
 from fusecell.compiler.schedule import Buffer, Plan
 
-__all__ = ["Layout", "Panel", "Size"]
+__all__ = ["Layout", "Panel", "Size", "slack"]
 
 HEADER = (
     "steps",
@@ -75,6 +75,11 @@ def _scoped(scope: str, row: int) -> Size:
     }[scope]
 
 
+def slack(module: Module) -> int:
+    """Room behind every buffer: a slice reads whole vectors, up to one past its row."""
+    return 64 + module.block
+
+
 class Layout:
     """The words of the argument block, by name, and the offsets of the buffers in scratch memory."""
 
@@ -117,8 +122,7 @@ class Layout:
         for found in plan.sums:
             for name in (found.part, found.total):
                 sizes[name] = Size(fixed=found.height * module.padded(found.width))
-        # A slice reads whole vectors, up to one past its row: every buffer ends in room for that.
-        return {name: size + Size(fixed=64 + module.block) for name, size in sizes.items()}
+        return {name: size + Size(fixed=slack(module)) for name, size in sizes.items()}
 
     @property
     def pointers(self) -> tuple[str, ...]:
