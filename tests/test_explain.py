@@ -19,7 +19,7 @@ class Branches(fc.Cell):
 
 def test_every_zoo_cell_is_compiled(zoo_cell):
     found = fc.explain(fc.Recurrent(zoo_cell.make(5, 8)))
-    assert (found.runner, found.reasons) == ("compiled", ())
+    assert (found.runner, found.training_runner, found.reasons) == ("compiled", "compiled", ())
 
 
 @pytest.mark.parametrize(
@@ -36,16 +36,55 @@ def test_layers_are_walked_to_their_cells(module):
     found = fc.explain(module)
     assert found.runner == "compiled"
     assert "in the loop" in str(found)
-    assert "multiply-adds" in str(found)
+    assert "FLOPs" in str(found)
+    assert "kept for the backward" in str(found)
 
 
 def test_the_input_product_leaves_the_loop():
-    lines = str(fc.explain(fc.GRUCell(5, 10))).splitlines()
-    before = next(line for line in lines if "before the loop" in line)
-    inside = next(line for line in lines if "in the loop" in line)
+    text = str(fc.explain(fc.GRUCell(5, 10)))
+    before, _, rest = text.partition("before the loop")[2].partition("in the loop")
+    inside, _, backward = rest.partition("with gradients")
     assert "lifted" in before
     assert "lifted" not in inside
     assert all(f" {gate}," in inside for gate in ("r", "z", "n"))
+    assert "kept for the backward: h, r, z, part.4, n; 320 bytes a row and step" in backward
+    assert "summed over all rows and steps: weight_ih, bias_ih, weight_hh, bias_hh" in backward
+
+
+def test_the_figures_of_a_plain_gru():
+    text = str(fc.explain(fc.GRUCell(64, 128)))
+    flops = 2 * 3 * 128 * (64 + 128)
+    assert f"{flops:,} FLOPs of products a row and step" in text
+    assert f"{4 * (3 * 128 * (64 + 128) + 6 * 128):,} bytes of weights" in text
+
+
+def test_frozen_weights_need_no_backward():
+    layer = fc.Recurrent(fc.GRUCell(5, 10))
+    layer.requires_grad_(False)
+    assert "with gradients" not in str(fc.explain(layer))
+
+
+class Attending(fc.Cell):
+    inputs = ("x", "context")
+
+    def __init__(self, input_size, hidden_size, context_size):
+        super().__init__(input_size, hidden_size)
+        self.mix = nn.Linear(input_size + context_size, hidden_size)
+
+    def step(self, x, state):
+        x, context = x
+        (h,) = state
+        h = torch.tanh(self.mix(torch.cat([x, context], -1)) + h)
+        return h, (h,)
+
+
+def test_several_inputs_need_their_widths():
+    layer = fc.Recurrent(Attending(5, 10, 3))
+    with pytest.raises(ValueError, match=r"Attending is given 2 inputs \(x, context\), .*input_sizes"):
+        fc.explain(layer)
+    with pytest.raises(ValueError, match="got 1 input_sizes"):
+        fc.explain(layer, input_sizes=(5,))
+    assert fc.explain(layer, input_sizes=(5, 3)).runner == "compiled"
 
 
 def test_reasons_carry_the_users_line():

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.compiler.emit import Emitted
 from fusecell.compiler.graph import Graph, copy, rebuild
 from fusecell.compiler.kernel import Kernel, RaggedRows, compile_graph
-from fusecell.compiler.machine import Loaded
-from fusecell.compiler.schedule import Plan
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
@@ -33,22 +30,6 @@ class Program:
     traced: Traced
     kernel: Kernel
     seconds: float
-
-    @property
-    def plan(self) -> Plan:
-        return self.kernel.plan
-
-    @property
-    def emitted(self) -> Emitted:
-        return self.kernel.emitted
-
-    @property
-    def loaded(self) -> Loaded:
-        return self.kernel.loaded
-
-    @property
-    def macs(self) -> int:
-        return self.kernel.macs
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""

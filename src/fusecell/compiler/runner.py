@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
 from fusecell.compiler.kept import Kept
-from fusecell.compiler.program import Program, compile_step
+from fusecell.compiler.program import compile_step
 from fusecell.compiler.trace import Refusal
-from fusecell.compiler.training import Learner, compile_learner
+from fusecell.compiler.training import compile_learner
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
 from fusecell.runner import Options, State, register
@@ -29,10 +29,10 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
     """Run machine code, or raise NotCompilable with the reasons."""
     reasons = _call_reasons(inputs, state)
     if not reasons:
-        program = _find(cell, inputs, state)
-        if not isinstance(program, Refusal):
-            return program(cell, inputs, state, options)
-        reasons = program.reasons
+        result = _run(cell, inputs, state, options)
+        if not isinstance(result, Refusal):
+            return result
+        reasons = result.reasons
     raise NotCompilable(type(cell).__name__, reasons)
 
 
@@ -40,14 +40,19 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
     """Run machine code where it can be, else the Python loop; say so once per class of cells and reason."""
     if torch.compiler.is_compiling() or _call_reasons(inputs, state):
         return run_eager(cell, inputs, state, options)
-    program = _find(cell, inputs, state)
-    if not isinstance(program, Refusal):
-        return program(cell, inputs, state, options)
-    if (type(cell), program.reasons) not in _warned:
-        _warned.add((type(cell), program.reasons))
-        reasons = " ".join(program.reasons)
+    result = _run(cell, inputs, state, options)
+    if not isinstance(result, Refusal):
+        return result
+    if (type(cell), result.reasons) not in _warned:
+        _warned.add((type(cell), result.reasons))
+        reasons = " ".join(result.reasons)
         warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=2)
     return run_eager(cell, inputs, state, options)
+
+
+def _run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
+    found = (find_learner if _needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
+    return found if isinstance(found, Refusal) else found(cell, inputs, state, options)
 
 
 _programs = Kept(compile_step)
@@ -94,10 +99,6 @@ def _cells(module: nn.Module) -> Iterator[Cell]:
         elif hasattr(part, "leaf_cells"):  # a drop-in layer, whose cells are in no module's tree
             leaves: Any = part.leaf_cells
             yield from (cell for *_, cell in leaves())
-
-
-def _find(cell: Cell, inputs: State, state: State) -> Program | Learner | Refusal:
-    return (find_learner if _needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
 
 
 def _call_reasons(inputs: State, state: State) -> tuple[str, ...]:

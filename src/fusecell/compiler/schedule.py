@@ -208,6 +208,14 @@ class _Scheduler:
                 self._needs_memory([row for row, _, _ in terms], self.phase[index])
             elif node.op in ("outer", "rowsum"):
                 self._needs_memory(node.args, "post")
+        for index, node in graph:
+            # Parts and joins are read from memory: what is cut must be in it, though it be cheap.
+            if node.op == "slice" and index not in self.phase:
+                self._needs_memory(node.args, "lift")
+                if node.args[0] in self.phase:
+                    self.phase[index] = self.phase[node.args[0]]
+            elif node.op == "concat":
+                self._needs_memory([index], "lift")
         for index in self.rows.values():
             if index not in self.phase and graph[index].op not in ("input", "state"):
                 self.phase[index] = "loop"

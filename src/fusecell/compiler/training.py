@@ -17,8 +17,10 @@ from fusecell.compiler.bound import bound
 from fusecell.compiler.kernel import Kernel, RaggedRows, compile_graph
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves, partition
+from fusecell.compiler.program import refusal
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.eager import run_eager
+from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, recomputing, steps_of
 
 __all__ = ["Learner", "Training", "compile_learner"]
@@ -65,22 +67,18 @@ class Half:
 
 
 class Training:
-    """The kernels of a cell that learns, for one set of wanted gradients; the backward is compiled on first use."""
+    """The kernels of a cell that learns, for one set of wanted gradients."""
 
     def __init__(self, traced: Traced, inputs: Sequence[str], halves: Halves) -> None:
         self.traced = traced
         self.halves = halves
         self._inputs = (*inputs, "grad.output")
         self.forward = self._half(compile_graph(halves.forward))
+        self.backward = self._half(compile_graph(halves.backward, backward=True))
         self.saved_numbers = sum(size for _, size in self.forward.saved)
 
     def _half(self, kernel: Kernel) -> Half:
         return Half(kernel, self._inputs, self.traced.weight_names, self.halves)
-
-    @cached_property
-    def backward(self) -> Half:
-        """The gradient."""
-        return self._half(compile_graph(self.halves.backward, backward=True))
 
     @cached_property
     def results(self) -> _Results:
@@ -137,16 +135,18 @@ class Learner:
         self._inputs = tuple(inputs)
         names = traced.weight_names
         self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
-        self._made: dict[tuple[bool, ...], Training] = {}
+        self._made: dict[tuple[bool, ...], Training | Refusal] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
         prologue = self.traced.weights
         weights = prologue.values(cell)
         flags = tuple([value.requires_grad for value in (*inputs, *weights)])
         recompute = options.recompute or recomputing()
         training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
+        if isinstance(training, Refusal):
+            return training
         steps, rows = steps_of(inputs), inputs[0].shape[1]
         all_rows, ragged = steps * rows, None
         if options.lengths is not None:
@@ -162,7 +162,7 @@ class Learner:
         outputs, *after = _apply(call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
         return outputs, tuple(after)
 
-    def training(self, flags: Sequence[bool], recompute: bool) -> Training:
+    def training(self, flags: Sequence[bool], recompute: bool) -> Training | Refusal:
         """The kernels for some gradients, compiled on first use.
 
         Arguments:
@@ -174,7 +174,10 @@ class Learner:
             if key not in self._made:
                 wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
                 halves = partition(self.traced.graph, wanted, recompute=recompute)
-                self._made[key] = Training(self.traced, self._inputs, halves)
+                try:
+                    self._made[key] = Training(self.traced, self._inputs, halves)
+                except (CompilerError, AssertionError, LookupError) as error:
+                    self._made[key] = refusal(error)
             return self._made[key]
 
 

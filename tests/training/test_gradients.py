@@ -1,0 +1,200 @@
+"""The compiled gradient of every cell of the zoo, against finite differences, the Python loop and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fusecell as fc
+from fusecell.compiler import kernel
+
+
+def call(cell, x, state, gradients, options, runner):
+    """Outputs, states, and the gradients of input, states and parameters."""
+    x, state = x.clone().requires_grad_(), tuple(value.clone().requires_grad_() for value in state)
+    cell.zero_grad()
+    with fc.runner(runner):
+        outputs, after = fc.scan(cell, x, state if len(state) > 1 else state[0], **options)
+    after = after if isinstance(after, tuple) else (after,)
+    torch.autograd.backward([outputs, *after], gradients)
+    found = [x.grad, *(value.grad for value in state), *(parameter.grad for parameter in cell.parameters())]
+    return [outputs, *after, *(torch.zeros(()) if value is None else value for value in found)]
+
+
+def drawn(cell, steps, rows, dtype=torch.float64):
+    """An input, states, and gradients of outputs and states."""
+    states = [torch.randn(rows, size, dtype=dtype) for size in cell.state_sizes]
+    gradients = [torch.randn(steps, rows, cell.output_size, dtype=dtype), *map(torch.randn_like, states)]
+    return torch.randn(steps, rows, cell.input_size, dtype=dtype), states, gradients
+
+
+CALLS = {
+    "plain": (7, 3, {}),
+    "one step": (1, 1, {}),
+    "lengths": (9, 5, {"lengths": [4, 9, 0, 1, 9]}),
+    "resets": (8, 4, {"resets": torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) < 0.3}),
+    "all at once": (
+        8,
+        3,
+        {
+            "lengths": [3, 8, 0],
+            "resets": torch.rand(8, 3, generator=torch.Generator().manual_seed(1)) < 0.4,
+            "reverse": True,
+        },
+    ),
+    # More rows than a block of a sum takes, and no multiple of it.
+    "long": (607, 2, {}),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", CALLS)
+def test_equals_the_python_loop(zoo_cell, kind, recompute):
+    torch.manual_seed(1)
+    steps, rows, options = CALLS[kind]
+    cell = zoo_cell.make(5, 9, dtype=torch.float64)
+    given = drawn(cell, steps, rows)
+    ours = call(cell, *given, {**options, "recompute": recompute}, "compiled")
+    for mine, loop in zip(ours, call(cell, *given, options, "eager"), strict=True):
+        # A chain of 607 steps of a layer norm magnifies the last bit.
+        assert (mine - loop).abs().max() <= 1e-11 * max(1.0, loop.abs().max())
+
+
+def test_gradcheck(zoo_cell):
+    torch.manual_seed(2)
+    cell = zoo_cell.make(3, 7, dtype=torch.float64)
+    if "relu" in zoo_cell.name or zoo_cell.name in ("ligru", "leaky", "ind_rnn"):
+        torch.manual_seed(5)  # finite differences must not step over a kink
+    names = [name for name, _ in cell.named_parameters()]
+    x, states, _ = drawn(cell, 4, 3)
+    resets = torch.tensor([[False, True, False]] * 2 + [[False] * 3] * 2)
+
+    def run(x, *rest):
+        state, weights = rest[: len(states)], rest[len(states) :]
+        arguments = (x, state if len(state) > 1 else state[0])
+        given = dict(zip(names, weights, strict=True))
+        layer = fc.Recurrent(cell, reverse=True)
+        given = {f"cell.{name}": value for name, value in given.items()}
+        options = {"lengths": [4, 2, 3], "resets": resets}
+        with fc.runner("compiled"):
+            outputs, after = torch.func.functional_call(layer, given, arguments, options)
+        return (outputs, *(after if isinstance(after, tuple) else (after,)))
+
+    weights = [parameter.detach().clone() for parameter in cell.parameters()]
+    given = tuple(value.requires_grad_() for value in (x, *states, *weights))
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, lambda i, h: fc.cells.AntisymmetricRNNCell(i, h)])
+def test_gradients_have_gradients(make):
+    cell = make(3, 5).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: fc.scan(cell, x)[0], (x,))
+    second = {}
+    for name in ("auto", "eager"):
+        cell.zero_grad()
+        with fc.runner(name):
+            (gradient,) = torch.autograd.grad(fc.scan(cell, x)[0].sin().sum(), x, create_graph=True)
+            gradient.pow(2).sum().backward()
+        second[name] = [parameter.grad.clone() for parameter in cell.parameters()]
+    for mine, loop in zip(second["auto"], second["eager"], strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+@pytest.mark.parametrize("steps", [35, 1000])
+def test_float32_is_as_near_to_float64_as_torch(kind, steps):
+    torch.manual_seed(3)
+    theirs = getattr(nn, kind)(13, 31)
+    mine, exact = getattr(fc, kind)(13, 31), getattr(nn, kind)(13, 31).double()
+    for other in (mine, exact):
+        other.load_state_dict(theirs.state_dict())
+    x, weight = torch.randn(steps, 5, 13), torch.randn(steps, 5, 31)
+    for layer, dtype in ((theirs, torch.float32), (mine, torch.float32), (exact, torch.float64)):
+        (layer(x.to(dtype))[0] * weight.to(dtype)).sum().backward()
+    for p, q, r in zip(mine.parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        ours, torchs = ((value.grad.double() - r.grad).pow(2).mean().sqrt() for value in (p, q))
+        assert ours <= 4 * torchs
+
+
+def test_bits_do_not_depend_on_chunks_threads_or_runs(monkeypatch, zoo_cell):
+    torch.manual_seed(4)
+    cell = zoo_cell.make(5, 17)
+    given = drawn(cell, 301, 3, torch.float32)
+    options = {"lengths": [301, 117, 240]}
+    first = call(cell, *given, options, "compiled")
+    threads = torch.get_num_threads()
+    try:
+        for chunk, count in ((1, 1), (50_000, 2), (10**9, 1)):
+            monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+            torch.set_num_threads(count)
+            again = call(cell, *given, options, "compiled")
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("hidden_size", [2, 10, 33])
+def test_what_is_kept_changes_no_bit_of_the_forward(zoo_cell, hidden_size):
+    cell = zoo_cell.make(7, hidden_size)
+    x = torch.randn(6, 5, 7)
+    for recompute in (False, True):
+        with fc.runner("compiled"):
+            learned, _ = fc.scan(cell, x, recompute=recompute)
+            with torch.no_grad():
+                plain, _ = fc.scan(cell, x)
+        assert torch.equal(learned, plain)
+
+
+def test_two_hundred_steps_of_adam_as_torch():
+    """Our float32 curve is no further from torch's than twice what separates torch's float32 from its float64."""
+    curves = {}
+    for name, layer, dtype in (
+        ("ours", fc.GRU, torch.float32),
+        ("torch", nn.GRU, torch.float32),
+        ("exact", nn.GRU, torch.float64),
+    ):
+        torch.manual_seed(6)
+        model = nn.ModuleList([layer(5, 23), nn.Linear(23, 2)])
+        x, y = torch.randn(40, 9, 5), torch.randn(40, 9, 2)
+        model.to(dtype)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        curves[name] = []
+        for _ in range(200):
+            loss = (model[1](model[0](x.to(dtype))[0]) - y.to(dtype)).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[name].append(loss.item())
+    ours, torchs, exact = (torch.tensor(curves[name], dtype=torch.float64) for name in ("ours", "torch", "exact"))
+    assert exact[-1] < 0.9 * exact[0]
+    noise = (torchs - exact).abs().max()
+    assert (ours - exact).abs().max() <= 2 * noise
+
+
+class Parametrized(fc.Cell):
+    """A recurrent weight of norm one, a tied and a sliced weight, and one that is used both ways round."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.inp = nn.Linear(input_size, 2 * hidden_size)
+        self.rec = parametrizations.weight_norm(nn.Linear(hidden_size, hidden_size))
+        self.tied = self.inp.bias
+
+    def step(self, x, state):
+        (h,) = state
+        size = self.hidden_size
+        gate = torch.sigmoid(nn.functional.linear(x, self.inp.weight[:size], self.tied[:size]))
+        new = torch.tanh(nn.functional.linear(x, self.inp.weight[size:]) + self.rec(h) @ self.rec.weight)
+        h = gate * h + (1 - gate) * new
+        return h, (h,)
+
+
+def test_weights_that_a_step_computes_slices_and_ties():
+    torch.manual_seed(7)
+    cell = Parametrized(5, 9).double()
+    given = drawn(cell, 6, 3)
+    pairs = zip(call(cell, *given, {}, "compiled"), call(cell, *given, {}, "eager"), strict=True)
+    assert all((mine - loop).abs().max() <= 1e-12 * max(1, loop.abs().max()) for mine, loop in pairs)
