@@ -18,7 +18,8 @@ from fusecell.compiler.emit import Emitted, emit
 from fusecell.compiler.graph import SAVED, Graph
 from fusecell.compiler.machine import Loaded, load
 from fusecell.compiler.passes import optimise
-from fusecell.compiler.schedule import Plan, plan
+from fusecell.compiler.plan import Plan
+from fusecell.compiler.schedule import plan
 from fusecell.compiler.target import host_target
 from fusecell.errors import CompilerError
 

@@ -17,6 +17,8 @@ __all__ = ["Halves", "partition"]
 
 _DEAR = {"exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "pow"}
 _MOVES = {"slice", "concat"}
+_MANY = 2.0**20
+"""More than all features of a step together; a power of two, so that sums of widths are exact."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class _Cut:
         self.source, self.sink = -1, -2
         self.room: dict[int, dict[int, float]] = {}
         reached = joint.needed(demanded)
+        unfinished = _unfinished(joint, first)
         for index, node in joint:
             if not reached[index] or _free(node):
                 continue
-            width = -(-node.size // LANES) * LANES
+            # Whole vectors count; among sets of as many, numbers do, and then whether they are at hand.
+            width = -(-node.size // LANES) * LANES + (node.size + 0.5 * unfinished[index]) / _MANY
             # A truth value is worked out again from numbers.
             self._edge(2 * index, 2 * index + 1, float("inf") if node.type.kind == "mask" else width)
             if node.op == "state" or (first[index] and not _cheap(node)):
@@ -143,6 +147,18 @@ class _Cut:
                     seen.add(there)
                     queue.append(there)
                     yield there, here
+
+
+def _unfinished(joint: Graph, first: list[bool]) -> list[bool]:
+    """For each node, whether it is a product to which the step adds more: only the sum is ever at hand."""
+    users = joint.users()
+    found = [False] * len(joint.nodes)
+    accumulates = [False] * len(joint.nodes)
+    for index, node in joint:
+        accumulates[index] = node.op == "product" or (node.op == "add" and any(accumulates[arg] for arg in node.args))
+        adding = [user for user in users[index] if first[user]]
+        found[index] = accumulates[index] and len(adding) == 1 and joint[adding[0]].op == "add"
+    return found
 
 
 def _cheap(node: Node) -> bool:

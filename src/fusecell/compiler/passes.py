@@ -106,7 +106,7 @@ def sink_slices(graph: Graph) -> Graph:
 
 def _only_sliced(graph: Graph) -> list[bool]:
     """For each node, whether slices are all that is ever used of it, once those after it have sunk."""
-    users, outputs = graph.users(), _results(graph)
+    users, outputs = _users(graph), _results(graph)
     found = [False] * len(graph.nodes)
     for index in range(len(graph.nodes) - 1, -1, -1):
         found[index] = (
@@ -123,6 +123,12 @@ def _only_sliced(graph: Graph) -> list[bool]:
 def _results(graph: Graph) -> set[int]:
     """The outputs but for what is saved: whether a value is saved must not change how others are computed."""
     return {index for label, index in graph.outputs.items() if not label.startswith(SAVED)}
+
+
+def _users(graph: Graph) -> list[list[int]]:
+    """For each node, the nodes that read it on the way to a result; what is read to be saved only does not count."""
+    needed = graph.needed(_results(graph))
+    return [[user for user in users if needed[user]] for users in graph.users()]
 
 
 def _sink(builder: Builder, index: int, start: int, stop: int, name: str, sinks: dict[int, bool]) -> int:
@@ -154,7 +160,7 @@ def gather_affines(graph: Graph) -> Graph:
 
     First the init, a weight or what needs x only; then the terms that need x only; then the rest as written.
     """
-    users, outputs = graph.users(), _results(graph)
+    users, outputs = _users(graph), _results(graph)
     open_: dict[int, bool] = {}
     facts = _Facts()
 

@@ -11,19 +11,19 @@ their epilogue. A value begins a new stage where it needs all columns of another
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 from fusecell.compiler.graph import SAVED, Graph
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.passes import affine_parts
+from fusecell.compiler.plan import Buffer, Phase, Place, Plan, Stage, Sum
 
-__all__ = ["Buffer", "Phase", "Place", "Plan", "Stage", "Sum", "plan"]
+__all__ = ["plan"]
 
-Phase = Literal["once", "lift", "loop", "post"]
 PHASES: tuple[Phase, ...] = ("once", "lift", "loop", "post")
+LEAVES = ("input", "state", "weight", "const")
 REDUCTIONS = ("sum", "amax", "amin")
 _MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
     "once": "call",
@@ -31,130 +31,6 @@ _MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
     "loop": "step",
     "post": "chunk",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """Memory for a value: one row per call, a row per row of a step, of a chunk, or of the caller's own tensor.
-
-    What is saved for the backward is the caller's too, but laid out as a chunk's rows are: one step after the other.
-    """
-
-    name: str
-    scope: Literal["call", "step", "state", "chunk", "user", "saved"]
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a value can be read: a buffer, from a feature on."""
-
-    buffer: Buffer
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """A contribution to the gradient of a weight: the sum over rows of a^T b, or of b alone."""
-
-    name: str
-    label: str
-    a: int | None
-    b: int
-    height: int
-    """Features of ``a``; 1 without."""
-    width: int
-    corner: tuple[int, int]
-    """Where in the gradient it belongs, in its own rows and columns."""
-    flipped: bool
-    """Whether its rows are the gradient's columns."""
-
-    @property
-    def part(self) -> str:
-        """The buffer of the block of rows that is being added up."""
-        return f"{self.name}.block"
-
-    @property
-    def total(self) -> str:
-        """The buffer of the blocks added up."""
-        return f"{self.name}.total"
-
-
-@dataclass(slots=True)
-class Stage:
-    """Values of one width computed together, row by row, column block by column block."""
-
-    phase: Phase
-    rank: int
-    width: int
-    affines: list[int] = field(default_factory=list)
-    pointwise: list[int] = field(default_factory=list)
-    reductions: list[int] = field(default_factory=list)
-    stores: dict[int, list[Place]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.phase}{self.rank}.{self.width}"
-
-    def results(self) -> Iterator[int]:
-        """All that is computed here, reductions aside."""
-        yield from self.affines
-        yield from self.pointwise
-
-
-@dataclass(slots=True)
-class Plan:
-    """Stages in the order in which they run, and the memory of every value that crosses from one to another."""
-
-    graph: Graph
-    stages: list[Stage]
-    homes: dict[int, Place]
-    gathered: dict[int, Buffer]
-    scattered: dict[str, int]
-    sums: list[Sum]
-    kept: dict[int, Buffer]
-    states: dict[str, tuple[int, int]]
-    """Each state's leaf and its new value."""
-    backward: bool = False
-    """Whether the states are gradients: a reset cuts them off after the step instead of setting them before it."""
-
-    def place(self, index: int, phase: Phase) -> Place | None:
-        """Where a value is found by a stage of ``phase``; None if it is nowhere in memory."""
-        node = self.graph[index]
-        if node.op == "slice":
-            whole = self.place(node.args[0], phase)
-            return whole and Place(whole.buffer, whole.offset + node.attrs["start"])
-        if node.op == "input" and phase in ("lift", "post") and not node.name.startswith(SAVED):
-            return Place(self.gathered[index]) if index in self.gathered else None
-        if node.op == "state" and phase == "post":
-            return Place(self.kept[index]) if index in self.kept else None
-        return self.homes.get(index)
-
-    def buffers(self) -> list[Buffer]:
-        """Every buffer of the scratch memory, once each."""
-        found = {place.buffer: None for place in self.homes.values()}
-        found.update(dict.fromkeys([*self.gathered.values(), *self.kept.values()]))
-        for stage in self.stages:
-            found.update({place.buffer: None for places in stage.stores.values() for place in places})
-        return [buffer for buffer in found if buffer.scope not in ("user", "saved")]
-
-    def covered(self) -> set[str]:
-        """The gradients that one sum makes whole: nothing has to be added up in them."""
-        labels = [found.label for found in self.sums]
-        found = set()
-        for each in self.sums:
-            size = math.prod(self.graph[self.graph.outputs[each.label]].type.shape)
-            if labels.count(each.label) == 1 and each.height * each.width == size:
-                found.add(each.label)
-        return found
-
-    def saved(self) -> list[Buffer]:
-        """What the forward keeps, or the backward finds."""
-        graph = self.graph
-        names = [label for label in graph.outputs if label.startswith(SAVED)]
-        sizes = {label: graph[graph.outputs[label]].size for label in names}
-        sizes |= {graph[i].name: graph[i].size for i in graph.leaves("input") if graph[i].name.startswith(SAVED)}
-        return [Buffer(name, "saved", size) for name, size in sizes.items()]
 
 
 def plan(graph: Graph, *, backward: bool = False) -> Plan:
@@ -191,43 +67,52 @@ class _Scheduler:
         for_state = graph.needed(new for _, new in self.states.values())
         heavy = graph.reaches(i for i, node in graph if node.op in ("affine", *REDUCTIONS))
         for index, node in graph:
-            if node.op in ("input", "state", "weight", "const"):
+            if node.op in LEAVES or node.type.kind == "sum":
                 continue
             if node.type.kind == "weight":
                 self.phase[index] = "once"
-            elif node.type.kind == "sum":
-                continue
             elif self.late[index]:
                 after = node.op == "affine" or any(self.phase.get(arg) == "post" for arg in node.args)
                 self.phase[index] = "post" if after and not for_state[index] else "loop"
             elif heavy[index]:
                 self.phase[index] = "lift"
-        for index, node in graph:
-            if node.op == "affine":
-                _, terms = affine_parts(node)
-                self._needs_memory([row for row, _, _ in terms], self.phase[index])
-            elif node.op in ("outer", "rowsum"):
-                self._needs_memory(node.args, "post")
-        for index, node in graph:
-            # Parts and joins are read from memory: what is cut must be in it, though it be cheap.
-            if node.op == "slice" and index not in self.phase:
-                self._needs_memory(node.args, "lift")
-                if node.args[0] in self.phase:
-                    self.phase[index] = self.phase[node.args[0]]
-            elif node.op == "concat":
-                self._needs_memory([index], "lift")
-        for index in self.rows.values():
-            if index not in self.phase and graph[index].op not in ("input", "state"):
-                self.phase[index] = "loop"
+        self._choose_for_cheap()
 
-    def _needs_memory(self, operands: list[int] | tuple[int, ...], phase: Phase) -> None:
-        """A cheap value that a product reads must be computed somewhere after all."""
-        for index in operands:
-            node = self.graph[index]
-            if node.op == "slice":
-                self._needs_memory(node.args, phase)
-            elif index not in self.phase and node.op not in ("input", "state", "weight"):
-                self.phase[index] = phase
+    def _choose_for_cheap(self) -> None:
+        """A cheap value that must be in memory is computed where the first of its users runs; users come last."""
+        graph, outputs = self.graph, set(self.rows.values())
+        for index in range(len(graph.nodes) - 1, -1, -1):
+            node = graph[index]
+            if index in self.phase or node.op in LEAVES or node.type.kind == "sum":
+                continue
+            phases = {"loop"} if index in outputs else set()
+            phases |= set(self._used_in(index))
+            if phases and (node.op == "concat" or index in outputs or self._is_read_whole(index)):
+                self.phase[index] = min(phases, key=PHASES.index)
+        for index, node in graph:
+            if node.op == "slice" and index not in self.phase and node.args[0] in self.phase:
+                self.phase[index] = self.phase[node.args[0]]
+
+    def _is_read_whole(self, index: int) -> bool:
+        """Whether a value is read from memory for some user, though it is cheap: an operand, or cut into parts."""
+        for user in self.users[index]:
+            node = self.graph[user]
+            if node.op in ("outer", "rowsum", "slice"):
+                return True
+            if node.op == "affine" and index in [row for row, _, _ in affine_parts(node)[1]]:
+                return True
+        return False
+
+    def _used_in(self, index: int) -> Iterator[Phase]:
+        """The phases that read a value, looking through parts and what is computed wherever it is used."""
+        for user in self.users[index]:
+            node = self.graph[user]
+            if node.op in ("outer", "rowsum"):
+                yield "post"
+            elif user in self.phase and node.op != "slice":
+                yield self.phase[user]
+            else:
+                yield from self._used_in(user)
 
     # Stages: a rank within each phase, so that a stage's operands are complete before it begins.
 
@@ -269,7 +154,7 @@ class _Scheduler:
     def _local_args(self, index: int) -> Iterator[int]:
         """The arguments in some phase, looking through those that are computed wherever they are used."""
         for arg in self.graph[index].args:
-            if arg in self.phase or self.graph[arg].op in ("input", "state", "weight", "const"):
+            if arg in self.phase or self.graph[arg].op in LEAVES:
                 yield arg
             else:
                 yield from self._local_args(arg)
@@ -300,20 +185,16 @@ class _Scheduler:
     def _give_home(self, made: Plan, index: int) -> None:
         """Memory for a value that another stage reads."""
         phases = {phase for phase in self._read_in(index) if phase is not None}
-        if not phases:
-            return
-        mine = self.phase[index]
-        scope = "chunk" if mine == "loop" and phases - {"loop"} else _MEMORY[mine]
+        if phases:
+            late = self.phase[index] == "loop" and phases - {"loop"}
+            self._make_home(made, index, "chunk" if late else _MEMORY[self.phase[index]])
+
+    def _make_home(self, made: Plan, index: int, scope: Literal["call", "chunk", "step"]) -> None:
         node = self.graph[index]
         place = Place(Buffer(node.name, scope, node.size))
-        self.homes[index] = place
-        if node.op == "concat":
-            offset = 0
-            for part in node.args:
-                self._store(made, part, Place(place.buffer, offset))
-                offset += self.graph[part].size
-        elif node.op not in REDUCTIONS:
+        if node.op not in REDUCTIONS:  # they write where they live by themselves
             self._store(made, index, place)
+        self.homes[index] = place
 
     def _read_in(self, index: int) -> Iterator[Phase | None]:
         """The phases of the stages that read a value from memory; None for a use that reads a register."""
@@ -326,29 +207,20 @@ class _Scheduler:
             elif other.op in ("outer", "rowsum"):
                 yield "post"
             elif user not in self.phase:
-                yield from self._read_in_inline(user, mine)
+                yield from self._used_in(user)
             elif node.op in (*REDUCTIONS, "slice", "concat") or other.op == "affine" or self.phase[user] != mine:
                 yield self.phase[user]
             else:
                 same = self.rank[user] == rank and self._stage_width(user) == self._stage_width(index)
                 yield None if same else mine
 
-    def _read_in_inline(self, user: int, mine: Phase) -> Iterator[Phase]:
-        for other in self.users[user]:
-            if self.graph[other].op in ("outer", "rowsum"):
-                yield "post"
-            elif other in self.phase:
-                yield self.phase[other]
-            else:
-                yield from self._read_in_inline(other, mine)
-
     def _stage_width(self, index: int) -> int:
         node = self.graph[index]
         return self.graph[node.args[0]].size if node.op in REDUCTIONS else node.size
 
     def _store(self, made: Plan, index: int, place: Place) -> None:
-        """Have the stage that computes a value store it; a leaf or a cheap value is computed for it."""
-        if self.graph[index].op == "concat" and made.place(index, "loop") is None:
+        """Have the stage that computes a value store it; what can't be stored from there is loaded and stored again."""
+        if self.graph[index].op == "concat" and index not in self.homes:
             offset = place.offset
             for part in self.graph[index].args:
                 self._store(made, part, Place(place.buffer, offset))
@@ -358,15 +230,15 @@ class _Scheduler:
         stage.stores.setdefault(index, []).append(place)
 
     def _stage_of(self, made: Plan, index: int, place: Place) -> Stage:
-        node = self.graph[index]
-        computed = index in self.phase and node.op not in ("slice", "concat", *REDUCTIONS)
-        if computed:
-            return next(stage for stage in made.stages if index in stage.results() and stage.phase == self.phase[index])
-        # What is only moved is loaded and stored again by the last stage of its width, or by one made for it.
+        node, mine = self.graph[index], self.phase.get(index)
+        stepwise = place.buffer.scope in ("state", "user", "step")
+        computed = mine is not None and node.op not in ("slice", "concat", *REDUCTIONS)
+        if computed and (mine == "loop" or not stepwise):
+            return next(stage for stage in made.stages if index in stage.results() and stage.phase == mine)
+        # What is only moved is loaded and stored by the last stage of its width, or by one made for it.
         self._ensure_home(made, index)
-        phase: Phase = "loop" if place.buffer.scope in ("state", "user", "step") or self.late[index] else "lift"
-        phase = self.phase.get(index, phase)
-        rank = max(self.rank.get(index, 0) + (node.op in REDUCTIONS), 0)
+        phase: Phase = "loop" if stepwise else mine or ("loop" if self.late[index] else "lift")
+        rank = self.rank[index] + (node.op in REDUCTIONS) if mine == phase else 0
         for stage in made.stages:
             if stage.phase == phase and stage.width == node.size and stage.rank >= rank:
                 return stage
@@ -376,13 +248,11 @@ class _Scheduler:
         return stage
 
     def _ensure_home(self, made: Plan, index: int) -> None:
-        """Memory for a value of which a part is stored as an output or state: the part is read from there."""
-        node = self.graph[index]
-        if node.op == "slice":
-            self._ensure_home(made, node.args[0])
-        elif index in self.phase and index not in self.homes and node.op not in ("concat", *REDUCTIONS):
-            self.homes[index] = Place(Buffer(node.name, _MEMORY[self.phase[index]], node.size))
-            self._store(made, index, self.homes[index])
+        """Memory for a value of which at least a part is loaded to be stored again."""
+        if self.graph[index].op == "slice":
+            self._ensure_home(made, self.graph[index].args[0])
+        elif index in self.phase and index not in self.homes:
+            self._make_home(made, index, _MEMORY[self.phase[index]])
 
     def _give_outputs(self, made: Plan) -> None:
         for name, (_, new) in self.states.items():
@@ -392,9 +262,7 @@ class _Scheduler:
                 self._store(made, index, Place(Buffer(label, "saved", self.graph[index].size)))
             elif self.phase.get(index) in ("lift", "post"):
                 made.scattered[label] = index
-                if made.place(index, "post") is None:
-                    self.homes[index] = Place(Buffer(self.graph[index].name, "chunk", self.graph[index].size))
-                    self._store(made, index, self.homes[index])
+                self._ensure_home(made, index)
             else:
                 self._store(made, index, Place(Buffer(f"out.{label}", "user", self.graph[index].size)))
 
@@ -417,7 +285,7 @@ class _Scheduler:
     def _keep_states(self, made: Plan) -> None:
         """A state that a product after the loop reads is copied for it, step by step."""
         for index in self.graph.leaves("state"):
-            if any(phase == "post" for phase in self._read_in_inline(index, "loop")):
+            if any(phase == "post" for phase in self._used_in(index)):
                 node = self.graph[index]
                 made.kept[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
                 self._store(made, index, Place(made.kept[index]))

@@ -8,7 +8,7 @@ from fusecell.compiler.emit.driver import emit_driver
 from fusecell.compiler.emit.layout import Layout, Panel, Size, slack
 from fusecell.compiler.emit.stages import StageEmitter, segments
 from fusecell.compiler.emit.text import Module
-from fusecell.compiler.schedule import Plan
+from fusecell.compiler.plan import Plan
 from fusecell.compiler.target import Target
 
 __all__ = ["Emitted", "Layout", "Panel", "Size", "emit"]

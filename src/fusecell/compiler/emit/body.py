@@ -9,7 +9,7 @@ from fusecell.compiler.emit.layout import Layout, row_address
 from fusecell.compiler.emit.text import LANES, Function, Value
 from fusecell.compiler.emit.values import VALUES, literal
 from fusecell.compiler.passes import affine_parts
-from fusecell.compiler.schedule import Place, Plan, Stage
+from fusecell.compiler.plan import Place, Plan, Stage
 
 __all__ = ["Body", "join_lanes", "partials"]
 

@@ -14,7 +14,7 @@ from fusecell.compiler.emit.stages import CALL
 from fusecell.compiler.emit.sums import SumEmitter
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import pack_name
-from fusecell.compiler.schedule import Buffer, Phase, Plan
+from fusecell.compiler.plan import Buffer, Phase, Plan
 
 __all__ = ["emit_driver"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.graph import SAVED
-from fusecell.compiler.schedule import Buffer, Plan
+from fusecell.compiler.plan import Buffer, Plan
 
 __all__ = ["Layout", "Panel", "Size", "slack"]
 

@@ -9,7 +9,7 @@ from fusecell.compiler.emit.layout import Layout, Panel, row_address
 from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.emit.tiles import Shape, budget, shapes, tile_name
 from fusecell.compiler.passes import affine_parts
-from fusecell.compiler.schedule import Place, Plan, Stage
+from fusecell.compiler.plan import Place, Plan, Stage
 
 __all__ = ["CALL", "Segment", "StageEmitter", "segments"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fusecell.compiler.emit.layout import Layout, row_address
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import Shape, outer_name, shapes
-from fusecell.compiler.schedule import Plan, Sum
+from fusecell.compiler.plan import Plan, Sum
 
 __all__ = ["BLOCK", "SumEmitter"]
 
