@@ -69,10 +69,10 @@ def _demanded(joint: Graph, results: Collection[int], late: list[bool]) -> list[
     needed = joint.needed(results)
     found: dict[int, None] = {}
     for index, node in joint:
-        if needed[index] and late[index]:
+        if needed[index] and (late[index] or node.type.kind == "sum"):
             found.update(dict.fromkeys(arg for arg in node.args if not late[arg]))
-    found.update(dict.fromkeys(index for index in results if not late[index] and joint[index].type.kind != "sum"))
-    return list(found)
+    found.update(dict.fromkeys(index for index in results if not late[index]))
+    return [index for index in found if joint[index].type.kind != "sum"]
 
 
 def _free(node: Node) -> bool:

@@ -38,6 +38,22 @@ def fold_constants(graph: Graph) -> Graph:
     return rebuild(graph, rewrite)
 
 
+def spread_constants(graph: Graph) -> Graph:
+    """A number that is an operand of a product, a sum over rows or a join is read from memory: it becomes a row."""
+
+    def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
+        node = graph[index]
+        if node.op in ("product", "outer", "rowsum", "concat"):
+            args = tuple([_spread(builder, arg) for arg in args])
+        return builder.add_like(node, args)
+
+    return rebuild(graph, rewrite)
+
+
+def _spread(builder: Builder, index: int) -> int:
+    return builder.add("broadcast", index, size=1) if builder.nodes[index].op == "const" else index
+
+
 def split_concat_products(graph: Graph) -> Graph:
     """A product of a concatenation is the sum of the parts' products, so that the part of x can leave the loop."""
 
@@ -273,6 +289,7 @@ def affine_parts(node: Node) -> tuple[int | None, list[Term]]:
 
 PASSES: tuple[Pass, ...] = (
     fold_constants,
+    spread_constants,
     split_concat_products,
     save_in_parts,
     sink_slices,

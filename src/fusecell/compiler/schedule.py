@@ -133,8 +133,10 @@ class _Scheduler:
 
     def _rank(self, index: int) -> int:
         node, phase = self.graph[index], self.phase[index]
-        if node.op in ("slice", "concat"):
-            return max(self._ready(arg, phase) for arg in node.args)
+        if node.op == "slice":
+            return self._ready(node.args[0], phase)
+        if node.op == "concat":
+            return max(self._ready(arg, phase) + (not self._is_computed(arg, phase)) for arg in node.args)
         ranks = [0]
         for arg in self._local_args(index):
             if self.phase.get(arg) != phase:
@@ -146,10 +148,17 @@ class _Scheduler:
         return max(ranks)
 
     def _ready(self, index: int, phase: Phase) -> int:
-        """The rank from which all columns of a value are in memory."""
+        """The rank from which all columns of a value are in memory, or of all that it is computed from on the spot."""
+        node = self.graph[index]
+        if index not in self.phase and node.op not in LEAVES:
+            return max((self._ready(arg, phase) for arg in node.args), default=0)
         if self.phase.get(index) != phase:
             return 0
-        return self.rank[index] + (0 if self.graph[index].op in ("slice", "concat") else 1)
+        return self.rank[index] + (0 if node.op in ("slice", "concat") else 1)
+
+    def _is_computed(self, index: int, phase: Phase) -> bool:
+        """Whether a stage of ``phase`` makes a value and can store it anywhere; else it has to be loaded first."""
+        return self.phase.get(index) == phase and self.graph[index].op not in ("slice", "concat", *REDUCTIONS)
 
     def _local_args(self, index: int) -> Iterator[int]:
         """The arguments in some phase, looking through those that are computed wherever they are used."""
@@ -192,7 +201,9 @@ class _Scheduler:
     def _make_home(self, made: Plan, index: int, scope: Literal["call", "chunk", "step"]) -> None:
         node = self.graph[index]
         place = Place(Buffer(node.name, scope, node.size))
-        if node.op not in REDUCTIONS:  # they write where they live by themselves
+        if node.op == "concat":
+            self._store_parts(made, index, place, before=index)
+        elif node.op not in REDUCTIONS:  # they write where they live by themselves
             self._store(made, index, place)
         self.homes[index] = place
 
@@ -218,31 +229,38 @@ class _Scheduler:
         node = self.graph[index]
         return self.graph[node.args[0]].size if node.op in REDUCTIONS else node.size
 
-    def _store(self, made: Plan, index: int, place: Place) -> None:
-        """Have the stage that computes a value store it; what can't be stored from there is loaded and stored again."""
-        if self.graph[index].op == "concat" and index not in self.homes:
-            offset = place.offset
-            for part in self.graph[index].args:
-                self._store(made, part, Place(place.buffer, offset))
-                offset += self.graph[part].size
-            return
-        stage = self._stage_of(made, index, place)
-        stage.stores.setdefault(index, []).append(place)
+    def _store(self, made: Plan, index: int, place: Place, before: int | None = None) -> None:
+        """Have the stage that computes a value store it; what can't be stored from there is loaded and stored again.
 
-    def _stage_of(self, made: Plan, index: int, place: Place) -> Stage:
-        node, mine = self.graph[index], self.phase.get(index)
+        Arguments:
+            before: the joined value that this is stored for, if any waits for it.
+        """
+        if self.graph[index].op == "concat" and index not in self.homes:
+            self._store_parts(made, index, place, before)
+        else:
+            self._stage_of(made, index, place, before).stores.setdefault(index, []).append(place)
+
+    def _store_parts(self, made: Plan, index: int, place: Place, before: int | None) -> None:
+        offset = place.offset
+        for part in self.graph[index].args:
+            self._store(made, part, Place(place.buffer, offset), before)
+            offset += self.graph[part].size
+
+    def _stage_of(self, made: Plan, index: int, place: Place, before: int | None) -> Stage:
+        size, mine = self.graph[index].size, self.phase.get(index)
         stepwise = place.buffer.scope in ("state", "user", "step")
-        computed = mine is not None and node.op not in ("slice", "concat", *REDUCTIONS)
-        if computed and (mine == "loop" or not stepwise):
+        if mine is not None and self._is_computed(index, mine) and (mine == "loop" or not stepwise):
             return next(stage for stage in made.stages if index in stage.results() and stage.phase == mine)
-        # What is only moved is loaded and stored by the last stage of its width, or by one made for it.
+        # What is only moved is loaded and stored by a stage of its width, or by one made for it.
         self._ensure_home(made, index)
         phase: Phase = "loop" if stepwise else mine or ("loop" if self.late[index] else "lift")
-        rank = self.rank[index] + (node.op in REDUCTIONS) if mine == phase else 0
+        rank = self._ready(index, phase)
+        waits = before is not None and self.phase[before] == phase
         for stage in made.stages:
-            if stage.phase == phase and stage.width == node.size and stage.rank >= rank:
+            in_time = before is None or not waits or stage.rank < self.rank[before]
+            if stage.phase == phase and stage.width == size and stage.rank >= rank and in_time:
                 return stage
-        stage = Stage(phase, rank, node.size)
+        stage = Stage(phase, rank, size)
         made.stages.append(stage)
         made.stages.sort(key=lambda stage: (PHASES.index(stage.phase), stage.rank, stage.width))
         return stage

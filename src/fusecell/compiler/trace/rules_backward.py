@@ -208,7 +208,8 @@ def _turn(w: Writer, value: Sum, *order: Any) -> Sum:
         dims[a], dims[b] = b, a
     turned = tuple(shape[dim] for dim in dims)
     long = [dim for dim in dims if shape[dim] != 1]
-    if long == sorted(long):
+    matrix = len(shape) == len(w.builder.nodes[value.node].type.shape) == 2
+    if long == sorted(long) and not (matrix and dims == [1, 0]):
         return Sum(turned, value.node)
     return Sum(turned, w.transposed(value).node)
 
