@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell, weights_dtype
 from fusecell.compiler.kernel import Kernel
-from fusecell.compiler.runner import find_learner, find_program
 from fusecell.compiler.plan import Stage
+from fusecell.compiler.runner import find_learner, find_program
 from fusecell.compiler.trace import Refusal
 from fusecell.compiler.training import Training
 from fusecell.drop_in import GRU, LSTM, RNN

@@ -85,7 +85,7 @@ class _Scheduler:
             node = graph[index]
             if index in self.phase or node.op in LEAVES or node.type.kind == "sum":
                 continue
-            phases = {"loop"} if index in outputs else set()
+            phases: set[Phase] = {"loop"} if index in outputs else set()
             phases |= set(self._used_in(index))
             if phases and (node.op == "concat" or index in outputs or self._is_read_whole(index)):
                 self.phase[index] = min(phases, key=PHASES.index)
@@ -253,7 +253,8 @@ class _Scheduler:
             return next(stage for stage in made.stages if index in stage.results() and stage.phase == mine)
         # What is only moved is loaded and stored by a stage of its width, or by one made for it.
         self._ensure_home(made, index)
-        phase: Phase = "loop" if stepwise else mine or ("loop" if self.late[index] else "lift")
+        phase: Phase = "loop" if stepwise or self.late[index] else "lift" if before is None else self.phase[before]
+        phase = phase if mine is None or stepwise else mine
         rank = self._ready(index, phase)
         waits = before is not None and self.phase[before] == phase
         for stage in made.stages:
@@ -328,9 +329,10 @@ class _Scheduler:
 def _leaf_inputs(made: Plan, stage: Stage) -> set[int]:
     """The inputs that a stage reads, directly or through values computed wherever they are used."""
     graph, found = made.graph, set()
-    roots = [*stage.stores, *stage.reductions, *stage.results()]
     local = set(stage.results())
-    stack = [arg for index in roots for arg in ((index,) if index not in local else graph[index].args)]
+    computed = [*stage.reductions, *local]
+    stack = [arg for index in computed for arg in graph[index].args]
+    stack += [index for index in stage.stores if index not in local]
     while stack:
         index = stack.pop()
         node = graph[index]

@@ -1,0 +1,152 @@
+"""A hundred cells that nobody wrote; ``python -m tests.compiler.random_cells`` tries any number of others."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from torch import nn
+from torch.nn import functional as F
+
+import fusecell as fc
+from tests.compiler.random_cells import calls, outcome, recipes
+from tests.compiler.recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source
+
+
+@seed(1)
+@settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(recipes(), calls())
+def test_random_cells_equal_the_python_loop(recipe, call):
+    outcome(check_forward, recipe, call)
+    outcome(check_backward, recipe, call)
+
+
+def test_a_failure_prints_a_program(monkeypatch):
+    """What is printed makes the same cell and the same data."""
+    recipe = Recipe(
+        3, (2,), 2, (Weight("w0", "nn.Parameter(torch.randn(2, 5))"),), (),
+        (Op("v0", "torch.tanh(torch.cat((x, h0), 1) @ self.w0.t())", ("x", "h0")),), "v0", ("v0",),
+    )  # fmt: skip
+    call = Call(4, 3, 5, state=True, lengths=(4, 0, 2), reverse=True)
+    found: dict = {}
+    exec(source(recipe, call), found)
+    seen = []
+    monkeypatch.setattr("tests.compiler.recipes._compiled", lambda data, *_: seen.append(data.run("compiled")) or [])
+    with pytest.raises(ValueError, match="zip"):
+        check_forward(recipe, call)
+    y, after = seen[0]
+    assert torch.equal(found["y"], y)
+    assert torch.equal(found["after"], after)
+
+
+# What random cells found, each as small as it was printed.
+
+
+class Nothing(fc.Cell):
+    """States that need x alone, through products that are lifted out of the loop."""
+
+    states = ("a", "b")
+
+    def __init__(self):
+        super().__init__(2, 3)
+        self.state_sizes = (3, 2)
+        self.output_size = 2
+        self.w, self.v = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def step(self, x, state):
+        return x, (torch.tanh(F.linear(x, self.w)), torch.tanh(F.linear(x, self.v[:, 1:3])))
+
+
+class Joined(fc.Cell):
+    """Joins of cheap values, of what a reduction reads, of joins, and of what is lifted."""
+
+    def __init__(self):
+        super().__init__(2, 3)
+        self.output_size = 14
+        self.w = nn.Parameter(torch.randn(3, 2))
+
+    def step(self, x, state):
+        (h,) = state
+        both = torch.cat((x, x), 1)
+        other = torch.cat((both, x + x, both.mean(-1, keepdim=True), torch.tanh(x), F.linear(x, self.w)), -1)
+        h = torch.tanh(h + F.linear(x, self.w))
+        return torch.cat((other, x.flip(1)), 1), (h,)
+
+
+class Padded(fc.Cell):
+    """Numbers that are operands, and gradients that come in parts."""
+
+    states = ("h", "c")
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.state_sizes = (2, 3)
+        self.output_size = 4
+        self.w, self.v = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(3, 5))
+
+    def step(self, x, state):
+        h, c = state
+        turned = h.flip(1)
+        products = (turned[:, :2, None] * turned[:, None, :2].tanh()).flatten(1)
+        after = torch.tanh(F.linear(F.pad(x, (1, 2)), self.w))
+        return products, (after, torch.tanh(F.linear(torch.cat((x, F.pad(c, (1, 1)).abs()[:, :2]), -1), self.v)))
+
+
+class Cut(fc.Cell):
+    """A cheap value that is used whole and in parts."""
+
+    def step(self, x, state):
+        (h,) = state
+        twice = x * 2
+        other = torch.cat([x.abs(), twice[:, :1]], -1)
+        h = torch.tanh(h + twice[:, 1:3].sum(-1, keepdim=True) + twice + other[:, 1:] * other[:, :-1])
+        return h, (h,)
+
+
+class Stepped(fc.Cell):
+    """A gradient of zeros, whatever comes in."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.w = nn.Parameter(torch.randn(3, 3))
+
+    def step(self, x, state):
+        (h,) = state
+        return torch.floor(F.linear(h, self.w)), (torch.tanh(h + x),)
+
+
+class Normed(fc.Cell):
+    """The sum of squares of a part of an input's gradient, before the loop."""
+
+    def __init__(self):
+        super().__init__(3, 5)
+        self.output_size = 8
+        self.w = nn.Parameter(torch.randn(3, 5))
+
+    def step(self, x, state):
+        (h,) = state
+        new = F.linear(h, self.w)
+        return torch.cat((new.flip(1), F.rms_norm(h, (5,))), -1), (torch.tanh(F.linear(x + new, self.w.t())),)
+
+
+@pytest.mark.parametrize("make", [Nothing, Joined, Padded, lambda: Cut(5, 5), Stepped, Normed])
+def test_found_by_random_cells(make):
+    torch.manual_seed(0)
+    cell = make().double()
+    x = torch.randn(4, 3, cell.input_size, dtype=torch.float64)
+    seen = {}
+    for name in ("compiled", "eager"):
+        cell.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with fc.runner(name):
+            y, after = fc.scan(cell, leaf, lengths=[4, 0, 3])
+            results = (y, *(after if isinstance(after, tuple) else (after,)))
+            sum((value * torch.arange(1, 1 + value.shape[-1])).sum() for value in results).backward()
+        grads = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in cell.parameters()]
+        seen[name] = [value.detach() for value in results] + [leaf.grad, *grads]
+    for mine, loop in zip(seen["compiled"], seen["eager"], strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-11)
