@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
 from fusecell.compiler.kept import Kept
+from fusecell.compiler.learner import compile_learner
 from fusecell.compiler.program import compile_step
 from fusecell.compiler.trace import Refusal
-from fusecell.compiler.training import compile_learner
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
 from fusecell.runner import Options, State, register

@@ -1,29 +1,20 @@
-"""Training: a cell's step and its gradient as two kernels, joined to torch's autograd."""
+"""Training's two kernels, a step's forward and its gradient, and what one call of them needs."""
 
 from __future__ import annotations
 
-import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from fusecell.cell import Cell
-from fusecell.compiler.bound import bound
 from fusecell.compiler.kernel import Kernel, RaggedRows, compile_graph
 from fusecell.compiler.ops import LANES
-from fusecell.compiler.partition import Halves, partition
-from fusecell.compiler.program import refusal
-from fusecell.compiler.trace import Refusal, Traced, trace
-from fusecell.eager import run_eager
-from fusecell.errors import CompilerError
-from fusecell.runner import Options, State, recomputing, steps_of
+from fusecell.compiler.partition import Halves
+from fusecell.runner import Options, State, steps_of
 
-__all__ = ["Learner", "Training", "compile_learner"]
+__all__ = ["Call", "Half", "Training"]
 
 
 class Half:
@@ -50,7 +41,7 @@ class Half:
         kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self._weights])
         return kept
 
-    def run(self, call: _Call, block: array[int], saved: Tensor, *, reverse: bool) -> None:
+    def run(self, call: Call, block: array[int], saved: Tensor, *, reverse: bool) -> None:
         """Run a kernel whose block is filled but for what forward and backward have in common."""
         kernel, here = self.kernel, -(-saved.data_ptr() // 64) * 64
         # Each saved value has a region of its own, a row for every row of every step.
@@ -67,24 +58,34 @@ class Half:
 
 
 class Training:
-    """The kernels of a cell that learns, for one set of wanted gradients."""
+    """The kernels of a cell that learns, for one set of wanted gradients.
 
-    def __init__(self, traced: Traced, inputs: Sequence[str], halves: Halves) -> None:
-        self.traced = traced
+    Arguments:
+        inputs, weights: the names of a call's tensors, in order.
+    """
+
+    def __init__(self, inputs: Sequence[str], weights: Sequence[str], halves: Halves) -> None:
         self.halves = halves
         self._inputs = (*inputs, "grad.output")
+        self._weights = tuple(weights)
         self.forward = self._half(compile_graph(halves.forward))
         self.backward = self._half(compile_graph(halves.backward, backward=True))
         self.saved_numbers = sum(size for _, size in self.forward.saved)
+        graph = halves.forward
+        self.output_size = graph[graph.outputs["output"]].size
 
     def _half(self, kernel: Kernel) -> Half:
-        return Half(kernel, self._inputs, self.traced.weight_names, self.halves)
+        return Half(kernel, self._inputs, self._weights, self.halves)
+
+    def saved_size(self, all_rows: int) -> int:
+        """The numbers that are kept for so many rows of all steps, and room to align them."""
+        return all_rows * self.saved_numbers + 4 * LANES
 
     @cached_property
     def results(self) -> _Results:
         """What the backward makes."""
         words, plan = self.backward.kernel.words, self.backward.kernel.plan
-        covered, names = plan.covered(), self.traced.weight_names
+        covered, names = plan.covered(), self._weights
         return _Results(
             [self._inputs.index(label.removeprefix("grad.input.")) for label in words.outputs],
             [names.index(label.removeprefix("grad.weight.")) for label in words.sums],
@@ -102,10 +103,9 @@ class _Results:
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
     """One call of a layer: what its forward and its backward have in common."""
 
-    cell: Cell
     training: Training
     options: Options
     steps: int
@@ -116,149 +116,77 @@ class _Call:
     ends: tuple[int, int, int, int]
     """Where among the tensors inputs, states, states to go back to, and weights end; what weights come from follows."""
 
-    def split(self, tensors: State) -> tuple[State, State, State, State, State]:
-        """The tensors of a call by what they are."""
-        a, b, c, d = self.ends
-        return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
-
-    def new_rows(self, like: Tensor, size: int) -> Tensor:
-        """Memory for a (T, N, size) result; zero where rows end before the others."""
-        new = like.new_empty if self.ragged is None else like.new_zeros
-        return new(self.steps, self.rows, size)
-
-
-class Learner:
-    """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met."""
-
-    def __init__(self, traced: Traced, inputs: Sequence[str]) -> None:
-        self.traced = traced
-        self._inputs = tuple(inputs)
-        names = traced.weight_names
-        self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
-        self._made: dict[tuple[bool, ...], Training | Refusal] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
-        """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
-        prologue = self.traced.weights
-        weights = prologue.values(cell)
-        flags = tuple([value.requires_grad for value in (*inputs, *weights)])
-        recompute = options.recompute or recomputing()
-        training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
-        if isinstance(training, Refusal):
-            return training
+    @classmethod
+    def of(
+        cls, training: Training, inputs: State, state: State, resets: State, weights: State, options: Options
+    ) -> Call:
+        """A call with these tensors; ``resets`` are the states to go back to, if any."""
         steps, rows = steps_of(inputs), inputs[0].shape[1]
         all_rows, ragged = steps * rows, None
         if options.lengths is not None:
             ragged = RaggedRows.of(options.lengths, steps)
             all_rows = int(ragged.counts.sum())
-        resets: State = ()
-        if options.resets is not None:
-            resets = tuple(cell.initial_state(rows, dtype=inputs[0].dtype, device=inputs[0].device))
         a = len(inputs)
         b = a + len(state)
         c = b + len(resets)
-        call = _Call(cell, training, options, steps, rows, all_rows, ragged, (a, b, c, c + len(weights)))
-        outputs, *after = _apply(call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
-        return outputs, tuple(after)
+        return cls(training, options, steps, rows, all_rows, ragged, (a, b, c, c + len(weights)))
 
-    def training(self, flags: Sequence[bool], recompute: bool) -> Training | Refusal:
-        """The kernels for some gradients, compiled on first use.
+    def split(self, tensors: State) -> tuple[State, State, State, State, State]:
+        """The tensors of a call by what they are."""
+        a, b, c, d = self.ends
+        return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
 
-        Arguments:
-            flags: for each input, then each weight, whether its gradient is wanted.
-            recompute: keep the states only, and compute everything else again in the backward.
-        """
-        key = (recompute, *flags)
-        with self._lock:
-            if key not in self._made:
-                wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
-                halves = partition(self.traced.graph, wanted, recompute=recompute)
-                try:
-                    self._made[key] = Training(self.traced, self._inputs, halves)
-                except (CompilerError, AssertionError, LookupError) as error:
-                    self._made[key] = refusal(error)
-            return self._made[key]
+    def _new_rows(self, like: Tensor, size: int) -> Tensor:
+        """Memory for a (T, N, size) result; zero where rows end before the others."""
+        new = like.new_empty if self.ragged is None else like.new_zeros
+        return new(self.steps, self.rows, size)
 
-
-def compile_learner(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Learner | Refusal:
-    """Trace a cell's step and its gradient.
-
-    Arguments:
-        features: the feature shape of each input, what follows (T, N).
-    """
-    traced = trace(cell, features, dtype, gradients=True)
-    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs)
-
-
-class _Scan(torch.autograd.Function):
-    """The forward kernel, and the backward kernel as its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, state, resets, weights, _ = call.split(tensors)
-        half, like = call.training.forward, inputs[0]
+    def forward(self, tensors: State) -> tuple[Tensor, Tensor, State]:
+        """The forward kernel: what it saves, the outputs, and the states after the last step."""
+        inputs, state, resets, weights, _ = self.split(tensors)
+        half, like = self.training.forward, inputs[0]
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
-        saved = like.new_empty(call.all_rows * call.training.saved_numbers + 4 * LANES)
-        outputs = call.new_rows(like, call.cell.output_size)
+        saved = like.new_empty(self.training.saved_size(self.all_rows))
+        outputs = self._new_rows(like, self.training.output_size)
         after = tuple([value.new_empty(value.shape) for value in state])
         kept = [half.give(block, inputs, weights), kernel.give_states(block, words.first, state)]
         kernel.give_sequences(block, words.outputs.values(), (outputs,))
         kernel.give_states(block, words.last, after)
         if resets:
             kept.append(kernel.give_states(block, words.reset, resets))
-        half.run(call, block, saved, reverse=call.options.reverse)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, *tensors)
-        return outputs, *after
+        half.run(self, block, saved, reverse=self.options.reverse)
+        return saved, outputs, after
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: State = ctx.saved_tensors
-        saved, tensors = found[0], found[1:]
-        call: _Call = ctx.call
-        if all(grad is None for grad in grads):
-            return (None,) * (1 + len(tensors))
-        if torch.is_grad_enabled():
-            return None, *_differentiable(call, tensors, grads, ctx.needs_input_grad[1:])
-        return None, *_gradients(call, saved, tensors, grads)
-
-
-# Past the wrapper that looks for transforms of torch.func: a call under one doesn't come here.
-_apply: Any = super(torch.autograd.Function, _Scan).apply
-
-
-def _gradients(call: _Call, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The backward kernel; the gradients in the order of ``tensors``."""
-    inputs, state, resets, weights, _ = call.split(tensors)
-    half = call.training.backward
-    kernel = half.kernel
-    words, block = kernel.words, kernel.block()
-    output = saved.new_zeros(1, call.rows, call.cell.output_size) if grads[0] is None else grads[0]
-    after = [saved.new_zeros(value.shape) if g is None else g for g, value in zip(grads[1:], state, strict=True)]
-    kept = [half.give(block, (*inputs, output), weights), kernel.give_states(block, words.first, after)]
-    result: list[Tensor | None] = [None] * len(tensors)
-    start, first, second, _ = call.ends
-    result[start:first] = before = [saved.new_empty(value.shape) for value in state]
-    kernel.give_states(block, words.last, before)
-    if resets:
-        result[first:second] = cut = [saved.new_zeros(value.shape) for value in resets]
-        kernel.give_states(block, words.reset, cut)
-    results = call.training.results
-    made = [call.new_rows(saved, inputs[index][0, 0].numel()) for index in results.inputs]
-    kernel.give_sequences(block, words.outputs.values(), made)
-    sums = []
-    for index, fills in zip(results.weights, results.fills, strict=True):
-        result[second + index] = grad = (saved.new_empty if fills else saved.new_zeros)(weights[index].shape)
-        sums.append(grad)
-    kernel.give_matrices(block, words.sums.values(), sums)
-    half.run(call, block, saved, reverse=not call.options.reverse)
-    del kept
-    for index, grad in zip(results.inputs, made, strict=True):
-        result[index] = _like_input(grad, inputs[index])
-    return result
+    def gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The backward kernel; the gradients in the order of ``tensors``."""
+        inputs, state, resets, weights, _ = self.split(tensors)
+        half = self.training.backward
+        kernel = half.kernel
+        words, block = kernel.words, kernel.block()
+        output = saved.new_zeros(1, self.rows, self.training.output_size) if grads[0] is None else grads[0]
+        after = [saved.new_zeros(value.shape) if g is None else g for g, value in zip(grads[1:], state, strict=True)]
+        kept = [half.give(block, (*inputs, output), weights), kernel.give_states(block, words.first, after)]
+        result: list[Tensor | None] = [None] * len(tensors)
+        start, first, second, _ = self.ends
+        result[start:first] = before = [saved.new_empty(value.shape) for value in state]
+        kernel.give_states(block, words.last, before)
+        if resets:
+            result[first:second] = cut = [saved.new_zeros(value.shape) for value in resets]
+            kernel.give_states(block, words.reset, cut)
+        results = self.training.results
+        made = [self._new_rows(saved, inputs[index][0, 0].numel()) for index in results.inputs]
+        kernel.give_sequences(block, words.outputs.values(), made)
+        sums = []
+        for index, fills in zip(results.weights, results.fills, strict=True):
+            result[second + index] = grad = (saved.new_empty if fills else saved.new_zeros)(weights[index].shape)
+            sums.append(grad)
+        kernel.give_matrices(block, words.sums.values(), sums)
+        half.run(self, block, saved, reverse=not self.options.reverse)
+        del kept
+        for index, grad in zip(results.inputs, made, strict=True):
+            result[index] = _like_input(grad, inputs[index])
+        return result
 
 
 def _like_input(grad: Tensor, value: Tensor) -> Tensor:
@@ -266,32 +194,3 @@ def _like_input(grad: Tensor, value: Tensor) -> Tensor:
     if value.shape[0] != grad.shape[0]:
         grad = grad.sum(0, keepdim=True)
     return grad.reshape(value.shape)
-
-
-def _differentiable(
-    call: _Call, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
-    # Aliases, so that a tensor that went in twice gets both of its gradients once.
-    aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
-    inputs, state, resets, weights, originals = call.split(aliases)
-    prologue = call.training.traced.weights
-    cell = bound(call.cell, prologue.bindings(weights, originals), resets)
-    outputs, after = run_eager(cell, inputs, state, call.options)
-    pairs = [
-        (value, grad)
-        for value, grad in zip((outputs, *after), grads, strict=True)
-        if grad is not None and value.requires_grad
-    ]
-    chosen = [index for index, need in enumerate(needed) if need]
-    found = torch.autograd.grad(
-        [value for value, _ in pairs],
-        [aliases[index] for index in chosen],
-        [grad for _, grad in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    result: list[Tensor | None] = [None] * len(tensors)
-    for index, grad in zip(chosen, found, strict=True):
-        result[index] = grad
-    return result

@@ -1,0 +1,136 @@
+"""A cell that learns: kernels for its step and its gradient, joined to torch's autograd."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.compiler.bound import bound
+from fusecell.compiler.partition import partition
+from fusecell.compiler.program import refusal
+from fusecell.compiler.trace import Refusal, Traced, trace
+from fusecell.compiler.trace.weights import Prologue
+from fusecell.compiler.training import Call, Training
+from fusecell.eager import run_eager
+from fusecell.errors import CompilerError
+from fusecell.runner import Options, State, recomputing
+
+__all__ = ["Learner", "compile_learner"]
+
+
+class Learner:
+    """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met."""
+
+    def __init__(self, traced: Traced, inputs: Sequence[str]) -> None:
+        self.traced = traced
+        self._inputs = tuple(inputs)
+        names = traced.weight_names
+        self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
+        self._made: dict[tuple[bool, ...], Training | Refusal] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
+        """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
+        prologue = self.traced.weights
+        weights = prologue.values(cell)
+        flags = tuple([value.requires_grad for value in (*inputs, *weights)])
+        recompute = options.recompute or recomputing()
+        training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
+        if isinstance(training, Refusal):
+            return training
+        resets: State = ()
+        if options.resets is not None:
+            like = inputs[0]
+            resets = tuple(cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device))
+        call = Call.of(training, inputs, state, resets, weights, options)
+        outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
+        return outputs, tuple(after)
+
+    def training(self, flags: Sequence[bool], recompute: bool) -> Training | Refusal:
+        """The kernels for some gradients, compiled on first use.
+
+        Arguments:
+            flags: for each input, then each weight, whether its gradient is wanted.
+            recompute: keep the states only, and compute everything else again in the backward.
+        """
+        key = (recompute, *flags)
+        with self._lock:
+            if key not in self._made:
+                wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
+                try:
+                    halves = partition(self.traced.graph, wanted, recompute=recompute)
+                    self._made[key] = Training(self._inputs, self.traced.weight_names, halves)
+                except (CompilerError, AssertionError, LookupError) as error:
+                    self._made[key] = refusal(error)
+            return self._made[key]
+
+
+def compile_learner(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Learner | Refusal:
+    """Trace a cell's step and its gradient.
+
+    Arguments:
+        features: the feature shape of each input, what follows (T, N).
+    """
+    traced = trace(cell, features, dtype, gradients=True)
+    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs)
+
+
+class _Scan(torch.autograd.Function):
+    """The forward kernel, and the backward kernel as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, learner: Learner, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        saved, outputs, after = call.forward(tensors)
+        ctx.learner, ctx.cell, ctx.call = learner, cell, call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(saved, *tensors)
+        return outputs, *after
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: State = ctx.saved_tensors
+        saved, tensors = found[0], found[1:]
+        if all(grad is None for grad in grads):
+            return (None,) * (3 + len(tensors))
+        if torch.is_grad_enabled():
+            return None, None, None, *_differentiable(ctx, tensors, grads)
+        call: Call = ctx.call
+        return None, None, None, *call.gradients(saved, tensors, grads)
+
+
+# Past the wrapper that looks for transforms of torch.func: a call under one doesn't come here.
+_apply: Any = super(torch.autograd.Function, _Scan).apply
+
+
+def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
+    call: Call = ctx.call
+    needed: Sequence[bool] = ctx.needs_input_grad[3:]
+    # Aliases, so that a tensor that went in twice gets both of its gradients once.
+    aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
+    inputs, state, resets, weights, originals = call.split(aliases)
+    prologue: Prologue = ctx.learner.traced.weights
+    cell = bound(ctx.cell, prologue.bindings(weights, originals), resets)
+    outputs, after = run_eager(cell, inputs, state, call.options)
+    pairs = [
+        (value, grad)
+        for value, grad in zip((outputs, *after), grads, strict=True)
+        if grad is not None and value.requires_grad
+    ]
+    chosen = [index for index, need in enumerate(needed) if need]
+    found = torch.autograd.grad(
+        [value for value, _ in pairs],
+        [aliases[index] for index in chosen],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    result: list[Tensor | None] = [None] * len(tensors)
+    for index, grad in zip(chosen, found, strict=True):
+        result[index] = grad
+    return result
