@@ -148,7 +148,7 @@ class Cell(nn.Module):
 
     def note(self, name: str, value: Tensor) -> Tensor:
         """Name an intermediate value of ``step`` for :func:`fusecell.record`; returns ``value``, else does nothing."""
-        collect = _COLLECT.get()
+        collect = None if torch.compiler.is_compiling() else _COLLECT.get()
         if collect is not None:
             collect(self, name, value)
         return value

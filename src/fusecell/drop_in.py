@@ -7,8 +7,9 @@ so that functional_call, parametrizations, replicas and ``.data`` are seen and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import Cell, StateLike, bare
+from fusecell.cell import StateLike, bare
 from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.layers.arguments import Lengths, Packing, check_lengths, check_resets
 from fusecell.layers.scan import scan_cell
-from fusecell.runner import Options, State, autocasting
+from fusecell.runner import Options, State, autocasting, traced_runner
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -77,8 +78,8 @@ class _Scanned:
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size, a dtype or a device doesn't fit.
             TypeError: where an argument is of another kind.
         """
-        cells = [cell for _, _, cell in self.leaf_cells()]
-        x = self._check_input(input, cells[0].weight_ih)
+        weight = self._weight("weight_ih_l0")
+        x = self._check_input(input, weight)
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None and (lengths is not None or resets is not None):
             raise ValueError(
@@ -105,7 +106,7 @@ class _Scanned:
                 check_resets(resets, steps, rows, device, batch_first=self.batch_first, unbatched=unbatched),
                 recompute=self.recompute,
             )
-        outputs, after = self._scan(cells, x, self._start(cells, given, packing, rows), options, packing)
+        outputs, after = self._scan(x, self._start(weight, given, packing, rows), options, packing)
         if packing is not None:
             return packing.repack(outputs), bare(tuple(packing.unsort(value, 1) for value in after))
         if unbatched:
@@ -148,10 +149,19 @@ class _Scanned:
         found: Tensor = getattr(self, name) if parameter is None else parameter
         return found
 
+    def _runners(self) -> Sequence[Callable[[State, State, Options], tuple[Tensor, State]]]:
+        """What scans each cell, in the order of the states."""
+        if torch.compiler.is_compiling():
+            run: Any = traced_runner()
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            return [partial(run, self, leaf=index) for index in range(count)]
+        return [partial(scan_cell, cell) for _, _, cell in self.leaf_cells()]
+
     def _scan(
-        self, cells: Sequence[Cell], x: Tensor, start: Sequence[State], options: Options, packing: Packing | None
+        self, x: Tensor, start: Sequence[State], options: Options, packing: Packing | None
     ) -> tuple[Tensor, State]:
         """Scan every layer in every direction: outputs (T, N, features), states stacked."""
+        runners = self._runners()
         directions = [options]
         if self.bidirectional:
             directions.append(replace(options, reverse=True))
@@ -159,7 +169,7 @@ class _Scanned:
         for layer in range(self.num_layers):
             outputs = []
             for way in directions:
-                output, state = scan_cell(cells[len(after)], (x,), start[len(after)], way)
+                output, state = runners[len(after)]((x,), start[len(after)], way)
                 outputs.append(output)
                 after.append(state)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -175,17 +185,16 @@ class _Scanned:
             return dropout(x, self.dropout)
         return packing.padded(dropout(packing.data(x), self.dropout))
 
-    def _start(
-        self, cells: Sequence[RNNCell | GRUCell | LSTMCell], given: State | None, packing: Packing | None, rows: int
-    ) -> list[State]:
+    def _start(self, weight: Tensor, given: State | None, packing: Packing | None, rows: int) -> list[State]:
         """The state each cell starts from, in the weights' dtype."""
-        weight = cells[0].weight_ih
+        count = self.num_layers * (2 if self.bidirectional else 1)
         if given is None:
-            return [cell.initial_state(rows, dtype=weight.dtype, device=weight.device) for cell in cells]
+            sizes = self._state_sizes()
+            return [tuple([weight.new_zeros(rows, size) for size in sizes]) for _ in range(count)]
         if packing is not None:
             given = tuple(packing.sort(value, 1) for value in given)
         given = tuple(value.to(weight.dtype) for value in given)
-        return [tuple(value[index] for value in given) for index in range(len(cells))]
+        return [tuple([value[index] for value in given]) for index in range(count)]
 
     def _check_input(self, input: Any, weight: Tensor) -> Tensor:
         """The input's tensor, a PackedSequence's data."""
@@ -224,7 +233,7 @@ class _Scanned:
         if unbatched:
             given = tuple(value[:, None] for value in given)
         count = self.num_layers * (2 if self.bidirectional else 1)
-        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+        sizes = self._state_sizes()
         for index, value in enumerate(given):
             label = "hidden" if len(given) == 1 else f"hidden[{index}]"
             expected = (count, rows, sizes[index])
@@ -237,6 +246,9 @@ class _Scanned:
                     f"tensor with {value.dtype}. Convert it: .to({x.dtype})"
                 )
         return given
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: len(self._cell_type.states)]
 
     def _hidden_tensors(self, hx: Any) -> State:
         name, states = type(self).__name__, self._cell_type.states

@@ -35,6 +35,7 @@ __all__ = [
     "run",
     "runner",
     "steps_of",
+    "traced_runner",
 ]
 
 RunnerName = Literal["auto", "compiled", "eager"]
@@ -60,12 +61,17 @@ class Options:
 
 Runner = Callable[["Cell", State, State, Options], tuple[Tensor, State]]
 
-_MODULES = {"eager": "fusecell.eager", "auto": "fusecell.compiler.runner", "compiled": "fusecell.compiler.runner"}
+_MODULES = {
+    "eager": "fusecell.eager",
+    "auto": "fusecell.compiler.runner",
+    "compiled": "fusecell.compiler.runner",
+    "traced": "fusecell.compiler.operator",
+}
 _RUNNERS: dict[str, Runner] = {}
 _CHOICE = threading.local()
 
 
-def register(name: RunnerName, function: Runner) -> None:
+def register(name: str, function: Runner) -> None:
     """Make ``function`` the runner called ``name``."""
     _RUNNERS[name] = function
 
@@ -145,6 +151,8 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
 
     Autocast is switched off: a recurrence in its weights' dtype is what torch.nn's own layers compute.
     """
+    if torch.compiler.is_compiling():
+        return traced_runner()(cell, inputs, state, options)
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
     if torch._C._is_any_autocast_enabled():
@@ -153,6 +161,20 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
             with torch.autocast(device, enabled=False):
                 return function(cell, inputs, state, options)
     return function(cell, inputs, state, options)
+
+
+def traced_runner() -> Runner:
+    """What runs a cell while torch.compile or torch.export traces it."""
+    return _RUNNERS[_traced_name(getattr(_CHOICE, "name", None))]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_name(chosen: RunnerName | None) -> str:
+    """The traced runner in force, imported: torch runs this, where it would trace anything else."""
+    name = "eager" if (chosen or _default_runner()) == "eager" else "traced"
+    if name not in _RUNNERS:
+        _load(name)
+    return name
 
 
 def autocasting(device_type: str) -> bool:
@@ -189,7 +211,7 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _load(name: RunnerName) -> Runner:
+def _load(name: str) -> Runner:
     with no_collection():
         importlib.import_module(_MODULES[name])
     return _RUNNERS[name]

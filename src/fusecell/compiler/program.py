@@ -16,7 +16,7 @@ from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
 
-__all__ = ["Program", "compile_step", "refusal"]
+__all__ = ["Program", "compile_step", "refusal", "run_forward", "without_notes"]
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,40 @@ class Program:
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
-        kernel, like = self.kernel, inputs[0]
-        words, block = kernel.words, kernel.block()
-        steps, rows = steps_of(inputs), like.shape[1]
-        weights = self.traced.weights.values(cell)
-        # Whatever the block points into must live until the kernel returns.
-        kept: list[object] = [
-            kernel.give_sequences(block, words.inputs.values(), inputs),
-            kernel.give_matrices(block, words.weights.values(), weights),
-            kernel.give_states(block, words.first, state),
-        ]
-        after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
-        kernel.give_states(block, words.last, after)
-        new = like.new_empty
-        if options.lengths is not None:
-            new = like.new_zeros
-            ragged = RaggedRows.of(options.lengths, steps)
-            kernel.give_ragged(block, ragged)
-            kept.append(ragged)
+        start: State = ()
         if options.resets is not None:
-            start = cell.initial_state(rows, dtype=like.dtype, device=like.device)
-            kept += [start, kernel.give_states(block, words.reset, start)]
-            kernel.give_resets(block, options.resets)
-        outputs = new(steps, rows, cell.output_size)
-        kernel.give_sequences(block, words.outputs.values(), (outputs,))
-        kernel.run(block, steps, rows, options.reverse)
-        return outputs, after
+            like = inputs[0]
+            start = cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device)
+        return run_forward(self.kernel, self.traced.weights.values(cell), inputs, state, start, options)
+
+
+def run_forward(
+    kernel: Kernel, weights: State, inputs: State, state: State, start: State, options: Options
+) -> tuple[Tensor, State]:
+    """Run a forward kernel without gradient; ``start`` is what resets go back to."""
+    words, block, like = kernel.words, kernel.block(), inputs[0]
+    steps, rows = steps_of(inputs), like.shape[1]
+    # Whatever the block points into must live until the kernel returns.
+    kept: list[object] = [
+        kernel.give_sequences(block, words.inputs.values(), inputs),
+        kernel.give_matrices(block, words.weights.values(), weights),
+        kernel.give_states(block, words.first, state),
+    ]
+    after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
+    kernel.give_states(block, words.last, after)
+    new = like.new_empty
+    if options.lengths is not None:
+        new = like.new_zeros
+        ragged = RaggedRows.of(options.lengths, steps)
+        kernel.give_ragged(block, ragged)
+        kept.append(ragged)
+    if options.resets is not None:
+        kept += [start, kernel.give_states(block, words.reset, start)]
+        kernel.give_resets(block, options.resets)
+    outputs = new(steps, rows, kernel.output_size)
+    kernel.give_sequences(block, words.outputs.values(), (outputs,))
+    kernel.run(block, steps, rows, options.reverse)
+    return outputs, after
 
 
 def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:
@@ -72,7 +80,7 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
     if isinstance(traced, Refusal):
         return traced
     try:
-        kernel = compile_graph(_without_notes(traced.graph))
+        kernel = compile_graph(without_notes(traced.graph))
     except (CompilerError, AssertionError, LookupError) as error:
         return refusal(error)
     return Program(traced, kernel, time.perf_counter() - began)
@@ -84,7 +92,7 @@ def refusal(error: Exception) -> Refusal:
     return Refusal((f"The compiler failed on it, please report this with the cell ({kind}: {error}).",))
 
 
-def _without_notes(graph: Graph) -> Graph:
+def without_notes(graph: Graph) -> Graph:
     """The graph of the outputs and states alone."""
     outputs = {label: index for label, index in graph.outputs.items() if not label.startswith("note.")}
     return rebuild(replace(graph, outputs=outputs), copy(graph))

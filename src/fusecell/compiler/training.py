@@ -71,8 +71,6 @@ class Training:
         self.forward = self._half(compile_graph(halves.forward))
         self.backward = self._half(compile_graph(halves.backward, backward=True))
         self.saved_numbers = sum(size for _, size in self.forward.saved)
-        graph = halves.forward
-        self.output_size = graph[graph.outputs["output"]].size
 
     def _half(self, kernel: Kernel) -> Half:
         return Half(kernel, self._inputs, self._weights, self.halves)
@@ -148,7 +146,7 @@ class Call:
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
         saved = like.new_empty(self.training.saved_size(self.all_rows))
-        outputs = self._new_rows(like, self.training.output_size)
+        outputs = self._new_rows(like, self.training.forward.kernel.output_size)
         after = tuple([value.new_empty(value.shape) for value in state])
         kept = [half.give(block, inputs, weights), kernel.give_states(block, words.first, state)]
         kernel.give_sequences(block, words.outputs.values(), (outputs,))
@@ -164,7 +162,9 @@ class Call:
         half = self.training.backward
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
-        output = saved.new_zeros(1, self.rows, self.training.output_size) if grads[0] is None else grads[0]
+        output = (
+            saved.new_zeros(1, self.rows, self.training.forward.kernel.output_size) if grads[0] is None else grads[0]
+        )
         after = [saved.new_zeros(value.shape) if g is None else g for g, value in zip(grads[1:], state, strict=True)]
         kept = [half.give(block, (*inputs, output), weights), kernel.give_states(block, words.first, after)]
         result: list[Tensor | None] = [None] * len(tensors)

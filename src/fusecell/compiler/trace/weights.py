@@ -69,14 +69,21 @@ class Prologue:
         self.sources = tuple(sources)
         self.steps = tuple(steps)
         self.leaves = tuple(leaves)
-        self._plain = self._direct_paths()
+        self._plain = self._getter()
 
-    def _direct_paths(self) -> Callable[[Cell], Any] | None:
-        """One getter for all leaves, where each is an attribute as it stands."""
+    @property
+    def direct_paths(self) -> list[str] | None:
+        """The path of each leaf, where each is an attribute as it stands."""
         if self.steps or any(leaf.shape is not None or leaf.dtype is not None for leaf in self.leaves):
             return None
         paths = {slot: path for path, slot in self.sources}
-        order = [paths[leaf.slot] for leaf in self.leaves]
+        return [paths[leaf.slot] for leaf in self.leaves]
+
+    def _getter(self) -> Callable[[Cell], Any] | None:
+        """One getter for all leaves, where each is an attribute as it stands."""
+        order = self.direct_paths
+        if order is None:
+            return None
         if any("." in path for path in order):
             getters = [attrgetter(path) for path in order]
             return lambda cell: tuple([get(cell) for get in getters])
@@ -87,7 +94,11 @@ class Prologue:
         if self._plain is not None:
             found: tuple[Tensor, ...] = self._plain(cell)
             return found
-        slots: dict[int, Tensor] = {slot: attrgetter(path)(cell) for path, slot in self.sources}
+        return self.computed(self.originals(cell))
+
+    def computed(self, originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The weights, from what :meth:`originals` gives."""
+        slots = {slot: value for (_, slot), value in zip(self.sources, originals, strict=True)}
         for step in self.steps:
             args = [_resolved(arg, slots) for arg in step.args]
             result = step.func(*args, **{key: _resolved(arg, slots) for key, arg in step.kwargs.items()})

@@ -1,0 +1,219 @@
+"""A layer under torch.compile and torch.export: one operator, the same bits as without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+
+import fusecell as fc
+from fusecell.compiler import operator
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Every test is the first; and torch lets its compiler see subclasses of its recurrent layers."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+
+
+class Gain(fc.Cell):
+    """An attribute in the step."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.inp = nn.Linear(input_size, hidden_size)
+        self.gain = 0.5
+
+    def step(self, x, state):
+        (h,) = state
+        h = torch.tanh(self.inp(x) + self.gain * h)
+        return h, (h,)
+
+
+class Refused(Gain):
+    """A step that the compiler can't take."""
+
+    def step(self, x, state):
+        (h,) = state
+        h = torch.tanh(self.inp(x) + h.cumsum(0))
+        return h, (h,)
+
+
+class Noisy(fc.Cell):
+    """An input that is drawn, and one that is constant over time."""
+
+    inputs = ("x", "context", "noise")
+
+    def __init__(self):
+        super().__init__(5, 7)
+        self.inp, self.mix = nn.Linear(5, 7), nn.Linear(3, 7)
+
+    def draw(self, steps, batch_size, *, dtype=None, device=None):
+        return (torch.full((steps, batch_size, 7), 0.25, dtype=dtype, device=device),)
+
+    def step(self, x, state):
+        x, context, noise = x
+        (h,) = state
+        h = torch.tanh(self.inp(x) + self.mix(context) + noise * h)
+        return h, (h,)
+
+
+def run(layer, x, **options):
+    """Outputs, states and gradients of a call."""
+    layer.zero_grad()
+    given = tuple(value.clone().requires_grad_() for value in x)
+    y, after = layer(given if len(given) > 1 else given[0], **options)
+    after = after if isinstance(after, tuple) else (after,)
+    (y.sin().sum() + sum(value.sum() for value in after)).backward()
+    grads = [value.grad for value in (*given, *layer.parameters())]
+    return [y.detach(), *(value.detach() for value in after), *grads]
+
+
+LAYERS = {
+    "cell": (lambda: fc.Recurrent(fc.GRUCell(5, 7)), {}),
+    "two states": (lambda: fc.Recurrent(fc.LSTMCell(5, 7), batch_first=True, reverse=True), {}),
+    "computed weights": (lambda: fc.Recurrent(fc.cells.AntisymmetricRNNCell(5, 7)), {}),
+    "lengths and resets": (
+        lambda: fc.Recurrent(fc.GRUCell(5, 7)),
+        {"lengths": torch.tensor([6, 0, 3]), "resets": torch.eye(6, 3, dtype=torch.bool)},
+    ),
+    "stack": (lambda: fc.Recurrent(fc.Stack(fc.GRUCell(5, 7), fc.LSTMCell(7, 4))), {}),
+    "GRU": (lambda: fc.GRU(5, 7, 2, bidirectional=True), {"lengths": [6, 1, 3]}),
+    "LSTM": (lambda: fc.LSTM(5, 7, proj_size=3, batch_first=True), {}),
+    "recompute": (lambda: fc.Recurrent(fc.GRUCell(5, 7), recompute=True), {}),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiled_has_the_bits_of_the_layer(kind):
+    torch.manual_seed(0)
+    make, options = LAYERS[kind]
+    layer = make()
+    x = torch.randn(3, 6, 5) if layer.batch_first else torch.randn(6, 3, 5)
+    graphs = EagerAndRecordGraphs()
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
+    for mine, plain in zip(run(compiled, (x,), **options), run(layer, (x,), **options), strict=True):
+        assert torch.equal(mine, plain)
+    called = [str(node.target) for node in graphs.graphs[0].graph.nodes]
+    cells = 2 if kind == "stack" else 4 if kind == "GRU" else 1
+    assert called.count("fusecell.scan.default") == cells
+    with torch.no_grad():
+        assert torch.equal(compiled(x, **options)[0], layer(x, **options)[0])
+
+
+def test_compiled_takes_all_inputs():
+    torch.manual_seed(1)
+    layer = fc.Recurrent(Noisy())
+    given = (torch.randn(6, 3, 5), torch.randn(1, 3, 3))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mine, plain in zip(run(compiled, given), run(layer, given), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_inductor():
+    torch.manual_seed(2)
+    model = nn.ModuleList([fc.Recurrent(fc.GRUCell(5, 7)), nn.Linear(7, 2)])
+
+    def loss(x):
+        return model[1](model[0](x)[0]).square().mean()
+
+    x = torch.randn(6, 3, 5)
+    grads = []
+    for function in (torch.compile(loss, fullgraph=True), loss):
+        model.zero_grad()
+        function(x).backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for mine, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_one_graph_for_all_lengths_and_batches():
+    graphs = EagerAndRecordGraphs()
+    layer = fc.Recurrent(fc.GRUCell(5, 7))
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs, dynamic=True)
+    for steps, rows in ((6, 3), (9, 4), (13, 8)):
+        x = torch.randn(steps, rows, 5)
+        assert torch.equal(compiled(x)[0], layer(x)[0])
+    assert len(graphs.graphs) == 1
+
+
+def test_a_changed_attribute_is_seen():
+    layer = fc.Recurrent(Gain(5, 7))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 3, 5)
+    for gain in (0.5, 0.75, -1.0):
+        layer.cell.gain = gain
+        assert torch.equal(compiled(x)[0], layer(x)[0])
+
+
+def test_what_cannot_be_compiled_is_unrolled():
+    layer = fc.Recurrent(Refused(5, 7))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 5)
+    with pytest.warns(fc.EagerWarning, match="Refused is unrolled: .*cumsum"):
+        found = compiled(x)[0]
+    with fc.runner("eager"):
+        torch.testing.assert_close(found, layer(x)[0])
+
+
+def test_the_eager_runner_is_unrolled_by_torch():
+    graphs = EagerAndRecordGraphs()
+    layer = fc.Recurrent(fc.GRUCell(5, 7))
+
+    def loop(x):
+        with fc.runner("eager"):
+            return layer(x)[0]
+
+    x = torch.randn(4, 3, 5)
+    found = torch.compile(loop, backend=graphs)(x)
+    assert not any("fusecell" in str(node.target) for graph in graphs.graphs for node in graph.graph.nodes)
+    torch.testing.assert_close(found, layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["cell", "computed weights", "GRU"])
+def test_exported_programs_take_any_length_and_batch(kind, tmp_path):
+    torch.manual_seed(3)
+    layer = LAYERS[kind][0]()
+    steps, rows = torch.export.Dim("steps", min=2, max=4096), torch.export.Dim("rows", min=2, max=512)
+    exported = torch.export.export(layer, (torch.randn(6, 3, 5),), dynamic_shapes=({0: steps, 1: rows},))
+    x = torch.randn(9, 4, 5)
+    expected = layer(x)[0]
+    assert torch.equal(exported.module()(x)[0], expected)
+    torch.export.save(exported, tmp_path / "layer.pt2")
+    torch.save((x, expected), tmp_path / "data.pt")
+    # Another process has neither the layer nor its cell, only the operator.
+    script = f"""
+import torch, fusecell.compiler.operator
+x, expected = torch.load({str(tmp_path / "data.pt")!r})
+program = torch.export.load({str(tmp_path / "layer.pt2")!r})
+assert torch.equal(program.module()(x)[0], expected)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_operator_passes_torchs_own_checks():
+    cell = fc.GRUCell(5, 7)
+    weights = [parameter for _, parameter in cell.named_parameters()]
+    names = dict(cell.named_parameters())
+    for wanted in (None, [True] * 5):
+        flags = None if wanted is None else (True,)
+        made = operator._described(cell, -1, ((5,),), torch.float32, flags, False)
+        weights = [names[path] for path in made.paths]
+        x, h = torch.randn(6, 3, 5), torch.randn(3, 7)
+        if wanted is None:
+            weights = [value.detach() for value in weights]
+        else:
+            x.requires_grad_()
+        given = (made.text, [x], [h], [], weights, torch.tensor([6, 2, 0]), None, False, False, wanted)
+        # What is kept for the backward has gaps that hold anything, which its own comparison would not forgive.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator._scan, given, test_utils=checks)
+        if wanted is None:
+            torch.library.opcheck(operator._scan, given)
