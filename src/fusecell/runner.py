@@ -168,13 +168,16 @@ def traced_runner() -> Runner:
     return _RUNNERS[_traced_name(getattr(_CHOICE, "name", None))]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_name(chosen: RunnerName | None) -> str:
     """The traced runner in force, imported: torch runs this, where it would trace anything else."""
     name = "eager" if (chosen or _default_runner()) == "eager" else "traced"
     if name not in _RUNNERS:
         _load(name)
     return name
+
+
+# What torch.compiler.assume_constant_result does, which would import torch's compiler here.
+_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocasting(device_type: str) -> bool:
