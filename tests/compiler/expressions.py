@@ -82,8 +82,8 @@ REDUCTIONS = {
 NORMS = (
     "{a}.softmax(-1)",
     "{a}.log_softmax(-1)",
-    "F.layer_norm({a}, ({w},))",
-    "F.layer_norm({a}, ({w},), {v})",
+    "F.layer_norm({a}, ({w},), None, None, 0.1)",
+    "F.layer_norm({a}, ({w},), {v}, None, 0.1)",
     "F.layer_norm({a}, ({w},), {v}, {u}, 0.1)",
     "F.rms_norm({a}, ({w},))",
     "F.rms_norm({a}, ({w},), {v}, 0.1)",

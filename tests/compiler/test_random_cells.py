@@ -133,7 +133,21 @@ class Normed(fc.Cell):
         return torch.cat((new.flip(1), F.rms_norm(h, (5,))), -1), (torch.tanh(F.linear(x + new, self.w.t())),)
 
 
-@pytest.mark.parametrize("make", [Nothing, Joined, Padded, lambda: Cut(5, 5), Stepped, Normed])
+class Grouped(fc.Cell):
+    """Numbers that are saved in parts, each worked out where it is stored, of what the loop computes."""
+
+    def __init__(self):
+        super().__init__(6, 1)
+        self.output_size = 9
+        self.w = nn.Parameter(torch.randn(3, 6))
+
+    def step(self, x, state):
+        (h,) = state
+        new = F.linear(x * torch.sigmoid(x), self.w).flip(1)
+        return torch.cat((new, x.unflatten(1, (2, 3)).log_softmax(-1).flatten(1)), -1), (h,)
+
+
+@pytest.mark.parametrize("make", [Nothing, Joined, Padded, lambda: Cut(5, 5), Stepped, Normed, Grouped])
 def test_found_by_random_cells(make):
     torch.manual_seed(0)
     cell = make().double()

@@ -253,8 +253,8 @@ class _Scheduler:
             return next(stage for stage in made.stages if index in stage.results() and stage.phase == mine)
         # What is only moved is loaded and stored by a stage of its width, or by one made for it.
         self._ensure_home(made, index)
-        phase: Phase = "loop" if stepwise or self.late[index] else "lift" if before is None else self.phase[before]
-        phase = phase if mine is None or stepwise else mine
+        joined: Phase = "lift" if before is None else self.phase[before]
+        phase: Phase = "loop" if stepwise else mine or max(joined, self._latest(index), key=PHASES.index)
         rank = self._ready(index, phase)
         waits = before is not None and self.phase[before] == phase
         for stage in made.stages:
@@ -265,6 +265,14 @@ class _Scheduler:
         made.stages.append(stage)
         made.stages.sort(key=lambda stage: (PHASES.index(stage.phase), stage.rank, stage.width))
         return stage
+
+    def _latest(self, index: int) -> Phase:
+        """The first phase in which all is at hand that a value is computed from on the spot."""
+        node = self.graph[index]
+        if index in self.phase or node.op in LEAVES:
+            return self.phase.get(index) or ("loop" if node.op == "state" else "once")
+        phases: list[Phase] = [self._latest(arg) for arg in node.args]
+        return max(phases, key=PHASES.index)
 
     def _ensure_home(self, made: Plan, index: int) -> None:
         """Memory for a value of which at least a part is loaded to be stored again."""
