@@ -254,7 +254,8 @@ class _Scheduler:
         # What is only moved is loaded and stored by a stage of its width, or by one made for it.
         self._ensure_home(made, index)
         joined: Phase = "lift" if before is None else self.phase[before]
-        phase: Phase = "loop" if stepwise else mine or max(joined, self._latest(index), key=PHASES.index)
+        at_hand = max([joined, self._latest(index)], key=PHASES.index)
+        phase: Phase = "loop" if stepwise else mine or at_hand
         rank = self._ready(index, phase)
         waits = before is not None and self.phase[before] == phase
         for stage in made.stages:
