@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the main job        make demo ARGS="--seconds 30"
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
+# make check   all tests again, with canaries round every buffer that a kernel writes
 # make lint    format check, lint, types, import directions
 # make bench   install the peers and run the benchmarks
 # make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean distclean
+.PHONY: demo test check lint bench clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/fusecell demo $(ARGS)
@@ -21,6 +22,9 @@ demo: $(VENV)/.installed-demo
 # One thread in each of two test processes is faster than two threads in one.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+check: export FUSECELL_CHECK := 1
+check: test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -338,7 +338,7 @@ def test_the_public_surface():
     assert fc.__all__ == [
         *("Cell", "step", "CELLS", "GRUCell", "LSTMCell", "RNNCell", "GRU", "LSTM", "RNN"),
         *("Recurrent", "Bidirectional", "Sequential", "Stack", "scan", "detach", "runner", "recompute"),
-        *("explain", "refresh"),
+        *("explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "FusecellError", "NotCompilable", "cells", "testing"),
     ]
     assert all(getattr(fc, name) is not None for name in fc.__all__)

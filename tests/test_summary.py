@@ -171,7 +171,7 @@ def test_the_table_and_its_html():
     counted = fc.summary(fc.GRU(5, 10, num_layers=2, bidirectional=True), seq_len=35, batch_size=3)
     lines = str(counted).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["l0", "l0_reverse", "l1", "l1_reverse"]
-    assert lines[-1].split() == ["T=35", "N=3", "total", "2,940", "283,500", "140"]
+    assert lines[-1].split() == ["T=35", "N=3", "total", "2,940", "283,500", "140", "84,000"]
     assert len({line.index("MACs") + 4 for line in lines[:1]} | {line.index("283,500") + 7 for line in lines[-1:]}) == 1
     page = counted._repr_html_()
     assert page.count("<tr>") == 6
@@ -191,3 +191,15 @@ def test_errors_say_what_to_do():
         fc.summary(fc.GRUCell(3, 4), 5, 0)
     with pytest.raises(ValueError, match="input_size"):
         fc.summary(fc.Sequential(nn.ReLU()), 5)
+
+
+def test_what_training_keeps():
+    """A GRU keeps five numbers per unit; recomputing keeps its state alone."""
+    layer = fc.Recurrent(fc.GRUCell(13, 31)).double()
+    assert fc.summary(layer, 7, 3).saved == 7 * 3 * 5 * 31 * 8
+    with fc.recompute():
+        assert fc.summary(layer, 7, 3).saved == 7 * 3 * 31 * 8
+    drop_in = fc.GRU(13, 31, num_layers=2, bidirectional=True)
+    assert [row.saved for row in fc.summary(drop_in, 7, 3).layers] == [7 * 3 * 5 * 31 * 4] * 4
+    assert fc.summary(nn.GRU(13, 31), 7, 3).layers[0].saved is None
+    assert fc.summary(layer.to(torch.bfloat16), 7, 3).layers[0].saved is None

@@ -31,6 +31,7 @@ _HOME = {
     "runner": "runner",
     "recompute": "runner",
     "explain": "explain",
+    "show_config": "config",
     "refresh": "compiler.runner",
     "count_cells": "summary",
     "summary": "summary",

@@ -1,4 +1,4 @@
-"""What a layer is made of: cell calls, parameters, multiply-accumulates and shapes."""
+"""What a layer is made of: cell calls, parameters, multiply-accumulates, shapes, and what training keeps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.cell import Cell
+from fusecell.compiler.runner import find_learner
+from fusecell.compiler.trace import Refusal
 from fusecell.layers import Bidirectional, Recurrent, Sequential, Stack
 
 __all__ = ["LayerSummary", "Summary", "count_cells", "summary"]
@@ -33,6 +35,7 @@ class LayerSummary:
         output: the shape of its output.
         states: the shape of each of its states, by name.
         calls: how many times its ``step`` is called; 0 for a module that is no cell.
+        saved: bytes that training keeps for its backward, beside its output; None where it isn't compiled.
     """
 
     name: str
@@ -42,6 +45,7 @@ class LayerSummary:
     output: Shape
     states: dict[str, Shape]
     calls: int
+    saved: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,18 @@ class Summary:
         return None if None in each else sum(cast("list[int]", each))
 
     @property
+    def saved(self) -> int:
+        """Bytes that training keeps between forward and backward, of all layers that are compiled."""
+        return sum(layer.saved or 0 for layer in self.layers)
+
+    @property
     def calls(self) -> int:
         """Cell calls of the whole, as :func:`count_cells` counts them."""
         return sum(layer.calls for layer in self.layers)
 
     def table(self) -> list[tuple[str, ...]]:
         """The cells of the table as text: a header, a row per layer, the totals."""
-        header = ("layer", "kind", "parameters", "MACs", "cell calls", "output", "state")
+        header = ("layer", "kind", "parameters", "MACs", "cell calls", "saved bytes", "output", "state")
         rows = [
             (
                 layer.name,
@@ -74,13 +83,14 @@ class Summary:
                 f"{layer.parameters:,}",
                 _count(layer.macs),
                 f"{layer.calls:,}" if layer.calls else "",
+                "" if layer.saved is None else f"{layer.saved:,}",
                 str(layer.output),
                 " ".join(f"{name} {shape}" for name, shape in layer.states.items()),
             )
             for layer in self.layers
         ]
         total = (f"T={self.seq_len} N={self.batch_size}", "total", f"{self.parameters:,}", _count(self.macs))
-        return [header, *rows, (*total, f"{self.calls:,}", "", "")]
+        return [header, *rows, (*total, f"{self.calls:,}", f"{self.saved:,}", "", "")]
 
     def __str__(self) -> str:
         table = self.table()
@@ -104,7 +114,7 @@ class Summary:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-_NUMBERS = (False, False, True, True, True, False, False)
+_NUMBERS = (False, False, True, True, True, True, False, False)
 
 
 def count_cells(layer: nn.Module, seq_len: int) -> int:
@@ -151,6 +161,8 @@ def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
         >>> counted = fc.summary(fc.Recurrent(fc.GRUCell(5, 10)), seq_len=35, batch_size=3)
         >>> counted.parameters, counted.macs == 35 * 3 * (3 * 10 * (5 + 10)), counted.calls
         (510, True, 35)
+        >>> counted.saved == 35 * 3 * 5 * 10 * 4
+        True
 
     Arguments:
         layer: a cell, Recurrent, Bidirectional, Sequential, a drop-in or one of torch.nn's recurrent layers.
@@ -237,7 +249,22 @@ class _Walk:
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
         shape = self._sequence(cell.output_size)
-        yield LayerSummary(name, type(cell).__name__ + suffix, _parameters(cell), total, shape, states, self.seq_len)
+        kind, saved = type(cell).__name__ + suffix, self._saved(cell)
+        yield LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
+
+    def _saved(self, cell: Cell) -> int | None:
+        """Bytes kept for the gradients of all parameters."""
+        like = _like(cell)
+        drawn = cell.draw(1, self.rows, **like)
+        if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in (torch.float32, torch.float64):
+            return None
+        inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
+        with torch.enable_grad():
+            learner = find_learner(cell, inputs)
+            if isinstance(learner, Refusal):
+                return None
+            numbers = learner.saved_numbers(cell, [False] * len(inputs))
+        return int(numbers * like["dtype"].itemsize * self.seq_len * self.rows)
 
     def _step_macs(self, cell: Cell) -> int | None:
         like = _like(cell)
@@ -259,6 +286,9 @@ class _Walk:
             tensors = [getattr(module, weight) for weight in names]
             kind = f"{type(module).__name__} layer"
             rows.append(self._of_weights(_join(name, suffix), kind, tensors, self._sequence(width), states))
+        if hasattr(module, "leaf_cells"):
+            leaves: Any = module.leaf_cells
+            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, leaves(), strict=True)]
         return rows, width * len(directions)
 
     def _torch_cell(self, cell: nn.RNNCellBase, name: str) -> LayerSummary:
@@ -330,7 +360,8 @@ def _parameters(module: nn.Module) -> int:
 
 def _like(module: nn.Module) -> dict[str, Any]:
     """The dtype and device of a module's floating-point tensors."""
-    for value in (*module.parameters(), *module.buffers()):
+    views = (value for value in vars(module).values() if isinstance(value, Tensor))
+    for value in (*module.parameters(), *module.buffers(), *views):
         if value.is_floating_point():
             return {"dtype": value.dtype, "device": value.device}
     return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}

@@ -1,4 +1,4 @@
-"""The command line: ``fusecell demo``, ``cells``, ``count`` and ``summary``."""
+"""The command line: ``fusecell --help`` lists the commands."""
 
 from __future__ import annotations
 

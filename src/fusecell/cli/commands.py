@@ -149,6 +149,14 @@ def cache(
     typer.echo(f"{info.entries} kernels, {info.bytes:,} bytes, in {info.path}")
 
 
+@app.command()
+def config() -> None:
+    """Versions, machine and settings, for a report."""
+    from fusecell.config import show_config
+
+    typer.echo(str(show_config()))
+
+
 def _say(
     describe: Callable[[nn.Module], object], module: str | None, cell: str | None, input_size: int, hidden_size: int
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
-from fusecell.compiler.partition import partition
+from fusecell.compiler.partition import Halves, partition
 from fusecell.compiler.program import refusal
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.compiler.trace.weights import Prologue
@@ -51,6 +51,15 @@ class Learner:
         outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
         return outputs, tuple(after)
 
+    def saved_numbers(self, cell: Cell, inputs: Sequence[bool]) -> int:
+        """How many numbers of a row and step are kept for the gradients of all weights and of some inputs."""
+        flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
+        return sum(size for _, size in self._halves(flags, recomputing()).saved)
+
+    def _halves(self, flags: Sequence[bool], recompute: bool) -> Halves:
+        wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
+        return partition(self.traced.graph, wanted, recompute=recompute)
+
     def training(self, flags: Sequence[bool], recompute: bool) -> Training | Refusal:
         """The kernels for some gradients, compiled on first use.
 
@@ -61,9 +70,8 @@ class Learner:
         key = (recompute, *flags)
         with self._lock:
             if key not in self._made:
-                wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
                 try:
-                    halves = partition(self.traced.graph, wanted, recompute=recompute)
+                    halves = self._halves(flags, recompute)
                     self._made[key] = Training(self._inputs, self.traced.weight_names, halves)
                 except (CompilerError, AssertionError, LookupError) as error:
                     self._made[key] = refusal(error)
