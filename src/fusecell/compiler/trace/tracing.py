@@ -324,7 +324,14 @@ class _Run:
 
 @contextmanager
 def _variables(found: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hand over the variables of every ``step`` that returns inside the block."""
+    """Hand over the variables of every ``step`` that returns inside the block.
+
+    Under a profiler of Python's own that is written in C nothing is: there is no way to put it back.
+    """
+    before = sys.getprofile()
+    if before is not None and not callable(before):
+        yield
+        return
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event == "return" and _is_step(frame):
@@ -332,7 +339,6 @@ def _variables(found: Callable[[str, Tensor], None]) -> Iterator[None]:
                 if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                     found(name, value)
 
-    before = sys.getprofile()
     sys.setprofile(profile)
     try:
         yield
