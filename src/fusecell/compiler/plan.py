@@ -99,6 +99,23 @@ class Plan:
     backward: bool = False
     """Whether the states are gradients: a reset cuts them off after the step instead of setting them before it."""
 
+    @property
+    def text(self) -> str:
+        """The plan for people: each stage with what it computes and where it goes."""
+        lines = []
+        for stage in self.stages:
+            lines.append(f"{stage.name}: {stage.width} wide")
+            for index in (*stage.results(), *stage.reductions):
+                node = self.graph[index]
+                lines.append(f"  {node.name} = {node.op}({', '.join(self.graph[arg].name for arg in node.args)})")
+            for index, places in stage.stores.items():
+                targets = [f"{place.buffer.name}[{place.offset}:] by {place.buffer.scope}" for place in places]
+                lines.append(f"  store {self.graph[index].name} in {', '.join(targets)}")
+        for found in self.sums:
+            a = "" if found.a is None else f"{self.graph[found.a].name} x "
+            lines.append(f"{found.name}: {found.label} at {list(found.corner)} += {a}{self.graph[found.b].name}")
+        return "\n".join(lines) + "\n"
+
     def place(self, index: int, phase: Phase) -> Place | None:
         """Where a value is found by a stage of ``phase``; None if it is nowhere in memory."""
         node = self.graph[index]

@@ -1,0 +1,47 @@
+"""The compiler's texts for three cells, as files to read and to compare; UPDATE_GOLDEN=1 writes them anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusecell as fc
+from fusecell.compiler.emit import emit
+from fusecell.compiler.learner import Learner
+from fusecell.compiler.passes import optimise
+from fusecell.compiler.schedule import plan
+from fusecell.compiler.target import host_target
+from fusecell.compiler.trace import Traced, trace
+
+GOLDEN = Path(__file__).parent / "golden"
+CELLS = {
+    "leaky": lambda: fc.cells.LeakyCell(3, 5),
+    "gru": lambda: fc.GRUCell(3, 5),
+    "gru_layer_norm": lambda: fc.cells.LayerNormGRUCell(3, 5),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_texts(name, monkeypatch):
+    monkeypatch.setenv("FUSECELL_TARGET", "x86-64-v3")
+    traced = trace(CELLS[name](), [(3,)], torch.float32, gradients=True)
+    assert isinstance(traced, Traced)
+    wanted = [True] * (1 + len(traced.weight_names))
+    halves = Learner(traced, ("x",))._halves(wanted, recompute=False)
+    texts = {"joint graph": traced.graph.text}
+    for title, graph in (("forward", halves.forward), ("backward", halves.backward)):
+        optimised = optimise(graph)[-1][1]
+        schedule = plan(optimised, backward=title == "backward")
+        texts |= {f"{title} graph, optimised": optimised.text, f"{title} plan": schedule.text}
+        if title == "forward":
+            texts["LLVM"] = emit(schedule, host_target()).text
+    found = "\n".join(f"==== {title} ====\n{text}" for title, text in texts.items())
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found, encoding="utf-8")
+    for number, (mine, golden) in enumerate(zip(found.splitlines(), path.read_text("utf-8").splitlines(), strict=True)):
+        assert mine == golden, f"line {number + 1} of {path.name} differs; if that is meant: UPDATE_GOLDEN=1 make test"
