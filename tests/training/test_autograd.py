@@ -1,0 +1,280 @@
+"""What users of autograd do around a backward, held against torch.nn or the Python loop."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+
+import fusecell as fc
+
+
+@pytest.fixture
+def pair():
+    """Our layer and torch's, with the same weights."""
+    torch.manual_seed(0)
+    theirs = nn.GRU(5, 9).double()
+    mine = fc.GRU(5, 9).double()
+    mine.load_state_dict(theirs.state_dict())
+    return mine, theirs
+
+
+@pytest.fixture
+def x():
+    return torch.randn(7, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def grads(layer, loss):
+    """The gradients of a loss of the layer's, whatever was accumulated before."""
+    layer.zero_grad()
+    loss(layer).backward()
+    return [None if p.grad is None else p.grad.clone() for p in layer.parameters()]
+
+
+def assert_equal_grads(pair, loss):
+    for mine, theirs in zip(*(grads(layer, loss) for layer in pair), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    {
+        "a sum, whose gradient has no strides": lambda y, h: y.sum(),
+        "outputs alone": lambda y, h: y.square().sum(),
+        "the last state alone": lambda y, h: h.square().sum(),
+        "one step": lambda y, h: y[3].exp().sum(),
+        "one row": lambda y, h: y[:, 1].exp().sum(),
+        "a transposed gradient": lambda y, h: (y.transpose(0, 2) * torch.arange(7.0)).sum(),
+        "every second feature": lambda y, h: y[..., ::2].square().sum(),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_incoming_gradients_of_every_form(pair, x, loss):
+    assert_equal_grads(pair, lambda layer: loss[1](*layer(x)))
+
+
+def test_only_some_gradients_are_wanted(pair, x):
+    for kept in ("weight_hh_l0", "bias_ih_l0"):
+        for layer in pair:
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(name == kept)
+        assert_equal_grads(pair, lambda layer: layer(x)[0].square().sum())
+    for layer in pair:
+        layer.requires_grad_(False)
+    found = []
+    for layer in pair:
+        leaf, start = x.clone().requires_grad_(), torch.zeros(1, 3, 9, dtype=torch.float64, requires_grad=True)
+        y, _ = layer(leaf)
+        y.square().sum().backward()
+        alone = layer(x, start)[0].square().sum()
+        alone.backward()
+        found.append((leaf.grad, start.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_frozen_weights_are_not_computed(pair, x):
+    mine, _ = pair
+
+    def summed():
+        return next(line for line in str(fc.explain(mine)).splitlines() if "summed over" in line)
+
+    assert "weight_ih" in summed()
+    mine.weight_ih_l0.requires_grad_(False)
+    assert "weight_ih" not in summed()
+    mine(x)[0].sum().backward()
+    assert mine.weight_ih_l0.grad is None
+
+
+def test_the_graph_kept_and_gone(pair, x):
+    mine, theirs = pair
+    for layer in pair:
+        loss = layer(x)[0].square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-12)
+
+
+def test_what_changes_in_place_between_forward_and_backward(pair, x):
+    def doubled(layer):
+        y, _ = layer(x)
+        y.mul_(2)
+        return y.square().sum()
+
+    assert_equal_grads(pair, doubled)
+    for layer in pair:
+        loss = layer(x)[0].square().sum()
+        with torch.no_grad():
+            layer.weight_hh_l0.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    leaf = x.clone()
+    loss = pair[0](leaf)[0].square().sum()
+    leaf.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_padding_reaches_no_gradient(pair, x):
+    mine, _ = pair
+    lengths = torch.tensor([7, 0, 4])
+    valid = (torch.arange(7)[:, None] < lengths)[..., None]
+    found = []
+    for padding in (0.0, float("nan"), float("inf")):
+        mine.zero_grad()
+        leaf = torch.where(valid, x, torch.tensor(padding, dtype=x.dtype)).requires_grad_()
+        y, _ = mine(leaf, lengths=lengths)
+        y.square().sum().backward()
+        found.append([leaf.grad, *(p.grad.clone() for p in mine.parameters())])
+    for clean, nan, inf in zip(*found, strict=True):
+        assert torch.equal(clean, nan)
+        assert torch.equal(clean, inf)
+    assert found[0][0][~valid.expand_as(x)].abs().max() == 0
+
+
+def test_accumulated_in_pieces(pair, x):
+    def pieces(layer):
+        first, state = layer(x[:3])
+        return first.square().sum() + layer(x[3:], state)[0].square().sum()
+
+    mine, theirs = pair
+    for one, other in zip(grads(mine, pieces), grads(theirs, lambda layer: layer(x)[0].square().sum()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    whole = grads(mine, lambda layer: layer(x)[0].sum())
+    mine(x)[0].sum().backward()
+    for parameter, once in zip(mine.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * once, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_on_tensors_and_parameters(pair, x):
+    for layer in pair:
+        layer.weight_ih_l0.register_hook(lambda grad: 3 * grad)
+
+    def loss(layer):
+        y, _ = layer(x)
+        y.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        return y.square().sum()
+
+    assert_equal_grads(pair, loss)
+
+
+def test_backward_in_another_thread(pair, x):
+    mine, _ = pair
+    expected = grads(mine, lambda layer: layer(x)[0].square().sum())
+    mine.zero_grad()
+    loss = mine(x)[0].square().sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    for parameter, value in zip(mine.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, value)
+
+
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"num_layers": 2, "dropout": 0.4}, {"batch_first": True}])
+def test_layers_of_every_form(options, x):
+    torch.manual_seed(2)
+    theirs, mine = nn.GRU(5, 9, **options).double(), fc.GRU(5, 9, **options).double()
+    mine.load_state_dict(theirs.state_dict())
+
+    def loss(layer):
+        torch.manual_seed(3)
+        y, h = layer(x)
+        return y.square().sum() + h.exp().sum()
+
+    assert_equal_grads((mine, theirs), loss)
+
+
+class Learned(fc.GRUCell):
+    """A GRU that begins where it has learned to."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.start = nn.Parameter(torch.randn(hidden_size))
+
+    def initial_state(self, batch_size, **options):
+        return (self.start.expand(batch_size, -1),)
+
+
+def test_a_learned_state_that_resets_go_back_to(x):
+    torch.manual_seed(4)
+    layer = fc.Recurrent(Learned(5, 9)).double()
+    resets = torch.zeros(7, 3, dtype=torch.bool)
+    resets[0, 1] = resets[4, 2] = True
+
+    def loss(layer):
+        return layer(x, resets=resets, lengths=[7, 2, 6])[0].square().sum()
+
+    found = []
+    for name in ("compiled", "eager"):
+        with fc.runner(name):
+            found.append(grads(layer, loss))
+    for mine, loop in zip(*found, strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
+def test_transforms_are_exact(x):
+    torch.manual_seed(5)
+    layer = fc.Recurrent(fc.GRUCell(5, 4)).double()
+    weights = dict(layer.named_parameters())
+
+    def loss(weights, x):
+        return functional_call(layer, weights, (x,))[0].square().sum()
+
+    with fc.runner("eager"):
+        expected = {name: torch.autograd.grad(loss(weights, x), value)[0] for name, value in weights.items()}
+    for name, value in grad(loss)(weights, x).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-12)
+    each = vmap(grad(loss), in_dims=(None, 1))(weights, x[:, :, None])
+    for name, value in each.items():
+        torch.testing.assert_close(value.sum(0), expected[name], rtol=1e-11, atol=1e-12)
+    short = x[:2, :1]
+    jacobian = jacrev(lambda x: layer(x)[0])(short)
+    tangent = torch.randn_like(short)
+    _, along = jvp(lambda x: layer(x)[0], (short,), (tangent,))
+    torch.testing.assert_close(along, torch.einsum("abcdef,def->abc", jacobian, tangent), rtol=1e-11, atol=1e-12)
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(short, tangent))[0]
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, along, rtol=1e-11, atol=1e-12)
+
+
+def test_second_order_is_torchs(x):
+    """The penalty of a gradient, with weights that change afterwards."""
+    torch.manual_seed(6)
+    layer = fc.Recurrent(fc.LSTMCell(5, 6)).double()
+
+    def penalty(name):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with fc.runner(name):
+            (found,) = torch.autograd.grad(layer(leaf)[0].square().sum(), leaf, create_graph=True)
+        found.square().sum().backward()
+        return [leaf.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    for mine, loop in zip(penalty("auto"), penalty("eager"), strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_loop_of_the_users_own(rows, x):
+    """One step at a time through the cell, as torch's cell is used."""
+    torch.manual_seed(7)
+    theirs, mine = nn.GRUCell(5, 9).double(), fc.GRUCell(5, 9).double()
+    mine.load_state_dict(theirs.state_dict())
+
+    def loss(cell):
+        h, total = torch.zeros(rows, 9, dtype=torch.float64), 0
+        for step in x[:, :rows]:
+            h = cell(step, h)
+            total = total + h.square().sum()
+        return total
+
+    assert_equal_grads((mine, theirs), loss)
