@@ -338,6 +338,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             Handles, to be removed after the backward.
         """
         for slot in self.weights.leaves:
+            if self.weights.slots[slot].tensor is not None:
+                continue  # a source's gradient is asked for by itself
             for node, output in self._edges.get(slot, ()):
                 yield node.register_prehook(self._hook(slot, output))
 

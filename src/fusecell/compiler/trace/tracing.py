@@ -305,8 +305,8 @@ class _Run:
         for label, gradient in zip(names, found, strict=False):
             if gradient is not None:
                 self.outputs[label] = self._node(gradient)
-        for (slot, tensor), gradient in zip(sources.items(), found[len(names) :], strict=True):
-            if gradient is not None and tensor is not None and tensor.grad_fn is None:
+        for slot, gradient in zip(sources, found[len(names) :], strict=True):
+            if gradient is not None:
                 recorder.collect(slot, recorder.value(gradient))
         self._weight_gradients()
 
