@@ -6,8 +6,9 @@ import ctypes
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,14 +22,18 @@ from fusecell.compiler.passes import optimise
 from fusecell.compiler.plan import Plan
 from fusecell.compiler.schedule import plan
 from fusecell.compiler.target import host_target
+from fusecell.compiler.threads import run_team
 from fusecell.errors import CompilerError
 
-__all__ = ["Kernel", "RaggedRows", "compile_graph"]
+__all__ = ["Kernel", "Part", "compile_graph"]
 
 # What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them.
 CHUNK_BYTES = 384 * 1024
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
+# Multiply-adds that are worth a second thread, and the fewest rows that it is for.
+LONG_CALL = 20_000_000
+PART_ROWS = 8
 # Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls.
 SMALL_SCRATCH, LARGE_SCRATCH = 1 << 16, 1 << 23
 
@@ -108,8 +113,38 @@ class RaggedRows:
     @classmethod
     def of(cls, lengths: Tensor, steps: int) -> RaggedRows:
         longest, order = torch.sort(lengths, descending=True, stable=True)
-        counts = (longest > torch.arange(steps, device=lengths.device)[:, None]).sum(1)
+        return cls._of_sorted(longest, order, steps)
+
+    def every(self, count: int, place: int, lengths: Tensor) -> RaggedRows:
+        """One row of every ``count``, from the one at ``place``."""
+        order = self.order[place::count].contiguous()
+        return self._of_sorted(lengths[order], order, self.counts.shape[0])
+
+    @classmethod
+    def _of_sorted(cls, longest: Tensor, order: Tensor, steps: int) -> RaggedRows:
+        counts = (longest > torch.arange(steps, device=longest.device)[:, None]).sum(1)
         return cls(order, counts, torch.cumsum(counts, 0) - counts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a call: one after another from ``first``, or those that ``ragged`` lists."""
+
+    first: int
+    rows: int
+    all_rows: int
+    """The rows of all steps together."""
+    ragged: RaggedRows | None
+
+    @classmethod
+    def all_of(cls, rows: int, steps: int, lengths: Tensor | None, count: int) -> list[Part]:
+        """The rows of a call in about equal parts; of rows with lengths every part has long ones and short ones."""
+        if lengths is not None:
+            ragged = RaggedRows.of(lengths, steps)
+            made = [ragged] if count == 1 else [ragged.every(count, place, lengths) for place in range(count)]
+            return [cls(0, each.order.shape[0], int(each.counts.sum()), each) for each in made]
+        bounds = [rows * place // count for place in range(count + 1)]
+        return [cls(a, b - a, steps * (b - a), None) for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,8 @@ class Kernel:
     itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
+    team: int
+    """The address of what runs many blocks."""
     _zeros: array[int]
 
     def block(self) -> array[int]:
@@ -188,22 +225,65 @@ class Kernel:
         ptr, step, row = self.words.resets
         block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
 
-    def run(self, block: array[int], steps: int, rows: int, reverse: bool) -> None:
-        """Run over a filled block."""
-        size = self.emitted.scratch
-        chunk = max(1, min(steps, CHUNK_BYTES // max(size.per_chunk_row * rows, 1)))
-        scratch = _scratch(size.bytes(rows, chunk) + 64)
-        places = self.words.sizes
-        block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
-        block[places[3]], block[places[4]] = chunk, -(-scratch.data_ptr() // 64) * 64
+    def of_part(self, block: array[int], part: Part) -> array[int]:
+        """A copy of a block for some of its rows."""
+        block, words = block[:], self.words
+        if part.ragged is not None:
+            self.give_ragged(block, part.ragged)
+        elif part.first:
+            sequences = (*words.inputs.values(), *words.outputs.values(), words.resets)
+            for ptr, row in (*((ptr, row) for ptr, _, row in sequences), *words.first, *words.last, *words.reset):
+                block[ptr] += part.first * block[row] if block[ptr] else 0
+        return block
+
+    def run(self, block: array[int], steps: int, rows: int, reverse: bool, reach: int | None = None) -> None:
+        """Run over a filled block.
+
+        Arguments:
+            rows: how many take part.
+            reach: how many the caller's tensors have, if that is more.
+        """
+        scratch = _scratch(self._scratch_bytes(steps, rows))
+        chunk = self._fill(block, steps, rows, reverse, scratch.data_ptr())
         function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
         if check.ENABLED:
-            extents = self.words.extents(steps, rows, self.itemsize)
+            extents = self.words.extents(steps, reach or rows, self.itemsize)
             check.checked_run(
                 function, block, self.emitted, extents, self.words.positions, steps=steps, rows=rows, chunk=chunk
             )
         else:
             function(block.buffer_info()[0])
+
+    def run_parts(self, blocks: Sequence[tuple[array[int], Part]], steps: int, rows: int, reverse: bool) -> None:
+        """Run over the blocks of the parts of a call, on as many threads as torch would take."""
+        if check.ENABLED:
+            # Side by side the copies that a check makes of the caller's memory would undo one another.
+            for block, part in blocks:
+                self.run(block, steps, part.rows, reverse, rows)
+            return
+        sizes = [self._scratch_bytes(steps, part.rows) for _, part in blocks]
+        scratch = _scratch(sum(sizes))
+        here = scratch.data_ptr()
+        for (block, part), size in zip(blocks, sizes, strict=True):
+            self._fill(block, steps, part.rows, reverse, here)
+            here += size
+        data = array("q", [0, len(blocks), *[block.buffer_info()[0] for block, _ in blocks]])
+        run_team(self.team, data.buffer_info()[0], min(torch.get_num_threads(), len(blocks)))
+
+    def _chunk(self, steps: int, rows: int) -> int:
+        """The steps of a chunk."""
+        return max(1, min(steps, CHUNK_BYTES // max(self.emitted.scratch.per_chunk_row * rows, 1)))
+
+    def _scratch_bytes(self, steps: int, rows: int) -> int:
+        """What a call needs, and room to align it."""
+        return -(-self.emitted.scratch.bytes(rows, self._chunk(steps, rows)) // 64) * 64 + 64
+
+    def _fill(self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int) -> int:
+        """Write the sizes of a call and its scratch memory into a block; returns the steps of a chunk."""
+        chunk, places = self._chunk(steps, rows), self.words.sizes
+        block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
+        block[places[3]], block[places[4]] = chunk, -(-scratch // 64) * 64
+        return chunk
 
 
 def _scratch(size: int) -> Tensor:
@@ -226,7 +306,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
     words = _Words(schedule, emitted)
-    loaded = load(emitted.text, ["run"], target)
+    loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")
     return Kernel(
         schedule,
@@ -239,6 +319,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         4 if graph.dtype == "f32" else 8,
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
+        loaded.address("team"),
         array("q", bytes(8 * len(emitted.words))),
     )
 

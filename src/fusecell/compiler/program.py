@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.graph import Graph, copy, rebuild
-from fusecell.compiler.kernel import Kernel, RaggedRows, compile_graph
+from fusecell.compiler.kernel import LONG_CALL, PART_ROWS, Kernel, Part, compile_graph
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
@@ -54,18 +54,20 @@ def run_forward(
     ]
     after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
     kernel.give_states(block, words.last, after)
-    new = like.new_empty
-    if options.lengths is not None:
-        new = like.new_zeros
-        ragged = RaggedRows.of(options.lengths, steps)
-        kernel.give_ragged(block, ragged)
-        kept.append(ragged)
+    new = like.new_empty if options.lengths is None else like.new_zeros
+    outputs = new(steps, rows, kernel.output_size)
+    kernel.give_sequences(block, words.outputs.values(), (outputs,))
     if options.resets is not None:
         kept += [start, kernel.give_states(block, words.reset, start)]
         kernel.give_resets(block, options.resets)
-    outputs = new(steps, rows, kernel.output_size)
-    kernel.give_sequences(block, words.outputs.values(), (outputs,))
-    kernel.run(block, steps, rows, options.reverse)
+    count = 1
+    if rows >= 2 * PART_ROWS and kernel.macs * steps * rows >= LONG_CALL:
+        count = min(torch.get_num_threads(), rows // PART_ROWS)
+    if count == 1 and options.lengths is None:
+        kernel.run(block, steps, rows, options.reverse)
+    else:
+        parts = Part.all_of(rows, steps, options.lengths, count)
+        kernel.run_parts([(kernel.of_part(block, part), part) for part in parts], steps, rows, options.reverse)
     return outputs, after
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from fusecell.compiler.emit.driver import emit_driver
 from fusecell.compiler.emit.layout import Layout, Panel, Size, slack
 from fusecell.compiler.emit.stages import StageEmitter, segments
+from fusecell.compiler.emit.team import BLOCKS, emit_team
 from fusecell.compiler.emit.text import Module
 from fusecell.compiler.plan import Plan
 from fusecell.compiler.target import Target
 
-__all__ = ["Emitted", "Layout", "Panel", "Size", "emit"]
+__all__ = ["BLOCKS", "Emitted", "Layout", "Panel", "Size", "emit"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Emitted:
 
 
 def emit(plan: Plan, target: Target) -> Emitted:
-    """The LLVM text of a plan, for a target; it exports one function, ``run``."""
+    """The LLVM text of a plan, for a target; it exports ``run``, and ``team`` for many calls of it side by side."""
     module = Module(plan.graph.title, plan.graph.dtype, target)
     products = {stage.name: segments(plan, stage, module) for stage in plan.stages}
     panels = [segment.panel for found in products.values() for segment in found]
@@ -43,4 +44,5 @@ def emit(plan: Plan, target: Target) -> Emitted:
         if stage.affines:
             tiles[stage.name] = ", ".join(f"{shape.rows}x{shape.blocks}" for shape in emitter.shapes)
     emit_driver(module, layout, plan, panels)
+    emit_team(module)
     return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)

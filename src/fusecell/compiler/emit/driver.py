@@ -184,9 +184,10 @@ class _Driver:
         """The state of a row that takes part in no step is the one it came with."""
         f = self.f
         with f.loop("row", 0, self.rows) as row:
+            caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
             for name, (leaf, _) in self.plan.states.items():
                 bytes_ = self.plan.graph[leaf].size * self.module.bytes
-                self._copy(self._caller_state("last", name, row), self._caller_state("first", name, row), bytes_)
+                self._copy(self._caller_state("last", name, caller), self._caller_state("first", name, caller), bytes_)
 
     def _reset(self, t: Value, rows: Value, slot: Value, act: Callable[[str, str, str, int], None]) -> None:
         """Do something with each state of the rows whose flag is set."""
