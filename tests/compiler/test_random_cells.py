@@ -147,7 +147,20 @@ class Grouped(fc.Cell):
         return torch.cat((new, x.unflatten(1, (2, 3)).log_softmax(-1).flatten(1)), -1), (h,)
 
 
-@pytest.mark.parametrize("make", [Nothing, Joined, Padded, lambda: Cut(5, 5), Stepped, Normed, Grouped])
+class Sliced(fc.Cell):
+    """An output that is a part of what is computed before the loop."""
+
+    def __init__(self):
+        super().__init__(5, 2)
+        self.output_size = 3
+        self.w, self.v = nn.Parameter(torch.randn(10, 5)), nn.Parameter(torch.randn(2, 10))
+
+    def step(self, x, state):
+        new = F.linear(x, self.w).softmax(-1)
+        return new[:, 6:9], (torch.tanh(F.linear(new, self.v)),)
+
+
+@pytest.mark.parametrize("make", [Nothing, Joined, Padded, lambda: Cut(5, 5), Stepped, Normed, Grouped, Sliced])
 def test_found_by_random_cells(make):
     torch.manual_seed(0)
     cell = make().double()

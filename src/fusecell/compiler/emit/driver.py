@@ -14,7 +14,7 @@ from fusecell.compiler.emit.stages import CALL
 from fusecell.compiler.emit.sums import SumEmitter
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import pack_name
-from fusecell.compiler.plan import Buffer, Phase, Plan
+from fusecell.compiler.plan import Phase, Place, Plan
 
 __all__ = ["emit_driver"]
 
@@ -235,18 +235,19 @@ class _Driver:
     def _gather(self, low: str, steps: Value) -> None:
         """Inputs of products outside the loop, brought into rows of the chunk."""
         for index, buffer in self.plan.gathered.items():
-            self._exchange(f"in.{self.plan.graph[index].name}", buffer, low, steps, gather=True)
+            self._exchange(f"in.{self.plan.graph[index].name}", Place(buffer), buffer.size, low, steps, gather=True)
 
     def _scatter(self, low: str, steps: Value) -> None:
         """Outputs computed outside the loop, brought to the caller's rows."""
         for label, index in self.plan.scattered.items():
             place = self.plan.place(index, "post")
             assert place is not None
-            self._exchange(f"out.{label}", place.buffer, low, steps, gather=False)
+            self._exchange(f"out.{label}", place, self.plan.graph[index].size, low, steps, gather=False)
 
-    def _exchange(self, words: str, buffer: Buffer, low: str, steps: Value, *, gather: bool) -> None:
+    def _exchange(self, words: str, place: Place, size: int, low: str, steps: Value, *, gather: bool) -> None:
         f, module = self.f, self.module
-        theirs, mine = self.layout.pointer(f, f"{words}.ptr"), self.layout.buffer(f, buffer.name)
+        theirs, mine = self.layout.pointer(f, f"{words}.ptr"), self.layout.buffer(f, place.buffer.name)
+        mine = f.at(mine, place.offset * module.bytes)
         step, apart = self.layout.word(f, f"{words}.step"), self.layout.word(f, f"{words}.row")
         starts = self.layout.buffer(f, "starts")
         with f.loop("p", 0, steps) as p:
@@ -255,9 +256,9 @@ class _Driver:
             with f.loop("row", 0, self._alive(t)) as row:
                 caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
                 user = f.at(f.at(theirs, f.mul(t, step)), f.mul(caller, apart))
-                own = f.at(mine, f.mul(f.add(base, row), module.padded(buffer.size)))
+                own = f.at(mine, f.mul(f.add(base, row), module.padded(place.buffer.size)))
                 target, source = (own, user) if gather else (user, own)
-                self._copy(target, source, buffer.size * module.bytes)
+                self._copy(target, source, size * module.bytes)
 
     def _copy(self, target: str, source: str, count: Value) -> None:
         self.module.declares.add("declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)")
