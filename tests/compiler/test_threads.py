@@ -19,7 +19,6 @@ def small_parts(monkeypatch):
     """Calls of any size go in parts."""
     for module in (program, training):
         monkeypatch.setattr(module, "LONG_CALL", 0)
-    monkeypatch.setattr(program, "PART_ROWS", 2)
     monkeypatch.setattr(training, "TRAINING_ROWS", 2)
     monkeypatch.setattr(training, "FEW_STEPS", 1)
     monkeypatch.setattr(training, "MOST_PARTS", 3)

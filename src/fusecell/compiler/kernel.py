@@ -31,9 +31,6 @@ __all__ = ["Kernel", "Part", "compile_graph"]
 CHUNK_BYTES = 384 * 1024
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
-# Multiply-adds that are worth a second thread, and the fewest rows that it is for.
-LONG_CALL = 20_000_000
-PART_ROWS = 8
 # Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls.
 SMALL_SCRATCH, LARGE_SCRATCH = 1 << 16, 1 << 23
 

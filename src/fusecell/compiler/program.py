@@ -11,12 +11,15 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.graph import Graph, copy, rebuild
-from fusecell.compiler.kernel import LONG_CALL, PART_ROWS, Kernel, Part, compile_graph
+from fusecell.compiler.kernel import Kernel, Part, compile_graph
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
 
 __all__ = ["Program", "compile_step", "refusal", "run_forward", "without_notes"]
+
+# Multiply-adds that are worth a second thread.
+LONG_CALL = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def run_forward(
         kept += [start, kernel.give_states(block, words.reset, start)]
         kernel.give_resets(block, options.resets)
     count = 1
-    if rows >= 2 * PART_ROWS and kernel.macs * steps * rows >= LONG_CALL:
-        count = min(torch.get_num_threads(), rows // PART_ROWS)
+    if rows > 1 and kernel.macs * steps * rows >= LONG_CALL:
+        count = min(torch.get_num_threads(), rows)
     if count == 1 and options.lengths is None:
         kernel.run(block, steps, rows, options.reverse)
     else:

@@ -9,13 +9,15 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fusecell.compiler.kernel import LONG_CALL, Kernel, Part, compile_graph
+from fusecell.compiler.kernel import Kernel, Part, compile_graph
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves
 from fusecell.runner import Options, State, steps_of
 
 __all__ = ["Call", "Half", "Training"]
 
+# Multiply-adds that are worth parts, though they may run one after another.
+LONG_CALL = 20_000_000
 # The rows of a part, the steps and the bytes of weights up to which a part's own packed weights and sums pay for
 # themselves on one thread too, and the most parts.
 TRAINING_ROWS = 8
