@@ -28,6 +28,7 @@ _HOME = {
     "Stack": "layers",
     "scan": "layers",
     "detach": "layers",
+    "Stream": "streaming",
     "runner": "runner",
     "recompute": "runner",
     "explain": "explain",

@@ -241,7 +241,7 @@ class Kernel:
             reach: how many the caller's tensors have, if that is more.
         """
         scratch = _scratch(self._scratch_bytes(steps, rows))
-        chunk = self._fill(block, steps, rows, reverse, scratch.data_ptr())
+        chunk = self.fill(block, steps, rows, reverse, scratch.data_ptr())
         function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
         if check.ENABLED:
             extents = self.words.extents(steps, reach or rows, self.itemsize)
@@ -262,22 +262,24 @@ class Kernel:
         scratch = _scratch(sum(sizes))
         here = scratch.data_ptr()
         for (block, part), size in zip(blocks, sizes, strict=True):
-            self._fill(block, steps, part.rows, reverse, here)
+            self.fill(block, steps, part.rows, reverse, here)
             here += size
         data = array("q", [0, len(blocks), *[block.buffer_info()[0] for block, _ in blocks]])
         run_team(self.team, data.buffer_info()[0], min(torch.get_num_threads(), len(blocks)))
 
-    def _chunk(self, steps: int, rows: int) -> int:
+    def chunk(self, steps: int, rows: int) -> int:
         """The steps of a chunk."""
         return max(1, min(steps, CHUNK_BYTES // max(self.emitted.scratch.per_chunk_row * rows, 1)))
 
     def _scratch_bytes(self, steps: int, rows: int) -> int:
         """What a call needs, and room to align it."""
-        return -(-self.emitted.scratch.bytes(rows, self._chunk(steps, rows)) // 64) * 64 + 64
+        return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows)) // 64) * 64 + 64
 
-    def _fill(self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int) -> int:
+    def fill(
+        self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int, chunk: int | None = None
+    ) -> int:
         """Write the sizes of a call and its scratch memory into a block; returns the steps of a chunk."""
-        chunk, places = self._chunk(steps, rows), self.words.sizes
+        chunk, places = chunk or self.chunk(steps, rows), self.words.sizes
         block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
         block[places[3]], block[places[4]] = chunk, -(-scratch // 64) * 64
         return chunk

@@ -2,7 +2,8 @@
 
 Rows are taken in the order of ``order`` (the caller's own without lengths); with ``counts`` the first counts[t] of
 them take part in step t, which is why they must come longest first. A row's state is read from the caller when the
-row begins and handed back when it ends, so that ended rows cost nothing.
+row begins and handed back when it ends, so that ended rows cost nothing. With ``packed`` the scratch memory holds
+the packed weights of an earlier call already.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class _Driver:
         layout.place_buffers(f, self.rows, f.mul(self.rows, self.chunk, "chunk.rows"), self.chunk)
         self.order = layout.buffer(f, "order")
         self._fill_order()
-        self._pack()
-        self._stages("once", "0", "0", "0", 1)
+        with f.when("pack", f.let("is.unpacked", f"icmp eq i64 {layout.word(f, 'packed')}, 0")):
+            self._pack()
+            self._stages("once", "0", "0", "0", 1)
         self._skip_rows_without_steps()
         self.sums.clear(f)
         before = f.let("alive.at", "alloca i64")

@@ -26,6 +26,7 @@ HEADER = (
     "resets.step",
     "resets.row",
     "offsets",
+    "packed",
 )
 
 
