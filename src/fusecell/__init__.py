@@ -29,6 +29,7 @@ _HOME = {
     "scan": "layers",
     "detach": "layers",
     "Stream": "streaming",
+    "replace": "convert",
     "runner": "runner",
     "recompute": "runner",
     "explain": "explain",
