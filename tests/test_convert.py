@@ -94,7 +94,7 @@ def test_what_is_left_alone():
 
 def test_what_torch_cannot_compute_does_not_go_back():
     model = nn.ModuleList([fc.GRU(5, 9), fc.GRU(9, 4, reset_after=False)])
-    with pytest.raises(ValueError, match=r"1 has reset_after=False, which torch\.nn can't compute; nothing was changed"):
+    with pytest.raises(ValueError, match=r"1 has reset_after=False, which torch.* can't compute; nothing"):
         fc.replace(model, back=True)
     assert [type(layer) for layer in model] == [fc.GRU, fc.GRU]
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got list"):

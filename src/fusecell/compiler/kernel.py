@@ -256,7 +256,7 @@ class Kernel:
         if check.ENABLED:
             # Side by side the copies that a check makes of the caller's memory would undo one another.
             for block, part in blocks:
-                self.run(block, steps, part.rows, reverse, rows)
+                self.run(block, steps, part.rows, reverse, None if part.ragged is None else rows)
             return
         sizes = [self._scratch_bytes(steps, part.rows) for _, part in blocks]
         scratch = _scratch(sum(sizes))
