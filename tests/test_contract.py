@@ -337,18 +337,8 @@ def test_importing_fusecell_is_light_and_its_names_are_what_they_say():
 def test_the_public_surface():
     assert fc.__all__ == [
         *("Cell", "step", "CELLS", "GRUCell", "LSTMCell", "RNNCell", "GRU", "LSTM", "RNN"),
-        *(
-            "Recurrent",
-            "Bidirectional",
-            "Sequential",
-            "Stack",
-            "scan",
-            "detach",
-            "Stream",
-            "replace",
-            "runner",
-            "recompute",
-        ),
+        *("Recurrent", "Bidirectional", "Sequential", "Stack", "scan", "detach"),
+        *("Stream", "replace", "Tape", "record", "runner", "recompute"),
         *("explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "FusecellError", "NotCompilable", "cells", "testing"),
     ]

@@ -30,6 +30,8 @@ _HOME = {
     "detach": "layers",
     "Stream": "streaming",
     "replace": "convert",
+    "Tape": "tape",
+    "record": "tape",
     "runner": "runner",
     "recompute": "runner",
     "explain": "explain",

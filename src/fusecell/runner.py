@@ -31,6 +31,8 @@ __all__ = [
     "autocasting",
     "no_collection",
     "prepare",
+    "recording",
+    "recording_into",
     "register",
     "run",
     "runner",
@@ -66,6 +68,7 @@ _MODULES = {
     "auto": "fusecell.compiler.runner",
     "compiled": "fusecell.compiler.runner",
     "traced": "fusecell.compiler.operator",
+    "record": "fusecell.tape",
 }
 _RUNNERS: dict[str, Runner] = {}
 _CHOICE = threading.local()
@@ -144,6 +147,23 @@ def recomputing() -> bool:
     """Whether ``with recompute():`` is in force in this thread."""
     found: bool = getattr(_CHOICE, "recompute", False)
     return found
+
+
+@contextmanager
+def recording(keep: Callable[[Cell, dict[str, Tensor], Options], None]) -> Iterator[None]:
+    """Hand what happens inside every cell that runs in a ``with`` block to ``keep``, in this thread."""
+    before = getattr(_CHOICE, "name", None), getattr(_CHOICE, "keep", None)
+    _CHOICE.name, _CHOICE.keep = "record", keep
+    try:
+        yield
+    finally:
+        _CHOICE.name, _CHOICE.keep = before
+
+
+def recording_into() -> Callable[[Cell, dict[str, Tensor], Options], None]:
+    """Who gets what is recorded in this thread."""
+    keep: Callable[[Cell, dict[str, Tensor], Options], None] = _CHOICE.keep
+    return keep
 
 
 def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:

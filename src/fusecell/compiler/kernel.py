@@ -160,8 +160,8 @@ class Kernel:
     """How long it took from the graph to callable code."""
     macs: int
     """Multiply-adds of a row's step."""
-    output_size: int
-    """Features of a forward's output, 0 of a gradient's."""
+    output_sizes: dict[str, int]
+    """Features of each output that has a row for every step and row of the batch."""
     words: _Words
     itemsize: int
     short: Callable[[int], None]
@@ -313,7 +313,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         loaded,
         time.perf_counter() - began,
         _macs(schedule),
-        graph[graph.outputs["output"]].size if "output" in graph.outputs else 0,
+        {label: graph[graph.outputs[label]].size for label in words.outputs},
         words,
         4 if graph.dtype == "f32" else 8,
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),

@@ -16,7 +16,7 @@ from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
 
-__all__ = ["Program", "compile_step", "refusal", "run_forward", "without_notes"]
+__all__ = ["Program", "compile_step", "refusal", "run_all", "run_forward", "without_notes"]
 
 # Multiply-adds that are worth a second thread.
 LONG_CALL = 5_000_000
@@ -47,6 +47,14 @@ def run_forward(
     kernel: Kernel, weights: State, inputs: State, state: State, start: State, options: Options
 ) -> tuple[Tensor, State]:
     """Run a forward kernel without gradient; ``start`` is what resets go back to."""
+    outputs, after = run_all(kernel, weights, inputs, state, start, options)
+    return outputs["output"], after
+
+
+def run_all(
+    kernel: Kernel, weights: State, inputs: State, state: State, start: State, options: Options
+) -> tuple[dict[str, Tensor], State]:
+    """Run a forward kernel of several outputs, each (T, N, size), by name."""
     words, block, like = kernel.words, kernel.block(), inputs[0]
     steps, rows = steps_of(inputs), like.shape[1]
     # Whatever the block points into must live until the kernel returns.
@@ -58,8 +66,8 @@ def run_forward(
     after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
     kernel.give_states(block, words.last, after)
     new = like.new_empty if options.lengths is None else like.new_zeros
-    outputs = new(steps, rows, kernel.output_size)
-    kernel.give_sequences(block, words.outputs.values(), (outputs,))
+    outputs = {label: new(steps, rows, size) for label, size in kernel.output_sizes.items()}
+    kernel.give_sequences(block, words.outputs.values(), outputs.values())
     if options.resets is not None:
         kept += [start, kernel.give_states(block, words.reset, start)]
         kernel.give_resets(block, options.resets)

@@ -150,7 +150,7 @@ class Call:
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
         saved = like.new_empty(self.training.saved_size(sum(part.all_rows for part in self.parts)))
-        outputs = self._new_rows(like, self.training.forward.kernel.output_size)
+        outputs = self._new_rows(like, self.training.forward.kernel.output_sizes["output"])
         after = tuple([value.new_empty(value.shape) for value in state])
         kept = [half.give(block, inputs, weights), kernel.give_states(block, words.first, state)]
         kernel.give_sequences(block, words.outputs.values(), (outputs,))
@@ -175,7 +175,9 @@ class Call:
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
         output = (
-            saved.new_zeros(1, self.rows, self.training.forward.kernel.output_size) if grads[0] is None else grads[0]
+            saved.new_zeros(1, self.rows, self.training.forward.kernel.output_sizes["output"])
+            if grads[0] is None
+            else grads[0]
         )
         after = [saved.new_zeros(value.shape) if g is None else g for g, value in zip(grads[1:], state, strict=True)]
         kept = [half.give(block, (*inputs, output), weights), kernel.give_states(block, words.first, after)]
