@@ -80,12 +80,12 @@ class Tape:
         Arguments:
             name: the gate that keeps, ``"z"`` of a GRU, ``"f"`` of an LSTM.
         """
-        kept: Tensor = self._valid(self.value(name, layer, direction)).mean(0)
-        return torch.reciprocal(1 - kept)
+        kept = self._valid(self.value(name, layer, direction)).mean(0)
+        return 1 / (1 - kept)
 
     def norms(self, name: str, layer: int = 0, direction: int = 0) -> Tensor:
         """The Euclidean norm of a value at each step and row, (T, N)."""
-        return self.value(name, layer, direction).norm(dim=-1)
+        return torch.linalg.vector_norm(self.value(name, layer, direction), dim=-1)
 
     def frame(self, name: str, layer: int = 0, direction: int = 0) -> Any:
         """One intermediate as a tidy pandas frame, a line for each valid step, row and unit."""
