@@ -85,7 +85,8 @@ class Tape:
 
     def norms(self, name: str, layer: int = 0, direction: int = 0) -> Tensor:
         """The Euclidean norm of a value at each step and row, (T, N)."""
-        return torch.linalg.vector_norm(self.value(name, layer, direction), dim=-1)
+        found: Tensor = torch.linalg.vector_norm(self.value(name, layer, direction), dim=-1)
+        return found
 
     def frame(self, name: str, layer: int = 0, direction: int = 0) -> Any:
         """One intermediate as a tidy pandas frame, a line for each valid step, row and unit."""
