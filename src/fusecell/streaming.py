@@ -212,7 +212,7 @@ class Stream:
     def refresh(self) -> None:
         """Take the module's weights as they are now; the state stays."""
         state = self.state
-        self.__init__(self._module, self._rows)  # type: ignore[misc]  # all of it is made anew
+        vars(self).update(vars(Stream(self._module, self._rows)))
         self.state = state
 
 
