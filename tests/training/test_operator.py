@@ -85,6 +85,7 @@ LAYERS = {
     ),
     "stack": (lambda: fc.Recurrent(fc.Stack(fc.GRUCell(5, 7), fc.LSTMCell(7, 4))), {}),
     "GRU": (lambda: fc.GRU(5, 7, 2, bidirectional=True), {"lengths": [6, 1, 3]}),
+    "the original GRU": (lambda: fc.GRU(5, 7, reset_after=False), {}),
     "LSTM": (lambda: fc.LSTM(5, 7, proj_size=3, batch_first=True), {}),
     "recompute": (lambda: fc.Recurrent(fc.GRUCell(5, 7), recompute=True), {}),
 }

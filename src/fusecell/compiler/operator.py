@@ -27,7 +27,7 @@ from fusecell.compiler.trace.weights import Prologue
 from fusecell.compiler.training import Call, Training
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError, EagerWarning
-from fusecell.runner import Options, State, register, steps_of
+from fusecell.runner import Options, State, recomputing, register, steps_of
 
 __all__ = ["run_traced"]
 
@@ -61,7 +61,8 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
     wanted = tuple([value.requires_grad for value in inputs]) if torch.is_grad_enabled() else None
     # A list has a length that is a number, whatever torch has made of the size.
     features = tuple([tuple([len([0] * size) for size in value.shape[2:]]) for value in inputs])
-    text, paths, prologue, facts = _described(owner, leaf, features, inputs[0].dtype, wanted, options.recompute)
+    recompute = options.recompute or recomputing()
+    text, paths, prologue, facts = _described(owner, leaf, features, inputs[0].dtype, wanted, recompute)
     if not text or not _usual((*inputs, *state)):
         if leaf >= 0:
             owner = owner.leaf_cells()[leaf][2]  # type: ignore[operator]  # a drop-in layer's method
@@ -82,7 +83,7 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
     flags = None if wanted is None else [*wanted, *[value.requires_grad for value in weights]]
     outputs, *after = _scan(
         text, list(inputs), list(state), list(start), list(weights), options.lengths, options.resets,
-        options.reverse, options.recompute, flags,
+        options.reverse, recompute, flags,
     )  # fmt: skip
     return outputs, tuple(after[: len(state)])
 
@@ -107,6 +108,10 @@ def _described(
     wanted: Sequence[bool] | None,
     recompute: bool,
 ) -> Described:
+    """What torch takes for a constant of its trace: it runs this as it is, on the module itself.
+
+    In an export the weights are fake, so the step is traced with others of their shapes.
+    """
     with _disable_current_modes(), torch.enable_grad():
         suffix, cell = "", owner
         if leaf >= 0:
@@ -124,7 +129,7 @@ def _described(
         if paths is not None:
             return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, _facts(cell, leaf))
         _PROLOGUES.append(prologue)
-        paths = [path for path, _ in prologue.sources]
+        paths = [path + suffix for path, _ in prologue.sources]
         return Described(traced.graph.text, tuple(paths), len(_PROLOGUES) - 1, _facts(cell, leaf))
 
 
