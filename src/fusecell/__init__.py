@@ -28,6 +28,19 @@ _HOME = {
     "Stack": "layers",
     "scan": "layers",
     "detach": "layers",
+    **dict.fromkeys(
+        (
+            "LearnedState",
+            "Projected",
+            "RecurrentDropout",
+            "Residual",
+            "VariationalDropout",
+            "WeightDrop",
+            "WithReadout",
+            "Zoneout",
+        ),
+        "wrappers",
+    ),
     "Stream": "streaming",
     "replace": "convert",
     "Tape": "tape",
@@ -43,9 +56,9 @@ _HOME = {
     "FusecellError": "errors",
     "NotCompilable": "errors",
 }
-_MODULES = ("cells", "testing")
+_MODULES = ("cells", "testing", "wrappers")
 # Who takes a name from here is about to compute: the compiler is imported with it, not in the first call.
-_COMPUTING = ("cell", "cells", "drop_in", "layers")
+_COMPUTING = ("cell", "cells", "drop_in", "layers", "wrappers")
 
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604  # names, though not yet loaded
 

@@ -5,7 +5,7 @@ Everything else, layers, stacks, streams, the compiler, needs nothing of a cell 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, Generic, TypeVar, overload
@@ -25,6 +25,7 @@ __all__ = [
     "check_state",
     "compute_dtype",
     "noting",
+    "rewriting",
     "start_state",
     "state_tuple",
     "step",
@@ -36,6 +37,7 @@ StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
 
 _COLLECT: ContextVar[Callable[[Cell, str, Tensor], None] | None] = ContextVar("fusecell_notes", default=None)
+_REWRITE: ContextVar[Mapping[str, Callable[[Tensor], Tensor]]] = ContextVar("fusecell_rewritten", default={})  # noqa: B039  # never changed in place
 
 
 class _Default(Generic[T]):
@@ -147,7 +149,14 @@ class Cell(nn.Module):
         return ()
 
     def note(self, name: str, value: Tensor) -> Tensor:
-        """Name an intermediate value of ``step`` for :func:`fusecell.record`; returns ``value``, else does nothing."""
+        """Name an intermediate value of ``step``, for :func:`fusecell.record` and wrappers such as RecurrentDropout.
+
+        Returns:
+            ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
+        """
+        rewrite = _REWRITE.get().get(name)
+        if rewrite is not None:
+            value = rewrite(value)
         collect = None if torch.compiler.is_compiling() else _COLLECT.get()
         if collect is not None:
             collect(self, name, value)
@@ -347,6 +356,16 @@ def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
         yield
     finally:
         _COLLECT.reset(token)
+
+
+@contextmanager
+def rewriting(rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let steps inside the block go on with ``rewrite[name](value)`` where they note ``value`` as ``name``."""
+    token = _REWRITE.set({**_REWRITE.get(), **rewrite})
+    try:
+        yield
+    finally:
+        _REWRITE.reset(token)
 
 
 def _name(cell: Cell) -> str:

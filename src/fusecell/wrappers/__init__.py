@@ -1,0 +1,17 @@
+"""Cells around cells: each takes any cell and is a cell itself, so that they nest, stack, stream and compile."""
+
+from fusecell.wrappers.base import Wrapper
+from fusecell.wrappers.noise import RecurrentDropout, VariationalDropout, WeightDrop, Zoneout
+from fusecell.wrappers.parts import LearnedState, Projected, Residual, WithReadout
+
+__all__ = [
+    "LearnedState",
+    "Projected",
+    "RecurrentDropout",
+    "Residual",
+    "VariationalDropout",
+    "WeightDrop",
+    "WithReadout",
+    "Wrapper",
+    "Zoneout",
+]

@@ -1,0 +1,108 @@
+"""What wrappers share: the sizes, states, inputs and noise of the cell inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.runner import State
+
+__all__ = ["Wrapper", "check_probability"]
+
+
+class Wrapper(Cell):
+    r"""A cell around a cell: a subclass writes :meth:`around`, and what it leaves out is the inner cell's.
+
+    .. math:: (y_t, s_t) = \mathrm{around}(x_t, s_{t-1}, \mathrm{noise}_t)
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> class Negated(fc.wrappers.Wrapper):
+        ...     def around(self, x, state, noise):
+        ...         y, state = self.cell.step(x, state)
+        ...         return -y, state
+        >>> y, h = fc.Recurrent(Negated(fc.GRUCell(5, 10)))(torch.randn(7, 3, 5))
+
+    Arguments:
+        cell: any cell, a wrapper included; kept as ``cell``.
+
+    Raises:
+        TypeError: if it is not a cell.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        name = type(self).__name__
+        if not isinstance(cell, Cell):
+            raise TypeError(f"{name} goes around a fusecell cell, got {type(cell).__name__}.")
+        super().__init__(cell.input_size, cell.hidden_size)
+        self.cell = cell
+
+    @property
+    def states(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.cell.states
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The cell's inputs, then the wrapper's noise."""
+        names = list(self.cell.inputs)
+        for name in self.noise_names():
+            while name in names:  # the same wrapper twice
+                name += "_"
+            names.append(name)
+        return tuple(names)
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        return self.cell.state_sizes
+
+    @property
+    def output_size(self) -> int:
+        return self.cell.output_size
+
+    def noise_names(self) -> tuple[str, ...]:
+        """The names of what :meth:`noise` draws now; none by default."""
+        return ()
+
+    def noise(
+        self, steps: int, batch_size: int, *, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> State:
+        """What the wrapper draws for itself, once per call: (steps, batch_size, ...), or (1, batch_size, ...)."""
+        return ()
+
+    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+        """A step: x and state as the cell takes them, noise as drawn. Without change, by default."""
+        return self.cell.step(x, state)
+
+    def initial_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> State:
+        return self.cell.initial_state(batch_size, dtype=dtype, device=device)
+
+    def draw(
+        self,
+        steps: int,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> State:
+        inner = self.cell.draw(steps, batch_size, dtype=dtype, device=device)
+        return inner + self.noise(steps, batch_size, dtype=dtype, device=device)
+
+    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+        given = tuple(x) if isinstance(x, tuple | list) else (x,)
+        taken = len(self.cell.inputs)
+        return self.around(given[:taken] if taken > 1 else given[0], state, given[taken:])
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+def check_probability(where: str, value: float) -> float:
+    """A probability below 1, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{where} must be a probability in [0, 1), got {value!r}.")
+    return float(value)
