@@ -21,16 +21,18 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_LAYER: dict[str, Any] = {"recompute": False, "masked_output": "hold", "tbptt": None, "clip_state_grad": None}
 # What ours have beside their namesakes' attributes, with the values at which both compute the same.
 _EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
-    RNN: {"recompute": False},
-    GRU: {"recompute": False, "reset_after": True},
-    LSTM: {"recompute": False},
+    RNN: _LAYER,
+    GRU: {**_LAYER, "reset_after": True},
+    LSTM: _LAYER,
     RNNCell: {},
     GRUCell: {"reset_after": True},
     LSTMCell: {"proj_size": 0},
 }
-_HARMLESS = ("recompute",)
+# What changes no number that torch.nn computes: it takes no mask.
+_HARMLESS = ("recompute", "masked_output")
 
 
 @dataclass(frozen=True)

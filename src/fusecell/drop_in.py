@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import StateLike, bare
 from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys
-from fusecell.layers.arguments import Lengths, Packing, check_lengths, check_resets
+from fusecell.layers.arguments import Lengths, Packing, check_lengths, check_mask, check_resets
 from fusecell.layers.scan import scan_cell
+from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, describe
 from fusecell.runner import Options, State, autocasting, traced_runner
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -47,10 +48,23 @@ class _Scanned:
     training: bool
     _parameters: dict[str, nn.Parameter | None]
     recompute: bool = False
+    masked_output: MaskedOutput = "hold"
+    tbptt: int | None = None
+    clip_state_grad: float | None = None
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        recompute: bool = False,
+        masked_output: MaskedOutput = "hold",
+        tbptt: int | None = None,
+        clip_state_grad: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.recompute = recompute
+        check_extras(type(self).__name__, masked_output, tbptt, clip_state_grad)
+        self.masked_output, self.tbptt, self.clip_state_grad = masked_output, tbptt, clip_state_grad
 
     def forward(
         self,
@@ -59,6 +73,7 @@ class _Scanned:
         *,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """Run the layers over a sequence.
 
@@ -69,6 +84,8 @@ class _Scanned:
             lengths: (N,) whole numbers, in any order: row n is valid for t < lengths[n], outputs beyond are 0.
             resets: bool, True where a row's state goes back to zeros before the step at t: (T, N), (N, T) if
                 ``batch_first``, (T,) without a batch.
+            mask: bool of the shape of ``resets``, False where a row takes no part in a step, as in
+                :func:`fusecell.scan`.
 
         Returns:
             The last layer's outputs in the form of the input, directions side by side, and the last states in the
@@ -81,32 +98,37 @@ class _Scanned:
         weight = self._weight("weight_ih_l0")
         x = self._check_input(input, weight)
         packed = input if isinstance(input, PackedSequence) else None
-        if packed is not None and (lengths is not None or resets is not None):
+        usual = lengths is None and resets is None and mask is None
+        if packed is not None and not usual:
             raise ValueError(
                 f"{type(self).__name__}: a PackedSequence carries its own lengths and takes neither lengths nor "
-                "resets. Pass the padded tensor with lengths=, in any order."
+                "resets nor a mask. Pass the padded tensor with lengths=, in any order."
             )
         unbatched = packed is None and x.dim() == 2
         if packed is None:
             x = x[:, None] if unbatched else x.transpose(0, 1) if self.batch_first else x
         rows = x.shape[1] if packed is None else int(packed.batch_sizes[0])
         given = None if hx is None else self._check_hidden(hx, x, rows, unbatched, packed is not None)
-        if self._leave_to_torch(x) and lengths is None and resets is None:
+        extras = check_extras(type(self).__name__, self.masked_output, self.tbptt, self.clip_state_grad)
+        if usual and (extras is PLAIN or not torch.is_grad_enabled()) and self._leave_to_torch(x):
             result: tuple[Tensor | PackedSequence, Tensor | State] = super().forward(input, hx)  # type: ignore[misc]
             return result
         packing = None if packed is None else Packing.open(packed)
         if packing is not None:
             x, options = packing.padded(x), Options(packing.lengths, recompute=self.recompute)
-        elif lengths is None and resets is None:
+        elif usual:
             options = _PLAIN[self.recompute]
         else:
             steps, device = x.shape[0], x.device
+            form = {"batch_first": self.batch_first, "unbatched": unbatched}
             options = Options(
                 check_lengths(lengths, steps, rows, device),
-                check_resets(resets, steps, rows, device, batch_first=self.batch_first, unbatched=unbatched),
+                check_resets(resets, steps, rows, device, **form),
                 recompute=self.recompute,
             )
-        outputs, after = self._scan(x, self._start(weight, given, packing, rows), options, packing)
+            if mask is not None:
+                extras = replace(extras, mask=check_mask(mask, steps, rows, device, **form))
+        outputs, after = self._scan(x, self._start(weight, given, packing, rows), options, packing, extras)
         if packing is not None:
             return packing.repack(outputs), bare(tuple(packing.unsort(value, 1) for value in after))
         if unbatched:
@@ -149,19 +171,21 @@ class _Scanned:
         found: Tensor = getattr(self, name) if parameter is None else parameter
         return found
 
-    def _runners(self) -> Sequence[Callable[[State, State, Options], tuple[Tensor, State]]]:
+    def _runners(self, extras: Extras) -> Sequence[Callable[[State, State, Options], tuple[Tensor, State]]]:
         """What scans each cell, in the order of the states."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and extras is PLAIN:
             run: Any = traced_runner()
             count = self.num_layers * (2 if self.bidirectional else 1)
             return [partial(run, self, leaf=index) for index in range(count)]
-        return [partial(scan_cell, cell) for _, _, cell in self.leaf_cells()]
+        if extras is PLAIN:
+            return [partial(scan_cell, cell) for _, _, cell in self.leaf_cells()]
+        return [partial(scan_cell, cell, extras=extras) for _, _, cell in self.leaf_cells()]
 
     def _scan(
-        self, x: Tensor, start: Sequence[State], options: Options, packing: Packing | None
+        self, x: Tensor, start: Sequence[State], options: Options, packing: Packing | None, extras: Extras
     ) -> tuple[Tensor, State]:
         """Scan every layer in every direction: outputs (T, N, features), states stacked."""
-        runners = self._runners()
+        runners = self._runners(extras)
         directions = [options]
         if self.bidirectional:
             directions.append(replace(options, reverse=True))
@@ -270,7 +294,8 @@ class _Scanned:
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
-        return text + (", recompute=True" if self.recompute else "")
+        extras = describe(check_extras("", self.masked_output, self.tbptt, self.clip_state_grad))
+        return ", ".join([text, *(["recompute=True"] if self.recompute else []), *extras])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.num_layers == 1 and not self.bidirectional:
@@ -299,7 +324,7 @@ class RNN(_Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than to
     Arguments:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as
             in torch.nn.RNN, in this order.
-        recompute: as in :class:`fusecell.Recurrent`.
+        recompute, masked_output, tbptt, clip_state_grad: as in :class:`fusecell.Recurrent`.
 
     Raises:
         TypeError, ValueError: as torch.nn.RNN.
@@ -331,7 +356,7 @@ class GRU(_Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than to
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
             torch.nn.GRU, in this order.
         reset_after: False for the original equation, as in :class:`fusecell.GRUCell`.
-        recompute: as in :class:`fusecell.Recurrent`.
+        recompute, masked_output, tbptt, clip_state_grad: as in :class:`fusecell.Recurrent`.
 
     Raises:
         TypeError, ValueError: as torch.nn.GRU.
@@ -372,6 +397,7 @@ class LSTM(_Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than 
     Arguments:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
             torch.nn.LSTM, in this order.
+        recompute, masked_output, tbptt, clip_state_grad: as in :class:`fusecell.Recurrent`.
 
     Raises:
         TypeError, ValueError: as torch.nn.LSTM.

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusecell.cell import Cell, check_dtype
 from fusecell.runner import State
 
-__all__ = ["Lengths", "Packing", "check_inputs", "check_lengths", "check_resets"]
+__all__ = ["Lengths", "Packing", "check_inputs", "check_lengths", "check_mask", "check_resets"]
 
 Lengths = Tensor | Sequence[int] | np.ndarray[Any, Any]
 
@@ -117,20 +117,47 @@ def check_resets(
         TypeError: for anything but booleans; 0/1 numbers are as often the opposite mask.
         ValueError: for another shape.
     """
-    if resets is None:
+    meaning = "True where a row starts anew before the step at t"
+    return _check_flags("resets", meaning, "reset", resets, steps, rows, device, batch_first, unbatched)
+
+
+def check_mask(
+    mask: Any, steps: int, rows: int, device: torch.device, *, batch_first: bool, unbatched: bool
+) -> Tensor | None:
+    """A mask as (T, N) bool on ``device``.
+
+    Raises:
+        TypeError: for anything but booleans.
+        ValueError: for another shape.
+    """
+    meaning = "True where a row takes part in the step at t"
+    return _check_flags("mask", meaning, "valid", mask, steps, rows, device, batch_first, unbatched)
+
+
+def _check_flags(
+    name: str,
+    meaning: str,
+    word: str,
+    flags: Any,
+    steps: int,
+    rows: int,
+    device: torch.device,
+    batch_first: bool,
+    unbatched: bool,
+) -> Tensor | None:
+    if flags is None:
         return None
-    found = resets if isinstance(resets, Tensor) else torch.as_tensor(resets)
+    found = flags if isinstance(flags, Tensor) else torch.as_tensor(flags)
     if found.dtype != torch.bool:
         raise TypeError(
-            f"resets must be bool, True where a row starts anew before the step at t, got {found.dtype}. "
-            "Pass resets.bool() if nonzero means reset."
+            f"{name} must be bool, {meaning}, got {found.dtype}. Pass {name}.bool() if nonzero means {word}."
         )
     if unbatched:
         expected: tuple[int, ...] = (steps,)
     else:
         expected = (rows, steps) if batch_first else (steps, rows)
     if tuple(found.shape) != expected:
-        raise ValueError(f"resets must have shape {expected}, one flag per step and row, got {tuple(found.shape)}.")
+        raise ValueError(f"{name} must have shape {expected}, one flag per step and row, got {tuple(found.shape)}.")
     if unbatched:
         found = found[:, None]
     elif batch_first:

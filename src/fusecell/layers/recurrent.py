@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusecell.cell import Cell, StateLike
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
+from fusecell.layers.sequence import MaskedOutput, check_extras, describe
 from fusecell.runner import State
 
 __all__ = ["Bidirectional", "Recurrent"]
@@ -33,13 +34,23 @@ class Recurrent(nn.Module):
         reverse: run from the last step to the first.
         recompute: keep the states only for the backward, which computes everything else again: less memory, about a
             third more arithmetic. See :func:`fusecell.recompute`.
+        masked_output, tbptt, clip_state_grad: how the layer answers and trains, as in :func:`fusecell.scan`.
 
     Raises:
-        TypeError: if ``cell`` is not a fusecell cell.
+        TypeError: if ``cell`` is not a fusecell cell, or an argument of another type.
+        ValueError: for a value that an argument doesn't take.
     """
 
     def __init__(
-        self, cell: Cell, *, batch_first: bool = False, reverse: bool = False, recompute: bool = False
+        self,
+        cell: Cell,
+        *,
+        batch_first: bool = False,
+        reverse: bool = False,
+        recompute: bool = False,
+        masked_output: MaskedOutput = "hold",
+        tbptt: int | None = None,
+        clip_state_grad: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
@@ -48,6 +59,10 @@ class Recurrent(nn.Module):
         self.batch_first = batch_first
         self.reverse = reverse
         self.recompute = recompute
+        check_extras("Recurrent", masked_output, tbptt, clip_state_grad)
+        self.masked_output: MaskedOutput = masked_output
+        self.tbptt = tbptt
+        self.clip_state_grad = clip_state_grad
 
     @property
     def input_size(self) -> int:
@@ -64,22 +79,32 @@ class Recurrent(nn.Module):
         *,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """Run the cell over a sequence; arguments and returns as in :func:`fusecell.scan`."""
+        return self.run(input, state, self.reverse, lengths=lengths, resets=resets, mask=mask)
+
+    def run(
+        self, input: Input, state: StateLike | None, reverse: bool, **data: Any
+    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+        """``forward`` in either direction."""
         return scan(
             self.cell,
             input,
             state,
-            lengths=lengths,
-            resets=resets,
-            reverse=self.reverse,
+            reverse=reverse,
             batch_first=self.batch_first,
             recompute=self.recompute,
+            masked_output=self.masked_output,
+            tbptt=self.tbptt,
+            clip_state_grad=self.clip_state_grad,
+            **data,
         )
 
     def extra_repr(self) -> str:
         flags = {"batch_first": self.batch_first, "reverse": self.reverse, "recompute": self.recompute}
-        return ", ".join(f"{name}=True" for name, value in flags.items() if value)
+        found = [f"{name}=True" for name, value in flags.items() if value]
+        return ", ".join(found + describe(check_extras("", self.masked_output, self.tbptt, self.clip_state_grad)))
 
 
 class Bidirectional(nn.Module):
@@ -140,13 +165,14 @@ class Bidirectional(nn.Module):
         *,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
         """Run both directions.
 
         Arguments:
             input: as in :func:`fusecell.scan`.
             state: a pair, each in its layer's own form; None for the initial state.
-            lengths, resets: as in :func:`fusecell.scan`, for both.
+            lengths, resets, mask: as in :func:`fusecell.scan`, for both.
 
         Returns:
             The outputs side by side on the last axis, and the pair of states.
@@ -155,16 +181,9 @@ class Bidirectional(nn.Module):
             state = (None, None)
         if not isinstance(state, tuple | list) or len(state) != 2:
             raise ValueError("Bidirectional takes its state as a pair: (forward state, backward state).")
-        ahead, h_ahead = self.forward_layer(input, state[0], lengths=lengths, resets=resets)
-        back, h_back = scan(
-            self.backward_layer.cell,
-            input,
-            state[1],
-            lengths=lengths,
-            resets=resets,
-            reverse=True,
-            batch_first=self.batch_first,
-        )
+        data = {"lengths": lengths, "resets": resets, "mask": mask}
+        ahead, h_ahead = self.forward_layer(input, state[0], **data)
+        back, h_back = self.backward_layer.run(input, state[1], True, **data)
         return _side_by_side(ahead, back), (h_ahead, h_back)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from fusecell.layers.arguments import (
     Packing,
     check_inputs,
     check_lengths,
+    check_mask,
     check_resets,
 )
+from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, wrapped
 from fusecell.layers.stack import Stack
 from fusecell.runner import Options, State, run, steps_of
 
@@ -34,6 +37,10 @@ def scan(
     reverse: bool = False,
     batch_first: bool = False,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    masked_output: MaskedOutput = "hold",
+    tbptt: int | None = None,
+    clip_state_grad: float | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor | State]:
     r"""Run a cell over a whole sequence.
 
@@ -58,6 +65,14 @@ def scan(
         reverse: run from the last step to the first, each row within its own length; outputs stay in input time.
         recompute: keep the states only for the backward, which computes everything else again: less memory, about a
             third more arithmetic.
+        mask: bool of the shape of ``resets``: where False, the row takes no part in the step. Its state is held, a
+            reset does nothing, and what the input holds there is never seen.
+        masked_output: what the output is where the mask is False: ``"hold"``, that of the row's last valid step (0
+            before the first), or ``"zero"``.
+        tbptt: cut the gradient every so many steps, as if the sequence were run in chunks of ``tbptt`` steps with
+            :func:`fusecell.detach` on the state between them. A row's steps count from the first that it goes.
+        clip_state_grad: bound each element of the gradient that a step hands to the state before it to
+            [-clip_state_grad, clip_state_grad].
 
     Returns:
         The outputs, in the form of the input, and the state after the last step.
@@ -67,8 +82,14 @@ def scan(
     """
     if not isinstance(cell, Cell):
         raise TypeError(not_a_cell(cell))
+    extras = check_extras("scan", masked_output, tbptt, clip_state_grad)
     if isinstance(input, PackedSequence):
-        return _scan_packed(cell, input, state, lengths, resets, reverse, recompute)
+        if lengths is not None or resets is not None or mask is not None:
+            raise ValueError(
+                "A PackedSequence carries its own lengths and takes neither lengths nor resets nor a mask. "
+                "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
+            )
+        return _scan_packed(cell, input, state, Options(None, None, reverse, recompute), extras)
     given = (input,) if isinstance(input, Tensor) else tuple(input)
     inputs, unbatched = check_inputs(cell, given, batch_first)
     rows, device = inputs[0].shape[1], inputs[0].device
@@ -80,46 +101,56 @@ def scan(
         recompute,
     )
     start = start_state(cell, state, inputs, unbatched=unbatched)
-    outputs, after = scan_cell(cell, inputs, start, options)
+    if mask is not None:
+        flags = check_mask(mask, steps, rows, device, batch_first=batch_first, unbatched=unbatched)
+        extras = replace(extras, mask=flags)
+    outputs, after = scan_cell(cell, inputs, start, options, extras=extras)
     if unbatched:
         return outputs[:, 0], bare(tuple(value[0] for value in after))
     return (outputs.transpose(0, 1) if batch_first else outputs), bare(after)
 
 
 def _scan_packed(
-    cell: Cell,
-    packed: PackedSequence,
-    state: StateLike | None,
-    lengths: Lengths | None,
-    resets: Tensor | None,
-    reverse: bool,
-    recompute: bool,
+    cell: Cell, packed: PackedSequence, state: StateLike | None, options: Options, extras: Extras
 ) -> tuple[PackedSequence, Tensor | State]:
-    if lengths is not None or resets is not None:
-        raise ValueError(
-            "A PackedSequence carries its own lengths and takes neither lengths nor resets. "
-            "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
-        )
     packing = Packing.open(packed)
     inputs, _ = check_inputs(cell, (packing.padded(packed.data),), batch_first=False)
     start = start_state(cell, state, inputs, unbatched=False)
     if state is not None:
         start = tuple(packing.sort(value) for value in start)
-    outputs, after = scan_cell(cell, inputs, start, Options(packing.lengths, None, reverse, recompute), packing)
+    options = replace(options, lengths=packing.lengths)
+    outputs, after = scan_cell(cell, inputs, start, options, packing, extras)
     return packing.repack(outputs), bare(tuple(packing.unsort(value) for value in after))
 
 
 def scan_cell(
-    cell: Cell, inputs: State, state: State, options: Options, packing: Packing | None = None
+    cell: Cell,
+    inputs: State,
+    state: State,
+    options: Options,
+    packing: Packing | None = None,
+    extras: Extras = PLAIN,
 ) -> tuple[Tensor, State]:
     """Scan checked, time-major arguments; a Stack goes layer by layer."""
     if isinstance(cell, Stack):
-        return _scan_stack(cell, inputs, state, options, packing)
-    return run(cell, all_inputs(cell, inputs, state), state, options)
+        return _scan_stack(cell, inputs, state, options, packing, extras)
+    if extras is PLAIN:
+        return run(cell, all_inputs(cell, inputs, state), state, options)
+    return _scan_wrapped(cell, inputs, state, options, extras)
+
+
+def _scan_wrapped(cell: Cell, inputs: State, state: State, options: Options, extras: Extras) -> tuple[Tensor, State]:
+    call = wrapped(cell, all_inputs(cell, inputs, state), state, options, extras)
+    outputs, after = run(call.cell, call.inputs, call.state, call.options)
+    return outputs, after[: call.kept]
+
+
+# torch.compile takes no cell that is made in the call: it leaves the graph here, and machine code runs as ever.
+_scan_wrapped._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _scan_stack(
-    stack: Stack, inputs: State, state: State, options: Options, packing: Packing | None
+    stack: Stack, inputs: State, state: State, options: Options, packing: Packing | None, extras: Extras
 ) -> tuple[Tensor, State]:
     """Each cell over the whole sequence, then the next: the large products leave the loop layer by layer."""
     after: State = ()
@@ -130,7 +161,7 @@ def _scan_stack(
     for index, (cell, part) in enumerate(zip(stack.layers, stack.split(state), strict=True)):
         given = inputs if index == 0 else (outputs,)
         below = given[0]
-        outputs, new = scan_cell(cell, given, part, options, packing)
+        outputs, new = scan_cell(cell, given, part, options, packing, extras)
         after += new
         if index + 1 < len(stack.cells):
             outputs = flow(outputs)

@@ -42,13 +42,14 @@ class Sequential(nn.Sequential):
         *,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Any, ...]]:
         """Run the parts in order.
 
         Arguments:
             input: as the first part takes it; a PackedSequence goes through per-step modules by its data.
             state: one entry per recurrent part, each in its own form; None for initial states.
-            lengths, resets: for every recurrent part, as in :func:`fusecell.scan`.
+            lengths, resets, mask: for every recurrent part, as in :func:`fusecell.scan`.
 
         Returns:
             The outputs of the last part, and a tuple with one state per recurrent part.
@@ -63,7 +64,8 @@ class Sequential(nn.Sequential):
             raise ValueError(f"Sequential has {count} recurrent parts and takes a tuple of as many states, got {got}.")
         value: Any = input
         after: list[Any] = []
-        data = {name: given for name, given in (("lengths", lengths), ("resets", resets)) if given is not None}
+        data: dict[str, Any] = {"lengths": lengths, "resets": resets, "mask": mask}
+        data = {name: given for name, given in data.items() if given is not None}
         for part in self:
             if is_recurrent(part):
                 value, new = part(value, states[len(after)], **data)

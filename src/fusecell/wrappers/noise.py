@@ -291,7 +291,7 @@ _PRODUCTS = {
 }
 
 
-class _Products(TorchFunctionMode):  # type: ignore[misc]  # torch doesn't type it
+class _Products(TorchFunctionMode):
     """Put ``value * mask`` where ``value`` enters a product."""
 
     def __init__(self, value: Tensor, mask: Tensor) -> None:
