@@ -338,8 +338,11 @@ def test_the_public_surface():
     assert fc.__all__ == [
         *("Cell", "step", "CELLS", "GRUCell", "LSTMCell", "RNNCell", "GRU", "LSTM", "RNN"),
         *("Recurrent", "Bidirectional", "Sequential", "Stack", "scan", "detach"),
+        *("LearnedState", "Projected", "RecurrentDropout", "Residual"),
+        *("VariationalDropout", "WeightDrop", "WithReadout", "Zoneout"),
         *("Stream", "replace", "Tape", "record", "runner", "recompute"),
         *("explain", "show_config", "refresh"),
-        *("count_cells", "summary", "EagerWarning", "FusecellError", "NotCompilable", "cells", "testing"),
+        *("count_cells", "summary", "EagerWarning", "FusecellError", "NotCompilable"),
+        *("cells", "init", "testing", "wrappers"),
     ]
     assert all(getattr(fc, name) is not None for name in fc.__all__)

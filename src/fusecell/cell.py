@@ -5,6 +5,7 @@ Everything else, layers, stacks, streams, the compiler, needs nothing of a cell 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,7 +38,7 @@ StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
 
 _COLLECT: ContextVar[Callable[[Cell, str, Tensor], None] | None] = ContextVar("fusecell_notes", default=None)
-_REWRITE: ContextVar[Mapping[str, Callable[[Tensor], Tensor]]] = ContextVar("fusecell_rewritten", default={})  # noqa: B039  # never changed in place
+_REWRITE = threading.local()  # torch.compile follows it where a ContextVar would break its graph
 
 
 class _Default(Generic[T]):
@@ -86,10 +87,16 @@ class Cell(nn.Module):
         inputs: the names of the inputs, in order; with more than one, ``step`` gets x as a tuple.
         state_sizes: the features of each state; override by property or assign in ``__init__``.
         output_size: the features of the output; likewise.
+        gates: what the blocks of rows of ``weight_ih``, ``weight_hh`` and the biases belong to, in order.
+        keeps, updates: the gate that keeps the old state as it opens, and the one that lets the new in; "" for none.
+            :mod:`fusecell.init` goes by these three.
     """
 
     states: ClassVar[tuple[str, ...]] = ("h",)
     inputs: ClassVar[tuple[str, ...]] = ("x",)
+    gates: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[str] = ""
+    updates: ClassVar[str] = ""
 
     input_size: int
     hidden_size: int
@@ -154,9 +161,9 @@ class Cell(nn.Module):
         Returns:
             ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
         """
-        rewrite = _REWRITE.get().get(name)
-        if rewrite is not None:
-            value = rewrite(value)
+        rewrites: Mapping[str, Callable[[Tensor], Tensor]] | None = getattr(_REWRITE, "by_name", None)
+        if rewrites is not None and name in rewrites:
+            value = rewrites[name](value)
         collect = None if torch.compiler.is_compiling() else _COLLECT.get()
         if collect is not None:
             collect(self, name, value)
@@ -361,11 +368,12 @@ def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
 @contextmanager
 def rewriting(rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Let steps inside the block go on with ``rewrite[name](value)`` where they note ``value`` as ``name``."""
-    token = _REWRITE.set({**_REWRITE.get(), **rewrite})
+    before = getattr(_REWRITE, "by_name", None)
+    _REWRITE.by_name = {**(before or {}), **rewrite}
     try:
         yield
     finally:
-        _REWRITE.reset(token)
+        _REWRITE.by_name = before
 
 
 def _name(cell: Cell) -> str:

@@ -22,14 +22,15 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _LAYER: dict[str, Any] = {"recompute": False, "masked_output": "hold", "tbptt": None, "clip_state_grad": None}
+_GATED: dict[str, Any] = {"activation": "tanh", "gate_activation": "sigmoid"}
 # What ours have beside their namesakes' attributes, with the values at which both compute the same.
 _EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
-    RNN: _LAYER,
-    GRU: {**_LAYER, "reset_after": True},
-    LSTM: _LAYER,
-    RNNCell: {},
-    GRUCell: {"reset_after": True},
-    LSTMCell: {"proj_size": 0},
+    RNN: {**_LAYER, "activation": None},
+    GRU: {**_LAYER, **_GATED, "reset_after": True},
+    LSTM: {**_LAYER, **_GATED},
+    RNNCell: {"activation": None},
+    GRUCell: {**_GATED, "reset_after": True},
+    LSTMCell: {**_GATED, "proj_size": 0},
 }
 # What changes no number that torch.nn computes: it takes no mask.
 _HARMLESS = ("recompute", "masked_output")

@@ -18,7 +18,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import StateLike, bare
-from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys
+from fusecell.cells.activations import check_activation
+from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys, other_than
 from fusecell.layers.arguments import Lengths, Packing, check_lengths, check_mask, check_resets
 from fusecell.layers.scan import scan_cell
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, describe
@@ -324,6 +325,7 @@ class RNN(_Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than to
     Arguments:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as
             in torch.nn.RNN, in this order.
+        activation: as in :class:`fusecell.RNNCell`.
         recompute, masked_output, tbptt, clip_state_grad: as in :class:`fusecell.Recurrent`.
 
     Raises:
@@ -333,7 +335,19 @@ class RNN(_Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than to
     """
 
     _cell_type = RNNCell
-    _cell_attributes = ("nonlinearity",)
+    _cell_attributes = ("nonlinearity", "activation")
+    activation: str | None = None
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_activation("RNN", activation=activation or "tanh")
+        self.activation = activation
+
+    def _leave_to_torch(self, x: Tensor) -> bool:
+        return self.activation is None and super()._leave_to_torch(x)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + other_than(self, activation=None)
 
 
 class GRU(_Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than torch's
@@ -356,6 +370,7 @@ class GRU(_Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than to
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
             torch.nn.GRU, in this order.
         reset_after: False for the original equation, as in :class:`fusecell.GRUCell`.
+        activation, gate_activation: as in :class:`fusecell.GRUCell`.
         recompute, masked_output, tbptt, clip_state_grad: as in :class:`fusecell.Recurrent`.
 
     Raises:
@@ -365,18 +380,30 @@ class GRU(_Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than to
     """
 
     _cell_type = GRUCell
-    _cell_attributes = ("reset_after",)
+    _cell_attributes = ("reset_after", "activation", "gate_activation")
     reset_after: bool = True
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reset_after: bool = True,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        check_activation("GRU", activation=activation, gate_activation=gate_activation)
         self.reset_after = reset_after
+        self.activation, self.gate_activation = activation, gate_activation
 
     def _leave_to_torch(self, x: Tensor) -> bool:
-        return self.reset_after and super()._leave_to_torch(x)
+        usual = (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        return usual and self.reset_after and super()._leave_to_torch(x)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+        return super().extra_repr() + other_than(self, reset_after=True, activation="tanh", gate_activation="sigmoid")
 
 
 class LSTM(_Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than torch's
@@ -397,6 +424,7 @@ class LSTM(_Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than 
     Arguments:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
             torch.nn.LSTM, in this order.
+        activation, gate_activation: as in :class:`fusecell.LSTMCell`.
         recompute, masked_output, tbptt, clip_state_grad: as in :class:`fusecell.Recurrent`.
 
     Raises:
@@ -406,4 +434,18 @@ class LSTM(_Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than 
     """
 
     _cell_type = LSTMCell
-    _cell_attributes = ("proj_size",)
+    _cell_attributes = ("proj_size", "activation", "gate_activation")
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
+
+    def __init__(self, *args: Any, activation: str = "tanh", gate_activation: str = "sigmoid", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_activation("LSTM", activation=activation, gate_activation=gate_activation)
+        self.activation, self.gate_activation = activation, gate_activation
+
+    def _leave_to_torch(self, x: Tensor) -> bool:
+        usual = (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        return usual and super()._leave_to_torch(x)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + other_than(self, activation="tanh", gate_activation="sigmoid")

@@ -33,6 +33,9 @@ class MGUCell(WeightCell):
     Paper: Zhou et al., "Minimal gated unit for recurrent neural networks", 2016, arXiv:1603.09420.
     """
 
+    gates = ("f", "n")
+    updates = "f"
+
     def __init__(
         self,
         input_size: int,
@@ -86,6 +89,8 @@ class UGRNNCell(WeightCell):
     arXiv:1611.09913.
     """
 
+    gates = ("g", "n")
+    keeps = "g"
     options = ("forget_bias",)
 
     def __init__(
@@ -141,6 +146,9 @@ class MinGRUCell(WeightCell):
     Paper: Feng et al., "Were RNNs all we needed?", 2024, arXiv:2410.01201.
     """
 
+    gates = ("z", "n")
+    updates = "z"
+
     def __init__(
         self,
         input_size: int,
@@ -190,6 +198,8 @@ class FastGRNNCell(WeightCell):
     Paper: Kusupati et al., "FastGRNN: a fast, accurate, stable and tiny kilobyte sized gated recurrent neural
     network", 2018, arXiv:1901.02358; full-rank matrices, initial values of the biases and scalars as in its code.
     """
+
+    keeps = "z"
 
     bias_z: Tensor
     bias_n: Tensor

@@ -37,6 +37,8 @@ class LayerNormGRUCell(WeightCell):
     Paper: Ba, Kiros and Hinton, "Layer normalization", 2016, arXiv:1607.06450, supplementary material.
     """
 
+    gates = ("r", "z", "n")
+    keeps = "z"
     options = ("eps",)
 
     def __init__(
@@ -101,6 +103,8 @@ class LayerNormLSTMCell(WeightCell):
     Paper: Ba, Kiros and Hinton, "Layer normalization", 2016, arXiv:1607.06450, supplementary material.
     """
 
+    gates = ("i", "f", "g", "o")
+    keeps, updates = "f", "i"
     states = ("h", "c")
     options = ("eps",)
 
@@ -169,6 +173,8 @@ class LiGRUCell(WeightCell):
     Paper: Ravanelli et al., "Light gated recurrent units for speech recognition", 2018, arXiv:1803.10225.
     """
 
+    gates = ("z", "n")
+    keeps = "z"
     options = ("norm",)
 
     def __init__(

@@ -37,6 +37,8 @@ class PeepholeLSTMCell(WeightCell):
     Paper: Gers, Schraudolph and Schmidhuber, "Learning precise timing with LSTM recurrent networks", JMLR 3 (2002).
     """
 
+    gates = ("i", "f", "g", "o")
+    keeps, updates = "f", "i"
     states = ("h", "c")
     weight_ch: Tensor
 

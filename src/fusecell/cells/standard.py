@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fusecell.cell import Cell, StateLike, all_inputs, bare
+from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.runner import Options, State, autocasting, run
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys"]
+__all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _ONE_STEP = Options()
@@ -137,12 +138,16 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         bias: learn ``bias_ih`` and ``bias_hh``.
         nonlinearity: ``"tanh"`` or ``"relu"``.
         device, dtype: of the parameters.
+        activation: any other, by name, in place of ``nonlinearity``.
 
     Raises:
         ValueError: for another nonlinearity, or a negative size.
 
     Paper: J. L. Elman, Finding structure in time, 1990.
     """
+
+    gates = ("h",)
+    activation: str | None = None
 
     def __init__(
         self,
@@ -152,22 +157,31 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         nonlinearity: str = "tanh",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
     ) -> None:
         _check_constructor(input_size=input_size, hidden_size=hidden_size)
+        check_activation("RNNCell", activation=activation or "tanh")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self.activation = activation
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         total = linear(h, self.weight_hh, self.bias_hh) + linear(x, self.weight_ih, self.bias_ih)
-        if self.nonlinearity == "tanh":
+        if self.activation is not None:
+            h = ACTIVATIONS[self.activation](total)
+        elif self.nonlinearity == "tanh":
             h = torch.tanh(total)
         elif self.nonlinearity == "relu":
             h = torch.relu(total)
         else:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return h, (h,)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + other_than(self, activation=None)
 
 
 class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes what Cell's takes
@@ -191,6 +205,7 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         bias: learn ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
         reset_after: the reset gate acts after the product with W_hn, as in torch.nn and cuDNN; False: before it.
+        activation, gate_activation: of the candidate n, and of r and z, by name in place of tanh and sigmoid.
 
     Raises:
         TypeError, ValueError: for a size that is not a whole number, or negative.
@@ -198,7 +213,11 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
     Paper: K. Cho et al., https://arxiv.org/abs/1406.1078; version 1 resets after, version 3 before the product.
     """
 
+    gates = ("r", "z", "n")
+    keeps = "z"
     reset_after: bool = True
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
 
     def __init__(
         self,
@@ -209,10 +228,14 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
     ) -> None:
         _check_constructor(input_size=input_size, hidden_size=hidden_size)
+        check_activation("GRUCell", activation=activation, gate_activation=gate_activation)
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
         self.reset_after = reset_after
+        self.activation, self.gate_activation = activation, gate_activation
 
     # torch's order of evaluation; r and z share one sum because torch's sigmoid takes each row by itself there, and
     # vectors that cross rows would round differently.
@@ -227,15 +250,16 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
             b_rz, b_n = (None, None) if self.bias_hh is None else self.bias_hh.split_with_sizes(parts)
             h_rz = linear(h, w_rz, b_rz)
         r, z = (h_rz + x_rz).chunk(2, 1)
-        r = self.note("r", torch.sigmoid(r))
-        z = self.note("z", torch.sigmoid(z))
-        n = torch.tanh(x_n + (h_n * r if self.reset_after else linear(r * h, w_n, b_n)))
+        activation, gate = ACTIVATIONS[self.activation], ACTIVATIONS[self.gate_activation]
+        r = self.note("r", gate(r))
+        z = self.note("z", gate(z))
+        n = activation(x_n + (h_n * r if self.reset_after else linear(r * h, w_n, b_n)))
         n = self.note("n", n)
         h = (h - n) * z + n
         return h, (h,)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+        return super().extra_repr() + other_than(self, reset_after=True, activation="tanh", gate_activation="sigmoid")
 
 
 class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes what Cell's takes
@@ -263,6 +287,8 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         bias: learn ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
         proj_size: features of h and of the output; 0 for hidden_size, without ``weight_hr``.
+        activation, gate_activation: of g and of c in the output, and of i, f and o, by name in place of tanh and
+            sigmoid.
 
     Raises:
         TypeError, ValueError: for a size that is not a whole number, or negative; a proj_size not below hidden_size.
@@ -271,7 +297,11 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
     """
 
     states = ("h", "c")
+    gates = ("i", "f", "g", "o")
+    keeps, updates = "f", "i"
     proj_size: int = 0
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
 
     def __init__(
         self,
@@ -282,10 +312,14 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         dtype: torch.dtype | None = None,
         *,
         proj_size: int = 0,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
     ) -> None:
         _check_constructor(input_size=input_size, hidden_size=hidden_size, proj_size=proj_size)
         if proj_size and proj_size >= hidden_size:
             raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+        check_activation("LSTMCell", activation=activation, gate_activation=gate_activation)
+        self.activation, self.gate_activation = activation, gate_activation
         self.proj_size = proj_size  # reset_parameters, at the end of torch's constructor, needs it
         nn.LSTMCell.__init__(self, input_size, hidden_size, bias, device, dtype)
 
@@ -309,18 +343,25 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         h, c = state
         gates = linear(h, self.weight_hh, self.bias_hh) + linear(x, self.weight_ih, self.bias_ih)
         i, f, g, o = gates.chunk(4, 1)
-        i = self.note("i", torch.sigmoid(i))
-        f = self.note("f", torch.sigmoid(f))
-        g = self.note("g", torch.tanh(g))
-        o = self.note("o", torch.sigmoid(o))
+        activation, gate = ACTIVATIONS[self.activation], ACTIVATIONS[self.gate_activation]
+        i = self.note("i", gate(i))
+        f = self.note("f", gate(f))
+        g = self.note("g", activation(g))
+        o = self.note("o", gate(o))
         c = f * c + i * g
-        h = o * torch.tanh(c)
+        h = o * activation(c)
         if self.proj_size:
             h = linear(h, self.weight_hr)
         return h, (h, c)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", proj_size={self.proj_size}" if self.proj_size else "")
+        return super().extra_repr() + other_than(self, proj_size=0, activation="tanh", gate_activation="sigmoid")
+
+
+def other_than(module: nn.Module, **usual: Any) -> str:
+    """For a ``repr``, the attributes that are not as usual."""
+    found = ((name, getattr(module, name)) for name, value in usual.items() if getattr(module, name) != value)
+    return "".join(f", {name}={value!r}" for name, value in found)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

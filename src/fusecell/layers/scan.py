@@ -136,6 +136,9 @@ def scan_cell(
         return _scan_stack(cell, inputs, state, options, packing, extras)
     if extras is PLAIN:
         return run(cell, all_inputs(cell, inputs, state), state, options)
+    if torch.compiler.is_compiling():
+        # It takes no cell that is made in the call: it leaves its graph here, and machine code runs as ever.
+        return torch.compiler.disable(_scan_wrapped)(cell, inputs, state, options, extras)  # type: ignore[no-any-return, no-untyped-call]
     return _scan_wrapped(cell, inputs, state, options, extras)
 
 
@@ -143,10 +146,6 @@ def _scan_wrapped(cell: Cell, inputs: State, state: State, options: Options, ext
     call = wrapped(cell, all_inputs(cell, inputs, state), state, options, extras)
     outputs, after = run(call.cell, call.inputs, call.state, call.options)
     return outputs, after[: call.kept]
-
-
-# torch.compile takes no cell that is made in the call: it leaves the graph here, and machine code runs as ever.
-_scan_wrapped._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _scan_stack(
