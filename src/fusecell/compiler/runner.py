@@ -135,9 +135,18 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
 def _needs_gradient(cell: Cell, tensors: State) -> bool:
     if not torch.is_grad_enabled():
         return False
-    if any(value.requires_grad for value in tensors) or any(value.requires_grad for value in cell.parameters()):
-        return True
-    return any(isinstance(value, Tensor) and value.requires_grad for value in vars(cell).values())
+    return any([value.requires_grad for value in tensors]) or _learns(cell)
+
+
+def _learns(module: nn.Module) -> bool:
+    """Whether a parameter, or a tensor that stands as an attribute of a drop-in layer's cell, wants a gradient."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    for value in vars(module).values():
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return any([part is not None and _learns(part) for part in module._modules.values()])
 
 
 register("compiled", run_compiled)
