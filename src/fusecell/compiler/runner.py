@@ -135,7 +135,7 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
 def _needs_gradient(cell: Cell, tensors: State) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any([value.requires_grad for value in tensors]) or _learns(cell)
+    return any(value.requires_grad for value in tensors) or _learns(cell)
 
 
 def _learns(module: nn.Module) -> bool:
@@ -146,7 +146,7 @@ def _learns(module: nn.Module) -> bool:
     for value in vars(module).values():
         if isinstance(value, Tensor) and value.requires_grad:
             return True
-    return any([part is not None and _learns(part) for part in module._modules.values()])
+    return any(part is not None and _learns(part) for part in module._modules.values())
 
 
 register("compiled", run_compiled)

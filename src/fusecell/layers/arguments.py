@@ -170,27 +170,27 @@ class Packing:
     """A PackedSequence opened: rows in its own order (longest first), and the way back."""
 
     packed: PackedSequence
-    valid: Tensor  # (T, N) bool; its True entries, read row by row, are the packed order
+    lengths: Tensor  # (N,) int64, in the packed order
+    places: Tensor  # (sum of lengths,): where each entry of the packed data stands in (T * N)
 
     @classmethod
     def open(cls, packed: PackedSequence) -> Packing:
         sizes = packed.batch_sizes.to(packed.data.device)
-        rows = int(packed.batch_sizes[0])
-        return cls(packed, torch.arange(rows, device=sizes.device) < sizes[:, None])
-
-    @property
-    def lengths(self) -> Tensor:
-        """(N,) int64, in the packed order."""
-        return self.valid.sum(0)
+        valid = torch.arange(int(packed.batch_sizes[0]), device=sizes.device) < sizes[:, None]
+        return cls(packed, valid.sum(0), valid.flatten().nonzero()[:, 0])
 
     def padded(self, data: Tensor) -> Tensor:
         """(T, N, ...) from packed data, zero beyond each row's length."""
-        out = data.new_zeros(*self.valid.shape, *data.shape[1:])
-        return out.masked_scatter(self.valid.reshape(*self.valid.shape, *[1] * (data.dim() - 1)), data)
+        steps, rows = self.packed.batch_sizes.shape[0], self.lengths.shape[0]
+        return (
+            data.new_zeros(steps * rows, *data.shape[1:])
+            .index_copy(0, self.places, data)
+            .reshape(steps, rows, *data.shape[1:])
+        )
 
     def data(self, padded: Tensor) -> Tensor:
         """Packed data from (T, N, ...)."""
-        return padded[self.valid]
+        return padded.flatten(0, 1).index_select(0, self.places)
 
     def repack(self, padded: Tensor) -> PackedSequence:
         """A PackedSequence like the one opened, around new values."""
