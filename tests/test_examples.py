@@ -1,0 +1,33 @@
+"""The examples, with fewer steps than they take by themselves, held to their baselines."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recurrent_ppo_learns_to_remember():
+    """Without memory one answer in four is right."""
+    assert load("recurrent_ppo").train(40, quiet=True) > 0.9
+
+
+def test_forecasting_beats_its_baselines():
+    errors = load("forecasting").train(300, quiet=True)
+    assert errors["the last year again"] == pytest.approx(21.7, abs=0.05)
+    assert errors["fusecell GRU"] < 0.95 * min(errors["the last year again"], errors["11 years ago"])
