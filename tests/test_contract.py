@@ -340,7 +340,7 @@ def test_the_public_surface():
         *("Recurrent", "Bidirectional", "Sequential", "Stack", "scan", "detach"),
         *("LearnedState", "Projected", "RecurrentDropout", "Residual"),
         *("VariationalDropout", "WeightDrop", "WithReadout", "Zoneout"),
-        *("Stream", "replace", "Tape", "record", "runner", "recompute"),
+        *("Stream", "load_stream", "replace", "Tape", "record", "runner", "recompute"),
         *("explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "FusecellError", "NotCompilable"),
         *("cells", "init", "testing", "wrappers"),

@@ -42,6 +42,7 @@ _HOME = {
         "wrappers",
     ),
     "Stream": "streaming",
+    "load_stream": "streaming",
     "replace": "convert",
     "Tape": "tape",
     "record": "tape",

@@ -1,18 +1,16 @@
-"""A kernel: machine code for one graph, and what a call writes into its argument block."""
+"""A kernel: machine code for one graph, and what a call writes into its argument block.
+
+Nothing here needs torch: a stream that was saved runs kernels on NumPy's memory.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fusecell.compiler import check
 from fusecell.compiler.emit import Emitted, emit
@@ -22,18 +20,15 @@ from fusecell.compiler.passes import optimise
 from fusecell.compiler.plan import Plan
 from fusecell.compiler.schedule import plan
 from fusecell.compiler.target import host_target
-from fusecell.compiler.threads import run_team
 from fusecell.errors import CompilerError
 
-__all__ = ["Kernel", "Part", "compile_graph"]
+__all__ = ["Kernel", "Strided", "compile_graph"]
 
 # What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them.
 CHUNK_BYTES = 384 * 1024
-# Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
-SHORT_CALL = 1_000_000
-# Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls.
-SMALL_SCRATCH, LARGE_SCRATCH = 1 << 16, 1 << 23
 
+Strided = Any
+"""A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
 _Places = tuple[int, ...]
 
 
@@ -100,51 +95,6 @@ class _Words:
 
 
 @dataclass(frozen=True)
-class RaggedRows:
-    """Rows of different lengths, longest first: their order, how many take part in each step, and in all before it."""
-
-    order: Tensor
-    counts: Tensor
-    offsets: Tensor
-
-    @classmethod
-    def of(cls, lengths: Tensor, steps: int) -> RaggedRows:
-        longest, order = torch.sort(lengths, descending=True, stable=True)
-        return cls._of_sorted(longest, order, steps)
-
-    def every(self, count: int, place: int, lengths: Tensor) -> RaggedRows:
-        """One row of every ``count``, from the one at ``place``."""
-        order = self.order[place::count].contiguous()
-        return self._of_sorted(lengths[order], order, self.counts.shape[0])
-
-    @classmethod
-    def _of_sorted(cls, longest: Tensor, order: Tensor, steps: int) -> RaggedRows:
-        counts = (longest > torch.arange(steps, device=longest.device)[:, None]).sum(1)
-        return cls(order, counts, torch.cumsum(counts, 0) - counts)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a call: one after another from ``first``, or those that ``ragged`` lists."""
-
-    first: int
-    rows: int
-    all_rows: int
-    """The rows of all steps together."""
-    ragged: RaggedRows | None
-
-    @classmethod
-    def all_of(cls, rows: int, steps: int, lengths: Tensor | None, count: int) -> list[Part]:
-        """The rows of a call in about equal parts; of rows with lengths every part has long ones and short ones."""
-        if lengths is not None:
-            ragged = RaggedRows.of(lengths, steps)
-            made = [ragged] if count == 1 else [ragged.every(count, place, lengths) for place in range(count)]
-            return [cls(0, each.order.shape[0], int(each.counts.sum()), each) for each in made]
-        bounds = [rows * place // count for place in range(count + 1)]
-        return [cls(a, b - a, steps * (b - a), None) for a, b in pairwise(bounds)]
-
-
-@dataclass(frozen=True)
 class Kernel:
     """Machine code for one graph; any number of steps and rows.
 
@@ -174,7 +124,7 @@ class Kernel:
         """A new argument block."""
         return self._zeros[:]
 
-    def give_sequences(self, block: array[int], table: Iterable[_Places], values: Iterable[Tensor]) -> list[Tensor]:
+    def give_sequences(self, block: array[int], table: Iterable[_Places], values: Iterable[Strided]) -> list[Strided]:
         """A (T, N, ...) tensor for each entry of the table; one of a single step stands for all steps."""
         kept = []
         for (ptr, step, row), value in zip(table, values, strict=True):
@@ -187,7 +137,7 @@ class Kernel:
             block[step] = strides[0] * self.itemsize if value.shape[0] > 1 else 0
         return kept
 
-    def give_states(self, block: array[int], table: Iterable[_Places], state: Iterable[Tensor]) -> list[Tensor]:
+    def give_states(self, block: array[int], table: Iterable[_Places], state: Iterable[Strided]) -> list[Strided]:
         """A (N, size) tensor for each state."""
         kept = []
         for (ptr, row), value in zip(table, state, strict=True):
@@ -199,7 +149,7 @@ class Kernel:
             block[ptr], block[row] = value.data_ptr(), strides[0] * self.itemsize
         return kept
 
-    def give_matrices(self, block: array[int], table: Iterable[_Places], values: Iterable[Tensor]) -> list[Tensor]:
+    def give_matrices(self, block: array[int], table: Iterable[_Places], values: Iterable[Strided]) -> list[Strided]:
         """A weight for each entry of the table, or the memory for its gradient, with any strides."""
         kept = []
         for (ptr, stride0, stride1), value in zip(table, values, strict=True):
@@ -212,66 +162,21 @@ class Kernel:
                 block[stride1] = strides[1] * self.itemsize
         return kept
 
-    def give_ragged(self, block: array[int], rows: RaggedRows) -> None:
-        """Rows of different lengths."""
-        for place, value in zip(self.words.ragged, (rows.order, rows.counts, rows.offsets), strict=True):
+    def give_ragged(self, block: array[int], order: Strided, counts: Strided, offsets: Strided) -> None:
+        """Rows of different lengths: their order, how many take part in each step, and in all steps before it."""
+        for place, value in zip(self.words.ragged, (order, counts, offsets), strict=True):
             block[place] = value.data_ptr()
 
-    def give_resets(self, block: array[int], resets: Tensor) -> None:
+    def give_resets(self, block: array[int], resets: Strided) -> None:
         """Which rows go back to the reset state, (T, N)."""
         ptr, step, row = self.words.resets
         block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
-
-    def of_part(self, block: array[int], part: Part) -> array[int]:
-        """A copy of a block for some of its rows."""
-        block, words = block[:], self.words
-        if part.ragged is not None:
-            self.give_ragged(block, part.ragged)
-        elif part.first:
-            sequences = (*words.inputs.values(), *words.outputs.values(), words.resets)
-            for ptr, row in (*((ptr, row) for ptr, _, row in sequences), *words.first, *words.last, *words.reset):
-                block[ptr] += part.first * block[row] if block[ptr] else 0
-        return block
-
-    def run(self, block: array[int], steps: int, rows: int, reverse: bool, reach: int | None = None) -> None:
-        """Run over a filled block.
-
-        Arguments:
-            rows: how many take part.
-            reach: how many the caller's tensors have, if that is more.
-        """
-        scratch = _scratch(self._scratch_bytes(steps, rows))
-        chunk = self.fill(block, steps, rows, reverse, scratch.data_ptr())
-        function = self.short if self.macs * steps * rows < SHORT_CALL else self.long
-        if check.ENABLED:
-            extents = self.words.extents(steps, reach or rows, self.itemsize)
-            check.checked_run(
-                function, block, self.emitted, extents, self.words.positions, steps=steps, rows=rows, chunk=chunk
-            )
-        else:
-            function(block.buffer_info()[0])
-
-    def run_parts(self, blocks: Sequence[tuple[array[int], Part]], steps: int, rows: int, reverse: bool) -> None:
-        """Run over the blocks of the parts of a call, on as many threads as torch would take."""
-        if check.ENABLED:
-            # Side by side the copies that a check makes of the caller's memory would undo one another.
-            for block, part in blocks:
-                self.run(block, steps, part.rows, reverse, None if part.ragged is None else rows)
-            return
-        sizes = [self._scratch_bytes(steps, part.rows) for _, part in blocks]
-        scratch = _scratch(sum(sizes))
-        here = scratch.data_ptr()
-        for (block, part), size in zip(blocks, sizes, strict=True):
-            self.fill(block, steps, part.rows, reverse, here)
-            here += size
-        data = array("q", [0, len(blocks), *[block.buffer_info()[0] for block, _ in blocks]])
-        run_team(self.team, data.buffer_info()[0], min(torch.get_num_threads(), len(blocks)))
 
     def chunk(self, steps: int, rows: int) -> int:
         """The steps of a chunk."""
         return max(1, min(steps, CHUNK_BYTES // max(self.emitted.scratch.per_chunk_row * rows, 1)))
 
-    def _scratch_bytes(self, steps: int, rows: int) -> int:
+    def scratch_bytes(self, steps: int, rows: int) -> int:
         """What a call needs, and room to align it."""
         return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows)) // 64) * 64 + 64
 
@@ -283,19 +188,6 @@ class Kernel:
         block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
         block[places[3]], block[places[4]] = chunk, -(-scratch // 64) * 64
         return chunk
-
-
-def _scratch(size: int) -> Tensor:
-    """Memory for one call: a thread's own, kept for its next call unless it is large."""
-    kept: Tensor | None = getattr(_memory, "scratch", None)
-    if kept is None or kept.shape[0] < size:
-        kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
-        if size <= LARGE_SCRATCH:
-            _memory.scratch = kept
-    return kept
-
-
-_memory = threading.local()
 
 
 def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:

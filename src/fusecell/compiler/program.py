@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
+from fusecell.compiler.call import Part, run, run_parts
 from fusecell.compiler.graph import Graph, copy, rebuild
-from fusecell.compiler.kernel import Kernel, Part, compile_graph
+from fusecell.compiler.kernel import Kernel, compile_graph
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
@@ -75,10 +76,10 @@ def run_all(
     if rows > 1 and kernel.macs * steps * rows >= LONG_CALL:
         count = min(torch.get_num_threads(), rows)
     if count == 1 and options.lengths is None:
-        kernel.run(block, steps, rows, options.reverse)
+        run(kernel, block, steps, rows, options.reverse)
     else:
         parts = Part.all_of(rows, steps, options.lengths, count)
-        kernel.run_parts([(kernel.of_part(block, part), part) for part in parts], steps, rows, options.reverse)
+        run_parts(kernel, [(part.block(kernel, block), part) for part in parts], steps, rows, options.reverse)
     return outputs, after
 
 

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fusecell.compiler.kernel import Kernel, Part, compile_graph
+from fusecell.compiler.call import Part, run, run_parts
+from fusecell.compiler.kernel import Kernel, compile_graph
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves
 from fusecell.runner import Options, State, steps_of
@@ -61,9 +62,9 @@ class Half:
                     block[place] = here
                 here += row * size
         if len(blocks) == 1:
-            kernel.run(blocks[0], call.steps, call.parts[0].rows, reverse)
+            run(kernel, blocks[0], call.steps, call.parts[0].rows, reverse)
         else:
-            kernel.run_parts(list(zip(blocks, call.parts, strict=True)), call.steps, call.rows, reverse)
+            run_parts(kernel, list(zip(blocks, call.parts, strict=True)), call.steps, call.rows, reverse)
 
 
 class Training:
@@ -166,7 +167,7 @@ class Call:
             kernel.give_resets(block, self.options.resets)
         if len(self.parts) == 1 and self.parts[0].ragged is None:
             return [block]
-        return [kernel.of_part(block, part) for part in self.parts]
+        return [part.block(kernel, block) for part in self.parts]
 
     def gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The backward kernel; the gradients in the order of ``tensors``."""
