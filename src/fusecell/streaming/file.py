@@ -1,4 +1,4 @@
-"""A stream in a file: tensors by safetensors, and each step's graph as its canonical text.
+"""A stream in a file: tensors by safetensors, each step's graph as its canonical text, and a checksum of both.
 
 What is read is checked before it is used: the text is parsed into primitives, types and sizes, and every tensor must
 fit them. A file can't hold code, so a hostile one computes something else at worst.
@@ -6,7 +6,9 @@ fit them. A file can't hold code, so a hostile one computes something else at wo
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,7 @@ from fusecell.errors import CompilerError, FusecellError
 from fusecell.streaming.link import Array, Part
 from fusecell.streaming.stream import Stream
 
-__all__ = ["StreamFileError", "load_stream", "write"]
+__all__ = ["StreamFileError", "digest", "load_stream", "write"]
 
 _FORMAT = "fusecell stream 1"
 _MOST_FEATURES = 1 << 24
@@ -32,7 +34,7 @@ class StreamFileError(FusecellError, ValueError):
 
 def write(parts: Sequence[Part], path: str | Path) -> None:
     """Write a stream's parts."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors: dict[str, Array] = {}
     described = []
@@ -42,7 +44,25 @@ def write(parts: Sequence[Part], path: str | Path) -> None:
         for index, value in enumerate(part.start):
             tensors[f"{place}.start.{index}"] = np.ascontiguousarray(value[:1])
         described.append({"kind": part.kind, "graph": part.graph.text})
-    save_file(tensors, path, {"format": _FORMAT, "parts": json.dumps(described)})
+    text = json.dumps(described)
+    about = {"format": _FORMAT, "parts": text, "sha256": digest(text, tensors)}
+    # Beside its place and then into it: nobody finds half a file.
+    beside = Path(f"{path}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(save(tensors, about))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def digest(parts: str, tensors: Mapping[str, Array]) -> str:
+    """What a file says of its own content, so that damage is found."""
+    found = hashlib.sha256(parts.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(f"{name} {value.dtype} {value.shape}".encode())
+        found.update(np.ascontiguousarray(value).data)
+    return found.hexdigest()
 
 
 def load_stream(path: str | Path, batch_size: int = 1) -> Stream:
@@ -93,6 +113,8 @@ def _read(path: Path) -> tuple[list[Any], dict[str, Array]]:
             f"{path} is not a stream of this version of fusecell: its format is {about.get('format')!r}, "
             f"expected {_FORMAT!r}."
         )
+    if about.get("sha256") != digest(about.get("parts", ""), tensors):
+        raise StreamFileError(f"{path} is damaged: its content is not what its checksum says. Save the stream again.")
     try:
         described = json.loads(about.get("parts", ""))
     except (ValueError, RecursionError) as error:
