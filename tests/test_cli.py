@@ -113,3 +113,33 @@ def test_other_missing_modules_are_not_hidden():
     assert result.returncode == 1
     assert "ModuleNotFoundError" in result.stderr
     assert "torch" in result.stderr
+
+
+def test_stream_save_and_bench(tmp_path):
+    path = tmp_path / "model.fusecell"
+    assert "Stream(3 -> 2, float32" in run("stream", "save", f"{__name__}:build", path)
+    shown = run("stream", "bench", path, "--steps", 500, "--batch-size", 2)
+    assert "batch_size=2" in shown
+    assert "500 steps, microseconds through Python" in shown
+    assert all(word in shown for word in ("p50", "p99", "p99.9", "longest"))
+    counts = [line.split(" ")[3].replace(",", "") for line in _histogram(shown)]
+    assert sum(map(int, counts)) == 500
+    assert "Stream(3 -> 2" in run("stream", "bench", f"{__name__}:build", "--steps", 10)
+
+
+def _histogram(shown):
+    """Lines of `low to high count bars`, found again in words joined by blanks."""
+    words = shown.split(" ")
+    return [" ".join(words[i - 1 : i + 3]) for i, word in enumerate(words) if word == "to"]
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("nowhere.fusecell", "No such file"),
+        ("tests:nothing", "has no attribute"),
+        (f"{__name__}:not_a_module", "gave int"),
+    ],
+)
+def test_stream_bench_errors(model, text):
+    assert text in run("stream", "bench", model, code=2)

@@ -13,9 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fusecell import __version__
+from fusecell.errors import NotCompilable
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from fusecell.streaming import Stream
 
 __all__ = ["app"]
 
@@ -131,6 +134,62 @@ def explain(
     from fusecell.explain import explain as describe
 
     _say(describe, module, cell, input_size, hidden_size)
+
+
+stream = typer.Typer(no_args_is_help=True, help="Layers run step by step.")
+app.add_typer(stream, name="stream")
+
+
+@stream.command("save")
+def stream_save(
+    module: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function, or a layer.")],
+    path: Annotated[Path, typer.Argument(help="The file to write.")],
+) -> None:
+    """Write a layer to a file that fusecell.load_stream reads without torch."""
+    made = _stream(module, 1)
+    made.save(path)
+    typer.echo(f"{path}: {path.stat().st_size:,} bytes, {made}")
+
+
+@stream.command("bench")
+def stream_bench(
+    model: Annotated[str, typer.Argument(help="A saved stream, or MODULE:FACTORY.")],
+    steps: Annotated[int, typer.Option(min=1, help="How many to time.")] = 100_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows side by side.")] = 1,
+) -> None:
+    """How long a step takes: median, tail, the longest, and a histogram."""
+    from rich.progress import Progress
+
+    from fusecell.streaming.latency import measure
+
+    made = _stream(model, batch_size)
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=steps)
+        found = measure(made, steps, progress=lambda done: progress.update(task, completed=done))
+    console.print(f"{made}, {steps:,} steps, microseconds through Python", highlight=False, soft_wrap=True)
+    table = Table("p50", "p99", "p99.9", "longest")
+    table.add_row(*(f"{1e6 * found.quantile(share):.2f}" for share in (0.5, 0.99, 0.999)), f"{1e6 * found.longest:.1f}")
+    console.print(table)
+    most = max(count for *_, count in found.histogram())
+    for low, high, count in found.histogram():
+        # Bars of the logarithm: a tail of one in a million is to be seen beside the rest.
+        bar = "#" * round(40 * math.log1p(count) / math.log1p(most))
+        console.print(f"{1e6 * low:9.2f} to {1e6 * high:9.2f} {count:9,} {bar}", highlight=False, soft_wrap=True)
+
+
+def _stream(model: str, batch_size: int) -> Stream:
+    """The stream that an argument names: a file's, or a module's in eval()."""
+    from fusecell.streaming import Stream, load_stream
+
+    try:
+        if Path(model).exists() or ":" not in model:
+            return load_stream(model, batch_size)
+        from fusecell.cli.find import find_module
+
+        return Stream(find_module(model).eval(), batch_size)
+    except (OSError, TypeError, ValueError, NotCompilable) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
