@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax, nn
 
 from benchmarks.problem import Array, Call, Problem
+from benchmarks.shapes import Mode
 
 __all__ = ["arrays", "jax_scan"]
 
@@ -87,7 +88,7 @@ _CELLS: dict[str, tuple[Callable[[Weights, Any], Any], Step]] = {
 
 def jax_scan(problem: Problem) -> Call | None:
     """The layer, or the gradient of its loss, as one compiled function, called with arrays already JAX's."""
-    if problem.mode.single:
+    if problem.mode.single or problem.mode is Mode.STREAM:
         return None
     before, step = _CELLS[problem.shape.cell]
     several = problem.shape.cell == "lstm"

@@ -10,6 +10,7 @@ import torch
 
 import fusecell as fc
 from benchmarks.problem import Array, Call, Problem
+from benchmarks.shapes import Mode
 
 __all__ = ["EAGER", "OURS", "PEERS", "TORCH", "Peer", "installed"]
 
@@ -37,12 +38,15 @@ def installed(peer: Peer) -> bool:
 
 
 def _ours(problem: Problem, threads: int) -> Call:
+    if problem.mode is Mode.STREAM:
+        stream, x = fc.Stream(problem.layer), problem.inputs[0][0].numpy()
+        return lambda: stream.step(x)
     return problem.call(problem.layer)
 
 
 def _eager_loop(problem: Problem, threads: int) -> Call | None:
     """The baseline of layers that torch.nn lacks: what their users write today."""
-    if problem.in_torch:
+    if problem.in_torch or problem.mode is Mode.STREAM:
         return None
     layer = problem.call(problem.layer)
 
@@ -56,9 +60,26 @@ def _eager_loop(problem: Problem, threads: int) -> Call | None:
 def _torch_nn(problem: Problem, threads: int) -> Call | None:
     if not problem.in_torch:
         return None
+    if problem.mode is Mode.STREAM:
+        return _torch_stream(problem)
     layer = getattr(torch.nn, type(problem.layer).__name__)(problem.shape.inputs, problem.shape.hidden)
     layer.load_state_dict(problem.layer.state_dict())
     return problem.call(layer.train(problem.mode.training))
+
+
+def _torch_stream(problem: Problem) -> Call:
+    """The loop around torch.nn's cell."""
+    kind = getattr(torch.nn, f"{type(problem.layer).__name__}Cell")
+    cell = kind(problem.shape.inputs, problem.shape.hidden)
+    cell.load_state_dict({name: torch.from_numpy(value) for name, value in problem.weights().items()})
+    x, state = problem.inputs[0][0], None
+
+    def call() -> object:
+        nonlocal state
+        state = cell(x, state)
+        return state if isinstance(state, torch.Tensor) else state[0]
+
+    return call
 
 
 def _onnx_runtime(problem: Problem, threads: int) -> Call | None:

@@ -71,6 +71,9 @@ class Problem:
 
     def arrays(self, returned: object) -> dict[str, Array]:
         """What such a call returned, by name."""
+        if self.mode is Mode.STREAM and not isinstance(returned, tuple):  # a step's output, (1, H)
+            value: Any = returned
+            return {"y": np.array(value.detach() if isinstance(value, Tensor) else value)[None]}
         found: Any = returned if self.mode.training else (_outputs(returned),)
         return {name: value.detach().numpy() for name, value in zip(self.names, found, strict=True)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["QUICK", "SHAPES", "STEPS", "Mode", "Shape", "pick"]
+__all__ = ["QUICK", "SHAPES", "STEPS", "STREAMS", "Mode", "Shape", "pick"]
 
 
 class Mode(Enum):
@@ -15,6 +15,7 @@ class Mode(Enum):
     TRAINING = "training"
     STEP = "step"
     STEP_TRAINING = "step-training"
+    STREAM = "stream"
 
     @property
     def training(self) -> bool:
@@ -33,6 +34,7 @@ class Mode(Enum):
             Mode.TRAINING: "Training: forward and backward",
             Mode.STEP: "One step of a cell, without gradients",
             Mode.STEP_TRAINING: "One step of a cell, forward and backward",
+            Mode.STREAM: "Streaming: one step of one row, the state carried over",
         }[self]
 
 
@@ -75,12 +77,20 @@ SHAPES: tuple[Shape, ...] = (
     Shape("ligru", 100, 8, 80, 256),
 )
 STEPS: tuple[Shape, ...] = (Shape("gru", 1, 1, 5, 10), Shape("gru", 1, 32, 64, 128))
+STREAMS: tuple[Shape, ...] = (
+    Shape("gru", 1, 1, 1, 16),
+    Shape("gru", 1, 1, 40, 128),
+    Shape("lstm", 1, 1, 128, 128),
+    Shape("gru", 1, 1, 256, 256),
+)
 QUICK: tuple[Shape, ...] = tuple(Shape(name, 35, 3, 5, 10) for name in dict.fromkeys(shape.cell for shape in SHAPES))
 
 
 def pick(mode: Mode, only: str | None = None, *, quick: bool = False) -> tuple[Shape, ...]:
     """The shapes to run: one small one of each cell if ``quick``; those with ``only`` in their name, if given."""
-    if mode.single:
+    if mode is Mode.STREAM:
+        shapes = STREAMS[:1] if quick else STREAMS
+    elif mode.single:
         shapes = STEPS[:1] if quick else STEPS
     else:
         shapes = QUICK if quick else SHAPES
