@@ -31,3 +31,10 @@ def test_forecasting_beats_its_baselines():
     errors = load("forecasting").train(300, quiet=True)
     assert errors["the last year again"] == pytest.approx(21.7, abs=0.05)
     assert errors["fusecell GRU"] < 0.95 * min(errors["the last year again"], errors["11 years ago"])
+
+
+def test_live_pitch_hears_better_than_the_strongest_frequency(tmp_path):
+    example = load("live_pitch")
+    found = example.report(example.train(0, updates=120, quiet=True), tmp_path / "voices.wav")
+    assert found["within half a semitone"] > max(0.5, found["the strongest frequency"] + 0.1)
+    assert found["real-time factor"] < 0.1
