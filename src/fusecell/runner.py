@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def recomputing() -> bool:
 
 
 @contextmanager
-def recording(keep: Callable[[Cell, dict[str, Tensor], Options], None]) -> Iterator[None]:
+def recording(keep: Callable[[Cell, dict[str, Any], Options], None]) -> Iterator[None]:
     """Hand what happens inside every cell that runs in a ``with`` block to ``keep``, in this thread."""
     before = getattr(_CHOICE, "name", None), getattr(_CHOICE, "keep", None)
     _CHOICE.name, _CHOICE.keep = "record", keep
@@ -160,9 +160,9 @@ def recording(keep: Callable[[Cell, dict[str, Tensor], Options], None]) -> Itera
         _CHOICE.name, _CHOICE.keep = before
 
 
-def recording_into() -> Callable[[Cell, dict[str, Tensor], Options], None]:
+def recording_into() -> Callable[[Cell, dict[str, Any], Options], None]:
     """Who gets what is recorded in this thread."""
-    keep: Callable[[Cell, dict[str, Tensor], Options], None] = _CHOICE.keep
+    keep: Callable[[Cell, dict[str, Any], Options], None] = _CHOICE.keep
     return keep
 
 

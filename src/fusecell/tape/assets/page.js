@@ -1,0 +1,431 @@
+"use strict";
+const words = JSON.parse(document.getElementById("words").textContent);
+const tape = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const page = {
+  language: (navigator.language || "en").startsWith("zh") ? "zh" : "en",
+  track: 0, step: 0, row: 0, unit: 0, colour: "",
+};
+
+// ---- words ----
+
+function say(word, facts = {}) {
+  return words[page.language][word].replace(/\{(\w+)\}/g, (_, name) => facts[name]);
+}
+
+function sayAll() {
+  document.documentElement.lang = page.language;
+  for (const element of document.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
+  byId("language").textContent = say("other");
+  byId("title").textContent = document.title = tape.title;
+  const cells = tape.layers * tape.directions;
+  byId("formula").textContent = say("formula", {
+    steps: tape.steps, directions: tape.directions, layers: tape.layers, count: tape.steps * cells, cells,
+  });
+}
+
+// ---- numbers ----
+
+/** The numbers of a value, (steps, rows, size) in one array; unpacked when they are first asked for. */
+function numbers(value) {
+  if (!value.unpacked) {
+    const bytes = Uint8Array.from(atob(value.data), (character) => character.charCodeAt(0));
+    const levels = new Uint16Array(bytes.buffer);
+    value.unpacked = Float32Array.from(levels, (level) => value.low + level * value.scale);
+  }
+  return value.unpacked;
+}
+
+/** The vector of a value at a step, for the row that is shown. */
+function vector(value, step) {
+  const start = (step * tape.rows.length + page.row) * value.size;
+  return numbers(value).subarray(start, start + value.size);
+}
+
+/** All that is shown of a track, gradients behind the values they are of. */
+function shown(track) {
+  const found = Object.entries(track.values).map(([name, value]) => ({ name, label: name, value }));
+  for (const [name, value] of Object.entries(track.gradients)) found.push({ name: "d " + name, label: "∂" + name, value });
+  return found;
+}
+
+function find(track, name) {
+  const entry = shown(track).find((each) => each.name === name);
+  return entry && entry.value;
+}
+
+const valid = (step) => step < tape.lengths[page.row];
+const format = (number) => (Math.abs(number) >= 1e-3 || number === 0 ? number.toFixed(4) : number.toExponential(2));
+
+// ---- colours ----
+
+const SEQUENTIAL = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+const DIVERGING = [[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 130], [178, 24, 43]];
+
+function table(stops) {
+  const found = new Uint8Array(256 * 3);
+  for (let i = 0; i < 256; i++) {
+    const place = (i / 255) * (stops.length - 1), below = Math.min(Math.floor(place), stops.length - 2);
+    for (let c = 0; c < 3; c++) {
+      found[3 * i + c] = stops[below][c] + (place - below) * (stops[below + 1][c] - stops[below][c]);
+    }
+  }
+  return found;
+}
+
+const TABLES = { gate: table(SEQUENTIAL), other: table(DIVERGING) };
+
+/** A function from a number to its place in a table of colours: gates from 0 to 1, others around 0. */
+function scale(value) {
+  if (value.gate) return { colours: TABLES.gate, place: (x) => Math.max(0, Math.min(255, Math.round(255 * x))) };
+  const most = Math.max(Math.abs(value.low), Math.abs(value.low + value.scale * 65535)) || 1;
+  return { colours: TABLES.other, place: (x) => Math.max(0, Math.min(255, Math.round(127.5 + (127.5 * x) / most))) };
+}
+
+function css(colours, place) {
+  return `rgb(${colours[3 * place]},${colours[3 * place + 1]},${colours[3 * place + 2]})`;
+}
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** Sizes a canvas for the screen's pixels and returns what draws on it in CSS pixels. */
+function brush(canvas, width, height) {
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return context;
+}
+
+// ---- the unrolled network ----
+
+const LEFT = 66, GAP = 12;
+let grid = { cell: 10, height: 22 };
+
+function drawGrid() {
+  const canvas = byId("grid"), room = canvas.parentElement.clientWidth - LEFT - 4;
+  const cell = Math.max(3, Math.min(34, Math.floor(room / tape.steps)));
+  const height = cell >= 14 ? 26 : 20, lines = tape.tracks.length;
+  const labels = tape.labels && cell >= 7 ? 22 : 0;
+  const width = LEFT + cell * tape.steps + 4, total = lines * (height + GAP) + labels + 18;
+  grid = { cell, height };
+  canvas.style.width = width + "px";
+  canvas.style.height = total + "px";
+  canvas.setAttribute("aria-label", byId("formula").textContent);
+  const draw = brush(canvas, width, total);
+  draw.font = "12px system-ui, sans-serif";
+  draw.textBaseline = "middle";
+  tape.tracks.forEach((track, index) => drawLine(draw, track, index));
+  draw.textAlign = "center";
+  draw.fillStyle = colour("--fore");
+  if (labels) {
+    tape.labels.forEach((label, step) => draw.fillText(label, LEFT + (step + 0.5) * cell, lines * (height + GAP) + 9));
+  }
+  draw.fillStyle = colour("--dim");
+  const every = Math.max(1, Math.ceil(44 / cell / 5) * 5);
+  for (let step = 0; step < tape.steps; step += every) {
+    draw.fillText(step, LEFT + (step + 0.5) * cell, lines * (height + GAP) + labels + 8);
+  }
+}
+
+/** One cell over time, from the top: the last layer first. */
+function drawLine(draw, track, index) {
+  const { cell, height } = grid, top = lineTop(index), pad = cell >= 14 ? 3 : 0;
+  const value = find(track, page.colour);
+  draw.fillStyle = colour("--fore");
+  draw.textAlign = "left";
+  draw.fillText(`${track.layer} ${track.direction ? "←" : "→"} ${track.kind.replace(/Cell$/, "").slice(0, 6)}`, 0, top + height / 2);
+  const shades = value && scale(value);
+  for (let step = 0; step < tape.steps; step++) {
+    const x = LEFT + step * cell;
+    if (!valid(step) || !value) {
+      draw.strokeStyle = colour("--line");
+      if (cell >= 5) draw.strokeRect(x + pad + 0.5, top + 0.5, cell - 2 * pad - 1, height - 1);
+      continue;
+    }
+    let sum = 0;
+    for (const number of vector(value, step)) sum += number;
+    draw.fillStyle = css(shades.colours, shades.place(sum / value.size));
+    draw.fillRect(x + pad, top, cell - 2 * pad - (cell > 5 && !pad ? 1 : 0), height);
+    const next = track.direction ? step - 1 : step + 1;
+    if (pad && next >= 0 && next < tape.steps && valid(next)) {
+      draw.fillStyle = colour("--dim");
+      draw.fillRect(track.direction ? x - pad : x + cell - pad, top + height / 2, 2 * pad, 1);
+    }
+  }
+  if (index === page.track) {
+    draw.strokeStyle = colour("--mark");
+    draw.lineWidth = 2.5;
+    draw.strokeRect(LEFT + page.step * cell + pad - 1, top - 2, Math.max(cell - 2 * pad, 3) + 2, height + 4);
+    draw.lineWidth = 1;
+  }
+}
+
+const lineTop = (index) => (tape.tracks.length - 1 - index) * (grid.height + GAP) + 4;
+
+function pickFromGrid(event) {
+  const box = byId("grid").getBoundingClientRect();
+  const step = Math.floor((event.clientX - box.left - LEFT) / grid.cell);
+  const line = Math.floor((event.clientY - box.top) / (grid.height + GAP));
+  const track = tape.tracks.length - 1 - line;
+  if (step >= 0 && step < tape.steps && track >= 0 && track < tape.tracks.length) go({ step, track });
+}
+
+// ---- one cell ----
+
+/** A statement of the equation with numbers in place of names, where it holds no product with a matrix. */
+function withNumbers(statement, track) {
+  const [left, right] = statement.split(" = ");
+  if (right === undefined) return "";
+  const state = (name, primed) => track.states.includes(name) && !primed;
+  const look = (name, primed) => {
+    const value = state(name, primed) ? track.before[name] : track.values[name];
+    return value && value.size > page.unit ? vector(value, page.step)[page.unit] : undefined;
+  };
+  const results = left.split(",").map((name) => look(name.trim().replace(/'$/, ""), true));
+  if (results.some((result) => result === undefined)) return "";
+  let said = "";
+  if (!/[A-Z]/.test(right)) {
+    let complete = true;
+    const spelled = right.replace(/([a-z]+)('?)/g, (whole, name, primed) => {
+      if (["tanh", "relu"].includes(name)) return whole;
+      const number = look(name, Boolean(primed));
+      if (number === undefined) complete = false;
+      return number === undefined ? whole : number < 0 ? `(${format(number)})` : format(number);
+    });
+    if (complete) said = ` = ${spelled}`;
+  }
+  return `${left}${said} = <b>${results.map(format).join(", ")}</b>`;
+}
+
+const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+
+function drawCell() {
+  const track = tape.tracks[page.track];
+  const label = tape.labels ? `  “${tape.labels[page.step]}”` : "";
+  byId("where").textContent = say("where", {
+    layer: track.layer, kind: track.kind, direction: say(track.direction ? "backward" : "forward"), step: page.step, label,
+  });
+  const box = byId("equations");
+  if (!valid(page.step)) {
+    box.textContent = say("beyond");
+  } else if (track.equation) {
+    const lines = track.equation.split("; ").flatMap((statement) => {
+      const numbered = withNumbers(statement, track);
+      return numbered ? [escaped(statement), "    " + numbered] : [escaped(statement)];
+    });
+    box.innerHTML = `${lines.join("\n")}\n\n<i>${say("numbersOf", { unit: page.unit })}</i>`;
+  } else {
+    box.textContent = track.source || track.kind;
+  }
+  const held = byId("vectors");
+  held.replaceChildren(...shown(track).map((entry) => drawVector(entry)));
+}
+
+/** A vector as bars, and its numbers. */
+function drawVector({ name, label, value }) {
+  const element = document.createElement("div");
+  element.className = "vector";
+  element.innerHTML = `<span class="name">${escaped(label)}</span><canvas></canvas><details class="numbers"><summary></summary></details>`;
+  const values = vector(value, page.step), canvas = element.querySelector("canvas");
+  const width = Math.max(200, byId("vectors").clientWidth - 90), height = 46, step = width / value.size;
+  const draw = brush(canvas, width, height), shades = scale(value);
+  const most = value.gate ? 1 : Math.max(Math.abs(value.low), Math.abs(value.low + value.scale * 65535)) || 1;
+  const zero = value.gate ? height : height / 2;
+  values.forEach((number, unit) => {
+    const length = (number / most) * (value.gate ? height : height / 2);
+    draw.fillStyle = unit === page.unit ? colour("--mark") : css(shades.colours, shades.place(number));
+    draw.fillRect(unit * step, Math.min(zero, zero - length), Math.max(step - (step > 3 ? 1 : 0), 0.5), Math.max(Math.abs(length), 0.5));
+  });
+  canvas.addEventListener("click", (event) => go({ unit: Math.floor((event.offsetX / canvas.clientWidth) * value.size) }));
+  const chosen = Math.min(page.unit, value.size - 1), details = element.querySelector("details");
+  details.dataset.name = name;
+  details.querySelector("summary").textContent = `${label}[${chosen}] = ${format(values[chosen])}`;
+  details.addEventListener("toggle", () => {
+    if (details.open && !details.querySelector("span")) {
+      for (const [unit, number] of values.entries()) {
+        const span = document.createElement("span");
+        span.textContent = format(number) + " ";
+        span.className = unit === page.unit ? "chosen" : "";
+        details.append(span);
+      }
+    }
+  });
+  return element;
+}
+
+// ---- heatmaps ----
+
+let pictured = "";
+
+function drawHeatmaps() {
+  const track = tape.tracks[page.track], key = `${page.track} ${page.row}`;
+  if (pictured !== key) {
+    pictured = key;
+    byId("heatmaps").replaceChildren(...shown(track).map((entry) => drawHeatmap(entry)));
+  }
+  for (const cursor of document.querySelectorAll(".cursor")) {
+    cursor.style.left = `${(100 * page.step) / tape.steps}%`;
+    cursor.style.width = `max(2px, ${100 / tape.steps}%)`;
+  }
+}
+
+function drawHeatmap({ name, label, value }) {
+  const element = document.createElement("div");
+  element.className = "heatmap";
+  element.innerHTML = `<span class="name">${escaped(label)}</span><div class="frame"><canvas></canvas><div class="cursor"></div></div>`;
+  const canvas = element.querySelector("canvas");
+  canvas.dataset.name = name;
+  canvas.width = tape.steps;
+  canvas.height = value.size;
+  canvas.style.height = `${Math.max(60, Math.min(160, value.size * 3))}px`;
+  const image = new ImageData(tape.steps, value.size), { colours, place } = scale(value);
+  for (let step = 0; step < tape.steps; step++) {
+    const values = vector(value, step), alpha = valid(step) ? 255 : 40;
+    for (let unit = 0; unit < value.size; unit++) {
+      const at = 4 * (unit * tape.steps + step), from = 3 * place(values[unit]);
+      image.data[at] = colours[from];
+      image.data[at + 1] = colours[from + 1];
+      image.data[at + 2] = colours[from + 2];
+      image.data[at + 3] = alpha;
+    }
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  const pick = (event) => {
+    const step = Math.floor((event.offsetX / canvas.clientWidth) * tape.steps);
+    const unit = Math.floor((event.offsetY / canvas.clientHeight) * value.size);
+    go({ step: Math.max(0, Math.min(tape.steps - 1, step)), unit: Math.max(0, Math.min(value.size - 1, unit)) });
+  };
+  canvas.addEventListener("click", pick);
+  canvas.addEventListener("mousemove", (event) => event.buttons && pick(event));
+  return element;
+}
+
+// ---- charts ----
+
+function layout(extra) {
+  return {
+    margin: { l: 46, r: 10, t: 8, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: colour("--fore") }, legend: { orientation: "h", y: 1.15 }, showlegend: true, ...extra,
+  };
+}
+
+const cursorShape = () => ({
+  type: "line", x0: page.step, x1: page.step, y0: 0, y1: 1, yref: "paper", line: { color: colour("--mark"), width: 2 },
+});
+
+function drawCharts() {
+  if (typeof Plotly === "undefined") return;
+  const track = tape.tracks[page.track], entries = shown(track), last = tape.lengths[page.row];
+  const steps = Array.from({ length: last }, (_, step) => step), quiet = { displayModeBar: false, responsive: true };
+  const normed = entries.filter(({ value }) => !value.gate);
+  Plotly.react("norms", normed.map(({ label, value }) => ({
+    x: steps, y: steps.map((step) => Math.hypot(...vector(value, step))), name: label, mode: "lines",
+  })), layout({ shapes: [cursorShape()], xaxis: { title: { text: say("steps") } } }), quiet);
+  const gates = entries.filter(({ value, name }) => value.gate && !track.states.includes(name) && name !== "output");
+  const shares = gates.map(({ value }) => saturation(value, last));
+  const bar = (index, word, shade) => ({
+    y: gates.map(({ label }) => label), x: shares.map((share) => share[index]), name: say(word), type: "bar",
+    orientation: "h", marker: { color: shade },
+  });
+  Plotly.react("saturation", [bar(0, "shut", "#3b528b"), bar(1, "between", "#9aa3ad"), bar(2, "open", "#5ec962")],
+    layout({ barmode: "stack", xaxis: { range: [0, 1], tickformat: ".0%" } }), quiet);
+  Plotly.react("memory", gates.map(({ label, value }) => ({
+    x: memory(value, last), name: label, type: "histogram", opacity: 0.6, nbinsx: 24,
+  })), layout({ barmode: "overlay", xaxis: { title: { text: say("steps") } }, yaxis: { title: { text: say("units") } } }), quiet);
+  byId("norms").on("plotly_click", (event) => go({ step: event.points[0].x }));
+}
+
+function moveChartCursor() {
+  if (typeof Plotly !== "undefined" && byId("norms").data) Plotly.relayout("norms", { shapes: [cursorShape()] });
+}
+
+function saturation(value, last) {
+  const counts = [0, 0, 0];
+  for (let step = 0; step < last; step++) {
+    for (const number of vector(value, step)) counts[number < 0.1 ? 0 : number > 0.9 ? 2 : 1] += 1;
+  }
+  return counts.map((count) => count / (last * value.size || 1));
+}
+
+function memory(value, last) {
+  const means = new Float64Array(value.size);
+  for (let step = 0; step < last; step++) vector(value, step).forEach((number, unit) => { means[unit] += number / last; });
+  return Array.from(means, (mean) => 1 / Math.max(1 - mean, 1e-4));
+}
+
+// ---- moving about ----
+
+/** Go to another step, track, row or unit, and draw what that changes. */
+function go(change) {
+  const before = { ...page };
+  Object.assign(page, change);
+  const value = Object.values(tape.tracks[page.track].values)[0];
+  page.unit = Math.max(0, Math.min(value.size - 1, page.unit));
+  byId("step").value = page.step;
+  byId("unit").value = page.unit;
+  drawGrid();
+  drawCell();
+  drawHeatmaps();
+  if (before.track !== page.track || before.row !== page.row) drawCharts();
+  else moveChartCursor();
+}
+
+function keep(element, number, most) {
+  return Number.isFinite(number) ? Math.max(0, Math.min(most, Math.round(number))) : 0;
+}
+
+function onKey(event) {
+  if (["INPUT", "SELECT"].includes(event.target.tagName)) return;
+  const along = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
+  const across = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+  const ends = { Home: 0, End: tape.steps - 1 }[event.key];
+  if (along !== undefined) go({ step: keep(null, page.step + along, tape.steps - 1) });
+  else if (across !== undefined) go({ track: keep(null, page.track + across, tape.tracks.length - 1) });
+  else if (ends !== undefined) go({ step: ends });
+  else return;
+  event.preventDefault();
+}
+
+function drawAll() {
+  sayAll();
+  pictured = "";
+  go({});
+  drawCharts();
+}
+
+function start() {
+  const names = [...new Set(tape.tracks.flatMap((track) => shown(track).map(({ name }) => name)))];
+  byId("colour").replaceChildren(...names.map((name) => new Option(name.replace(/^d /, "∂"), name)));
+  page.colour = names.includes("z") ? "z" : names.includes("f") ? "f" : names[0];
+  byId("colour").value = page.colour;
+  byId("row").replaceChildren(...tape.rows.map((row, index) => new Option(row, index)));
+  byId("rowControl").hidden = tape.rows.length < 2;
+  byId("step").max = tape.steps - 1;
+  byId("colour").addEventListener("change", (event) => go({ colour: event.target.value }));
+  byId("row").addEventListener("change", (event) => go({ row: Number(event.target.value) }));
+  byId("step").addEventListener("change", (event) => go({ step: keep(null, Number(event.target.value), tape.steps - 1) }));
+  byId("unit").addEventListener("change", (event) => go({ unit: keep(null, Number(event.target.value), 1e9) }));
+  byId("grid").addEventListener("click", pickFromGrid);
+  byId("language").addEventListener("click", () => { page.language = page.language === "en" ? "zh" : "en"; drawAll(); });
+  byId("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+    drawAll();
+  });
+  document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  document.addEventListener("keydown", onKey);
+  let waiting = 0;
+  window.addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => go({})); });
+  drawAll();
+  // Plotly's five megabytes are read once the page is there.
+  setTimeout(() => {
+    const script = document.createElement("script");
+    script.textContent = byId("plotly").textContent;
+    document.head.append(script);
+    drawCharts();
+    document.documentElement.dataset.ready = "true";
+  }, 30);
+}
+
+start();

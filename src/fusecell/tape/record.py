@@ -1,0 +1,220 @@
+"""``record``: the value of every named intermediate of every cell, at every step, from the compiled loop."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell, noting, rewriting
+from fusecell.cells import CELLS
+from fusecell.compiler.bound import bound
+from fusecell.compiler.graph import Graph, copy, rebuild
+from fusecell.compiler.kept import Kept
+from fusecell.compiler.kernel import compile_graph
+from fusecell.compiler.program import Program, refusal, run_all
+from fusecell.compiler.runner import run_auto
+from fusecell.compiler.trace import Refusal, trace
+from fusecell.eager import run_eager
+from fusecell.errors import CompilerError
+from fusecell.runner import Options, State, recording, recording_into, register
+from fusecell.tape.tape import Tape, Track
+from fusecell.wrappers import Wrapper
+
+__all__ = ["record"]
+
+_AFTER = "after."
+
+
+def record(
+    layer: nn.Module, *args: Any, labels: Sequence[str] | None = None, gradients: bool = False, **options: Any
+) -> Tape:
+    """Run a layer and record what happens inside.
+
+    A GRU's names are r, z, n, h and output, an LSTM's i, f, g, o, h, c and output; a cell of your own names values with
+    ``self.note("name", value)`` in its step. Compiled, they are further outputs of the same loop.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> tape = fc.record(fc.GRU(5, 10, num_layers=2), torch.randn(7, 3, 5), lengths=[7, 2, 5])
+        >>> tape.names()
+        ('r', 'z', 'n', 'h', 'output')
+        >>> tape.value("z", layer=1).shape
+        torch.Size([7, 3, 10])
+
+    Arguments:
+        layer: any layer of fusecell: Recurrent, Bidirectional, Sequential, GRU, LSTM, RNN.
+        args, options: what the layer is called with: the input, a state, ``lengths``, ``resets``, ``mask``.
+        labels: a word for each step, such as the characters of a text, for plots and pages.
+        gradients: keep the graph, so that after ``loss(tape.outputs).backward()`` the tape has the gradient of each
+            value beside it. The backward adds to the parameters' gradients, as any does.
+
+    Returns:
+        A :class:`Tape`.
+
+    Raises:
+        TypeError: where no cell of fusecell ran inside.
+    """
+    tracks: list[Track] = []
+    seen: list[Tensor | None] = []
+
+    def keep(cell: Cell, found: dict[str, Any], options: Options) -> None:
+        equation, source = _equation(cell), _source(cell)
+        kind = type(cell).__name__
+        track = Track(kind, int(options.reverse), tuple(cell.states), **found, equation=equation, source=source)
+        tracks.append(track)
+        seen[:] = [options.lengths]
+
+    with torch.set_grad_enabled(gradients), recording(keep):
+        result = layer(*args, **options)
+    if not tracks:
+        raise TypeError(f"record takes a layer of fusecell, got {type(layer).__name__}, in which no cell ran.")
+    tape = Tape(tracks, result[0] if isinstance(result, tuple) else result, seen[0], labels)
+    if tape.labels is not None and len(tape.labels) != tape.steps:
+        raise ValueError(f"labels must be one for each of the {tape.steps} steps, got {len(tape.labels)}.")
+    return tape
+
+
+def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """The runner inside :func:`record`."""
+    begin: State = ()
+    if options.resets is not None:
+        like = inputs[0]
+        begin = cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device)
+    with torch.no_grad():
+        raw, after = _values(cell, inputs, state, begin, options)
+    named = {label.removeprefix("note."): value for label, value in raw.items() if label.startswith("note.")}
+    states = {name: raw[_AFTER + name] for name in cell.states}
+    values = {**named, **states, "output": raw["output"]}
+    before = {name: _before(states[name], *pair, options) for name, pair in _pairs(cell.states, state, begin)}
+    found: dict[str, Any] = {"values": values, "before": before, "probes": {}}
+    outputs = raw["output"].clone()
+    if torch.is_grad_enabled():
+        probed = _Probed(cell, {name: value.shape[-1] for name, value in named.items()})
+        probes = {name: torch.zeros_like(value, requires_grad=True) for name, value in values.items()}
+        outputs, after = run_auto(probed, (*inputs, *probes.values()), state, options)
+        found["probes"] = probes
+    recording_into()(cell, found, options)
+    return outputs, after
+
+
+def _values(cell: Cell, inputs: State, state: State, begin: State, options: Options) -> tuple[dict[str, Tensor], State]:
+    """All that is known of a cell at each step, compiled where it can be."""
+    program = _programs.find(cell, inputs)
+    usual = all(value.is_cpu and value.numel() > 0 for value in (*inputs, *state))
+    if isinstance(program, Refusal) or not usual:
+        return _loop(cell, inputs, state, options)
+    return run_all(program.kernel, program.traced.weights.values(cell), inputs, state, begin, options)
+
+
+def _pairs(names: Sequence[str], state: State, begin: State) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    return zip(names, zip(state, begin or state, strict=True), strict=True)
+
+
+def _before(after: Tensor, first: Tensor, begin: Tensor, options: Options) -> Tensor:
+    """The state that each step began with, (T, N, size)."""
+    steps, first = after.shape[0], first.detach()
+    found = torch.roll(after, -1 if options.reverse else 1, 0)
+    last = torch.full((after.shape[1],), steps) if options.lengths is None else options.lengths
+    place = (last - 1).clamp(min=0) if options.reverse else torch.zeros_like(last)
+    found[place, torch.arange(after.shape[1])] = first
+    if options.resets is not None:
+        found = torch.where(options.resets[..., None], begin.detach(), found)
+    if options.lengths is not None:
+        valid = torch.arange(steps)[:, None] < options.lengths
+        found = torch.where(valid[..., None], found, torch.zeros_like(found))
+    return found
+
+
+class _Probed(Wrapper):
+    """A cell with a zero added to each of its values: the gradient of a zero is that of the value."""
+
+    def __init__(self, cell: Cell, sizes: Mapping[str, int]) -> None:
+        super().__init__(cell)
+        self.sizes = dict(sizes)
+
+    def noise_names(self) -> tuple[str, ...]:
+        return tuple(f"probe.{name}" for name in (*self.sizes, *self.cell.states, "output"))
+
+    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+        probes = dict(zip((*self.sizes, *self.cell.states), noise[:-1], strict=True))
+        with rewriting({name: _plus(probes[name]) for name in self.sizes}):
+            output, new = self.cell.step(x, state)
+        after = tuple(value + probes[name] for name, value in zip(self.cell.states, new, strict=True))
+        for value, moved in zip(new, after, strict=True):
+            if output is value:
+                output = moved
+        return output + noise[-1], after
+
+
+def _plus(probe: Tensor) -> Any:
+    return lambda value: value + probe
+
+
+def _equation(cell: Cell) -> str:
+    """The step as the zoo writes it: of the member that is most alike, among those of the cell's class."""
+    members = [member for member in CELLS if member.cell is type(cell)]
+    facts = ("reset_after", "nonlinearity", "norm")
+
+    def alike(member: Any) -> int:
+        made = member.make(3, 3)
+        same: int = sum(getattr(made, name, None) == getattr(cell, name, None) for name in facts)
+        return same + (bool(getattr(made, "proj_size", 0)) == bool(getattr(cell, "proj_size", 0)))
+
+    return max(members, key=alike).equation if members else ""
+
+
+def _source(cell: Cell) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(type(cell).step))
+    except (OSError, TypeError):  # a cell of an interactive session
+        return ""
+
+
+def _loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[dict[str, Tensor], State]:
+    """The same from the Python loop, for cells that can't be compiled."""
+    if any(0 in value.shape for value in inputs):
+        raise ValueError("record needs a step and a row at least: of none there is nothing to see.")
+    found: dict[str, list[Tensor]] = {}
+
+    def note(_: Cell, name: str, value: Tensor) -> None:
+        found.setdefault(f"note.{name}", []).append(value)
+
+    def step(x: Any, state: State) -> tuple[Tensor, State]:
+        output, after = cell.step(x, state)
+        for name, value in zip(cell.states, after, strict=True):
+            found.setdefault(_AFTER + name, []).append(value)
+        return output, after
+
+    watched = bound(cell, {}, ())
+    watched.__dict__["step"] = step
+    with noting(note):
+        outputs, after = run_eager(watched, inputs, state, options)
+    values = {name: torch.stack(each[::-1] if options.reverse else each) for name, each in found.items()}
+    if options.lengths is not None:
+        valid = torch.arange(outputs.shape[0], device=outputs.device)[:, None, None] < options.lengths[:, None]
+        values = {name: torch.where(valid, value, torch.zeros_like(value)) for name, value in values.items()}
+    return {**values, "output": outputs}, after
+
+
+def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:
+    """A program with notes and states as further outputs."""
+    traced = trace(cell, features, dtype, gradients=False)
+    if isinstance(traced, Refusal):
+        return traced
+    outputs = dict(traced.graph.outputs)
+    outputs |= {_AFTER + name: outputs[f"state.{name}"] for name in cell.states}
+    graph: Graph = replace(traced.graph, outputs=outputs)
+    try:
+        return Program(traced, compile_graph(rebuild(graph, copy(graph))), 0.0)
+    except (CompilerError, AssertionError, LookupError) as error:
+        return refusal(error)
+
+
+_programs = Kept(_compile)
+register("record", _run_recorded)
