@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fusecell.tape.plots import is_gate
@@ -70,9 +71,21 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
         "equation": track.equation,
         "source": track.source,
         "values": values,
-        "before": {name: _packed(value[:, rows]) for name, value in track.before.items()},
+        "begins": {name: _begins(tape, track, name, rows) for name in track.states},
         "gradients": gradients,
     }
+
+
+def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[int, list[float]]]:
+    """For each row, the states of those steps that did not go on from the step before: the first, and resets."""
+    after, before = track.values[name], track.before[name]
+    shifted = torch.roll(after, -1 if track.direction else 1, 0)
+    found = []
+    for row in rows:
+        length = tape.steps if tape.lengths is None else int(tape.lengths[row])
+        new = (before[:length, row] != shifted[:length, row]).any(-1).nonzero()[:, 0].tolist()
+        found.append({step: [float(f"{number:.6g}") for number in before[step, row].tolist()] for step in new})
+    return found
 
 
 def _packed(value: Tensor) -> dict[str, Any]:

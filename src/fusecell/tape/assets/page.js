@@ -55,7 +55,17 @@ function find(track, name) {
 }
 
 const valid = (step) => step < tape.lengths[page.row];
-const format = (number) => (Math.abs(number) >= 1e-3 || number === 0 ? number.toFixed(4) : number.toExponential(2));
+/** A number with four decimals, or as many digits where all of its value's are small. */
+function format(number, value) {
+  const small = value && value.scale * 65535 < 0.01;
+  return small && number !== 0 ? number.toExponential(3) : number.toFixed(4);
+}
+
+/** A state as a step found it: that of the step before, but for the steps that begin. */
+function before(track, name, step) {
+  const begun = track.begins[name][page.row][step];
+  return begun || vector(track.values[name], track.direction ? step + 1 : step - 1);
+}
 
 // ---- colours ----
 
@@ -105,7 +115,7 @@ let grid = { cell: 10, height: 22 };
 
 function drawGrid() {
   const canvas = byId("grid"), room = canvas.parentElement.clientWidth - LEFT - 4;
-  const cell = Math.max(3, Math.min(34, Math.floor(room / tape.steps)));
+  const cell = Math.max(3, Math.min(34, room / tape.steps));
   const height = cell >= 14 ? 26 : 20, lines = tape.tracks.length;
   const labels = tape.labels && cell >= 7 ? 22 : 0;
   const width = LEFT + cell * tape.steps + 4, total = lines * (height + GAP) + labels + 18;
@@ -129,24 +139,39 @@ function drawGrid() {
   }
 }
 
+/** The mean of a value over its units at every step, and over all tracks the least and the largest. */
+function means() {
+  const key = `${page.colour} ${page.row}`;
+  if (means.key === key) return means.found;
+  const found = tape.tracks.map((track) => {
+    const value = find(track, page.colour);
+    return value && Array.from({ length: tape.lengths[page.row] }, (_, step) => {
+      let sum = 0;
+      for (const number of vector(value, step)) sum += number;
+      return sum / value.size;
+    });
+  });
+  const all = found.flatMap((each) => each || []);
+  means.key = key;
+  means.found = { of: found, least: all.reduce((a, b) => Math.min(a, b), Infinity), most: all.reduce((a, b) => Math.max(a, b), -Infinity) };
+  return means.found;
+}
+
 /** One cell over time, from the top: the last layer first. */
 function drawLine(draw, track, index) {
   const { cell, height } = grid, top = lineTop(index), pad = cell >= 14 ? 3 : 0;
-  const value = find(track, page.colour);
+  const { of, least, most } = means(), mine = of[index];
   draw.fillStyle = colour("--fore");
   draw.textAlign = "left";
   draw.fillText(`${track.layer} ${track.direction ? "←" : "→"} ${track.kind.replace(/Cell$/, "").slice(0, 6)}`, 0, top + height / 2);
-  const shades = value && scale(value);
   for (let step = 0; step < tape.steps; step++) {
     const x = LEFT + step * cell;
-    if (!valid(step) || !value) {
+    if (!valid(step) || !mine) {
       draw.strokeStyle = colour("--line");
       if (cell >= 5) draw.strokeRect(x + pad + 0.5, top + 0.5, cell - 2 * pad - 1, height - 1);
       continue;
     }
-    let sum = 0;
-    for (const number of vector(value, step)) sum += number;
-    draw.fillStyle = css(shades.colours, shades.place(sum / value.size));
+    draw.fillStyle = css(TABLES.gate, Math.round((255 * (mine[step] - least)) / (most - least || 1)));
     draw.fillRect(x + pad, top, cell - 2 * pad - (cell > 5 && !pad ? 1 : 0), height);
     const next = track.direction ? step - 1 : step + 1;
     if (pad && next >= 0 && next < tape.steps && valid(next)) {
@@ -180,8 +205,9 @@ function withNumbers(statement, track) {
   if (right === undefined) return "";
   const state = (name, primed) => track.states.includes(name) && !primed;
   const look = (name, primed) => {
-    const value = state(name, primed) ? track.before[name] : track.values[name];
-    return value && value.size > page.unit ? vector(value, page.step)[page.unit] : undefined;
+    const value = track.values[name];
+    if (!value || value.size <= page.unit) return undefined;
+    return (state(name, primed) ? before(track, name, page.step) : vector(value, page.step))[page.unit];
   };
   const results = left.split(",").map((name) => look(name.trim().replace(/'$/, ""), true));
   if (results.some((result) => result === undefined)) return "";
@@ -194,9 +220,9 @@ function withNumbers(statement, track) {
       if (number === undefined) complete = false;
       return number === undefined ? whole : number < 0 ? `(${format(number)})` : format(number);
     });
-    if (complete) said = ` = ${spelled}`;
+    if (complete) said = ` = ${spelled.replace(/\(\((-[\d.]+)\)\)/g, "($1)")}`;
   }
-  return `${left}${said} = <b>${results.map(format).join(", ")}</b>`;
+  return `${left}${said} = <b>${results.map((result) => format(result)).join(", ")}</b>`;
 }
 
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
@@ -241,12 +267,12 @@ function drawVector({ name, label, value }) {
   canvas.addEventListener("click", (event) => go({ unit: Math.floor((event.offsetX / canvas.clientWidth) * value.size) }));
   const chosen = Math.min(page.unit, value.size - 1), details = element.querySelector("details");
   details.dataset.name = name;
-  details.querySelector("summary").textContent = `${label}[${chosen}] = ${format(values[chosen])}`;
+  details.querySelector("summary").textContent = `${label}[${chosen}] = ${format(values[chosen], value)}`;
   details.addEventListener("toggle", () => {
     if (details.open && !details.querySelector("span")) {
       for (const [unit, number] of values.entries()) {
         const span = document.createElement("span");
-        span.textContent = format(number) + " ";
+        span.textContent = format(number, value) + " ";
         span.className = unit === page.unit ? "chosen" : "";
         details.append(span);
       }
@@ -306,8 +332,8 @@ function drawHeatmap({ name, label, value }) {
 
 function layout(extra) {
   return {
-    margin: { l: 46, r: 10, t: 8, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--fore") }, legend: { orientation: "h", y: 1.15 }, showlegend: true, ...extra,
+    margin: { l: 46, r: 10, t: 30, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: colour("--fore") }, legend: { orientation: "h", y: 1.18, traceorder: "normal" }, showlegend: true, ...extra,
   };
 }
 
@@ -365,6 +391,8 @@ function go(change) {
   page.unit = Math.max(0, Math.min(value.size - 1, page.unit));
   byId("step").value = page.step;
   byId("unit").value = page.unit;
+  const { least, most } = means();
+  byId("range").textContent = `${least.toPrecision(3)} … ${most.toPrecision(3)}`;
   drawGrid();
   drawCell();
   drawHeatmaps();
@@ -372,7 +400,7 @@ function go(change) {
   else moveChartCursor();
 }
 
-function keep(element, number, most) {
+function keep(number, most) {
   return Number.isFinite(number) ? Math.max(0, Math.min(most, Math.round(number))) : 0;
 }
 
@@ -381,8 +409,8 @@ function onKey(event) {
   const along = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
   const across = { ArrowUp: 1, ArrowDown: -1 }[event.key];
   const ends = { Home: 0, End: tape.steps - 1 }[event.key];
-  if (along !== undefined) go({ step: keep(null, page.step + along, tape.steps - 1) });
-  else if (across !== undefined) go({ track: keep(null, page.track + across, tape.tracks.length - 1) });
+  if (along !== undefined) go({ step: keep(page.step + along, tape.steps - 1) });
+  else if (across !== undefined) go({ track: keep(page.track + across, tape.tracks.length - 1) });
   else if (ends !== undefined) go({ step: ends });
   else return;
   event.preventDefault();
@@ -405,8 +433,8 @@ function start() {
   byId("step").max = tape.steps - 1;
   byId("colour").addEventListener("change", (event) => go({ colour: event.target.value }));
   byId("row").addEventListener("change", (event) => go({ row: Number(event.target.value) }));
-  byId("step").addEventListener("change", (event) => go({ step: keep(null, Number(event.target.value), tape.steps - 1) }));
-  byId("unit").addEventListener("change", (event) => go({ unit: keep(null, Number(event.target.value), 1e9) }));
+  byId("step").addEventListener("change", (event) => go({ step: keep(Number(event.target.value), tape.steps - 1) }));
+  byId("unit").addEventListener("change", (event) => go({ unit: keep(Number(event.target.value), 1e9) }));
   byId("grid").addEventListener("click", pickFromGrid);
   byId("language").addEventListener("click", () => { page.language = page.language === "en" ? "zh" : "en"; drawAll(); });
   byId("theme").addEventListener("click", () => {

@@ -1,0 +1,239 @@
+"""A tape's page in a real browser: Debian's chromium, without network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusecell as fc
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARTEFACTS = Path(__file__).parents[1] / "test-artefacts"
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chosen = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chosen
+        chosen.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page with the network off; every message of its console is an error."""
+    contexts, messages = [], []
+
+    def open_page(path, **options):
+        context = browser.new_context(locale="en-GB", viewport={"width": 1100, "height": 900}, **options)
+        context.set_offline(True)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("requestfailed", lambda request: messages.append(f"asked for {request.url}"))
+        page.goto(f"file://{path}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert messages == []
+
+
+@pytest.fixture(scope="module")
+def large():
+    torch.manual_seed(0)
+    layer = fc.GRU(5, 64, num_layers=2, bidirectional=True)
+    return fc.record(layer, torch.randn(200, 3, 5), lengths=[200, 120, 4])
+
+
+@pytest.fixture(scope="module")
+def large_path(large, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pages") / "large.html"
+    large.save_html(path, rows=(0, 1))
+    return path
+
+
+TEXT = "the cat sat on the mat"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    torch.manual_seed(0)
+    layer = fc.Recurrent(fc.Stack(fc.LSTMCell(8, 12), fc.GRUCell(12, 9)))
+    tape = fc.record(layer, torch.randn(len(TEXT), 1, 8), labels=list(TEXT), gradients=True)
+    tape.outputs.square().sum().backward()
+    path = tmp_path_factory.mktemp("pages") / "labelled.html"
+    tape.save_html(path, title="a <title> & a </script>")
+    return tape, path
+
+
+def at(page, step, track, tracks):
+    """Click the box of a step and track."""
+    page.evaluate("scrollTo(0, 0)")
+    box = page.locator("#grid").bounding_box()
+    cell, height, gap, left = page.evaluate("[grid.cell, grid.height, GAP, LEFT]")
+    line = tracks - 1 - track
+    page.mouse.click(box["x"] + left + (step + 0.5) * cell, box["y"] + line * (height + gap) + 4 + height / 2)
+
+
+def numbers(page, name):
+    """The numbers that are shown for a value, opened first."""
+    details = page.locator(f'details[data-name="{name}"]')
+    if details.get_attribute("open") is None:
+        details.locator("summary").click()
+    details.locator("span").first.wait_for()
+    return torch.tensor([float(text) for text in details.locator("span").all_inner_texts()])
+
+
+def shot(page, name):
+    ARTEFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
+def test_it_is_small_and_opens_within_a_second(large, visit, tmp_path):
+    path = tmp_path / "page.html"
+    large.save_html(path)
+    assert path.stat().st_size < 6_000_000
+    opened = "performance.getEntriesByType('navigation')[0].loadEventEnd"
+    page, *others = [visit(path) for _ in range(3)]
+    assert min(each.evaluate(opened) for each in (page, *others)) < 1000
+    assert "200 steps × 2 direction(s) × 2 layer(s) = 800 cell calls" in page.inner_text("#formula")
+    assert fc.count_cells(fc.GRU(5, 64, num_layers=2, bidirectional=True), 200) == 800
+    page.wait_for_selector("html[data-ready]", state="attached")
+    assert page.locator("#norms svg.main-svg").count() > 0
+    shot(page, "page")
+
+
+@pytest.mark.parametrize(("step", "track"), [(0, 0), (17, 1), (119, 3), (60, 2)])
+def test_a_click_shows_the_tensors_numbers(large, large_path, visit, step, track):
+    page = visit(large_path)
+    page.select_option("#row", "1")
+    at(page, step, track, 4)
+    layer, direction = divmod(track, 2)
+    assert f"Layer {layer}, GRUCell, {('forward', 'backward')[direction]}, step {step}" in page.inner_text("#where")
+    for name in ("r", "z", "n", "h"):
+        torch.testing.assert_close(numbers(page, name), large.value(name, layer, direction)[step, 1], atol=1e-4, rtol=0)
+
+
+def test_equations_have_the_numbers_in_them(large, large_path, visit):
+    page = visit(large_path)
+    for step, track, unit in ((0, 0, 5), (31, 0, 63), (199, 1, 0), (31, 3, 7)):
+        at(page, step, track, 4)
+        page.fill("#unit", str(unit))
+        page.press("#unit", "Enter")
+        page.wait_for_timeout(30)
+        layer, direction = divmod(track, 2)
+        r, z, n, h = (large.value(name, layer, direction)[step, 0, unit].item() for name in ("r", "z", "n", "h"))
+        text = page.inner_text("#equations")
+        for name, value in (("r", r), ("z", z), ("n", n)):
+            assert float(re.search(rf"^    {name} = (\S+)$", text, re.M)[1]) == pytest.approx(value, abs=1e-4)
+        line = re.search(r"^    h' = (.*) = (\S+)$", text, re.M)
+        assert float(line[2]) == pytest.approx(h, abs=1e-4)
+        assert eval(line[1].replace("·", "*")) == pytest.approx(h, abs=5e-4)  # the right side, computed
+
+
+def test_one_cursor_in_all_views(large, large_path, visit):
+    page = visit(large_path)
+    page.wait_for_selector("html[data-ready]", state="attached")
+    heatmap = page.locator('.heatmap canvas[data-name="z"]')
+    box = heatmap.bounding_box()
+    heatmap.click(position={"x": box["width"] * 0.5025, "y": box["height"] * 0.51})
+    assert page.input_value("#step") == "100"
+    assert page.input_value("#unit") == "32"
+    assert "step 100" in page.inner_text("#where")
+    lefts = page.evaluate("[...document.querySelectorAll('.cursor')].map((each) => each.style.left)")
+    assert set(lefts) == {"50%"}
+    assert page.evaluate("document.getElementById('norms').layout.shapes[0].x0") == 100
+    torch.testing.assert_close(numbers(page, "z"), large.value("z")[100, 0], atol=1e-4, rtol=0)
+    shot(page, "cursor")
+
+
+def test_keyboard_language_theme_and_lengths(large_path, visit):
+    page = visit(large_path)
+    page.locator("#grid").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "PageDown", "ArrowUp"):
+        page.keyboard.press(key)
+    assert "Layer 0, GRUCell, backward, step 11" in page.inner_text("#where")
+    page.keyboard.press("End")
+    assert page.input_value("#step") == "199"
+    page.select_option("#row", "1")
+    assert "beyond this row's length" in page.inner_text("#equations")
+    page.click("#language")
+    assert "200 个时间步 × 2 个方向 × 2 层 = 800 次 cell 调用" in page.inner_text("#formula")
+    assert page.get_attribute("html", "lang") == "zh"
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    shot(page, "chinese-dark")
+
+
+def test_labels_gradients_and_other_cells(labelled, visit):
+    tape, path = labelled
+    page = visit(path)
+    assert page.inner_text("#title") == "a <title> & a </script>"
+    at(page, 4, 0, 2)
+    assert "step 4 “c”" in page.inner_text("#where")
+    assert "c' = f·c + i·g" in page.inner_text("#equations")
+    torch.testing.assert_close(numbers(page, "d c"), tape.gradient("c")[4, 0], atol=1e-3, rtol=1e-3)
+    at(page, 4, 1, 2)
+    assert "Layer 1, GRUCell" in page.inner_text("#where")
+    page.select_option("#colour", "d h")
+    shot(page, "labels")
+
+
+class Own(fc.Cell):
+    """A user's cell."""
+
+    def step(self, x, state):
+        (h,) = state
+        gate = self.note("gate", torch.sigmoid(x))
+        h = gate * h + (1 - gate) * torch.tanh(x)
+        return h, (h,)
+
+
+def test_a_users_cell_shows_its_step(tmp_path, visit):
+    tape = fc.record(fc.Recurrent(Own(6, 6)), torch.randn(9, 1, 6))
+    tape.save_html(tmp_path / "own.html")
+    page = visit(tmp_path / "own.html")
+    assert 'gate = self.note("gate", torch.sigmoid(x))' in page.inner_text("#equations")
+    torch.testing.assert_close(numbers(page, "gate"), tape.value("gate")[0, 0], atol=1e-4, rtol=0)
+
+
+def test_it_fits_a_phone_and_a_dark_room(large_path, visit):
+    page = visit(large_path, color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
+    assert page.get_attribute("html", "data-theme") == "dark"
+    shot(page, "phone")
+
+
+def test_long_and_wide_tapes_stay_smooth(tmp_path, visit):
+    tape = fc.record(fc.GRU(3, 256, num_layers=4), torch.randn(2000, 1, 3))
+    tape.save_html(tmp_path / "long.html")
+    page = visit(tmp_path / "long.html")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    moves = """() => [...Array(15).keys()].map((i) => {
+        const began = performance.now();
+        go({ step: 100 * i });
+        return performance.now() - began;
+    })"""
+    median = sorted(page.evaluate(moves))[7]
+    assert median < (400 if os.environ.get("CI") else 150), f"a move took {median:.0f} ms"
+
+
+def test_errors(large, tmp_path):
+    with pytest.raises(IndexError, match=r"has 3 row\(s\), got row 3"):
+        large.save_html(tmp_path / "it.html", rows=(3,))
+    with pytest.raises(ValueError, match="a row at least"):
+        large.save_html(tmp_path / "it.html", rows=())
