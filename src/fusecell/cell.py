@@ -6,7 +6,7 @@ Everything else, layers, stacks, streams, the compiler, needs nothing of a cell 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, Generic, TypeVar, overload
@@ -54,6 +54,10 @@ class _Default(Generic[T]):
     def __get__(self, cell: object, owner: type) -> T: ...
     def __get__(self, cell: object | None, owner: type) -> _Default[T] | T:
         return self if cell is None else self.compute(cell)
+
+
+Rewrite = Callable[["Cell", str, Tensor], Tensor]
+"""What a step goes on with where it notes a value: of the cell, the name and the value."""
 
 
 class Cell(nn.Module):
@@ -158,12 +162,15 @@ class Cell(nn.Module):
     def note(self, name: str, value: Tensor) -> Tensor:
         """Name an intermediate value of ``step``, for :func:`fusecell.record` and wrappers such as RecurrentDropout.
 
+        A new state that the same step goes on with, such as an LSTM's c, is noted under the state's own name: then its
+        gradient on a tape has the ways through the rest of the step too.
+
         Returns:
             ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
         """
-        rewrites: Mapping[str, Callable[[Tensor], Tensor]] | None = getattr(_REWRITE, "by_name", None)
-        if rewrites is not None and name in rewrites:
-            value = rewrites[name](value)
+        rewrite: Rewrite | None = getattr(_REWRITE, "function", None)
+        if rewrite is not None:
+            value = rewrite(self, name, value)
         collect = None if torch.compiler.is_compiling() else _COLLECT.get()
         if collect is not None:
             collect(self, name, value)
@@ -366,14 +373,19 @@ def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
 
 
 @contextmanager
-def rewriting(rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Let steps inside the block go on with ``rewrite[name](value)`` where they note ``value`` as ``name``."""
-    before = getattr(_REWRITE, "by_name", None)
-    _REWRITE.by_name = {**(before or {}), **rewrite}
+def rewriting(rewrite: Rewrite) -> Iterator[None]:
+    """Let steps inside the block go on with ``rewrite(cell, name, value)`` where they note ``value``."""
+    before: Rewrite | None = getattr(_REWRITE, "function", None)
+
+    def both(cell: Cell, name: str, value: Tensor) -> Tensor:
+        value = rewrite(cell, name, value)
+        return value if before is None else before(cell, name, value)
+
+    _REWRITE.function = both
     try:
         yield
     finally:
-        _REWRITE.by_name = before
+        _REWRITE.function = before
 
 
 def _name(cell: Cell) -> str:

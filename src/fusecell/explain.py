@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ class Explanation:
     training_runner: str
     reasons: tuple[str, ...]
     text: str
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space: pre">{html.escape(str(self))}</pre>'
 
     def __str__(self) -> str:
         return self.text

@@ -68,7 +68,7 @@ _MODULES = {
     "auto": "fusecell.compiler.runner",
     "compiled": "fusecell.compiler.runner",
     "traced": "fusecell.compiler.operator",
-    "record": "fusecell.tape",
+    "record": "fusecell.tape.recording",
 }
 _RUNNERS: dict[str, Runner] = {}
 _CHOICE = threading.local()

@@ -140,7 +140,7 @@ class LayerNormLSTMCell(WeightCell):
         f = self.note("f", torch.sigmoid(f))  # forget gate
         g = self.note("g", torch.tanh(g))  # candidate
         o = self.note("o", torch.sigmoid(o))  # output gate
-        c = f * c + i * g
+        c = self.note("c", f * c + i * g)
         h = o * torch.tanh(self.norm_c(c))
         return h, (h, c)
 

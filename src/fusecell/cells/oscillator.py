@@ -69,6 +69,6 @@ class CoRNNCell(WeightCell):
         y, z = state
         drive = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(torch.cat((y, z), -1), self.weight_hh)
         force = self.note("force", torch.tanh(drive))
-        z = z + self.dt * (force - self.gamma * y - self.epsilon * z)
+        z = self.note("z", z + self.dt * (force - self.gamma * y - self.epsilon * z))
         y = y + self.dt * z
         return y, (y, z)

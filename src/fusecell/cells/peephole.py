@@ -70,7 +70,7 @@ class PeepholeLSTMCell(WeightCell):
         i = self.note("i", torch.sigmoid(i + p_i * c))  # input gate
         f = self.note("f", torch.sigmoid(f + p_f * c))  # forget gate
         g = self.note("g", torch.tanh(g))  # candidate
-        c = f * c + i * g
+        c = self.note("c", f * c + i * g)
         o = self.note("o", torch.sigmoid(o + p_o * c))  # output gate
         h = o * torch.tanh(c)
         return h, (h, c)

@@ -274,7 +274,7 @@ class SCRNCell(WeightCell):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, s = state
-        s = (1 - self.alpha) * F.linear(x, self.weight_is) + self.alpha * s
+        s = self.note("s", (1 - self.alpha) * F.linear(x, self.weight_is) + self.alpha * s)
         h = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh) + F.linear(s, self.weight_sh)
-        h = torch.sigmoid(h)
+        h = self.note("h", torch.sigmoid(h))
         return torch.cat((h, s), -1), (h, s)

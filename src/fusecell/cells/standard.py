@@ -348,7 +348,7 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         f = self.note("f", gate(f))
         g = self.note("g", activation(g))
         o = self.note("o", gate(o))
-        c = f * c + i * g
+        c = self.note("c", f * c + i * g)
         h = o * activation(c)
         if self.proj_size:
             h = linear(h, self.weight_hr)

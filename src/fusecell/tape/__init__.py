@@ -1,6 +1,6 @@
 """What happens inside: ``record`` and its ``Tape``, numbers, plots and a page."""
 
-from fusecell.tape.record import record
+from fusecell.tape.recording import record
 from fusecell.tape.tape import Tape
 
 __all__ = ["Tape", "record"]

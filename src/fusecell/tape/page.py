@@ -37,11 +37,7 @@ def page(tape: Tape, rows: Sequence[int], title: str) -> str:
         "rows": chosen,
         "lengths": [tape.steps if tape.lengths is None else int(tape.lengths[row]) for row in chosen],
         "labels": tape.labels,
-        "tracks": [
-            _track(tape, tape.track(layer, direction), layer, direction, chosen)
-            for layer in range(len(tape.kinds))
-            for direction in range(tape.directions)
-        ],
+        "tracks": [_track(tape, track, layer, direction, chosen) for layer, direction, track in tape.tracks()],
     }
     text = _asset("page.html")
     for mark, content in {
@@ -66,7 +62,7 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
     return {
         "kind": track.kind,
         "layer": layer,
-        "direction": direction,
+        "reverse": track.reverse,
         "states": track.states,
         "equation": track.equation,
         "source": track.source,
@@ -79,7 +75,7 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
 def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[int, list[float]]]:
     """For each row, the states of those steps that did not go on from the step before: the first, and resets."""
     after, before = track.values[name], track.before[name]
-    shifted = torch.roll(after, -1 if track.direction else 1, 0)
+    shifted = torch.roll(after, -1 if track.reverse else 1, 0)
     found = []
     for row in rows:
         length = tape.steps if tape.lengths is None else int(tape.lengths[row])

@@ -56,16 +56,14 @@ def table(tape: Tape) -> str:
     """The HTML of a tape in a notebook: of each value its size and mean, of each gate how often it is shut or open."""
     cells = ["layer", "direction", "cell", "value", "units", "mean", "&lt; 0.1", "&gt; 0.9"]
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in cells) + "</tr>"]
-    for layer, kind in enumerate(tape.kinds):
-        for direction in range(tape.directions):
-            for name in tape.names(layer):
-                value = tape.value(name, layer, direction)
-                shares = ("", "")
-                if is_gate(value):
-                    shut, open_ = tape.saturation(name, layer, direction)
-                    shares = (f"{shut:.0%}", f"{open_:.0%}")
-                mean = f"{tape.valid(value).double().mean().item():.3f}"
-                texts = [str(layer), str(direction), kind, name, str(value.shape[-1]), mean, *shares]
-                lines.append("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>")
+    for layer, direction, track in tape.tracks():
+        for name, value in track.values.items():
+            shares = ("", "")
+            if is_gate(value):
+                shut, open_ = tape.saturation(name, layer, direction)
+                shares = (f"{shut:.0%}", f"{open_:.0%}")
+            mean = f"{tape.valid(value).double().mean().item():.3f}"
+            texts = [str(layer), str(direction), track.kind, name, str(value.shape[-1]), mean, *shares]
+            lines.append("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>")
     about = f"Tape of {tape.steps} steps, {tape.rows} rows"
     return f"<p>{about}</p><table>{''.join(lines)}</table>"

@@ -20,7 +20,7 @@ class Track:
 
     Attributes:
         kind: the cell's class.
-        direction: 1 where it ran from the end to the start.
+        reverse: whether it ran from the end to the start.
         states: the names of its states.
         values: (T, N, size) tensors by name.
         before: the states each step began with, (T, N, size) by name.
@@ -30,7 +30,7 @@ class Track:
     """
 
     kind: str
-    direction: int
+    reverse: bool
     states: tuple[str, ...]
     values: Mapping[str, Tensor]
     before: Mapping[str, Tensor]
@@ -52,18 +52,17 @@ class Tape:
 
     def __init__(
         self,
-        tracks: Sequence[Track],
+        layers: Sequence[Sequence[Track]],
         outputs: Tensor | None,
         lengths: Tensor | None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        found = sorted({track.direction for track in tracks})
-        self._tracks = [[track for track in tracks if track.direction == direction] for direction in found]
+        self._layers = [tuple(tracks) for tracks in layers]
         self.outputs = outputs
         self.lengths = lengths
         self.labels = None if labels is None else tuple(labels)
-        self.kinds = tuple(track.kind for track in self._tracks[0])
-        self.directions = len(self._tracks)
+        self.kinds = tuple(tracks[0].kind for tracks in self._layers)
+        self.directions = max(map(len, self._layers))
 
     def names(self, layer: int = 0) -> tuple[str, ...]:
         """What is known of a cell: what it notes, each of its states after the step, and its output."""
@@ -152,14 +151,14 @@ class Tape:
 
         tensors: dict[str, Tensor] = {}
         about: list[dict[str, Any]] = []
-        for track in (track for tracks in self._tracks for track in tracks):
+        for layer, _, track in self.tracks():
             place = len(about)
             known = {"value": track.values, "before": track.before}
             gradients = {name: probe.grad for name, probe in track.probes.items() if probe.grad is not None}
             for kind, values in {**known, "gradient": gradients}.items():
                 tensors |= {f"{place}.{kind}.{name}": value.contiguous() for name, value in values.items()}
-            facts = {name: getattr(track, name) for name in ("kind", "direction", "states", "equation", "source")}
-            about.append({**facts, "names": list(track.values), "gradients": list(gradients)})
+            facts = {name: getattr(track, name) for name in ("kind", "reverse", "states", "equation", "source")}
+            about.append({**facts, "layer": layer, "names": list(track.values), "gradients": list(gradients)})
         if self.lengths is not None:
             tensors["lengths"] = self.lengths
         save_file(tensors, path, {"format": _FORMAT, "tracks": json.dumps(about), "labels": json.dumps(self.labels)})
@@ -183,8 +182,10 @@ class Tape:
             if about.get("format") != _FORMAT:
                 raise ValueError(f"its format is {about.get('format')!r}, expected {_FORMAT!r}")
             entries = json.loads(about["tracks"])
-            tracks = [_loaded(place, entry, tensors) for place, entry in enumerate(entries)]
-            return cls(tracks, None, tensors.get("lengths"), json.loads(about["labels"]))
+            layers: dict[int, list[Track]] = {}
+            for place, entry in enumerate(entries):
+                layers.setdefault(entry["layer"], []).append(_loaded(place, entry, tensors))
+            return cls(list(layers.values()), None, tensors.get("lengths"), json.loads(about["labels"]))
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a tape that was saved, or is damaged: {error}") from error
 
@@ -229,8 +230,7 @@ class Tape:
         return table(self)
 
     def __repr__(self) -> str:
-        steps, rows = next(iter(self._tracks[0][0].values.values())).shape[:2]
-        lines = [f"Tape of {steps} steps, {rows} rows, {self.directions} direction(s)"]
+        lines = [f"Tape of {self.steps} steps, {self.rows} rows, {self.directions} direction(s)"]
         for layer, kind in enumerate(self.kinds):
             sizes = ", ".join(f"{name} {value.shape[-1]}" for name, value in self.track(layer, 0).values.items())
             lines.append(f"  {layer} {kind}: {sizes}")
@@ -238,12 +238,16 @@ class Tape:
 
     def track(self, layer: int, direction: int) -> Track:
         """All that was recorded of a cell in one direction."""
-        if not 0 <= direction < self.directions or not 0 <= layer < len(self.kinds):
-            raise IndexError(
-                f"The tape has {len(self.kinds)} layer(s) and {self.directions} direction(s), got layer {layer}, "
-                f"direction {direction}."
-            )
-        return self._tracks[direction][layer]
+        if not 0 <= layer < len(self._layers):
+            raise IndexError(f"The tape has {len(self._layers)} layer(s), got layer {layer}.")
+        tracks = self._layers[layer]
+        if not 0 <= direction < len(tracks):
+            raise IndexError(f"Layer {layer} of the tape has {len(tracks)} direction(s), got direction {direction}.")
+        return tracks[direction]
+
+    def tracks(self) -> list[tuple[int, int, Track]]:
+        """All of them as (layer, direction, track), bottom first."""
+        return [(layer, way, track) for layer, tracks in enumerate(self._layers) for way, track in enumerate(tracks)]
 
     def _mask(self, steps: int, rows: int) -> Tensor:
         if self.lengths is None:
@@ -266,7 +270,7 @@ def _loaded(place: int, entry: Any, tensors: Mapping[str, Tensor]) -> Track:
         probe.grad = tensors[f"{place}.gradient.{name}"]
     return Track(
         entry["kind"],
-        entry["direction"],
+        entry["reverse"],
         states,
         {name: tensors[f"{place}.value.{name}"] for name in entry["names"]},
         {name: tensors[f"{place}.before.{name}"] for name in states},

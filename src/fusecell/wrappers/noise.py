@@ -200,7 +200,7 @@ class RecurrentDropout(Wrapper):
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         if not noise:
             return self.cell.step(x, state)
-        with rewriting({self.name: lambda value: value * noise[0]}):
+        with rewriting(lambda _, name, value: value * noise[0] if name == self.name else value):
             return self.cell.step(x, state)
 
     def extra_repr(self) -> str:

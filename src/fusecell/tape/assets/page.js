@@ -18,8 +18,8 @@ function sayAll() {
   for (const element of document.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
   byId("language").textContent = say("other");
   byId("title").textContent = document.title = tape.title;
-  const cells = tape.layers * tape.directions;
-  byId("formula").textContent = say("formula", {
+  const cells = tape.tracks.length, even = cells === tape.layers * tape.directions;
+  byId("formula").textContent = say(even ? "formula" : "formulaMixed", {
     steps: tape.steps, directions: tape.directions, layers: tape.layers, count: tape.steps * cells, cells,
   });
 }
@@ -64,7 +64,7 @@ function format(number, value) {
 /** A state as a step found it: that of the step before, but for the steps that begin. */
 function before(track, name, step) {
   const begun = track.begins[name][page.row][step];
-  return begun || vector(track.values[name], track.direction ? step + 1 : step - 1);
+  return begun || vector(track.values[name], track.reverse ? step + 1 : step - 1);
 }
 
 // ---- colours ----
@@ -163,7 +163,7 @@ function drawLine(draw, track, index) {
   const { of, least, most } = means(), mine = of[index];
   draw.fillStyle = colour("--fore");
   draw.textAlign = "left";
-  draw.fillText(`${track.layer} ${track.direction ? "←" : "→"} ${track.kind.replace(/Cell$/, "").slice(0, 6)}`, 0, top + height / 2);
+  draw.fillText(`${track.layer} ${track.reverse ? "←" : "→"} ${track.kind.replace(/Cell$/, "").slice(0, 6)}`, 0, top + height / 2);
   for (let step = 0; step < tape.steps; step++) {
     const x = LEFT + step * cell;
     if (!valid(step) || !mine) {
@@ -173,10 +173,10 @@ function drawLine(draw, track, index) {
     }
     draw.fillStyle = css(TABLES.gate, Math.round((255 * (mine[step] - least)) / (most - least || 1)));
     draw.fillRect(x + pad, top, cell - 2 * pad - (cell > 5 && !pad ? 1 : 0), height);
-    const next = track.direction ? step - 1 : step + 1;
+    const next = track.reverse ? step - 1 : step + 1;
     if (pad && next >= 0 && next < tape.steps && valid(next)) {
       draw.fillStyle = colour("--dim");
-      draw.fillRect(track.direction ? x - pad : x + cell - pad, top + height / 2, 2 * pad, 1);
+      draw.fillRect(track.reverse ? x - pad : x + cell - pad, top + height / 2, 2 * pad, 1);
     }
   }
   if (index === page.track) {
@@ -231,7 +231,7 @@ function drawCell() {
   const track = tape.tracks[page.track];
   const label = tape.labels ? `  “${tape.labels[page.step]}”` : "";
   byId("where").textContent = say("where", {
-    layer: track.layer, kind: track.kind, direction: say(track.direction ? "backward" : "forward"), step: page.step, label,
+    layer: track.layer, kind: track.kind, direction: say(track.reverse ? "backward" : "forward"), step: page.step, label,
   });
   const box = byId("equations");
   if (!valid(page.step)) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -61,12 +62,14 @@ def record(
         TypeError: where no cell of fusecell ran inside.
     """
     tracks: list[Track] = []
+    inputs: list[int] = []
     seen: list[Tensor | None] = []
 
     def keep(cell: Cell, found: dict[str, Any], options: Options) -> None:
+        inputs.append(found.pop("input"))
         equation, source = _equation(cell), _source(cell)
         kind = type(cell).__name__
-        track = Track(kind, int(options.reverse), tuple(cell.states), **found, equation=equation, source=source)
+        track = Track(kind, options.reverse, tuple(cell.states), **found, equation=equation, source=source)
         tracks.append(track)
         seen[:] = [options.lengths]
 
@@ -74,10 +77,42 @@ def record(
         result = layer(*args, **options)
     if not tracks:
         raise TypeError(f"record takes a layer of fusecell, got {type(layer).__name__}, in which no cell ran.")
-    tape = Tape(tracks, result[0] if isinstance(result, tuple) else result, seen[0], labels)
+    tape = Tape(_layers(tracks, inputs), result[0] if isinstance(result, tuple) else result, seen[0], labels)
     if tape.labels is not None and len(tape.labels) != tape.steps:
         raise ValueError(f"labels must be one for each of the {tape.steps} steps, got {len(tape.labels)}.")
     return tape
+
+
+def _layers(tracks: Sequence[Track], inputs: Sequence[int]) -> list[list[Track]]:
+    """The tracks of each layer: one, or two where the second ran reversed over the same input.
+
+    Directions come cell by cell (a GRU's) or one after the other (those of two stacks): a run of reversed tracks
+    belongs to as many layers before it, if it began with their input.
+    """
+    layers: list[list[int]] = []
+    place = 0
+    while place < len(tracks):
+        count = _partners(tracks, inputs, layers, place)
+        if count:
+            for offset, layer in enumerate(layers[-count:]):
+                layer.append(place + offset)
+        else:
+            layers.append([place])
+        place += count or 1
+    return [[tracks[index] for index in layer] for layer in layers]
+
+
+def _partners(tracks: Sequence[Track], inputs: Sequence[int], layers: list[list[int]], place: int) -> int:
+    """How many tracks from ``place`` on are the other direction of as many layers before it."""
+    reversed_ = 0
+    while place + reversed_ < len(tracks) and tracks[place + reversed_].reverse:
+        reversed_ += 1
+    for count in range(min(reversed_, len(layers)), 0, -1):
+        ahead = layers[-count:]
+        alone = all(len(layer) == 1 and not tracks[layer[0]].reverse for layer in ahead)
+        if alone and inputs[ahead[0][0]] == inputs[place]:
+            return count
+    return 0
 
 
 def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
@@ -88,15 +123,16 @@ def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> 
         begin = cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device)
     with torch.no_grad():
         raw, after = _values(cell, inputs, state, begin, options)
-    named = {label.removeprefix("note."): value for label, value in raw.items() if label.startswith("note.")}
-    states = {name: raw[_AFTER + name] for name in cell.states}
-    values = {**named, **states, "output": raw["output"]}
-    before = {name: _before(states[name], *pair, options) for name, pair in _pairs(cell.states, state, begin)}
-    found: dict[str, Any] = {"values": values, "before": before, "probes": {}}
+    notes = [label.removeprefix("note.") for label in raw if label.startswith("note.")]
+    names = _names(notes, cell.states)
+    values = {name: raw[f"note.{label}"] for label, name in names.items()}
+    values |= {name: raw[_AFTER + name] for name in cell.states} | {"output": raw["output"]}
+    before = {name: _before(values[name], *pair, options) for name, pair in _pairs(cell.states, state, begin)}
+    found: dict[str, Any] = {"values": values, "before": before, "probes": {}, "input": inputs[0].data_ptr()}
     outputs = raw["output"].clone()
     if torch.is_grad_enabled():
-        probed = _Probed(cell, {name: value.shape[-1] for name, value in named.items()})
         probes = {name: torch.zeros_like(value, requires_grad=True) for name, value in values.items()}
+        probed = _Probed(cell, {**names, **{name: name for name in notes if name in cell.states}}, tuple(probes))
         outputs, after = run_auto(probed, (*inputs, *probes.values()), state, options)
         found["probes"] = probes
     recording_into()(cell, found, options)
@@ -131,29 +167,50 @@ def _before(after: Tensor, first: Tensor, begin: Tensor, options: Options) -> Te
     return found
 
 
-class _Probed(Wrapper):
-    """A cell with a zero added to each of its values: the gradient of a zero is that of the value."""
+def _names(notes: Sequence[str], states: Sequence[str]) -> dict[str, str]:
+    """What each note is called: as the cell says, without the path to a cell in a wrapper where that is clear.
 
-    def __init__(self, cell: Cell, sizes: Mapping[str, int]) -> None:
+    A state that the cell itself notes is left out: it stands among the states.
+    """
+    found = {label: label for label in notes if label not in states}
+    for label in found:
+        short = re.sub(r"^(cell\.)+", "", label)
+        if short not in (*found.values(), *states, "output"):
+            found[label] = short
+    return found
+
+
+class _Probed(Wrapper):
+    """A cell with a zero added to each of its values: the gradient of a zero is that of the value.
+
+    Arguments:
+        notes: for the path and name of each note, what it is called.
+        probes: what the zeros are called, in the order of the inputs that hold them.
+    """
+
+    def __init__(self, cell: Cell, notes: Mapping[str, str], probes: Sequence[str]) -> None:
         super().__init__(cell)
-        self.sizes = dict(sizes)
+        self.notes, self.probes = dict(notes), tuple(probes)
 
     def noise_names(self) -> tuple[str, ...]:
-        return tuple(f"probe.{name}" for name in (*self.sizes, *self.cell.states, "output"))
+        return tuple(f"probe.{name}" for name in self.probes)
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
-        probes = dict(zip((*self.sizes, *self.cell.states), noise[:-1], strict=True))
-        with rewriting({name: _plus(probes[name]) for name in self.sizes}):
+        probes = dict(zip(self.probes, noise, strict=True))
+        paths = {id(module): path for path, module in self.cell.named_modules()}
+
+        def add(cell: Cell, name: str, value: Tensor) -> Tensor:
+            path = paths.get(id(cell), "")
+            return value + probes[self.notes[f"{path}.{name}" if path else name]]
+
+        with rewriting(add):
             output, new = self.cell.step(x, state)
-        after = tuple(value + probes[name] for name, value in zip(self.cell.states, new, strict=True))
-        for value, moved in zip(new, after, strict=True):
-            if output is value:
-                output = moved
-        return output + noise[-1], after
-
-
-def _plus(probe: Tensor) -> Any:
-    return lambda value: value + probe
+        after = []
+        for name, value in zip(self.cell.states, new, strict=True):
+            moved = value if name in self.notes else value + probes[name]
+            output = moved if output is value else output
+            after.append(moved)
+        return output + probes["output"], tuple(after)
 
 
 def _equation(cell: Cell) -> str:
