@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ class NotedTwice(Healthy):
 class NotedAsState(Healthy):
     def step(self, x, state):
         h, _ = super().step(x, state)
-        return self.note("h", h), (h,)
+        self.note("h", 2 * h)
+        return h, (h,)
 
 
 class NotedScalar(Healthy):
@@ -439,3 +441,24 @@ class Shift(fc.Cell):
 
 def test_a_cell_without_parameters():
     check_cell(Shift(3, 3))
+
+
+class NotedNewState(Healthy):
+    def step(self, x, state):
+        h, _ = super().step(x, state)
+        h = self.note("h", h)
+        return h, (h,)
+
+
+def test_a_state_may_be_noted_where_it_is_new():
+    fc.testing.check_cell(NotedNewState(3, 4))
+
+
+def test_what_is_found_is_said_without_a_warning():
+    """torch warns once per process where a number is read of a tensor that wants a gradient."""
+    cell = MixedRows()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = failures(cell)
+    assert {name for name, _ in found} >= {"rows"}
+    assert not [text for _, text in found if "UserWarning" in text]

@@ -202,17 +202,23 @@ def check_rows(trial: Trial) -> Iterator[str]:
 
 
 def check_notes(trial: Trial) -> Iterator[str]:
-    """names given by note are unique in a step, differ from the states', and name a row per row"""
+    """names given by note are unique in a step, a state's only where it is the new state, and name a row per row"""
     seen: dict[tuple[int, str], Cell] = {}
     found: list[tuple[Cell, str, Tensor]] = []
     with noting(lambda cell, name, value: found.append((cell, name, value))), torch.no_grad():
-        trial.cell.step(trial.at(0), trial.state)
+        _, after = trial.cell.step(trial.at(0), trial.state)
+    new = dict(zip(trial.cell.states, after, strict=False))
     for cell, name, value in found:
         if (id(cell), name) in seen:
             yield f"note names {name!r} twice in a step. Give each value its own name, such as {name}1 and {name}2."
         seen[id(cell), name] = cell
-        if name in (*cell.states, "output"):
-            yield f"note uses {name!r}, which is recorded anyway as a state or the output. Choose another name."
+        # Cells inside others have their states elsewhere: what they note is theirs to say.
+        state = name in cell.states and (cell is not trial.cell or new.get(name) is value)
+        if name in (*cell.states, "output") and not state:
+            yield (
+                f"note uses {name!r}, which is recorded anyway as a state or the output, for another value. Choose "
+                "another name."
+            )
         if value.dim() != 2 or value.shape[0] != trial.batch_size:
             yield (
                 f"note names {name!r} a value of shape {tuple(value.shape)}, expected ({trial.batch_size}, size): "

@@ -135,7 +135,7 @@ def apart(found: Tensor, expected: Tensor) -> str:
     difference = torch.where(same_number(found, expected), 0, (found.double() - expected.double()).abs())
     where = tuple(torch.unravel_index(difference.nan_to_num(torch.inf).argmax(), difference.shape))
     place = ", ".join(str(int(index)) for index in where)
-    return f"is {float(found[where]):.6g} at [{place}], expected {float(expected[where]):.6g}"
+    return f"is {found.detach()[where].item():.6g} at [{place}], expected {expected.detach()[where].item():.6g}"
 
 
 def same_number(a: Tensor, b: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
         >>> from fusecell.compiler.trace import trace
         >>> made = trace(fc.LSTMCell(5, 10), [(5,)], torch.float32, gradients=False)
         >>> sorted(made.graph.outputs)
-        ['note.f', 'note.g', 'note.i', 'note.o', 'output', 'state.c', 'state.h']
+        ['note.c', 'note.f', 'note.g', 'note.i', 'note.o', 'output', 'state.c', 'state.h']
 
     Arguments:
         cell: any cell; it is not changed, and nothing is drawn from torch's global generator.
