@@ -38,3 +38,12 @@ def test_live_pitch_hears_better_than_the_strongest_frequency(tmp_path):
     found = example.report(example.train(0, updates=120, quiet=True), tmp_path / "voices.wav")
     assert found["within half a semitone"] > max(0.5, found["the strongest frequency"] + 0.1)
     assert found["real-time factor"] < 0.1
+
+
+def test_look_inside_writes_a_page(tmp_path):
+    example = load("look_inside")
+    tape = example.record(example.train(0, updates=5), "def add(self):")
+    assert tape.kinds == ("GRUCell", "GRUCell")
+    assert tape.gradient("z", 1).abs().sum() > 0
+    tape.save_html(tmp_path / "page.html")
+    assert "def step" in (tmp_path / "page.html").read_text(encoding="utf-8")
