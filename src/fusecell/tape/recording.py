@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import textwrap
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell, noting, rewriting
-from fusecell.cells import CELLS
+from fusecell.cells import CELLS, ZooCell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.graph import Graph, copy, rebuild
 from fusecell.compiler.kept import Kept
@@ -67,7 +68,7 @@ def record(
 
     def keep(cell: Cell, found: dict[str, Any], options: Options) -> None:
         inputs.append(found.pop("input"))
-        equation, source = _equation(cell), _source(cell)
+        equation, source = _equation(cell), _source(type(cell))
         kind = type(cell).__name__
         track = Track(kind, options.reverse, tuple(cell.states), **found, equation=equation, source=source)
         tracks.append(track)
@@ -127,8 +128,11 @@ def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> 
     names = _names(notes, cell.states)
     values = {name: raw[f"note.{label}"] for label, name in names.items()}
     values |= {name: raw[_AFTER + name] for name in cell.states} | {"output": raw["output"]}
-    before = {name: _before(values[name], *pair, options) for name, pair in _pairs(cell.states, state, begin)}
-    found: dict[str, Any] = {"values": values, "before": before, "probes": {}, "input": inputs[0].data_ptr()}
+
+    def before() -> dict[str, Tensor]:
+        return {name: _before(values[name], *pair, options) for name, pair in _pairs(cell.states, state, begin)}
+
+    found: dict[str, Any] = {"values": values, "find_before": before, "probes": {}, "input": inputs[0].data_ptr()}
     outputs = raw["output"].clone()
     if torch.is_grad_enabled():
         probes = {name: torch.zeros_like(value, requires_grad=True) for name, value in values.items()}
@@ -215,20 +219,25 @@ class _Probed(Wrapper):
 
 def _equation(cell: Cell) -> str:
     """The step as the zoo writes it: of the member that is most alike, among those of the cell's class."""
-    members = [member for member in CELLS if member.cell is type(cell)]
-    facts = ("reset_after", "nonlinearity", "norm")
+    facts = tuple((name, getattr(cell, name, None)) for name in ("reset_after", "nonlinearity", "norm"))
+    return _equation_of(type(cell), facts, bool(getattr(cell, "proj_size", 0)))
 
-    def alike(member: Any) -> int:
+
+@functools.cache
+def _equation_of(kind: Any, facts: tuple[tuple[str, Any], ...], projected: bool) -> str:
+    def alike(member: ZooCell) -> int:
         made = member.make(3, 3)
-        same: int = sum(getattr(made, name, None) == getattr(cell, name, None) for name in facts)
-        return same + (bool(getattr(made, "proj_size", 0)) == bool(getattr(cell, "proj_size", 0)))
+        same: int = sum(getattr(made, name, None) == value for name, value in facts)
+        return same + (bool(getattr(made, "proj_size", 0)) == projected)
 
+    members = [member for member in CELLS if member.cell is kind]
     return max(members, key=alike).equation if members else ""
 
 
-def _source(cell: Cell) -> str:
+@functools.cache
+def _source(kind: Any) -> str:
     try:
-        return textwrap.dedent(inspect.getsource(type(cell).step))
+        return textwrap.dedent(inspect.getsource(kind.step))
     except (OSError, TypeError):  # a cell of an interactive session
         return ""
 

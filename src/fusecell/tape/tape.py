@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Track:
         reverse: whether it ran from the end to the start.
         states: the names of its states.
         values: (T, N, size) tensors by name.
-        before: the states each step began with, (T, N, size) by name.
+        find_before: finds ``before``, which few ask for.
         probes: what a backward leaves the gradient of each value in, by name.
         equation: its step, as the zoo writes it; "" for other cells.
         source: its step, as Python.
@@ -33,10 +34,15 @@ class Track:
     reverse: bool
     states: tuple[str, ...]
     values: Mapping[str, Tensor]
-    before: Mapping[str, Tensor]
+    find_before: Callable[[], Mapping[str, Tensor]]
     probes: Mapping[str, Tensor]
     equation: str = ""
     source: str = ""
+
+    @functools.cached_property
+    def before(self) -> Mapping[str, Tensor]:
+        """The states each step began with, (T, N, size) by name."""
+        return self.find_before()
 
 
 class Tape:
@@ -273,7 +279,7 @@ def _loaded(place: int, entry: Any, tensors: Mapping[str, Tensor]) -> Track:
         entry["reverse"],
         states,
         {name: tensors[f"{place}.value.{name}"] for name in entry["names"]},
-        {name: tensors[f"{place}.before.{name}"] for name in states},
+        lambda: {name: tensors[f"{place}.before.{name}"] for name in states},
         probes,
         entry["equation"],
         entry["source"],
