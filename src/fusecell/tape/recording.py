@@ -68,7 +68,7 @@ def record(
 
     def keep(cell: Cell, found: dict[str, Any], options: Options) -> None:
         inputs.append(found.pop("input"))
-        equation, source = _equation(cell), _source(type(cell))
+        equation, source = _equation(cell), _source(cell)
         kind = type(cell).__name__
         track = Track(kind, options.reverse, tuple(cell.states), **found, equation=equation, source=source)
         tracks.append(track)
@@ -149,7 +149,13 @@ def _values(cell: Cell, inputs: State, state: State, begin: State, options: Opti
     usual = all(value.is_cpu and value.numel() > 0 for value in (*inputs, *state))
     if isinstance(program, Refusal) or not usual:
         return _loop(cell, inputs, state, options)
-    return run_all(program.kernel, program.traced.weights.values(cell), inputs, state, begin, options)
+    raw, after = run_all(program.kernel, program.traced.weights.values(cell), inputs, state, begin, options)
+    outputs = program.traced.graph.outputs
+    shown = _shown(outputs)
+    for name in cell.states:
+        if _AFTER + name not in raw:
+            raw[_AFTER + name] = raw[shown[outputs[f"state.{name}"]]]
+    return raw, after
 
 
 def _pairs(names: Sequence[str], state: State, begin: State) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -220,7 +226,8 @@ class _Probed(Wrapper):
 def _equation(cell: Cell) -> str:
     """The step as the zoo writes it: of the member that is most alike, among those of the cell's class."""
     facts = tuple((name, getattr(cell, name, None)) for name in ("reset_after", "nonlinearity", "norm"))
-    return _equation_of(type(cell), facts, bool(getattr(cell, "proj_size", 0)))
+    kind: Any = type(cell)
+    return _equation_of(kind, facts, bool(getattr(cell, "proj_size", 0)))
 
 
 @functools.cache
@@ -234,8 +241,13 @@ def _equation_of(kind: Any, facts: tuple[tuple[str, Any], ...], projected: bool)
     return max(members, key=alike).equation if members else ""
 
 
+def _source(cell: Cell) -> str:
+    kind: Any = type(cell)  # mypy finds no hash in a module's class
+    return _source_of(kind)
+
+
 @functools.cache
-def _source(kind: Any) -> str:
+def _source_of(kind: Any) -> str:
     try:
         return textwrap.dedent(inspect.getsource(kind.step))
     except (OSError, TypeError):  # a cell of an interactive session
@@ -274,12 +286,20 @@ def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype
     if isinstance(traced, Refusal):
         return traced
     outputs = dict(traced.graph.outputs)
-    outputs |= {_AFTER + name: outputs[f"state.{name}"] for name in cell.states}
+    shown = _shown(outputs)
+    outputs |= {
+        _AFTER + name: outputs[f"state.{name}"] for name in cell.states if outputs[f"state.{name}"] not in shown
+    }
     graph: Graph = replace(traced.graph, outputs=outputs)
     try:
         return Program(traced, compile_graph(rebuild(graph, copy(graph))), 0.0)
     except (CompilerError, AssertionError, LookupError) as error:
         return refusal(error)
+
+
+def _shown(outputs: Mapping[str, int]) -> dict[int, str]:
+    """What stands in an output anyway: a state that is the output, or noted, needn't be written twice."""
+    return {index: label for label, index in outputs.items() if not label.startswith("state.")}
 
 
 _programs = Kept(_compile)

@@ -162,7 +162,8 @@ class Tape:
             known = {"value": track.values, "before": track.before}
             gradients = {name: probe.grad for name, probe in track.probes.items() if probe.grad is not None}
             for kind, values in {**known, "gradient": gradients}.items():
-                tensors |= {f"{place}.{kind}.{name}": value.contiguous() for name, value in values.items()}
+                # A state that is the output is the same memory, and safetensors keeps none twice.
+                tensors |= {f"{place}.{kind}.{name}": value.clone() for name, value in values.items()}
             facts = {name: getattr(track, name) for name in ("kind", "reverse", "states", "equation", "source")}
             about.append({**facts, "layer": layer, "names": list(track.values), "gradients": list(gradients)})
         if self.lengths is not None:
