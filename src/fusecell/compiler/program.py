@@ -13,6 +13,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.call import Part, run, run_parts
 from fusecell.compiler.graph import Graph, copy, rebuild
 from fusecell.compiler.kernel import Kernel, compile_graph
+from fusecell.compiler.memory import new_empty
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
@@ -66,8 +67,10 @@ def run_all(
     ]
     after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
     kernel.give_states(block, words.last, after)
-    new = like.new_empty if options.lengths is None else like.new_zeros
-    outputs = {label: new(steps, rows, size) for label, size in kernel.output_sizes.items()}
+    outputs = _new_outputs(kernel, like, steps, rows)
+    if options.lengths is not None:
+        for value in outputs.values():
+            value.zero_()
     kernel.give_sequences(block, words.outputs.values(), outputs.values())
     if options.resets is not None:
         kept += [start, kernel.give_states(block, words.reset, start)]
@@ -81,6 +84,16 @@ def run_all(
         parts = Part.all_of(rows, steps, options.lengths, count)
         run_parts(kernel, [(part.block(kernel, block), part) for part in parts], steps, rows, options.reverse)
     return outputs, after
+
+
+def _new_outputs(kernel: Kernel, like: Tensor, steps: int, rows: int) -> dict[str, Tensor]:
+    """Memory for each output, (T, N, size); of several in one block, as that is large sooner."""
+    sizes = kernel.output_sizes
+    if len(sizes) == 1:
+        return {label: new_empty(like, steps, rows, size) for label, size in sizes.items()}
+    block = new_empty(like, steps * rows * sum(sizes.values()))
+    parts = torch.split(block, [steps * rows * size for size in sizes.values()])
+    return {label: part.view(steps, rows, size) for (label, size), part in zip(sizes.items(), parts, strict=True)}
 
 
 def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusecell.compiler.call import Part, run, run_parts
 from fusecell.compiler.kernel import Kernel, compile_graph
+from fusecell.compiler.memory import new_empty
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves
 from fusecell.runner import Options, State, steps_of
@@ -141,8 +142,9 @@ class Call:
 
     def _new_rows(self, like: Tensor, size: int) -> Tensor:
         """Memory for a (T, N, size) result; zero where rows end before the others."""
-        new = like.new_empty if self.options.lengths is None else like.new_zeros
-        return new(self.steps, self.rows, size)
+        if self.options.lengths is None:
+            return new_empty(like, self.steps, self.rows, size)
+        return like.new_zeros(self.steps, self.rows, size)
 
     def forward(self, tensors: State) -> tuple[Tensor, Tensor, State]:
         """The forward kernel: what it saves, the outputs, and the states after the last step."""
@@ -150,7 +152,7 @@ class Call:
         half, like = self.training.forward, inputs[0]
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
-        saved = like.new_empty(self.training.saved_size(sum(part.all_rows for part in self.parts)))
+        saved = new_empty(like, self.training.saved_size(sum(part.all_rows for part in self.parts)))
         outputs = self._new_rows(like, self.training.forward.kernel.output_sizes["output"])
         after = tuple([value.new_empty(value.shape) for value in state])
         kept = [half.give(block, inputs, weights), kernel.give_states(block, words.first, state)]
