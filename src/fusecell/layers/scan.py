@@ -153,21 +153,22 @@ def _scan_stack(
 ) -> tuple[Tensor, State]:
     """Each cell over the whole sequence, then the next: the large products leave the loop layer by layer."""
     after: State = ()
-    outputs = inputs[0]
+    outputs, first, each = inputs[0], inputs[0], list[Tensor]()
     flow: Callable[[Tensor], Tensor] = stack.drop
     if packing is not None:
         flow = lambda value: packing.padded(stack.drop(packing.data(value)))  # noqa: E731  # torch drops packed data
     for index, (cell, part) in enumerate(zip(stack.layers, stack.split(state), strict=True)):
-        given = inputs if index == 0 else (outputs,)
+        given = inputs if index == 0 else (stack.feed(outputs, first),)
         below = given[0]
         outputs, new = scan_cell(cell, given, part, options, packing, extras)
         after += new
+        each.append(outputs)
         if index + 1 < len(stack.cells):
             outputs = flow(outputs)
         if index == 0 and options.lengths is not None and stack.residual:
             below = _within(below, options.lengths)
         outputs = stack.join(outputs, below)
-    return outputs, after
+    return stack.result(outputs, each), after
 
 
 def _within(value: Tensor, lengths: Tensor) -> Tensor:

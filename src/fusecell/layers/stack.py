@@ -32,18 +32,23 @@ class Stack(Cell):
         dropout: on the output of every cell but the last, in training. Over a sequence it is one dropout of the
             (T, N, size) output between layers, as torch.nn draws it.
         residual: add a cell's input to its output, after dropout, wherever the sizes agree.
+        skip: give every cell above the first the stack's input too, behind the output of the cell below, and put the
+            outputs of all cells side by side, as Graves's and Haiku's deep networks do.
 
     Raises:
         TypeError: for anything that is not a cell.
         ValueError: where sizes don't follow one another, or ``residual`` finds no place.
+
+    Paper, of ``skip``: A. Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
 
-    def __init__(self, *cells: Cell, dropout: float = 0.0, residual: bool = False) -> None:
-        _check(cells, dropout, residual)
+    def __init__(self, *cells: Cell, dropout: float = 0.0, residual: bool = False, skip: bool = False) -> None:
+        _check(cells, dropout, residual, skip)
         super().__init__(cells[0].input_size, cells[-1].hidden_size)
         self.cells: nn.ModuleList = nn.ModuleList(cells)
         self.dropout = dropout
         self.residual = residual
+        self.skip = skip
 
     @property
     def layers(self) -> list[Cell]:
@@ -68,23 +73,27 @@ class Stack(Cell):
 
     @property
     def output_size(self) -> int:
+        if self.skip:
+            return sum(cell.output_size for cell in self.layers)
         return self.layers[-1].output_size
 
     def step(self, x: Any, state: State) -> tuple[Tensor, State]:
         given = list(x) if len(self.inputs) > 1 else [x]
         taken = len(self.layers[0].inputs)
         own, extras = given[:taken], given[taken:]
-        output, after = own[0], cast("State", ())
+        output, after, first = own[0], cast("State", ()), own[0]
+        outputs: list[Tensor] = []
         for layer, (cell, part) in enumerate(zip(self.layers, self.split(state), strict=True)):
             if layer:
                 count = len(cell.inputs) - 1
-                own, extras = [output, *extras[:count]], extras[count:]
+                own, extras = [self.feed(output, first), *extras[:count]], extras[count:]
             output, new = cell.step(tuple(own) if len(own) > 1 else own[0], part)
             after += tuple(new)
+            outputs.append(output)
             if layer + 1 < len(self.cells):
                 output = self.drop(output)
             output = self.join(output, own[0])
-        return output, after
+        return self.result(output, outputs), after
 
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -122,21 +131,33 @@ class Stack(Cell):
         """The residual connection past a cell, where there is one."""
         return output + below if self.residual and output.shape[-1] == below.shape[-1] else output
 
+    def feed(self, below: Tensor, first: Tensor) -> Tensor:
+        """What a cell above the first takes: the output below, and the stack's input behind it where that skips."""
+        return torch.cat((below, first), -1) if self.skip else below
+
+    def result(self, last: Tensor, outputs: list[Tensor]) -> Tensor:
+        """What the stack gives: the last output, or those of all cells, as the cells gave them."""
+        return torch.cat(outputs, -1) if self.skip else last
+
     def extra_repr(self) -> str:
         parts = [f"dropout={self.dropout}"] if self.dropout else []
-        return ", ".join(parts + (["residual=True"] if self.residual else []))
+        return ", ".join(parts + [f"{name}=True" for name in ("residual", "skip") if getattr(self, name)])
 
 
-def _check(cells: tuple[Cell, ...], dropout: float, residual: bool) -> None:
+def _check(cells: tuple[Cell, ...], dropout: float, residual: bool, skip: bool) -> None:
     if not cells:
         raise ValueError("Stack needs at least one cell, got none.")
     for cell in cells:
         if not isinstance(cell, Cell):
             raise TypeError(f"Stack takes cells, got {type(cell).__name__}. For layers use fusecell.Sequential.")
+    if residual and skip:
+        raise ValueError("Stack: residual adds a cell's input to its output, skip puts them side by side; choose one.")
     for below, above in pairwise(cells):
-        if below.output_size != above.input_size:
+        width = below.output_size + (cells[0].input_size if skip else 0)
+        if width != above.input_size:
+            beside = f", with the stack's {cells[0].input_size} behind them {width}," if skip else ""
             raise ValueError(
-                f"Stack: {type(below).__name__} gives {below.output_size} features and {type(above).__name__} "
+                f"Stack: {type(below).__name__} gives {below.output_size} features{beside} and {type(above).__name__} "
                 f"above it takes {above.input_size}; they must agree."
             )
     if isinstance(dropout, bool) or not 0 <= dropout <= 1:

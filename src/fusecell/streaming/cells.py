@@ -71,6 +71,8 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
 def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
     """The cells of a module, bottom first."""
     if isinstance(module, Stack):
+        if module.skip:
+            raise TypeError("Stream runs one cell after the other, and can't take a Stack with skip=True.")
         for cell in module.layers:
             skips = module.residual and cell.input_size == cell.output_size
             yield from _cells(Residual(cell) if skips else cell, None)
