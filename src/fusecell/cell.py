@@ -291,12 +291,17 @@ def check_count(cell: Cell, given: int, drawn: int) -> None:
 
 def weights_dtype(cell: nn.Module) -> torch.dtype | None:
     """The dtype a cell computes in: its first floating-point parameter's, None for a cell without any."""
+    weight = _first_weight(cell)
+    return None if weight is None else weight.dtype
+
+
+def _first_weight(cell: nn.Module) -> Tensor | None:
     # The order of cell.parameters(), whose generators would take longer than a small cell's step.
     for parameter in cell._parameters.values():
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
-            return parameter.dtype
+            return parameter
     for part in cell._modules.values():
-        found = None if part is None else weights_dtype(part)
+        found = None if part is None else _first_weight(part)
         if found is not None:
             return found
     return None
@@ -309,9 +314,22 @@ def compute_dtype(cell: Cell, first: Tensor) -> torch.dtype:
 
 
 def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
-    """Raise ValueError where a floating-point input or state is not in the weights' dtype; autocast may cast."""
-    expected = weights_dtype(cell)
-    if expected in (None, value.dtype) or not value.is_floating_point() or autocasting(value.device.type):
+    """Raise ValueError where an input or state is not on the weights' device, or not in their dtype.
+
+    Autocast may cast; whole numbers and booleans are for the step to take or not.
+    """
+    weight = _first_weight(cell)
+    if weight is None:
+        return
+    if not (weight.is_cpu and value.is_cpu) and weight.device != value.device:
+        raise ValueError(
+            f"{_name(cell)}'s weights are on {weight.device} and {label} is on {value.device}. "
+            f"Move it with .to('{weight.device}'), or the model: model.to('{value.device}')."
+        )
+    expected, kind = weight.dtype, value.dtype
+    if kind is expected or not (value.is_floating_point() or value.is_complex() or value.is_quantized):
+        return
+    if autocasting(value.device.type):
         return
     raise ValueError(
         f"{_name(cell)}'s weights are {expected} and {label} is {value.dtype}. "

@@ -227,6 +227,8 @@ class _Scanned:
         x = input.data if packed else input
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} expected input as a tensor or a PackedSequence, got {type(input).__name__}.")
+        if x.is_nested:
+            raise TypeError(f"{name} takes no nested tensor. Pad it, input.to_padded_tensor(0.0), and pass lengths=.")
         if packed and x.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
         if x.dim() not in (2, 3):

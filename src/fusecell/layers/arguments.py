@@ -34,6 +34,8 @@ def check_inputs(cell: Cell, given: State, batch_first: bool) -> tuple[State, bo
         kinds = ", ".join(type(value).__name__ for value in given)
         raise TypeError(f"{name} takes tensors for its inputs ({', '.join(cell.inputs)}), got ({kinds}).")
     first = given[0]
+    if first.is_nested:
+        raise TypeError(f"{name} takes no nested tensor. Pad it, first.to_padded_tensor(0.0), and pass lengths=.")
     if first.dim() not in (2, 3):
         form = "(N, T, {0})" if batch_first else "(T, N, {0})"
         raise ValueError(
@@ -88,7 +90,7 @@ def check_lengths(lengths: Lengths | None, steps: int, rows: int, device: torch.
     """
     if lengths is None:
         return None
-    found = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    found = _tensor("lengths", "whole numbers", lengths, device)
     if found.numel() == 0 and not isinstance(lengths, Tensor):
         found = found.long()
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
@@ -147,7 +149,7 @@ def _check_flags(
 ) -> Tensor | None:
     if flags is None:
         return None
-    found = flags if isinstance(flags, Tensor) else torch.as_tensor(flags)
+    found = _tensor(name, "booleans", flags, device)
     if found.dtype != torch.bool:
         raise TypeError(
             f"{name} must be bool, {meaning}, got {found.dtype}. Pass {name}.bool() if nonzero means {word}."
@@ -163,6 +165,19 @@ def _check_flags(
     elif batch_first:
         found = found.t()
     return found.to(device)
+
+
+def _tensor(name: str, expected: str, given: Any, device: torch.device) -> Tensor:
+    """What a user hands over as a tensor with values."""
+    if not isinstance(given, Tensor):
+        try:
+            given = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"{name} must be {expected}, as a tensor, an array or a list, got {given!r}.") from error
+    found: Tensor = given
+    if found.device.type == "meta" != device.type:
+        raise ValueError(f"{name} is on the meta device and has no values, the input is on {device}.")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

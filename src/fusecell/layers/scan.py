@@ -90,7 +90,7 @@ def scan(
                 "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
             )
         return _scan_packed(cell, input, state, Options(None, None, reverse, recompute), extras)
-    given = (input,) if isinstance(input, Tensor) else tuple(input)
+    given: State = tuple(input) if isinstance(input, tuple | list) else (input,)
     inputs, unbatched = check_inputs(cell, given, batch_first)
     rows, device = inputs[0].shape[1], inputs[0].device
     steps = steps_of(inputs)
@@ -153,7 +153,8 @@ def _scan_stack(
 ) -> tuple[Tensor, State]:
     """Each cell over the whole sequence, then the next: the large products leave the loop layer by layer."""
     after: State = ()
-    outputs, first, each = inputs[0], inputs[0], list[Tensor]()
+    outputs, first = inputs[0], inputs[0]
+    each: list[Tensor] = []
     flow: Callable[[Tensor], Tensor] = stack.drop
     if packing is not None:
         flow = lambda value: packing.padded(stack.drop(packing.data(value)))  # noqa: E731  # torch drops packed data
