@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,8 @@ def scan(
                 "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
             )
         return _scan_packed(cell, input, state, Options(None, None, reverse, recompute), extras)
-    given: State = tuple(input) if isinstance(input, tuple | list) else (input,)
+    handed: Any = input
+    given: State = tuple(handed) if isinstance(handed, tuple | list) else (handed,)
     inputs, unbatched = check_inputs(cell, given, batch_first)
     rows, device = inputs[0].shape[1], inputs[0].device
     steps = steps_of(inputs)
