@@ -96,3 +96,11 @@ def test_the_readme_is_short_and_shows_something_by_line_30():
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["reliability.md", "numerics.md"])
+def test_the_tests_that_a_page_names_are_there(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert named
+    for file, test in named:
+        assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), test
