@@ -70,13 +70,15 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def soak(minutes: float, seed: int, *, tolerance: float = 2e-3, growth: int = 32 << 20) -> str:
+def soak(minutes: float, seed: int, *, tolerance: float = 2e-3) -> str:
     """Run for some minutes.
 
     Raises:
         ArithmeticError: if a result is further from the loop than ``tolerance``.
-        MemoryError: if in the second half of the time the process grows by more than ``growth`` bytes.
+        MemoryError: if in the second half of the time the process grows by more than 32 MiB, or in a
+            run of less than ten minutes, in which kernels are still being compiled, by more than 128 MiB.
     """
+    growth = (32 if minutes >= 10 else 128) << 20
     choose, began = random.Random(seed), time.perf_counter()
     turns, worst, settled = 0, 0.0, 0
     while (gone := (time.perf_counter() - began) / 60) < minutes:
