@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusecell.cell import Cell, check_dtype
 from fusecell.runner import State
 
-__all__ = ["Lengths", "Packing", "check_inputs", "check_lengths", "check_mask", "check_resets"]
+__all__ = ["Form", "Lengths", "Packing", "check_inputs"]
 
 Lengths = Tensor | Sequence[int] | np.ndarray[Any, Any]
 
@@ -81,90 +81,84 @@ def _check_extras(cell: Cell, inputs: State) -> None:
         )
 
 
-def check_lengths(lengths: Lengths | None, steps: int, rows: int, device: torch.device) -> Tensor | None:
-    """Lengths as (N,) int64 on ``device``.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form of a call's sequences, which its lengths and flags must have too."""
 
-    Raises:
-        TypeError: for anything but whole numbers.
-        ValueError: for another shape, or a length outside [0, T].
-    """
-    if lengths is None:
-        return None
-    found = _tensor("lengths", "whole numbers", lengths, device)
-    if found.numel() == 0 and not isinstance(lengths, Tensor):
-        found = found.long()
-    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
-        raise TypeError(
-            f"lengths must be whole numbers, got {found.dtype}. For a (T, N) mask of valid steps that end "
-            "each row, pass lengths=mask.sum(0)."
-        )
-    found = found.reshape(-1) if found.dim() == 0 else found
-    if tuple(found.shape) != (rows,):
-        raise ValueError(f"lengths must have one entry per row, shape ({rows},), got {tuple(found.shape)}.")
-    found = found.to(device=device, dtype=torch.int64)
-    # While torch traces there are no values to look at.
-    if not torch.compiler.is_compiling() and rows and found.device.type != "meta":
-        low, high = int(found.min()), int(found.max())
-        if low < 0 or high > steps:
-            raise ValueError(f"lengths must be between 0 and the {steps} steps of the input, got {low} to {high}.")
-    return found
+    steps: int
+    rows: int
+    device: torch.device
+    batch_first: bool
+    unbatched: bool
 
+    def lengths(self, lengths: Lengths | None) -> Tensor | None:
+        """Lengths as (N,) int64.
 
-def check_resets(
-    resets: Any, steps: int, rows: int, device: torch.device, *, batch_first: bool, unbatched: bool
-) -> Tensor | None:
-    """Resets as (T, N) bool on ``device``.
+        Raises:
+            TypeError: for anything but whole numbers.
+            ValueError: for another shape, or a length outside [0, T].
+        """
+        if lengths is None:
+            return None
+        found = _tensor("lengths", "whole numbers", lengths, self.device)
+        if found.numel() == 0 and not isinstance(lengths, Tensor):
+            found = found.long()
+        if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+            raise TypeError(
+                f"lengths must be whole numbers, got {found.dtype}. For a (T, N) mask of valid steps that end "
+                "each row, pass lengths=mask.sum(0)."
+            )
+        found = found.reshape(-1) if found.dim() == 0 else found
+        if tuple(found.shape) != (self.rows,):
+            raise ValueError(f"lengths must have one entry per row, shape ({self.rows},), got {tuple(found.shape)}.")
+        found = found.to(device=self.device, dtype=torch.int64)
+        # While torch traces there are no values to look at.
+        if not torch.compiler.is_compiling() and self.rows and found.device.type != "meta":
+            low, high = int(found.min()), int(found.max())
+            if low < 0 or high > self.steps:
+                raise ValueError(
+                    f"lengths must be between 0 and the {self.steps} steps of the input, got {low} to {high}."
+                )
+        return found
 
-    Raises:
-        TypeError: for anything but booleans; 0/1 numbers are as often the opposite mask.
-        ValueError: for another shape.
-    """
-    meaning = "True where a row starts anew before the step at t"
-    return _check_flags("resets", meaning, "reset", resets, steps, rows, device, batch_first, unbatched)
+    def resets(self, resets: Any) -> Tensor | None:
+        """Resets as (T, N) bool.
 
+        Raises:
+            TypeError: for anything but booleans; 0/1 numbers are as often the opposite mask.
+            ValueError: for another shape.
+        """
+        return self._flags("resets", "True where a row starts anew before the step at t", "reset", resets)
 
-def check_mask(
-    mask: Any, steps: int, rows: int, device: torch.device, *, batch_first: bool, unbatched: bool
-) -> Tensor | None:
-    """A mask as (T, N) bool on ``device``.
+    def mask(self, mask: Any) -> Tensor | None:
+        """A mask as (T, N) bool.
 
-    Raises:
-        TypeError: for anything but booleans.
-        ValueError: for another shape.
-    """
-    meaning = "True where a row takes part in the step at t"
-    return _check_flags("mask", meaning, "valid", mask, steps, rows, device, batch_first, unbatched)
+        Raises:
+            TypeError: for anything but booleans.
+            ValueError: for another shape.
+        """
+        return self._flags("mask", "True where a row takes part in the step at t", "valid", mask)
 
-
-def _check_flags(
-    name: str,
-    meaning: str,
-    word: str,
-    flags: Any,
-    steps: int,
-    rows: int,
-    device: torch.device,
-    batch_first: bool,
-    unbatched: bool,
-) -> Tensor | None:
-    if flags is None:
-        return None
-    found = _tensor(name, "booleans", flags, device)
-    if found.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be bool, {meaning}, got {found.dtype}. Pass {name}.bool() if nonzero means {word}."
-        )
-    if unbatched:
-        expected: tuple[int, ...] = (steps,)
-    else:
-        expected = (rows, steps) if batch_first else (steps, rows)
-    if tuple(found.shape) != expected:
-        raise ValueError(f"{name} must have shape {expected}, one flag per step and row, got {tuple(found.shape)}.")
-    if unbatched:
-        found = found[:, None]
-    elif batch_first:
-        found = found.t()
-    return found.to(device)
+    def _flags(self, name: str, meaning: str, word: str, flags: Any) -> Tensor | None:
+        if flags is None:
+            return None
+        found = _tensor(name, "booleans", flags, self.device)
+        if found.dtype != torch.bool:
+            raise TypeError(
+                f"{name} must be bool, {meaning}, got {found.dtype}. Pass {name}.bool() if nonzero means {word}."
+            )
+        expected: tuple[int, ...] = (self.steps, self.rows)
+        if self.unbatched:
+            expected = (self.steps,)
+        elif self.batch_first:
+            expected = (self.rows, self.steps)
+        if tuple(found.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, one flag per step and row, got {tuple(found.shape)}.")
+        if self.unbatched:
+            found = found[:, None]
+        elif self.batch_first:
+            found = found.t()
+        return found.to(self.device)
 
 
 def _tensor(name: str, expected: str, given: Any, device: torch.device) -> Tensor:

@@ -11,14 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell, StateLike, all_inputs, bare, start_state
-from fusecell.layers.arguments import (
-    Lengths,
-    Packing,
-    check_inputs,
-    check_lengths,
-    check_mask,
-    check_resets,
-)
+from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, wrapped
 from fusecell.layers.stack import Stack
 from fusecell.runner import Options, State, run, steps_of
@@ -94,18 +87,10 @@ def scan(
     handed: Any = input
     given: State = tuple(handed) if isinstance(handed, tuple | list) else (handed,)
     inputs, unbatched = check_inputs(cell, given, batch_first)
-    rows, device = inputs[0].shape[1], inputs[0].device
-    steps = steps_of(inputs)
-    options = Options(
-        check_lengths(lengths, steps, rows, device),
-        check_resets(resets, steps, rows, device, batch_first=batch_first, unbatched=unbatched),
-        reverse,
-        recompute,
-    )
+    form = Form(steps_of(inputs), inputs[0].shape[1], inputs[0].device, batch_first, unbatched)
+    options = Options(form.lengths(lengths), form.resets(resets), reverse, recompute)
+    extras = extras if mask is None else replace(extras, mask=form.mask(mask))
     start = start_state(cell, state, inputs, unbatched=unbatched)
-    if mask is not None:
-        flags = check_mask(mask, steps, rows, device, batch_first=batch_first, unbatched=unbatched)
-        extras = replace(extras, mask=flags)
     outputs, after = scan_cell(cell, inputs, start, options, extras=extras)
     if unbatched:
         return outputs[:, 0], bare(tuple(value[0] for value in after))
