@@ -299,3 +299,20 @@ class Silent(fc.Cell):
 def test_errors(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fc.Zoneout(fc.GRUCell(3, 4), 0.3),
+        lambda: fc.VariationalDropout(fc.LSTMCell(3, 4), input=0.1, state=0.2, output=0.1),
+        lambda: fc.RecurrentDropout(fc.LSTMCell(3, 4), 0.3),
+        lambda: fc.LearnedState(fc.LSTMCell(3, 4)),
+        lambda: fc.Residual(fc.Projected(fc.GRUCell(3, 4), 3)),
+        lambda: fc.WithReadout(fc.GRUCell(3, 4), nn.Linear(4, 2)),
+        lambda: fc.WeightDrop(fc.GRUCell(3, 4)).eval(),
+    ],
+    ids=["zoneout", "variational", "recurrent", "learned", "residual", "readout", "weights"],
+)
+def test_wrappers_keep_the_contract(make):
+    fc.testing.check_cell(make())

@@ -96,7 +96,7 @@ class Masked(Wrapper):
         return (*start, torch.zeros(batch_size, self.output_size, dtype=dtype, device=device))
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
-        valid = noise[0] > 0
+        valid = noise[0] > 0.5
         # Selected before the step, never multiplied: what is masked may hold NaN.
         given = tuple(x) if isinstance(x, tuple) else (x,)
         given = tuple(torch.where(valid, value, torch.zeros_like(value)) for value in given)
@@ -140,7 +140,7 @@ class _Gradient(torch.autograd.Function):
         if ctx.clip is not None:
             gradient = gradient.clamp(-ctx.clip, ctx.clip)
         for flag in ctx.saved_tensors:
-            gradient = torch.where(flag > 0, torch.zeros_like(gradient), gradient)
+            gradient = torch.where(flag > 0.5, torch.zeros_like(gradient), gradient)
         return gradient, None, None
 
 

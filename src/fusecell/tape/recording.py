@@ -242,6 +242,9 @@ def _equation_of(kind: Any, facts: tuple[tuple[str, Any], ...], projected: bool)
 
 
 def _source(cell: Cell) -> str:
+    """The step as Python; of a wrapper, that of the cell inside, which says more."""
+    while isinstance(cell, Wrapper):
+        cell = cell.cell
     kind: Any = type(cell)  # mypy finds no hash in a module's class
     return _source_of(kind)
 

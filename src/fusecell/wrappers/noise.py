@@ -73,7 +73,7 @@ class Zoneout(Wrapper):
         masks, after = iter(noise), []
         for before, value, p in zip(state, new, self.p, strict=True):
             if p and self.training:
-                kept = torch.where(next(masks) > 0, before, value)
+                kept = torch.where(next(masks) > 0.5, before, value)
             else:
                 kept = p * before + (1 - p) * value if p else value
             after.append(kept)
