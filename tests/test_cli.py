@@ -143,3 +143,11 @@ def _histogram(shown):
 )
 def test_stream_bench_errors(model, text):
     assert text in run("stream", "bench", model, code=2)
+
+
+def test_bench():
+    arguments = ["--input-size", 5, "--hidden-size", 9, "--seq-len", 20, "--batch-size", 2, "--seconds", 0]
+    shown = run("bench", "--cell", "mgu", *arguments, "--training")
+    assert "T=20 N=2, forward and backward" in shown
+    assert "Python loop" in shown
+    assert "x fusecell's time" in shown

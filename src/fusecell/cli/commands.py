@@ -124,6 +124,34 @@ def summary(
 
 
 @app.command()
+def bench(
+    module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
+    cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
+    input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 64,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=1, help="Steps of the sequence.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 32,
+    training: Annotated[bool, typer.Option(help="Time a forward and a backward.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; torch's own choice if left out.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 3.0,
+) -> None:
+    """How fast a layer is here: compiled, as a Python loop, in torch.nn, and beside what the machine can do."""
+    import torch
+
+    from fusecell.speed import measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _say(
+        lambda layer: measure(layer, seq_len, batch_size, training=training, seconds=seconds),
+        module,
+        cell,
+        input_size,
+        hidden_size,
+    )
+
+
+@app.command()
 def explain(
     module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
     cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
@@ -227,6 +255,6 @@ def _say(
     try:
         layer = find_module(module) if module is not None else find_cell(str(cell), input_size, hidden_size)
         text = str(describe(layer))
-    except (TypeError, ValueError) as error:
+    except (NotCompilable, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(text)
