@@ -76,3 +76,22 @@ def test_errors():
         fc.Stack(*cells(False), skip=True)
     with pytest.raises(TypeError, match="can't take a Stack with skip=True"):
         fc.Stream(fc.Stack(*cells(True), skip=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("masked_output", ["hold", "zero"])
+def test_residuals_under_a_mask(x, masked_output, reverse):
+    """Layer by layer, as all cells step by step; what is masked is never seen, the skipped input neither."""
+    stack = fc.Stack(fc.GRUCell(4, 4), fc.LSTMCell(4, 4), residual=True).double()
+    mask = torch.rand(T, N) < 0.5
+    mask[:2, 0] = False
+    hidden = torch.where(mask[..., None], x, torch.full_like(x, float("nan"))).requires_grad_()
+    for lengths in (None, [7, 5, 0]):
+        options = {"mask": mask, "masked_output": masked_output, "reverse": reverse, "lengths": lengths}
+        y, state = fc.scan(stack, hidden, **options)
+        whole, last = fc.scan(fc.wrappers.Wrapper(stack), x, **options)
+        torch.testing.assert_close(y, whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
+        (gradient,) = torch.autograd.grad(y.square().sum(), hidden)
+        assert gradient.isfinite().all()
+        assert not gradient[~mask].any()

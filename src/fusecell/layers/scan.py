@@ -153,16 +153,27 @@ def _scan_stack(
         each.append(outputs)
         if index + 1 < len(stack.cells):
             outputs = flow(outputs)
-        if index == 0 and options.lengths is not None and stack.residual:
-            below = _within(below, options.lengths)
+        if index == 0 and stack.residual and (options.lengths is not None or extras.mask is not None):
+            below = _as_output(below, options, extras)
         outputs = stack.join(outputs, below)
     return stack.result(outputs, each), after
 
 
-def _within(value: Tensor, lengths: Tensor) -> Tensor:
-    """``value`` (T, N, size), zero beyond each row's length."""
-    valid = torch.arange(value.shape[0], device=lengths.device)[:, None] < lengths
-    return torch.where(valid[..., None], value, torch.zeros_like(value))
+def _as_output(value: Tensor, options: Options, extras: Extras) -> Tensor:
+    """(T, N, size) as a cell that passed it on would give it: 0 beyond lengths, held or 0 where it is masked."""
+    time = torch.arange(value.shape[0], device=value.device)[:, None]
+    within = time < (value.shape[0] if options.lengths is None else options.lengths)
+    valid = within if extras.mask is None else within & extras.mask
+    if extras.mask is None or not extras.hold:
+        return torch.where(valid[..., None], value, torch.zeros_like(value))
+    # The place of the last step that counted, in the order in which the steps run; out of reach where there is none.
+    if options.reverse:
+        place = torch.where(valid, time, len(value)).flip(0).cummin(0).values.flip(0)
+    else:
+        place = torch.where(valid, time, -1).cummax(0).values
+    known = within & (place >= 0) & (place < len(value))
+    held = value.gather(0, place.clamp(0, len(value) - 1)[..., None].expand_as(value))
+    return torch.where(known[..., None], held, torch.zeros_like(value))
 
 
 def not_a_cell(found: object) -> str:
