@@ -217,6 +217,7 @@ def test_masks_go_through_both_directions_sequential_and_record(x):
     assert torch.equal(model(x.float(), mask=mask)[0], y.relu())
     tape = fc.record(layer.forward_layer, x.float(), mask=mask)
     torch.testing.assert_close(tape.value("output"), y[..., :H].detach())
+    assert tape.kinds == ("GRUCell",)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fusecell.cell import Cell
 from fusecell.runner import Options, State, steps_of
 from fusecell.wrappers import Wrapper
 
-__all__ = ["PLAIN", "Extras", "MaskedOutput", "check_extras", "describe", "wrapped"]
+__all__ = ["PLAIN", "Extras", "MaskedOutput", "asked_of", "check_extras", "describe", "wrapped"]
 
 MaskedOutput = Literal["hold", "zero"]
 
@@ -147,6 +147,13 @@ class _Gradient(torch.autograd.Function):
 def _bounded(value: Tensor, flag: Tensor | None, clip: float | None) -> Tensor:
     found: Tensor = _Gradient.apply(value, flag, clip)  # type: ignore[no-untyped-call]
     return found
+
+
+def asked_of(cell: Cell) -> Cell:
+    """The cell inside what a scan has put around it."""
+    while isinstance(cell, Masked | Cut):
+        cell = cell.cell
+    return cell
 
 
 @dataclass(frozen=True, slots=True)

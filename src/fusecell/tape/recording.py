@@ -24,6 +24,7 @@ from fusecell.compiler.runner import run_auto
 from fusecell.compiler.trace import Refusal, trace
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
+from fusecell.layers.sequence import asked_of
 from fusecell.runner import Options, State, recording, recording_into, register
 from fusecell.tape.tape import Tape, Track
 from fusecell.wrappers import Wrapper
@@ -69,7 +70,7 @@ def record(
     def keep(cell: Cell, found: dict[str, Any], options: Options) -> None:
         inputs.append(found.pop("input"))
         equation, source = _equation(cell), _source(cell)
-        kind = type(cell).__name__
+        kind = type(asked_of(cell)).__name__
         track = Track(kind, options.reverse, tuple(cell.states), **found, equation=equation, source=source)
         tracks.append(track)
         seen[:] = [options.lengths]
