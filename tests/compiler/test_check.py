@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 
 import fusecell as fc
 from fusecell.compiler import check
+from fusecell.compiler.extents import extents
 from fusecell.compiler.runner import find_learner, find_program
 from fusecell.errors import CompilerError
 
@@ -38,39 +40,73 @@ def test_results_are_the_same_bits(monkeypatch, batch_first):
     assert all(torch.equal(one, other) for one, other in zip(plain, results(cell, x, **options), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda words, size: words["out.output.ptr"] + size, "wrote behind output"),
-        (lambda words, size: words["out.output.ptr"] - 1, "wrote before output"),
-        (lambda words, size: words["last.h.ptr"] - 64, r"wrote before last\.h"),
-        (lambda words, size: words["scratch"] - 1, "wrote before the scratch memory"),
-    ],
-)
-def test_a_write_outside_is_found(write, message):
+def called(run, given=None):
+    """A GRU's kernel, or what ``run`` makes of it, run by the check over 7 steps of 3 rows."""
     cell, x = fc.GRUCell(5, 17), torch.randn(7, 3, 5)
     found = find_program(cell, (x,)).kernel
     block = found.block()
-    outputs, last = torch.empty(7, 3, 17), torch.empty(3, 17)
     kept = [
-        found.give_sequences(block, found.words.inputs.values(), [x]),
-        found.give_matrices(block, found.words.weights.values(), [p.detach() for p in cell.parameters()]),
-        found.give_states(block, found.words.first, [torch.zeros(3, 17)]),
+        torch.empty(7, 3, 17),
+        torch.empty(3, 17),
+        torch.zeros(3, 17),
+        *[getattr(cell, name).detach() for name in found.words.weights],
     ]
-    found.give_sequences(block, found.words.outputs.values(), [outputs])
-    found.give_states(block, found.words.last, [last])
+    found.give_sequences(block, found.words.inputs.values(), [x])
+    found.give_matrices(block, found.words.weights.values(), kept[3:])
+    found.give_states(block, found.words.first, kept[2:3])
+    found.give_sequences(block, found.words.outputs.values(), kept[:1])
+    found.give_states(block, found.words.last, kept[1:2])
+    found.fill(block, 7, 3, False, 0, 7)
+    if given:
+        block[found.words.positions[given]] = 0
 
-    def run(address):
+    def run_and_more(address):
         found.long(address)
         words = (ctypes.c_int64 * len(found.emitted.words)).from_address(address)
-        ctypes.memset(write(dict(zip(found.emitted.words, words, strict=True)), outputs.nbytes), 0, 1)
+        run(dict(zip(found.emitted.words, words, strict=True)))
 
-    sizes = found.words.sizes
-    block[sizes[0]], block[sizes[1]], block[sizes[3]] = 7, 3, 7
-    extents = found.words.extents(7, 3, 4)
+    theirs = extents(found, block, 7, 3)
+    check.checked_run(run_and_more, block, found.emitted, theirs, found.words.positions, rows=3, chunk=7)
+
+
+@pytest.mark.parametrize(
+    ("word", "shift", "message"),
+    [
+        ("out.output.ptr", -1, "wrote before output"),
+        ("in.x.ptr", -1, "wrote before x"),
+        ("last.h.ptr", -64, r"wrote before last\.h"),
+        ("at.state.h", -1, r"wrote before its buffer state\.h"),
+    ],
+)
+def test_a_write_outside_is_found(word, shift, message):
     with pytest.raises(CompilerError, match=message):
-        check.checked_run(run, block, found.emitted, extents, found.words.positions, steps=7, rows=3, chunk=7)
-    del kept
+        called(lambda words: ctypes.memset(words[word] + shift, 0, 1))
+
+
+def test_a_kernel_without_an_address_is_not_run():
+    with pytest.raises(CompilerError, match=r"without weight\.weight_hh\.ptr"):
+        called(lambda words: pytest.fail("it ran"), given="weight.weight_hh.ptr")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no guard pages")
+@pytest.mark.parametrize(
+    ("word", "behind"),
+    [("out.output.ptr", 7 * 3 * 17 * 4), ("in.x.ptr", 7 * 3 * 5 * 4), ("weight.weight_hh.ptr", 3 * 17 * 17 * 4)],
+)
+def test_one_byte_too_far_is_the_end(word, behind):
+    """Reading the byte before is fine, and what is behind it ends the process."""
+    code = f"""if True:
+        import ctypes, sys
+        from tests.compiler.test_check import called
+        def run(words):
+            ctypes.string_at(words["{word}"] + {behind} - 1, 1)
+            print("so far", flush=True)
+            ctypes.string_at(words["{word}"] + {behind}, 1)
+            print("too far", flush=True)
+        called(run)
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "so far\n")
 
 
 def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
@@ -82,7 +118,7 @@ def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
     # As if the panel were a block shorter than what is written.
     shorter = type(size)(size.fixed - 64, size.per_row, size.per_chunk_row, size.per_chunk_step)
     monkeypatch.setitem(whole.buffers, name, shorter)
-    with pytest.raises(CompilerError, match=f"wrote behind its buffer {name}"):
+    with pytest.raises(CompilerError, match=f"wrote behind its buffer {name},"):
         fc.scan(cell, x)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler import check
+from fusecell.compiler.extents import extents
 from fusecell.compiler.kernel import Kernel
 from fusecell.compiler.threads import run_team
 
@@ -90,9 +91,8 @@ def run(kernel: Kernel, block: array[int], steps: int, rows: int, reverse: bool,
     chunk = kernel.fill(block, steps, rows, reverse, scratch.data_ptr())
     function = kernel.short if kernel.macs * steps * rows < SHORT_CALL else kernel.long
     if check.ENABLED:
-        extents = kernel.words.extents(steps, reach or rows, kernel.itemsize)
-        position = kernel.words.positions
-        check.checked_run(function, block, kernel.emitted, extents, position, steps=steps, rows=rows, chunk=chunk)
+        theirs, position = extents(kernel, block, steps, reach or rows), kernel.words.positions
+        check.checked_run(function, block, kernel.emitted, theirs, position, rows=rows, chunk=chunk)
     else:
         function(block.buffer_info()[0])
 

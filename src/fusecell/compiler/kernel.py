@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fusecell.compiler import check
 from fusecell.compiler.emit import Emitted, emit
 from fusecell.compiler.graph import SAVED, Graph
 from fusecell.compiler.machine import Loaded, load
@@ -67,23 +66,6 @@ class _Words:
 
     def _all(self, name: str, *parts: str) -> _Places:
         return tuple([self.positions[name + part] for part in parts])
-
-    def extents(self, steps: int, rows: int, itemsize: int) -> list[check.Extent]:
-        """Where a call with all these words given writes into memory of the caller's."""
-        graph = self._plan.graph
-        found = []
-        for label, (ptr, step, row) in self.outputs.items():
-            size = graph[graph.outputs[label]].size * itemsize
-            found.append(check.Extent(label, ptr, ((step, steps), (row, rows)), size))
-        for label, (ptr, stride0, stride1) in self.sums.items():
-            shape = graph[graph.outputs[label]].type.shape
-            pairs = tuple(zip((stride0, stride1), shape, strict=False))
-            found.append(check.Extent(label, ptr, pairs, itemsize))
-        for kind, table in (("last", self.last), ("reset", self.reset if self._plan.backward else [])):
-            for name, (ptr, row) in zip(self._plan.states, table, strict=False):
-                size = graph[self._plan.states[name][0]].size * itemsize
-                found.append(check.Extent(f"{kind}.{name}", ptr, ((row, rows),), size))
-        return found
 
     def _check(self, emitted: Emitted) -> None:
         tables = (self.inputs, self.weights, self.outputs, self.sums)

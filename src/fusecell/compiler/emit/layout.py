@@ -162,20 +162,22 @@ class Layout:
             f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{buffer.name}'], 'word')}")
 
     def place_buffers(self, f: Function, rows: Value, chunk_rows: Value, chunk_steps: Value) -> None:
-        """Work out every buffer's address and leave it in the argument block."""
-        here = self.pointer(f, "scratch")
-        for name, size in self.sizes.items():
-            f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{name}'], 'word')}")
-            total: Value = size.fixed
-            for count, each in (
-                (rows, size.per_row),
-                (chunk_rows, size.per_chunk_row),
-                (chunk_steps, size.per_chunk_step),
-            ):
-                total = f.add(total, f.mul(count, each))
-            up = f.add(total, 63)
-            aligned = -64 & up if isinstance(up, int) else f.let("aligned", f"and i64 {up}, -64")
-            here = f.at(here, aligned, name)
+        """Work out every buffer's address, unless the caller left it in the argument block and gave no scratch."""
+        scratch = self.pointer(f, "scratch")
+        with f.when("place", f.let("is.given", f"icmp ne ptr {scratch}, null")):
+            here = scratch
+            for name, size in self.sizes.items():
+                f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{name}'], 'word')}")
+                total: Value = size.fixed
+                for count, each in (
+                    (rows, size.per_row),
+                    (chunk_rows, size.per_chunk_row),
+                    (chunk_steps, size.per_chunk_step),
+                ):
+                    total = f.add(total, f.mul(count, each))
+                up = f.add(total, 63)
+                aligned = -64 & up if isinstance(up, int) else f.let("aligned", f"and i64 {up}, -64")
+                here = f.at(here, aligned, name)
 
 
 def row_address(
