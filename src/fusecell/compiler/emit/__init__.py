@@ -42,7 +42,7 @@ def emit(plan: Plan, target: Target) -> Emitted:
         emitter = StageEmitter(module, layout, plan, stage, products[stage.name])
         emitter.emit()
         if stage.affines:
-            tiles[stage.name] = ", ".join(f"{shape.rows}x{shape.blocks}" for shape in emitter.shapes)
+            tiles[stage.name] = emitter.tiling.text
     emit_driver(module, layout, plan, panels)
     emit_team(module)
     return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)

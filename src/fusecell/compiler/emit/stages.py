@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fusecell.compiler.emit.body import Body, join_lanes, partials, start_values
 from fusecell.compiler.emit.layout import Layout, Panel, row_address
-from fusecell.compiler.emit.text import Function, Module, Value
-from fusecell.compiler.emit.tiles import Shape, budget, shapes, tile_name
+from fusecell.compiler.emit.text import Function, Module
+from fusecell.compiler.emit.tiles import Tiling, budget, shared_out, tile_name, tiling
 from fusecell.compiler.passes import affine_parts
 from fusecell.compiler.plan import Place, Plan, Stage
 
@@ -69,11 +70,11 @@ class StageEmitter:
     plan: Plan
     stage: Stage
     segments: list[Segment]
-    shapes: list[Shape] = field(init=False)
+    tiling: Tiling = field(init=False)
 
     def __post_init__(self) -> None:
         products = max((segment.count for segment in self.segments), default=1)
-        self.shapes = shapes(self.module.target, self.module.dtype, products, self.blocks)
+        self.tiling = tiling(self.module.target, self.module.dtype, products, self.blocks)
 
     @property
     def name(self) -> str:
@@ -88,33 +89,58 @@ class StageEmitter:
         self._epilogue()
         if self.stage.affines:
             self._start()
-            for shape in self.shapes:
-                rest = self.blocks % shape.blocks
-                for blocks in [shape.blocks] + ([rest] if rest else []):
-                    self._tile(shape.rows, blocks)
+            for height, width in self._sizes():
+                self._tile(height, width)
         self._whole()
 
+    def _sizes(self) -> dict[tuple[int, int], None]:
+        """The heights and widths of all tiles."""
+        short = [(height, self.tiling.width(height)) for height in range(1, self.tiling.short + 1)]
+        tall = [(height, self.tiling.width(self.tiling.most)) for height in self.tiling.tall]
+        return dict.fromkeys(
+            (height, width) for height, most in (*short, *tall) for _, width in shared_out(self.blocks, most)
+        )
+
     def _whole(self) -> None:
-        """The stage over all rows: tiles of most rows first, column blocks outside so that a panel stays in cache."""
+        """The stage over all rows."""
         f = Function(self.module, self.name, *CALL, "i64 %rows")
         if not self.stage.affines:
             f.call(f"{self.name}.epilogue", *CALL, "i64 0", "i64 %rows", "i64 0", f"i64 {self.blocks}", "ptr null")
-        start: Value = 0
-        for shape in self.shapes if self.stage.affines else []:
-            left = f.sub("%rows", start, "left")
-            if shape.rows > 1:
-                left = f.mul(f.let("tiles", f"sdiv i64 {left}, {shape.rows}"), shape.rows)
-            stop = f.add(start, left, f"rows{shape.rows}")
-            full = self.blocks - self.blocks % shape.blocks
-            with f.loop("block", 0, full, shape.blocks) as block, f.loop("row", start, stop, shape.rows) as row:
-                f.call(self._tile_name(shape.rows, shape.blocks), *CALL, f"i64 {row}", f"i64 {block}")
-            if full < self.blocks:
-                with f.loop("row", start, stop, shape.rows) as row:
-                    f.call(self._tile_name(shape.rows, self.blocks - full), *CALL, f"i64 {row}", f"i64 {full}")
-            start = stop
+        else:
+            for height in range(1, self.tiling.short + 1):
+                with f.when(f"rows{height}", f.let("is.short", f"icmp eq i64 %rows, {height}")):
+                    for block, width in self._columns(f, self.tiling.width(height)):
+                        f.call(self._tile_name(height, width), *CALL, "i64 0", f"i64 {block}")
+            with f.when("tall", f.let("is.tall", f"icmp sgt i64 %rows, {self.tiling.short}")):
+                self._tall(f)
         if self.stage.reductions:
             self._finish_reductions(f)
         f.end()
+
+    def _tall(self, f: Function) -> None:
+        """Rows shared out evenly to high tiles; column blocks outside, so that a panel is read once into the cache."""
+        most = self.tiling.most
+        up = f.add("%rows", most - 1, "up")
+        count = f.let("tiles", f"udiv i64 {up}, {most}")
+        least = f.let("least", f"udiv i64 %rows, {count}")
+        more = f.sub("%rows", f.mul(least, count), "more")
+        for block, width in self._columns(f, self.tiling.width(most)):
+            with f.loop("tile", 0, count) as tile:
+                row = f.add(f.mul(tile, least), f.minimum(tile, more), "row")
+                is_more = f.let("is.more", f"icmp slt i64 {tile}, {more}")
+                height = f.add(least, f.let("one", f"zext i1 {is_more} to i64"), "height")
+                for each in self.tiling.tall:
+                    with f.when(f"height{each}", f.let("fits", f"icmp eq i64 {height}, {each}")):
+                        f.call(self._tile_name(each, width), *CALL, f"i64 {row}", f"i64 {block}")
+
+    def _columns(self, f: Function, most: int) -> Iterator[tuple[str, int]]:
+        """Loops over all column blocks, as few at a time as make all portions about equal: the first, how many."""
+        start = 0
+        for many, width in shared_out(self.blocks, most):
+            stop = start + many * width
+            with f.loop("block", start, stop, width) as block:
+                yield block, width
+            start = stop
 
     def _tile_name(self, rows: int, blocks: int) -> str:
         return f"{self.name}.tile.{rows}x{blocks}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fusecell.compiler.emit.layout import Layout, row_address
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
-from fusecell.compiler.emit.tiles import Shape, outer_name, shapes
+from fusecell.compiler.emit.tiles import Tiling, outer_name, shared_out, tiling
 from fusecell.compiler.plan import Plan, Sum
 
 __all__ = ["BLOCK", "SumEmitter"]
@@ -23,11 +23,9 @@ class SumEmitter:
 
     def __init__(self, module: Module, layout: Layout, plan: Plan) -> None:
         self.module, self.layout, self.plan = module, layout, plan
-        # A dozen rows keep the multipliers busy with the fewest reads of the other operand.
-        self.shapes = {found.name: self._shapes(found) for found in plan.sums if found.a is not None}
 
-    def _shapes(self, found: Sum) -> list[Shape]:
-        return shapes(self.module.target, self.module.dtype, 1, self.module.blocks(found.width))
+    def _tiling(self, found: Sum) -> Tiling:
+        return tiling(self.module.target, self.module.dtype, 1, self.module.blocks(found.width))
 
     def functions(self) -> None:
         """One function per sum, and those they share."""
@@ -138,25 +136,24 @@ class SumEmitter:
 
     def _tiles(self, f: Function, found: Sum, acc: str, a: str, a_k: str, b: str, b_k: str, depth: Value) -> None:
         """All of a sum's tiles, those of one block of columns after the other."""
-        module = self.module
-        blocks, start = module.blocks(found.width), 0
+        module, tiles = self.module, self._tiling(found)
         stride = module.padded(found.width)
-        for shape in self.shapes[found.name]:
-            stop = start + (found.height - start) // shape.rows * shape.rows
-            full = blocks - blocks % shape.blocks
-            for first, last, wide in ((0, full, shape.blocks), (full, blocks, blocks - full)):
-                if stop == start or first == last:
-                    continue
-                name = outer_name(module, shape.rows, wide)
-                with f.loop("block", first, last, wide) as block, f.loop("row", start, stop, shape.rows) as row:
-                    column = f.mul(block, module.block)
-                    here = f.at(f.at(acc, f.mul(row, stride)), column)
-                    own, other = f.at(a, f.mul(row, module.bytes)), f.at(b, column)
-                    f.call(
-                        name, f"ptr {here}", f"i64 {stride}", f"ptr {own}", f"i64 {a_k}", f"ptr {other}",
-                        f"i64 {b_k}", f"i64 {depth}",
-                    )  # fmt: skip
-            start = stop
+        most = min(tiles.most, found.height)
+        block = 0
+        for many, wide in shared_out(module.blocks(found.width), tiles.width(most)):
+            with f.loop("block", block, block + many * wide, wide) as first:
+                row, column = 0, f.mul(first, module.block)
+                for count, height in shared_out(found.height, most):
+                    name = outer_name(module, height, wide)
+                    with f.loop("row", row, row + count * height, height) as at:
+                        here = f.at(f.at(acc, f.mul(at, stride)), column)
+                        own, other = f.at(a, f.mul(at, module.bytes)), f.at(b, column)
+                        f.call(
+                            name, f"ptr {here}", f"i64 {stride}", f"ptr {own}", f"i64 {a_k}", f"ptr {other}",
+                            f"i64 {b_k}", f"i64 {depth}",
+                        )  # fmt: skip
+                    row += count * height
+            block += many * wide
 
     def _row_sum(self, found: Sum) -> None:
         module = self.module

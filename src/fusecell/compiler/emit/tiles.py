@@ -13,15 +13,7 @@ from dataclasses import dataclass
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.target import Target
 
-__all__ = ["Shape", "budget", "outer_name", "pack_name", "shapes", "tile_name"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Rows of the batch and blocks of columns that a tile takes at once."""
-
-    rows: int
-    blocks: int
+__all__ = ["Tiling", "budget", "outer_name", "pack_name", "shared_out", "tile_name", "tiling"]
 
 
 def budget(target: Target, dtype: str) -> int:
@@ -31,12 +23,53 @@ def budget(target: Target, dtype: str) -> int:
     return max(1, (target.registers - spare) // max(1, registers_each))
 
 
-def shapes(target: Target, dtype: str, products: int, blocks: int) -> list[Shape]:
-    """The tiles of a stage, most rows first: each fills the registers as far as its rows allow."""
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The tiles of a stage: each height in rows goes with a width in blocks that fills the registers.
+
+    Up to ``short`` rows are one tile, the wider the fewer there are. More rows are shared out evenly to tiles of
+    about ``most`` rows, all as wide as the highest: so each panel is read once, whatever is left over.
+
+    Attributes:
+        most: rows of the highest tile.
+        widths: by height, from one row up.
+    """
+
+    most: int
+    widths: tuple[int, ...]
+
+    @property
+    def short(self) -> int:
+        return (self.most + 1) // 2 if self.most > 1 else 0
+
+    def width(self, height: int) -> int:
+        """The blocks of columns that a tile of so many rows takes at most."""
+        return self.widths[(height if height <= self.short else self.most) - 1]
+
+    @property
+    def tall(self) -> range:
+        """The heights of the tiles that many rows are shared out to."""
+        return range(max(1, self.short), self.most + 1)
+
+    @property
+    def text(self) -> str:
+        """The tiles for people, rows x blocks."""
+        heights = dict.fromkeys((self.most, *range(self.short, 0, -1)))
+        return ", ".join(f"{height}x{self.width(height)}" for height in heights)
+
+
+def tiling(target: Target, dtype: str, products: int, blocks: int) -> Tiling:
+    """The tiles for a stage of so many products at once and blocks of columns."""
     room = max(1, budget(target, dtype) // products)
     most = min(8, room)
-    counts = sorted({most, *(rows for rows in (4, 2, 1) if rows < most)}, reverse=True)
-    return [Shape(rows, max(1, min(room // rows, blocks, 8))) for rows in counts]
+    return Tiling(most, tuple(max(1, min(room // rows, blocks, 8)) for rows in range(1, most + 1)))
+
+
+def shared_out(count: int, most: int) -> list[tuple[int, int]]:
+    """``count`` in as few portions of at most ``most`` as there can be, all about equal: how many of which size."""
+    portions = -(-count // most)
+    least, more = divmod(count, portions)
+    return [(many, size) for many, size in ((more, least + 1), (portions - more, least)) if many]
 
 
 def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
