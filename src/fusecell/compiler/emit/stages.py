@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fusecell.compiler.emit.body import Body, join_lanes, partials, start_values
 from fusecell.compiler.emit.layout import Layout, Panel, row_address
 from fusecell.compiler.emit.text import Function, Module
-from fusecell.compiler.emit.tiles import Tiling, budget, shared_out, tile_name, tiling
+from fusecell.compiler.emit.tiles import LINE, Tiling, budget, shared_out, tile_name, tiling
 from fusecell.compiler.passes import affine_parts
 from fusecell.compiler.plan import Place, Plan, Stage
 
@@ -110,7 +110,7 @@ class StageEmitter:
             for height in range(1, self.tiling.short + 1):
                 with f.when(f"rows{height}", f.let("is.short", f"icmp eq i64 %rows, {height}")):
                     for block, width in self._columns(f, self.tiling.width(height)):
-                        f.call(self._tile_name(height, width), *CALL, "i64 0", f"i64 {block}")
+                        f.call(self._tile_name(height, width), *CALL, "i64 0", f"i64 {block}", "i64 0")
             with f.when("tall", f.let("is.tall", f"icmp sgt i64 %rows, {self.tiling.short}")):
                 self._tall(f)
         if self.stage.reductions:
@@ -131,7 +131,7 @@ class StageEmitter:
                 height = f.add(least, f.let("one", f"zext i1 {is_more} to i64"), "height")
                 for each in self.tiling.tall:
                     with f.when(f"height{each}", f.let("fits", f"icmp eq i64 {height}, {each}")):
-                        f.call(self._tile_name(each, width), *CALL, f"i64 {row}", f"i64 {block}")
+                        f.call(self._tile_name(each, width), *CALL, f"i64 {row}", f"i64 {block}", f"i64 {tile}")
 
     def _columns(self, f: Function, most: int) -> Iterator[tuple[str, int]]:
         """Loops over all column blocks, as few at a time as make all portions about equal: the first, how many."""
@@ -148,7 +148,7 @@ class StageEmitter:
     def _tile(self, rows: int, blocks: int) -> None:
         """Start, products and epilogue of one tile; its accumulators pass through a little memory in L1."""
         module, block = self.module, self.module.block
-        f = Function(module, self._tile_name(rows, blocks), *CALL, "i64 %row", "i64 %block")
+        f = Function(module, self._tile_name(rows, blocks), *CALL, "i64 %row", "i64 %block", "i64 %turn")
         acc_row = len(self.stage.affines) * blocks * block
         acc = f.let("acc", f"alloca [{rows * acc_row} x i8], align 64")
         part = ("i64 %row", f"i64 {rows}", "i64 %block", f"i64 {blocks}", f"ptr {acc}")
@@ -168,9 +168,21 @@ class StageEmitter:
                 f"ptr {panel}",
                 f"i64 {panel_block}",
                 f"i64 {depth}",
+                *self._ahead(f, panel, blocks * panel_block, depth),
             )
         f.call(f"{self.name}.epilogue", *CALL, *part)
         f.end()
+
+    def _ahead(self, f: Function, panel: str, bytes_: int, depth: int) -> tuple[str, str]:
+        """What a tile asks for meanwhile: the first nothing, each of the others its share of the next panel.
+
+        The first tile of a panel takes it as fast as it comes from L3; asking for more would slow that down.
+        """
+        first = f.let("is.first", "icmp eq i64 %turn, 0")
+        share = f.mul(f.sub("%turn", 1), depth * LINE)
+        following = f.at(f.at(panel, bytes_), share, "following")
+        ahead = f.let("ahead", f"select i1 {first}, ptr {panel}, ptr {following}")
+        return f"ptr {ahead}", f"i64 {f.let('ahead.k', f'select i1 {first}, i64 0, i64 {LINE}')}"
 
     def _start(self) -> None:
         """Accumulators begin with their init: a weight's values, or what was lifted; else with zero."""

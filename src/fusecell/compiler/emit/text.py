@@ -224,6 +224,11 @@ class Function:
     def store(self, value: str, pointer: str, align: int) -> None:
         self.do(f"store {self.module.vector} {value}, ptr {pointer}, align {align}")
 
+    def prefetch(self, pointer: str) -> None:
+        """Have memory brought into L2 that will be read later; an address that is nobody's does no harm."""
+        self.module.declares.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 2, i32 1)")
+
     def splat(self, scalar: str, name: str) -> str:
         """A number in every lane."""
         vector, kind = self.module.vector, self.module.scalar

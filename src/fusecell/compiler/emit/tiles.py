@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.target import Target
 
-__all__ = ["Tiling", "budget", "outer_name", "pack_name", "shared_out", "tile_name", "tiling"]
+__all__ = ["LINE", "Tiling", "budget", "outer_name", "pack_name", "shared_out", "tile_name", "tiling"]
 
 
 def budget(target: Target, dtype: str) -> int:
@@ -21,6 +21,11 @@ def budget(target: Target, dtype: str) -> int:
     registers_each = LANES * (4 if dtype == "f32" else 8) * 8 // target.vector_bits
     spare = target.registers // 4
     return max(1, (target.registers - spare) // max(1, registers_each))
+
+
+# The rows from which a tile has loads to spare for asking for memory in advance, and the bytes that come with each.
+_ENOUGH_ROWS = 4
+LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
     """The tile's function, emitted on first use.
 
     It takes the accumulators and the bytes between their rows, the operand and the bytes between its rows, the panel
-    and the bytes between its blocks, and the depth.
+    and the bytes between its blocks, the depth, and memory that will be read later with its bytes for every k.
     """
     name = f"tile.{rows}x{products}x{blocks}"
     if name not in module.made:
@@ -89,10 +94,13 @@ def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
             "ptr %panel",
             "i64 %panel.block",
             "i64 %depth",
+            "ptr %ahead",
+            "i64 %ahead.k",
         )
         f = Function(module, name, *head)
         f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
-        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block, module.block)
+        ahead = "%ahead" if rows >= _ENOUGH_ROWS else ""
+        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block, module.block, ahead)
         _tile(f, walk, rows, products, blocks)
     return name
 
@@ -123,6 +131,8 @@ class _Walk:
     block: Value
     panel_k: Value
     align: int
+    ahead: str = ""
+    """Memory that is asked for meanwhile, a line for every k."""
 
 
 def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> None:
@@ -149,6 +159,8 @@ def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> No
         row = f.at(panel_here, f.mul(walk.block, b), f"panel.b{b}")
         for p in range(products):
             weights[p, b] = f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
+    if walk.ahead:
+        f.prefetch(f.at(walk.ahead, f.mul("%k", "%ahead.k"), "ahead"))
     for r in range(rows):
         pointer = f.at(a_here, f.mul(walk.row, r), f"a.r{r}")
         value = f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}")
