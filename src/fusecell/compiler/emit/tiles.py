@@ -8,6 +8,7 @@ each element by one FMA per k, and stored again: whatever the tile, an element's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
@@ -99,9 +100,8 @@ def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
         )
         f = Function(module, name, *head)
         f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
-        ahead = "%ahead" if rows >= _ENOUGH_ROWS else ""
-        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block, module.block, ahead)
-        _tile(f, walk, rows, products, blocks)
+        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block, module.block)
+        _tile(f, walk, rows, products, blocks, _next_panel if rows >= _ENOUGH_ROWS else None)
     return name
 
 
@@ -117,8 +117,24 @@ def outer_name(module: Module, rows: int, blocks: int) -> str:
         head = ("ptr noalias %acc", "i64 %acc.row", "ptr %a", "i64 %a.k", "ptr %b", "i64 %b.k", "i64 %depth")
         f = Function(module, name, *head)
         f.comment(f"{rows} features x {blocks} blocks of {LANES} features")
-        _tile(f, _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k", module.bytes), rows, 1, blocks)
+        walk = _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k", module.bytes)
+        _tile(f, walk, rows, 1, blocks, _next_sums(rows) if rows >= _ENOUGH_ROWS else None)
     return name
+
+
+def _next_panel(f: Function) -> str:
+    return f.at("%ahead", f.mul("%k", "%ahead.k"), "ahead")
+
+
+def _next_sums(rows: int) -> Callable[[Function], str]:
+    """The accumulators of the tile below, a line for every k: eight rows of them, then what is right of it."""
+
+    def line(f: Function) -> str:
+        row, right = f.let("row", "and i64 %k, 7"), f.let("right", "lshr i64 %k, 3")
+        below = f.at("%acc", f.mul("%acc.row", f.add(row, rows)), "below")
+        return f.at(below, f.mul(right, LINE), "ahead")
+
+    return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +147,12 @@ class _Walk:
     block: Value
     panel_k: Value
     align: int
-    ahead: str = ""
-    """Memory that is asked for meanwhile, a line for every k."""
 
 
-def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> None:
+def _tile(
+    f: Function, walk: _Walk, rows: int, products: int, blocks: int, ahead: Callable[[Function], str] | None
+) -> None:
+    """Loads, multiply-adds over all k, stores; ``ahead`` is memory that is asked for meanwhile, a line for every k."""
     module, block = f.module, f.module.block
     keys = [(r, p, b) for r in range(rows) for p in range(products) for b in range(blocks)]
     acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(rows)]
@@ -159,8 +176,8 @@ def _tile(f: Function, walk: _Walk, rows: int, products: int, blocks: int) -> No
         row = f.at(panel_here, f.mul(walk.block, b), f"panel.b{b}")
         for p in range(products):
             weights[p, b] = f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
-    if walk.ahead:
-        f.prefetch(f.at(walk.ahead, f.mul("%k", "%ahead.k"), "ahead"))
+    if ahead is not None:
+        f.prefetch(ahead(f))
     for r in range(rows):
         pointer = f.at(a_here, f.mul(walk.row, r), f"a.r{r}")
         value = f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}")
