@@ -1,4 +1,4 @@
-"""Parts of a call on several threads: the numbers of the Python loop, and the same bits on any number of them."""
+"""Calls of several threads: the numbers of the Python loop, and the same bits on any number of them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler import program, threads, training
+from fusecell.compiler import call, kernel, threads
+from fusecell.compiler.emit import crew as emit_crew
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    """Calls of any size go in parts."""
-    for module in (program, training):
-        monkeypatch.setattr(module, "LONG_CALL", 0)
-    monkeypatch.setattr(training, "TRAINING_ROWS", 2)
-    monkeypatch.setattr(training, "FEW_STEPS", 1)
-    monkeypatch.setattr(training, "MOST_PARTS", 3)
+def crews(monkeypatch):
+    """Calls of any size have a crew, which waits for all of its threads."""
+    monkeypatch.setattr(call, "CREW_CALL", 0)
+    monkeypatch.setattr(call, "CREW_STEP", 0)
+    monkeypatch.setattr(call, "crew_waits", lambda: False)
+    monkeypatch.setattr(emit_crew, "_PATIENCE", 1 << 40)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    fc.refresh()
 
 
 @pytest.fixture(params=["torch's team", "Python's threads"])
 def team(request, monkeypatch):
     if request.param == "Python's threads":
-        monkeypatch.setattr(threads, "_parallel", lambda: None)
-    elif threads._parallel() is None:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
         pytest.skip("torch has no OpenMP runtime with GNU's entry here")
 
 
@@ -49,40 +50,58 @@ def run(cell, x, options, runner="compiled"):
     return [*found, *(value.detach() for value in results), leaf.grad, *(p.grad.clone() for p in cell.parameters())]
 
 
-OPTIONS = {
-    "plain": {},
-    "lengths": {"lengths": [5, 9, 0, 1, 9, 4, 9]},
-    "resets, reversed": {
-        "resets": torch.rand(9, 7, generator=torch.Generator().manual_seed(0)) < 0.3,
-        "reverse": True,
-    },
-    "all at once": {
-        "lengths": torch.tensor([5, 9, 0, 1, 9, 4, 9]),
-        "resets": torch.rand(9, 7, generator=torch.Generator().manual_seed(1)) < 0.3,
-        "reverse": True,
-    },
-}
+def options(kind, rows):
+    found, generator = {}, torch.Generator().manual_seed(len(kind))
+    if "lengths" in kind:
+        found["lengths"] = torch.randint(0, 10, (rows,), generator=generator).index_fill(0, torch.tensor([1]), 9)
+    if "resets" in kind:
+        found["resets"] = torch.rand(9, rows, generator=generator) < 0.3
+    return {**found, "reverse": "reversed" in kind}
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", ["plain", "lengths", "resets, reversed", "lengths, resets, reversed"])
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell])
 @pytest.mark.usefixtures("team")
-def test_parts_are_the_whole(make, kind):
+def test_a_crew_is_as_one(make, kind, monkeypatch):
+    """Seven rows are too few to part for two threads, thirteen for four; chunks of a few steps."""
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 16 << 10)
     torch.manual_seed(2)
-    cell = make(5, 11).double()
-    x = torch.randn(9, 7, 5, dtype=torch.float64)
-    seen = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        seen.append(run(cell, x, OPTIONS[kind]))
-    for one, two, three in zip(*seen, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
-    for mine, loop in zip(seen[0], run(cell, x, OPTIONS[kind], "eager"), strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-11)
+    cell = make(5, 37).double()
+    for rows in (7, 13):
+        x, given = torch.randn(9, rows, 5, dtype=torch.float64), options(kind, rows)
+        seen = []
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            seen.append(run(cell, x, given))
+        for one, *others in zip(*seen, strict=True):
+            assert all(torch.equal(one, other) for other in others)
+        for mine, loop in zip(seen[0], run(cell, x, given, "eager"), strict=True):
+            torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-11)
 
 
-def test_layouts_of_parts():
+def test_who_comes_late_is_not_waited_for(monkeypatch):
+    """The call is done by who is there, and the next ones do without the others, for longer each time."""
+    monkeypatch.setattr(emit_crew, "_PATIENCE", 0)
+    cell, x = fc.GRUCell(5, 11), torch.randn(9, 7, 5)
+    torch.set_num_threads(1)
+    expected = run(cell, x, {})
+    torch.set_num_threads(4)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(cell, x, {}), expected, strict=True))
+    aside = threads._Aside()
+    assert not aside.waits()
+    stays = []
+    for _ in range(8):
+        aside.judge(late=True)
+        stays.append(sum(aside.waits() for _ in range(1000)))
+    assert stays == sorted(stays)
+    assert 0 < stays[0] < stays[-1] < 1000
+    aside.judge(late=False)
+    aside.judge(late=True)
+    assert sum(aside.waits() for _ in range(1000)) == stays[0]
+
+
+def test_layouts_of_a_crew():
     torch.manual_seed(3)
     layer = fc.GRU(5, 11, batch_first=True, bidirectional=True)
     torch.set_num_threads(2)

@@ -1,27 +1,32 @@
-"""Calls of a kernel from torch: scratch memory, rows in parts, threads."""
+"""Calls of a kernel from torch: scratch memory, rows of different lengths, threads."""
 
 from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusecell.compiler import check
+from fusecell.compiler.emit import ROWS_EACH
 from fusecell.compiler.extents import extents
 from fusecell.compiler.kernel import Kernel
-from fusecell.compiler.threads import run_team
+from fusecell.compiler.threads import crew_waits, run_crew
 
-__all__ = ["Part", "run", "run_parts"]
+__all__ = ["RaggedRows", "run"]
 
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
-# Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls.
-SMALL_SCRATCH, LARGE_SCRATCH = 1 << 16, 1 << 23
+# Multiply-adds that are worth waking a crew for, and those of a step's loop, with the bytes of its weights, that are
+# worth that it meets in every step: some two microseconds.
+CREW_CALL = 3_000_000
+CREW_STEP, CREW_STEP_BYTES = 160_000, 280_000
+# Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls. From the
+# third NumPy asks for huge pages, whose first touch costs a fraction.
+SMALL_SCRATCH, LARGE_SCRATCH, HUGE_SCRATCH = 1 << 16, 1 << 26, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -34,91 +39,77 @@ class RaggedRows:
 
     @classmethod
     def of(cls, lengths: Tensor, steps: int) -> RaggedRows:
+        """The rows of a call, from their lengths."""
         longest, order = torch.sort(lengths, descending=True, stable=True)
-        return cls._of_sorted(longest, order, steps)
-
-    def every(self, count: int, place: int, lengths: Tensor) -> RaggedRows:
-        """One row of every ``count``, from the one at ``place``."""
-        order = self.order[place::count].contiguous()
-        return self._of_sorted(lengths[order], order, self.counts.shape[0])
-
-    @classmethod
-    def _of_sorted(cls, longest: Tensor, order: Tensor, steps: int) -> RaggedRows:
         counts = (longest > torch.arange(steps, device=longest.device)[:, None]).sum(1)
         return cls(order, counts, torch.cumsum(counts, 0) - counts)
 
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.order.shape[0]
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a call: one after another from ``first``, or those that ``ragged`` lists."""
-
-    first: int
-    rows: int
-    all_rows: int
-    """The rows of all steps together."""
-    ragged: RaggedRows | None
-
-    @classmethod
-    def all_of(cls, rows: int, steps: int, lengths: Tensor | None, count: int) -> list[Part]:
-        """The rows of a call in about equal parts; of rows with lengths every part has long ones and short ones."""
-        if lengths is not None:
-            ragged = RaggedRows.of(lengths, steps)
-            made = [ragged] if count == 1 else [ragged.every(count, place, lengths) for place in range(count)]
-            return [cls(0, each.order.shape[0], int(each.counts.sum()), each) for each in made]
-        bounds = [rows * place // count for place in range(count + 1)]
-        return [cls(a, b - a, steps * (b - a), None) for a, b in pairwise(bounds)]
-
-    def block(self, kernel: Kernel, block: array[int]) -> array[int]:
-        """A copy of a kernel's argument block for these rows."""
-        block, words = block[:], kernel.words
-        if self.ragged is not None:
-            kernel.give_ragged(block, self.ragged.order, self.ragged.counts, self.ragged.offsets)
-        elif self.first:
-            sequences = (*words.inputs.values(), *words.outputs.values(), words.resets)
-            for ptr, row in (*((ptr, row) for ptr, _, row in sequences), *words.first, *words.last, *words.reset):
-                block[ptr] += self.first * block[row] if block[ptr] else 0
-        return block
+    @property
+    def all_rows(self) -> int:
+        """The rows of all steps together."""
+        return int(self.counts.sum())
 
 
-def run(kernel: Kernel, block: array[int], steps: int, rows: int, reverse: bool, reach: int | None = None) -> None:
-    """Run a kernel over a filled block.
+def run(
+    kernel: Kernel, block: array[int], steps: int, rows: int, reverse: bool, ragged: RaggedRows | None = None
+) -> None:
+    """Run a kernel over a filled block, on as many threads as torch would take and the call is worth.
 
     Arguments:
-        rows: how many take part.
-        reach: how many the caller's tensors have, if that is more.
+        ragged: the rows' lengths, where they differ.
     """
+    if ragged is not None:
+        kernel.give_ragged(block, ragged.order, ragged.counts, ragged.offsets)
     scratch = _scratch(kernel.scratch_bytes(steps, rows))
     chunk = kernel.fill(block, steps, rows, reverse, scratch.data_ptr())
-    function = kernel.short if kernel.macs * steps * rows < SHORT_CALL else kernel.long
+    threads = crew_size(kernel, steps, rows)
     if check.ENABLED:
-        theirs, position = extents(kernel, block, steps, reach or rows), kernel.words.positions
-        check.checked_run(function, block, kernel.emitted, theirs, position, rows=rows, chunk=chunk)
+        theirs, position = extents(kernel, block, steps, rows), kernel.words.positions
+        check.checked_run(
+            lambda address: start(kernel, address, steps, rows, threads),
+            block, kernel.emitted, theirs, position, rows=rows, chunk=chunk,
+        )  # fmt: skip
     else:
-        function(block.buffer_info()[0])
+        start(kernel, block.buffer_info()[0], steps, rows, threads)
 
 
-def run_parts(kernel: Kernel, blocks: Sequence[tuple[array[int], Part]], steps: int, rows: int, reverse: bool) -> None:
-    """Run a kernel over the blocks of the parts of a call, on as many threads as torch would take."""
-    if check.ENABLED:
-        # Side by side the copies that a check makes of the caller's memory would undo one another.
-        for block, part in blocks:
-            run(kernel, block, steps, part.rows, reverse, None if part.ragged is None else rows)
-        return
-    sizes = [kernel.scratch_bytes(steps, part.rows) for _, part in blocks]
-    scratch = _scratch(sum(sizes))
-    here = scratch.data_ptr()
-    for (block, part), size in zip(blocks, sizes, strict=True):
-        kernel.fill(block, steps, part.rows, reverse, here)
-        here += size
-    data = array("q", [0, len(blocks), *[block.buffer_info()[0] for block, _ in blocks]])
-    run_team(kernel.team, data.buffer_info()[0], min(torch.get_num_threads(), len(blocks)))
+def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
+    """Run a kernel over the block at an address."""
+    if threads > 1:
+        run_crew(kernel.crew, address, threads)
+    elif kernel.macs * steps * rows < SHORT_CALL:
+        kernel.short(address)
+    else:
+        kernel.long(address)
+
+
+def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
+    """How many threads a call is worth."""
+    if kernel.macs * steps * rows < CREW_CALL:
+        return 1
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return 1
+    if rows < ROWS_EACH * threads:
+        bytes_ = kernel.loop_macs * kernel.itemsize
+        if rows * kernel.loop_macs < CREW_STEP and bytes_ < CREW_STEP_BYTES:
+            return 1
+    return 1 if crew_waits() else threads
 
 
 def _scratch(size: int) -> Tensor:
     """Memory for one call: a thread's own, kept for its next call unless it is large."""
     kept: Tensor | None = getattr(_memory, "scratch", None)
     if kept is None or kept.shape[0] < size:
-        kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
+        if size < HUGE_SCRATCH:
+            kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
+        else:
+            kept = torch.from_numpy(np.empty(size, np.uint8))
         if size <= LARGE_SCRATCH:
             _memory.scratch = kept
     return kept

@@ -23,8 +23,10 @@ from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
-# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them.
+# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them; and the
+# rows that a chunk has at least where panels larger than L2 are read for each.
 CHUNK_BYTES = 384 * 1024
+LARGE_PANELS, CHUNK_ROWS = 4 << 20, 128
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -98,8 +100,10 @@ class Kernel:
     itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
-    team: int
-    """The address of what runs many blocks."""
+    crew: int
+    """The address of what each thread of a crew runs."""
+    loop_macs: int
+    """Multiply-adds of a row's step that wait for the step before."""
     _zeros: array[int]
 
     def block(self) -> array[int]:
@@ -156,7 +160,10 @@ class Kernel:
 
     def chunk(self, steps: int, rows: int) -> int:
         """The steps of a chunk."""
-        return max(1, min(steps, CHUNK_BYTES // max(self.emitted.scratch.per_chunk_row * rows, 1)))
+        size, rows = self.emitted.scratch, max(rows, 1)
+        fitting = CHUNK_BYTES // max(size.per_chunk_row * rows, 1)
+        least = -(-CHUNK_ROWS // rows) if size.fixed > LARGE_PANELS and not self.words.sums else 1
+        return max(1, min(steps, max(least, fitting)))
 
     def scratch_bytes(self, steps: int, rows: int) -> int:
         """What a call needs, and room to align it."""
@@ -179,7 +186,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
     words = _Words(schedule, emitted)
-    loaded = load(emitted.text, ["run", "team"], target)
+    loaded = load(emitted.text, ["run", "crew"], target)
     address = loaded.address("run")
     return Kernel(
         schedule,
@@ -192,7 +199,8 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         4 if graph.dtype == "f32" else 8,
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-        loaded.address("team"),
+        loaded.address("crew"),
+        sum(_macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines),
         array("q", bytes(8 * len(emitted.words))),
     )
 
@@ -205,8 +213,11 @@ def _macs(schedule: Plan) -> int:
     """Multiply-adds of a row's step."""
     graph = schedule.graph
     total = sum(found.height * found.width for found in schedule.sums if found.a is not None)
-    for _, node in graph:
-        if node.op == "affine":
-            terms: Any = node.attrs["terms"]
-            total += sum((term["rows"][1] - term["rows"][0]) * node.size for term in terms)
-    return total
+    return total + sum(_macs_of(graph, index) for index, node in graph if node.op == "affine")
+
+
+def _macs_of(graph: Graph, index: int) -> int:
+    """Multiply-adds of a row's products."""
+    node = graph[index]
+    terms: Any = node.attrs["terms"]
+    return sum((term["rows"][1] - term["rows"][0]) * node.size for term in terms)

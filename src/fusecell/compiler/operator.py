@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +209,7 @@ class _Given(NamedTuple):
         inputs, state, start, weights = map(tuple, (self.inputs, self.state, self.start, self.weights))
         call = Call.of(self.training(), inputs, state, start, weights, self.options)
         # As much memory as torch, which does not know the lengths, has been told.
-        call.parts = [replace(part, all_rows=call.steps * part.rows) for part in call.parts]
+        call.all_rows = call.steps * call.rows
         return call
 
     def due(self) -> list[bool]:

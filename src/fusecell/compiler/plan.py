@@ -128,6 +128,10 @@ class Plan:
             return Place(self.kept[index]) if index in self.kept else None
         return self.homes.get(index)
 
+    def stages_of(self, phase: Phase) -> list[Stage]:
+        """The stages of a phase, in order."""
+        return [stage for stage in self.stages if stage.phase == phase]
+
     def buffers(self) -> list[Buffer]:
         """Every buffer of the scratch memory, once each."""
         found = {place.buffer: None for place in self.homes.values()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.compiler.call import Part, run, run_parts
+from fusecell.compiler.call import RaggedRows, run
 from fusecell.compiler.graph import Graph, copy, rebuild
 from fusecell.compiler.kernel import Kernel, compile_graph
 from fusecell.compiler.memory import new_empty
@@ -19,9 +19,6 @@ from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, steps_of
 
 __all__ = ["Program", "compile_step", "refusal", "run_all", "run_forward", "without_notes"]
-
-# Multiply-adds that are worth a second thread.
-LONG_CALL = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,8 @@ def run_all(
     if options.resets is not None:
         kept += [start, kernel.give_states(block, words.reset, start)]
         kernel.give_resets(block, options.resets)
-    count = 1
-    if rows > 1 and kernel.macs * steps * rows >= LONG_CALL:
-        count = min(torch.get_num_threads(), rows)
-    if count == 1 and options.lengths is None:
-        run(kernel, block, steps, rows, options.reverse)
-    else:
-        parts = Part.all_of(rows, steps, options.lengths, count)
-        run_parts(kernel, [(part.block(kernel, block), part) for part in parts], steps, rows, options.reverse)
+    ragged = None if options.lengths is None else RaggedRows.of(options.lengths, steps)
+    run(kernel, block, steps, rows, options.reverse, ragged)
     return outputs, after
 
 

@@ -1,7 +1,7 @@
-"""The team of threads that runs the parts of a call side by side: the OpenMP team that torch has already.
+"""The threads that run a call together: the OpenMP team that torch has already.
 
 torch's operators leave their threads spinning for the next one. Threads of our own would have to share cores with them;
-so where torch brings an OpenMP runtime with GNU's entry, as on Linux, parts run on that team. Elsewhere they run on
+so where torch brings an OpenMP runtime with GNU's entry, as on Linux, a crew is of that team. Elsewhere it is of
 Python's threads, which kernels let go of the lock for.
 """
 
@@ -10,53 +10,113 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["run_team"]
+__all__ = ["run_crew"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _parent = os.getpid()
+# A crew's data, as ``emit.crew`` lays it out: so many words, from one on what it is given, from another what it found.
+_WORDS, _GIVEN, _FOUND = 16, 9, 13
+# So often a thread may give its core away while it waits, some ten microseconds each, before a call counts as late.
+_PATIENCE = 16
+_LEAST_ASIDE, _MOST_ASIDE = 8, 256
 
 
-def run_team(address: int, data: int, threads: int) -> None:
-    """Call machine code once in each thread of a team, the caller's own among them; return when all are done.
+def run_crew(address: int, args: int, threads: int) -> None:
+    """Call machine code once in each thread of a crew, the caller's own among them; return when all are done.
 
     Arguments:
-        address: of a C function that takes ``data``, shares the work out and needs no lock of Python's.
-        threads: how many. A forked child has one: the team is its parent's.
+        address: of ``@crew``, a C function of the data laid out below, which needs no lock of Python's.
+        args: the address of the call's argument block.
+        threads: how many are asked for. A forked child has one: the others are its parent's.
     """
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    if threads <= 1 or os.getpid() != _parent:
-        call(data)
-        return
-    parallel = _parallel()
-    if parallel is not None:
-        parallel(address, data, threads, 0)
-        return
-    helpers = [_pool(threads - 1).submit(call, data) for _ in range(threads - 1)]
-    call(data)
-    for helper in helpers:
-        helper.result()
+    if os.getpid() != _parent:
+        threads = 1
+    runtime = _openmp() if threads > 1 else None
+    data = array("q", bytes(8 * _WORDS))
+    data[_GIVEN : _GIVEN + 4] = array("q", [_yield(), 0 if runtime is None else runtime.count, threads, args])
+    here = data.buffer_info()[0]
+    if runtime is not None:
+        runtime.parallel(address, here, threads, 0)
+    else:
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        helpers = [_pool(threads - 1).submit(call, here) for _ in range(threads - 1)]
+        call(here)
+        for helper in helpers:
+            helper.result()
+    worked, gave_way = data[_FOUND], data[_FOUND + 1]
+    _aside.judge(late=worked < threads or gave_way > _PATIENCE)
+
+
+def crew_waits() -> bool:
+    """Whether a call should do without a crew, because the last ones had to wait for cores that others use."""
+    return _aside.waits()
+
+
+class _Aside:
+    """How long calls do without a crew: after one that waited, for some calls, twice as many each time."""
+
+    def __init__(self) -> None:
+        self._left, self._next = 0, _LEAST_ASIDE
+
+    def waits(self) -> bool:
+        if self._left:
+            self._left -= 1
+        return self._left > 0
+
+    def judge(self, *, late: bool) -> None:
+        if late:
+            self._left, self._next = self._next, min(2 * self._next, _MOST_ASIDE)
+        else:
+            self._next = _LEAST_ASIDE
+
+
+_aside = _Aside()
+
+
+@dataclass(frozen=True)
+class _OpenMP:
+    """The runtime that is loaded already: what runs a function in its team, and what tells how many do."""
+
+    parallel: Callable[[int, int, int, int], None]
+    count: int
+    """The address of ``omp_get_num_threads``: a team may be smaller than it was asked for."""
 
 
 @functools.cache
-def _parallel() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the runtime that is loaded already; another of the same name would be another team."""
+def _openmp() -> _OpenMP | None:
+    """The runtime with GNU's entry that is loaded already; another of the same name would be another team."""
     if not _MAPS.exists():
         return None
     for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         path = line.split(maxsplit=5)[-1]
         if Path(path).name.startswith(_RUNTIMES):
-            found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-            if found is not None:
-                found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-                found.restype = None
-                parallel: Callable[[int, int, int, int], None] = found
-                return parallel
+            library = ctypes.CDLL(path)
+            parallel, count = (getattr(library, name, None) for name in ("GOMP_parallel", "omp_get_num_threads"))
+            if parallel is not None and count is not None:
+                parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+                parallel.restype = None
+                return _OpenMP(parallel, _address(count))
     return None
+
+
+@functools.cache
+def _yield() -> int:
+    """The address of what gives the core to another thread."""
+    library: Any = ctypes.CDLL("kernel32") if sys.platform == "win32" else ctypes.CDLL(None)
+    return _address(library.SwitchToThread if sys.platform == "win32" else library.sched_yield)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fusecell.compiler.call import Part, run, run_parts
+from fusecell.compiler.call import RaggedRows, run
 from fusecell.compiler.kernel import Kernel, compile_graph
 from fusecell.compiler.memory import new_empty
 from fusecell.compiler.ops import LANES
@@ -17,15 +17,6 @@ from fusecell.compiler.partition import Halves
 from fusecell.runner import Options, State, steps_of
 
 __all__ = ["Call", "Half", "Training"]
-
-# Multiply-adds that are worth parts, though they may run one after another.
-LONG_CALL = 20_000_000
-# The rows of a part, the steps and the bytes of weights up to which a part's own packed weights and sums pay for
-# themselves on one thread too, and the most parts.
-TRAINING_ROWS = 8
-FEW_STEPS = 16
-LARGE_WEIGHTS = 8 << 20
-MOST_PARTS = 2
 
 
 class Half:
@@ -52,20 +43,18 @@ class Half:
         kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self._weights])
         return kept
 
-    def run(self, call: Call, blocks: Sequence[array[int]], saved: Tensor, *, reverse: bool) -> None:
-        """Run the kernel over the blocks of a call's parts, filled but for what forward and backward have in common."""
+    def run(self, call: Call, block: array[int], saved: Tensor, *, reverse: bool) -> None:
+        """Run the kernel over a call's block, filled but for what forward and backward have in common."""
         kernel, here = self.kernel, -(-saved.data_ptr() // 64) * 64
-        for block, part in zip(blocks, call.parts, strict=True):
-            # Each value that a part saves has a region of its own, a row for every row of every step.
-            row = part.all_rows * kernel.itemsize
-            for place, size in self.saved:
-                if place >= 0:
-                    block[place] = here
-                here += row * size
-        if len(blocks) == 1:
-            run(kernel, blocks[0], call.steps, call.parts[0].rows, reverse)
-        else:
-            run_parts(kernel, list(zip(blocks, call.parts, strict=True)), call.steps, call.rows, reverse)
+        if call.options.resets is not None:
+            kernel.give_resets(block, call.options.resets)
+        # Each value that is saved has a region of its own, a row for every row of every step.
+        row = call.all_rows * kernel.itemsize
+        for place, size in self.saved:
+            if place >= 0:
+                block[place] = here
+            here += row * size
+        run(kernel, block, call.steps, call.rows, reverse, call.ragged)
 
 
 class Training:
@@ -119,7 +108,9 @@ class Call:
     options: Options
     steps: int
     rows: int
-    parts: Sequence[Part]
+    ragged: RaggedRows | None
+    all_rows: int
+    """The rows of all steps together."""
     ends: tuple[int, int, int, int]
     """Where among the tensors inputs, states, states to go back to, and weights end; what weights come from follows."""
 
@@ -129,11 +120,12 @@ class Call:
     ) -> Call:
         """A call with these tensors; ``resets`` are the states to go back to, if any."""
         steps, rows = steps_of(inputs), inputs[0].shape[1]
-        parts = Part.all_of(rows, steps, options.lengths, _count_parts(training.forward.kernel, steps, rows))
+        ragged = None if options.lengths is None else RaggedRows.of(options.lengths, steps)
+        all_rows = steps * rows if ragged is None else ragged.all_rows
         a = len(inputs)
         b = a + len(state)
         c = b + len(resets)
-        return cls(training, options, steps, rows, parts, (a, b, c, c + len(weights)))
+        return cls(training, options, steps, rows, ragged, all_rows, (a, b, c, c + len(weights)))
 
     def split(self, tensors: State) -> tuple[State, State, State, State, State]:
         """The tensors of a call by what they are."""
@@ -152,7 +144,7 @@ class Call:
         half, like = self.training.forward, inputs[0]
         kernel = half.kernel
         words, block = kernel.words, kernel.block()
-        saved = new_empty(like, self.training.saved_size(sum(part.all_rows for part in self.parts)))
+        saved = new_empty(like, self.training.saved_size(self.all_rows))
         outputs = self._new_rows(like, self.training.forward.kernel.output_sizes["output"])
         after = tuple([value.new_empty(value.shape) for value in state])
         kept = [half.give(block, inputs, weights), kernel.give_states(block, words.first, state)]
@@ -160,16 +152,8 @@ class Call:
         kernel.give_states(block, words.last, after)
         if resets:
             kept.append(kernel.give_states(block, words.reset, resets))
-        half.run(self, self._blocks(kernel, block), saved, reverse=self.options.reverse)
+        half.run(self, block, saved, reverse=self.options.reverse)
         return saved, outputs, after
-
-    def _blocks(self, kernel: Kernel, block: array[int]) -> list[array[int]]:
-        """The block for each part, of one that is filled with the tensors of all rows."""
-        if self.options.resets is not None:
-            kernel.give_resets(block, self.options.resets)
-        if len(self.parts) == 1 and self.parts[0].ragged is None:
-            return [block]
-        return [part.block(kernel, block) for part in self.parts]
 
     def gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The backward kernel; the gradients in the order of ``tensors``."""
@@ -194,34 +178,21 @@ class Call:
         results = self.training.results
         made = [self._new_rows(saved, inputs[index][0, 0].numel()) for index in results.inputs]
         kernel.give_sequences(block, words.outputs.values(), made)
-        sums = []
-        blocks = self._blocks(kernel, block)
-        for each in blocks:
-            sums.append(self._new_sums(saved, weights))
-            kernel.give_matrices(each, words.sums.values(), sums[-1])
-        half.run(self, blocks, saved, reverse=not self.options.reverse)
+        sums = self._new_sums(saved, weights)
+        kernel.give_matrices(block, words.sums.values(), sums)
+        half.run(self, block, saved, reverse=not self.options.reverse)
         del kept
-        # The parts' sums one after another, on whatever threads they were made.
-        for place, index in enumerate(results.weights):
-            result[second + index] = total = sums[0][place]
-            for more in sums[1:]:
-                total += more[place]
+        for total, index in zip(sums, results.weights, strict=True):
+            result[second + index] = total
         for index, grad in zip(results.inputs, made, strict=True):
             result[index] = _like_input(grad, inputs[index])
         return result
 
     def _new_sums(self, like: Tensor, weights: State) -> list[Tensor]:
-        """Memory for a part's gradients of weights; zero where the kernel fills but some of one."""
+        """Memory for the gradients of weights; zero where the kernel fills but some of one."""
         results = self.training.results
         pairs = zip(results.weights, results.fills, strict=True)
         return [(like.new_empty if fills else like.new_zeros)(weights[index].shape) for index, fills in pairs]
-
-
-def _count_parts(kernel: Kernel, steps: int, rows: int) -> int:
-    """Into how many parts the rows of a call go, on any number of threads: the order of a sum hangs on it."""
-    if rows < 2 * TRAINING_ROWS or steps < FEW_STEPS or kernel.macs * steps * rows < LONG_CALL:
-        return 1
-    return 1 if kernel.macs * kernel.itemsize > LARGE_WEIGHTS else min(rows // TRAINING_ROWS, MOST_PARTS)
 
 
 def _like_input(grad: Tensor, value: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class Link:
         kernel.fill(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
         self._block: array[int] = block
         self.address = block.buffer_info()[0]
-        # The first run packs; the state that it moves on is put back.
+        # The first run packs for all others; the state that it moves on is put back.
+        block[words.positions["packed"]] = 2
         kernel.short(self.address)
         block[words.positions["packed"]] = 1
         for value, first in zip(self.state, self.start, strict=True):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusecell.compiler.emit.crew import ROWS_EACH, emit_entries, emit_meet
 from fusecell.compiler.emit.driver import emit_driver
 from fusecell.compiler.emit.layout import Layout, Panel, Size, slack
+from fusecell.compiler.emit.packing import emit_packing
 from fusecell.compiler.emit.stages import StageEmitter, segments
-from fusecell.compiler.emit.team import BLOCKS, emit_team
 from fusecell.compiler.emit.text import Module
 from fusecell.compiler.plan import Plan
 from fusecell.compiler.target import Target
 
-__all__ = ["BLOCKS", "Emitted", "Layout", "Panel", "Size", "emit"]
+__all__ = ["ROWS_EACH", "Emitted", "Layout", "Panel", "Size", "emit"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,19 @@ class Emitted:
 
 
 def emit(plan: Plan, target: Target) -> Emitted:
-    """The LLVM text of a plan, for a target; it exports ``run``, and ``team`` for many calls of it side by side."""
+    """The LLVM text of a plan, for a target; it exports ``run``, and ``crew`` for threads that run a call together."""
     module = Module(plan.graph.title, plan.graph.dtype, target)
     products = {stage.name: segments(plan, stage, module) for stage in plan.stages}
-    panels = [segment.panel for found in products.values() for segment in found]
-    layout = Layout(module, plan, panels)
+    panels = {segment.panel: stage.phase for stage in plan.stages for segment in products[stage.name]}
+    layout = Layout(module, plan, list(panels))
     tiles = {}
     for stage in plan.stages:
         emitter = StageEmitter(module, layout, plan, stage, products[stage.name])
         emitter.emit()
         if stage.affines:
             tiles[stage.name] = emitter.tiling.text
+    emit_packing(module, layout, panels)
+    emit_meet(module)
     emit_driver(module, layout, plan, panels)
-    emit_team(module)
+    emit_entries(module)
     return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)

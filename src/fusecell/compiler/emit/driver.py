@@ -1,146 +1,109 @@
-"""``@run``: packs the weights, then walks over chunks of steps: lift, the loop over time, post.
+"""``@work``: packs the weights, then walks over chunks of steps: lift, the loop over time, post.
 
 Rows are taken in the order of ``order`` (the caller's own without lengths); with ``counts`` the first counts[t] of
 them take part in step t, which is why they must come longest first. A row's state is read from the caller when the
-row begins and handed back when it ends, so that ended rows cost nothing. With ``packed`` the scratch memory holds
-the packed weights of an earlier call already.
+row begins and handed back when it ends, so that ended rows cost nothing.
+
+The word ``packed`` says of the panels: 1, the scratch memory holds those of an earlier call; 2, a later call will want
+them; 0, neither: then those that are used but once are packed piece by piece where they are, and never in memory whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from fusecell.compiler.emit.caller_rows import CallerRows
+from fusecell.compiler.emit.crew import WORK, Crew
 from fusecell.compiler.emit.layout import Layout, Panel
+from fusecell.compiler.emit.packing import pack_panel_name
 from fusecell.compiler.emit.stages import CALL
 from fusecell.compiler.emit.sums import SumEmitter
-from fusecell.compiler.emit.text import LANES, Function, Module, Value
-from fusecell.compiler.emit.tiles import pack_name
-from fusecell.compiler.plan import Phase, Place, Plan
+from fusecell.compiler.emit.text import Function, Module, Value
+from fusecell.compiler.plan import Phase, Plan, Stage
 
 __all__ = ["emit_driver"]
 
 
 class _Driver:
-    def __init__(self, module: Module, layout: Layout, plan: Plan, panels: list[Panel]) -> None:
+    def __init__(self, module: Module, layout: Layout, plan: Plan, panels: dict[Panel, Phase]) -> None:
         self.module, self.layout, self.plan, self.panels = module, layout, plan, panels
         self.sums = SumEmitter(module, layout, plan)
-        self.f = Function(module, "run", "ptr %args", exported=True)
+        self.f = Function(module, "work", *WORK)
 
     def emit(self) -> None:
         self.sums.functions()
         f, layout = self.f, self.layout
+        self._own_block()
         self.steps, self.rows = layout.word(f, "steps"), layout.word(f, "rows")
         self.chunk = layout.word(f, "chunk_steps")
         backwards = layout.word(f, "reverse")
         self.reverse = f.let("backwards", f"icmp ne i64 {backwards}, 0")
         restore = _flush_denormals(f)
         layout.place_buffers(f, self.rows, f.mul(self.rows, self.chunk, "chunk.rows"), self.chunk)
-        self.order = layout.buffer(f, "order")
-        self._fill_order()
-        with f.when("pack", f.let("is.unpacked", f"icmp eq i64 {layout.word(f, 'packed')}, 0")):
-            self._pack()
-            self._stages("once", "0", "0", "0", 1)
-        self._skip_rows_without_steps()
-        self.sums.clear(f)
+        sizes = (p.depth * len(p.weights) * self.module.padded(p.width) for p in self._panels("loop"))
+        self.crew = Crew(f, self.rows, layout.pointer(f, "counts"), sum(sizes))
+        self.callers = CallerRows(self.module, layout, self.plan, f, self.crew, self.rows)
+        self.callers.fill_order()
+        self._once()
+        self.callers.skip_rows_without_steps()
+        self.sums.clear(f, self.crew)
         before = f.let("alive.at", "alloca i64")
         f.store_int(0, before)
         self.start = f.let("start.first", "alloca i64")
+        self.crew.meet()
         with f.loop("first", 0, self.steps, self.chunk) as first:
             self._chunk(first, before)
-        self.sums.finish(f)
+        self.sums.finish(f, self.crew)
         last = f.let("last.slot", f"and i64 {self.steps}, 1")
-        self._move_states("last", 0, f.load_int(before, "alive"), last)
+        self.callers.move_states("last", 0, f.load_int(before, "alive"), last)
         restore()
         f.end()
 
-    def _chunk(self, first: Value, alive_at: str) -> None:
-        """A chunk of steps, from ``first`` in the order in which they run."""
-        f = self.f
-        steps = f.minimum(self.chunk, f.sub(self.steps, first, "left"), "chunk.steps")
-        behind = f.sub(f.sub(self.steps, first), steps, "behind")
-        low = f.let("low", f"select i1 {self.reverse}, i64 {behind}, i64 {first}")
-        total = self._starts(low, steps)
-        self._find_saved(low)
-        self._gather(low, steps)
-        self._stages("lift", low, "0", "0", total)
-        with f.loop("i", 0, steps) as i:
-            self._step(f.add(first, i, "done"), low, alive_at)
-        self._stages("post", low, "0", "0", total)
-        self._scatter(low, steps)
-        self.sums.add_chunk(f, total, self.reverse)
+    def _own_block(self) -> None:
+        """Each thread of a crew has a copy of the argument block, in which it finds its way through the chunks."""
+        f, size = self.f, 8 * len(self.layout.words)
+        copy = f.let("block", f"alloca [{size} x i8], align 64")
+        shared = f.let("is.shared", "icmp sgt i64 %crew, 1")
+        self.module.declares.add("declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)")
+        with f.when("copy", shared):
+            f.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {copy}, ptr %given, i64 {size}, i1 false)")
+        f.let("args", f"select i1 {shared}, ptr {copy}, ptr %given")
 
-    def _step(self, done: Value, low: str, alive_at: str) -> None:
-        f = self.f
-        mirrored = f.sub(f.sub(self.steps, 1), done, "mirrored")
-        t = f.let("t", f"select i1 {self.reverse}, i64 {mirrored}, i64 {done}")
-        slot = f.let("slot", f"and i64 {done}, 1")
-        base = f.load_int(f.at(self.layout.buffer(f, "starts"), f.mul(f.sub(t, low), 8)), "base")
-        rows = self._alive(t)
-        before = f.load_int(alive_at, "before")
-        self._move_states("first", before, rows, slot)
-        self._move_states("last", rows, before, slot)
-        f.store_int(rows, alive_at)
-        if not self.plan.backward:
-            self._reset(t, rows, slot, self._reset_row)
-        self._stages("loop", t, base, slot, rows)
-        if self.plan.backward:
-            self._reset(t, rows, f.sub(1, slot, "slot.after"), self._cut_row)
+    # What is done once.
 
-    def _alive(self, t: Value) -> str:
-        """How many rows take part in a step."""
-        f = self.f
-        counts = self.layout.pointer(f, "counts")
-        address = f.let("no.counts", f"icmp eq ptr {counts}, null")
-        offset = f.let("count.offset", f"select i1 {address}, i64 0, i64 {f.mul(t, 8)}")
-        own = f.at("%args", 8 * self.layout.index("rows"), "own.rows")
-        source = f.let("count.at", f"select i1 {address}, ptr {own}, ptr {counts}")
-        return f.load_int(f.at(source, offset), "rows")
+    def _once(self) -> None:
+        """Panels of the weights of products; copies of the others, padded to whole vectors; values of weights alone.
 
-    def _starts(self, low: str, steps: Value) -> str:
-        """The first row of each of the chunk's steps in the chunk's buffers; returns their number in all."""
+        A panel that is used but once, in a single chunk or a single step, is packed where it is used.
+        """
         f = self.f
-        starts = self.layout.buffer(f, "starts")
-        f.store_int(0, starts)
-        with f.loop("p", 0, steps) as p:
-            here = f.at(starts, f.mul(p, 8))
-            count = self._alive(f.add(low, p))
-            f.store_int(f.add(f.load_int(here, "start"), count), f.at(here, 8))
-        return f.load_int(f.at(starts, f.mul(steps, 8)), "total")
+        packed = self.layout.word(f, "packed")
+        passing = f.let("is.passing", f"icmp eq i64 {packed}, 0")
+        alone = f.let("is.alone", "icmp eq i64 %crew, 1")
+        passing = f.let("is.passing", f"and i1 {passing}, {alone}")
+        one_chunk = f.let("one.chunk", f"icmp sge i64 {self.chunk}, {self.steps}")
+        one_step = f.let("one.step", f"icmp eq i64 {self.steps}, 1")
+        whole = f.let("fresh.whole", f"and i1 {passing}, {one_chunk}")
+        step = f.let("fresh.step", f"and i1 {passing}, {one_step}")
+        self.fresh: dict[Phase, str] = {"once": "false", "lift": whole, "loop": step, "post": whole}
+        with f.when("pack", f.let("is.unpacked", f"icmp ne i64 {packed}, 1")):
+            for panel, phase in self.panels.items():
+                with f.when("panel", f.let("is.kept", f"xor i1 {self.fresh[phase]}, true")):
+                    self._pack(panel)
+            with self.crew.leader():
+                self._copy_vectors()
+                for stage in self.plan.stages_of("once"):
+                    self._call(stage, ("0", "0", "0"), (0, 1), (0, 1))
 
-    def _fill_order(self) -> None:
-        f = self.f
-        given = self.layout.pointer(f, "caller.order")
-        present = f.let("ordered", f"icmp ne ptr {given}, null")
-        with f.loop("n", 0, self.rows) as n:
-            f.store_int(n, f.at(self.order, f.mul(n, 8)))
-        with f.when("order", present):
-            self._copy(self.order, given, f.mul(self.rows, 8))
+    def _pack(self, panel: Panel) -> None:
+        f, module = self.f, self.module
+        first, last = f.share(module.blocks(panel.width), "%me", "%crew")
+        bytes_ = panel.depth * len(panel.weights) * module.block
+        to = f.at(self.layout.buffer(f, panel.name), f.mul(first, bytes_))
+        f.call(pack_panel_name(panel), "ptr %args", f"i64 {first}", f"i64 {f.sub(last, first)}", f"ptr {to}")
 
-    def _pack(self) -> None:
-        """Panels of the weights of products; copies of the others, padded to whole vectors."""
+    def _copy_vectors(self) -> None:
         f, module, graph = self.f, self.module, self.plan.graph
-        for panel in self.panels:
-            f.comment(f"{panel.name}: {', '.join(name for name, *_ in panel.weights)}")
-            to = self.layout.buffer(f, panel.name)
-            step = len(panel.weights) * module.block
-            for position, (name, transposed, (k0, _), (f0, _)) in enumerate(panel.weights):
-                strides = [self.layout.word(f, f"weight.{name}.stride{d}") for d in (0, 1)]
-                column, k = strides if transposed else strides[::-1]
-                source = f.at(self.layout.pointer(f, f"weight.{name}.ptr"), f.mul(k, k0))
-                source = f.at(source, f.mul(column, f0))
-                with f.loop("block", 0, module.blocks(panel.width)) as block:
-                    done = f.mul(block, LANES)
-                    columns = f.minimum(f.sub(panel.width, done), LANES, "columns")
-                    f.call(
-                        pack_name(module),
-                        f"ptr {f.at(f.at(to, f.mul(block, panel.depth * step)), position * module.block)}",
-                        f"i64 {step}",
-                        f"ptr {f.at(source, f.mul(column, done))}",
-                        f"i64 {k}",
-                        f"i64 {column}",
-                        f"i64 {columns}",
-                        f"i64 {panel.depth}",
-                    )
         for index in graph.leaves("weight"):
             node = graph[index]
             if index not in self.plan.homes:
@@ -151,76 +114,80 @@ class _Driver:
                 value = f.let("value", f"load {module.scalar}, ptr {f.at(source, f.mul(j, stride))}")
                 f.do(f"store {module.scalar} {value}, ptr {f.at(to, f.mul(j, module.bytes))}")
 
-    def _stages(self, phase: Phase, t: str, base: str, slot: str, rows: Value) -> None:
-        values = (t, base, slot)
-        for stage in self.plan.stages:
-            if stage.phase == phase:
-                given = [kind.split("%")[0] + value for kind, value in zip(CALL[1:], values, strict=True)]
-                self.f.call(stage.name, CALL[0], *given, f"i64 {rows}")
+    # Chunks and steps.
 
-    # Rows to and from the caller.
+    def _chunk(self, first: Value, alive_at: str) -> None:
+        """A chunk of steps, from ``first`` in the order in which they run."""
+        f, crew, callers = self.f, self.crew, self.callers
+        steps = f.minimum(self.chunk, f.sub(self.steps, first, "left"), "chunk.steps")
+        behind = f.sub(f.sub(self.steps, first), steps, "behind")
+        low = f.let("low", f"select i1 {self.reverse}, i64 {behind}, i64 {first}")
+        total = callers.starts(low, steps)
+        self._find_saved(low)
+        callers.gather(low, steps)
+        crew.meet(crew.columns)
+        self._outside("lift", low, steps, total)
+        with f.loop("i", 0, steps) as i:
+            self._step(f.add(first, i, "done"), low, alive_at)
+        self._outside("post", low, steps, total)
+        callers.scatter(low, steps)
+        self.sums.add_chunk(f, crew, total, self.reverse)
+        crew.meet(crew.columns)
 
-    def _move_states(self, kind: str, start: Value, stop: Value, slot: Value) -> None:
-        """``first``: read the states of rows that begin; ``last``: hand back those of rows that end."""
-        f, module = self.f, self.module
-        with f.loop("row", start, stop) as row:
-            caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
-            for name, (leaf, _) in self.plan.states.items():
-                size = self.plan.graph[leaf].size
-                mine = self._state_row(f"state.{name}", size, slot, row)
-                theirs = self._caller_state(kind, name, caller)
-                source, target = (theirs, mine) if kind == "first" else (mine, theirs)
-                self._copy(target, source, size * module.bytes)
+    def _step(self, done: Value, low: str, alive_at: str) -> None:
+        f, crew, callers = self.f, self.crew, self.callers
+        mirrored = f.sub(f.sub(self.steps, 1), done, "mirrored")
+        t = f.let("t", f"select i1 {self.reverse}, i64 {mirrored}, i64 {done}")
+        slot = f.let("slot", f"and i64 {done}, 1")
+        base = f.load_int(f.at(self.layout.buffer(f, "starts"), f.mul(f.sub(t, low), 8)), "base")
+        rows = callers.alive(t)
+        before = f.load_int(alive_at, "before")
+        with f.when("moved", f.let("is.moved", f"icmp ne i64 {rows}, {before}")):
+            callers.move_states("first", before, rows, slot)
+            callers.move_states("last", rows, before, slot)
+            f.store_int(rows, alive_at)
+            crew.meet(crew.columns)
+        if not self.plan.backward:
+            callers.reset(t, rows, slot)
+        first, last = crew.own(0, rows)
+        for stage in self.plan.stages_of("loop"):
+            if stage.reductions:
+                # A row's reduction takes its columns in order: rows are parted, whatever is parted elsewhere.
+                mine, theirs = f.share(rows, crew.me, crew.crew)
+                begin, end = f.maximum(first, mine), f.let("end", f"select i1 {crew.rowwise}, i64 {last}, i64 {theirs}")
+                self._call(stage, (f"{t}", base, slot), (begin, end), (0, 1))
+            else:
+                self._call(stage, (f"{t}", base, slot), (first, last), (crew.me, crew.crew))
+            crew.meet(crew.columns)
+        if self.plan.backward:
+            callers.reset(t, rows, f.sub(1, slot, "slot.after"))
 
-    def _state_row(self, buffer: str, size: int, slot: Value, row: Value) -> str:
-        f = self.f
-        here = f.add(f.mul(slot, self.rows), row)
-        return f.at(self.layout.buffer(f, buffer), f.mul(here, self.module.padded(size)))
+    def _outside(self, phase: Phase, low: str, steps: Value, total: Value) -> None:
+        """The stages of a chunk outside the loop: all its rows, or, of a crew whose rows are parted, one's own."""
+        f, crew = self.f, self.crew
+        stages = self.plan.stages_of(phase)
+        if not stages:
+            return
+        with f.when("parted", crew.rowwise), f.loop("p", 0, steps) as p:
+            base = f.load_int(f.at(self.layout.buffer(f, "starts"), f.mul(p, 8)), "base")
+            for stage in stages:
+                self._call(stage, (low, "0", "0"), (f.add(base, crew.first), f.add(base, crew.last)), (0, 1))
+        with f.when("together", f.let("is.together", f"xor i1 {crew.rowwise}, true")):
+            mine = f.share(total, "%me", "%crew")
+            for stage in stages:
+                self._call(stage, (low, "0", "0"), mine, (0, 1))
+                crew.meet()
 
-    def _caller_state(self, kind: str, name: str, row: Value) -> str:
-        f = self.f
-        start = self.layout.pointer(f, f"{kind}.{name}.ptr")
-        return f.at(start, f.mul(row, self.layout.word(f, f"{kind}.{name}.row")))
+    def _panels(self, phase: Phase) -> list[Panel]:
+        return [panel for panel, other in self.panels.items() if other == phase]
 
-    def _skip_rows_without_steps(self) -> None:
-        """The state of a row that takes part in no step is the one it came with."""
-        f = self.f
-        with f.loop("row", 0, self.rows) as row:
-            caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
-            for name, (leaf, _) in self.plan.states.items():
-                bytes_ = self.plan.graph[leaf].size * self.module.bytes
-                self._copy(self._caller_state("last", name, caller), self._caller_state("first", name, caller), bytes_)
-
-    def _reset(self, t: Value, rows: Value, slot: Value, act: Callable[[str, str, str, int], None]) -> None:
-        """Do something with each state of the rows whose flag is set."""
-        f = self.f
-        flags = self.layout.pointer(f, "resets")
-        given = f.let("has.resets", f"icmp ne ptr {flags}, null")
-        with f.when("resets", given):
-            here = f.at(flags, f.mul(t, self.layout.word(f, "resets.step")))
-            with f.loop("row", 0, rows) as row:
-                caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
-                flag = f.let("flag", f"load i8, ptr {f.at(here, f.mul(caller, self.layout.word(f, 'resets.row')))}")
-                is_set = f.let("is.set", f"icmp ne i8 {flag}, 0")
-                with f.when("reset", is_set):
-                    for name, (leaf, _) in self.plan.states.items():
-                        size = self.plan.graph[leaf].size
-                        mine = self._state_row(f"state.{name}", size, slot, row)
-                        act(mine, self._caller_state("reset", name, caller), f"state.{name}", size)
-
-    def _reset_row(self, mine: str, theirs: str, name: str, size: int) -> None:
-        """Go back to the reset state before the step."""
-        self._copy(mine, theirs, size * self.module.bytes)
-
-    def _cut_row(self, mine: str, theirs: str, name: str, size: int) -> None:
-        """After the step's backward: its gradient belongs to the reset state, and nothing goes further back."""
-        f, module = self.f, self.module
-        with f.loop("j", 0, size) as j:
-            own, other = f.at(mine, f.mul(j, module.bytes)), f.at(theirs, f.mul(j, module.bytes))
-            values = [f.let("value", f"load {module.scalar}, ptr {at}, align {module.bytes}") for at in (own, other)]
-            total = f.let("sum", f"fadd {module.scalar} {values[0]}, {values[1]}")
-            f.do(f"store {module.scalar} {total}, ptr {other}, align {module.bytes}")
-            f.do(f"store {module.scalar} 0.0, ptr {own}, align {module.bytes}")
+    def _call(
+        self, stage: Stage, where: tuple[str, str, str], rows: tuple[Value, Value], columns: tuple[Value, Value]
+    ) -> None:
+        """Run a stage over rows from one to another, and a share of its columns."""
+        given = [kind.split("%")[0] + value for kind, value in zip(CALL[1:], where, strict=True)]
+        share = (*rows, *columns)
+        self.f.call(stage.name, CALL[0], *given, *(f"i64 {v}" for v in share), f"i1 {self.fresh[stage.phase]}")
 
     def _find_saved(self, low: str) -> None:
         """Where the chunk's rows begin among all rows of all steps, for what is saved."""
@@ -234,41 +201,9 @@ class _Driver:
         f.store_int(f.mul(low, self.rows), self.start)
         self.layout.place_saved(f, self.module, f.load_int(f.at(start_at, offset), "start"))
 
-    def _gather(self, low: str, steps: Value) -> None:
-        """Inputs of products outside the loop, brought into rows of the chunk."""
-        for index, buffer in self.plan.gathered.items():
-            self._exchange(f"in.{self.plan.graph[index].name}", Place(buffer), buffer.size, low, steps, gather=True)
 
-    def _scatter(self, low: str, steps: Value) -> None:
-        """Outputs computed outside the loop, brought to the caller's rows."""
-        for label, index in self.plan.scattered.items():
-            place = self.plan.place(index, "post")
-            assert place is not None
-            self._exchange(f"out.{label}", place, self.plan.graph[index].size, low, steps, gather=False)
-
-    def _exchange(self, words: str, place: Place, size: int, low: str, steps: Value, *, gather: bool) -> None:
-        f, module = self.f, self.module
-        theirs, mine = self.layout.pointer(f, f"{words}.ptr"), self.layout.buffer(f, place.buffer.name)
-        mine = f.at(mine, place.offset * module.bytes)
-        step, apart = self.layout.word(f, f"{words}.step"), self.layout.word(f, f"{words}.row")
-        starts = self.layout.buffer(f, "starts")
-        with f.loop("p", 0, steps) as p:
-            t = f.add(low, p)
-            base = f.load_int(f.at(starts, f.mul(p, 8)), "base")
-            with f.loop("row", 0, self._alive(t)) as row:
-                caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
-                user = f.at(f.at(theirs, f.mul(t, step)), f.mul(caller, apart))
-                own = f.at(mine, f.mul(f.add(base, row), module.padded(place.buffer.size)))
-                target, source = (own, user) if gather else (user, own)
-                self._copy(target, source, size * module.bytes)
-
-    def _copy(self, target: str, source: str, count: Value) -> None:
-        self.module.declares.add("declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)")
-        self.f.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {source}, i64 {count}, i1 false)")
-
-
-def emit_driver(module: Module, layout: Layout, plan: Plan, panels: list[Panel]) -> None:
-    """Write ``@run``."""
+def emit_driver(module: Module, layout: Layout, plan: Plan, panels: dict[Panel, Phase]) -> None:
+    """Write ``@work``."""
     _Driver(module, layout, plan, panels).emit()
 
 

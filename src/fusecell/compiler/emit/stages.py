@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 
 from fusecell.compiler.emit.body import Body, join_lanes, partials, start_values
 from fusecell.compiler.emit.layout import Layout, Panel, row_address
-from fusecell.compiler.emit.text import Function, Module
+from fusecell.compiler.emit.packing import pack_panel_name
+from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.emit.tiles import LINE, Tiling, budget, shared_out, tile_name, tiling
 from fusecell.compiler.passes import affine_parts
 from fusecell.compiler.plan import Place, Plan, Stage
 
-__all__ = ["CALL", "Segment", "StageEmitter", "segments"]
+__all__ = ["CALL", "SHARE", "Segment", "StageEmitter", "segments"]
 
 CALL = ("ptr %args", "i64 %t", "i64 %base", "i64 %slot")
 """What every function of a stage takes first: the argument block, the step, its first row in the chunk's buffers,
 and which of the two copies of the state is the old one."""
+SHARE = ("i64 %from", "i64 %to", "i64 %me", "i64 %crew", "i1 %fresh")
+"""What the whole of a stage takes besides: its rows, which of a crew of threads takes its share of the columns, and
+whether weights are packed on the way, because they are used this once."""
 _PART = ("i64 %row0", "i64 %rows", "i64 %block0", "i64 %blocks", "ptr %acc")
 
 
@@ -63,7 +67,7 @@ def segments(plan: Plan, stage: Stage, module: Module) -> list[Segment]:
 
 @dataclass
 class StageEmitter:
-    """Writes the functions of one stage; ``@<stage>(args, t, base, slot, rows)`` runs it."""
+    """Writes the functions of one stage; ``@<stage>(args, t, base, slot, from, to, me, crew, fresh)`` runs it."""
 
     module: Module
     layout: Layout
@@ -102,45 +106,62 @@ class StageEmitter:
         )
 
     def _whole(self) -> None:
-        """The stage over all rows."""
-        f = Function(self.module, self.name, *CALL, "i64 %rows")
+        """The stage over some rows, a crew's share of its columns."""
+        f = Function(self.module, self.name, *CALL, *SHARE)
+        rows = f.sub("%to", "%from", "rows")
         if not self.stage.affines:
-            f.call(f"{self.name}.epilogue", *CALL, "i64 0", "i64 %rows", "i64 0", f"i64 {self.blocks}", "ptr null")
+            first, last = f.share(self.blocks, "%me", "%crew")
+            given = (f"i64 {rows}", f"i64 {first}", f"i64 {f.sub(last, first)}", "ptr null")
+            f.call(f"{self.name}.epilogue", *CALL, "i64 %from", *given)
         else:
             for height in range(1, self.tiling.short + 1):
-                with f.when(f"rows{height}", f.let("is.short", f"icmp eq i64 %rows, {height}")):
-                    for block, width in self._columns(f, self.tiling.width(height)):
-                        f.call(self._tile_name(height, width), *CALL, "i64 0", f"i64 {block}", "i64 0")
-            with f.when("tall", f.let("is.tall", f"icmp sgt i64 %rows, {self.tiling.short}")):
-                self._tall(f)
+                with f.when(f"rows{height}", f.let("is.short", f"icmp eq i64 {rows}, {height}")):
+                    for block, width, slot in self._columns(f, self.tiling.width(height)):
+                        self._call_tile(f, height, width, ("%from", block, 0, slot))
+            with f.when("tall", f.let("is.tall", f"icmp sgt i64 {rows}, {self.tiling.short}")):
+                self._tall(f, rows)
         if self.stage.reductions:
             self._finish_reductions(f)
         f.end()
 
-    def _tall(self, f: Function) -> None:
+    def _tall(self, f: Function, rows: Value) -> None:
         """Rows shared out evenly to high tiles; column blocks outside, so that a panel is read once into the cache."""
         most = self.tiling.most
-        up = f.add("%rows", most - 1, "up")
+        up = f.add(rows, most - 1, "up")
         count = f.let("tiles", f"udiv i64 {up}, {most}")
-        least = f.let("least", f"udiv i64 %rows, {count}")
-        more = f.sub("%rows", f.mul(least, count), "more")
-        for block, width in self._columns(f, self.tiling.width(most)):
+        least = f.let("least", f"udiv i64 {rows}, {count}")
+        more = f.sub(rows, f.mul(least, count), "more")
+        for block, width, slot in self._columns(f, self.tiling.width(most)):
             with f.loop("tile", 0, count) as tile:
-                row = f.add(f.mul(tile, least), f.minimum(tile, more), "row")
+                row = f.add("%from", f.add(f.mul(tile, least), f.minimum(tile, more)), "row")
                 is_more = f.let("is.more", f"icmp slt i64 {tile}, {more}")
                 height = f.add(least, f.let("one", f"zext i1 {is_more} to i64"), "height")
                 for each in self.tiling.tall:
                     with f.when(f"height{each}", f.let("fits", f"icmp eq i64 {height}, {each}")):
-                        f.call(self._tile_name(each, width), *CALL, f"i64 {row}", f"i64 {block}", f"i64 {tile}")
+                        self._call_tile(f, each, width, (row, block, tile, slot))
 
-    def _columns(self, f: Function, most: int) -> Iterator[tuple[str, int]]:
-        """Loops over all column blocks, as few at a time as make all portions about equal: the first, how many."""
-        start = 0
-        for many, width in shared_out(self.blocks, most):
-            stop = start + many * width
-            with f.loop("block", start, stop, width) as block:
-                yield block, width
-            start = stop
+    def _columns(self, f: Function, most: int) -> Iterator[tuple[str, int, str]]:
+        """Loops over a crew's share of the column blocks, as few at a time as make all portions about equal.
+
+        Yields:
+            The first block, how many there are, and which of the panels' blocks is theirs.
+        """
+        portions = shared_out(self.blocks, most)
+        first, last = f.share(sum(many for many, _ in portions), "%me", "%crew")
+        start = done = 0
+        for many, width in portions:
+            begin, end = f.maximum(first, done), f.minimum(last, done + many)
+            with f.loop("portion", begin, end) as portion:
+                block = f.add(f.mul(f.sub(portion, done), width), start, "block")
+                with f.when("fresh", "%fresh"):
+                    for segment in self.segments:
+                        to = self.layout.buffer(f, segment.panel.name)
+                        f.call(pack_panel_name(segment.panel), "ptr %args", f"i64 {block}", f"i64 {width}", f"ptr {to}")
+                yield f"{block}", width, f.let("slot", f"select i1 %fresh, i64 0, i64 {block}")
+            start, done = start + many * width, done + many
+
+    def _call_tile(self, f: Function, height: int, width: int, given: tuple[Value, ...]) -> None:
+        f.call(self._tile_name(height, width), *CALL, *(f"i64 {value}" for value in given))
 
     def _tile_name(self, rows: int, blocks: int) -> str:
         return f"{self.name}.tile.{rows}x{blocks}"
@@ -148,7 +169,8 @@ class StageEmitter:
     def _tile(self, rows: int, blocks: int) -> None:
         """Start, products and epilogue of one tile; its accumulators pass through a little memory in L1."""
         module, block = self.module, self.module.block
-        f = Function(module, self._tile_name(rows, blocks), *CALL, "i64 %row", "i64 %block", "i64 %turn")
+        where = ("i64 %row", "i64 %block", "i64 %turn", "i64 %panel.slot")
+        f = Function(module, self._tile_name(rows, blocks), *CALL, *where)
         acc_row = len(self.stage.affines) * blocks * block
         acc = f.let("acc", f"alloca [{rows * acc_row} x i8], align 64")
         part = ("i64 %row", f"i64 {rows}", "i64 %block", f"i64 {blocks}", f"ptr {acc}")
@@ -158,7 +180,7 @@ class StageEmitter:
             base, stride, _ = row_address(f, self.layout, module, place.buffer, t="%t", base="%base", slot="%slot")
             operand = f.at(f.at(base, f.mul("%row", stride)), place.offset * module.bytes)
             panel_block = depth * segment.count * block
-            panel = f.at(self.layout.buffer(f, segment.panel.name), f.mul("%block", panel_block))
+            panel = f.at(self.layout.buffer(f, segment.panel.name), f.mul("%panel.slot", panel_block))
             f.call(
                 tile_name(module, rows, segment.count, blocks),
                 f"ptr {f.at(acc, segment.first * blocks * block)}",
@@ -223,7 +245,7 @@ class StageEmitter:
         """Sixteen partial results a row become one, by one fixed tree."""
         module, count = self.module, len(self.stage.reductions)
         start = self.layout.buffer(f, partials(self.stage))
-        with f.loop("row", 0, "%rows") as row:
+        with f.loop("row", "%from", "%to") as row:
             here = f.at(start, f.mul(row, count * module.block))
             for position, index in enumerate(self.stage.reductions):
                 value = f.load(f.at(here, position * module.block), "partial", module.block)

@@ -6,6 +6,9 @@ the total. So a sum has the same bits however the steps are cut into chunks, and
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+from fusecell.compiler.emit.crew import Crew
 from fusecell.compiler.emit.layout import Layout, row_address
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import Tiling, outer_name, shared_out, tiling
@@ -39,21 +42,23 @@ class SumEmitter:
 
     # What @run calls.
 
-    def clear(self, f: Function) -> None:
+    def clear(self, f: Function, crew: Crew) -> None:
         """Begin with nothing."""
         if not self.plan.sums:
             return
         self._filled, self._done, self._closed = (f.let(name, "alloca i64") for name in ("filled", "done", "closed"))
         f.store_int(0, self._filled)
         f.store_int(0, self._closed)
-        for found in self.plan.sums:
-            with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
-                f.store("zeroinitializer", f.at(self.layout.buffer(f, found.part), byte), self.module.block)
+        with crew.leader():
+            for found in self.plan.sums:
+                with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
+                    f.store("zeroinitializer", f.at(self.layout.buffer(f, found.part), byte), self.module.block)
 
-    def add_chunk(self, f: Function, total: str, backwards: str) -> None:
-        """Add the rows of a chunk, as many at a time as the open block still takes."""
+    def add_chunk(self, f: Function, crew: Crew, total: str, backwards: str) -> None:
+        """Add the rows of a chunk, as many at a time as the open block still takes; a crew parts what they add to."""
         if not self.plan.sums:
             return
+        crew.meet(crew.rowwise)
         filled_at, done_at = self._filled, self._done
         last = f.sub(total, 1, "last")
         f.store_int(0, done_at)
@@ -65,43 +70,51 @@ class SumEmitter:
             mirrored = f.sub(last, done, "mirrored")
             first = f.let("first.row", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
             for found in self.plan.sums:
-                f.call(f"{found.name}", "ptr %args", f"i64 {first}", f"i1 {backwards}", f"i64 {count}")
+                given = ("ptr %args", f"i64 {first}", f"i1 {backwards}", f"i64 {count}", "i64 %me", "i64 %crew")
+                f.call(f"{found.name}", *given)
             f.store_int(f.add(done, count), done_at)
             now = f.add(filled, count, "filled")
             full = f.let("is.full", f"icmp eq i64 {now}, {BLOCK}")
             f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
             with f.when("full", full):
-                self._flush_all(f)
+                self._flush_all(f, crew)
+        crew.meet(crew.rowwise)
 
-    def finish(self, f: Function) -> None:
+    def finish(self, f: Function, crew: Crew) -> None:
         """Close the last block and bring the sums to the caller's gradients."""
         if not self.plan.sums:
             return
         several = f.let("several", f"icmp ne i64 {f.load_int(self._closed, 'closed')}, 0")
         with f.when("several", several):
-            self._flush_all(f)
+            self._flush_all(f, crew)
         for found in self.plan.sums:
             total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
-            self._hand_over(f, found, f.let("source", f"select i1 {several}, ptr {total}, ptr {part}"))
+            self._hand_over(f, crew, found, f.let("source", f"select i1 {several}, ptr {total}, ptr {part}"))
 
     # Parts.
 
     def _bytes(self, found: Sum) -> int:
         return found.height * self.module.padded(found.width)
 
-    def _flush_all(self, f: Function) -> None:
+    def _flush_all(self, f: Function, crew: Crew) -> None:
         """Close a block: add it to the total, which begins with the first."""
+        crew.meet()
         closed = f.load_int(self._closed, "closed")
         first = f.let("is.first", f"icmp eq i64 {closed}, 0")
         f.store_int(f.add(closed, 1), self._closed)
         for found in self.plan.sums:
+            share = f.share(self._bytes(found) // self.module.block, "%me", "%crew")
+            begin, end = (f.mul(vector, self.module.block) for vector in share)
             places = (f"ptr {self.layout.buffer(f, name)}" for name in (found.total, found.part))
-            f.call("sum.flush", *places, f"i64 {self._bytes(found)}", f"i1 {first}")
+            f.call("sum.flush", *places, f"i64 {begin}", f"i64 {end}", f"i1 {first}")
+        crew.meet()
 
     def _flush(self) -> None:
         module = self.module
-        f = Function(module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %bytes", "i1 %first")
-        with f.loop("byte", 0, "%bytes", module.block) as byte:
+        f = Function(
+            module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %from", "i64 %to", "i1 %first"
+        )
+        with f.loop("byte", "%from", "%to", module.block) as byte:
             total, part = f.at("%total", byte), f.at("%part", byte)
             more = f.load(part, "part", module.block)
             old = f.load(total, "total", module.block)
@@ -120,7 +133,8 @@ class SumEmitter:
         return start, f.let(f"{name}.k", f"select i1 %backwards, i64 {back}, i64 {stride}")
 
     def _function(self, found: Sum) -> Function:
-        return Function(self.module, found.name, "ptr %args", "i64 %first", "i1 %backwards", "i64 %rows")
+        head = ("ptr %args", "i64 %first", "i1 %backwards", "i64 %rows", "i64 %me", "i64 %crew")
+        return Function(self.module, found.name, *head)
 
     def _outer(self, found: Sum) -> None:
         assert found.a is not None
@@ -145,7 +159,8 @@ class SumEmitter:
                 row, column = 0, f.mul(first, module.block)
                 for count, height in shared_out(found.height, most):
                     name = outer_name(module, height, wide)
-                    with f.loop("row", row, row + count * height, height) as at:
+                    begin, end = (f.add(f.mul(tile, height), row) for tile in f.share(count, "%me", "%crew"))
+                    with f.loop("row", begin, end, height) as at:
                         here = f.at(f.at(acc, f.mul(at, stride)), column)
                         own, other = f.at(a, f.mul(at, module.bytes)), f.at(b, column)
                         f.call(
@@ -162,7 +177,9 @@ class SumEmitter:
         acc = self.layout.buffer(f, found.part)
         for first in range(0, module.blocks(found.width), 8):
             many = min(8, module.blocks(found.width) - first)
-            self._add_rows(f, f.at(acc, first * module.block), f.at(b, first * module.block), b_k, many)
+            turn = f.let("turn", f"urem i64 {first // 8}, %crew")
+            with f.when("mine", f.let("is.mine", f"icmp eq i64 {turn}, %me")):
+                self._add_rows(f, f.at(acc, first * module.block), f.at(b, first * module.block), b_k, many)
         f.end()
 
     def _add_rows(self, f: Function, acc: str, b: str, b_k: str, many: int) -> None:
@@ -178,8 +195,11 @@ class SumEmitter:
         for place, value in zip(places, carried, strict=True):
             f.store(value, place, module.block)
 
-    def _hand_over(self, f: Function, found: Sum, source: str) -> None:
-        """Bring a sum to its place in the caller's gradient, whatever its strides."""
+    def _hand_over(self, f: Function, crew: Crew, found: Sum, source: str) -> None:
+        """Bring a sum to its place in the caller's gradient, whatever its strides.
+
+        A crew parts the rows of a gradient that one sum makes whole; where several add up, one thread adds in order.
+        """
         module, layout, label = self.module, self.layout, found.label
         matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2
         dims = ("1", "0") if found.flipped else ("0", "1")
@@ -187,16 +207,19 @@ class SumEmitter:
         start = layout.pointer(f, f"out.{label}.ptr")
         start = f.at(start, f.mul(strides[0], found.corner[0])) if matrix else start
         start = f.at(start, f.mul(strides[1], found.corner[1]))
-        f.call(
-            self._add_to(fresh=label in self.plan.covered()),
-            f"ptr {start}",
-            f"i64 {strides[0]}",
-            f"i64 {strides[1]}",
-            f"ptr {source}",
-            f"i64 {module.padded(found.width)}",
-            f"i64 {found.height}",
-            f"i64 {found.width}",
-        )
+        fresh = label in self.plan.covered()
+        first, last = f.share(found.height, "%me", "%crew") if fresh else (0, found.height)
+        with nullcontext() if fresh else crew.leader():
+            f.call(
+                self._add_to(fresh=fresh),
+                f"ptr {f.at(start, f.mul(strides[0], first))}",
+                f"i64 {strides[0]}",
+                f"i64 {strides[1]}",
+                f"ptr {f.at(source, f.mul(first, module.padded(found.width)))}",
+                f"i64 {module.padded(found.width)}",
+                f"i64 {f.sub(last, first)}",
+                f"i64 {found.width}",
+            )
 
     def _add_to(self, *, fresh: bool) -> str:
         """The function that adds rows of our own to a caller's matrix, or stores them in a ``fresh`` one.

@@ -133,6 +133,26 @@ class Function:
         less = self.let("less", f"icmp slt i64 {a}, {b}")
         return self.let(name, f"select i1 {less}, i64 {a}, i64 {b}")
 
+    def maximum(self, a: Value, b: Value, name: str = "most") -> Value:
+        more = self.let("more", f"icmp sgt i64 {a}, {b}")
+        return self.let(name, f"select i1 {more}, i64 {a}, i64 {b}")
+
+    def share(self, count: Value, me: Value, crew: Value) -> tuple[Value, Value]:
+        """Of so many things those that are for one of a crew: from, to. All, without a division, where it is alone."""
+        label = self._fresh("share")
+        before = self._here()
+        self.do(f"br i1 {self.let('is.alone', f'icmp eq i64 {crew}, 1')}, label %{label}.all, label %{label}.part")
+        self._begin(f"{label}.part")
+        first = self.let("from", f"udiv i64 {self.let('mine', f'mul i64 {count}, {me}')}, {crew}")
+        following = self.let("following", f"mul i64 {count}, {self.let('next', f'add i64 {me}, 1')}")
+        last = self.let("to", f"udiv i64 {following}, {crew}")
+        self.do(f"br label %{label}.all")
+        self._begin(f"{label}.all")
+        return (
+            self.let("from", f"phi i64 [ 0, %{before} ], [ {first}, %{label}.part ]"),
+            self.let("to", f"phi i64 [ {count}, %{before} ], [ {last}, %{label}.part ]"),
+        )
+
     def at(self, pointer: str, offset: Value, name: str = "at") -> str:
         """A pointer some bytes further."""
         if offset == 0:
