@@ -114,7 +114,7 @@ def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
     learner = find_learner(cell, (x,))
     training = learner.training((False, True, True, True, True), recompute=False)
     whole = training.forward.kernel.emitted
-    name, size = next((n, s) for n, s in whole.buffers.items() if n.startswith("panel"))
+    name, size = next((n, s) for n, s in whole.buffers.items() if n.startswith("panel.loop"))
     # As if the panel were a block shorter than what is written.
     shorter = type(size)(size.fixed - 64, size.per_row, size.per_chunk_row, size.per_chunk_step)
     monkeypatch.setitem(whole.buffers, name, shorter)

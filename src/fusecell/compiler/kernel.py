@@ -23,10 +23,11 @@ from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
-# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them; and the
-# rows that a chunk has at least where panels larger than L2 are read for each.
-CHUNK_BYTES = 384 * 1024
-LARGE_PANELS, CHUNK_ROWS = 4 << 20, 128
+# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them; what they
+# may take if that makes a single chunk, for which weights needn't be packed whole; and the rows that a chunk has at
+# least where panels, or sums, larger than L2 are read for each.
+CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 768 << 10
+LARGE, PANEL_ROWS, SUM_ROWS = 4 << 20, 128, 64
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -161,8 +162,11 @@ class Kernel:
     def chunk(self, steps: int, rows: int) -> int:
         """The steps of a chunk."""
         size, rows = self.emitted.scratch, max(rows, 1)
-        fitting = CHUNK_BYTES // max(size.per_chunk_row * rows, 1)
-        least = -(-CHUNK_ROWS // rows) if size.fixed > LARGE_PANELS and not self.words.sums else 1
+        step = max(size.per_chunk_row * rows, 1)
+        if step * steps <= ONLY_CHUNK_BYTES:
+            return max(1, steps)
+        fitting = CHUNK_BYTES // step
+        least = -(-(SUM_ROWS if self.words.sums else PANEL_ROWS) // rows) if size.fixed > LARGE else 1
         return max(1, min(steps, max(least, fitting)))
 
     def scratch_bytes(self, steps: int, rows: int) -> int:

@@ -65,10 +65,12 @@ class Module:
 class Function:
     """One function, written line by line."""
 
-    def __init__(self, module: Module, name: str, *params: str, exported: bool = False, inline: bool = False) -> None:
+    def __init__(
+        self, module: Module, name: str, *params: str, exported: bool = False, inline: bool = False, small: bool = False
+    ) -> None:
         self.module = module
         linkage = "" if exported else "internal "
-        kind = "alwaysinline " if inline else "" if exported else "noinline "
+        kind = "alwaysinline " if inline else "" if exported else "noinline optsize " if small else "noinline "
         self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
         self._lines = ["entry:"]
         self._used = {param.rpartition("%")[2] for param in params}
