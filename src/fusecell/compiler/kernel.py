@@ -23,10 +23,10 @@ from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
-# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them; what they
-# may take if that makes a single chunk, for which weights needn't be packed whole; and the rows that a chunk has at
-# least where panels, or sums, larger than L2 are read for each.
-CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 768 << 10
+# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them. A single
+# chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
+# has at least where panels, or sums, larger than L2 are read for each.
+CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
 LARGE, PANEL_ROWS, SUM_ROWS = 4 << 20, 128, 64
 
 Strided = Any
@@ -163,7 +163,7 @@ class Kernel:
         """The steps of a chunk."""
         size, rows = self.emitted.scratch, max(rows, 1)
         step = max(size.per_chunk_row * rows, 1)
-        if step * steps <= ONLY_CHUNK_BYTES:
+        if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
             return max(1, steps)
         fitting = CHUNK_BYTES // step
         least = -(-(SUM_ROWS if self.words.sums else PANEL_ROWS) // rows) if size.fixed > LARGE else 1
