@@ -12,7 +12,6 @@ import torch
 
 import fusecell as fc
 from fusecell.compiler import call, kernel, threads
-from fusecell.compiler.emit import crew as emit_crew
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +20,11 @@ def crews(monkeypatch):
     monkeypatch.setattr(call, "CREW_CALL", 0)
     monkeypatch.setattr(call, "CREW_STEP", 0)
     monkeypatch.setattr(call, "crew_waits", lambda: False)
-    monkeypatch.setattr(emit_crew, "_PATIENCE", 1 << 40)
+    monkeypatch.setattr(threads, "_LEAST_PATIENCE", 1e12)
+    monkeypatch.setattr(threads, "_MOST_PATIENCE", 1e12)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    fc.refresh()
 
 
 @pytest.fixture(params=["torch's team", "Python's threads"])
@@ -81,24 +80,23 @@ def test_a_crew_is_as_one(make, kind, monkeypatch):
 
 def test_who_comes_late_is_not_waited_for(monkeypatch):
     """The call is done by who is there, and the next ones do without the others, for longer each time."""
-    monkeypatch.setattr(emit_crew, "_PATIENCE", 0)
+    monkeypatch.setattr(threads, "_MOST_PATIENCE", 0)
     cell, x = fc.GRUCell(5, 11), torch.randn(9, 7, 5)
     torch.set_num_threads(1)
     expected = run(cell, x, {})
     torch.set_num_threads(4)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(run(cell, x, {}), expected, strict=True))
-    aside = threads._Aside()
-    assert not aside.waits()
-    stays = []
-    for _ in range(8):
-        aside.judge(late=True)
-        stays.append(sum(aside.waits() for _ in range(1000)))
+    aside, stays = threads._Aside(), []
+    assert aside.until == 0
+    for now in range(12):
+        aside.judge(now, late=True)
+        stays.append(aside.until - now)
     assert stays == sorted(stays)
-    assert 0 < stays[0] < stays[-1] < 1000
-    aside.judge(late=False)
-    aside.judge(late=True)
-    assert sum(aside.waits() for _ in range(1000)) == stays[0]
+    assert 0 < stays[0] < stays[-1] < 1
+    aside.judge(12, late=False)
+    aside.judge(13, late=True)
+    assert aside.until - 13 == pytest.approx(stays[0])
 
 
 def test_layouts_of_a_crew():

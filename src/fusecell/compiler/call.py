@@ -20,10 +20,10 @@ __all__ = ["RaggedRows", "run"]
 
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
-# Multiply-adds that are worth waking a crew for, and those of a step's loop, with the bytes of its weights, that are
-# worth that it meets in every step: some two microseconds.
-CREW_CALL = 3_000_000
-CREW_STEP, CREW_STEP_BYTES = 160_000, 280_000
+# What a call must take alone, in microseconds, to be worth a crew; and a step, for one that meets in each.
+CREW_CALL, CREW_STEP = 100, 3
+# In a microsecond a core does so many multiply-adds of float32, and reads so many bytes of weights from its cache.
+MACS, BYTES = 75_000, 130_000
 # Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls. From the
 # third NumPy asks for huge pages, whose first touch costs a fraction.
 SMALL_SCRATCH, LARGE_SCRATCH, HUGE_SCRATCH = 1 << 16, 1 << 26, 1 << 22
@@ -81,7 +81,7 @@ def run(
 def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
     """Run a kernel over the block at an address."""
     if threads > 1:
-        run_crew(kernel.crew, address, threads)
+        run_crew(kernel.crew, address, threads, _microseconds(kernel, rows) * steps)
     elif kernel.macs * steps * rows < SHORT_CALL:
         kernel.short(address)
     else:
@@ -90,16 +90,20 @@ def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> 
 
 def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
     """How many threads a call is worth."""
-    if kernel.macs * steps * rows < CREW_CALL:
+    step = _microseconds(kernel, rows)
+    if step * steps < CREW_CALL:
         return 1
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or (rows < ROWS_EACH * threads and step < CREW_STEP) or crew_waits():
         return 1
-    if rows < ROWS_EACH * threads:
-        bytes_ = kernel.loop_macs * kernel.itemsize
-        if rows * kernel.loop_macs < CREW_STEP and bytes_ < CREW_STEP_BYTES:
-            return 1
-    return 1 if crew_waits() else threads
+    return threads
+
+
+def _microseconds(kernel: Kernel, rows: int) -> float:
+    """What a step takes on one thread, about: its weights are read, or its rows multiplied, whichever takes longer."""
+    item = kernel.itemsize
+    loop = max(kernel.loop_macs * item / BYTES, rows * kernel.loop_macs * item / (4 * MACS))
+    return loop + rows * (kernel.macs - kernel.loop_macs) * item / (4 * MACS)
 
 
 def _scratch(size: int) -> Tensor:

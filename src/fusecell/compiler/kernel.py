@@ -23,7 +23,7 @@ from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
-# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them. A single
+# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them. An only
 # chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
 # has at least where panels, or sums, larger than L2 are read for each.
 CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,32 +19,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_crew"]
+__all__ = ["crew_waits", "run_crew"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _parent = os.getpid()
 # A crew's data, as ``emit.crew`` lays it out: so many words, from one on what it is given, from another what it found.
-_WORDS, _GIVEN, _FOUND = 16, 9, 13
-# So often a thread may give its core away while it waits, some ten microseconds each, before a call counts as late.
-_PATIENCE = 16
-_LEAST_ASIDE, _MOST_ASIDE = 8, 256
+_WORDS, _GIVEN, _FOUND = 16, 9, 14
+# How long the first of a crew waits for the others, in microseconds: a share of what the call takes alone; to wake up
+# takes some fifty. And the turns of waiting in a microsecond, of which CPUs make seven to thirty.
+_SHARE_OF_CALL, _LEAST_PATIENCE, _MOST_PATIENCE, _TURNS = 0.25, 50, 2000, 20
+# In so many microseconds a thread may give its core away once, having waited for some ten, or the call counts as late;
+# and the seconds without a crew that follow.
+_GIVES_WAY = 50
+_LEAST_ASIDE, _MOST_ASIDE = 0.005, 0.5
 
 
-def run_crew(address: int, args: int, threads: int) -> None:
+def run_crew(address: int, args: int, threads: int, microseconds: float) -> None:
     """Call machine code once in each thread of a crew, the caller's own among them; return when all are done.
 
     Arguments:
         address: of ``@crew``, a C function of the data laid out below, which needs no lock of Python's.
         args: the address of the call's argument block.
         threads: how many are asked for. A forked child has one: the others are its parent's.
+        microseconds: what the call would take on one thread, about.
     """
     if os.getpid() != _parent:
         threads = 1
     runtime = _openmp() if threads > 1 else None
     data = array("q", bytes(8 * _WORDS))
-    data[_GIVEN : _GIVEN + 4] = array("q", [_yield(), 0 if runtime is None else runtime.count, threads, args])
+    patience = int(min(max(_SHARE_OF_CALL * microseconds, _LEAST_PATIENCE), _MOST_PATIENCE) * _TURNS)
+    count = 0 if runtime is None else runtime.count
+    data[_GIVEN : _GIVEN + 5] = array("q", [_yield(), count, threads, args, patience])
     here = data.buffer_info()[0]
+    began = time.perf_counter()
     if runtime is not None:
         runtime.parallel(address, here, threads, 0)
     else:
@@ -52,29 +61,26 @@ def run_crew(address: int, args: int, threads: int) -> None:
         call(here)
         for helper in helpers:
             helper.result()
+    now = time.perf_counter()
     worked, gave_way = data[_FOUND], data[_FOUND + 1]
-    _aside.judge(late=worked < threads or gave_way > _PATIENCE)
+    _aside.judge(now, late=worked < threads or gave_way * _GIVES_WAY > (now - began) * 1e6)
 
 
 def crew_waits() -> bool:
-    """Whether a call should do without a crew, because the last ones had to wait for cores that others use."""
-    return _aside.waits()
+    """Whether a call should do without a crew, because the last one had to wait for cores that others use."""
+    return _aside.until > time.perf_counter()
 
 
 class _Aside:
-    """How long calls do without a crew: after one that waited, for some calls, twice as many each time."""
+    """Until when calls do without a crew: after one that waited, for a while, twice as long each time."""
 
     def __init__(self) -> None:
-        self._left, self._next = 0, _LEAST_ASIDE
+        self.until, self._next = 0.0, _LEAST_ASIDE
 
-    def waits(self) -> bool:
-        if self._left:
-            self._left -= 1
-        return self._left > 0
-
-    def judge(self, *, late: bool) -> None:
+    def judge(self, now: float, *, late: bool) -> None:
+        """Take note of a call that ended now."""
         if late:
-            self._left, self._next = self._next, min(2 * self._next, _MOST_ASIDE)
+            self.until, self._next = now + self._next, min(2 * self._next, _MOST_ASIDE)
         else:
             self._next = _LEAST_ASIDE
 

@@ -25,12 +25,10 @@ _ROWS_EACH_LARGE = 32
 _LARGE = 1 << 20
 _SPINS = 512
 """Turns at the gate, some ten microseconds, before the others, who may be waiting for this core, get it."""
-_PATIENCE = 1024
-"""Turns after which who is there begins without the others."""
 _CLOSED = 1 << 20
-_DECISION, _GATE, _YIELD, _COUNT, _THREADS, _ARGS, _WORKED, _GIVEN = 1, 8, 9, 10, 11, 12, 13, 14
-"""The words of a crew's data behind the first, which hands out the threads' numbers; the last two are answers: how
-many worked, and how often one gave its core away while it waited."""
+_DECISION, _GATE, _YIELD, _COUNT, _THREADS, _ARGS, _PATIENCE, _WORKED, _GIVEN = 1, 8, 9, 10, 11, 12, 13, 14, 15
+"""The words of a crew's data behind the first, which hands out the threads' numbers. Patience is how many turns the
+first waits for the others; the last two are answers: how many worked, and how often one gave its core away."""
 
 
 class Crew:
@@ -172,6 +170,7 @@ def _gather_crew(module: Module) -> None:
         short = f.let("short", f"call i32 {count}()")
         f.store_int(f.let("long", f"sext i32 {short} to i64"), wanted)
     threads = f.load_int(wanted, "wanted")
+    patience = f.load_int(f.at("%data", 8 * _PATIENCE), "patience")
     f.raw(
         [
             "  br label %look",
@@ -179,7 +178,7 @@ def _gather_crew(module: Module) -> None:
             "  %spins = phi i64 [ 0, %counted.end ], [ %spins.next, %stay ]",
             "  %here = load atomic i64, ptr %data acquire, align 8",
             f"  %all = icmp sge i64 %here, {threads}",
-            f"  %late = icmp sge i64 %spins, {_PATIENCE}",
+            f"  %late = icmp sge i64 %spins, {patience}",
             "  %enough = or i1 %all, %late",
             "  br i1 %enough, label %close, label %stay",
             "stay:",
