@@ -1,0 +1,177 @@
+"""``python -m benchmarks.limits``: what bounds each shape, and how near its kernel comes on one core.
+
+The bound of a shape of several rows is the time of its multiply-adds at the rate of a tile in L1, and that of the same
+kernel without its products: what its activations, loads and stores take alone. Of one row it is the time in which the
+weights of the loop come from L2, with the multiply-adds of what is outside the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.machine import bind
+from benchmarks.shapes import SHAPES, Shape
+
+__all__ = ["Bound", "bound", "main"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Microseconds per step: of the kernel alone, and of what bounds it."""
+
+    shape: Shape
+    kernel: float
+    multiply_adds: float
+    epilogue: float
+    weights: float
+
+    @property
+    def share(self) -> float:
+        """How much of the kernel's time the bound is."""
+        if self.shape.batch == 1:
+            return (self.weights + self.multiply_adds) / self.kernel
+        return (self.multiply_adds + self.epilogue) / self.kernel
+
+
+def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
+    """Time a shape's kernel, weights packed already, and the same without its products.
+
+    Arguments:
+        flops: operations a second of a tile in L1.
+        l2: bytes a second that come from L2.
+        seconds: for each of the two.
+    """
+    import torch
+
+    from fusecell.cells import CELLS
+    from fusecell.compiler.runner import find_program
+    from fusecell.compiler.trace import Refusal
+
+    cell = next(each for each in CELLS if each.name == shape.cell).make(shape.inputs, shape.hidden)
+    x = torch.randn(shape.steps, shape.batch, shape.inputs)
+    program = find_program(cell, (x,))
+    assert not isinstance(program, Refusal)
+    kernel, loop = program.kernel, program.kernel.loop_macs
+    weights = [value.detach() for value in program.traced.weights.values(cell)]
+    whole = _time(kernel, kernel.emitted.text, x, weights, cell, seconds)
+    bare = _time(kernel, _without_products(kernel.emitted.text), x, weights, cell, seconds)
+    macs = kernel.macs - loop if shape.batch == 1 else kernel.macs
+    scale = 1e6 / shape.steps
+    return Bound(shape, whole * scale, 2e6 * macs * shape.batch / flops, bare * scale, 4e6 * loop / l2)
+
+
+def _without_products(text: str) -> str:
+    return re.sub(r"  call void @tile\.[^\n]*\n", "", text)
+
+
+def _time(kernel: object, text: str, x: object, weights: Sequence[object], cell: object, seconds: float) -> float:
+    """The median time of a kernel's text over an input."""
+    from typing import Any
+
+    import torch
+
+    from fusecell.compiler.machine import load
+    from fusecell.compiler.target import host_target
+
+    made: Any = kernel
+    given: Any = x
+    loaded = load(text, ["run"], host_target())
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loaded.address("run"))
+    block, words = made.block(), made.words
+    steps, rows = given.shape[:2]
+    state = cell.initial_state(rows, dtype=given.dtype, device="cpu")  # type: ignore[attr-defined]
+    after = [value.clone() for value in state]
+    outputs = [torch.empty(steps, rows, size) for size in made.output_sizes.values()]
+    made.give_sequences(block, words.inputs.values(), [given])
+    made.give_matrices(block, words.weights.values(), weights)
+    made.give_states(block, words.first, state)
+    made.give_states(block, words.last, after)
+    made.give_sequences(block, words.outputs.values(), outputs)
+    scratch = torch.zeros(made.scratch_bytes(steps, rows), dtype=torch.uint8)
+    made.fill(block, steps, rows, False, scratch.data_ptr())
+    address, packed = block.buffer_info()[0], words.positions["packed"]
+    block[packed] = 2
+    run(address)
+    block[packed] = 1
+    return _median(lambda: run(address), seconds)
+
+
+def _median(call: Callable[[], object], seconds: float) -> float:
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def machine_limits(seconds: float = 0.5) -> tuple[float, float]:
+    """Operations a second of a tile whose operands are in L1, and bytes a second of one row's tile from L2."""
+    return _rate(8, 3, 1, 64, 1, seconds), 2 * _rate(1, 1, 8, 128, 8, seconds)
+
+
+def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, seconds: float) -> float:
+    import numpy as np
+
+    from fusecell.compiler.emit.text import Function, Module
+    from fusecell.compiler.emit.tiles import tile_name
+    from fusecell.compiler.machine import load
+    from fusecell.compiler.target import host_target
+
+    module = Module("limits", "f32", host_target())
+    name = tile_name(module, rows, products, blocks)
+    f = Function(module, "run", "ptr %acc", "ptr %a", "ptr %panels", "i64 %times", exported=True)
+    size = depth * products * module.block
+    with f.loop("time", 0, "%times"), f.loop("panel", 0, panels) as panel:
+        here = f.at("%panels", f.mul(panel, size * blocks))
+        row = products * blocks * module.block
+        f.call(
+            name, "ptr %acc", f"i64 {row}", "ptr %a", f"i64 {4 * depth}", f"ptr {here}", f"i64 {size}", f"i64 {depth}",
+            "ptr %acc", "i64 0",
+        )  # fmt: skip
+    f.end()
+    loaded = load(module.text(), ["run"], host_target())
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(loaded.address("run"))
+    # Ones, not zeros: pages of zeros that nobody has written are all the same memory.
+    sizes = (rows * products * blocks * 64, rows * depth * 4 + 64, panels * size * blocks)
+    memory = np.ones(sum(sizes) // 4 + 32, np.float32)
+    acc = -(-memory.ctypes.data // 64) * 64
+    a = acc + sizes[0]
+    weights = -(-(a + sizes[1]) // 64) * 64
+    flops = 2 * rows * products * blocks * 16 * depth * panels
+    times = max(1, int(1e8 / flops))
+    return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each of a shape's two kernels")
+    options = parser.parse_args(arguments)
+    bind(1)
+    flops, l2 = machine_limits()
+    print(f"A tile in L1: {flops / 1e9:.0f} GFLOP/s; one row's tile from L2: {l2 / 1e9:.0f} GB/s\n")
+    print("| cell T/N/I/H | kernel | multiply-adds | activations, moves | weights from L2 | share |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for shape in pick_inference(options.only):
+        found = bound(shape, flops, l2, options.seconds)
+        l2_column = f"{found.weights:.3g}" if shape.batch == 1 else ""
+        cells = (f"{found.kernel:.3g}", f"{found.multiply_adds:.3g}", f"{found.epilogue:.3g}", l2_column)
+        print(f"| {shape.name} | {' | '.join(cells)} | {found.share:.0%} |", flush=True)
+
+
+def pick_inference(only: str | None) -> Sequence[Shape]:
+    """The shapes of a sequence."""
+    return [shape for shape in SHAPES if only is None or only in shape.name]
+
+
+if __name__ == "__main__":
+    main()
