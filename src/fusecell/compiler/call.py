@@ -16,7 +16,7 @@ from fusecell.compiler.extents import extents
 from fusecell.compiler.kernel import Kernel
 from fusecell.compiler.threads import run_team
 
-__all__ = ["Part", "run", "run_parts"]
+__all__ = ["Part", "Ready", "run", "run_parts"]
 
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
@@ -95,6 +95,49 @@ def run(kernel: Kernel, block: array[int], steps: int, rows: int, reverse: bool,
         check.checked_run(function, block, kernel.emitted, theirs, position, rows=rows, chunk=chunk)
     else:
         function(block.buffer_info()[0])
+
+
+class Ready:
+    """A kernel for calls of one size, its block filled but for addresses.
+
+    Arguments:
+        block: filled with the strides of what calls will give.
+        unread: words of results that nobody wants, with their bytes.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        block: array[int],
+        steps: int,
+        rows: int,
+        reverse: bool,
+        unread: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.kernel, self._call = kernel, (steps, rows, reverse)
+        kernel.fill(block, steps, rows, reverse, 0)
+        self._block, self._place = block, kernel.words.sizes[4]
+        self._function = kernel.short if kernel.macs * steps * rows < SHORT_CALL else kernel.long
+        self._size = kernel.scratch_bytes(steps, rows)
+        self._unread = []
+        for place, size in unread:
+            self._unread.append((place, self._size))
+            self._size += -(-size // 64) * 64
+
+    def block(self) -> array[int]:
+        """A block for one call."""
+        return self._block[:]
+
+    def run(self, block: array[int]) -> None:
+        """Run the kernel over a block that has all addresses of the caller's tensors."""
+        scratch = -(-_scratch(self._size).data_ptr() // 64) * 64
+        for place, offset in self._unread:
+            block[place] = scratch + offset
+        if check.ENABLED:
+            run(self.kernel, block, *self._call)
+            return
+        block[self._place] = scratch
+        self._function(block.buffer_info()[0])
 
 
 def run_parts(kernel: Kernel, blocks: Sequence[tuple[array[int], Part]], steps: int, rows: int, reverse: bool) -> None:

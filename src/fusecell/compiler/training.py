@@ -16,7 +16,7 @@ from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves
 from fusecell.runner import Options, State, steps_of
 
-__all__ = ["Call", "Half", "Training"]
+__all__ = ["Call", "Half", "Training", "count_parts"]
 
 # Multiply-adds that are worth parts, though they may run one after another.
 LONG_CALL = 20_000_000
@@ -35,21 +35,22 @@ class Half:
         inputs, weights: the names of a call's tensors, of which the kernel reads some.
 
     Attributes:
+        input_indices, weight_indices: which of the tensors by those names the kernel reads, in its order.
         saved: for each value that is kept between the two, its word, -1 if it isn't read, and its numbers per row.
     """
 
     def __init__(self, kernel: Kernel, inputs: Sequence[str], weights: Sequence[str], halves: Halves) -> None:
         self.kernel = kernel
         words = kernel.words
-        self._inputs = [inputs.index(name) for name in words.inputs]
-        self._weights = [weights.index(name) for name in words.weights]
+        self.input_indices = [inputs.index(name) for name in words.inputs]
+        self.weight_indices = [weights.index(name) for name in words.weights]
         self.saved = [(words.saved.get(name, -1), -(-size // LANES) * LANES) for name, size in halves.saved]
 
     def give(self, block: array[int], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Give what the kernel reads of the inputs and weights; returns what must live until it returns."""
         kernel = self.kernel
-        kept = kernel.give_sequences(block, kernel.words.inputs.values(), [inputs[i] for i in self._inputs])
-        kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self._weights])
+        kept = kernel.give_sequences(block, kernel.words.inputs.values(), [inputs[i] for i in self.input_indices])
+        kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self.weight_indices])
         return kept
 
     def run(self, call: Call, blocks: Sequence[array[int]], saved: Tensor, *, reverse: bool) -> None:
@@ -129,7 +130,7 @@ class Call:
     ) -> Call:
         """A call with these tensors; ``resets`` are the states to go back to, if any."""
         steps, rows = steps_of(inputs), inputs[0].shape[1]
-        parts = Part.all_of(rows, steps, options.lengths, _count_parts(training.forward.kernel, steps, rows))
+        parts = Part.all_of(rows, steps, options.lengths, count_parts(training.forward.kernel, steps, rows))
         a = len(inputs)
         b = a + len(state)
         c = b + len(resets)
@@ -217,7 +218,7 @@ class Call:
         return [(like.new_empty if fills else like.new_zeros)(weights[index].shape) for index, fills in pairs]
 
 
-def _count_parts(kernel: Kernel, steps: int, rows: int) -> int:
+def count_parts(kernel: Kernel, steps: int, rows: int) -> int:
     """Into how many parts the rows of a call go, on any number of threads: the order of a sum hangs on it."""
     if rows < 2 * TRAINING_ROWS or steps < FEW_STEPS or kernel.macs * steps * rows < LONG_CALL:
         return 1
