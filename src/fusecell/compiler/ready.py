@@ -26,6 +26,7 @@ class Forward:
 
     Arguments:
         inputs, weights: for each of the kernel's, its place among a call's tensors.
+        matrices: of the kernel's weights, as it takes them.
         tensors: of one such call; what is given comes first.
         count: how many are given: the input, and the states unless they start at zero.
         saved: for each value that is kept for the backward, its word and its place in memory; with all its numbers.
@@ -40,6 +41,7 @@ class Forward:
         manner: Manner,
         inputs: Sequence[int],
         weights: Sequence[int],
+        matrices: State,
         tensors: State,
         count: int,
         saved: tuple[Sequence[tuple[int, int]], int] = ((), 0),
@@ -51,7 +53,7 @@ class Forward:
         self.saved_offsets, self.saved_size = saved
         given = [tensors[index] for index in inputs]
         kept = kernel.give_sequences(block, words.inputs.values(), map(manner.sequence, given))
-        kept += kernel.give_matrices(block, words.weights.values(), [tensors[index] for index in weights])
+        kept += kernel.give_matrices(block, words.weights.values(), matrices)
         self._reads = [(words[0], index) for words, index in zip(words.inputs.values(), inputs, strict=True)]
         self._reads += [(words[0], index) for words, index in zip(words.weights.values(), weights, strict=True)]
         sizes = state_sizes(kernel)
@@ -99,10 +101,19 @@ class Backward:
     """The backward kernel of calls with tensors like these: arguments as of :class:`Forward`.
 
     Arguments:
+        matrices: of all weights.
         due: which of the tensors' gradients are wanted.
     """
 
-    def __init__(self, training: Training, manner: Manner, tensors: State, count: int, due: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        training: Training,
+        manner: Manner,
+        matrices: State,
+        tensors: State,
+        count: int,
+        due: Sequence[bool],
+    ) -> None:
         half = training.backward
         kernel, self._manner = half.kernel, manner
         words, block, item = kernel.words, kernel.block(), kernel.itemsize
@@ -111,10 +122,9 @@ class Backward:
         self._size, sizes = training.forward.kernel.output_sizes["output"], state_sizes(training.forward.kernel)
         # A gradient that doesn't come in: zeros, the same for all steps and rows.
         self._zeros = like.new_zeros(max(self._size, *sizes, 0))
-        weights = tensors[count:]
         output = like.new_empty(steps, rows, self._size)
         states = [like.new_empty(rows, size) for size in sizes]
-        if half.give(block, (x, output), weights) or kernel.give_states(block, words.first, states):
+        if half.give(block, (x, output), matrices) or kernel.give_states(block, words.first, states):
             raise Unready
         self._reads: list[tuple[int, int]] = []
         self._output: tuple[int, ...] = ()
@@ -135,11 +145,11 @@ class Backward:
             else:
                 unread.append((places[0], rows * size * item))
         kernel.give_states(block, words.last, states)
-        self._fill(training, block, tensors, count)
+        self._fill(training, block, matrices, tensors, count)
         self._count = len(tensors)
         self.ready = Ready(kernel, block, steps, rows, not manner.reverse, unread)
 
-    def _fill(self, training: Training, block: array[int], tensors: State, count: int) -> None:
+    def _fill(self, training: Training, block: array[int], matrices: State, tensors: State, count: int) -> None:
         """The strides of the gradients of inputs and weights."""
         kernel, results, words = training.backward.kernel, training.results, training.backward.kernel.words
         self._adds: list[tuple[int, int, tuple[int, ...]]] = []
@@ -149,7 +159,7 @@ class Backward:
             self._makes.append((places[0], index, tuple(made.shape)))
         for places, index, fills in zip(words.sums.values(), results.weights, results.fills, strict=True):
             made = tensors[count + index].new_empty(tensors[count + index].shape)
-            kernel.give_matrices(block, (places,), (made,))
+            kernel.give_matrices(block, (places,), (made.reshape(matrices[index].shape),))
             (self._makes if fills else self._adds).append((places[0], count + index, tuple(made.shape)))
 
     def __call__(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

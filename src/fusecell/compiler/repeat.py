@@ -23,7 +23,6 @@ from fusecell.compiler.learner import Learner, differentiated
 from fusecell.compiler.program import LONG_CALL, Program
 from fusecell.compiler.ready import Backward, Forward, Unready, saved_offsets
 from fusecell.compiler.reasons import call_reasons, needs_gradient
-from fusecell.compiler.trace.weights import Prologue
 from fusecell.compiler.training import Training, count_parts
 from fusecell.eager import run_eager
 from fusecell.runner import Manner, Options, State, View, recomputing, register_memory
@@ -112,21 +111,31 @@ def _remembered(owner: nn.Module, manner: Manner, given: State, inputs: State, v
         return None
     learns = needs_gradient(cell, given)
     found: Any = (LEARNERS if learns else PROGRAMS).find(cell, inputs)
-    paths = found.traced.weights.direct_paths if isinstance(found, Learner | Program) else None
+    leaves = found.traced.weights.stored_leaves if isinstance(found, Learner | Program) else None
     tensors = facts.tensors(owner)
-    if paths is None or tensors is None:
+    if leaves is None or tensors is None:
         return None
     names = {path: place for place, path in enumerate(facts.paths)}
     if view is not None:
         names = {path: names[name] for path, name in view.weights.items()}
+    weights = [_Weight(names[path], path, leaf.made(tensors[names[path]]).detach()) for path, leaf in leaves]
     check = _guard((*given, *tensors))
-    places = [names[path] for path in paths]
+    if check is None or any(each.matrix.data_ptr() != tensors[each.place].data_ptr() for each in weights):
+        return None
     try:
-        way = _Learning if learns else _Answering
-        run = way(found, cell, view is not None, manner, given, tensors, places)
+        if learns:
+            return _Remembered(facts, check, _Learning(found, cell, view is not None, manner, given, tensors, weights))
+        return _Remembered(facts, check, _Answering(found, manner, given, tensors, weights))
     except Unready:
         return None
-    return check and _Remembered(facts, check, run)
+
+
+class _Weight(NamedTuple):
+    """A weight that a kernel reads: its place among the module's tensors, its path in the cell, and as it is read."""
+
+    place: int
+    path: str
+    matrix: Tensor
 
 
 def _plain(cell: Cell, given: State) -> bool:
@@ -155,19 +164,17 @@ class _Answering:
     def __init__(
         self,
         program: Program,
-        cell: Cell,
-        made: bool,
         manner: Manner,
         given: State,
         tensors: State,
-        places: Sequence[int],
+        weights: Sequence[_Weight],
     ) -> None:
         kernel, count = program.kernel, len(given)
         x = manner.sequence(given[0])
         if kernel.macs * x.shape[0] * x.shape[1] >= LONG_CALL and torch.get_num_threads() > 1:
             raise Unready
-        weights = [count + place for place in places]
-        self._forward = Forward(kernel, manner, [0], weights, (*given, *tensors), count)
+        places, matrices = [count + each.place for each in weights], tuple([each.matrix for each in weights])
+        self._forward = Forward(kernel, manner, [0], places, matrices, (*given, *tensors), count)
 
     def __call__(self, owner: nn.Module, given: State, tensors: State) -> tuple[Tensor | None, State]:
         _, outputs, after = self._forward((*given, *tensors))
@@ -189,12 +196,13 @@ class _Learning:
         manner: Manner,
         given: State,
         tensors: State,
-        places: Sequence[int],
+        weights: Sequence[_Weight],
     ) -> None:
-        weights = tuple([tensors[place] for place in places])
-        self.manner, self.count, self._places = manner, len(given), places
-        self.prologue: Prologue = learner.traced.weights
-        flags = tuple([value.requires_grad for value in (given[0], *weights)])
+        self._places, self._paths = [each.place for each in weights], [each.path for each in weights]
+        self.manner, self.count = manner, len(given)
+        matrices, all_tensors = tuple([each.matrix for each in weights]), (*given, *self._taken(tensors))
+        due = [value.requires_grad for value in all_tensors]
+        flags = (due[0], *due[self.count :])
         training = learner.training(flags, manner.recompute or recomputing())
         x = manner.sequence(given[0])
         steps, rows = x.shape[0], x.shape[1]
@@ -202,22 +210,25 @@ class _Learning:
             raise Unready
         half = training.forward
         offsets, _ = saved_offsets(half.saved, steps * rows * half.kernel.itemsize)
-        all_tensors = (*given, *weights)
         self.forward = Forward(
             half.kernel,
             manner,
             half.input_indices,
             [self.count + index for index in half.weight_indices],
+            tuple([matrices[index] for index in half.weight_indices]),
             all_tensors,
             self.count,
             (offsets, training.saved_size(steps * rows)),
         )
-        due = [value.requires_grad for value in all_tensors]
-        self.backward = Backward(training, manner, all_tensors, self.count, due)
+        self.backward = Backward(training, manner, matrices, all_tensors, self.count, due)
         self.template = _without_weights(cell) if made else None
 
+    def _taken(self, tensors: State) -> State:
+        """The weights, of all the module's tensors."""
+        return tuple([tensors[place] for place in self._places])
+
     def __call__(self, owner: nn.Module, given: State, tensors: State) -> tuple[Tensor | None, State]:
-        results = _apply(self, owner, *given, *[tensors[place] for place in self._places])
+        results = _apply(self, owner, *given, *self._taken(tensors))
         if self.manner.outputs:
             return results[0], results[1:]
         return None, results
@@ -229,7 +240,7 @@ class _Learning:
         x, state = manner.sequence(given[0]), tuple([manner.rows_of(value) for value in given[1:]])
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
-        cell = bound(cell, self.prologue.bindings(weights, ()), ())
+        cell = bound(cell, dict(zip(self._paths, weights, strict=True)), ())
         outputs, after = run_eager(cell, (x,), state, Options(reverse=manner.reverse))
         states = tuple([manner.state(value) for value in after])
         return (manner.output(outputs), *states) if manner.outputs else states
