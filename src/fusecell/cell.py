@@ -218,7 +218,8 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
     return output, after
 
 
-_STEP = {outputs: (Manner(batched=False, outputs=outputs), Manner(outputs=outputs)) for outputs in (False, True)}
+_BOTH = (False, True)
+_STEP = {(1 + batched, wanted): Manner(batched=batched, outputs=wanted) for batched in _BOTH for wanted in _BOTH}
 LongWay = Callable[["Cell", Any, Any], tuple[Tensor | None, State]]
 
 
@@ -230,8 +231,9 @@ def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWa
         outputs: whether the output is wanted; where it isn't, None may take its place.
         long_way: checks what it is given, and runs the step.
     """
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not 1 <= input.dim() <= 2:
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return long_way(cell, input, state)
+    manner = _STEP.get((input.dim(), outputs))
     if state is None:
         given: State = (input,)
     elif isinstance(state, Tensor):
@@ -239,8 +241,9 @@ def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWa
     elif isinstance(state, tuple | list):
         given = (input, *state)
     else:
+        manner = None
+    if manner is None:
         return long_way(cell, input, state)
-    manner = _STEP[outputs][input.dim() - 1]
     found = repeated(cell, manner, given)
     if found is None:
         found = long_way(cell, input, state)

@@ -162,9 +162,19 @@ _MODULES = {
     "record": "fusecell.tape.recording",
 }
 _RUNNERS: dict[str, Runner] = {}
-_MEMORY: list[Memory] = []
+_memory: Memory | None = None
 _COMPILED = ("auto", "compiled")
-_CHOICE = threading.local()
+
+
+class _Choice(threading.local):
+    """What is in force in a thread."""
+
+    name: Any = None  # a RunnerName, or "record"
+    recompute = False
+    keep: Any = None
+
+
+_CHOICE = _Choice()
 
 
 def register(name: str, function: Runner) -> None:
@@ -174,10 +184,9 @@ def register(name: str, function: Runner) -> None:
 
 def active_runner() -> RunnerName:
     """The runner in force in this thread: the innermost ``with runner(...)``, else ``FUSECELL_RUNNER``, else auto."""
-    chosen: RunnerName | None = getattr(_CHOICE, "name", None)
-    if chosen is not None:
-        return chosen
-    return _default_runner()
+    chosen: Any = _CHOICE.name
+    found: RunnerName = _default_runner() if chosen is None else chosen
+    return found
 
 
 @functools.cache
@@ -202,7 +211,7 @@ def runner(name: RunnerName) -> Iterator[None]:
     Raises:
         ValueError: for any other name.
     """
-    before = getattr(_CHOICE, "name", None)
+    before = _CHOICE.name
     _CHOICE.name = _checked(name, "runner()")
     try:
         yield
@@ -238,14 +247,13 @@ def recompute(enabled: bool = True) -> Iterator[None]:
 
 def recomputing() -> bool:
     """Whether ``with recompute():`` is in force in this thread."""
-    found: bool = getattr(_CHOICE, "recompute", False)
-    return found
+    return _CHOICE.recompute
 
 
 @contextmanager
 def recording(keep: Callable[[Cell, dict[str, Any], Options], None]) -> Iterator[None]:
     """Hand what happens inside every cell that runs in a ``with`` block to ``keep``, in this thread."""
-    before = getattr(_CHOICE, "name", None), getattr(_CHOICE, "keep", None)
+    before = _CHOICE.name, _CHOICE.keep
     _CHOICE.name, _CHOICE.keep = "record", keep
     try:
         yield
@@ -278,7 +286,8 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
 
 def register_memory(memory: Memory) -> None:
     """Make ``memory`` the one that calls are remembered in."""
-    _MEMORY[:] = [memory]
+    global _memory  # noqa: PLW0603  # one there is, as of runners under a name
+    _memory = memory
 
 
 def repeated(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None:
@@ -288,20 +297,20 @@ def repeated(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | N
         owner: the cell, or what makes cells of itself.
         given: exactly what was handed over: the input, and the states if they were.
     """
-    if (getattr(_CHOICE, "name", None) or _default_runner()) not in _COMPILED or not _MEMORY:
+    if (_CHOICE.name or _default_runner()) not in _COMPILED or _memory is None:
         return None
-    return _MEMORY[0].find(owner, manner, given)
+    return _memory.find(owner, manner, given)
 
 
 def remember(owner: nn.Module, manner: Manner, given: State, view: View | None = None) -> None:
     """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
-    if (getattr(_CHOICE, "name", None) or _default_runner()) in _COMPILED and _MEMORY:
-        _MEMORY[0].keep(owner, manner, given, view)
+    if (_CHOICE.name or _default_runner()) in _COMPILED and _memory is not None:
+        _memory.keep(owner, manner, given, view)
 
 
 def traced_runner() -> Runner:
     """What runs a cell while torch.compile or torch.export traces it."""
-    return _RUNNERS[_traced_name(getattr(_CHOICE, "name", None))]
+    return _RUNNERS[_traced_name(_CHOICE.name)]
 
 
 def _traced_name(chosen: RunnerName | None) -> str:

@@ -191,9 +191,13 @@ def test_weights_from_outside_and_copies(ways):
         assert not torch.equal(before, replaced)
 
 
+def enclosing(cell):
+    return lambda value: torch.tanh(value) * cell.rate
+
+
 def test_nothing_is_kept_alive():
     cell, layer, x = Scaled(), fc.GRU(5, 9), torch.randn(4, 3, 5)
-    cell.function = lambda value: torch.tanh(value) * cell.rate  # it encloses the cell
+    cell.function = enclosing(cell)
     for _ in range(2):
         fc.scan(cell, x)[0].sum().backward()
         layer(x)[0].sum().backward()
@@ -244,7 +248,7 @@ def test_modes_around_a_remembered_call(ways):
         for _ in range(2):
             expected = cell(x)
         assert ways["short"] == 1
-        mapped = torch.func.vmap(lambda row: cell(row))(x)
+        mapped = torch.func.vmap(cell)(x)
         torch.testing.assert_close(mapped, expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(cell(x), expected)

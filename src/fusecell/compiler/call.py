@@ -130,7 +130,10 @@ class Ready:
 
     def run(self, block: array[int]) -> None:
         """Run the kernel over a block that has all addresses of the caller's tensors."""
-        scratch = -(-_scratch(self._size).data_ptr() // 64) * 64
+        scratch, kept = _memory.address, None
+        if self._size > _memory.size:
+            kept = _scratch(self._size)
+            scratch = -(-kept.data_ptr() // 64) * 64
         for place, offset in self._unread:
             block[place] = scratch + offset
         if check.ENABLED:
@@ -138,6 +141,7 @@ class Ready:
             return
         block[self._place] = scratch
         self._function(block.buffer_info()[0])
+        del kept
 
 
 def run_parts(kernel: Kernel, blocks: Sequence[tuple[array[int], Part]], steps: int, rows: int, reverse: bool) -> None:
@@ -159,12 +163,21 @@ def run_parts(kernel: Kernel, blocks: Sequence[tuple[array[int], Part]], steps: 
 
 def _scratch(size: int) -> Tensor:
     """Memory for one call: a thread's own, kept for its next call unless it is large."""
-    kept: Tensor | None = getattr(_memory, "scratch", None)
+    kept = _memory.scratch
     if kept is None or kept.shape[0] < size:
         kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
         if size <= LARGE_SCRATCH:
             _memory.scratch = kept
+            _memory.address = -(-kept.data_ptr() // 64) * 64
+            _memory.size = kept.shape[0]
     return kept
 
 
-_memory = threading.local()
+class _Memory(threading.local):
+    """A thread's scratch memory, with the first address in it that a kernel may be given, and its size."""
+
+    scratch: Tensor | None = None
+    address = size = 0
+
+
+_memory = _Memory()

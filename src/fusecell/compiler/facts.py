@@ -49,6 +49,7 @@ class Facts:
         self._parameters, self._buffers = tables
         self._loose = _getter(loose) if loose else None
         self._parts = tuple(parts.items())
+        self._bare = not self._functions and not parts and self._loose is None and not self._buffers.size
         self.paths = (*self._parameters.names, *self._buffers.names, *loose)
         for name, part in self._parts:
             self.paths += tuple([f"{name}.{path}" for path in (part.paths if part else ())])
@@ -66,17 +67,16 @@ class Facts:
             return None
         if self._size is None:
             return self._parameters.some(state["_parameters"])
-        parameters, buffers, modules, *hooks = _TABLES(state)
-        if len(state) != self._size or any(hooks) or len(modules) != len(self._parts):
+        parameters, buffers, modules, a, b, c, d = _TABLES(state)
+        if a or b or c or d or len(state) != self._size or len(modules) != len(self._parts):
             return None
         found = self._parameters.all(parameters)
-        if found is None:
+        if found is None or (self._bare and not buffers):
+            return found
+        more = self._buffers.all(buffers)
+        if more is None:
             return None
-        if buffers or self._buffers.size:
-            more = self._buffers.all(buffers)
-            if more is None:
-                return None
-            found += more
+        found += more
         for name, function in self._functions:
             if function() is not state[name]:
                 return None

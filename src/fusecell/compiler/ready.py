@@ -66,10 +66,9 @@ class Forward:
                 block[ptr] = self._zeros.data_ptr()
         if kept:
             raise Unready
-        self._after = [manner.state_shape(rows, size) for size in sizes]
-        after = [like.new_empty(shape) for shape in self._after]
+        after = [like.new_empty(manner.state_shape(rows, size)) for size in sizes]
         kernel.give_states(block, words.last, map(manner.rows_of, after))
-        self._lasts = [places[0] for places in words.last]
+        self._after = [(places[0], value.shape) for places, value in zip(words.last, after, strict=True)]
         ((place, step, row),) = words.outputs.values()
         size = kernel.output_sizes["output"]
         block[step], block[row] = rows * size * kernel.itemsize, size * kernel.itemsize
@@ -84,9 +83,11 @@ class Forward:
         block = ready.block()
         for place, index in self._reads:
             block[place] = tensors[index].data_ptr()
-        after = tuple([like.new_empty(shape) for shape in self._after])
-        for place, value in zip(self._lasts, after, strict=True):
-            block[place] = value.data_ptr()
+        after: State = ()
+        for place, shape in self._after:
+            made = like.new_empty(*shape)
+            block[place] = made.data_ptr()
+            after += (made,)
         if self._outputs is not None:
             outputs = new_empty(like, *self._outputs)
             block[self._output] = outputs.data_ptr()
@@ -172,7 +173,7 @@ class Backward:
         give_saved(block, self._saved, saved)
         found: list[Tensor | None] = [None] * self._count
         for place, index, shape in self._makes:
-            found[index] = made = saved.new_empty(shape)
+            found[index] = made = saved.new_empty(*shape)
             block[place] = made.data_ptr()
         for place, index, shape in self._adds:
             found[index] = made = saved.new_zeros(shape)

@@ -8,6 +8,7 @@ gradients, and the transforms and modes that are active. Where it fails the call
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -40,7 +41,7 @@ class _Remembered(NamedTuple):
 
     facts: Facts
     check: Callable[..., bool]
-    run: Callable[[nn.Module, State, State], tuple[Tensor | None, State]]
+    run: Callable[[nn.Module, State], tuple[Tensor | None, State] | None]
 
 
 class _Known:
@@ -67,13 +68,16 @@ def find(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None,
     if known is None or known.owner() is not owner:
         return None
     call = known.calls.get((manner, len(given), given[0].shape, torch.is_grad_enabled(), recomputing()))
-    if call is None or forward_ad._current_level >= 0 or _keeps_otherwise():
+    if call is None or forward_ad._current_level >= 0:
         return None
     tensors = call.facts.tensors(owner)
-    if tensors is None or not call.check(*given, *tensors):
+    if tensors is None:
+        return None
+    tensors = given + tensors
+    if not call.check(*tensors):
         return None
     known.missed = 0
-    return call.run(owner, given, tensors)
+    return call.run(owner, tensors)
 
 
 def _keeps_otherwise() -> bool:
@@ -88,7 +92,9 @@ def keep(owner: nn.Module, manner: Manner, given: State, view: View | None) -> N
         known = _KNOWN[id(owner)] = _Known(owner)
     key = (manner, len(given), given[0].shape, torch.is_grad_enabled(), recomputing())
     refused = key in known.calls and known.calls[key] is None
-    if refused or known.missed >= _MOST_MISSED or not manner.fits(given) or torch._C._is_any_autocast_enabled():
+    if refused or known.missed >= _MOST_MISSED or not manner.fits(given):
+        return
+    if torch._C._is_any_autocast_enabled() or _keeps_otherwise():
         return
     inputs, state = (manner.sequence(given[0]),), tuple([manner.rows_of(value) for value in given[1:]])
     if call_reasons(inputs, state):
@@ -118,20 +124,25 @@ def _remembered(owner: nn.Module, manner: Manner, given: State, inputs: State, v
     names = {path: place for place, path in enumerate(facts.paths)}
     if view is not None:
         names = {path: names[name] for path, name in view.weights.items()}
-    weights = [_Weight(names[path], path, leaf.made(tensors[names[path]]).detach()) for path, leaf in leaves]
-    check = _guard((*given, *tensors))
+    places = [len(given) + names[path] for path, _ in leaves]
+    tensors, check = given + tensors, _guard(given + tensors)
+    weights = [
+        _Weight(place, path, leaf.made(tensors[place]).detach())
+        for place, (path, leaf) in zip(places, leaves, strict=True)
+    ]
     if check is None or any(each.matrix.data_ptr() != tensors[each.place].data_ptr() for each in weights):
         return None
     try:
-        if learns:
-            return _Remembered(facts, check, _Learning(found, cell, view is not None, manner, given, tensors, weights))
-        return _Remembered(facts, check, _Answering(found, manner, given, tensors, weights))
+        if not learns:
+            return _Remembered(facts, check, _Answering(found, manner, len(given), tensors, weights))
+        template = None if view is None else _without_weights(cell)
+        return _Remembered(facts, check, _Learning(found, template, manner, len(given), tensors, weights))
     except Unready:
         return None
 
 
 class _Weight(NamedTuple):
-    """A weight that a kernel reads: its place among the module's tensors, its path in the cell, and as it is read."""
+    """A weight that a kernel reads: its place among a call's tensors, its path in the cell, and as it is read."""
 
     place: int
     path: str
@@ -165,20 +176,18 @@ class _Answering:
         self,
         program: Program,
         manner: Manner,
-        given: State,
+        count: int,
         tensors: State,
         weights: Sequence[_Weight],
     ) -> None:
-        kernel, count = program.kernel, len(given)
-        x = manner.sequence(given[0])
+        kernel, x = program.kernel, manner.sequence(tensors[0])
         if kernel.macs * x.shape[0] * x.shape[1] >= LONG_CALL and torch.get_num_threads() > 1:
             raise Unready
-        places, matrices = [count + each.place for each in weights], tuple([each.matrix for each in weights])
-        self._forward = Forward(kernel, manner, [0], places, matrices, (*given, *tensors), count)
+        places, matrices = [each.place for each in weights], tuple([each.matrix for each in weights])
+        self._forward = Forward(kernel, manner, [0], places, matrices, tensors, count)
 
-    def __call__(self, owner: nn.Module, given: State, tensors: State) -> tuple[Tensor | None, State]:
-        _, outputs, after = self._forward((*given, *tensors))
-        return outputs, after
+    def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State]:
+        return self._forward(tensors)[1:]
 
 
 class _Learning:
@@ -191,20 +200,20 @@ class _Learning:
     def __init__(
         self,
         learner: Learner,
-        cell: Cell,
-        made: bool,
+        template: Cell | None,
         manner: Manner,
-        given: State,
+        count: int,
         tensors: State,
         weights: Sequence[_Weight],
     ) -> None:
-        self._places, self._paths = [each.place for each in weights], [each.path for each in weights]
-        self.manner, self.count = manner, len(given)
-        matrices, all_tensors = tuple([each.matrix for each in weights]), (*given, *self._taken(tensors))
-        due = [value.requires_grad for value in all_tensors]
+        self.template, self._paths = template, [each.path for each in weights]
+        self.manner, self.count = manner, count
+        self._taken = _taker([*range(count), *[each.place for each in weights]])
+        matrices, tensors = tuple([each.matrix for each in weights]), self._taken(tensors)
+        due = [value.requires_grad for value in tensors]
         flags = (due[0], *due[self.count :])
         training = learner.training(flags, manner.recompute or recomputing())
-        x = manner.sequence(given[0])
+        x = manner.sequence(tensors[0])
         steps, rows = x.shape[0], x.shape[1]
         if not isinstance(training, Training) or count_parts(training.forward.kernel, steps, rows) > 1:
             raise Unready
@@ -216,19 +225,16 @@ class _Learning:
             half.input_indices,
             [self.count + index for index in half.weight_indices],
             tuple([matrices[index] for index in half.weight_indices]),
-            all_tensors,
-            self.count,
+            tensors,
+            count,
             (offsets, training.saved_size(steps * rows)),
         )
-        self.backward = Backward(training, manner, matrices, all_tensors, self.count, due)
-        self.template = _without_weights(cell) if made else None
+        self.backward = Backward(training, manner, matrices, tensors, count, due)
 
-    def _taken(self, tensors: State) -> State:
-        """The weights, of all the module's tensors."""
-        return tuple([tensors[place] for place in self._places])
-
-    def __call__(self, owner: nn.Module, given: State, tensors: State) -> tuple[Tensor | None, State]:
-        results = _apply(self, owner, *given, *self._taken(tensors))
+    def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
+        if _keeps_otherwise():
+            return None
+        results = _apply(self, owner, *self._taken(tensors))
         if self.manner.outputs:
             return results[0], results[1:]
         return None, results
@@ -244,6 +250,14 @@ class _Learning:
         outputs, after = run_eager(cell, (x,), state, Options(reverse=manner.reverse))
         states = tuple([manner.state(value) for value in after])
         return (manner.output(outputs), *states) if manner.outputs else states
+
+
+def _taker(places: Sequence[int]) -> Callable[[State], State]:
+    """Takes some of a tuple's entries, in another order."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    (place,) = places
+    return lambda tensors: (tensors[place],)
 
 
 def _without_weights(cell: Cell) -> Cell:
