@@ -181,12 +181,15 @@ class _Answering:
         weights: Sequence[_Weight],
     ) -> None:
         kernel, x = program.kernel, manner.sequence(tensors[0])
-        if kernel.macs * x.shape[0] * x.shape[1] >= LONG_CALL and torch.get_num_threads() > 1:
+        self._long = kernel.macs * x.shape[0] * x.shape[1] >= LONG_CALL
+        if self._long and torch.get_num_threads() > 1:
             raise Unready
         places, matrices = [each.place for each in weights], tuple([each.matrix for each in weights])
         self._forward = Forward(kernel, manner, [0], places, matrices, tensors, count)
 
-    def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State]:
+    def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
+        if self._long and torch.get_num_threads() > 1:
+            return None
         return self._forward(tensors)[1:]
 
 
@@ -282,14 +285,14 @@ class _Repeated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Learning = ctx.call
-        saved, *tensors = ctx.saved_tensors
-        if all(grad is None for grad in grads):
+        found: State = ctx.saved_tensors
+        saved, tensors = found[0], found[1:]
+        if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * (2 + len(tensors))
         if torch.is_grad_enabled():
             owner: nn.Module = ctx.owner
             needed = ctx.needs_input_grad[2:]
-            found = differentiated(lambda again: call.again(owner, again), tuple(tensors), needed, grads)
-            return None, None, *found
+            return None, None, *differentiated(lambda again: call.again(owner, again), tensors, needed, grads)
         if not call.manner.outputs:
             grads = (None, *grads)
         return None, None, *call.backward(saved, tensors, grads)
