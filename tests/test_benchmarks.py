@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 
 import fusecell as fc
-from benchmarks import plot, report
+from benchmarks import overhead, plot, report
 from benchmarks.clock import Timing, take_turns
 from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, PEERS, TORCH, Peer, installed
@@ -204,3 +204,13 @@ def test_shapes_are_picked_by_name():
     assert pick(Mode.STEP) == STEPS
     assert {shape.cell for shape in pick(Mode.INFERENCE, quick=True)} == {shape.cell for shape in SHAPES}
     assert [shape.cell for shape in pick(Mode.TRAINING, "lstm")] == ["lstm", "lstm"]
+
+
+def test_overhead_is_what_kernels_leave_of_a_call():
+    timed = overhead.calls()
+    assert len(timed) == 9
+    for name in ("a step, fusecell", "a layer that learns, fusecell"):
+        whole, above = overhead.above_kernels(timed[name], seconds=0.0)
+        assert 0 < above < whole
+    whole, above = overhead.above_kernels(timed["a step, torch.nn"], seconds=0.0)
+    assert above == whole

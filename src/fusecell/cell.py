@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.runner import Options, State, autocasting, run, steps_of
+from fusecell.runner import Manner, Options, State, autocasting, remember, repeated, run, steps_of
 
 __all__ = [
     "Cell",
@@ -26,6 +26,7 @@ __all__ = [
     "check_state",
     "compute_dtype",
     "noting",
+    "one_step",
     "rewriting",
     "start_state",
     "state_tuple",
@@ -186,7 +187,7 @@ class Cell(nn.Module):
         Returns:
             The new state: the tensor where there is one, else a tuple.
         """
-        return bare(step(self, input, hx)[1])
+        return bare(one_step(self, input, hx, False, _checked_step)[1])
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
@@ -212,6 +213,45 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
     Raises:
         ValueError: where a shape doesn't fit, naming it.
     """
+    output, after = one_step(cell, input, state, True, _checked_step)
+    assert output is not None
+    return output, after
+
+
+_BOTH = (False, True)
+_STEP = {(1 + batched, wanted): Manner(batched=batched, outputs=wanted) for batched in _BOTH for wanted in _BOTH}
+LongWay = Callable[["Cell", Any, Any], tuple[Tensor | None, State]]
+
+
+def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWay) -> tuple[Tensor | None, State]:
+    """One step by the way of an earlier one that was like it, if there is one, else by ``long_way``.
+
+    Arguments:
+        input, state: as a user hands them over.
+        outputs: whether the output is wanted; where it isn't, None may take its place.
+        long_way: checks what it is given, and runs the step.
+    """
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
+        return long_way(cell, input, state)
+    manner = _STEP.get((input.dim(), outputs))
+    if state is None:
+        given: State = (input,)
+    elif isinstance(state, Tensor):
+        given = (input, state)
+    elif isinstance(state, tuple | list):
+        given = (input, *state)
+    else:
+        manner = None
+    if manner is None:
+        return long_way(cell, input, state)
+    found = repeated(cell, manner, given)
+    if found is None:
+        found = long_way(cell, input, state)
+        remember(cell, manner, given)
+    return found
+
+
+def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Tensor | None, State]:
     given = (input,) if isinstance(input, Tensor) else tuple(input)
     unbatched = check_step_input(cell, given)
     inputs = tuple(value[None, None] if unbatched else value[None] for value in given)

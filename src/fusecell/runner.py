@@ -11,22 +11,24 @@ import gc
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
 
 __all__ = [
+    "Manner",
     "Options",
     "Runner",
     "RunnerName",
     "State",
+    "View",
     "active_runner",
     "autocasting",
     "no_collection",
@@ -34,6 +36,9 @@ __all__ = [
     "recording",
     "recording_into",
     "register",
+    "register_memory",
+    "remember",
+    "repeated",
     "run",
     "runner",
     "steps_of",
@@ -63,6 +68,92 @@ class Options:
 
 Runner = Callable[["Cell", State, State, Options], tuple[Tensor, State]]
 
+
+class Manner(NamedTuple):
+    """How a call without lengths and resets hands over its input and state, as they are given, and takes its results.
+
+    Outputs come time-major, states as they are given.
+
+    Arguments:
+        steps: the input has a dimension of steps; else it is one step.
+        batched: input and state have a dimension of rows.
+        batch_first: the input's rows come before its steps.
+        layered: the state has a dimension of layers, of which there is one.
+        outputs: the outputs are wanted, not only the state.
+        reverse, recompute: as in :class:`Options`.
+        part: which of an owner's cells it is that is called.
+    """
+
+    steps: bool = False
+    batched: bool = True
+    batch_first: bool = False
+    layered: bool = False
+    outputs: bool = True
+    reverse: bool = False
+    recompute: bool = False
+    part: int = 0
+
+    def fits(self, given: State) -> bool:
+        """Whether an input, and the states if they are given, have the right number of dimensions."""
+        rank = 1 + self.batched
+        return given[0].dim() == rank + self.steps and all(value.dim() == rank + self.layered for value in given[1:])
+
+    def sequence(self, value: Tensor) -> Tensor:
+        """The input as (T, N, ...)."""
+        if not self.batched:
+            value = value[..., None, :]
+        elif self.batch_first:
+            value = value.transpose(0, 1)
+        return value if self.steps else value[None]
+
+    def rows_of(self, state: Tensor) -> Tensor:
+        """A state as (N, size)."""
+        state = state[0] if self.layered else state
+        return state if self.batched else state[None]
+
+    def state(self, rows: Tensor) -> Tensor:
+        """A state as it is given, of (N, size)."""
+        state = rows if self.batched else rows[0]
+        return state[None] if self.layered else state
+
+    def output(self, outputs: Tensor) -> Tensor:
+        """Outputs as they are returned, of (T, N, size)."""
+        outputs = outputs if self.steps else outputs[0]
+        return outputs if self.batched else outputs[..., 0, :]
+
+    def scanned(self, outputs: Tensor) -> Tensor:
+        """Outputs as (T, N, size), of what is returned."""
+        outputs = outputs if self.batched else outputs[..., None, :]
+        return outputs if self.steps else outputs[None]
+
+    def output_shape(self, steps: int, rows: int, size: int) -> tuple[int, ...]:
+        return (steps,) * self.steps + (rows,) * self.batched + (size,)
+
+    def state_shape(self, rows: int, size: int) -> tuple[int, ...]:
+        return (1,) * self.layered + (rows,) * self.batched + (size,)
+
+
+class View(NamedTuple):
+    """What a module that is no cell itself makes a cell of, each time it is called.
+
+    Arguments:
+        cell: makes it.
+        attributes: the names of all the module's attributes that go into it.
+        weights: the name of the module's parameter for each of the cell's.
+    """
+
+    cell: Callable[[], Cell]
+    attributes: Sequence[str]
+    weights: Mapping[str, str]
+
+
+class Memory(Protocol):
+    """Who remembers calls, so that one like an earlier one needs no second look at anything but addresses."""
+
+    def find(self, owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None: ...
+    def keep(self, owner: nn.Module, manner: Manner, given: State, view: View | None) -> None: ...
+
+
 _MODULES = {
     "eager": "fusecell.eager",
     "auto": "fusecell.compiler.runner",
@@ -71,7 +162,19 @@ _MODULES = {
     "record": "fusecell.tape.recording",
 }
 _RUNNERS: dict[str, Runner] = {}
-_CHOICE = threading.local()
+_memory: Memory | None = None
+_COMPILED = ("auto", "compiled")
+
+
+class _Choice(threading.local):
+    """What is in force in a thread."""
+
+    name: Any = None  # a RunnerName, or "record"
+    recompute = False
+    keep: Any = None
+
+
+_CHOICE = _Choice()
 
 
 def register(name: str, function: Runner) -> None:
@@ -81,10 +184,9 @@ def register(name: str, function: Runner) -> None:
 
 def active_runner() -> RunnerName:
     """The runner in force in this thread: the innermost ``with runner(...)``, else ``FUSECELL_RUNNER``, else auto."""
-    chosen: RunnerName | None = getattr(_CHOICE, "name", None)
-    if chosen is not None:
-        return chosen
-    return _default_runner()
+    chosen: Any = _CHOICE.name
+    found: RunnerName = _default_runner() if chosen is None else chosen
+    return found
 
 
 @functools.cache
@@ -109,7 +211,7 @@ def runner(name: RunnerName) -> Iterator[None]:
     Raises:
         ValueError: for any other name.
     """
-    before = getattr(_CHOICE, "name", None)
+    before = _CHOICE.name
     _CHOICE.name = _checked(name, "runner()")
     try:
         yield
@@ -145,14 +247,13 @@ def recompute(enabled: bool = True) -> Iterator[None]:
 
 def recomputing() -> bool:
     """Whether ``with recompute():`` is in force in this thread."""
-    found: bool = getattr(_CHOICE, "recompute", False)
-    return found
+    return _CHOICE.recompute
 
 
 @contextmanager
 def recording(keep: Callable[[Cell, dict[str, Any], Options], None]) -> Iterator[None]:
     """Hand what happens inside every cell that runs in a ``with`` block to ``keep``, in this thread."""
-    before = getattr(_CHOICE, "name", None), getattr(_CHOICE, "keep", None)
+    before = _CHOICE.name, _CHOICE.keep
     _CHOICE.name, _CHOICE.keep = "record", keep
     try:
         yield
@@ -183,9 +284,33 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
     return function(cell, inputs, state, options)
 
 
+def register_memory(memory: Memory) -> None:
+    """Make ``memory`` the one that calls are remembered in."""
+    global _memory  # noqa: PLW0603  # one there is, as of runners under a name
+    _memory = memory
+
+
+def repeated(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None:
+    """Outputs and states of a call that is like one that was remembered, in everything but tensors' values; else None.
+
+    Arguments:
+        owner: the cell, or what makes cells of itself.
+        given: exactly what was handed over: the input, and the states if they were.
+    """
+    if (_CHOICE.name or _default_runner()) not in _COMPILED or _memory is None:
+        return None
+    return _memory.find(owner, manner, given)
+
+
+def remember(owner: nn.Module, manner: Manner, given: State, view: View | None = None) -> None:
+    """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
+    if (_CHOICE.name or _default_runner()) in _COMPILED and _memory is not None:
+        _memory.keep(owner, manner, given, view)
+
+
 def traced_runner() -> Runner:
     """What runs a cell while torch.compile or torch.export traces it."""
-    return _RUNNERS[_traced_name(getattr(_CHOICE, "name", None))]
+    return _RUNNERS[_traced_name(_CHOICE.name)]
 
 
 def _traced_name(chosen: RunnerName | None) -> str:

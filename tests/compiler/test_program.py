@@ -382,13 +382,13 @@ def test_a_weight_that_is_frozen_no_more_learns():
 def compilations(monkeypatch) -> list[fc.Cell]:
     """The cells that are compiled while a test runs."""
     found: list[fc.Cell] = []
-    build = compiled._programs._build
+    build = compiled.PROGRAMS._build
 
     def counted(cell, *rest):
         found.append(cell)
         return build(cell, *rest)
 
-    monkeypatch.setattr(compiled._programs, "_build", counted)
+    monkeypatch.setattr(compiled.PROGRAMS, "_build", counted)
     fc.refresh()
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fusecell.cell import Cell, StateLike, all_inputs, bare
+from fusecell.cell import Cell, StateLike, all_inputs, bare, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.runner import Options, State, autocasting, run
 
@@ -42,15 +42,18 @@ class _TorchCell(Cell):
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size or a dtype doesn't fit.
             TypeError: where an argument is not a tensor, or the state not of the cell's form.
         """
-        if isinstance(input, Tensor) and isinstance(hx, Tensor) and self._fits(input, hx):
-            return run(self, (input[None],), (hx,), _ONE_STEP)[1][0]
         if len(self.inputs) > 1:
             return super().forward(input, hx)
+        return bare(one_step(self, input, hx, False, _torch_step)[1])
+
+    def checked_step(self, input: Tensor, hx: StateLike | None) -> State:
+        """The state after one step, with torch.nn's checks of what is given."""
+        name = type(self).__name__
         if not isinstance(input, Tensor):
-            raise TypeError(f"{type(self).__name__} expected input as a tensor, got {type(input).__name__}.")
+            raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
         unbatched = input.dim() == 1
         if not unbatched and input.dim() != 2:
-            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         state = None if hx is None else self._given_state(hx, input.dim())
         if unbatched:
             input = input[None]
@@ -64,16 +67,7 @@ class _TorchCell(Cell):
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
-        return bare(tuple(value[0] for value in after) if unbatched else after)
-
-    def _fits(self, input: Tensor, h: Tensor) -> bool:
-        """Whether one input and one state need no closer look: this is asked once per step of a user's own loop."""
-        weight = self._parameters.get("weight_ih")
-        if weight is None or not input.dtype is weight.dtype is h.dtype or len(self.states) + len(self.inputs) > 2:
-            return False
-        shape, cell = input.shape, type(self)
-        usual = cell.draw is Cell.draw and cell.state_sizes is Cell.state_sizes
-        return usual and len(shape) == 2 and shape[1] == self.input_size and h.shape == (shape[0], self.hidden_size)
+        return tuple([value[0] for value in after]) if unbatched else after
 
     def _given_state(self, hx: StateLike, rank: int) -> State:
         """The state as a tuple of tensors of the input's rank."""
@@ -121,6 +115,11 @@ class _TorchCell(Cell):
 
     def extra_repr(self) -> str:
         return super(Cell, self).extra_repr()
+
+
+def _torch_step(cell: Any, input: Tensor, hx: StateLike | None) -> tuple[None, State]:
+    """One step of one of the three, with torch.nn's checks."""
+    return None, cell.checked_step(input, hx)
 
 
 class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes what Cell's takes

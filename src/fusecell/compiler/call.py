@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from fusecell.compiler.extents import extents
 from fusecell.compiler.kernel import Kernel
 from fusecell.compiler.threads import crew_waits, run_crew
 
-__all__ = ["RaggedRows", "run"]
+__all__ = ["RaggedRows", "Ready", "run"]
 
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
@@ -88,13 +89,15 @@ def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> 
         kernel.long(address)
 
 
+def wants_crew(kernel: Kernel, steps: int, rows: int) -> bool:
+    """Whether a call is worth more than one thread, if there are any."""
+    return _microseconds(kernel, rows) * steps >= CREW_CALL
+
+
 def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
-    """How many threads a call is worth."""
-    step = _microseconds(kernel, rows)
-    if step * steps < CREW_CALL:
-        return 1
-    threads = torch.get_num_threads()
-    if threads == 1 or (rows < ROWS_EACH * threads and step < CREW_STEP) or crew_waits():
+    """How many threads a call is worth, of those that torch would take."""
+    threads = torch.get_num_threads() if wants_crew(kernel, steps, rows) else 1
+    if threads == 1 or (rows < ROWS_EACH * threads and _microseconds(kernel, rows) < CREW_STEP) or crew_waits():
         return 1
     return threads
 
@@ -106,9 +109,61 @@ def _microseconds(kernel: Kernel, rows: int) -> float:
     return loop + rows * (kernel.macs - kernel.loop_macs) * item / (4 * MACS)
 
 
+class Ready:
+    """A kernel for calls of one size, its block filled but for addresses.
+
+    Arguments:
+        block: filled with the strides of what calls will give.
+        unread: words of results that nobody wants, with their bytes.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        block: array[int],
+        steps: int,
+        rows: int,
+        reverse: bool,
+        unread: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.kernel, self._call = kernel, (steps, rows, reverse)
+        kernel.fill(block, steps, rows, reverse, 0)
+        self._block, self._place = block, kernel.words.sizes[4]
+        self._alone = kernel.short if kernel.macs * steps * rows < SHORT_CALL else kernel.long
+        self._wants_crew = wants_crew(kernel, steps, rows)
+        self._size = kernel.scratch_bytes(steps, rows)
+        self._unread = []
+        for place, size in unread:
+            self._unread.append((place, self._size))
+            self._size += -(-size // 64) * 64
+
+    def block(self) -> array[int]:
+        """A block for one call."""
+        return self._block[:]
+
+    def run(self, block: array[int]) -> None:
+        """Run the kernel over a block that has all addresses of the caller's tensors."""
+        scratch, kept = _memory.address, None
+        if self._size > _memory.size:
+            kept = _scratch(self._size)
+            scratch = -(-kept.data_ptr() // 64) * 64
+        for place, offset in self._unread:
+            block[place] = scratch + offset
+        if check.ENABLED:
+            run(self.kernel, block, *self._call)
+            return
+        block[self._place] = scratch
+        if self._wants_crew:
+            steps, rows, _ = self._call
+            start(self.kernel, block.buffer_info()[0], steps, rows, crew_size(self.kernel, steps, rows))
+        else:
+            self._alone(block.buffer_info()[0])
+        del kept
+
+
 def _scratch(size: int) -> Tensor:
     """Memory for one call: a thread's own, kept for its next call unless it is large."""
-    kept: Tensor | None = getattr(_memory, "scratch", None)
+    kept = _memory.scratch
     if kept is None or kept.shape[0] < size:
         if size < HUGE_SCRATCH:
             kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
@@ -116,7 +171,16 @@ def _scratch(size: int) -> Tensor:
             kept = torch.from_numpy(np.empty(size, np.uint8))
         if size <= LARGE_SCRATCH:
             _memory.scratch = kept
+            _memory.address = -(-kept.data_ptr() // 64) * 64
+            _memory.size = kept.shape[0]
     return kept
 
 
-_memory = threading.local()
+class _Memory(threading.local):
+    """A thread's scratch memory, with the first address in it that a kernel may be given, and its size."""
+
+    scratch: Tensor | None = None
+    address = size = 0
+
+
+_memory = _Memory()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from fusecell.compiler.keys import Key, signature, split_numbers
+from fusecell.compiler.learner import compile_learner
+from fusecell.compiler.program import compile_step
 from fusecell.compiler.trace import Refusal
 from fusecell.runner import State, no_collection
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from fusecell.cell import Cell
 
-__all__ = ["Kept"]
+__all__ = ["LEARNERS", "PROGRAMS", "Kept"]
 
 Made = TypeVar("Made")
 
@@ -81,3 +83,7 @@ class Kept(Generic[Made]):
                 f'dimensions, self.register_buffer("{name}", torch.tensor(value)): its value is read at every call.',
             )
         )
+
+
+PROGRAMS = Kept(compile_step)
+LEARNERS = Kept(compile_learner)

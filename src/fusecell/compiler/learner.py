@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, recomputing
 
-__all__ = ["Learner", "compile_learner"]
+__all__ = ["Learner", "compile_learner", "differentiated"]
 
 
 class Learner:
@@ -118,16 +118,26 @@ _apply: Any = super(torch.autograd.Function, _Scan).apply
 def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
     call: Call = ctx.call
-    needed: Sequence[bool] = ctx.needs_input_grad[3:]
+    prologue: Prologue = ctx.learner.traced.weights
+
+    def again(aliases: State) -> State:
+        inputs, state, resets, weights, originals = call.split(aliases)
+        cell = bound(ctx.cell, prologue.bindings(weights, originals), resets)
+        outputs, after = run_eager(cell, inputs, state, call.options)
+        return outputs, *after
+
+    return differentiated(again, tensors, ctx.needs_input_grad[3:], grads)
+
+
+def differentiated(
+    compute: Callable[[State], State], tensors: State, needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of what results are computed from, by torch itself, so that they have gradients too."""
     # Aliases, so that a tensor that went in twice gets both of its gradients once.
     aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
-    inputs, state, resets, weights, originals = call.split(aliases)
-    prologue: Prologue = ctx.learner.traced.weights
-    cell = bound(ctx.cell, prologue.bindings(weights, originals), resets)
-    outputs, after = run_eager(cell, inputs, state, call.options)
     pairs = [
         (value, grad)
-        for value, grad in zip((outputs, *after), grads, strict=True)
+        for value, grad in zip(compute(aliases), grads, strict=True)
         if grad is not None and value.requires_grad
     ]
     chosen = [index for index, need in enumerate(needed) if need]

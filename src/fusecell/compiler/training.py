@@ -26,21 +26,22 @@ class Half:
         inputs, weights: the names of a call's tensors, of which the kernel reads some.
 
     Attributes:
+        input_indices, weight_indices: which of the tensors by those names the kernel reads, in its order.
         saved: for each value that is kept between the two, its word, -1 if it isn't read, and its numbers per row.
     """
 
     def __init__(self, kernel: Kernel, inputs: Sequence[str], weights: Sequence[str], halves: Halves) -> None:
         self.kernel = kernel
         words = kernel.words
-        self._inputs = [inputs.index(name) for name in words.inputs]
-        self._weights = [weights.index(name) for name in words.weights]
+        self.input_indices = [inputs.index(name) for name in words.inputs]
+        self.weight_indices = [weights.index(name) for name in words.weights]
         self.saved = [(words.saved.get(name, -1), -(-size // LANES) * LANES) for name, size in halves.saved]
 
     def give(self, block: array[int], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Give what the kernel reads of the inputs and weights; returns what must live until it returns."""
         kernel = self.kernel
-        kept = kernel.give_sequences(block, kernel.words.inputs.values(), [inputs[i] for i in self._inputs])
-        kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self._weights])
+        kept = kernel.give_sequences(block, kernel.words.inputs.values(), [inputs[i] for i in self.input_indices])
+        kept += kernel.give_matrices(block, kernel.words.weights.values(), [weights[i] for i in self.weight_indices])
         return kept
 
     def run(self, call: Call, block: array[int], saved: Tensor, *, reverse: bool) -> None:

@@ -8,6 +8,7 @@ weight afterwards.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,13 +25,29 @@ from fusecell.drop_in.checks import check_hidden, check_input
 from fusecell.layers.arguments import Form, Lengths, Packing
 from fusecell.layers.scan import scan_cell
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, describe
-from fusecell.runner import Options, State, traced_runner
+from fusecell.runner import Manner, Options, State, View, remember, repeated, traced_runner
 
 __all__ = ["Scanned"]
 
 _CONTAINERS = tuple((name, type(value)) for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not isinstance(value, dict | set)}
 _PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)}
+
+
+# What a cell is made of, beside weights and what its class adds.
+_VIEWED = ("training", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+
+
+def _given(input: Any, hx: Any) -> State:
+    """The input and the states, as they were handed over."""
+    if hx is None:
+        return (input,)
+    return (input, hx) if isinstance(hx, Tensor) else (input, *hx)
+
+
+@functools.cache
+def _manner(batched: bool, batch_first: bool, recompute: bool) -> Manner:
+    return Manner(True, batched, batch_first, layered=True, recompute=recompute)
 
 
 class Scanned:
@@ -97,6 +114,45 @@ class Scanned:
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size, a dtype or a device doesn't fit.
             TypeError: where an argument is of another kind.
         """
+        usual = lengths is None and resets is None and mask is None
+        if not usual or torch.compiler.is_compiling() or not self._one_plain_cell(input, hx):
+            return self._forward(input, hx, lengths=lengths, resets=resets, mask=mask)
+        given = _given(input, hx)
+        manner = _manner(given[0].dim() == 3, self.batch_first, self.recompute)
+        found = repeated(self, manner, given)  # type: ignore[arg-type]  # with torch.nn's class a module
+        if found is None:
+            result = self._forward(input, hx)
+            remember(self, manner, given, self._view())  # type: ignore[arg-type]
+            return result
+        outputs: Any = found[0]
+        return outputs.transpose(0, 1) if self.batch_first and given[0].dim() == 3 else outputs, bare(found[1])
+
+    def _one_plain_cell(self, input: Any, hx: Any) -> bool:
+        """Whether a call is one plain scan of one cell: this is asked in every call."""
+        if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional:
+            return False
+        return (hx is None or isinstance(hx, Tensor | tuple | list)) and self._extras() is PLAIN
+
+    def _view(self) -> View:
+        """The one cell, and what it is made of."""
+        weights = {name: f"{name}_l0" for name in self._weight_names()}
+        return View(lambda: self.leaf_cells()[0][2], (*_VIEWED, *self.cell_attributes), weights)
+
+    def _weight_names(self) -> list[str]:
+        """The weights of each cell."""
+        names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
+        return names + (["weight_hr"] if self.proj_size else [])
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: StateLike | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+        """``forward`` with all its checks."""
         weight = self._weight("weight_ih_l0")
         x = check_input(self, input, weight)
         packed = input if isinstance(input, PackedSequence) else None
@@ -151,8 +207,7 @@ class Scanned:
         for every call.
         """
         directions = 2 if self.bidirectional else 1
-        names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
-        names += ["weight_hr"] if self.proj_size else []
+        names = self._weight_names()
         constants = {**_CONSTANTS, "training": self.training, "hidden_size": self.hidden_size, "bias": self.bias}
         for name in self.cell_attributes:
             constants[name] = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from fusecell.cell import Cell, StateLike, all_inputs, bare, start_state
 from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, wrapped
 from fusecell.layers.stack import Stack
-from fusecell.runner import Options, State, run, steps_of
+from fusecell.runner import Manner, Options, State, remember, repeated, run, steps_of
 
 __all__ = ["Input", "scan", "scan_cell"]
 
@@ -84,11 +85,51 @@ def scan(
                 "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
             )
         return _scan_packed(cell, input, state, Options(None, None, reverse, recompute), extras)
-    handed: Any = input
-    given: State = tuple(handed) if isinstance(handed, tuple | list) else (handed,)
+    usual = lengths is None and resets is None and mask is None and extras is PLAIN and isinstance(input, Tensor)
+    if not usual or isinstance(cell, Stack) or torch.compiler.is_compiling():
+        options = Options(None, None, reverse, recompute)
+        return _scan(cell, input, state, options, batch_first, extras, lengths=lengths, resets=resets, mask=mask)
+    given = _given(input, state)
+    manner = _manner(given[0].dim() == 3, bool(batch_first), bool(reverse), bool(recompute))
+    found = repeated(cell, manner, given)
+    if found is None:
+        result = _scan(cell, input, state, Options(None, None, reverse, recompute), batch_first, extras)
+        remember(cell, manner, given)
+        return result
+    outputs: Any = found[0]
+    return (outputs.transpose(0, 1) if batch_first and given[0].dim() == 3 else outputs), bare(found[1])
+
+
+def _given(input: Any, state: StateLike | None) -> State:
+    """The input and the states, as they were handed over."""
+    if state is None:
+        return (input,)
+    return (input, state) if isinstance(state, Tensor) else (input, *state)
+
+
+@functools.cache
+def _manner(batched: bool, batch_first: bool, reverse: bool, recompute: bool) -> Manner:
+    return Manner(True, batched, batch_first, reverse=reverse, recompute=recompute)
+
+
+def _scan(
+    cell: Cell,
+    input: Any,
+    state: StateLike | None,
+    options: Options,
+    batch_first: bool,
+    extras: Extras,
+    *,
+    lengths: Lengths | None = None,
+    resets: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | State]:
+    """A scan whose arguments are checked here."""
+    given: State = tuple(input) if isinstance(input, tuple | list) else (input,)
     inputs, unbatched = check_inputs(cell, given, batch_first)
     form = Form(steps_of(inputs), inputs[0].shape[1], inputs[0].device, batch_first, unbatched)
-    options = Options(form.lengths(lengths), form.resets(resets), reverse, recompute)
+    if lengths is not None or resets is not None:
+        options = replace(options, lengths=form.lengths(lengths), resets=form.resets(resets))
     extras = extras if mask is None else replace(extras, mask=form.mask(mask))
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = scan_cell(cell, inputs, start, options, extras=extras)

@@ -15,6 +15,7 @@ from fusecell.wrappers import Wrapper
 __all__ = ["PLAIN", "Extras", "MaskedOutput", "asked_of", "check_extras", "describe", "wrapped"]
 
 MaskedOutput = Literal["hold", "zero"]
+_MASKED_OUTPUTS = get_args(MaskedOutput)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def check_extras(where: str, masked_output: MaskedOutput, tbptt: int | None, cli
     Raises:
         TypeError, ValueError: where an argument is not what it may be.
     """
-    if masked_output not in get_args(MaskedOutput):
+    if masked_output not in _MASKED_OUTPUTS:
         raise ValueError(f"{where}: masked_output must be 'hold' or 'zero', got {masked_output!r}.")
     if tbptt is not None:
         if isinstance(tbptt, bool) or not isinstance(tbptt, int):

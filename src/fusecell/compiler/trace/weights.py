@@ -79,6 +79,14 @@ class Prologue:
         paths = {slot: path for path, slot in self.sources}
         return [paths[leaf.slot] for leaf in self.leaves]
 
+    @property
+    def stored_leaves(self) -> list[tuple[str, Leaf]] | None:
+        """Each leaf with its path, where each is an attribute in the dtype of the graph."""
+        if self.steps or any(leaf.dtype is not None for leaf in self.leaves):
+            return None
+        paths = {slot: path for path, slot in self.sources}
+        return [(paths[leaf.slot], leaf) for leaf in self.leaves]
+
     def _getter(self) -> Callable[[Cell], Any] | None:
         """One getter for all leaves, where each is an attribute as it stands."""
         order = self.direct_paths
