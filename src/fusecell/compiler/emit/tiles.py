@@ -171,20 +171,27 @@ def _tile(
     f.raw(lines)
     # Constant distances go last: they become part of the instruction's address.
     a_here, panel_here = f.at("%a", f.mul("%k", walk.k), "a.k"), f.at(walk.panel, f.mul("%k", walk.panel_k), "panel.k")
-    weights = {}
-    for b in range(blocks):
-        row = f.at(panel_here, f.mul(walk.block, b), f"panel.b{b}")
-        for p in range(products):
-            weights[p, b] = f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
     if ahead is not None:
         f.prefetch(ahead(f))
-    for r in range(rows):
+
+    def weight(p: int, b: int) -> str:
+        row = f.at(panel_here, f.mul(walk.block, b), f"panel.b{b}")
+        return f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
+
+    def number(r: int) -> str:
         pointer = f.at(a_here, f.mul(walk.row, r), f"a.r{r}")
-        value = f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}")
-        a = f.splat(value, f"a{r}")
-        for p in range(products):
-            for b in range(blocks):
-                f.fma(a, weights[p, b], f"%c.{_label((r, p, b))}", f"n.{_label((r, p, b))}")
+        return f.splat(f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}"), f"a{r}")
+
+    # The fewer of the two operands stay in registers, the others come one by one.
+    columns = [(p, b) for b in range(blocks) for p in range(products)]
+    if rows < len(columns):
+        numbers = [number(r) for r in range(rows)]
+        pairs = ((r, p, b, numbers[r], w) for p, b in columns for w in (weight(p, b),) for r in range(rows))
+    else:
+        vectors = {(p, b): weight(p, b) for p, b in columns}
+        pairs = ((r, p, b, a, vectors[p, b]) for r in range(rows) for a in (number(r),) for p, b in columns)
+    for r, p, b, a, w in pairs:
+        f.fma(a, w, f"%c.{_label((r, p, b))}", f"n.{_label((r, p, b))}")
     f.do("%k.next = add nsw i64 %k, 1")
     f.do("br label %k.head")
     f.raw(["k.done:"])
