@@ -87,22 +87,6 @@ def test_gradcheck(zoo_cell):
     assert torch.autograd.gradcheck(run, given, fast_mode=True)
 
 
-@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.AntisymmetricRNNCell])
-def test_gradients_have_gradients(make):
-    cell = make(3, 5).double()
-    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: fc.scan(cell, x)[0], (x,))
-    second = {}
-    for name in ("auto", "eager"):
-        cell.zero_grad()
-        with fc.runner(name):
-            (gradient,) = torch.autograd.grad(fc.scan(cell, x)[0].sin().sum(), x, create_graph=True)
-            gradient.pow(2).sum().backward()
-        second[name] = [parameter.grad.clone() for parameter in cell.parameters()]
-    for mine, loop in zip(second["auto"], second["eager"], strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 @pytest.mark.parametrize("steps", [35, 1000])
 def test_float32_is_as_near_to_float64_as_torch(kind, steps):
