@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusecell as fc
-from fusecell.compiler import kernel, training
+from fusecell.compiler import call as calls
+from fusecell.compiler import kernel
 
 
 def call(cell, x, state, gradients, options, runner):
@@ -129,25 +130,39 @@ def test_float32_of_the_zoo(zoo_cell):
     assert all(one <= 4 * other + 1e-9 for one, other in zip(mine, torchs, strict=True))
 
 
-@pytest.mark.parametrize("parts", [False, True])
-def test_bits_do_not_depend_on_chunks_threads_or_runs(monkeypatch, zoo_cell, parts):
-    """In calls that are one and calls that go in parts, which they do whatever the threads."""
+def equal_bits(first, again):
+    return all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_bits_do_not_depend_on_chunks_or_runs(monkeypatch, zoo_cell):
     torch.manual_seed(4)
     cell = zoo_cell.make(5, 17)
-    rows = 19 if parts else 3
-    given = drawn(cell, 41 if parts else 301, rows, torch.float32)
-    options = {"lengths": torch.randint(0, len(given[0]) + 1, (rows,))}
-    monkeypatch.setattr(training, "LONG_CALL", 0)
+    given = drawn(cell, 301, 3, torch.float32)
+    options = {"lengths": [301, 117, 240]}
     first = call(cell, *given, options, "compiled")
+    for chunk in (1, 50_000, 10**9):
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        assert equal_bits(first, call(cell, *given, options, "compiled"))
+
+
+@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LeakyCell, fc.cells.LayerNormGRUCell])
+def test_bits_do_not_depend_on_threads(monkeypatch, make):
+    """Threads share a call here that is too short for them."""
+    torch.manual_seed(4)
+    cell = make(5, 37)
+    given = drawn(cell, 31, 19, torch.float32)  # more rows than a block of a sum takes
+    options = {"lengths": torch.randint(0, 32, (19,)), "resets": torch.rand(31, 19) < 0.1}
     threads = torch.get_num_threads()
+    found = []
     try:
-        for chunk, count in ((1, 1), (50_000, 2), (10**9, 4)):
-            monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        for count in (1, 2, 4):
             torch.set_num_threads(count)
-            again = call(cell, *given, options, "compiled")
-            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+            monkeypatch.setattr(calls, "crew_size", lambda *_, count=count: count)
+            found.append(call(cell, *given, options, "compiled"))
     finally:
         torch.set_num_threads(threads)
+    assert equal_bits(found[0], found[1])
+    assert equal_bits(found[0], found[2])
 
 
 _DIGEST = """
@@ -165,8 +180,8 @@ print(digest.hexdigest())
 
 def test_bits_are_those_of_every_process():
     found = set()
-    for threads in ("1", "2"):
-        settings = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+    for seed in ("1", "2"):
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
         done = subprocess.run(
             [sys.executable, "-c", _DIGEST], check=True, env=settings, capture_output=True, timeout=200
         )
