@@ -196,15 +196,10 @@ class _Walk:
         if isinstance(module, Sequential):
             return self._sequential(module, name)
         if isinstance(module, Recurrent):
-            walk = replace(self, batch_first=module.batch_first, recompute=module.recompute)
-            suffix = " reverse" if module.reverse else ""
-            return list(walk._cells(module.cell, _join(name, "cell"), suffix)), module.output_size
+            return self._recurrent(module, name, reverse=module.reverse), module.output_size
         if isinstance(module, Bidirectional):
-            walk = replace(self, batch_first=module.batch_first)
-            rows: list[LayerSummary] = []
-            for label, suffix in (("forward_layer", ""), ("backward_layer", " reverse")):
-                part = getattr(module, label)
-                rows += replace(walk, recompute=part.recompute)._cells(part.cell, _join(name, f"{label}.cell"), suffix)
+            rows = self._recurrent(module.forward_layer, _join(name, "forward_layer"))
+            rows += self._recurrent(module.backward_layer, _join(name, "backward_layer"), reverse=True)
             return rows, module.output_size
         if isinstance(module, nn.RNNBase):
             recompute = getattr(module, "recompute", False)
@@ -217,6 +212,10 @@ class _Walk:
             f"summary takes a cell or a recurrent layer, got {type(module).__name__}. "
             "Of a model of your own, pass its recurrent part, or put the parts into a fusecell.Sequential."
         )
+
+    def _recurrent(self, layer: Recurrent, name: str, *, reverse: bool = False) -> list[LayerSummary]:
+        walk = replace(self, batch_first=layer.batch_first, recompute=layer.recompute)
+        return list(walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else ""))
 
     def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], int]:
         walk = replace(self, batch_first=any(getattr(part, "batch_first", False) for part in module))
@@ -252,8 +251,7 @@ class _Walk:
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
-        shape = self._sequence(cell.output_size)
-        kind, saved = type(cell).__name__ + suffix, self._saved(cell)
+        kind, shape, saved = type(cell).__name__ + suffix, self._sequence(cell.output_size), self._saved(cell)
         yield LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
 
     def _saved(self, cell: Cell) -> int | None:
