@@ -171,7 +171,7 @@ def test_the_table_and_its_html():
     counted = fc.summary(fc.GRU(5, 10, num_layers=2, bidirectional=True), seq_len=35, batch_size=3)
     lines = str(counted).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["l0", "l0_reverse", "l1", "l1_reverse"]
-    assert lines[-1].split() == ["T=35", "N=3", "total", "2,940", "283,500", "140", "84,000"]
+    assert lines[-1].split() == ["T=35", "N=3", "total", "2,940", "283,500", "140", "134,400"]
     assert len({line.index("MACs") + 4 for line in lines[:1]} | {line.index("283,500") + 7 for line in lines[-1:]}) == 1
     page = counted._repr_html_()
     assert page.count("<tr>") == 6
@@ -194,12 +194,17 @@ def test_errors_say_what_to_do():
 
 
 def test_what_training_keeps():
-    """A GRU keeps five numbers per unit; recomputing keeps its state alone."""
+    """A GRU keeps five numbers per unit, in whole vectors; recomputing keeps its state alone."""
     layer = fc.Recurrent(fc.GRUCell(13, 31)).double()
-    assert fc.summary(layer, 7, 3).saved == 7 * 3 * 5 * 31 * 8
+    assert fc.summary(layer, 7, 3).saved == 7 * 3 * 5 * 32 * 8
     with fc.recompute():
-        assert fc.summary(layer, 7, 3).saved == 7 * 3 * 31 * 8
+        assert fc.summary(layer, 7, 3).saved == 7 * 3 * 32 * 8
     drop_in = fc.GRU(13, 31, num_layers=2, bidirectional=True)
-    assert [row.saved for row in fc.summary(drop_in, 7, 3).layers] == [7 * 3 * 5 * 31 * 4] * 4
+    assert [row.saved for row in fc.summary(drop_in, 7, 3).layers] == [7 * 3 * 5 * 32 * 4] * 4
+    drop_in.recompute = True
+    assert [row.saved for row in fc.summary(drop_in, 7, 3).layers] == [7 * 3 * 32 * 4] * 4
+    ahead = fc.Recurrent(fc.GRUCell(13, 31), recompute=True)
+    both = fc.Bidirectional(ahead, fc.Recurrent(fc.GRUCell(13, 31)))
+    assert [row.saved for row in fc.summary(both, 7, 3).layers] == [7 * 3 * 32 * 4, 7 * 3 * 5 * 32 * 4]
     assert fc.summary(nn.GRU(13, 31), 7, 3).layers[0].saved is None
     assert fc.summary(layer.to(torch.bfloat16), 7, 3).layers[0].saved is None

@@ -161,7 +161,7 @@ def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
         >>> counted = fc.summary(fc.Recurrent(fc.GRUCell(5, 10)), seq_len=35, batch_size=3)
         >>> counted.parameters, counted.macs == 35 * 3 * (3 * 10 * (5 + 10)), counted.calls
         (510, True, 35)
-        >>> counted.saved == 35 * 3 * 5 * 10 * 4
+        >>> counted.saved == 35 * 3 * 5 * 16 * 4  # five numbers of each unit, in whole vectors of 16
         True
 
     Arguments:
@@ -189,22 +189,21 @@ class _Walk:
     seq_len: int
     rows: int
     batch_first: bool = False
+    recompute: bool = False
 
     def describe(self, module: nn.Module, name: str = "") -> tuple[list[LayerSummary], int]:
         """The parts of a module, and the features of its output."""
         if isinstance(module, Sequential):
             return self._sequential(module, name)
         if isinstance(module, Recurrent):
-            walk = replace(self, batch_first=module.batch_first)
-            suffix = " reverse" if module.reverse else ""
-            return list(walk._cells(module.cell, _join(name, "cell"), suffix)), module.output_size
+            return self._recurrent(module, name, reverse=module.reverse), module.output_size
         if isinstance(module, Bidirectional):
-            walk = replace(self, batch_first=module.batch_first)
-            ahead = walk._cells(module.forward_layer.cell, _join(name, "forward_layer.cell"))
-            back = walk._cells(module.backward_layer.cell, _join(name, "backward_layer.cell"), " reverse")
-            return [*ahead, *back], module.output_size
+            rows = self._recurrent(module.forward_layer, _join(name, "forward_layer"))
+            rows += self._recurrent(module.backward_layer, _join(name, "backward_layer"), reverse=True)
+            return rows, module.output_size
         if isinstance(module, nn.RNNBase):
-            return replace(self, batch_first=module.batch_first)._torch_layers(module, name)
+            recompute = getattr(module, "recompute", False)
+            return replace(self, batch_first=module.batch_first, recompute=recompute)._torch_layers(module, name)
         if isinstance(module, Cell):
             return list(self._cells(module, name)), module.output_size
         if isinstance(module, nn.RNNCellBase):
@@ -213,6 +212,10 @@ class _Walk:
             f"summary takes a cell or a recurrent layer, got {type(module).__name__}. "
             "Of a model of your own, pass its recurrent part, or put the parts into a fusecell.Sequential."
         )
+
+    def _recurrent(self, layer: Recurrent, name: str, *, reverse: bool = False) -> list[LayerSummary]:
+        walk = replace(self, batch_first=layer.batch_first, recompute=layer.recompute)
+        return list(walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else ""))
 
     def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], int]:
         walk = replace(self, batch_first=any(getattr(part, "batch_first", False) for part in module))
@@ -248,8 +251,7 @@ class _Walk:
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
-        shape = self._sequence(cell.output_size)
-        kind, saved = type(cell).__name__ + suffix, self._saved(cell)
+        kind, shape, saved = type(cell).__name__ + suffix, self._sequence(cell.output_size), self._saved(cell)
         yield LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
 
     def _saved(self, cell: Cell) -> int | None:
@@ -263,7 +265,7 @@ class _Walk:
             learner = find_learner(cell, inputs)
             if isinstance(learner, Refusal):
                 return None
-            numbers = learner.saved_numbers(cell, [False] * len(inputs))
+            numbers = learner.saved_numbers(cell, [False] * len(inputs), self.recompute)
         return int(numbers * like["dtype"].itemsize * self.seq_len * self.rows)
 
     def _step_macs(self, cell: Cell) -> int | None:

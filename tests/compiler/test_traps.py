@@ -145,6 +145,38 @@ def test_a_cell_without_source():
     torch.testing.assert_close(mine, loop)
 
 
+class Doubled(torch.Tensor):
+    """Twice what it holds; itself without memory, as quantised and distributed weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        plain = [2 * value.inner if isinstance(value, cls) else value for value in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_are_a_subclass_of_tensor(training):
+    """A kernel would have read at address 0."""
+    fc.refresh()  # so that it warns once more
+    layer, x = fc.Recurrent(fc.GRUCell(5, 9)), torch.randn(6, 3, 5)
+    weight = layer.cell.weight_ih.detach()
+    layer.cell.weight_ih = nn.Parameter(Doubled(weight), requires_grad=False)
+    with torch.set_grad_enabled(training):
+        with pytest.warns(fc.EagerWarning, match="weight_ih is a Doubled, a subclass of Tensor"):
+            found = layer(x)[0]
+        layer.cell.weight_ih = nn.Parameter(2 * weight)
+        torch.testing.assert_close(found, layer(x)[0])
+
+
 def test_copied_and_pickled_after_it_ran():
     torch.manual_seed(1)
     layer, x = fc.Recurrent(fc.LSTMCell(5, 9)), torch.randn(6, 3, 5)

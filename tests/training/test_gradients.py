@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusecell as fc
+from fusecell.compiler import call as calls
 from fusecell.compiler import kernel
 
 
@@ -64,7 +71,7 @@ def test_equals_the_python_loop(zoo_cell, kind, recompute):
 
 def test_gradcheck(zoo_cell):
     torch.manual_seed(2)
-    cell = zoo_cell.make(3, 7, dtype=torch.float64)
+    cell = zoo_cell.make(3, 19, dtype=torch.float64)
     if "relu" in zoo_cell.name or zoo_cell.name in ("ligru", "leaky", "ind_rnn"):
         torch.manual_seed(5)  # finite differences must not step over a kink
     names = [name for name, _ in cell.named_parameters()]
@@ -87,20 +94,9 @@ def test_gradcheck(zoo_cell):
     assert torch.autograd.gradcheck(run, given, fast_mode=True)
 
 
-@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.AntisymmetricRNNCell])
-def test_gradients_have_gradients(make):
-    cell = make(3, 5).double()
-    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: fc.scan(cell, x)[0], (x,))
-    second = {}
-    for name in ("auto", "eager"):
-        cell.zero_grad()
-        with fc.runner(name):
-            (gradient,) = torch.autograd.grad(fc.scan(cell, x)[0].sin().sum(), x, create_graph=True)
-            gradient.pow(2).sum().backward()
-        second[name] = [parameter.grad.clone() for parameter in cell.parameters()]
-    for mine, loop in zip(second["auto"], second["eager"], strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+def rms(found, exact):
+    """The root of the mean square of what each gradient is away from float64's."""
+    return [(value.double() - true).pow(2).mean().sqrt() for value, true in zip(found, exact, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
@@ -108,32 +104,89 @@ def test_gradients_have_gradients(make):
 def test_float32_is_as_near_to_float64_as_torch(kind, steps):
     torch.manual_seed(3)
     theirs = getattr(nn, kind)(13, 31)
-    mine, exact = getattr(fc, kind)(13, 31), getattr(nn, kind)(13, 31).double()
-    for other in (mine, exact):
-        other.load_state_dict(theirs.state_dict())
     x, weight = torch.randn(steps, 5, 13), torch.randn(steps, 5, 31)
-    for layer, dtype in ((theirs, torch.float32), (mine, torch.float32), (exact, torch.float64)):
-        (layer(x.to(dtype))[0] * weight.to(dtype)).sum().backward()
-    for p, q, r in zip(mine.parameters(), theirs.parameters(), exact.parameters(), strict=True):
-        ours, torchs = ((value.grad.double() - r.grad).pow(2).mean().sqrt() for value in (p, q))
-        assert ours <= 4 * torchs
+    first = [torch.randn(1, 5, 31) for _ in range(2 if kind == "LSTM" else 1)]
+    found = []
+    for module, dtype in ((fc, torch.float32), (nn, torch.float32), (nn, torch.float64)):
+        layer = getattr(module, kind)(13, 31).to(dtype)
+        layer.load_state_dict(theirs.state_dict())
+        leaf, *state = (value.to(dtype, copy=True).requires_grad_() for value in (x, *first))
+        y, _ = layer(leaf, tuple(state) if kind == "LSTM" else state[0])
+        (y * weight.to(dtype)).sum().backward()
+        found.append([value.grad for value in (leaf, *state, *layer.parameters())])
+    mine, torchs, exact = found
+    for one, other in zip(rms(mine, exact), rms(torchs, exact), strict=True):
+        assert one <= 4 * other
 
 
-def test_bits_do_not_depend_on_chunks_threads_or_runs(monkeypatch, zoo_cell):
+def test_float32_of_the_zoo(zoo_cell):
+    """Against the same step in float32 as torch computes it."""
+    torch.manual_seed(3)
+    cell = zoo_cell.make(13, 31)
+    x, states, gradients = drawn(cell, 60, 5, torch.float32)
+    wide = [[value.double() for value in values] for values in ([x], states, gradients)]
+    exact = call(copy.deepcopy(cell).double(), wide[0][0], wide[1], wide[2], {}, "eager")
+    mine, torchs = (rms(call(cell, x, states, gradients, {}, name), exact) for name in ("compiled", "eager"))
+    assert all(one <= 4 * other + 1e-9 for one, other in zip(mine, torchs, strict=True))
+
+
+def equal_bits(first, again):
+    return all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_bits_do_not_depend_on_chunks_or_runs(monkeypatch, zoo_cell):
     torch.manual_seed(4)
     cell = zoo_cell.make(5, 17)
     given = drawn(cell, 301, 3, torch.float32)
     options = {"lengths": [301, 117, 240]}
     first = call(cell, *given, options, "compiled")
+    for chunk in (1, 50_000, 10**9):
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        assert equal_bits(first, call(cell, *given, options, "compiled"))
+
+
+@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LeakyCell, fc.cells.LayerNormGRUCell])
+def test_bits_do_not_depend_on_threads(monkeypatch, make):
+    """Threads share a call here that is too short for them."""
+    torch.manual_seed(4)
+    cell = make(5, 37)
+    given = drawn(cell, 31, 19, torch.float32)  # more rows than a block of a sum takes
+    options = {"lengths": torch.randint(0, 32, (19,)), "resets": torch.rand(31, 19) < 0.1}
     threads = torch.get_num_threads()
+    found = []
     try:
-        for chunk, count in ((1, 1), (50_000, 2), (10**9, 1)):
-            monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        for count in (1, 2, 4):
             torch.set_num_threads(count)
-            again = call(cell, *given, options, "compiled")
-            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+            monkeypatch.setattr(calls, "crew_size", lambda *_, count=count: count)
+            found.append(call(cell, *given, options, "compiled"))
     finally:
         torch.set_num_threads(threads)
+    assert equal_bits(found[0], found[1])
+    assert equal_bits(found[0], found[2])
+
+
+_DIGEST = """
+import hashlib, torch, fusecell as fc
+torch.manual_seed(0)
+layer, x = fc.GRU(37, 61, bidirectional=True), torch.randn(83, 29, 37, requires_grad=True)
+y, h = layer(x, lengths=torch.randint(1, 84, (29,)))
+(y.square().sum() + h.sum()).backward()
+digest = hashlib.sha256()
+for value in (y, h, x.grad, *(parameter.grad for parameter in layer.parameters())):
+    digest.update(value.detach().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_bits_are_those_of_every_process():
+    found = set()
+    for seed in ("1", "2"):
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", _DIGEST], check=True, env=settings, capture_output=True, timeout=200
+        )
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("hidden_size", [2, 10, 33])
@@ -172,6 +225,56 @@ def test_two_hundred_steps_of_adam_as_torch():
     assert exact[-1] < 0.9 * exact[0]
     noise = (torchs - exact).abs().max()
     assert (ours - exact).abs().max() <= 2 * noise
+
+
+def _shared(kind):
+    """Layers that use a cell twice: its gradient is the sum of both."""
+    cell = fc.GRUCell(5, 5)
+    layer = fc.Recurrent(cell)
+    return {
+        "one after another": lambda: fc.Sequential(layer, layer),
+        "both ways": lambda: fc.Bidirectional(layer, layer),
+        "both ways, two layers": lambda: fc.Bidirectional(layer, fc.Recurrent(cell)),
+        "one on another": lambda: fc.Recurrent(fc.Stack(cell, cell)),
+    }[kind]()
+
+
+LAYERS = {
+    **{kind: lambda kind=kind: _shared(kind) for kind in ("one after another", "both ways", "both ways, two layers")},
+    "one on another": lambda: _shared("one on another"),
+    "a mixed stack, reversed": lambda: fc.Recurrent(
+        fc.Stack(fc.GRUCell(5, 5), fc.LSTMCell(5, 4), residual=True), reverse=True
+    ),
+    "mixed both ways": lambda: fc.Bidirectional(
+        fc.Recurrent(fc.Stack(fc.LSTMCell(5, 4), fc.GRUCell(4, 3))), fc.Recurrent(fc.cells.LeakyCell(5, 3))
+    ),
+    "GRU": lambda: fc.GRU(5, 4, 2, bidirectional=True),
+    "LSTM": lambda: fc.LSTM(5, 4, 2, proj_size=3, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("part", ["outputs", "state"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_cells(kind, part):
+    """Gradients of all that goes in, from the outputs alone and from the returned state alone."""
+    torch.manual_seed(8)
+    layer, x = LAYERS[kind]().double(), torch.randn(6, 3, 5, dtype=torch.float64)
+    data = {"lengths": [6, 0, 3], "resets": torch.rand(6, 3) < 0.3}
+    _, form = layer(x)
+    leaves, spec = tree_flatten(form)
+    given = [torch.randn_like(value) for value in (x, *leaves)]
+    found = []
+    for runner in ("compiled", "eager"):
+        inputs = [value.clone().requires_grad_() for value in given]
+        layer.zero_grad()
+        with fc.runner(runner):
+            y, after = layer(inputs[0], tree_unflatten(inputs[1:], spec), **data)
+        chosen = [y] if part == "outputs" else tree_flatten(after)[0]
+        sum(value.exp().sum() for value in chosen).backward()
+        grads = [value.grad for value in (*inputs, *layer.parameters())]
+        found.append([torch.zeros(()) if value is None else value for value in grads])
+    for mine, loop in zip(*found, strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
 
 
 class Parametrized(fc.Cell):

@@ -178,6 +178,20 @@ def test_the_eager_runner_is_unrolled_by_torch():
     torch.testing.assert_close(found, layer(x)[0])
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_gradients_gradient_is_an_error(backend):
+    """torch's own compiled backward has none either; what matters is that it isn't taken for zero."""
+    layer, x = fc.Recurrent(fc.GRUCell(5, 7)), torch.randn(4, 3, 5, requires_grad=True)
+    y, _ = torch.compile(layer, fullgraph=True, backend=backend)(x)
+
+    def penalty():
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)
+
+    with pytest.raises(RuntimeError, match=r"no autograd formula was registered|double backward"):
+        penalty()
+
+
 @pytest.mark.parametrize("kind", ["cell", "computed weights", "GRU"])
 def test_exported_programs_take_any_length_and_batch(kind, tmp_path):
     torch.manual_seed(3)

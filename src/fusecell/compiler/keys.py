@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Key", "signature", "split_numbers"]
+__all__ = ["Key", "signature", "split_numbers", "without_tensors"]
 
 Key = tuple[Any, ...]
 
@@ -50,6 +50,17 @@ def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
             found.append(_tensor(name, tensor, seen))
     for name, part in state["_modules"].items():
         found.append((name, type(part), () if part is None else signature(part, seen)))
+    return tuple(found)
+
+
+def without_tensors(key: Key) -> Key:
+    """A signature without its tensors: everything else that decides what the module computes from them."""
+    found: list[Any] = []
+    for entry in key:
+        if type(entry) is not tuple:
+            found.append(entry)
+        elif not any(part is Tensor for part in entry[:2]):
+            found.append(without_tensors(entry))
     return tuple(found)
 
 

@@ -11,23 +11,30 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
+from fusecell.compiler.keys import Key, signature, without_tensors
+from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves, partition
 from fusecell.compiler.program import refusal
 from fusecell.compiler.trace import Refusal, Traced, trace
-from fusecell.compiler.trace.weights import Prologue
 from fusecell.compiler.training import Call, Training
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, recomputing
 
-__all__ = ["Learner", "compile_learner", "differentiated"]
+__all__ = ["Learner", "compile_learner", "differentiated", "transformed"]
 
 
 class Learner:
-    """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met."""
+    """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met.
 
-    def __init__(self, traced: Traced, inputs: Sequence[str]) -> None:
+    Arguments:
+        inputs: the names of a step's inputs.
+        key: what the step was traced with beside tensors, if a gradient of the gradient is to hold it to that.
+    """
+
+    def __init__(self, traced: Traced, inputs: Sequence[str], key: Key = ()) -> None:
         self.traced = traced
+        self._key = key
         self._inputs = tuple(inputs)
         names = traced.weight_names
         self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
@@ -51,10 +58,20 @@ class Learner:
         outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
         return outputs, tuple(after)
 
-    def saved_numbers(self, cell: Cell, inputs: Sequence[bool]) -> int:
-        """How many numbers of a row and step are kept for the gradients of all weights and of some inputs."""
+    def check_unchanged(self, cell: Cell) -> None:
+        """Raise where running the cell's step again would not be running it as it was traced."""
+        if self._key and without_tensors(signature(cell)) != self._key:
+            raise RuntimeError(
+                f"An attribute, mode or hook of {type(cell).__name__} has changed since its forward. A gradient that "
+                "has one itself runs the step again and would now be another's: change it after the backward, "
+                'or run the forward under fusecell.runner("eager").'
+            )
+
+    def saved_numbers(self, cell: Cell, inputs: Sequence[bool], recompute: bool) -> int:
+        """The numbers that a row and step takes of what is kept for the gradients of all weights and some inputs."""
         flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
-        return sum(size for _, size in self._halves(flags, recomputing()).saved)
+        halves = self._halves(flags, recompute or recomputing())
+        return sum(-(-size // LANES) * LANES for _, size in halves.saved)
 
     def _halves(self, flags: Sequence[bool], recompute: bool) -> Halves:
         wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
@@ -85,7 +102,7 @@ def compile_learner(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torc
         features: the feature shape of each input, what follows (T, N).
     """
     traced = trace(cell, features, dtype, gradients=True)
-    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs)
+    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs, without_tensors(signature(cell)))
 
 
 class _Scan(torch.autograd.Function):
@@ -105,7 +122,7 @@ class _Scan(torch.autograd.Function):
         saved, tensors = found[0], found[1:]
         if all(grad is None for grad in grads):
             return (None,) * (3 + len(tensors))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(grads):
             return None, None, None, *_differentiable(ctx, tensors, grads)
         call: Call = ctx.call
         return None, None, None, *call.gradients(saved, tensors, grads)
@@ -115,14 +132,23 @@ class _Scan(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _Scan).apply
 
 
+def transformed(grads: Sequence[Tensor | None]) -> bool:
+    """Whether these are the gradients of many backwards at once, which have no memory that a kernel could read."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(grad is not None and functorch.is_legacy_batchedtensor(grad) for grad in grads)
+
+
 def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
     call: Call = ctx.call
-    prologue: Prologue = ctx.learner.traced.weights
+    learner: Learner = ctx.learner
+    learner.check_unchanged(ctx.cell)
 
     def again(aliases: State) -> State:
         inputs, state, resets, weights, originals = call.split(aliases)
-        cell = bound(ctx.cell, prologue.bindings(weights, originals), resets)
+        cell = bound(ctx.cell, learner.traced.weights.bindings(weights, originals), resets)
         outputs, after = run_eager(cell, inputs, state, call.options)
         return outputs, *after
 
@@ -133,19 +159,21 @@ def differentiated(
     compute: Callable[[State], State], tensors: State, needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients of what results are computed from, by torch itself, so that they have gradients too."""
-    # Aliases, so that a tensor that went in twice gets both of its gradients once.
-    aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a tensor that went in twice gets both of its gradients once.
+        aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
+        results = compute(aliases)
     pairs = [
-        (value, grad)
-        for value, grad in zip(compute(aliases), grads, strict=True)
-        if grad is not None and value.requires_grad
+        (value, grad) for value, grad in zip(results, grads, strict=True) if grad is not None and value.requires_grad
     ]
-    chosen = [index for index, need in enumerate(needed) if need]
+    # What was frozen after the forward wants none any more.
+    chosen = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
     found = torch.autograd.grad(
         [value for value, _ in pairs],
         [aliases[index] for index in chosen],
         [grad for _, grad in pairs],
-        create_graph=True,
+        create_graph=create_graph,
         allow_unused=True,
     )
     result: list[Tensor | None] = [None] * len(tensors)

@@ -20,7 +20,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.facts import Facts, facts_of, facts_of_attributes
 from fusecell.compiler.kept import LEARNERS, PROGRAMS
-from fusecell.compiler.learner import Learner, differentiated
+from fusecell.compiler.learner import Learner, differentiated, transformed
 from fusecell.compiler.program import Program
 from fusecell.compiler.ready import Backward, Forward, Unready, saved_offsets
 from fusecell.compiler.reasons import call_reasons, needs_gradient
@@ -204,7 +204,7 @@ class _Learning:
         tensors: State,
         weights: Sequence[_Weight],
     ) -> None:
-        self.template, self._paths = template, [each.path for each in weights]
+        self.template, self._learner, self._paths = template, learner, [each.path for each in weights]
         self.manner, self.count = manner, count
         self._taken = _taker([*range(count), *[each.place for each in weights]])
         matrices, tensors = tuple([each.matrix for each in weights]), self._taken(tensors)
@@ -240,7 +240,10 @@ class _Learning:
     def again(self, owner: nn.Module, tensors: State) -> State:
         """The results of the Python loop, in torch's autograd."""
         given, weights, manner = tensors[: self.count], tensors[self.count :], self.manner
-        cell: Any = owner if self.template is None else self.template
+        cell: Any = self.template
+        if cell is None:
+            cell = owner
+            self._learner.check_unchanged(cell)
         x, state = manner.sequence(given[0]), tuple([manner.rows_of(value) for value in given[1:]])
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
@@ -284,7 +287,7 @@ class _Repeated(torch.autograd.Function):
         saved, tensors = found[0], found[1:]
         if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * (2 + len(tensors))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(grads):
             owner: nn.Module = ctx.owner
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiated(lambda again: call.again(owner, again), tensors, needed, grads)

@@ -27,6 +27,7 @@ __all__ = ["Refusal", "Traced", "trace"]
 
 _DTYPES: dict[torch.dtype, DType] = {torch.float32: "f32", torch.float64: "f64"}
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
+_PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LOCK = threading.RLock()
 
@@ -104,6 +105,12 @@ def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         f"The submodule {name} has hooks, which may do anything."
         for name, module in cell.named_modules()
         if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
+    ]
+    # A kernel reads memory, which a subclass may not have, or mean something else by.
+    reasons += [
+        f"{path} is a {type(value).__name__}, a subclass of Tensor."
+        for path, value in _attributes(cell)
+        if type(value) not in _PLAIN
     ]
     shared = nn.modules.module
     if any(getattr(shared, f"_global{kind}", None) for kind in _HOOKS):
