@@ -5,15 +5,13 @@ Everything else, layers, stacks, streams, the compiler, needs nothing of a cell 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from fusecell.notes import noted, noting, rewriting
 from fusecell.runner import Manner, Options, State, autocasting, remember, repeated, run, steps_of
 
 __all__ = [
@@ -38,9 +36,6 @@ T = TypeVar("T")
 StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
 
-_COLLECT: ContextVar[Callable[[Cell, str, Tensor], None] | None] = ContextVar("fusecell_notes", default=None)
-_REWRITE = threading.local()  # torch.compile follows it where a ContextVar would break its graph
-
 
 class _Default(Generic[T]):
     """A computed attribute that a subclass may override by property, or an instance by plain assignment."""
@@ -55,10 +50,6 @@ class _Default(Generic[T]):
     def __get__(self, cell: object, owner: type) -> T: ...
     def __get__(self, cell: object | None, owner: type) -> _Default[T] | T:
         return self if cell is None else self.compute(cell)
-
-
-Rewrite = Callable[["Cell", str, Tensor], Tensor]
-"""What a step goes on with where it notes a value: of the cell, the name and the value."""
 
 
 class Cell(nn.Module):
@@ -169,13 +160,7 @@ class Cell(nn.Module):
         Returns:
             ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
         """
-        rewrite: Rewrite | None = getattr(_REWRITE, "function", None)
-        if rewrite is not None:
-            value = rewrite(self, name, value)
-        collect = None if torch.compiler.is_compiling() else _COLLECT.get()
-        if collect is not None:
-            collect(self, name, value)
-        return value
+        return noted(self, name, value)
 
     def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
         """One step, as torch.nn's cells do it.
@@ -418,32 +403,6 @@ def check_step_input(cell: Cell, given: State) -> bool:
                 f"got {tuple(value.shape)}."
             )
     return unbatched
-
-
-@contextmanager
-def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
-    """Hand every ``note`` made inside the block to ``collect(cell, name, value)``."""
-    token = _COLLECT.set(collect)
-    try:
-        yield
-    finally:
-        _COLLECT.reset(token)
-
-
-@contextmanager
-def rewriting(rewrite: Rewrite) -> Iterator[None]:
-    """Let steps inside the block go on with ``rewrite(cell, name, value)`` where they note ``value``."""
-    before: Rewrite | None = getattr(_REWRITE, "function", None)
-
-    def both(cell: Cell, name: str, value: Tensor) -> Tensor:
-        value = rewrite(cell, name, value)
-        return value if before is None else before(cell, name, value)
-
-    _REWRITE.function = both
-    try:
-        yield
-    finally:
-        _REWRITE.function = before
 
 
 def _name(cell: Cell) -> str:

@@ -206,6 +206,8 @@ def test_nothing_is_kept_alive():
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
+    for kept in (repeat.PROGRAMS, repeat.LEARNERS):
+        kept.forget({Scaled})  # their keys hold functions
     del cell, layer
     gc.collect()
     assert [weight() for weight in weights] == [None] * 4
