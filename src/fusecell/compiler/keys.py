@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, MutableSequence, Set
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ Key = tuple[Any, ...]
 _ATOMS = frozenset((bool, int, str, type(None), torch.dtype, torch.device))
 _NUMBERS = (int, float)
 _OWN = frozenset(vars(nn.Module()))
-_CONSTANT = (type, FunctionType, BuiltinFunctionType, torch._ops.OperatorBase)
+_CONSTANT = (type, BuiltinFunctionType, torch._ops.OperatorBase)
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
@@ -113,6 +114,8 @@ def _frozen(value: Any, seen: dict[int, int]) -> Key:
         return kind, tuple([(repr(key), *_frozen(item, seen)) for key, item in value.items()])
     if isinstance(value, MethodType):
         return kind, (value.__func__, _frozen(value.__self__, seen))
+    if isinstance(value, FunctionType):
+        return kind, ref(value)  # it may enclose what it is an attribute of, which a key must not keep alive
     if isinstance(value, _CONSTANT):
         return kind, value
     return kind, _object(value, seen)
