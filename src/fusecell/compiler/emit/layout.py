@@ -154,12 +154,16 @@ class Layout:
         """The address of a buffer."""
         return self.pointer(f, f"at.{name}")
 
+    def place(self, f: Function, name: str, address: str) -> None:
+        """Have a buffer be somewhere else."""
+        f.do(f"store ptr {address}, ptr {f.at('%args', 8 * self._index[f'at.{name}'], 'word')}")
+
     def place_saved(self, f: Function, module: Module, start: Value) -> None:
         """Have a chunk find its rows, from ``start`` on, of what is saved."""
         for buffer in self.saved:
             whole = self.pointer(f, f"{buffer.name}.ptr")
             here = f.at(whole, f.mul(start, module.padded(buffer.size)), buffer.name)
-            f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{buffer.name}'], 'word')}")
+            self.place(f, buffer.name, here)
 
     def place_buffers(self, f: Function, rows: Value, chunk_rows: Value, chunk_steps: Value) -> None:
         """Work out every buffer's address, unless the caller left it in the argument block and gave no scratch."""
@@ -167,7 +171,7 @@ class Layout:
         with f.when("place", f.let("is.given", f"icmp ne ptr {scratch}, null")):
             here = scratch
             for name, size in self.sizes.items():
-                f.do(f"store ptr {here}, ptr {f.at('%args', 8 * self._index[f'at.{name}'], 'word')}")
+                self.place(f, name, here)
                 total: Value = size.fixed
                 for count, each in (
                     (rows, size.per_row),

@@ -49,6 +49,8 @@ class SumEmitter:
         self._filled, self._done, self._closed = (f.let(name, "alloca i64") for name in ("filled", "done", "closed"))
         f.store_int(0, self._filled)
         f.store_int(0, self._closed)
+        few = f.let("is.few", f"icmp sle i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
+        self._in_place = {found.name: self._add_in_place(f, found, few) for found in self._whole_gradients()}
         with crew.leader():
             for found in self.plan.sums:
                 with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
@@ -89,9 +91,34 @@ class SumEmitter:
             self._flush_all(f, crew)
         for found in self.plan.sums:
             total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
-            self._hand_over(f, crew, found, f.let("source", f"select i1 {several}, ptr {total}, ptr {part}"))
+            source = f.let("source", f"select i1 {several}, ptr {total}, ptr {part}")
+            there = self._in_place.get(found.name, "false")
+            with f.when("handed", f.let("is.elsewhere", f"xor i1 {there}, true")):
+                self._hand_over(f, crew, found, source)
 
     # Parts.
+
+    def _whole_gradients(self) -> list[Sum]:
+        """The sums that are a whole gradient, its rows whole vectors."""
+        covered = self.plan.covered()
+        return [
+            found
+            for found in self.plan.sums
+            if found.label in covered and not found.flipped and not found.width % LANES
+        ]
+
+    def _add_in_place(self, f: Function, found: Sum, few: str) -> str:
+        """Have a sum's block be the caller's gradient, if that lies in memory as the block does and is all there is."""
+        layout, bytes_ = self.layout, self.module.bytes
+        strides = [(0, self.module.padded(found.width)), (1, bytes_)] if found.a is not None else [(0, bytes_)]
+        here = f.let("low.bits", f"and i64 {layout.word(f, f'out.{found.label}.ptr')}, 63")
+        fits = f.let("fits", f"and i1 {few}, {f.let('is.aligned', f'icmp eq i64 {here}, 0')}")
+        for dim, stride in strides:
+            given = layout.word(f, f"out.{found.label}.stride{dim}")
+            fits = f.let("fits", f"and i1 {fits}, {f.let('is.so', f'icmp eq i64 {given}, {stride}')}")
+        with f.when("in.place", fits):
+            layout.place(f, found.part, layout.pointer(f, f"out.{found.label}.ptr"))
+        return fits
 
     def _bytes(self, found: Sum) -> int:
         return found.height * self.module.padded(found.width)
