@@ -30,6 +30,9 @@ lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
+EFFORT = 3
+"""How much LLVM optimises; a search for defects of the text it is given sets it to 0, the cache off."""
+
 _library_numbers = itertools.count()
 
 
@@ -80,7 +83,7 @@ def _optimised(text: str, names: Sequence[str], cpu: str, features: str, triple:
     _initialise()
     # The default code model of llvmlite is the large one: a 64-bit move for every constant.
     machine = binding.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small"
+        cpu=cpu, features=features, opt=EFFORT, reloc="pic", codemodel="small"
     )
     with _verified(text, names) as module:
         _set_target(module, triple, str(machine.target_data))
@@ -134,7 +137,7 @@ def _set_target(module: Any, triple: str, layout: str) -> None:
 
 
 def _optimise(module: Any, machine: Any) -> None:
-    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options = binding.create_pipeline_tuning_options(speed_level=EFFORT)
     # The emitter has chosen vectors and register tiles already; these would undo its choice.
     options.loop_vectorization = False
     options.loop_interleaving = False
