@@ -1,4 +1,4 @@
-"""Calls of every form, drawn at random, compiled against the Python loop; and the same bits on any number of threads."""
+"""Calls of every form, compiled against the Python loop; and the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import fusecell as fc
-from tests.reliability.random_calls import Call, calls, check
+from tests.reliability.random_calls import calls, check
 
 
 @seed(1)
