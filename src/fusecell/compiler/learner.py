@@ -12,7 +12,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.partition import Halves, partition
-from fusecell.compiler.program import refusal
+from fusecell.compiler.program import refusal, reset_state
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.compiler.trace.weights import Prologue
 from fusecell.compiler.training import Call, Training
@@ -45,8 +45,7 @@ class Learner:
             return training
         resets: State = ()
         if options.resets is not None:
-            like = inputs[0]
-            resets = tuple(cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device))
+            resets = reset_state(cell, inputs[0])
         call = Call.of(training, inputs, state, resets, weights, options)
         outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
         return outputs, tuple(after)

@@ -105,6 +105,11 @@ def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         for name, module in cell.named_modules()
         if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
     ]
+    reasons += [
+        f"Its {name} is not a dense tensor on the CPU."
+        for name, tensor in _attributes(cell)
+        if not tensor.is_cpu or tensor.layout is not torch.strided
+    ]
     shared = nn.modules.module
     if any(getattr(shared, f"_global{kind}", None) for kind in _HOOKS):
         reasons.append("Hooks on all modules are registered, which may do anything.")
