@@ -8,9 +8,13 @@ import shutil
 import pytest
 
 import fusecell as fc
+from fusecell.compiler import check
 from tests.reliability.memcheck import errors, write_graphs
 
-pytestmark = pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind"),
+    pytest.mark.skipif(check.ENABLED, reason="the check mode is another watchman, and this one has been here"),
+]
 
 
 def test_memcheck_finds_a_number_too_far_and_nothing_else(tmp_path):

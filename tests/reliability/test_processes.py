@@ -95,6 +95,7 @@ class Set(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a single core
 def test_workers_of_a_data_loader(start):
     torch.manual_seed(1)
     layer = fc.GRU(5, 9)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import fusecell as fc
+from fusecell.compiler import target
+from fusecell.compiler.llvm import host
 from tests.reliability.random_calls import calls, check
 
 
@@ -39,3 +46,38 @@ def test_the_same_bits_on_any_number_of_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+SCRIPT = """
+import hashlib, torch, fusecell as fc
+torch.manual_seed(3)
+found = hashlib.sha256()
+for layer in (fc.LSTM(37, 61, bidirectional=True), fc.Recurrent(fc.cells.LayerNormGRUCell(37, 33))):
+    x = torch.randn(83, 29, 37, requires_grad=True)
+    with fc.runner("compiled"):
+        y, _ = layer(x, lengths=torch.randint(0, 84, (29,)), resets=torch.rand(83, 29) < 0.05)
+    y.square().sum().backward()
+    for value in (y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())):
+        found.update(value.numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+def digest(**environment):
+    """Of outputs and gradients, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are x86-64's")
+def test_the_same_bits_in_any_process_and_on_every_level():
+    """With FMA: any number of threads, compiled or from the disk, any vectors. Without: others, also the same."""
+    threads = [digest(OMP_NUM_THREADS=str(count)) for count in (1, 2, 4)]
+    wide = [level for level in ("x86-64-v3", "x86-64-v4") if host().features.issuperset(target._needed(level))]
+    levels = [digest(FUSECELL_TARGET=level, FUSECELL_CACHE="off", OMP_NUM_THREADS="2") for level in wide]
+    assert len(set(threads + levels)) == 1
+    without = [digest(FUSECELL_TARGET="x86-64-v2", OMP_NUM_THREADS=str(count)) for count in (1, 4)]
+    assert len(set(without)) == 1
+    assert without[0] != threads[0]
