@@ -36,7 +36,7 @@ found = {}
 for mode, cells in json.loads(sys.argv[2]).items():
     for cell in cells:
         # Odd sizes, a row alone and rows that fill no vector, few steps and many.
-        for shape in (Shape(cell, 2, 1, 3, 5), Shape(cell, 31, 5, 13, 17), Shape(cell, 7, 3, 64, 33)):
+        for shape in (Shape(cell, 4, 1, 3, 10), Shape(cell, 31, 5, 13, 17), Shape(cell, 7, 3, 64, 33)):
             row = measure(shape, Mode(mode), [peer], 1, 0.0)
             found[f"{mode} {shape.name}"] = row.errors | ({"refused": row.refused} if row.refused else {})
 print(json.dumps(found))
