@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from fusecell.compiler.keys import Key, signature, split_numbers
+from fusecell.compiler.llvm import new_lock
 from fusecell.compiler.trace import Refusal
 from fusecell.runner import State, no_collection
 
@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 
 _MOST_KEPT = 256
 _MOST_NUMBERS = 3
-_LOCK = threading.RLock()
+_LOCK = new_lock()
 
 
 class Kept(Generic[Made]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
+from fusecell.compiler.llvm import new_lock
 from fusecell.compiler.partition import Halves, partition
 from fusecell.compiler.program import refusal, reset_state
 from fusecell.compiler.trace import Refusal, Traced, trace
@@ -22,6 +22,8 @@ from fusecell.runner import Options, State, recomputing
 
 __all__ = ["Learner", "compile_learner"]
 
+_LOCK = new_lock()
+
 
 class Learner:
     """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met."""
@@ -32,7 +34,6 @@ class Learner:
         names = traced.weight_names
         self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
         self._made: dict[tuple[bool, ...], Training | Refusal] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
@@ -67,7 +68,7 @@ class Learner:
             recompute: keep the states only, and compute everything else again in the backward.
         """
         key = (recompute, *flags)
-        with self._lock:
+        with _LOCK:
             if key not in self._made:
                 try:
                     halves = self._halves(flags, recompute)

@@ -20,15 +20,25 @@ import llvmlite.binding as binding
 
 from fusecell.errors import CompilerError
 
-__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code"]
+__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "new_lock", "object_code"]
 
 VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}"
 
+
+def new_lock() -> threading.RLock:
+    """A lock that a fork waits for, so that no child finds it shut for ever by a thread that it doesn't have.
+
+    A fork takes those first that were made last: make a lock after those that are taken while it is held.
+    """
+    made = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=made.acquire, after_in_parent=made.release, after_in_child=made.release)
+    return made
+
+
 # LLVM's own calls are serialised by llvmlite; this lock spans whole compilations, so that a text is
 # compiled once and a fork never copies a half-made LLVM state into the child.
-lock = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+lock = new_lock()
 
 EFFORT = 3
 """How much LLVM optimises; a search for defects of the text it is given sets it to 0, the cache off."""
