@@ -270,3 +270,30 @@ def test_the_end_while_threads_wait_for_the_compiler(wait):
     done = alone(_WAITING, str(wait), FUSECELL_CACHE="off")
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) > 2, "nobody waited"
+
+
+_HELD = """
+import os, sys, threading, time
+from fusecell.compiler import kept, learner, llvm
+from fusecell.compiler.trace import tracing
+module, held = {"kept": kept, "learner": learner, "trace": tracing, "llvm": llvm}[sys.argv[1]], threading.Event()
+lock = module.lock if module is llvm else module._LOCK
+def hold():
+    with lock:
+        held.set()
+        time.sleep(0.3)
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if lock.acquire(timeout=5) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("name", ["kept", "learner", "trace", "llvm"])
+def test_a_fork_waits_for_locks(name):
+    """What a thread of the parent holds is open in the child, which has no such thread."""
+    done = alone(_HELD, name)
+    assert (done.returncode, done.stderr) == (0, "")
