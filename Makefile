@@ -1,6 +1,6 @@
 # make demo    install into .venv and run the main job        make demo ARGS="--seconds 30"
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
-# make check   all tests again, with canaries round every buffer that a kernel writes
+# make check   all tests again, with guard pages and canaries round all memory that a kernel may touch
 # make lint    format check, lint, types, import directions
 # make bench   install the peers and run the benchmarks
 # make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too

@@ -399,21 +399,22 @@ def test_a_cells_state_dict_loads_into_a_one_layer_layer_only():
 
 @every_kind
 def test_weights_put_in_from_outside_are_seen(kind):
-    ours, torchs = pair(kind, num_layers=2)
-    x = torch.randn(STEPS, ROWS, INPUT)
+    # In float64: with weights as large as these torch's own float32 is further from it than 1e-6.
+    ours, torchs = (layer.double() for layer in pair(kind, num_layers=2))
+    x = torch.randn(STEPS, ROWS, INPUT, dtype=torch.float64)
     other = {name: torch.randn_like(value) for name, value in torchs.state_dict().items()}
-    assert_close(functional_call(ours, other, (x,))[0], functional_call(torchs, other, (x,))[0], 1e-6)
-    assert_close(ours(x)[0], torchs(x)[0], 1e-6)
+    assert_close(functional_call(ours, other, (x,))[0], functional_call(torchs, other, (x,))[0], 1e-12)
+    assert_close(ours(x)[0], torchs(x)[0], 1e-12)
     for layer in (ours, torchs):
         layer.weight_hh_l1.data.copy_(other["weight_hh_l1"])
         nn.utils.parametrizations.weight_norm(layer, "weight_ih_l0")
         layer.parametrizations.weight_ih_l0.original0.data.mul_(2)
-    assert_close(ours(x)[0], torchs(x)[0], 1e-6)
+    assert_close(ours(x)[0], torchs(x)[0], 1e-12)
     found, expected = (
         torch.autograd.grad(layer(x)[0].sum(), layer.parametrizations.weight_ih_l0.original1)[0]
         for layer in (ours, torchs)
     )
-    assert_close(found, expected, 1e-5)
+    assert_close(found, expected, 1e-12)
 
 
 def test_a_replicas_plain_tensors_are_its_weights():

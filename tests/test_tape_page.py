@@ -236,3 +236,14 @@ def test_errors(large, tmp_path):
         large.save_html(tmp_path / "it.html", rows=(3,))
     with pytest.raises(ValueError, match="a row at least"):
         large.save_html(tmp_path / "it.html", rows=())
+
+
+def test_a_hostile_tape_runs_nothing(tmp_path, visit):
+    from tests.reliability.test_tape_files import changed, poisoned
+
+    fc.record(fc.LSTM(5, 9), torch.randn(7, 3, 5), labels="abcdefg").save(tmp_path / "it")
+    fc.Tape.load(changed(tmp_path / "it", tmp_path / "other", poisoned)).save_html(tmp_path / "it.html")
+    page = visit(tmp_path / "it.html")
+    at(page, 1, 0, 1)
+    assert "<img src=x onerror=" in page.inner_text("#equations")
+    assert page.evaluate("window.harmed") is None

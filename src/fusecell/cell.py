@@ -277,7 +277,7 @@ def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched
     first = inputs[0]
     rows, dtype = first.shape[1], compute_dtype(cell, first)
     if state is None:
-        return cell.initial_state(rows, dtype=dtype, device=first.device)
+        return first_state(cell, rows, dtype=dtype, device=first.device)
     found = state_tuple(cell, state)
     if unbatched:
         found = tuple(value[None] if value.dim() == 1 else value for value in found)
@@ -287,6 +287,19 @@ def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched
     for name, value in zip(cell.states, found, strict=True):
         check_dtype(cell, f"state {name}", value)
     return _cast(found, dtype)
+
+
+def first_state(cell: Cell, rows: int, *, dtype: torch.dtype | None, device: torch.device | str) -> State:
+    """``cell.initial_state``, held to the shapes it promises: machine code reads as much as it was told.
+
+    Raises:
+        TypeError, ValueError: if it is not (rows, its size) for each state.
+    """
+    found = cell.initial_state(rows, dtype=dtype, device=device)
+    if type(cell).initial_state is not Cell.initial_state or "initial_state" in vars(cell):
+        found = state_tuple(cell, found)
+        check_state(cell, found, rows)
+    return found
 
 
 def all_inputs(cell: Cell, given: State, start: State) -> State:
@@ -300,6 +313,13 @@ def all_inputs(cell: Cell, given: State, start: State) -> State:
     steps = steps_of(given)
     drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
     check_count(cell, len(given), len(drawn))
+    for value in drawn:
+        if value.shape[1:2] != first.shape[1:2] or value.shape[0] not in (1, steps):
+            raise ValueError(
+                f"{_name(cell)}.draw returned a tensor of shape {tuple(value.shape)} for {steps} steps of "
+                f"{first.shape[1]} rows, expected ({steps}, {first.shape[1]}, ...), or (1, {first.shape[1]}, ...) for "
+                "what is constant over time."
+            )
     return _cast(given + drawn, like.dtype)
 
 
@@ -372,6 +392,8 @@ def _cast(values: State, dtype: torch.dtype) -> State:
 def check_state(cell: Cell, state: State, batch_size: int) -> None:
     """Raise ValueError unless each state is (batch_size, its size)."""
     for name, size, value in zip(cell.states, cell.state_sizes, state, strict=True):
+        if value.is_nested:
+            raise TypeError(f"{_name(cell)} takes no nested tensor as state {name}: its rows are all of one size.")
         if tuple(value.shape) != (batch_size, size):
             raise ValueError(
                 f"{_name(cell)} expected state {name} of shape ({batch_size}, {size}), got {tuple(value.shape)}. "

@@ -7,7 +7,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from fusecell.cell import Cell
+from fusecell.cell import Cell, first_state
 from fusecell.runner import Options, State, register, steps_of
 
 __all__ = ["run_eager"]
@@ -77,7 +77,7 @@ def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[
     if resets is not None:
         if state:
             like = state[0]
-            start = cell.initial_state(like.shape[0], dtype=like.dtype, device=like.device)
+            start = first_state(cell, like.shape[0], dtype=like.dtype, device=like.device)
         if valid is not None:
             resets = resets & valid
     return valid, resets, start

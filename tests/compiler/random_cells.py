@@ -1,6 +1,6 @@
 """Random cells: hypothesis draws a recipe of a step and a call of it. More than the tests run, offline::
 
-python -m tests.compiler.random_cells --examples 2000 --seed 0
+python -m tests.compiler.random_cells --examples 2000 --seed 0 --backward --quick
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import fusecell as fc
 import fusecell.compiler.check as check_memory
+from fusecell.compiler import llvm
 from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
 from tests.compiler.recipes import (
     Call,
@@ -382,7 +383,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backward", action="store_true", help="compare gradients too")
+    parser.add_argument("--quick", action="store_true", help="LLVM doesn't optimise: three times as many in the time")
     given_ = parser.parse_args(arguments)
+    if given_.quick:
+        llvm.EFFORT = 0
+        os.environ["FUSECELL_CACHE"] = "off"  # where nobody should find such code
     os.environ.setdefault("FUSECELL_CACHE", "off")
     check_memory.ENABLED = True
     torch.set_num_threads(1)

@@ -95,6 +95,7 @@ class Set(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a single core
 def test_workers_of_a_data_loader(start):
     torch.manual_seed(1)
     layer = fc.GRU(5, 9)
@@ -127,3 +128,172 @@ def test_an_interrupt_in_a_long_call():
 def _again_and_again(layer, x):
     for _ in range(200):
         layer(x)
+
+
+def alone(script, *arguments, **environment):
+    """What a process of its own says."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+_BOUNDED = """
+import resource, sys, numpy as np, torch, fusecell as fc
+layer, x = fc.GRU(64, 128), torch.zeros(3, 2, 64)
+stream = fc.Stream(layer)
+expected = layer(x)[0]
+def learn(x):
+    layer(x)[0].sum().backward()
+learn(x)
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (96 << 20),) * 2)
+large = torch.zeros(1, 1, 64).expand(1000, 2000, 64)
+calls = {
+    "inference": lambda: torch.no_grad()(layer)(large),
+    "training": lambda: learn(large),
+    "scratch": lambda: torch.no_grad()(fc.scan)(fc.LSTMCell(64, 1), torch.zeros(1, 1, 64).expand(2, 2_000_000, 64)),
+    "chunk": lambda: stream.push(np.zeros((10**6, 64), np.float32)),
+    "stream": lambda: fc.Stream(layer, 10**6),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except (MemoryError, RuntimeError) as error:
+        assert "alloc" in str(error).lower() or "memory" in str(error).lower(), error
+        print(name, flush=True)
+    assert torch.equal(layer(x)[0], expected)
+    learn(x)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is Linux's")
+def test_a_process_whose_memory_runs_out():
+    """Results, what training keeps, scratch: an error that says so, and the process goes on."""
+    done = alone(_BOUNDED)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n")[:-1] == ["inference", "training", "scratch", "chunk", "stream"]
+
+
+_FORKS = """
+import os, threading, time, torch, fusecell as fc
+torch.set_num_threads(1)
+x, ended = torch.randn(6, 3, 5), threading.Event()
+fc.GRU(5, 1)(x)  # Python itself leaves a module's lock shut in a child that is forked while a thread imports it
+def compile_on():
+    size = 2
+    while not ended.is_set():
+        with torch.set_grad_enabled(size % 4 == 0):
+            fc.GRU(5, size)(x)
+        size += 1
+thread = threading.Thread(target=compile_on)
+thread.start()
+for size in range(40, 44):
+    time.sleep(0.1)
+    child = os.fork()
+    if child == 0:
+        y, _ = fc.LSTM(5, size)(x)
+        y.sum().backward()
+        os._exit(0 if y.isfinite().all() else 1)
+    deadline = time.monotonic() + 60
+    while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+        time.sleep(0.02)
+    print(os.waitstatus_to_exitcode(found[1]), flush=True)
+ended.set()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_compiles():
+    """The child, which has none of its parent's threads, compiles and trains: no lock is left shut."""
+    done = alone(_FORKS, FUSECELL_CACHE="off")
+    assert (done.returncode, done.stdout) == (0, "0\n" * 4), done.stderr
+
+
+def test_compiling_in_a_thread_while_another_runs():
+    torch.manual_seed(2)
+    layer, x = fc.GRU(5, 9), torch.randn(40, 4, 5)
+    expected = layer(x)[0]
+    wrong, ended = [], threading.Event()
+
+    def run():
+        while not ended.is_set():
+            if not torch.equal(layer(x)[0], expected):
+                wrong.append(True)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for size in (23, 27, 29):
+            other = fc.LSTM(5, size)
+            y, _ = other(x)
+            with fc.runner("eager"):
+                torch.testing.assert_close(y, other(x)[0])
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert not wrong
+
+
+_WAITING = """
+import sys, threading, time
+from fusecell.compiler import llvm
+from fusecell.compiler.machine import load
+from fusecell.compiler.target import host_target
+def text(number):
+    lines = "".join(f"  %v{i} = mul i32 %v{i - 1}, %v{i // 2}\\n" for i in range(1, 9000))
+    return f"define i32 @f(i32 %v0) {{\\n{lines}  ret i32 %v8999\\n}}"
+begin = threading.Barrier(9)
+def work(number):
+    begin.wait()
+    load(text(number), ["f"], host_target())
+for number in range(8):
+    threading.Thread(target=work, args=(number,), daemon=True).start()
+begin.wait()
+time.sleep(float(sys.argv[1]))
+print(threading.active_count())
+"""
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.05, 0.3])
+def test_the_end_while_threads_wait_for_the_compiler(wait):
+    """One compiles, the others wait their turn as the interpreter ends."""
+    done = alone(_WAITING, str(wait), FUSECELL_CACHE="off")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 2, "nobody waited"
+
+
+_HELD = """
+import os, sys, threading, time
+from fusecell.compiler import kept, learner, llvm
+from fusecell.compiler.trace import tracing
+module, held = {"kept": kept, "learner": learner, "trace": tracing, "llvm": llvm}[sys.argv[1]], threading.Event()
+lock = module.lock if module is llvm else module._LOCK
+def hold():
+    with lock:
+        held.set()
+        time.sleep(0.3)
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if lock.acquire(timeout=5) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("name", ["kept", "learner", "trace", "llvm"])
+def test_a_fork_waits_for_locks(name):
+    """What a thread of the parent holds is open in the child, which has no such thread."""
+    done = alone(_HELD, name)
+    assert (done.returncode, done.stderr) == (0, "")

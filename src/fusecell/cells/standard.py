@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fusecell.cell import Cell, StateLike, all_inputs, bare, one_step
+from fusecell.cell import Cell, StateLike, all_inputs, bare, first_state, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.runner import Options, State, autocasting, run
 
@@ -62,7 +62,7 @@ class _TorchCell(Cell):
         if width != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {width} expected {self.input_size}")
         if state is None:
-            state = self.initial_state(rows, dtype=input.dtype, device=input.device)
+            state = first_state(self, rows, dtype=input.dtype, device=input.device)
         else:
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)

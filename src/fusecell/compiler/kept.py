@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from fusecell.compiler.keys import Key, signature, split_numbers
 from fusecell.compiler.learner import compile_learner
+from fusecell.compiler.llvm import new_lock
 from fusecell.compiler.program import compile_step
 from fusecell.compiler.trace import Refusal
 from fusecell.runner import State, no_collection
@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 
 _MOST_KEPT = 256
 _MOST_NUMBERS = 3
-_LOCK = threading.RLock()
+_LOCK = new_lock()
 
 
 class Kept(Generic[Made]):

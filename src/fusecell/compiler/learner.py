@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.keys import Key, signature, without_tensors
+from fusecell.compiler.llvm import new_lock
 from fusecell.compiler.ops import LANES
 from fusecell.compiler.partition import Halves, partition
-from fusecell.compiler.program import refusal
+from fusecell.compiler.program import refusal, reset_state
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.compiler.training import Call, Training
 from fusecell.eager import run_eager
@@ -22,6 +22,8 @@ from fusecell.errors import CompilerError
 from fusecell.runner import Options, State, recomputing
 
 __all__ = ["Learner", "compile_learner", "differentiated", "transformed"]
+
+_LOCK = new_lock()
 
 
 class Learner:
@@ -39,7 +41,6 @@ class Learner:
         names = traced.weight_names
         self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
         self._made: dict[tuple[bool, ...], Training | Refusal] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
@@ -52,8 +53,7 @@ class Learner:
             return training
         resets: State = ()
         if options.resets is not None:
-            like = inputs[0]
-            resets = tuple(cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device))
+            resets = reset_state(cell, inputs[0])
         call = Call.of(training, inputs, state, resets, weights, options)
         outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
         return outputs, tuple(after)
@@ -85,7 +85,7 @@ class Learner:
             recompute: keep the states only, and compute everything else again in the backward.
         """
         key = (recompute, *flags)
-        with self._lock:
+        with _LOCK:
             if key not in self._made:
                 try:
                     halves = self._halves(flags, recompute)

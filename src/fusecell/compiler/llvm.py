@@ -20,15 +20,28 @@ import llvmlite.binding as binding
 
 from fusecell.errors import CompilerError
 
-__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code"]
+__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "new_lock", "object_code"]
 
 VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}"
 
+
+def new_lock() -> threading.RLock:
+    """A lock that a fork waits for, so that no child finds it shut for ever by a thread that it doesn't have.
+
+    A fork takes those first that were made last: make a lock after those that are taken while it is held.
+    """
+    made = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=made.acquire, after_in_parent=made.release, after_in_child=made.release)
+    return made
+
+
 # LLVM's own calls are serialised by llvmlite; this lock spans whole compilations, so that a text is
 # compiled once and a fork never copies a half-made LLVM state into the child.
-lock = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+lock = new_lock()
+
+EFFORT = 3
+"""How much LLVM optimises; a search for defects of the text it is given sets it to 0, the cache off."""
 
 _library_numbers = itertools.count()
 
@@ -80,7 +93,7 @@ def _optimised(text: str, names: Sequence[str], cpu: str, features: str, triple:
     _initialise()
     # The default code model of llvmlite is the large one: a 64-bit move for every constant.
     machine = binding.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small"
+        cpu=cpu, features=features, opt=EFFORT, reloc="pic", codemodel="small"
     )
     with _verified(text, names) as module:
         _set_target(module, triple, str(machine.target_data))
@@ -134,7 +147,7 @@ def _set_target(module: Any, triple: str, layout: str) -> None:
 
 
 def _optimise(module: Any, machine: Any) -> None:
-    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options = binding.create_pipeline_tuning_options(speed_level=EFFORT)
     # The emitter has chosen vectors and register tiles already; these would undo its choice.
     options.loop_vectorization = False
     options.loop_interleaving = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusecell.cell import Cell
+from fusecell.cell import Cell, first_state
 from fusecell.compiler.bound import bound
 from fusecell.compiler.graph import Graph
 from fusecell.compiler.kernel import Kernel, compile_graph
@@ -77,8 +77,7 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
     if options.resets is not None:
         start = tuple([torch.zeros_like(value) for value in state])
         if isinstance(owner, Cell):
-            like = inputs[0]
-            start = owner.initial_state(like.shape[1], dtype=like.dtype, device=like.device)
+            start = first_state(owner, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
     flags = None if wanted is None else [*wanted, *[value.requires_grad for value in weights]]
     outputs, *after = _scan(
         text, list(inputs), list(state), list(start), list(weights), options.lengths, options.resets,
@@ -247,10 +246,39 @@ def _output_size(text: str) -> int:
     return graph[graph.outputs["output"]].size
 
 
+@functools.lru_cache(256)
+def _shapes(text: str) -> tuple[list[int], list[int], list[tuple[int, ...]], torch.dtype]:
+    """What a graph reads: the features of each input, the sizes of states, the shapes of weights; and the dtype."""
+    graph = Graph.parse(text)
+    inputs = [graph[index].size for index in graph.leaves("input") if not graph[index].name.startswith("grad.")]
+    states = [graph[index].size for index in graph.leaves("state")]
+    weights = [tuple(graph[index].type.shape) for index in graph.leaves("weight")]
+    return inputs, states, weights, torch.float32 if graph.dtype == "f32" else torch.float64
+
+
+def _check(given: _Given) -> None:
+    """Raise ValueError unless the tensors are what the graph reads: who calls the operator may have made both."""
+    inputs, states, weights, dtype = _shapes(given.graph)
+    steps, rows = steps_of(tuple(given.inputs)), given.inputs[0].shape[1]
+    found = [(value.shape[0] in (1, steps), value.shape[1], value[:1, :1].numel()) for value in given.inputs]
+    fits = found == [(True, rows, size) for size in inputs]
+    fits = fits and [tuple(value.shape) for value in given.weights] == weights
+    shapes = [(rows, size) for size in states]
+    fits = fits and [tuple(value.shape) for value in given.state] == shapes
+    fits = fits and [tuple(value.shape) for value in given.start] == (shapes if given.resets is not None else [])
+    fits = fits and all(value.is_cpu and value.dtype == dtype for value in given.tensors)
+    lengths, resets = given.lengths, given.resets
+    fits = fits and (lengths is None or (lengths.shape == (rows,) and lengths.dtype == torch.int64))
+    fits = fits and (resets is None or (resets.shape == (steps, rows) and resets.dtype == torch.bool))
+    if not fits:
+        raise ValueError("fusecell::scan was given tensors that are not what its graph reads.")
+
+
 @torch.library.custom_op("fusecell::scan", mutates_args=(), device_types="cpu", schema=f"({_SCHEMA}) -> Tensor[]")
 def _scan(*args: Any) -> list[Tensor]:
     """The outputs, the states after the last step and, with gradients, what the backward needs."""
     given = _Given(*args)
+    _check(given)
     if given.wanted is None:
         inputs, state, start, weights = map(tuple, (given.inputs, given.state, given.start, given.weights))
         outputs, after = run_forward(_inference(given.graph), weights, inputs, state, start, given.options)
@@ -279,6 +307,12 @@ def _(*args: Any) -> list[Tensor]:
 def _scan_backward(saved: Tensor, grads: list[Tensor], *args: Any) -> list[Tensor]:
     """The gradients of the states, of what resets go back to, and of the inputs and weights that want one."""
     given = _Given(*args)
+    _check(given)
+    steps, rows = steps_of(tuple(given.inputs)), given.inputs[0].shape[1]
+    made = [(steps, rows, _output_size(given.graph)), *[tuple(value.shape) for value in given.state]]
+    least = given.training().saved_size(steps * rows)
+    if [tuple(grad.shape) for grad in grads] != made or saved.shape != (least,) or saved.dtype != grads[0].dtype:
+        raise ValueError("fusecell::scan_backward was given what another fusecell::scan has made.")
     if saved.data_ptr() % 64:  # moved since: the forward began at a multiple
         saved = saved.clone()
     found = given.call().gradients(saved, given.tensors, grads)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fusecell.cell import Cell
+from fusecell.cell import Cell, first_state
 from fusecell.compiler.call import RaggedRows, run
 from fusecell.compiler.graph import Graph, copy, rebuild
 from fusecell.compiler.kernel import Kernel, compile_graph
@@ -37,9 +37,24 @@ class Program:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
         start: State = ()
         if options.resets is not None:
-            like = inputs[0]
-            start = cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device)
+            start = reset_state(cell, inputs[0])
         return run_forward(self.kernel, self.traced.weights.values(cell), inputs, state, start, options)
+
+
+def reset_state(cell: Cell, like: Tensor) -> State:
+    """The states that resets of (T, N, ...) inputs go back to, as machine code reads them.
+
+    Raises:
+        ValueError: if the cell made them in another dtype, or elsewhere.
+    """
+    found = first_state(cell, like.shape[1], dtype=like.dtype, device=like.device)
+    for name, value in zip(cell.states, found, strict=True):
+        if value.dtype != like.dtype or not value.is_cpu or value.layout is not torch.strided:
+            raise ValueError(
+                f"{type(cell).__name__}.initial_state made {name} in {value.dtype} on {value.device}, "
+                f"asked for {like.dtype} on {like.device}."
+            )
+    return found
 
 
 def run_forward(

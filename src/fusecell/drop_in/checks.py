@@ -46,7 +46,7 @@ def check_hidden(layer: Scanned, hx: Any, x: Tensor, rows: int, unbatched: bool,
     """The given state as a tuple of (num_layers * directions, N, size) tensors."""
     given = _hidden_tensors(layer, hx)
     rank = 2 if unbatched else 3
-    if not packed and any(value.dim() != rank for value in given):
+    if not packed and any(value.dim() != rank and not value.is_nested for value in given):
         kind = "unbatched" if unbatched else "batched"
         ranks = ", ".join(f"{value.dim()}-D" for value in given)
         got = f"hx should also be {rank}-D but got {ranks} tensor"
@@ -54,11 +54,13 @@ def check_hidden(layer: Scanned, hx: Any, x: Tensor, rows: int, unbatched: bool,
             got = f"hx and cx should also be {rank}-D but got ({ranks}) tensors"
         raise RuntimeError(f"For {kind} {rank}-D input, {got}")
     if unbatched:
-        given = tuple(value[:, None] for value in given)
+        given = tuple(value if value.is_nested else value[:, None] for value in given)
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     sizes = layer.state_sizes()
     for index, value in enumerate(given):
         label = "hidden" if len(given) == 1 else f"hidden[{index}]"
+        if value.is_nested:
+            raise TypeError(f"{type(layer).__name__} takes no nested tensor as {label}: its rows are all of one size.")
         expected = (count, rows, sizes[index])
         if tuple(value.shape) != expected:
             raise RuntimeError(f"Expected {label} size {expected}, got {list(value.shape)}")

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusecell.cell import StateLike, bare
 from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.drop_in.checks import check_hidden, check_input
-from fusecell.layers.arguments import Form, Lengths, Packing
+from fusecell.layers.arguments import Form, Lengths, Packing, check_packed
 from fusecell.layers.scan import scan_cell
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, describe
 from fusecell.runner import Manner, Options, State, View, remember, repeated, traced_runner
@@ -163,7 +163,9 @@ class Scanned:
                 "resets nor a mask. Pass the padded tensor with lengths=, in any order."
             )
         unbatched = packed is None and x.dim() == 2
-        if packed is None:
+        if packed is not None:
+            check_packed(packed)
+        else:
             x = x[:, None] if unbatched else x.transpose(0, 1) if self.batch_first else x
         rows = x.shape[1] if packed is None else int(packed.batch_sizes[0])
         given = None if hx is None else check_hidden(self, hx, x, rows, unbatched, packed is not None)

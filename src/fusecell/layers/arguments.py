@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusecell.cell import Cell, check_dtype
 from fusecell.runner import State
 
-__all__ = ["Form", "Lengths", "Packing", "check_inputs"]
+__all__ = ["Form", "Lengths", "Packing", "check_inputs", "check_packed"]
 
 Lengths = Tensor | Sequence[int] | np.ndarray[Any, Any]
 
@@ -169,6 +170,9 @@ def _tensor(name: str, expected: str, given: Any, device: torch.device) -> Tenso
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"{name} must be {expected}, as a tensor, an array or a list, got {given!r}.") from error
     found: Tensor = given
+    if found.is_nested or found.is_quantized or found.layout is not torch.strided:
+        kind = "nested" if found.is_nested else "quantized" if found.is_quantized else "sparse"
+        raise TypeError(f"{name} must be {expected} in a plain tensor, got a {kind} one.")
     if found.device.type == "meta" != device.type:
         raise ValueError(f"{name} is on the meta device and has no values, the input is on {device}.")
     return found
@@ -214,3 +218,29 @@ class Packing:
         """Rows from the packed order to the caller's."""
         order = self.packed.unsorted_indices
         return value if order is None else value.index_select(dim, order)
+
+
+def check_packed(packed: PackedSequence) -> None:
+    """Whether a PackedSequence, which torch takes as it comes, is what packing makes.
+
+    Raises:
+        ValueError: if its sizes are not those of its data, or its indices not those of its rows.
+    """
+    if torch.compiler.is_compiling() or packed.batch_sizes.device.type == "meta":
+        return
+    sizes, count = [int(size) for size in packed.batch_sizes.tolist()], packed.data.shape[0]
+    falling = all(above >= below for above, below in pairwise(sizes))
+    if not sizes or sizes[-1] < 0 or not falling or sum(sizes) != count:
+        raise ValueError(
+            f"A PackedSequence's batch_sizes must fall from step to step and add up to its {count} rows of data, "
+            f"got {sizes}. Make it with torch.nn.utils.rnn.pack_padded_sequence."
+        )
+    for name in ("sorted_indices", "unsorted_indices"):
+        found: Tensor | None = getattr(packed, name)
+        if found is None or found.device.type == "meta":
+            continue
+        if not torch.equal(found.cpu().long().sort()[0], torch.arange(sizes[0])):
+            raise ValueError(
+                f"A PackedSequence's {name} must name each of its {sizes[0]} rows once, got {found.tolist()}. "
+                "Make it with torch.nn.utils.rnn.pack_padded_sequence."
+            )

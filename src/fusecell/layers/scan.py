@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell, StateLike, all_inputs, bare, start_state
-from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs
+from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs, check_packed
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, wrapped
 from fusecell.layers.stack import Stack
 from fusecell.runner import Manner, Options, State, remember, repeated, run, steps_of
@@ -141,6 +141,7 @@ def _scan(
 def _scan_packed(
     cell: Cell, packed: PackedSequence, state: StateLike | None, options: Options, extras: Extras
 ) -> tuple[PackedSequence, Tensor | State]:
+    check_packed(packed)
     packing = Packing.open(packed)
     inputs, _ = check_inputs(cell, (packing.padded(packed.data),), batch_first=False)
     start = start_state(cell, state, inputs, unbatched=False)

@@ -51,6 +51,8 @@ def check_extras(where: str, masked_output: MaskedOutput, tbptt: int | None, cli
             raise TypeError(f"{where}: tbptt is the number of steps a gradient goes back, an int, got {tbptt!r}.")
         if tbptt < 1:
             raise ValueError(f"{where}: tbptt must be 1 or more steps, got {tbptt}.")
+        if tbptt >= 2**63:
+            raise ValueError(f"{where}: tbptt must be less than 2**63 steps, got {tbptt}.")
     if clip_state_grad is not None:
         if isinstance(clip_state_grad, bool) or not isinstance(clip_state_grad, int | float):
             raise TypeError(f"{where}: clip_state_grad is a bound for a gradient, got {clip_state_grad!r}.")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, weights_dtype
+from fusecell.cell import Cell, first_state, weights_dtype
 from fusecell.compiler.program import compile_step, without_notes
 from fusecell.compiler.trace import Refusal
 from fusecell.drop_in import GRU, LSTM, RNN
@@ -58,13 +58,13 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
     weights = [np.array(value.numpy(), order="C") for value in program.traced.weights.values(cell)]
-    start = cell.initial_state(rows, dtype=dtype, device="cpu")
+    start = first_state(cell, rows, dtype=dtype, device="cpu")
     return Part(
         type(cell).__name__,
         without_notes(program.traced.graph),
         program.kernel,
         weights,
-        [np.array(value.numpy(), order="C") for value in start],
+        [np.array(value.to(dtype).numpy(), order="C") for value in start],
     )
 
 

@@ -125,6 +125,8 @@ class Stream:
         """
         if type(x) is not np.ndarray:
             x = _array(x)
+        if x.dtype is not self._input.dtype:
+            x = self._numbers("input", x)
         alone = x.shape == self._one and self._rows == 1
         if not alone and x.shape != self._input.shape:
             raise ValueError(f"Stream.step expected an input of shape {self._input.shape}, got {x.shape}.")
@@ -163,7 +165,7 @@ class Stream:
         Raises:
             ValueError: where a shape doesn't fit.
         """
-        given = np.asarray(_array(chunk), dtype=self.dtype)
+        given = np.asarray(self._numbers("chunk", _array(chunk)), dtype=self.dtype)
         alone = given.ndim == 2 and self._rows == 1
         x = given[:, None] if alone else given
         if x.ndim != 3 or x.shape[1:] != self._input.shape:
@@ -171,6 +173,12 @@ class Stream:
         parts = [self._push(np.ascontiguousarray(part)) for part in _parts(x)]
         y = np.concatenate(parts) if parts else np.empty((0, *self._output.shape), self.dtype)
         return y[:, 0] if alone else y
+
+    def _numbers(self, name: str, value: Array) -> Array:
+        """Raise TypeError for what NumPy would make numbers of by leaving something out."""
+        if not np.can_cast(value.dtype, self.dtype, "same_kind"):
+            raise TypeError(f"A stream takes real numbers for its {name}, got {value.dtype}.")
+        return value
 
     def _push(self, x: Array) -> Array:
         for link in self._links:
@@ -202,7 +210,7 @@ class Stream:
     def state(self, state: tuple[Array | Tensor, ...] | Array | Tensor) -> None:
         held = [value for link in self._links for value in link.state]
         given = (state,) if hasattr(state, "shape") else tuple(state)
-        found = [_array(value) for value in given]
+        found = [self._numbers("state", _array(value)) for value in given]
         shapes = [value.shape for value in held]
         if [value.shape for value in found] != shapes:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -39,16 +40,16 @@ def page(tape: Tape, rows: Sequence[int], title: str) -> str:
         "labels": tape.labels,
         "tracks": [_track(tape, track, layer, direction, chosen) for layer, direction, track in tape.tracks()],
     }
-    text = _asset("page.html")
-    for mark, content in {
+    parts = {
         "STYLE": _asset("page.css"),
-        "WORDS": _inside(_asset("words.json")),
-        "DATA": _inside(json.dumps(data, ensure_ascii=False, separators=(",", ":"))),
+        "WORDS": _asset("words.json").replace("<", "\\u003c"),
+        # A tape may come from elsewhere: no text of its own may end the element that it stands in.
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "PLOTLY": _inside(_plotly()),
         "SCRIPT": _asset("page.js"),
-    }.items():
-        text = text.replace(f"/*{mark}*/", content, 1)
-    return text
+    }
+    # In one go, for what is put in may hold such a mark too.
+    return re.sub(r"/\*([A-Z]+)\*/", lambda mark: parts[mark[1]], _asset("page.html"))
 
 
 def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]) -> dict[str, Any]:

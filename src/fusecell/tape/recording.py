@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, noting, rewriting
+from fusecell.cell import Cell, first_state, noting, rewriting
 from fusecell.cells import CELLS, ZooCell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.graph import Graph, copy, rebuild
@@ -121,8 +121,7 @@ def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> 
     """The runner inside :func:`record`."""
     begin: State = ()
     if options.resets is not None:
-        like = inputs[0]
-        begin = cell.initial_state(like.shape[1], dtype=like.dtype, device=like.device)
+        begin = first_state(cell, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
     with torch.no_grad():
         raw, after = _values(cell, inputs, state, begin, options)
     notes = [label.removeprefix("note.") for label in raw if label.startswith("note.")]

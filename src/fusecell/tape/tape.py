@@ -188,12 +188,13 @@ class Tape:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
             if about.get("format") != _FORMAT:
                 raise ValueError(f"its format is {about.get('format')!r}, expected {_FORMAT!r}")
-            entries = json.loads(about["tracks"])
             layers: dict[int, list[Track]] = {}
-            for place, entry in enumerate(entries):
+            for place, entry in enumerate(json.loads(about["tracks"])):
                 layers.setdefault(entry["layer"], []).append(_loaded(place, entry, tensors))
-            return cls(list(layers.values()), None, tensors.get("lengths"), json.loads(about["labels"]))
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            tape = cls(list(layers.values()), None, tensors.get("lengths"), json.loads(about["labels"]))
+            _check(tape)
+            return tape
+        except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a tape that was saved, or is damaged: {error}") from error
 
     def plot(self, names: Sequence[str] | None = None, layer: int = 0, direction: int = 0, *, row: int = 0) -> Any:
@@ -270,18 +271,42 @@ _FORMAT = "fusecell tape 1"
 
 
 def _loaded(place: int, entry: Any, tensors: Mapping[str, Tensor]) -> Track:
+    kinds = {"kind": str, "reverse": bool, "equation": str, "source": str, "layer": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(entry[name], kind)]
+    if wrong:
+        raise ValueError(f"the {', '.join(wrong)} of its track {place} cannot be read")
+
+    def found(kind: str, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: tensors[f"{place}.{kind}.{name}"] for name in names}
+
+    values, before = found("value", entry["names"]), found("before", entry["states"])
+    gradients, probes = found("gradient", entry["gradients"]), {}
+    for name, gradient in gradients.items():
+        if gradient.shape != values[name].shape or gradient.dtype != values[name].dtype:
+            raise ValueError(f"the gradient of {name!r} of its track {place} is not like the value")
+        probe = probes[name] = torch.zeros_like(values[name])
+        probe.grad = gradient
     states = tuple(entry["states"])
-    probes = {}
-    for name in entry["gradients"]:
-        probe = probes[name] = torch.zeros_like(tensors[f"{place}.value.{name}"])
-        probe.grad = tensors[f"{place}.gradient.{name}"]
     return Track(
-        entry["kind"],
-        entry["reverse"],
-        states,
-        {name: tensors[f"{place}.value.{name}"] for name in entry["names"]},
-        lambda: {name: tensors[f"{place}.before.{name}"] for name in states},
-        probes,
-        entry["equation"],
-        entry["source"],
+        entry["kind"], entry["reverse"], states, values, lambda: before, probes, entry["equation"], entry["source"]
     )
+
+
+def _check(tape: Tape) -> None:
+    """Whether what was read fits together."""
+    shape = tape.steps, tape.rows
+    for _, _, track in tape.tracks():
+        for name, value in (*track.values.items(), *track.before.items()):
+            if value.dim() != 3 or value.shape[:2] != shape or not value.is_floating_point():
+                raise ValueError(f"{name!r} of {track.kind} is {value.dtype} of shape {tuple(value.shape)}")
+        if any(track.before[name].shape != track.values[name].shape for name in track.states):
+            raise ValueError(f"the states of {track.kind} do not fit")
+    lengths, labels = tape.lengths, tape.labels
+    if lengths is not None and (lengths.shape != shape[1:] or lengths.dtype != torch.int64):
+        raise ValueError(f"its lengths are {lengths.dtype} of shape {tuple(lengths.shape)}")
+    if lengths is not None and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= shape[0]:
+        raise ValueError("its lengths are not those of its steps")
+    if labels is not None and (
+        len(labels) != shape[0] or not all(isinstance(label, str | int | float) for label in labels)
+    ):
+        raise ValueError("its labels are not one for each step")

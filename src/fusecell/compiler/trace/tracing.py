@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell, noting
 from fusecell.compiler.graph import Builder, DType, Graph
+from fusecell.compiler.llvm import new_lock
 from fusecell.compiler.trace.record import Recorder
 from fusecell.compiler.trace.shield import Guard, shielded
 from fusecell.compiler.trace.values import Row, Sum, Untraceable
@@ -29,7 +29,7 @@ _DTYPES: dict[torch.dtype, DType] = {torch.float32: "f32", torch.float64: "f64"}
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LOCK = threading.RLock()
+_LOCK = new_lock()
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         f"{path} is a {type(value).__name__}, a subclass of Tensor."
         for path, value in _attributes(cell)
         if type(value) not in _PLAIN
+    ]
+    reasons += [
+        f"Its {name} is not a dense tensor on the CPU."
+        for name, tensor in _attributes(cell)
+        if not tensor.is_cpu or tensor.layout is not torch.strided
     ]
     shared = nn.modules.module
     if any(getattr(shared, f"_global{kind}", None) for kind in _HOOKS):

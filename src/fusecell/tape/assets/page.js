@@ -222,7 +222,7 @@ function withNumbers(statement, track) {
     });
     if (complete) said = ` = ${spelled.replace(/\(\((-[\d.]+)\)\)/g, "($1)")}`;
   }
-  return `${left}${said} = <b>${results.map((result) => format(result)).join(", ")}</b>`;
+  return `${escaped(left + said)} = <b>${results.map((result) => format(result)).join(", ")}</b>`;
 }
 
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");

@@ -1,0 +1,26 @@
+"""Generated code under valgrind; ``python -m tests.reliability.memcheck`` runs more of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+import fusecell as fc
+from fusecell.compiler import check
+from tests.reliability.memcheck import errors, write_graphs
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind"),
+    pytest.mark.skipif(check.ENABLED, reason="the check mode is another watchman, and this one has been here"),
+]
+
+
+def test_memcheck_finds_a_number_too_far_and_nothing_else(tmp_path):
+    """Calls that are right, and one whose output is 8 bytes shorter than its kernel writes."""
+    write_graphs(tmp_path, [fc.GRUCell])
+    found = errors(tmp_path, short=8)
+    assert found
+    for line in found:
+        assert re.match(r"InvalidWrite: .* Address \w+ is \d+ bytes (inside|after) a block of size", line), line

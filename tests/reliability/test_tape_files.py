@@ -1,0 +1,114 @@
+"""Tapes in files that are damaged or made to harm: refused with a sentence, and their pages run nothing of theirs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fusecell as fc
+
+REFUSED = "is not a tape that was saved, or is damaged"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tapes") / "it"
+    tape = fc.record(fc.LSTM(5, 9), torch.randn(7, 3, 5), lengths=[7, 2, 4], labels="abcdefg", gradients=True)
+    tape.outputs.sum().backward()
+    tape.save(path)
+    return path
+
+
+@given(st.data())
+def test_damage_is_refused_or_harmless(saved, tmp_path_factory, data):
+    """Cut short, or with bytes changed, wherever: numbers may differ, all else is refused."""
+    whole = bytearray(saved.read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        for place in data.draw(st.lists(st.integers(0, header + 20), min_size=1, max_size=4)):
+            whole[place] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "it"
+    path.write_bytes(whole)
+    said, shapes = REFUSED, {(7, 3)}
+    try:
+        tape = fc.Tape.load(path)
+        shapes = {tuple(tape.value(name).shape[:2]) for name in tape.names()}
+    except ValueError as error:
+        said = str(error)
+    assert REFUSED in said
+    assert shapes == {(7, 3)}
+
+
+def changed(saved, path, change):
+    """A copy of a saved tape with something else in it."""
+    tensors = load_file(saved)
+    with safe_open(saved, framework="pt") as file:
+        about = file.metadata()
+    tracks = json.loads(about["tracks"])
+    change(tensors, tracks, about)
+    about["tracks"] = about["tracks"] if about["tracks"].startswith("[[") else json.dumps(tracks)
+    save_file(tensors, path, about)
+    return path
+
+
+HOSTILE = {
+    "another format": lambda tensors, tracks, about: about.update(format="fusecell tape 99"),
+    "no tracks": lambda tensors, tracks, about: tracks.clear(),
+    "a track that is none": lambda tensors, tracks, about: tracks.append(3),
+    "nested without end": lambda tensors, tracks, about: about.update(tracks="[" * 100_000),
+    "without a value": lambda tensors, tracks, about: tensors.pop("0.value.h"),
+    "without a state": lambda tensors, tracks, about: tensors.pop("0.before.h"),
+    "a value of another shape": lambda tensors, tracks, about: tensors.update({"0.value.i": torch.zeros(2, 3, 9)}),
+    "a value of one axis": lambda tensors, tracks, about: tensors.update({"0.value.i": torch.zeros(7)}),
+    "whole numbers": lambda tensors, tracks, about: tensors.update({"0.value.i": torch.zeros(7, 3, 9).long()}),
+    "a state of another width": lambda tensors, tracks, about: tensors.update({"0.before.h": torch.zeros(7, 3, 2)}),
+    "a gradient of another shape": lambda tensors, tracks, about: tensors.update({"0.gradient.h": torch.zeros(2)}),
+    "a layer that is a word": lambda tensors, tracks, about: tracks[0].update(layer="top"),
+    "an equation that is a list": lambda tensors, tracks, about: tracks[0].update(equation=["h"]),
+    "names that are a number": lambda tensors, tracks, about: tracks[0].update(names=5),
+    "lengths beyond the steps": lambda tensors, tracks, about: tensors.update(lengths=torch.tensor([7, 99, 4])),
+    "lengths of fractions": lambda tensors, tracks, about: tensors.update(lengths=torch.ones(3)),
+    "too few labels": lambda tensors, tracks, about: about.update(labels='["a"]'),
+    "labels that are lists": lambda tensors, tracks, about: about.update(labels=json.dumps([["a"]] * 7)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_tapes_are_refused(saved, tmp_path, kind):
+    with pytest.raises(ValueError, match=REFUSED):
+        fc.Tape.load(changed(saved, tmp_path / "it", HOSTILE[kind]))
+
+
+SCRIPT = "<img src=x onerror='window.harmed = 1'></SCRIPT ><script>window.harmed = 1</script><!-- /*SCRIPT*/ /*PLOTLY*/"
+
+
+def poisoned(tensors, tracks, about):
+    """Scripts wherever a tape holds text, the name of a state included."""
+    about["labels"] = json.dumps([SCRIPT] * 7)
+    tracks[0].update(kind=SCRIPT, source=SCRIPT, equation=f"{SCRIPT}' = h; {SCRIPT}")
+    tracks[0]["names"].append(SCRIPT)
+    tracks[0]["states"].append(SCRIPT)
+    if tracks[0]["gradients"]:
+        tracks[0]["gradients"].append(SCRIPT)
+    for kind in ("value", "before", *(["gradient"] if tracks[0]["gradients"] else [])):
+        tensors[f"0.{kind}.{SCRIPT}"] = tensors[f"0.{kind}.h"].clone()
+
+
+def test_a_page_runs_nothing_of_a_tape(saved, tmp_path):
+    tape = fc.Tape.load(changed(saved, tmp_path / "it", poisoned))
+    tape.save_html(tmp_path / "it.html", title=SCRIPT)
+    page = (tmp_path / "it.html").read_text(encoding="utf-8")
+    assert "window.harmed" in page
+    assert "<img" not in page
+    assert "<script>window" not in page
+    assert page.lower().count("</script") == page.count("<script")
+    assert page.count("function drawCell") == 1

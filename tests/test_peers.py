@@ -1,0 +1,59 @@
+"""The standard cells against others' implementations: ONNX Runtime, OpenVINO and JAX, with the same weights and input.
+
+They are the peers of the benchmarks, ``pip install 'fusecell[peers]'``. ONNX's reference stands in
+``test_reference_numbers.py``, torch.nn in ``test_drop_in_layers.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.peers import PEERS, installed
+from fusecell.compiler import check
+
+pytestmark = pytest.mark.skipif(check.ENABLED, reason="numbers are the same bits in the check mode, and were compared")
+
+ROOT = Path(__file__).parent.parent
+CELLS = {
+    "ONNX Runtime": {"inference": ("gru", "lstm", "rnn_tanh")},
+    "OpenVINO": {"inference": ("gru", "lstm", "rnn_tanh")},
+    "JAX": dict.fromkeys(("inference", "training"), ("gru", "lstm", "rnn_tanh", "gru_layer_norm", "ligru", "leaky")),
+}
+"""What each peer is asked for."""
+
+SCRIPT = """
+import json, sys
+from benchmarks.measure import measure
+from benchmarks.peers import PEERS
+from benchmarks.shapes import Mode, Shape
+[peer] = [peer for peer in PEERS if peer.name == sys.argv[1]]
+found = {}
+for mode, cells in json.loads(sys.argv[2]).items():
+    for cell in cells:
+        # Odd sizes, a row alone and rows that fill no vector, few steps and many.
+        for shape in (Shape(cell, 4, 1, 3, 10), Shape(cell, 31, 5, 13, 17), Shape(cell, 7, 3, 64, 33)):
+            row = measure(shape, Mode(mode), [peer], 1, 0.0)
+            found[f"{mode} {shape.name}"] = row.errors | ({"refused": row.refused} if row.refused else {})
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_another_s_numbers(name):
+    """In a process of its own, whose threads don't go well with the forks of other tests."""
+    [peer] = [peer for peer in PEERS if peer.name == name]
+    if not installed(peer):
+        pytest.skip(f"needs {' and '.join(peer.packages)}: pip install 'fusecell[peers]'")
+    command = [sys.executable, "-c", SCRIPT, name, json.dumps(CELLS[name])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 3 * sum(map(len, CELLS[name].values()))
+    for shape, errors in found.items():
+        assert set(errors) == {"fusecell", name}, shape
+        assert max(errors.values()) < 3e-6, f"{shape}: {errors}"
