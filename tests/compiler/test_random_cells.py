@@ -10,13 +10,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusecell as fc
-from fusecell.compiler import check
+from fusecell.compiler import check, llvm
 from tests.compiler.random_cells import calls, outcome, recipes
 from tests.compiler.recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_random_cells_equal_the_python_loop(part):
+def test_random_cells_equal_the_python_loop(part, monkeypatch):
+    """A quarter of them as users have it, the others without LLVM's optimiser, which takes most of the time."""
+    if part:
+        monkeypatch.setattr(llvm, "EFFORT", 0)
+        monkeypatch.setenv("FUSECELL_CACHE", "off")  # where nobody should find such code
+
     @seed(part + 4 * check.ENABLED)
     @settings(
         max_examples=25,
