@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
-from fusecell.compiler import repeat
+from fusecell.compiler import call, repeat
 from fusecell.compiler.facts import facts_of
 
 
@@ -362,3 +362,12 @@ def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
     assert len(repeat._KNOWN[id(cell)].calls) <= repeat._MOST_MISSED
     fc.refresh(cell)
     assert id(cell) not in repeat._KNOWN
+
+
+@pytest.mark.parametrize("size", [100, call.SMALL_SCRATCH, call.HUGE_SCRATCH + 1, call.LARGE_SCRATCH + 1])
+def test_scratch_holds_what_was_asked_for(size):
+    """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
+    memory = call._scratch(size)
+    room = memory.data_ptr() + memory.numel() - call._aligned(memory)
+    assert call._aligned(memory) % 64 == 0
+    assert room >= size

@@ -28,6 +28,7 @@ MACS, BYTES = 75_000, 130_000
 # Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls. From the
 # third NumPy asks for huge pages, whose first touch costs a fraction.
 SMALL_SCRATCH, LARGE_SCRATCH, HUGE_SCRATCH = 1 << 16, 1 << 26, 1 << 22
+ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Ready:
         self._unread = []
         for place, size in unread:
             self._unread.append((place, self._size))
-            self._size += -(-size // 64) * 64
+            self._size += -(-size // ALIGNED) * ALIGNED
 
     def block(self) -> array[int]:
         """A block for one call."""
@@ -146,7 +147,7 @@ class Ready:
         scratch, kept = _memory.address, None
         if self._size > _memory.size:
             kept = _scratch(self._size)
-            scratch = -(-kept.data_ptr() // 64) * 64
+            scratch = _aligned(kept)
         for place, offset in self._unread:
             block[place] = scratch + offset
         if check.ENABLED:
@@ -162,18 +163,22 @@ class Ready:
 
 
 def _scratch(size: int) -> Tensor:
-    """Memory for one call: a thread's own, kept for its next call unless it is large."""
+    """Memory for one call, so many bytes from a multiple of 64 on: a thread's own, kept for the next unless large."""
     kept = _memory.scratch
-    if kept is None or kept.shape[0] < size:
+    if kept is None or _memory.size < size:
+        size = max(size, SMALL_SCRATCH)
         if size < HUGE_SCRATCH:
-            kept = torch.empty(max(size, SMALL_SCRATCH), dtype=torch.uint8, device="cpu")
+            kept = torch.empty(size + ALIGNED, dtype=torch.uint8, device="cpu")
         else:
-            kept = torch.from_numpy(np.empty(size, np.uint8))
+            kept = torch.from_numpy(np.empty(size + ALIGNED, np.uint8))
         if size <= LARGE_SCRATCH:
-            _memory.scratch = kept
-            _memory.address = -(-kept.data_ptr() // 64) * 64
-            _memory.size = kept.shape[0]
+            _memory.scratch, _memory.address, _memory.size = kept, _aligned(kept), size
     return kept
+
+
+def _aligned(memory: Tensor) -> int:
+    """The first address in it that a kernel may be given."""
+    return -(-memory.data_ptr() // ALIGNED) * ALIGNED
 
 
 class _Memory(threading.local):
