@@ -88,6 +88,7 @@ def test_who_comes_late_is_not_waited_for(monkeypatch):
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(run(cell, x, {}), expected, strict=True))
     aside, stays = threads._Aside(), []
+    aside.judge(0, late=True)
     assert aside.until == 0
     for now in range(12):
         aside.judge(now, late=True)
@@ -96,7 +97,8 @@ def test_who_comes_late_is_not_waited_for(monkeypatch):
     assert 0 < stays[0] < stays[-1] < 1
     aside.judge(12, late=False)
     aside.judge(13, late=True)
-    assert aside.until - 13 == pytest.approx(stays[0])
+    aside.judge(14, late=True)
+    assert aside.until - 14 == pytest.approx(stays[0])
 
 
 def test_layouts_of_a_crew():

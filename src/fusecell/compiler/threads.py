@@ -72,17 +72,18 @@ def crew_waits() -> bool:
 
 
 class _Aside:
-    """Until when calls do without a crew: after one that waited, for a while, twice as long each time."""
+    """Until when calls do without a crew: after two in a row that waited, for a while, twice as long each time."""
 
     def __init__(self) -> None:
-        self.until, self._next = 0.0, _LEAST_ASIDE
+        self.until, self._next, self._was_late = 0.0, _LEAST_ASIDE, False
 
     def judge(self, now: float, *, late: bool) -> None:
         """Take note of a call that ended now."""
-        if late:
+        if late and self._was_late:
             self.until, self._next = now + self._next, min(2 * self._next, _MOST_ASIDE)
-        else:
+        elif not late:
             self._next = _LEAST_ASIDE
+        self._was_late = late
 
 
 _aside = _Aside()
