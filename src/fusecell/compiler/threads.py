@@ -26,9 +26,9 @@ _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _parent = os.getpid()
 # A crew's data, as ``emit.crew`` lays it out: so many words, from one on what it is given, from another what it found.
 _WORDS, _GIVEN, _FOUND = 16, 9, 14
-# How long the first of a crew waits for the others, in microseconds: a share of what the call takes alone; to wake up
-# takes some fifty. And the turns of waiting in a microsecond, of which CPUs make seven to thirty.
-_SHARE_OF_CALL, _LEAST_PATIENCE, _MOST_PATIENCE, _TURNS = 0.25, 50, 2000, 20
+# How long the first of a crew waits for the others, in microseconds: what the call takes alone, within bounds. To wake up
+# takes some fifty, after a pause several hundred. And the turns in a microsecond, of which CPUs make seven to thirty.
+_LEAST_PATIENCE, _MOST_PATIENCE, _TURNS = 50, 2000, 20
 # In so many microseconds a thread may give its core away once, having waited for some ten, or the call counts as late;
 # and the seconds without a crew that follow.
 _GIVES_WAY = 50
@@ -48,7 +48,7 @@ def run_crew(address: int, args: int, threads: int, microseconds: float) -> None
         threads = 1
     runtime = _openmp() if threads > 1 else None
     data = array("q", bytes(8 * _WORDS))
-    patience = int(min(max(_SHARE_OF_CALL * microseconds, _LEAST_PATIENCE), _MOST_PATIENCE) * _TURNS)
+    patience = int(min(max(microseconds, _LEAST_PATIENCE), _MOST_PATIENCE) * _TURNS)
     count = 0 if runtime is None else runtime.count
     data[_GIVEN : _GIVEN + 5] = array("q", [_yield(), count, threads, args, patience])
     here = data.buffer_info()[0]
