@@ -26,7 +26,7 @@ _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _parent = os.getpid()
 # A crew's data, as ``emit.crew`` lays it out: so many words, from one on what it is given, from another what it found.
 _WORDS, _GIVEN, _FOUND = 16, 9, 14
-# How long the first of a crew waits for the others, in microseconds: what the call takes alone, within bounds. To wake up
+# How long the first of a crew waits for the others, in microseconds: what the call takes alone, within bounds. Waking
 # takes some fifty, after a pause several hundred. And the turns in a microsecond, of which CPUs make seven to thirty.
 _LEAST_PATIENCE, _MOST_PATIENCE, _TURNS = 50, 2000, 20
 # In so many microseconds a thread may give its core away once, having waited for some ten, or the call counts as late;
