@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -114,6 +115,15 @@ def test_shared_memory():
     assert torch.equal(layer(x)[0], expected)
 
 
+@pytest.fixture
+def interruptible():
+    """Interrupts are heard, which a shell that starts a process in the background has it ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_in_a_long_call():
     """It is raised when the kernel returns; the layer works on."""
     layer, x = fc.GRU(64, 256), torch.randn(10_000, 16, 64)
