@@ -301,3 +301,17 @@ def test_weights_that_a_step_computes_slices_and_ties():
     given = drawn(cell, 6, 3)
     pairs = zip(call(cell, *given, {}, "compiled"), call(cell, *given, {}, "eager"), strict=True)
     assert all((mine - loop).abs().max() <= 1e-12 * max(1, loop.abs().max()) for mine, loop in pairs)
+
+
+@pytest.mark.parametrize("rows", [15, 16, 17])
+def test_sums_of_about_a_block_of_rows(rows):
+    """A block takes 512 rows: fewer, as many, and more; weights of whole vectors, so that few are added up in place."""
+    cell, x = fc.GRUCell(16, 32).double(), torch.randn(32, rows, 16, dtype=torch.float64)
+    seen = []
+    for name in ("compiled", "eager"):
+        cell.zero_grad()
+        with fc.runner(name):
+            fc.scan(cell, x)[0].square().mean().backward()
+        seen.append([parameter.grad.clone() for parameter in cell.parameters()])
+    for mine, loop in zip(*seen, strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-13)

@@ -49,7 +49,8 @@ class SumEmitter:
         self._filled, self._done, self._closed = (f.let(name, "alloca i64") for name in ("filled", "done", "closed"))
         f.store_int(0, self._filled)
         f.store_int(0, self._closed)
-        few = f.let("is.few", f"icmp sle i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
+        # A block that is full is closed: it moves to the total.
+        few = f.let("is.few", f"icmp slt i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
         self._in_place = {found.name: self._add_in_place(f, found, few) for found in self._whole_gradients()}
         with crew.leader():
             for found in self.plan.sums:
