@@ -17,7 +17,7 @@ import fusecell as fc
 from benchmarks.clock import take_turns
 from fusecell.compiler.call import Ready
 
-__all__ = ["above_kernels", "calls", "import_seconds", "main"]
+__all__ = ["above_kernels", "calls", "import_seconds", "inside_kernels", "main"]
 
 Call = Callable[[], object]
 
@@ -78,29 +78,34 @@ def calls() -> dict[str, Call]:
     return found
 
 
-def above_kernels(call: Call, seconds: float) -> tuple[float, float]:
-    """Seconds of a call, and of these the part that is not inside kernels."""
-    inside, run = [0.0], Ready.run
+def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tuple[float, float]]:
+    """Seconds of each of several calls, and how many of these were spent inside kernels."""
+    inside, run, found = [0.0], Ready.run, []
+    for _ in range(3):  # the first compiles, the second goes the way of the first
+        call()
 
     def timed(self: Ready, block: array[int]) -> None:
         began = time.perf_counter()
         run(self, block)
         inside[0] += time.perf_counter() - began
 
-    for _ in range(3):  # the first compiles, the second goes the way of the first
-        call()
-    whole = take_turns({"": call}, seconds)[""].median
     Ready.run = timed  # type: ignore[method-assign]  # for as long as it is measured
     try:
-        kernels = []
-        began = time.perf_counter()
-        while len(kernels) < 20 or time.perf_counter() - began < seconds:
+        first = time.perf_counter()
+        while len(found) < least or time.perf_counter() - first < seconds:
             inside[0] = 0.0
+            began = time.perf_counter()
             call()
-            kernels.append(inside[0])
+            found.append((time.perf_counter() - began, inside[0]))
     finally:
         Ready.run = run  # type: ignore[method-assign]
-    return whole, whole - statistics.median(kernels)
+    return found
+
+
+def above_kernels(call: Call, seconds: float) -> tuple[float, float]:
+    """Seconds of a call, and of a call (not the same one: the clock has its cost) what is not inside kernels."""
+    above = statistics.median(each - inside for each, inside in inside_kernels(call, seconds))
+    return take_turns({"": call}, seconds)[""].median, above
 
 
 def import_seconds(runs: int = 5) -> float:
