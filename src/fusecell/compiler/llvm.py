@@ -147,14 +147,18 @@ def _set_target(module: Any, triple: str, layout: str) -> None:
 
 
 def _optimise(module: Any, machine: Any) -> None:
-    options = binding.create_pipeline_tuning_options(speed_level=EFFORT)
-    # The emitter has chosen vectors and register tiles already; these would undo its choice.
-    options.loop_vectorization = False
-    options.loop_interleaving = False
-    options.slp_vectorization = False
-    options.loop_unrolling = False
-    builder = binding.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
+    """The few passes that the text needs before code is made of it.
+
+    The emitter has chosen vectors, register tiles, the shape of loops and where values are kept, and computes nothing
+    twice; the whole of LLVM's pipeline took as long as making the code, and the code was no faster.
+    """
+    passes = binding.create_new_module_pass_manager()
+    passes.add_always_inliner_pass()
+    if EFFORT:
+        passes.add_instruction_combine_pass()  # constants into addresses, among others
+        passes.add_simplify_cfg_pass()
+    tuning = binding.create_pipeline_tuning_options(speed_level=EFFORT)
+    passes.run(module, binding.create_pass_builder(machine, tuning))
 
 
 class Library:

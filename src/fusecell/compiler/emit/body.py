@@ -84,7 +84,8 @@ class Body:
     def rows(self) -> Iterator[None]:
         """For each row: where it begins in every place."""
         f = self.f
-        with f.loop("r", 0, "%rows") as r:
+        # A tile has some of both; a stage without products may be given none.
+        with f.loop("r", 0, "%rows", some=bool(self.stage.affines)) as r:
             row = f.add("%row0", r, "row")
             ordered: Value = 0
             if self._order:
@@ -105,13 +106,21 @@ class Body:
 
     @contextmanager
     def columns(self) -> Iterator[None]:
-        """For each block of columns."""
-        f, module = self.f, self.module
-        with f.loop("b", 0, "%blocks") as b:
-            self._b, self._block = b, f.add("%block0", b, "block")
-            self._column = f.mul(self._block, module.block, "column")
+        """For each block of columns: how far it is behind the first, the one number that all addresses share."""
+        f, block = self.f, self.module.block
+        self._first = f.mul("%block0", block, "first.column")
+        width = f.mul("%blocks", block, "width")
+        if self.stage.affines:
+            # The tile keeps the sums of its products by [row][product][block][lane].
+            row = f.at("%acc", f.mul(f.mul(self._r, len(self.stage.affines)), width))
+            self._accumulators = [f.at(row, f.mul(width, p), "acc") for p in range(len(self.stage.affines))]
+        with f.loop("column", 0, width, block, some=bool(self.stage.affines)) as self._column:
             self._known, self._masks = {}, {}
             yield
+
+    def _place(self, row: str) -> str:
+        """Where the columns of this block are in a row."""
+        return self.f.at(self.f.at(row, self._first), self._column)
 
     # Values.
 
@@ -137,16 +146,14 @@ class Body:
         return VALUES[node.op](f, [self.value(arg) for arg in node.args], node.name)
 
     def accumulator(self, position: int) -> str:
-        """Where the tile keeps the sums of one of the stage's products: [row][product][block][lane]."""
-        f, module = self.f, self.module
-        row = f.mul(f.add(f.mul(self._r, len(self.stage.affines)), position), "%blocks")
-        return f.at("%acc", f.mul(f.add(row, self._b), module.block), "acc.at")
+        """Where the tile keeps the sums of one of the stage's products."""
+        return self.f.at(self._accumulators[position], self._column, "acc.at")
 
     def _loaded(self, place: Place, size: int, name: str) -> str:
         f, pointer = self.f, self._read_rows[place]
         if size == 1:
             return f.load_splat(pointer, name)
-        pointer = f.at(pointer, self._column)
+        pointer = self._place(pointer)
         if place.buffer.scope == "user" and size % LANES:
             return f.load_masked(pointer, self._mask(size), name)
         return f.load(pointer, name, self._alignment(place))
@@ -158,8 +165,9 @@ class Body:
     def _mask(self, size: int) -> str:
         """The lanes of this block that a value of ``size`` features has."""
         if size not in self._masks:
-            first = self.f.mul(self._block, LANES)
-            left = self.f.sub(size, first, "left")
+            bytes_ = self.f.add(self._first, self._column)
+            done = self.f.let("done", f"sdiv exact i64 {bytes_}, {self.module.bytes}")
+            left = self.f.sub(size, done, "left")
             self._masks[size] = self.f.first_lanes(left)
         return self._masks[size]
 
@@ -175,7 +183,7 @@ class Body:
             scalar = f.let("first", f"extractelement {self.module.vector} {value}, i64 0")
             f.do(f"store {self.module.scalar} {scalar}, ptr {pointer}, align {self.module.bytes}")
             return
-        pointer = f.at(pointer, self._column)
+        pointer = self._place(pointer)
         part = place.buffer.scope == "user" or place.buffer.size != node.size
         if part and node.size % LANES:
             f.store_masked(value, pointer, self._mask(node.size))
@@ -188,7 +196,7 @@ class Body:
         node = graph[index]
         count, size = len(self.stage.reductions), graph[node.args[0]].size
         pointer = f.at(self._partials, f.mul(f.add(f.mul(self._row, count), position), module.block))
-        first = f.let("is.first", f"icmp eq i64 {self._block}, 0")
+        first = f.let("is.first", f"icmp eq i64 {f.add(self._first, self._column)}, 0")
         old = f.load(pointer, "partial", module.block)
         start = f"splat ({module.scalar} {literal(_IDENTITY[node.op], module.dtype)})"
         old = f.let("so.far", f"select i1 {first}, {module.vector} {start}, {module.vector} {old}")

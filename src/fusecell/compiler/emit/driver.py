@@ -28,8 +28,7 @@ class _Driver:
     def __init__(self, module: Module, layout: Layout, plan: Plan, panels: dict[Panel, Phase]) -> None:
         self.module, self.layout, self.plan, self.panels = module, layout, plan, panels
         self.sums = SumEmitter(module, layout, plan)
-        # LLVM would make a copy of it for a crew of one: no faster, and an eighth of all that compiling takes.
-        self.f = Function(module, "work", *WORK, small=True)
+        self.f = Function(module, "work", *WORK, moves_buffers=True)
 
     def emit(self) -> None:
         self.sums.functions()

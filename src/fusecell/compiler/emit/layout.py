@@ -144,19 +144,23 @@ class Layout:
 
     def word(self, f: Function, name: str) -> str:
         """A word of the argument block as a number."""
-        return f.load_int(f.at("%args", 8 * self._index[name], "word"), name)
+        return f.same(name, f"load i64, ptr {self._at(f, name)}")
 
     def pointer(self, f: Function, name: str) -> str:
         """A word of the argument block as an address."""
-        return f.let(name, f"load ptr, ptr {f.at('%args', 8 * self._index[name], 'word')}")
+        return f.same(name, f"load ptr, ptr {self._at(f, name)}")
 
     def buffer(self, f: Function, name: str) -> str:
         """The address of a buffer."""
-        return self.pointer(f, f"at.{name}")
+        load = f.let if f.moves_buffers else f.same
+        return load(f"at.{name}", f"load ptr, ptr {self._at(f, f'at.{name}')}")
+
+    def _at(self, f: Function, name: str) -> str:
+        return f.at("%args", 8 * self._index[name], "word")
 
     def place(self, f: Function, name: str, address: str) -> None:
         """Have a buffer be somewhere else."""
-        f.do(f"store ptr {address}, ptr {f.at('%args', 8 * self._index[f'at.{name}'], 'word')}")
+        f.do(f"store ptr {address}, ptr {self._at(f, f'at.{name}')}")
 
     def place_saved(self, f: Function, module: Module, start: Value) -> None:
         """Have a chunk find its rows, from ``start`` on, of what is saved."""

@@ -93,17 +93,7 @@ class StageEmitter:
         self._epilogue()
         if self.stage.affines:
             self._start()
-            for height, width in self._sizes():
-                self._tile(height, width)
         self._whole()
-
-    def _sizes(self) -> dict[tuple[int, int], None]:
-        """The heights and widths of all tiles."""
-        short = [(height, self.tiling.width(height)) for height in range(1, self.tiling.short + 1)]
-        tall = [(height, self.tiling.width(self.tiling.most)) for height in self.tiling.tall]
-        return dict.fromkeys(
-            (height, width) for height, most in (*short, *tall) for _, width in shared_out(self.blocks, most)
-        )
 
     def _whole(self) -> None:
         """The stage over some rows, a crew's share of its columns."""
@@ -114,97 +104,125 @@ class StageEmitter:
             given = (f"i64 {rows}", f"i64 {first}", f"i64 {f.sub(last, first)}", "ptr null")
             f.call(f"{self.name}.epilogue", *CALL, "i64 %from", *given)
         else:
-            for height in range(1, self.tiling.short + 1):
-                with f.when(f"rows{height}", f.let("is.short", f"icmp eq i64 {rows}, {height}")):
-                    for block, width, slot in self._columns(f, self.tiling.width(height)):
-                        self._call_tile(f, height, width, ("%from", block, 0, slot))
-            with f.when("tall", f.let("is.tall", f"icmp sgt i64 {rows}, {self.tiling.short}")):
-                self._tall(f, rows)
+            self._acc = f.let("acc", f"alloca [{self._acc_bytes()} x i8], align 64")
+            with f.when("some", f.let("are.some", f"icmp sgt i64 {rows}, 0")):
+                self._tiles(f, rows)
         if self.stage.reductions:
             self._finish_reductions(f)
         f.end()
 
-    def _tall(self, f: Function, rows: Value) -> None:
-        """Rows shared out evenly to high tiles; column blocks outside, so that a panel is read once into the cache."""
-        most = self.tiling.most
-        up = f.add(rows, most - 1, "up")
-        count = f.let("tiles", f"udiv i64 {up}, {most}")
-        least = f.let("least", f"udiv i64 {rows}, {count}")
+    def _acc_bytes(self) -> int:
+        vectors = max(height * width for height, width in enumerate(self.tiling.widths, 1))
+        return vectors * len(self.stage.affines) * self.module.block
+
+    def _tiles(self, f: Function, rows: Value) -> None:
+        """Rows shared out evenly to tiles; column blocks outside, so that a panel is read once into the cache."""
+        most, short = self.tiling.most, self.tiling.short
+        operands = [self._operand(f, segment) for segment in self.segments]
+        count = f.let("tiles", f"udiv i64 {f.add(rows, most - 1, 'up')}, {most}")
+        least = f.quotient(rows, count, "least")
         more = f.sub(rows, f.mul(least, count), "more")
-        for block, width, slot in self._columns(f, self.tiling.width(most)):
-            with f.loop("tile", 0, count) as tile:
+        # In the table the tall tiles follow the short, whose highest is as high as the lowest of the tall.
+        tall: Value = 0
+        if short:
+            tall = f.let("tall", f"zext i1 {f.let('are.many', f'icmp sgt i64 {rows}, {short}')} to i64")
+        for block, width, narrow, slot in self._columns(f, f.minimum(f.sub(rows, 1), short, "kind")):
+            with f.loop("tile", 0, count, some=True) as tile:
                 row = f.add("%from", f.add(f.mul(tile, least), f.minimum(tile, more)), "row")
                 is_more = f.let("is.more", f"icmp slt i64 {tile}, {more}")
                 height = f.add(least, f.let("one", f"zext i1 {is_more} to i64"), "height")
-                for each in self.tiling.tall:
-                    with f.when(f"height{each}", f.let("fits", f"icmp eq i64 {height}, {each}")):
-                        self._call_tile(f, each, width, (row, block, tile, slot))
+                entry = f.add(f.mul(f.add(f.sub(height, 1), tall), 2), narrow, "entry")
+                self._tile(f, operands, (row, height, block, width), entry, tile, slot)
 
-    def _columns(self, f: Function, most: int) -> Iterator[tuple[str, int, str]]:
-        """Loops over a crew's share of the column blocks, as few at a time as make all portions about equal.
+    def _columns(self, f: Function, kind: Value) -> Iterator[tuple[Value, Value, Value, str]]:
+        """A loop over a crew's share of the column blocks, as few at a time as make all portions about equal.
+
+        Arguments:
+            kind: which of the tiling's kinds of tiles it is for.
 
         Yields:
-            The first block, how many there are, and which of the panels' blocks is theirs.
+            The first block, how many there are, whether these are one fewer than in the first portions, and which of
+            the panels' blocks is theirs.
         """
-        portions = shared_out(self.blocks, most)
-        first, last = f.share(sum(many for many, _ in portions), "%me", "%crew")
-        start = done = 0
-        for many, width in portions:
-            begin, end = f.maximum(first, done), f.minimum(last, done + many)
-            with f.loop("portion", begin, end) as portion:
-                block = f.add(f.mul(f.sub(portion, done), width), start, "block")
-                with f.when("fresh", "%fresh"):
-                    for segment in self.segments:
-                        to = self.layout.buffer(f, segment.panel.name)
-                        f.call(pack_panel_name(segment.panel), "ptr %args", f"i64 {block}", f"i64 {width}", f"ptr {to}")
-                yield f"{block}", width, f.let("slot", f"select i1 %fresh, i64 0, i64 {block}")
-            start, done = start + many * width, done + many
+        shared = [shared_out(self.blocks, most) for most in self.tiling.kinds]
+        many, wide = (f.choose(kind, [each[0][i] for each in shared], name) for i, name in enumerate(("many", "wide")))
+        portions = f.choose(kind, [sum(count for count, _ in each) for each in shared], "portions")
+        first, last = f.share(portions, "%me", "%crew")
+        with f.loop("portion", first, last) as portion:
+            narrow: Value = 0
+            block, width = f.mul(portion, wide), wide
+            if any(len(each) > 1 for each in shared):
+                narrow = f.let("narrow", f"zext i1 {f.let('is.narrow', f'icmp sge i64 {portion}, {many}')} to i64")
+                block = f.sub(block, f.maximum(f.sub(portion, many), 0), "block")
+                width = f.sub(wide, narrow, "width")
+            with f.when("fresh", "%fresh"):
+                for segment in self.segments:
+                    to = self.layout.buffer(f, segment.panel.name)
+                    f.call(pack_panel_name(segment.panel), "ptr %args", f"i64 {block}", f"i64 {width}", f"ptr {to}")
+            yield block, width, narrow, f.let("slot", f"select i1 %fresh, i64 0, i64 {block}")
 
-    def _call_tile(self, f: Function, height: int, width: int, given: tuple[Value, ...]) -> None:
-        f.call(self._tile_name(height, width), *CALL, *(f"i64 {value}" for value in given))
+    def _operand(self, f: Function, segment: Segment) -> tuple[str, Value, str]:
+        """Where a segment's operand begins, how far apart its rows are, and where its panel begins."""
+        place, module = segment.operand, self.module
+        base, stride, _ = row_address(f, self.layout, module, place.buffer, t="%t", base="%base", slot="%slot")
+        return f.at(base, place.offset * module.bytes), stride, self.layout.buffer(f, segment.panel.name)
 
-    def _tile_name(self, rows: int, blocks: int) -> str:
-        return f"{self.name}.tile.{rows}x{blocks}"
-
-    def _tile(self, rows: int, blocks: int) -> None:
+    def _tile(
+        self,
+        f: Function,
+        operands: list[tuple[str, Value, str]],
+        part: tuple[Value, Value, Value, Value],
+        entry: Value,
+        turn: Value,
+        slot: Value,
+    ) -> None:
         """Start, products and epilogue of one tile; its accumulators pass through a little memory in L1."""
-        module, block = self.module, self.module.block
-        where = ("i64 %row", "i64 %block", "i64 %turn", "i64 %panel.slot")
-        f = Function(module, self._tile_name(rows, blocks), *CALL, *where)
-        acc_row = len(self.stage.affines) * blocks * block
-        acc = f.let("acc", f"alloca [{rows * acc_row} x i8], align 64")
-        part = ("i64 %row", f"i64 {rows}", "i64 %block", f"i64 {blocks}", f"ptr {acc}")
-        f.call(f"{self.name}.start", *CALL, *part)
-        for segment in self.segments:
-            place, depth = segment.operand, segment.panel.depth
-            base, stride, _ = row_address(f, self.layout, module, place.buffer, t="%t", base="%base", slot="%slot")
-            operand = f.at(f.at(base, f.mul("%row", stride)), place.offset * module.bytes)
-            panel_block = depth * segment.count * block
-            panel = f.at(self.layout.buffer(f, segment.panel.name), f.mul("%panel.slot", panel_block))
+        block = self.module.block
+        row, _, _, blocks = part
+        given = (*(f"i64 {value}" for value in part), f"ptr {self._acc}")
+        f.call(f"{self.name}.start", *CALL, *given)
+        for segment, (base, stride, panel) in zip(self.segments, operands, strict=True):
+            depth, panel_block = segment.panel.depth, segment.panel.depth * segment.count * block
+            panel = f.at(panel, f.mul(slot, panel_block))
+            tile = f.same("tile", f"load ptr, ptr {f.at(f'@{self._table(segment.count)}', f.mul(entry, 8))}")
             f.call(
-                tile_name(module, rows, segment.count, blocks),
-                f"ptr {f.at(acc, segment.first * blocks * block)}",
-                f"i64 {acc_row}",
-                f"ptr {operand}",
+                tile,
+                f"ptr {f.at(self._acc, f.mul(blocks, segment.first * block))}",
+                f"i64 {f.mul(blocks, len(self.stage.affines) * block)}",
+                f"ptr {f.at(base, f.mul(row, stride))}",
                 f"i64 {stride}",
                 f"ptr {panel}",
                 f"i64 {panel_block}",
                 f"i64 {depth}",
-                *self._ahead(f, panel, blocks * panel_block, depth),
+                *self._ahead(f, panel, turn, f.mul(blocks, panel_block), depth),
             )
-        f.call(f"{self.name}.epilogue", *CALL, *part)
-        f.end()
+        f.call(f"{self.name}.epilogue", *CALL, *given)
 
-    def _ahead(self, f: Function, panel: str, bytes_: int, depth: int) -> tuple[str, str]:
+    def _table(self, products: int) -> str:
+        """The tiles of so many products: of few rows, then those that many are shared out to, each in two widths."""
+        module, tiling_ = self.module, self.tiling
+        name = f"{self.name}.tiles.{products}"
+        if name not in module.made:
+            module.made.add(name)
+            tiles = [(height, tiling_.width(height)) for height in range(1, tiling_.short + 1)]
+            tiles += [(height, tiling_.width(tiling_.most)) for height in tiling_.tall]
+            entries: list[str] = []
+            for height, most in tiles:
+                widths = [width for _, width in shared_out(self.blocks, most)]
+                entries += [tile_name(module, height, products, width) for width in widths] + [""] * (2 - len(widths))
+            module.table(name, entries)
+        return name
+
+    def _ahead(self, f: Function, panel: str, turn: Value, bytes_: Value, depth: int) -> tuple[str, str]:
         """What a tile asks for meanwhile: the first nothing, each of the others its share of the next panel.
 
         The first tile of a panel takes it as fast as it comes from L3; asking for more would slow that down.
         """
-        first = f.let("is.first", "icmp eq i64 %turn, 0")
-        share = f.mul(f.sub("%turn", 1), depth * LINE)
+        first = f.same("is.first", f"icmp eq i64 {turn}, 0")
+        share = f.mul(f.sub(turn, 1), depth * LINE)
         following = f.at(f.at(panel, bytes_), share, "following")
         ahead = f.let("ahead", f"select i1 {first}, ptr {panel}, ptr {following}")
-        return f"ptr {ahead}", f"i64 {f.let('ahead.k', f'select i1 {first}, i64 0, i64 {LINE}')}"
+        return f"ptr {ahead}", f"i64 {f.same('ahead.k', f'select i1 {first}, i64 0, i64 {LINE}')}"
 
     def _start(self) -> None:
         """Accumulators begin with their init: a weight's values, or what was lifted; else with zero."""

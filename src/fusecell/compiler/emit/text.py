@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from fusecell.compiler.graph import DType
 from fusecell.compiler.simd import LANES, declarations, definitions, function_name
@@ -24,6 +25,7 @@ class Module:
     dtype: DType
     target: Target
     functions: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
     math: set[str] = field(default_factory=set)
     declares: set[str] = field(default_factory=set)
     made: set[str] = field(default_factory=set)
@@ -53,12 +55,17 @@ class Module:
     def blocks(self, size: int) -> int:
         return -(-size // LANES)
 
+    def table(self, name: str, functions: Sequence[str]) -> None:
+        """Have a constant list of functions."""
+        entries = ", ".join(f"ptr @{each}" if each else "ptr null" for each in functions)
+        self.tables.append(f"@{name} = internal constant [{len(functions)} x ptr] [{entries}]\n")
+
     def text(self) -> str:
         width = self.target.vector_bits
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
         declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
         attributes = f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" "no-trapping-math"="true" }}\n'
-        parts = [head, declares, definitions(self.math, self.dtype), *self.functions, attributes]
+        parts = [head, declares, definitions(self.math, self.dtype), *self.tables, *self.functions, attributes]
         return "\n".join(part for part in parts if part)
 
 
@@ -66,15 +73,22 @@ class Function:
     """One function, written line by line."""
 
     def __init__(
-        self, module: Module, name: str, *params: str, exported: bool = False, inline: bool = False, small: bool = False
+        self,
+        module: Module,
+        name: str,
+        *params: str,
+        exported: bool = False,
+        inline: bool = False,
+        moves_buffers: bool = False,
     ) -> None:
-        self.module = module
+        self.module, self.moves_buffers = module, moves_buffers
         linkage = "" if exported else "internal "
-        kind = "alwaysinline " if inline else "" if exported else "noinline optsize " if small else "noinline "
+        kind = "alwaysinline " if inline else "" if exported else "noinline "
         self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
         self._lines = ["entry:"]
-        self._used = {param.rpartition("%")[2] for param in params}
+        self._used = {"entry", *(param.rpartition("%")[2] for param in params)}
         self._count: dict[str, int] = {}
+        self._known: list[dict[str, Any]] = [{}]
 
     def end(self) -> None:
         """Close the function and add it to its module."""
@@ -89,7 +103,7 @@ class Function:
         self._lines.append(f"  {text}")
 
     def raw(self, lines: list[str]) -> None:
-        """Lines as they are: labels and phis of a loop written by hand."""
+        """Lines as they are: a loop written by hand."""
         self._lines += lines
 
     def let(self, name: str, text: str) -> str:
@@ -97,6 +111,24 @@ class Function:
         value = self._fresh(name)
         self._lines.append(f"  %{value} = {text}")
         return f"%{value}"
+
+    def same(self, name: str, text: str) -> str:
+        """The result of an instruction that gives the same whenever it runs: where it has run, that is taken."""
+        return str(self._once(text, lambda: self.let(name, text)))
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        for known in self._known:
+            if key in known:
+                return known[key]
+        made = self._known[-1][key] = make()
+        return made
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """A part that doesn't always run: what it computes is known in it only."""
+        self._known.append({})
+        yield
+        self._known.pop()
 
     def _fresh(self, name: str) -> str:
         name = "".join(c if c.isalnum() or c in "._" else "_" for c in name)
@@ -115,12 +147,12 @@ class Function:
             return a + b
         if a == 0 or b == 0:
             return b if a == 0 else a
-        return self.let(name, f"add nsw i64 {a}, {b}")
+        return self.same(name, f"add nsw i64 {a}, {b}")
 
     def sub(self, a: Value, b: Value, name: str = "i") -> Value:
         if isinstance(a, int) and isinstance(b, int):
             return a - b
-        return a if b == 0 else self.let(name, f"sub nsw i64 {a}, {b}")
+        return a if b == 0 else self.same(name, f"sub nsw i64 {a}, {b}")
 
     def mul(self, a: Value, b: Value, name: str = "i") -> Value:
         if isinstance(a, int) and isinstance(b, int):
@@ -129,21 +161,47 @@ class Function:
             return 0
         if a == 1 or b == 1:
             return b if a == 1 else a
-        return self.let(name, f"mul nsw i64 {a}, {b}")
+        return self.same(name, f"mul nsw i64 {a}, {b}")
 
     def minimum(self, a: Value, b: Value, name: str = "least") -> Value:
-        less = self.let("less", f"icmp slt i64 {a}, {b}")
-        return self.let(name, f"select i1 {less}, i64 {a}, i64 {b}")
+        less = self.same("less", f"icmp slt i64 {a}, {b}")
+        return self.same(name, f"select i1 {less}, i64 {a}, i64 {b}")
 
     def maximum(self, a: Value, b: Value, name: str = "most") -> Value:
-        more = self.let("more", f"icmp sgt i64 {a}, {b}")
-        return self.let(name, f"select i1 {more}, i64 {a}, i64 {b}")
+        more = self.same("more", f"icmp sgt i64 {a}, {b}")
+        return self.same(name, f"select i1 {more}, i64 {a}, i64 {b}")
+
+    def quotient(self, a: Value, b: Value, name: str) -> Value:
+        """a / b of numbers that aren't negative, without a division where b is one."""
+        label, before = self._fresh(name), self._here()
+        self.do(f"br i1 {self.same('is.one', f'icmp eq i64 {b}, 1')}, label %{label}.done, label %{label}.divide")
+        self._begin(f"{label}.divide")
+        quotient = self.let(f"{name}.quotient", f"udiv i64 {a}, {b}")
+        self.do(f"br label %{label}.done")
+        self._begin(f"{label}.done")
+        self._lines.append(f"  %{label} = phi i64 [ {a}, %{before} ], [ {quotient}, %{label}.divide ]")
+        return f"%{label}"
+
+    def choose(self, index: Value, among: Sequence[int], name: str) -> Value:
+        """Of numbers known now the one at an index, the last where there are no more."""
+        found: Value = among[-1]
+        for position in reversed(range(len(among) - 1)):
+            if among[position] != found:
+                here = self.same("is.here", f"icmp eq i64 {index}, {position}")
+                found = self.same(name, f"select i1 {here}, i64 {among[position]}, i64 {found}")
+        return found
 
     def share(self, count: Value, me: Value, crew: Value) -> tuple[Value, Value]:
         """Of so many things those that are for one of a crew: from, to. All, without a division, where it is alone."""
+        if crew == 1:
+            return 0, count
+        found: tuple[Value, Value] = self._once(f"share {count}, {me}, {crew}", lambda: self._share(count, me, crew))
+        return found
+
+    def _share(self, count: Value, me: Value, crew: Value) -> tuple[Value, Value]:
         label = self._fresh("share")
         before = self._here()
-        self.do(f"br i1 {self.let('is.alone', f'icmp eq i64 {crew}, 1')}, label %{label}.all, label %{label}.part")
+        self.do(f"br i1 {self.same('is.alone', f'icmp eq i64 {crew}, 1')}, label %{label}.all, label %{label}.part")
         self._begin(f"{label}.part")
         first = self.let("from", f"udiv i64 {self.let('mine', f'mul i64 {count}, {me}')}, {crew}")
         following = self.let("following", f"mul i64 {count}, {self.let('next', f'add i64 {me}, 1')}")
@@ -159,7 +217,7 @@ class Function:
         """A pointer some bytes further."""
         if offset == 0:
             return pointer
-        return self.let(name, f"getelementptr i8, ptr {pointer}, i64 {offset}")
+        return self.same(name, f"getelementptr i8, ptr {pointer}, i64 {offset}")
 
     def load_int(self, pointer: str, name: str) -> str:
         return self.let(name, f"load i64, ptr {pointer}")
@@ -168,59 +226,62 @@ class Function:
         self.do(f"store i64 {value}, ptr {pointer}")
 
     def call(self, name: str, *args: str) -> None:
-        self.do(f"call void @{name}({', '.join(args)})")
+        """Call a function, by name or by its address."""
+        self.do(f"call void {name if name.startswith('%') else f'@{name}'}({', '.join(args)})")
 
     # Control flow.
 
     @contextmanager
-    def loop(self, name: str, start: Value, stop: Value, step: Value = 1) -> Iterator[str]:
-        """Repeat the block for an index from ``start`` below ``stop``."""
-        label = self._fresh(name)
-        self._used |= {f"{label}.more", f"{label}.next"}
-        before = self._here()
-        self.do(f"br label %{label}.head")
-        self._begin(f"{label}.head")
-        self._lines.append(f"  %{label} = phi i64 [ {start}, %{before} ], [ %{label}.next, %{label}.latch ]")
-        self.do(f"%{label}.more = icmp slt i64 %{label}, {stop}")
-        self.do(f"br i1 %{label}.more, label %{label}.body, label %{label}.done")
-        self._begin(f"{label}.body")
-        yield f"%{label}"
-        self.do(f"br label %{label}.latch")
-        self._begin(f"{label}.latch")
-        self.do(f"%{label}.next = add nsw i64 %{label}, {step}")
-        self.do(f"br label %{label}.head")
-        self._begin(f"{label}.done")
+    def loop(self, name: str, start: Value, stop: Value, step: Value = 1, *, some: bool = False) -> Iterator[str]:
+        """Repeat the block for an index from ``start`` below ``stop``; ``some``: there is one at least."""
+        with self.loop_carrying(name, start, stop, [], step=step, some=some) as (index, _):
+            yield index
 
     @contextmanager
     def loop_carrying(
-        self, name: str, start: Value, stop: Value, vectors: list[str]
+        self,
+        name: str,
+        start: Value,
+        stop: Value,
+        vectors: list[str],
+        *,
+        step: Value = 1,
+        some: bool = False,
+        names: Sequence[str] = (),
     ) -> Iterator[tuple[str, list[str]]]:
         """A loop whose vectors stay in registers: the block replaces the list's entries by their next values.
 
-        After the loop the list holds the last ones.
+        After the loop the list holds the last ones. The condition is at the end, as the processor wants it; so a
+        loop that may be empty is asked for it before, too.
         """
-        label, kind, before = self._fresh(name), self.module.vector, self._here()
+        label, before = self._fresh(name), self._here()
         self._used |= {f"{label}.more", f"{label}.next"}
-        phis = [f"%{self._fresh(f'{label}.carried')}" for _ in vectors]
-        self.do(f"br label %{label}.head")
-        self._begin(f"{label}.head")
-        at = len(self._lines)
-        self.do(f"%{label}.more = icmp slt i64 %{label}, {stop}")
-        self.do(f"br i1 %{label}.more, label %{label}.body, label %{label}.done")
+        phis = [f"%{self._fresh(name)}" for name in names or [f"{label}.carried"] * len(vectors)]
+        some = some or (isinstance(start, int) and isinstance(stop, int) and start < stop)
+        if some:
+            self.do(f"br label %{label}.body")
+        else:
+            any_ = self.let(f"{label}.any", f"icmp slt i64 {start}, {stop}")
+            self.do(f"br i1 {any_}, label %{label}.body, label %{label}.done")
         self._begin(f"{label}.body")
-        carried = list(phis)
-        yield f"%{label}", carried
-        self.do(f"br label %{label}.latch")
-        self._begin(f"{label}.latch")
-        self.do(f"%{label}.next = add nsw i64 %{label}, 1")
-        self.do(f"br label %{label}.head")
+        at, carried = len(self._lines), list(phis)
+        with self._inside():
+            yield f"%{label}", carried
+        last = self._here()
+        self.do(f"%{label}.next = add nsw i64 %{label}, {step}")
+        self.do(f"%{label}.more = icmp slt i64 %{label}.next, {stop}")
+        self.do(f"br i1 %{label}.more, label %{label}.body, label %{label}.done")
         self._begin(f"{label}.done")
         # The phis can be written only now that the next values have names.
-        head = [f"  %{label} = phi i64 [ {start}, %{before} ], [ %{label}.next, %{label}.latch ]"]
+        kind = self.module.vector
+        head = [f"  %{label} = phi i64 [ {start}, %{before} ], [ %{label}.next, %{last} ]"]
         for phi, first, following in zip(phis, vectors, carried, strict=True):
-            head.append(f"  {phi} = phi {kind} [ {first}, %{before} ], [ {following}, %{label}.latch ]")
+            head.append(f"  {phi} = phi {kind} [ {first}, %{before} ], [ {following}, %{last} ]")
         self._lines[at:at] = head
-        carried[:] = phis
+        if not some:
+            for each, (first, following) in enumerate(zip(vectors, carried, strict=True)):
+                ends = f"[ {first}, %{before} ], [ {following}, %{last} ]"
+                carried[each] = self.let(f"{label}.last", f"phi {kind} {ends}")
 
     @contextmanager
     def when(self, name: str, condition: str) -> Iterator[None]:
@@ -228,7 +289,8 @@ class Function:
         label = self._fresh(name)
         self.do(f"br i1 {condition}, label %{label}.then, label %{label}.end")
         self._begin(f"{label}.then")
-        yield
+        with self._inside():
+            yield
         self.do(f"br label %{label}.end")
         self._begin(f"{label}.end")
 

@@ -28,7 +28,6 @@ def budget(target: Target, dtype: str) -> int:
 _ENOUGH_ROWS = 4
 LINE = 64
 
-
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """The tiles of a stage: each height in rows goes with a width in blocks that fills the registers.
@@ -56,6 +55,11 @@ class Tiling:
     def tall(self) -> range:
         """The heights of the tiles that many rows are shared out to."""
         return range(max(1, self.short), self.most + 1)
+
+    @property
+    def kinds(self) -> list[int]:
+        """The widths of the kinds of tiles: of one row, two, up to ``short``; of the tall."""
+        return [*self.widths[: self.short], self.widths[-1]]
 
     @property
     def text(self) -> str:
@@ -153,50 +157,41 @@ def _tile(
     f: Function, walk: _Walk, rows: int, products: int, blocks: int, ahead: Callable[[Function], str] | None
 ) -> None:
     """Loads, multiply-adds over all k, stores; ``ahead`` is memory that is asked for meanwhile, a line for every k."""
-    module, block = f.module, f.module.block
+    block = f.module.block
     keys = [(r, p, b) for r in range(rows) for p in range(products) for b in range(blocks)]
     acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(rows)]
     where = {(r, p, b): f.at(acc_rows[r], (p * blocks + b) * block) for r, p, b in keys}
-    first = {key: f.load(where[key], f"first.{_label(key)}", block) for key in keys}
-    f.do("br label %k.head")
-    vector, scalar = module.vector, module.scalar
-    lines = [
-        "k.head:",
-        "  %k = phi i64 [ 0, %entry ], [ %k.next, %k.body ]",
-        *(f"  %c.{_label(key)} = phi {vector} [ {first[key]}, %entry ], [ %n.{_label(key)}, %k.body ]" for key in keys),
-        "  %k.more = icmp slt i64 %k, %depth",
-        "  br i1 %k.more, label %k.body, label %k.done",
-        "k.body:",
-    ]
-    f.raw(lines)
-    # Constant distances go last: they become part of the instruction's address.
-    a_here, panel_here = f.at("%a", f.mul("%k", walk.k), "a.k"), f.at(walk.panel, f.mul("%k", walk.panel_k), "panel.k")
-    if ahead is not None:
-        f.prefetch(ahead(f))
+    sums = [f.load(where[key], f"first.{_label(key)}", block) for key in keys]
+    names = [f"c.{_label(key)}" for key in keys]
+    own_rows = [f.mul(walk.row, r) for r in range(rows)]
+    own_blocks = [f.mul(walk.block, b) for b in range(blocks)]
+    with f.loop_carrying("k", 0, "%depth", sums, some=True, names=names) as (k, carried):
+        # Constant distances go last: they become part of the instruction's address.
+        a_here, panel_here = f.at("%a", f.mul(k, walk.k), "a.k"), f.at(walk.panel, f.mul(k, walk.panel_k), "panel.k")
+        if ahead is not None:
+            f.prefetch(ahead(f))
 
-    def weight(p: int, b: int) -> str:
-        row = f.at(panel_here, f.mul(walk.block, b), f"panel.b{b}")
-        return f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
+        def weight(p: int, b: int) -> str:
+            row = f.at(panel_here, own_blocks[b], f"panel.b{b}")
+            return f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
 
-    def number(r: int) -> str:
-        pointer = f.at(a_here, f.mul(walk.row, r), f"a.r{r}")
-        return f.splat(f.let(f"a{r}.scalar", f"load {scalar}, ptr {pointer}, align {module.bytes}"), f"a{r}")
+        def number(r: int) -> str:
+            return f.load_splat(f.at(a_here, own_rows[r], f"a.r{r}"), f"a{r}")
 
-    # The fewer of the two operands stay in registers, the others come one by one.
-    columns = [(p, b) for b in range(blocks) for p in range(products)]
-    if rows < len(columns):
-        numbers = [number(r) for r in range(rows)]
-        pairs = ((r, p, b, numbers[r], w) for p, b in columns for w in (weight(p, b),) for r in range(rows))
-    else:
-        vectors = {(p, b): weight(p, b) for p, b in columns}
-        pairs = ((r, p, b, a, vectors[p, b]) for r in range(rows) for a in (number(r),) for p, b in columns)
-    for r, p, b, a, w in pairs:
-        f.fma(a, w, f"%c.{_label((r, p, b))}", f"n.{_label((r, p, b))}")
-    f.do("%k.next = add nsw i64 %k, 1")
-    f.do("br label %k.head")
-    f.raw(["k.done:"])
-    for key in keys:
-        f.store(f"%c.{_label(key)}", where[key], block)
+        # The fewer of the two operands stay in registers, the others come one by one.
+        columns = [(p, b) for b in range(blocks) for p in range(products)]
+        if rows < len(columns):
+            numbers = [number(r) for r in range(rows)]
+            pairs = ((r, p, b, numbers[r], w) for p, b in columns for w in (weight(p, b),) for r in range(rows))
+        else:
+            vectors = {(p, b): weight(p, b) for p, b in columns}
+            pairs = ((r, p, b, a, vectors[p, b]) for r in range(rows) for a in (number(r),) for p, b in columns)
+        places = {key: place for place, key in enumerate(keys)}
+        for r, p, b, a, w in pairs:
+            key = (r, p, b)
+            carried[places[key]] = f.fma(a, w, carried[places[key]], f"n.{_label(key)}")
+    for key, value in zip(keys, carried, strict=True):
+        f.store(value, where[key], block)
     f.end()
 
 
