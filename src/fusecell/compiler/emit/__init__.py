@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fusecell.compiler.emit.crew import ROWS_EACH, emit_entries, emit_meet
 from fusecell.compiler.emit.driver import emit_driver
-from fusecell.compiler.emit.layout import Layout, Panel, Size, slack
+from fusecell.compiler.emit.layout import Layout, Panel, Size, fixed_stride, slack
 from fusecell.compiler.emit.packing import emit_packing
-from fusecell.compiler.emit.stages import StageEmitter, segments
+from fusecell.compiler.emit.stages import Segment, StageEmitter, segments
 from fusecell.compiler.emit.text import Module
+from fusecell.compiler.emit.tiles import KnownWalk
 from fusecell.compiler.plan import Plan
 from fusecell.compiler.target import Target
 
@@ -38,9 +40,10 @@ def emit(plan: Plan, target: Target) -> Emitted:
     products = {stage.name: segments(plan, stage, module) for stage in plan.stages}
     panels = {segment.panel: stage.phase for stage in plan.stages for segment in products[stage.name]}
     layout = Layout(module, plan, list(panels))
+    walks = _known_walks(module, (segment for each in products.values() for segment in each))
     tiles = {}
     for stage in plan.stages:
-        emitter = StageEmitter(module, layout, plan, stage, products[stage.name])
+        emitter = StageEmitter(module, layout, plan, stage, products[stage.name], walks)
         emitter.emit()
         if stage.affines:
             tiles[stage.name] = emitter.tiling.text
@@ -49,3 +52,16 @@ def emit(plan: Plan, target: Target) -> Emitted:
     emit_driver(module, layout, plan, panels)
     emit_entries(module)
     return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
+
+
+def _known_walks(module: Module, segments: Iterable[Segment]) -> dict[int, KnownWalk]:
+    """What is the same wherever a kernel multiplies so many matrices at once: it stands in the tiles as a number."""
+    found: dict[int, tuple[set[int | None], set[int]]] = {}
+    for segment in segments:
+        rows, depths = found.setdefault(segment.count, (set(), set()))
+        rows.add(fixed_stride(module, segment.operand.buffer))
+        depths.add(segment.panel.depth)
+    return {
+        products: KnownWalk(*(values.pop() if len(values) == 1 else None for values in both))
+        for products, both in found.items()
+    }

@@ -12,7 +12,7 @@ from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.graph import SAVED
 from fusecell.compiler.plan import Buffer, Plan
 
-__all__ = ["Layout", "Panel", "Size", "slack"]
+__all__ = ["Layout", "Panel", "Size", "fixed_stride", "row_address", "slack"]
 
 HEADER = (
     "steps",
@@ -201,4 +201,13 @@ def row_address(
         start = f.at(start, f.mul(base, stride))
     elif buffer.scope == "state":
         start = f.at(start, f.mul(f.mul(slot, layout.word(f, "rows")), stride))
-    return start, 0 if buffer.scope == "call" else stride, False
+    apart = fixed_stride(module, buffer)
+    assert apart is not None, f"{buffer.name} is the caller's, whose rows are anywhere"
+    return start, apart, False
+
+
+def fixed_stride(module: Module, buffer: Buffer) -> int | None:
+    """The bytes between a buffer's rows, of a caller's buffer None: they are known at the call only."""
+    if buffer.scope == "user":
+        return None
+    return 0 if buffer.scope == "call" else module.padded(buffer.size)

@@ -9,7 +9,7 @@ from fusecell.compiler.emit.body import Body, join_lanes, partials, start_values
 from fusecell.compiler.emit.layout import Layout, Panel, row_address
 from fusecell.compiler.emit.packing import pack_panel_name
 from fusecell.compiler.emit.text import Function, Module, Value
-from fusecell.compiler.emit.tiles import LINE, Tiling, budget, shared_out, tile_name, tiling
+from fusecell.compiler.emit.tiles import LINE, KnownWalk, Tiling, budget, shared_out, tile_name, tiling
 from fusecell.compiler.passes import affine_parts
 from fusecell.compiler.plan import Place, Plan, Stage
 
@@ -74,6 +74,8 @@ class StageEmitter:
     plan: Plan
     stage: Stage
     segments: list[Segment]
+    known: dict[int, KnownWalk]
+    """Of all the kernel's tiles of so many products."""
     tiling: Tiling = field(init=False)
 
     def __post_init__(self) -> None:
@@ -209,7 +211,8 @@ class StageEmitter:
             entries: list[str] = []
             for height, most in tiles:
                 widths = [width for _, width in shared_out(self.blocks, most)]
-                entries += [tile_name(module, height, products, width) for width in widths] + [""] * (2 - len(widths))
+                made = (tile_name(module, height, products, width, self.known[products]) for width in widths)
+                entries += [*made, ""][:2]
             module.table(name, entries)
         return name
 

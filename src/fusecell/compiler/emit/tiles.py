@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.target import Target
 
-__all__ = ["LINE", "Tiling", "budget", "outer_name", "shared_out", "tile_name", "tiling"]
+__all__ = ["LINE", "KnownWalk", "Tiling", "budget", "outer_name", "shared_out", "tile_name", "tiling"]
 
 
 def budget(target: Target, dtype: str) -> int:
@@ -27,6 +27,7 @@ def budget(target: Target, dtype: str) -> int:
 # The rows from which a tile has loads to spare for asking for memory in advance, and the bytes that come with each.
 _ENOUGH_ROWS = 4
 LINE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -82,7 +83,15 @@ def shared_out(count: int, most: int) -> list[tuple[int, int]]:
     return [(many, size) for many, size in ((more, least + 1), (portions - more, least)) if many]
 
 
-def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
+@dataclass(frozen=True, slots=True)
+class KnownWalk:
+    """What is known of all operands and panels of a kernel's tiles: the bytes between rows, the depth."""
+
+    row: int | None = None
+    depth: int | None = None
+
+
+def tile_name(module: Module, rows: int, products: int, blocks: int, known: KnownWalk) -> str:
     """The tile's function, emitted on first use.
 
     It takes the accumulators and the bytes between their rows, the operand and the bytes between its rows, the panel
@@ -104,7 +113,11 @@ def tile_name(module: Module, rows: int, products: int, blocks: int) -> str:
         )
         f = Function(module, name, *head)
         f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
-        walk = _Walk("%a.row", module.bytes, "%panel", "%panel.block", products * module.block, module.block)
+        # A distance that is a number costs no addition.
+        panel_k = products * module.block
+        row: Value = "%a.row" if known.row is None else known.row
+        panel_block: Value = "%panel.block" if known.depth is None else known.depth * panel_k
+        walk = _Walk(row, module.bytes, "%panel", panel_block, panel_k, module.block)
         _tile(f, walk, rows, products, blocks, _next_panel if rows >= _ENOUGH_ROWS else None)
     return name
 
