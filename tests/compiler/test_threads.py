@@ -78,6 +78,26 @@ def test_a_crew_is_as_one(make, kind, monkeypatch):
             torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("rows", [15, 16, 61])
+@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell])
+def test_sums_by_halves_of_the_rows(make, rows, reverse, monkeypatch):
+    """From 16 rows on each half is summed apart, in blocks of its own: of these there are several here, and a rest."""
+    torch.manual_seed(5)
+    cell, x = make(5, 19), torch.randn(83, rows, 5)
+    torch.set_num_threads(1)
+    first = run(cell, x, {"reverse": reverse})
+    for count, chunk in ((2, 0), (3, 0), (4, 0), (1, 30_000), (2, 1)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk or 1 << 30)
+        fc.refresh()
+        again = run(cell, x, {"reverse": reverse})
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True)), (count, chunk)
+    exact = run(cell.double(), x.double(), {"reverse": reverse}, "eager")
+    for mine, loop in zip(first, exact, strict=True):
+        assert (mine - loop).abs().max() <= 3e-6 * loop.abs().max()
+
+
 def test_who_comes_late_is_not_waited_for(monkeypatch):
     """The call is done by who is there, and the next ones do without the others, for longer each time."""
     monkeypatch.setattr(threads, "_MOST_PATIENCE", 0)

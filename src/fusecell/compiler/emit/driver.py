@@ -131,7 +131,7 @@ class _Driver:
             self._step(f.add(first, i, "done"), low, alive_at)
         self._outside("post", low, steps, total)
         callers.scatter(low, steps)
-        self.sums.add_chunk(f, crew, total, self.reverse)
+        self.sums.add_chunk(f, crew, steps, total, self.reverse)
         crew.meet(crew.columns)
 
     def _step(self, done: Value, low: str, alive_at: str) -> None:

@@ -63,6 +63,8 @@ class Panel:
     """Per product: the weight, whether it is transposed, its rows and its columns."""
 
 
+_HALVED = 2 << 20
+"""Bytes of sums, beyond which a second copy costs more than it brings."""
 _ROWS = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
 
 
@@ -74,6 +76,12 @@ def _scoped(scope: str, row: int) -> Size:
         "state": Size(per_row=2 * row),
         "chunk": Size(per_chunk_row=row),
     }[scope]
+
+
+def sum_halves(module: Module, plan: Plan) -> int:
+    """How many copies of the sums there is room for: two, so that halves of the rows can be summed apart, or one."""
+    bytes_ = sum(found.height * module.padded(found.width) for found in plan.sums)
+    return 2 if bytes_ <= _HALVED else 1
 
 
 def slack(module: Module) -> int:
@@ -103,6 +111,7 @@ class Layout:
         words += [f"{buffer.name}.ptr" for buffer in self.saved]
         self.given = tuple(words)
         self.sizes = self._sizes(module, plan, panels)
+        self.halves = sum_halves(module, plan)
         self.words = (*words, *(f"at.{name}" for name in (*self.sizes, *(buffer.name for buffer in self.saved))))
         self._index = {name: index for index, name in enumerate(self.words)}
 
@@ -120,9 +129,10 @@ class Layout:
             sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
         for buffer in plan.buffers():
             sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
+        halves = sum_halves(module, plan)
         for found in plan.sums:
             for name in (found.part, found.total):
-                sizes[name] = Size(fixed=found.height * module.padded(found.width))
+                sizes[name] = Size(fixed=halves * found.height * module.padded(found.width))
         return {name: size + Size(fixed=slack(module)) for name, size in sizes.items()}
 
     @property

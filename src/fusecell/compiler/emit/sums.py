@@ -2,6 +2,9 @@
 
 Rows are taken in the order in which the steps run, in blocks of 512: a block is added up row by row, then added to
 the total. So a sum has the same bits however the steps are cut into chunks, and long ones stay accurate.
+
+Where a crew of two would part the rows of a call, each half of them is summed apart, whoever does it, and the halves
+are added at the end: then each of two threads sums the rows that it has just written, which are in its own cache.
 """
 
 from __future__ import annotations
@@ -19,6 +22,13 @@ __all__ = ["BLOCK", "SumEmitter"]
 BLOCK = 512
 # So many rows of an operand's tile stay in L1 while it meets all of the other operand.
 _STRETCH = 128
+_GIVEN = (
+    "ptr %args", "i64 %first", "i64 %runs", "i64 %run.rows", "i64 %rows", "i64 %row.step", "i64 %half", "i64 %me",
+    "i64 %crew",
+)  # fmt: skip
+"""What the function of a sum takes: its first row; how many runs of rows there are and from each to the next; the
+rows of a run and from each to the next; which half that is; and which of how many threads takes its share of the
+columns."""
 
 
 class SumEmitter:
@@ -46,50 +56,84 @@ class SumEmitter:
         """Begin with nothing."""
         if not self.plan.sums:
             return
-        self._filled, self._done, self._closed = (f.let(name, "alloca i64") for name in ("filled", "done", "closed"))
-        f.store_int(0, self._filled)
-        f.store_int(0, self._closed)
+        self._filled, self._closed = (f.let(name, "alloca [2 x i64]") for name in ("filled", "closed"))
+        self._done = f.let("done", "alloca i64")
+        for place in (self._filled, self._closed):
+            f.store_int(0, place)
+            f.store_int(0, f.at(place, 8))
         # A block that is full is closed: it moves to the total.
         few = f.let("is.few", f"icmp slt i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
         self._in_place = {found.name: self._add_in_place(f, found, few) for found in self._whole_gradients()}
-        with crew.leader():
+        self._part_halves(f, crew, few)
+        first = f.let("is.first.of.half", f"icmp eq i64 {self._me}, 0")
+        with f.when("clear", first), f.loop("half", self._from, self._to) as half:
             for found in self.plan.sums:
+                start = f.at(self.layout.buffer(f, found.part), f.mul(half, self._bytes(found)))
                 with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
-                    f.store("zeroinitializer", f.at(self.layout.buffer(f, found.part), byte), self.module.block)
+                    f.store("zeroinitializer", f.at(start, byte), self.module.block)
 
-    def add_chunk(self, f: Function, crew: Crew, total: str, backwards: str) -> None:
+    def _part_halves(self, f: Function, crew: Crew, few: str) -> None:
+        """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these."""
+        many = f.let("are.many", f"xor i1 {few}, true")
+        can = many if self.layout.halves == 2 else "false"
+        self._halved = f.let("is.halved", f"and i1 {can}, {crew.two_can_part}")
+        two = f.let("are.two", f"and i1 {f.let('is.pair', 'icmp eq i64 %crew, 2')}, {crew.rowwise}")
+        self._private = private = f.let("is.private", f"and i1 {two}, {self._halved}")
+        self._shared = f.let("is.shared.sum", f"xor i1 {private}, {crew.several}")
+        most = f.let("halves", f"select i1 {self._halved}, i64 2, i64 1")
+        self._from = f.let("half.from", f"select i1 {private}, i64 %me, i64 0")
+        self._to = f.let("half.to", f"select i1 {private}, i64 {f.add('%me', 1)}, i64 {most}")
+        self._me = f.let("sum.me", f"select i1 {private}, i64 0, i64 %me")
+        self._crew = f.let("sum.crew", f"select i1 {private}, i64 1, i64 %crew")
+
+    def add_chunk(self, f: Function, crew: Crew, steps: Value, total: str, backwards: str) -> None:
         """Add the rows of a chunk, as many at a time as the open block still takes; a crew parts what they add to."""
         if not self.plan.sums:
             return
-        crew.meet(crew.rowwise)
-        filled_at, done_at = self._filled, self._done
-        last = f.sub(total, 1, "last")
-        f.store_int(0, done_at)
-        blocks = f.let("most.blocks", f"sdiv i64 {total}, {BLOCK}")
-        with f.loop("turn", 0, f.add(blocks, 2)):
-            done = f.load_int(done_at, "done")
-            filled = f.load_int(filled_at, "filled")
-            count = f.minimum(f.sub(BLOCK, filled), f.sub(total, done), "count")
-            mirrored = f.sub(last, done, "mirrored")
-            first = f.let("first.row", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
-            for found in self.plan.sums:
-                given = ("ptr %args", f"i64 {first}", f"i1 {backwards}", f"i64 {count}", "i64 %me", "i64 %crew")
-                f.call(f"{found.name}", *given)
-            f.store_int(f.add(done, count), done_at)
-            now = f.add(filled, count, "filled")
-            full = f.let("is.full", f"icmp eq i64 {now}, {BLOCK}")
-            f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
-            with f.when("full", full):
-                self._flush_all(f, crew)
-        crew.meet(crew.rowwise)
+        sharing = f.let("is.sharing", f"and i1 {crew.rowwise}, {self._shared}")
+        crew.meet(sharing)
+        halved = self._halved
+        # What is counted: rows, or of halves the steps, so that both close their blocks together.
+        units = f.let("units", f"select i1 {halved}, i64 {steps}, i64 {total}")
+        whole_steps = f.let("whole.steps", f"udiv i64 {2 * BLOCK}, {f.maximum(crew.rows, 1)}")
+        most = f.let("block.units", f"select i1 {halved}, i64 {f.maximum(whole_steps, 1)}, i64 {BLOCK}")
+        unit = f.let("unit", f"select i1 {halved}, i64 {crew.rows}, i64 1")
+        ahead = f.let("ahead", f"select i1 {backwards}, i64 -1, i64 1")
+        row_step = f.let("row.step", f"select i1 {halved}, i64 1, i64 {ahead}")
+        blocks = f.let("most.blocks", f"udiv i64 {units}, {most}")
+        middle = f.let("middle", f"lshr i64 {crew.rows}, 1")
+        with f.loop("half", self._from, self._to) as half:
+            filled_at, begins = f.at(self._filled, f.mul(half, 8)), f.mul(half, middle)
+            size = f.sub(f.add(middle, f.mul(half, crew.rows)), f.mul(f.mul(half, middle), 2), "half.rows")
+            f.store_int(0, self._done)
+            with f.loop("turn", 0, f.add(blocks, 2)):
+                done, filled = f.load_int(self._done, "done"), f.load_int(filled_at, "filled")
+                count = f.minimum(f.sub(most, filled), f.sub(units, done), "count")
+                mirrored = f.sub(f.sub(units, 1), done, "mirrored")
+                here = f.let("here", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
+                first = f.add(f.mul(here, unit), begins, "first.row")
+                runs = f.let("runs", f"select i1 {halved}, i64 {count}, i64 1")
+                rows = f.let("run.rows", f"select i1 {halved}, i64 {size}, i64 {count}")
+                given = (first, runs, f.mul(unit, ahead), rows, row_step, half, self._me, self._crew)
+                for found in self.plan.sums:
+                    f.call(found.name, "ptr %args", *(f"i64 {value}" for value in given))
+                f.store_int(f.add(done, count), self._done)
+                now = f.add(filled, count, "filled")
+                full = f.let("is.full", f"icmp eq i64 {now}, {most}")
+                f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
+                with f.when("full", full):
+                    self._flush_all(f, crew, half)
+        crew.meet(sharing)
 
     def finish(self, f: Function, crew: Crew) -> None:
         """Close the last block and bring the sums to the caller's gradients."""
         if not self.plan.sums:
             return
-        several = f.let("several", f"icmp ne i64 {f.load_int(self._closed, 'closed')}, 0")
-        with f.when("several", several):
-            self._flush_all(f, crew)
+        closed = f.load_int(f.at(self._closed, f.mul(self._from, 8)), "closed")
+        several = f.let("several", f"icmp ne i64 {closed}, 0")
+        with f.when("several", several), f.loop("half", self._from, self._to) as half:
+            self._flush_all(f, crew, half)
+        crew.meet(self._private)
         for found in self.plan.sums:
             total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
             source = f.let("source", f"select i1 {several}, ptr {total}, ptr {part}")
@@ -124,18 +168,20 @@ class SumEmitter:
     def _bytes(self, found: Sum) -> int:
         return found.height * self.module.padded(found.width)
 
-    def _flush_all(self, f: Function, crew: Crew) -> None:
+    def _flush_all(self, f: Function, crew: Crew, half: Value) -> None:
         """Close a block: add it to the total, which begins with the first."""
-        crew.meet()
-        closed = f.load_int(self._closed, "closed")
+        crew.meet(self._shared)
+        closed_at = f.at(self._closed, f.mul(half, 8))
+        closed = f.load_int(closed_at, "closed")
         first = f.let("is.first", f"icmp eq i64 {closed}, 0")
-        f.store_int(f.add(closed, 1), self._closed)
+        f.store_int(f.add(closed, 1), closed_at)
         for found in self.plan.sums:
-            share = f.share(self._bytes(found) // self.module.block, "%me", "%crew")
+            share = f.share(self._bytes(found) // self.module.block, self._me, self._crew)
             begin, end = (f.mul(vector, self.module.block) for vector in share)
-            places = (f"ptr {self.layout.buffer(f, name)}" for name in (found.total, found.part))
+            offset = f.mul(half, self._bytes(found))
+            places = (f"ptr {f.at(self.layout.buffer(f, name), offset)}" for name in (found.total, found.part))
             f.call("sum.flush", *places, f"i64 {begin}", f"i64 {end}", f"i1 {first}")
-        crew.meet()
+        crew.meet(self._shared)
 
     def _flush(self) -> None:
         module = self.module
@@ -151,32 +197,35 @@ class SumEmitter:
             f.store("zeroinitializer", part, module.block)
         f.end()
 
-    def _operand(self, f: Function, index: int, name: str) -> tuple[str, str]:
-        """Where an operand's first row is, and the bytes to the next in the order in which rows are added."""
+    def _operand(self, f: Function, index: int, name: str) -> tuple[str, Value, Value]:
+        """Where an operand's first row is, the bytes to the next run, and to the next row."""
         place = self.plan.place(index, "post")
         assert place is not None, f"{self.plan.graph[index].name}, an operand of a sum, is nowhere in memory"
         base, stride, _ = row_address(f, self.layout, self.module, place.buffer, t="0", base="0", slot="0")
         start = f.at(f.at(base, f.mul("%first", stride)), place.offset * self.module.bytes, name)
-        back = f.sub(0, stride)
-        return start, f.let(f"{name}.k", f"select i1 %backwards, i64 {back}, i64 {stride}")
+        return start, f.mul("%run.rows", stride, f"{name}.run"), f.mul("%row.step", stride, f"{name}.k")
 
-    def _function(self, found: Sum) -> Function:
-        head = ("ptr %args", "i64 %first", "i1 %backwards", "i64 %rows", "i64 %me", "i64 %crew")
-        return Function(self.module, found.name, *head)
+    def _accumulators(self, f: Function, found: Sum) -> str:
+        return f.at(self.layout.buffer(f, found.part), f.mul("%half", self._bytes(found)), "acc")
 
     def _outer(self, found: Sum) -> None:
         assert found.a is not None
-        f = self._function(found)
-        a, a_k = self._operand(f, found.a, "a")
-        b, b_k = self._operand(f, found.b, "b")
-        acc = self.layout.buffer(f, found.part)
-        with f.loop("stretch", 0, "%rows", _STRETCH) as begun:
-            depth = f.minimum(f.sub("%rows", begun), _STRETCH, "depth")
-            given = (f.at(a, f.mul(begun, a_k)), a_k, f.at(b, f.mul(begun, b_k)), b_k, depth)
-            self._tiles(f, found, acc, *given)
+        f = Function(self.module, found.name, *_GIVEN)
+        a, a_run, a_k = self._operand(f, found.a, "a")
+        b, b_run, b_k = self._operand(f, found.b, "b")
+        acc = self._accumulators(f, found)
+        few = f.let("few", f"udiv i64 {_STRETCH}, {f.maximum('%rows', 1)}")
+        at_once = f.maximum(few, 1, "at.once")
+        with f.loop("run", 0, "%runs", at_once) as run:
+            runs = f.minimum(f.sub("%runs", run), at_once, "runs")
+            a_here, b_here = f.at(a, f.mul(run, a_run)), f.at(b, f.mul(run, b_run))
+            with f.loop("stretch", 0, "%rows", _STRETCH) as begun:
+                depth = f.minimum(f.sub("%rows", begun), _STRETCH, "depth")
+                a_begun, b_begun = f.at(a_here, f.mul(begun, a_k)), f.at(b_here, f.mul(begun, b_k))
+                self._tiles(f, found, acc, a_begun, b_begun, (a_k, b_k, depth, runs, a_run, b_run))
         f.end()
 
-    def _tiles(self, f: Function, found: Sum, acc: str, a: str, a_k: str, b: str, b_k: str, depth: Value) -> None:
+    def _tiles(self, f: Function, found: Sum, acc: str, a: str, b: str, walk: tuple[Value, ...]) -> None:
         """All of a sum's tiles, those of one block of columns after the other."""
         module, tiles = self.module, self._tiling(found)
         stride = module.padded(found.width)
@@ -191,36 +240,37 @@ class SumEmitter:
                     with f.loop("row", begin, end, height) as at:
                         here = f.at(f.at(acc, f.mul(at, stride)), column)
                         own, other = f.at(a, f.mul(at, module.bytes)), f.at(b, column)
-                        f.call(
-                            name, f"ptr {here}", f"i64 {stride}", f"ptr {own}", f"i64 {a_k}", f"ptr {other}",
-                            f"i64 {b_k}", f"i64 {depth}",
-                        )  # fmt: skip
+                        numbers = (f"i64 {value}" for value in (stride, *walk))
+                        f.call(name, f"ptr {here}", f"ptr {own}", f"ptr {other}", *numbers)
                     row += count * height
             block += many * wide
 
     def _row_sum(self, found: Sum) -> None:
         module = self.module
-        f = self._function(found)
-        b, b_k = self._operand(f, found.b, "b")
-        acc = self.layout.buffer(f, found.part)
+        f = Function(module, found.name, *_GIVEN)
+        b, b_run, b_k = self._operand(f, found.b, "b")
+        acc = self._accumulators(f, found)
         for first in range(0, module.blocks(found.width), 8):
             many = min(8, module.blocks(found.width) - first)
             turn = f.let("turn", f"urem i64 {first // 8}, %crew")
             with f.when("mine", f.let("is.mine", f"icmp eq i64 {turn}, %me")):
-                self._add_rows(f, f.at(acc, first * module.block), f.at(b, first * module.block), b_k, many)
+                self._add_rows(f, f.at(acc, first * module.block), f.at(b, first * module.block), b_run, b_k, many)
         f.end()
 
-    def _add_rows(self, f: Function, acc: str, b: str, b_k: str, many: int) -> None:
+    def _add_rows(self, f: Function, acc: str, b: str, b_run: Value, b_k: Value, many: int) -> None:
         """Add up so many blocks of columns of all rows, in registers."""
         module = self.module
         places = [f.at(acc, block * module.block) for block in range(many)]
         first = [f.load(place, "so.far", module.block) for place in places]
-        with f.loop_carrying("row", 0, "%rows", first) as (row, carried):
-            here = f.at(b, f.mul(row, b_k))
-            for block, old in enumerate(carried):
-                value = f.load(f.at(here, block * module.block), "value", module.bytes)
-                carried[block] = f.let("sum", f"fadd {module.vector} {old}, {value}")
-        for place, value in zip(places, carried, strict=True):
+        with f.loop_carrying("run", 0, "%runs", first) as (run, sums):
+            begin = f.at(b, f.mul(run, b_run))
+            with f.loop_carrying("row", 0, "%rows", sums) as (row, carried):
+                here = f.at(begin, f.mul(row, b_k))
+                for block, old in enumerate(carried):
+                    value = f.load(f.at(here, block * module.block), "value", module.bytes)
+                    carried[block] = f.let("sum", f"fadd {module.vector} {old}, {value}")
+            sums[:] = carried
+        for place, value in zip(places, sums, strict=True):
             f.store(value, place, module.block)
 
     def _hand_over(self, f: Function, crew: Crew, found: Sum, source: str) -> None:
@@ -238,16 +288,13 @@ class SumEmitter:
         fresh = label in self.plan.covered()
         first, last = f.share(found.height, "%me", "%crew") if fresh else (0, found.height)
         with nullcontext() if fresh else crew.leader():
-            f.call(
-                self._add_to(fresh=fresh),
-                f"ptr {f.at(start, f.mul(strides[0], first))}",
-                f"i64 {strides[0]}",
-                f"i64 {strides[1]}",
-                f"ptr {f.at(source, f.mul(first, module.padded(found.width)))}",
-                f"i64 {module.padded(found.width)}",
-                f"i64 {f.sub(last, first)}",
-                f"i64 {found.width}",
-            )
+            rows = f.mul(first, module.padded(found.width))
+            to = (f"ptr {f.at(start, f.mul(strides[0], first))}", f"i64 {strides[0]}", f"i64 {strides[1]}")
+            size = (f"i64 {module.padded(found.width)}", f"i64 {f.sub(last, first)}", f"i64 {found.width}")
+            f.call(self._add_to(fresh=fresh), *to, f"ptr {f.at(source, rows)}", *size)
+            with f.when("halved", self._halved):
+                other = f.at(f.at(source, self._bytes(found)), rows)
+                f.call(self._add_to(fresh=False), *to, f"ptr {other}", *size)
 
     def _add_to(self, *, fresh: bool) -> str:
         """The function that adds rows of our own to a caller's matrix, or stores them in a ``fresh`` one.

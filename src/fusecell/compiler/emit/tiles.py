@@ -8,6 +8,7 @@ each element by one FMA per k, and stored again: whatever the tile, an element's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ def budget(target: Target, dtype: str) -> int:
     spare = target.registers // 4
     return max(1, (target.registers - spare) // max(1, registers_each))
 
+
+_Ahead = Callable[[Function, Value], str]
 
 # The rows from which a tile has loads to spare for asking for memory in advance, and the bytes that come with each.
 _ENOUGH_ROWS = 4
@@ -118,36 +121,38 @@ def tile_name(module: Module, rows: int, products: int, blocks: int, known: Know
         row: Value = "%a.row" if known.row is None else known.row
         panel_block: Value = "%panel.block" if known.depth is None else known.depth * panel_k
         walk = _Walk(row, module.bytes, "%panel", panel_block, panel_k, module.block)
-        _tile(f, walk, rows, products, blocks, _next_panel if rows >= _ENOUGH_ROWS else None)
+        _Tile(f, walk, rows, products, blocks, _next_panel if rows >= _ENOUGH_ROWS else None).write()
     return name
 
 
 def outer_name(module: Module, rows: int, blocks: int) -> str:
     """The tile of a sum over rows, emitted on first use: ``rows`` features of one value by ``blocks`` of another.
 
-    It takes the accumulators and the bytes between their rows, the two values and the bytes between the rows of each,
-    and how many rows to add.
+    It takes the accumulators and the two values; the bytes between the rows of each, how many rows to add; how many
+    such runs of rows there are, and the bytes from one to the next of each value.
     """
     name = f"outer.{rows}x{blocks}"
     if name not in module.made:
         module.made.add(name)
-        head = ("ptr noalias %acc", "i64 %acc.row", "ptr %a", "i64 %a.k", "ptr %b", "i64 %b.k", "i64 %depth")
+        numbers = ("%acc.row", "%a.k", "%b.k", "%depth", "%runs", "%a.run", "%b.run")
+        head = ("ptr noalias %acc", "ptr %a", "ptr %b", *(f"i64 {number}" for number in numbers))
         f = Function(module, name, *head)
         f.comment(f"{rows} features x {blocks} blocks of {LANES} features")
         walk = _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k", module.bytes)
-        _tile(f, walk, rows, 1, blocks, _next_sums(rows) if rows >= _ENOUGH_ROWS else None)
+        tile = _Tile(f, walk, rows, 1, blocks, _next_sums(rows) if rows >= _ENOUGH_ROWS else None)
+        tile.write(runs=("%a.run", "%b.run"))
     return name
 
 
-def _next_panel(f: Function) -> str:
-    return f.at("%ahead", f.mul("%k", "%ahead.k"), "ahead")
+def _next_panel(f: Function, turn: Value) -> str:
+    return f.at("%ahead", f.mul(turn, "%ahead.k"), "ahead")
 
 
-def _next_sums(rows: int) -> Callable[[Function], str]:
+def _next_sums(rows: int) -> _Ahead:
     """The accumulators of the tile below, a line for every k: eight rows of them, then what is right of it."""
 
-    def line(f: Function) -> str:
-        row, right = f.let("row", "and i64 %k, 7"), f.let("right", "lshr i64 %k, 3")
+    def line(f: Function, turn: Value) -> str:
+        row, right = f.let("row", f"and i64 {turn}, 7"), f.let("right", f"lshr i64 {turn}, 3")
         below = f.at("%acc", f.mul("%acc.row", f.add(row, rows)), "below")
         return f.at(below, f.mul(right, LINE), "ahead")
 
@@ -166,46 +171,74 @@ class _Walk:
     align: int
 
 
-def _tile(
-    f: Function, walk: _Walk, rows: int, products: int, blocks: int, ahead: Callable[[Function], str] | None
-) -> None:
-    """Loads, multiply-adds over all k, stores; ``ahead`` is memory that is asked for meanwhile, a line for every k."""
-    block = f.module.block
-    keys = [(r, p, b) for r in range(rows) for p in range(products) for b in range(blocks)]
-    acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(rows)]
-    where = {(r, p, b): f.at(acc_rows[r], (p * blocks + b) * block) for r, p, b in keys}
-    sums = [f.load(where[key], f"first.{_label(key)}", block) for key in keys]
-    names = [f"c.{_label(key)}" for key in keys]
-    own_rows = [f.mul(walk.row, r) for r in range(rows)]
-    own_blocks = [f.mul(walk.block, b) for b in range(blocks)]
-    with f.loop_carrying("k", 0, "%depth", sums, some=True, names=names) as (k, carried):
-        # Constant distances go last: they become part of the instruction's address.
-        a_here, panel_here = f.at("%a", f.mul(k, walk.k), "a.k"), f.at(walk.panel, f.mul(k, walk.panel_k), "panel.k")
-        if ahead is not None:
-            f.prefetch(ahead(f))
+@dataclass
+class _Tile:
+    """The body of a tile's function: loads, multiply-adds over all k, stores.
 
-        def weight(p: int, b: int) -> str:
-            row = f.at(panel_here, own_blocks[b], f"panel.b{b}")
-            return f.load(f.at(row, p * block), f"w{p}.{b}", walk.align)
+    Attributes:
+        ahead: memory that is asked for meanwhile, a line for every k.
+    """
 
-        def number(r: int) -> str:
-            return f.load_splat(f.at(a_here, own_rows[r], f"a.r{r}"), f"a{r}")
+    f: Function
+    walk: _Walk
+    rows: int
+    products: int
+    blocks: int
+    ahead: _Ahead | None
 
-        # The fewer of the two operands stay in registers, the others come one by one.
-        columns = [(p, b) for b in range(blocks) for p in range(products)]
-        if rows < len(columns):
-            numbers = [number(r) for r in range(rows)]
-            pairs = ((r, p, b, numbers[r], w) for p, b in columns for w in (weight(p, b),) for r in range(rows))
+    def write(self, runs: tuple[Value, Value] | None = None) -> None:
+        """All of it; ``runs``: k goes on in runs, so many bytes from one to the next of %a and of the other."""
+        f, block = self.f, self.f.module.block
+        axes = (range(self.rows), range(self.products), range(self.blocks))
+        self._keys = list(itertools.product(*axes))
+        acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(self.rows)]
+        where = [f.at(acc_rows[r], (p * self.blocks + b) * block) for r, p, b in self._keys]
+        sums = [f.load(place, f"first.{_label(key)}", block) for key, place in zip(self._keys, where, strict=True)]
+        if runs is None:
+            sums = self._multiply(sums, "%a", self.walk.panel, 0)
         else:
-            vectors = {(p, b): weight(p, b) for p, b in columns}
-            pairs = ((r, p, b, a, vectors[p, b]) for r in range(rows) for a in (number(r),) for p, b in columns)
-        places = {key: place for place, key in enumerate(keys)}
-        for r, p, b, a, w in pairs:
-            key = (r, p, b)
-            carried[places[key]] = f.fma(a, w, carried[places[key]], f"n.{_label(key)}")
-    for key, value in zip(keys, carried, strict=True):
-        f.store(value, where[key], block)
-    f.end()
+            names = [f"run.{_label(key)}" for key in self._keys]
+            with f.loop_carrying("run", 0, "%runs", sums, some=True, names=names) as (run, carried):
+                a, other = f.at("%a", f.mul(run, runs[0])), f.at(self.walk.panel, f.mul(run, runs[1]))
+                carried[:] = self._multiply(carried[:], a, other, f.mul(run, "%depth"))
+            sums = carried
+        for place, value in zip(where, sums, strict=True):
+            f.store(value, place, block)
+        f.end()
+
+    def _multiply(self, sums: list[str], a: str, panel: str, turn: Value) -> list[str]:
+        """The loop over k; ``turn`` counts those before."""
+        f, walk = self.f, self.walk
+        names = [f"c.{_label(key)}" for key in self._keys]
+        own_rows = [f.mul(walk.row, r) for r in range(self.rows)]
+        own_blocks = [f.mul(walk.block, b) for b in range(self.blocks)]
+        with f.loop_carrying("k", 0, "%depth", sums, some=True, names=names) as (k, carried):
+            # Constant distances go last: they become part of the instruction's address.
+            a_here, panel_here = f.at(a, f.mul(k, walk.k), "a.k"), f.at(panel, f.mul(k, walk.panel_k), "panel.k")
+            if self.ahead is not None:
+                f.prefetch(self.ahead(f, f.add(k, turn)))
+
+            def weight(p: int, b: int) -> str:
+                row = f.at(panel_here, own_blocks[b], f"panel.b{b}")
+                return f.load(f.at(row, p * f.module.block), f"w{p}.{b}", walk.align)
+
+            def number(r: int) -> str:
+                return f.load_splat(f.at(a_here, own_rows[r], f"a.r{r}"), f"a{r}")
+
+            # The fewer of the two operands stay in registers, the others come one by one.
+            columns = [(p, b) for b in range(self.blocks) for p in range(self.products)]
+            rows = range(self.rows)
+            if self.rows < len(columns):
+                numbers = [number(r) for r in rows]
+                pairs = ((r, p, b, numbers[r], w) for p, b in columns for w in (weight(p, b),) for r in rows)
+            else:
+                vectors = {(p, b): weight(p, b) for p, b in columns}
+                pairs = ((r, p, b, each, vectors[p, b]) for r in rows for each in (number(r),) for p, b in columns)
+            places = {key: place for place, key in enumerate(self._keys)}
+            for r, p, b, value, w in pairs:
+                place = places[r, p, b]
+                carried[place] = f.fma(value, w, carried[place], f"n.{_label((r, p, b))}")
+        return carried
 
 
 def _label(key: tuple[int, int, int]) -> str:
