@@ -3,6 +3,8 @@
 The bound of a shape of several rows is the time of its multiply-adds at the rate of a tile in L1, and that of the same
 kernel without its products: what its activations, loads and stores take alone. Of one row it is the time in which the
 weights of the loop come from L2, with the multiply-adds of what is outside the loop.
+
+A second table has cells at one size, the built-in GRU first: what an operation of each takes, in GRU's time for one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from dataclasses import dataclass
 from benchmarks.machine import bind
 from benchmarks.shapes import SHAPES, Shape
 
-__all__ = ["Bound", "bound", "main"]
+__all__ = ["Bound", "bound", "machine_limits", "main", "without_products"]
+
+OWN = "own"
+"""The name of a cell that no part of the compiler was made for."""
+CELLS_AT_ONE_SIZE = tuple(Shape(cell, 100, 32, 128, 256) for cell in ("gru", "leaky", "ligru", "gru_layer_norm", OWN))
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,13 @@ class Bound:
     multiply_adds: float
     epilogue: float
     weights: float
+    macs: int
+    """Multiply-adds of a row's step."""
+
+    @property
+    def rate(self) -> float:
+        """Billions of operations a second, of which a multiply-add is two."""
+        return 2e-3 * self.macs * self.shape.batch / self.kernel
 
     @property
     def share(self) -> float:
@@ -49,25 +62,30 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     """
     import torch
 
+    from benchmarks.own_cell import FastSlowCell
     from fusecell.cells import CELLS
     from fusecell.compiler.runner import find_program
     from fusecell.compiler.trace import Refusal
 
-    cell = next(each for each in CELLS if each.name == shape.cell).make(shape.inputs, shape.hidden)
+    makers = {OWN: FastSlowCell} | {each.name: each.make for each in CELLS}
+    cell = makers[shape.cell](shape.inputs, shape.hidden)
     x = torch.randn(shape.steps, shape.batch, shape.inputs)
     program = find_program(cell, (x,))
     assert not isinstance(program, Refusal)
     kernel, loop = program.kernel, program.kernel.loop_macs
     weights = [value.detach() for value in program.traced.weights.values(cell)]
     whole = _time(kernel, kernel.emitted.text, x, weights, cell, seconds)
-    bare = _time(kernel, _without_products(kernel.emitted.text), x, weights, cell, seconds)
+    bare = _time(kernel, without_products(kernel.emitted.text), x, weights, cell, seconds)
     macs = kernel.macs - loop if shape.batch == 1 else kernel.macs
     scale = 1e6 / shape.steps
-    return Bound(shape, whole * scale, 2e6 * macs * shape.batch / flops, bare * scale, 4e6 * loop / l2)
+    return Bound(shape, whole * scale, 2e6 * macs * shape.batch / flops, bare * scale, 4e6 * loop / l2, kernel.macs)
 
 
-def _without_products(text: str) -> str:
-    return re.sub(r"  call void @tile\.[^\n]*\n", "", text)
+def without_products(text: str) -> str:
+    """A kernel's text whose tiles are not called."""
+    bare, count = re.subn(r"  call void %tile[^\n]*\n", "", text)
+    assert count, "no tile is called in the kernel's text"
+    return bare
 
 
 def _time(kernel: object, text: str, x: object, weights: Sequence[object], cell: object, seconds: float) -> float:
@@ -121,12 +139,12 @@ def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, second
     import numpy as np
 
     from fusecell.compiler.emit.text import Function, Module
-    from fusecell.compiler.emit.tiles import tile_name
+    from fusecell.compiler.emit.tiles import KnownWalk, tile_name
     from fusecell.compiler.machine import load
     from fusecell.compiler.target import host_target
 
     module = Module("limits", "f32", host_target())
-    name = tile_name(module, rows, products, blocks)
+    name = tile_name(module, rows, products, blocks, KnownWalk())
     f = Function(module, "run", "ptr %acc", "ptr %a", "ptr %panels", "i64 %times", exported=True)
     size = depth * products * module.block
     with f.loop("time", 0, "%times"), f.loop("panel", 0, panels) as panel:
@@ -166,6 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         l2_column = f"{found.weights:.3g}" if shape.batch == 1 else ""
         cells = (f"{found.kernel:.3g}", f"{found.multiply_adds:.3g}", f"{found.epilogue:.3g}", l2_column)
         print(f"| {shape.name} | {' | '.join(cells)} | {found.share:.0%} |", flush=True)
+    if options.only is None:
+        at_one_size = [bound(shape, flops, l2, options.seconds) for shape in CELLS_AT_ONE_SIZE]
+        print("\n| cell T/N/I/H | kernel | of which activations, moves | GFLOP/s | an operation, in GRU's |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        for each in at_one_size:
+            times = (f"{each.kernel:.3g}", f"{each.epilogue:.3g}", f"{each.rate:.0f}")
+            print(f"| {each.shape.name} | {' | '.join(times)} | {at_one_size[0].rate / each.rate:.2f} |")
 
 
 def pick_inference(only: str | None) -> Sequence[Shape]:

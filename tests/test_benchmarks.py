@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 
 import fusecell as fc
-from benchmarks import overhead, plot, report
+from benchmarks import limits, overhead, plot, report
 from benchmarks.clock import Timing, take_turns
 from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, PEERS, TORCH, Peer, installed
@@ -213,3 +213,14 @@ def test_overhead_is_what_kernels_leave_of_a_call():
         assert all(0 < inside < whole for whole, inside in overhead.inside_kernels(timed[name], least=3))
         assert overhead.above_kernels(timed[name], seconds=0.0)[1] > 0
     assert {inside for _, inside in overhead.inside_kernels(timed["a step, torch.nn"], least=3)} == {0.0}
+
+
+def test_limits_of_a_kernel():
+    """Without its products a kernel takes less; a cell of one's own is measured like a built-in one."""
+    flops, l2 = limits.machine_limits(seconds=0.02)
+    assert min(flops, l2) > 1e9
+    for cell in ("gru", limits.OWN):
+        found = limits.bound(Shape(cell, 20, 24, 70, 130), flops, l2, seconds=0.05)
+        assert 0 < found.epilogue < found.kernel
+        assert found.rate == pytest.approx(2e-3 * found.macs * 24 / found.kernel)
+    assert found.macs == 70 * 2 * 130 + 3 * 130 * 130
