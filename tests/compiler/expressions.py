@@ -7,7 +7,9 @@ UNARY = (
     *(f"torch.{name}({{a}})" for name in ("erfc", "floor", "ceil", "trunc")),
     *(f"F.{name}({{a}})" for name in ("relu", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "softplus")),
     *(f"F.{name}({{a}})" for name in ("hardtanh", "hardsigmoid", "hardswish", "mish", "softsign", "logsigmoid")),
-    *(f"F.{name}({{a}})" for name in ("tanhshrink", "hardshrink", "softshrink", "relu6")),
+    *(f"F.{name}({{a}})" for name in ("hardshrink", "softshrink", "relu6")),
+    # Of a small number, tanhshrink is the rounding of tanh and nothing else.
+    "F.tanhshrink({a} + 1)",
     *(f"torch.{name}({{a}}.abs() + 1)" for name in ("log", "log1p", "sqrt", "rsqrt", "reciprocal", "log2", "log10")),
     *(f"torch.{name}(torch.tanh({{a}}))" for name in ("exp", "exp2", "expm1", "tan")),
     "F.gelu({a}, approximate='tanh')",
