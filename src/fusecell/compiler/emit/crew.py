@@ -20,8 +20,6 @@ __all__ = ["ROWS_EACH", "WORK", "Crew", "emit_entries", "emit_meet"]
 WORK = ("ptr %given", "i64 %me", "i64 %crew", "ptr %gate")
 ROWS_EACH = 4
 """Rows of a thread from which rows are parted: half a tile, but nobody waits for anybody."""
-_ROWS_OF_HALVES = 16
-"""Rows from which sums by halves cost one thread little."""
 _ROWS_EACH_LARGE = 32
 """The same where the weights of the loop exceed a core's cache: columns part them, rows don't."""
 _LARGE = 1 << 20
@@ -40,6 +38,10 @@ class Crew:
         rows: of the call.
         counts: the address of how many rows take part in each step, if that differs.
         loop_bytes: of the weights that every step reads.
+
+    Attributes:
+        regular: whether all rows take part in every step.
+        rows_each: how many rows of a thread it takes for rows to be parted.
     """
 
     def __init__(self, f: Function, rows: Value, counts: str, loop_bytes: int) -> None:
@@ -47,12 +49,10 @@ class Crew:
         self._met = f.let("met", "alloca i64")
         f.store_int(0, self._met)
         self.several = f.let("is.crew", "icmp sgt i64 %crew, 1")
-        regular = f.let("is.regular", f"icmp eq ptr {counts}, null")
-        each = ROWS_EACH if loop_bytes <= _LARGE else _ROWS_EACH_LARGE
-        enough = f.let("is.enough", f"icmp sge i64 {rows}, {f.mul('%crew', each)}")
-        enough_for_two = f.let("is.enough.for.two", f"icmp sge i64 {rows}, {max(2 * each, _ROWS_OF_HALVES)}")
-        self.two_can_part = f.let("two.can.part", f"and i1 {regular}, {enough_for_two}")
-        can = f.let("can.part", f"and i1 {regular}, {enough}")
+        self.regular = f.let("is.regular", f"icmp eq ptr {counts}, null")
+        self.rows_each = ROWS_EACH if loop_bytes <= _LARGE else _ROWS_EACH_LARGE
+        enough = f.let("is.enough", f"icmp sge i64 {rows}, {f.mul('%crew', self.rows_each)}")
+        can = f.let("can.part", f"and i1 {self.regular}, {enough}")
         self.rowwise = f.let("is.rowwise", f"and i1 {self.several}, {can}")
         self.columns = f.let("is.columns", f"xor i1 {self.rowwise}, {self.several}")
         whole = f.let("is.whole", f"xor i1 {self.rowwise}, true")

@@ -110,13 +110,12 @@ class Layout:
         self.saved = plan.saved()
         words += [f"{buffer.name}.ptr" for buffer in self.saved]
         self.given = tuple(words)
-        self.sizes = self._sizes(module, plan, panels)
         self.halves = sum_halves(module, plan)
+        self.sizes = self._sizes(module, plan, panels)
         self.words = (*words, *(f"at.{name}" for name in (*self.sizes, *(buffer.name for buffer in self.saved))))
         self._index = {name: index for index, name in enumerate(self.words)}
 
-    @staticmethod
-    def _sizes(module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
+    def _sizes(self, module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
         sizes = {
             "order": Size(fixed=64, per_row=8),
             "starts": Size(fixed=64, per_chunk_step=8),
@@ -129,10 +128,9 @@ class Layout:
             sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
         for buffer in plan.buffers():
             sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
-        halves = sum_halves(module, plan)
         for found in plan.sums:
             for name in (found.part, found.total):
-                sizes[name] = Size(fixed=halves * found.height * module.padded(found.width))
+                sizes[name] = Size(fixed=self.halves * found.height * module.padded(found.width))
         return {name: size + Size(fixed=slack(module)) for name, size in sizes.items()}
 
     @property

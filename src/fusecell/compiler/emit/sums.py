@@ -3,8 +3,9 @@
 Rows are taken in the order in which the steps run, in blocks of 512: a block is added up row by row, then added to
 the total. So a sum has the same bits however the steps are cut into chunks, and long ones stay accurate.
 
-Where a crew of two would part the rows of a call, each half of them is summed apart, whoever does it, and the halves
-are added at the end: then each of two threads sums the rows that it has just written, which are in its own cache.
+Where a crew of two would part the rows of a call, and there are enough, each half of them is summed apart, whoever
+does it, in blocks of as many whole steps as have 512 rows of a half; the halves are added at the end. Then each of two
+threads sums the rows that it has just written, which are in its own cache.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from fusecell.compiler.plan import Plan, Sum
 __all__ = ["BLOCK", "SumEmitter"]
 
 BLOCK = 512
+# The rows from which sums by halves cost one thread little.
+_ENOUGH_FOR_HALVES = 16
 # So many rows of an operand's tile stay in L1 while it meets all of the other operand.
 _STRETCH = 128
 _GIVEN = (
@@ -75,8 +78,9 @@ class SumEmitter:
     def _part_halves(self, f: Function, crew: Crew, few: str) -> None:
         """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these."""
         many = f.let("are.many", f"xor i1 {few}, true")
-        can = many if self.layout.halves == 2 else "false"
-        self._halved = f.let("is.halved", f"and i1 {can}, {crew.two_can_part}")
+        can = f.let("can.halve", f"and i1 {crew.regular}, {many if self.layout.halves == 2 else 'false'}")
+        least = max(2 * crew.rows_each, _ENOUGH_FOR_HALVES)
+        self._halved = f.let("is.halved", f"and i1 {can}, {f.let('is.enough', f'icmp sge i64 {crew.rows}, {least}')}")
         two = f.let("are.two", f"and i1 {f.let('is.pair', 'icmp eq i64 %crew, 2')}, {crew.rowwise}")
         self._private = private = f.let("is.private", f"and i1 {two}, {self._halved}")
         self._shared = f.let("is.shared.sum", f"xor i1 {private}, {crew.several}")
@@ -101,10 +105,10 @@ class SumEmitter:
         ahead = f.let("ahead", f"select i1 {backwards}, i64 -1, i64 1")
         row_step = f.let("row.step", f"select i1 {halved}, i64 1, i64 {ahead}")
         blocks = f.let("most.blocks", f"udiv i64 {units}, {most}")
-        middle = f.let("middle", f"lshr i64 {crew.rows}, 1")
+        middle, odd = f.let("middle", f"lshr i64 {crew.rows}, 1"), f.let("odd", f"and i64 {crew.rows}, 1")
         with f.loop("half", self._from, self._to) as half:
             filled_at, begins = f.at(self._filled, f.mul(half, 8)), f.mul(half, middle)
-            size = f.sub(f.add(middle, f.mul(half, crew.rows)), f.mul(f.mul(half, middle), 2), "half.rows")
+            size = f.add(middle, f.mul(half, odd), "half.rows")
             f.store_int(0, self._done)
             with f.loop("turn", 0, f.add(blocks, 2)):
                 done, filled = f.load_int(self._done, "done"), f.load_int(filled_at, "filled")

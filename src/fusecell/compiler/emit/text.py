@@ -78,12 +78,11 @@ class Function:
         name: str,
         *params: str,
         exported: bool = False,
-        inline: bool = False,
         moves_buffers: bool = False,
     ) -> None:
         self.module, self.moves_buffers = module, moves_buffers
         linkage = "" if exported else "internal "
-        kind = "alwaysinline " if inline else "" if exported else "noinline "
+        kind = "" if exported else "noinline "
         self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
         self._lines = ["entry:"]
         self._used = {"entry", *(param.rpartition("%")[2] for param in params)}
@@ -193,8 +192,6 @@ class Function:
 
     def share(self, count: Value, me: Value, crew: Value) -> tuple[Value, Value]:
         """Of so many things those that are for one of a crew: from, to. All, without a division, where it is alone."""
-        if crew == 1:
-            return 0, count
         found: tuple[Value, Value] = self._once(f"share {count}, {me}, {crew}", lambda: self._share(count, me, crew))
         return found
 
