@@ -150,7 +150,7 @@ def _optimise(module: Any, machine: Any) -> None:
     """The few passes that the text needs before code is made of it.
 
     The emitter has chosen vectors, register tiles, the shape of loops and where values are kept, and computes nothing
-    twice; the whole of LLVM's pipeline took as long as making the code, which was at most a little faster (docs/performance.md).
+    twice; the whole of LLVM's pipeline took as long as making the code, which was at most a little faster.
     """
     passes = binding.create_new_module_pass_manager()
     passes.add_always_inliner_pass()
