@@ -139,6 +139,7 @@ def test_second_order_is_of_what_the_forward_was(kind, x):
         close(mine, loop)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
 def test_third_order_and_torchs_own_helpers(x):
     torch.manual_seed(9)
     layer, short = fc.Recurrent(fc.LSTMCell(5, 3)).double(), x[:2, :1]
