@@ -82,6 +82,56 @@ def test_bits_do_not_depend_on_batch_chunks_or_layout(name, monkeypatch):
     assert torch.equal(run(cell, x)[0], y)
 
 
+class PartsCell(fc.Cell):
+    """Reads its input whole, a part that begins at a whole vector, and, asked to, one that doesn't."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__(32, 40)
+        self.whole, self.part = nn.Linear(32, 40), nn.Linear(16, 40)
+        self.recurrent, self.start = nn.Linear(40, 40), 9 if odd else 16
+
+    def step(self, x, state):
+        (h,) = state
+        pre = self.whole(x) + self.part(x[:, self.start : self.start + 16].square()) + self.recurrent(h)
+        new = torch.tanh(pre) - x.mean(1, keepdim=True)
+        return new, (new,)
+
+
+@pytest.mark.parametrize("rows", [1, 13, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "cell", [fc.GRUCell(32, 19), PartsCell(odd=False), PartsCell(odd=True)], ids=["gru", "", "odd"]
+)
+def test_an_input_is_read_where_it_is_or_gathered(cell, dtype, rows, monkeypatch):
+    """Rows that follow one another are not copied before they are multiplied: the bits are those of any others."""
+    cell = copy.deepcopy(cell).to(dtype)
+    x = torch.randn(9, rows, 32, dtype=dtype)
+    weight = torch.randn_like(x[..., :1])
+
+    def all_of(x):
+        leaf = x.detach().requires_grad_()
+        y = fc.scan(cell, leaf)[0]
+        return [run(cell, x)[0], y.detach(), *torch.autograd.grad((y * weight).sum(), [leaf, *cell.parameters()])]
+
+    behind = torch.randn(9 * rows * 32 + 64, dtype=dtype)[1 : 1 + x.numel()].view(x.shape).copy_(x)
+    between_rows = torch.randn(9, rows, 48, dtype=dtype)[..., :32].copy_(x)
+    between_steps = torch.randn(18, rows, 32, dtype=dtype)[::2].copy_(x)
+    by_row = x.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = all_of(x)
+    for chunk in (kernel.CHUNK_BYTES, 1):
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        fc.refresh()
+        for other in (x, behind, between_rows, between_steps, by_row):
+            assert all(map(torch.equal, all_of(other), expected))
+    one_step = x[:1].expand(9, -1, -1)
+    assert torch.equal(run(cell, one_step)[0], run(cell, one_step.contiguous())[0])
+    with fc.runner("eager"):
+        eager = all_of(x)
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-12
+    for mine, loop in zip(expected, eager, strict=True):
+        torch.testing.assert_close(mine, loop, rtol=tolerance, atol=tolerance)
+
+
 @given(
     name=st.sampled_from(NAMES),
     rows=st.integers(1, 20),

@@ -67,9 +67,9 @@ def run(
     """
     if ragged is not None:
         kernel.give_ragged(block, ragged.order, ragged.counts, ragged.offsets)
-    scratch = _scratch(kernel.scratch_bytes(steps, rows))
-    chunk = kernel.fill(block, steps, rows, reverse, scratch.data_ptr())
     threads = crew_size(kernel, steps, rows)
+    scratch = _scratch(kernel.scratch_bytes(steps, rows, threads))
+    chunk = kernel.fill(block, steps, rows, reverse, scratch.data_ptr())
     if check.ENABLED:
         theirs, position = extents(kernel, block, steps, rows), kernel.words.positions
         check.checked_run(
@@ -132,11 +132,11 @@ class Ready:
         self._block, self._place = block, kernel.words.sizes[4]
         self._alone = kernel.short if kernel.macs * steps * rows < SHORT_CALL else kernel.long
         self._wants_crew = wants_crew(kernel, steps, rows)
-        self._size = kernel.scratch_bytes(steps, rows)
-        self._unread = []
+        self._unread, here = [], 0
         for place, size in unread:
-            self._unread.append((place, self._size))
-            self._size += -(-size // ALIGNED) * ALIGNED
+            self._unread.append((place, here))
+            here += -(-size // ALIGNED) * ALIGNED
+        self._before, self._size = here, here + kernel.scratch_bytes(steps, rows)
 
     def block(self) -> array[int]:
         """A block for one call."""
@@ -144,21 +144,23 @@ class Ready:
 
     def run(self, block: array[int]) -> None:
         """Run the kernel over a block that has all addresses of the caller's tensors."""
+        steps, rows, _ = self._call
+        threads = crew_size(self.kernel, steps, rows) if self._wants_crew else 1
+        size = self._size if threads == 1 else self._before + self.kernel.scratch_bytes(steps, rows, threads)
         scratch, kept = _memory.address, None
-        if self._size > _memory.size:
-            kept = _scratch(self._size)
+        if size > _memory.size:
+            kept = _scratch(size)
             scratch = _aligned(kept)
         for place, offset in self._unread:
             block[place] = scratch + offset
         if check.ENABLED:
             run(self.kernel, block, *self._call)
             return
-        block[self._place] = scratch
-        if self._wants_crew:
-            steps, rows, _ = self._call
-            start(self.kernel, block.buffer_info()[0], steps, rows, crew_size(self.kernel, steps, rows))
-        else:
+        block[self._place] = scratch + self._before
+        if threads == 1:
             self._alone(block.buffer_info()[0])
+        else:
+            start(self.kernel, block.buffer_info()[0], steps, rows, threads)
         del kept
 
 

@@ -169,9 +169,9 @@ class Kernel:
         least = -(-(SUM_ROWS if self.words.sums else PANEL_ROWS) // rows) if size.fixed > LARGE else 1
         return max(1, min(steps, max(least, fitting)))
 
-    def scratch_bytes(self, steps: int, rows: int) -> int:
+    def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
         """What a call needs, and room to align it."""
-        return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows)) // 64) * 64 + 64
+        return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads) // 64) * 64 + 64
 
     def fill(
         self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int, chunk: int | None = None

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from fusecell.compiler.emit.layout import Layout, row_address
 from fusecell.compiler.emit.text import LANES, Function, Value
 from fusecell.compiler.emit.values import VALUES, literal
 from fusecell.compiler.passes import affine_parts
-from fusecell.compiler.plan import Place, Plan, Stage
+from fusecell.compiler.plan import Buffer, Place, Plan, Stage
 
-__all__ = ["Body", "join_lanes", "partials"]
+__all__ = ["Body", "epilogue_roots", "join_lanes", "own_rows", "partials", "reads"]
 
 
 def partials(stage: Stage) -> str:
     """The buffer of a stage's partial reductions."""
     return f"partials.{stage.name}"
+
+
+def own_rows(f: Function, layout: Layout, buffer: Buffer, slot: Value) -> tuple[str, Value, bool]:
+    """Where a buffer's rows are, for a function that takes what every function of a stage takes."""
+    return row_address(f, layout, f.module, buffer, t="%t", base="%base", kept="%kept", slot=slot)
+
+
+def epilogue_roots(plan: Plan, stage: Stage) -> list[int]:
+    """The values that the epilogue of a stage stores, or reduces."""
+    return [*stage.stores, *(plan.graph[index].args[0] for index in stage.reductions)]
+
+
+def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Place]:
+    """Every place that computing ``roots`` reads, in an order that doesn't change from run to run.
+
+    Arguments:
+        local: values that are computed, not read.
+    """
+    found: dict[Place, None] = {}
+    seen: set[int] = set()
+    stack = list(roots)
+    while stack:
+        index = stack.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        place = None if index in local else plan.place(index, stage.phase)
+        if place is not None:
+            found[place] = None
+        elif plan.graph[index].op != "affine":
+            stack.extend(plan.graph[index].args)
+    return list(found)
 
 
 class Body:
@@ -44,7 +76,7 @@ class Body:
         self.local = set(local)
         self._known: dict[int, str] = {}
         self._masks: dict[int, str] = {}
-        self._reads = {place: self._base(place, "%slot") for place in self._places(roots)}
+        self._reads = {place: self._base(place, "%slot") for place in reads(plan, stage, roots, self.local)}
         stores = list(stores)
         after: Value = 0
         if any(place.buffer.scope == "state" for place in stores):
@@ -56,27 +88,10 @@ class Body:
     # Where things are.
 
     def _base(self, place: Place, slot: Value) -> tuple[str, Value, bool]:
-        return row_address(self.f, self.layout, self.module, place.buffer, t="%t", base="%base", slot=slot)
+        return own_rows(self.f, self.layout, place.buffer, slot)
 
     def _by_order(self) -> bool:
         return any(ordered for _, _, ordered in (*self._reads.values(), *self._writes.values()))
-
-    def _places(self, roots: Iterable[int]) -> list[Place]:
-        """Every place that computing ``roots`` reads, in an order that doesn't change from run to run."""
-        found: dict[Place, None] = {}
-        seen: set[int] = set()
-        stack = list(roots)
-        while stack:
-            index = stack.pop()
-            if index in seen:
-                continue
-            seen.add(index)
-            place = None if index in self.local else self.plan.place(index, self.stage.phase)
-            if place is not None:
-                found[place] = None
-            elif self.plan.graph[index].op != "affine":
-                stack.extend(self.plan.graph[index].args)
-        return list(found)
 
     # The loops.
 

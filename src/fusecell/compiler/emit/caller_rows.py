@@ -1,12 +1,17 @@
-"""Rows to and from the caller: states, resets, and what is read and made outside the loop."""
+"""Rows to and from the caller: states, resets, and what is read and made outside the loop.
+
+Where nothing says otherwise the rows of a chunk's buffers are those of its steps, one step after the other. ``apart``,
+each of a crew has a place of its own in them: with rows of others between its own, a core would fetch those in advance,
+out of the caches of the cores that write them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from fusecell.compiler.emit.crew import Crew
-from fusecell.compiler.emit.layout import Layout
-from fusecell.compiler.emit.text import Function, Module, Value
+from fusecell.compiler.emit.layout import ALIGNED, Layout
+from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.plan import Place, Plan
 
 __all__ = ["CallerRows"]
@@ -18,7 +23,8 @@ class CallerRows:
     def __init__(self, module: Module, layout: Layout, plan: Plan, f: Function, crew: Crew, rows: Value) -> None:
         self.module, self.layout, self.plan, self.f, self.crew, self.rows = module, layout, plan, f, crew, rows
         self.order = layout.buffer(f, "order")
-        self._total = f.let("total.at", "alloca i64")
+        self._total, self._base = f.let("total.at", "alloca i64"), f.let("own.base", "alloca i64")
+        self._in_place: dict[int, tuple[str, str]] = {}
 
     def alive(self, t: Value) -> str:
         """How many rows take part in a step."""
@@ -41,18 +47,33 @@ class CallerRows:
             f.store_int(n, f.at(self.order, f.mul(n, 8)))
 
     def starts(self, low: str, steps: Value) -> str:
-        """The first row of each of the chunk's steps in the chunk's buffers; returns their number in all."""
+        """How many rows a chunk has; where their number differs, note at which of them each of its steps begins."""
         f = self.f
         starts = self.layout.buffer(f, "starts")
-        total = self._total
-        f.store_int(0, total)
-        f.store_int(0, starts)
-        with f.loop("p", 0, steps) as p:
-            count = self.alive(f.add(low, p))
-            after = f.add(f.load_int(total, "start"), count)
-            f.store_int(after, total)
-            f.store_int(after, f.at(starts, f.mul(f.add(p, 1), 8)))
-        return f.load_int(total, "total")
+        f.store_int(f.mul(steps, self.rows), self._total)
+        with f.when("ragged", f.let("is.ragged", f"xor i1 {self.crew.regular}, true")):
+            f.store_int(0, self._total)
+            f.store_int(0, starts)
+            with f.loop("p", 0, steps) as p:
+                count = self.alive(f.add(low, p))
+                after = f.add(f.load_int(self._total, "start"), count)
+                f.store_int(after, self._total)
+                f.store_int(after, f.at(starts, f.mul(f.add(p, 1), 8)))
+        return f.load_int(self._total, "total")
+
+    def bases(self, p: Value, steps: Value) -> tuple[str, str]:
+        """Where the rows of a chunk's step ``p``, counted from the call's first, begin.
+
+        Returns:
+            In the chunk's buffers, and in what is saved of the chunk, which lies as the caller's rows do.
+        """
+        f, crew = self.f, self.crew
+        f.store_int(f.mul(p, self.rows), self._base)
+        noted = f.at(self.layout.buffer(f, "starts"), f.mul(p, 8))
+        saved = f.load_int(f.let("base.at", f"select i1 {crew.regular}, ptr {self._base}, ptr {noted}"), "saved.base")
+        own = f.sub(crew.last, crew.first, "own")
+        apart = f.add(f.mul(crew.first, f.sub(steps, 1)), f.mul(p, own), "apart.base")
+        return f.let("base", f"select i1 {crew.apart}, i64 {apart}, i64 {saved}"), saved
 
     def move_states(self, kind: str, start: Value, stop: Value, slot: Value) -> None:
         """``first``: read the states of rows that begin; ``last``: hand back those of rows that end."""
@@ -121,10 +142,56 @@ class CallerRows:
             f.do(f"store {module.scalar} {total}, ptr {other}, align {module.bytes}")
             f.do(f"store {module.scalar} 0.0, ptr {own}, align {module.bytes}")
 
-    def gather(self, low: str, steps: Value) -> None:
-        """Inputs of products outside the loop, brought into rows of the chunk."""
+    def find_in_place(self) -> None:
+        """Which of the inputs outside the loop lie in memory as they would in the chunk's buffers."""
+        f, layout = self.f, self.layout
+        together = f.let("is.together", f"xor i1 {self.crew.rowwise}, true")
+        regular = f.let("is.regular.whole", f"and i1 {together}, {self.crew.regular}")
         for index, buffer in self.plan.gathered.items():
-            self._exchange(f"in.{self.plan.graph[index].name}", Place(buffer), buffer.size, low, steps, gather=True)
+            if not self._has_whole_vectors(index):
+                continue
+            words, size = f"in.{self.plan.graph[index].name}", buffer.size * self.module.bytes
+            low_bits = f.let("low.bits", f"and i64 {layout.word(f, f'{words}.ptr')}, {ALIGNED - 1}")
+            fits = f.let("fits", f"and i1 {regular}, {f.let('is.aligned', f'icmp eq i64 {low_bits}, 0')}")
+            strides = (
+                (f"{words}.row", size, self.rows),
+                (f"{words}.step", f.mul(self.rows, size), layout.word(f, "steps")),
+            )
+            for word, wanted, count in strides:
+                same = f.let("is.so", f"icmp eq i64 {layout.word(f, word)}, {wanted}")
+                so = f.let("fits", f"or i1 {same}, {f.let('is.one', f'icmp sle i64 {count}, 1')}")
+                fits = f.let("fits", f"and i1 {fits}, {so}")
+            self._in_place[index] = fits, layout.buffer(f, buffer.name)
+
+    def _has_whole_vectors(self, index: int) -> bool:
+        """Whether no read of an input's rows goes beyond them, as that of a part of a vector does."""
+        graph = self.plan.graph
+        if graph[index].size % LANES:
+            return False
+        parts = {index}
+        for other, node in graph:
+            if node.op == "slice" and node.args[0] in parts:
+                parts.add(other)
+                if node.attrs["start"] % LANES:
+                    return False
+        return True
+
+    def gather(self, low: str, steps: Value) -> None:
+        """Inputs of products outside the loop, brought into rows of the chunk, or read where they are."""
+        f, layout = self.f, self.layout
+        for index, buffer in self.plan.gathered.items():
+            words = f"in.{self.plan.graph[index].name}"
+            in_place, _ = self._in_place.get(index, ("false", ""))
+            with f.when("in.place", in_place):
+                here = f.mul(low, layout.word(f, f"{words}.step"))
+                layout.place(f, buffer.name, f.at(layout.pointer(f, f"{words}.ptr"), here))
+            with f.when("gather", f.let("is.elsewhere", f"xor i1 {in_place}, true")):
+                self._exchange(words, Place(buffer), buffer.size, low, steps, gather=True)
+
+    def leave_in_place(self) -> None:
+        """The buffers are where they were: a caller may have given their places for many calls."""
+        for index, (_, own) in self._in_place.items():
+            self.layout.place(self.f, self.plan.gathered[index].name, own)
 
     def scatter(self, low: str, steps: Value) -> None:
         """Outputs computed outside the loop, brought to the caller's rows."""
@@ -138,12 +205,11 @@ class CallerRows:
         theirs, mine = self.layout.pointer(f, f"{words}.ptr"), self.layout.buffer(f, place.buffer.name)
         mine = f.at(mine, place.offset * module.bytes)
         step, apart = self.layout.word(f, f"{words}.step"), self.layout.word(f, f"{words}.row")
-        starts = self.layout.buffer(f, "starts")
         # Where rows are parted each takes its own of every step, else all of some steps.
         first, last = f.share(steps, self.crew.me, self.crew.crew)
         with f.loop("p", first, last) as p:
             t = f.add(low, p)
-            base = f.load_int(f.at(starts, f.mul(p, 8)), "base")
+            base, _ = self.bases(p, steps)
             start, stop = self.crew.own(0, self.alive(t))
             with f.loop("row", start, stop) as row:
                 caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")

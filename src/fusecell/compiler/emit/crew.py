@@ -42,6 +42,7 @@ class Crew:
     Attributes:
         regular: whether all rows take part in every step.
         rows_each: how many rows of a thread it takes for rows to be parted.
+        apart: whether each has a place of its own in the chunk's buffers.
     """
 
     def __init__(self, f: Function, rows: Value, counts: str, loop_bytes: int) -> None:
@@ -54,6 +55,7 @@ class Crew:
         enough = f.let("is.enough", f"icmp sge i64 {rows}, {f.mul('%crew', self.rows_each)}")
         can = f.let("can.part", f"and i1 {self.regular}, {enough}")
         self.rowwise = f.let("is.rowwise", f"and i1 {self.several}, {can}")
+        self.apart = self.rowwise
         self.columns = f.let("is.columns", f"xor i1 {self.rowwise}, {self.several}")
         whole = f.let("is.whole", f"xor i1 {self.rowwise}, true")
         # The share of the columns that this thread takes, and its own rows.

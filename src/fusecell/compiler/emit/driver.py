@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fusecell.compiler.emit.body import epilogue_roots, reads
 from fusecell.compiler.emit.caller_rows import CallerRows
 from fusecell.compiler.emit.crew import WORK, Crew
 from fusecell.compiler.emit.layout import Layout, Panel
@@ -19,6 +20,7 @@ from fusecell.compiler.emit.packing import pack_panel_name
 from fusecell.compiler.emit.stages import CALL
 from fusecell.compiler.emit.sums import SumEmitter
 from fusecell.compiler.emit.text import Function, Module, Value
+from fusecell.compiler.passes import affine_parts
 from fusecell.compiler.plan import Phase, Plan, Stage
 
 __all__ = ["emit_driver"]
@@ -39,14 +41,17 @@ class _Driver:
         backwards = layout.word(f, "reverse")
         self.reverse = f.let("backwards", f"icmp ne i64 {backwards}, 0")
         restore = _flush_denormals(f)
-        layout.place_buffers(f, self.rows, f.mul(self.rows, self.chunk, "chunk.rows"), self.chunk)
         sizes = (p.depth * len(p.weights) * self.module.padded(p.width) for p in self._panels("loop"))
         self.crew = Crew(f, self.rows, layout.pointer(f, "counts"), sum(sizes))
+        if self.plan.sums:
+            self.crew.apart = self.sums.part_halves(f, self.crew)
+        layout.place_buffers(f, self.rows, self.chunk, self.crew.apart)
         self.callers = CallerRows(self.module, layout, self.plan, f, self.crew, self.rows)
         self.callers.fill_order()
         self._once()
         self.callers.skip_rows_without_steps()
         self.sums.clear(f, self.crew)
+        self.callers.find_in_place()
         before = f.let("alive.at", "alloca i64")
         f.store_int(0, before)
         self.start = f.let("start.first", "alloca i64")
@@ -56,6 +61,7 @@ class _Driver:
         self.sums.finish(f, self.crew)
         last = f.let("last.slot", f"and i64 {self.steps}, 1")
         self.callers.move_states("last", 0, f.load_int(before, "alive"), last)
+        self.callers.leave_in_place()
         restore()
         f.end()
 
@@ -93,7 +99,7 @@ class _Driver:
             with self.crew.leader():
                 self._copy_vectors()
                 for stage in self.plan.stages_of("once"):
-                    self._call(stage, ("0", "0", "0"), (0, 1), (0, 1))
+                    self._call(stage, ("0", "0", "0", "0"), (0, 1), (0, 1))
 
     def _pack(self, panel: Panel) -> None:
         f, module = self.f, self.module
@@ -128,18 +134,18 @@ class _Driver:
         crew.meet(crew.columns)
         self._outside("lift", low, steps, total)
         with f.loop("i", 0, steps) as i:
-            self._step(f.add(first, i, "done"), low, alive_at)
+            self._step(f.add(first, i, "done"), low, steps, alive_at)
         self._outside("post", low, steps, total)
         callers.scatter(low, steps)
         self.sums.add_chunk(f, crew, steps, total, self.reverse)
         crew.meet(crew.columns)
 
-    def _step(self, done: Value, low: str, alive_at: str) -> None:
+    def _step(self, done: Value, low: str, steps: Value, alive_at: str) -> None:
         f, crew, callers = self.f, self.crew, self.callers
         mirrored = f.sub(f.sub(self.steps, 1), done, "mirrored")
         t = f.let("t", f"select i1 {self.reverse}, i64 {mirrored}, i64 {done}")
         slot = f.let("slot", f"and i64 {done}, 1")
-        base = f.load_int(f.at(self.layout.buffer(f, "starts"), f.mul(f.sub(t, low), 8)), "base")
+        base, saved = callers.bases(f.sub(t, low), steps)
         rows = callers.alive(t)
         before = f.load_int(alive_at, "before")
         with f.when("moved", f.let("is.moved", f"icmp ne i64 {rows}, {before}")):
@@ -155,9 +161,9 @@ class _Driver:
                 # A row's reduction takes its columns in order: rows are parted, whatever is parted elsewhere.
                 mine, theirs = f.share(rows, crew.me, crew.crew)
                 begin, end = f.maximum(first, mine), f.let("end", f"select i1 {crew.rowwise}, i64 {last}, i64 {theirs}")
-                self._call(stage, (f"{t}", base, slot), (begin, end), (0, 1))
+                self._call(stage, (f"{t}", base, saved, slot), (begin, end), (0, 1))
             else:
-                self._call(stage, (f"{t}", base, slot), (first, last), (crew.me, crew.crew))
+                self._call(stage, (f"{t}", base, saved, slot), (first, last), (crew.me, crew.crew))
             crew.meet(crew.columns)
         if self.plan.backward:
             callers.reset(t, rows, f.sub(1, slot, "slot.after"))
@@ -168,21 +174,39 @@ class _Driver:
         stages = self.plan.stages_of(phase)
         if not stages:
             return
-        with f.when("parted", crew.rowwise), f.loop("p", 0, steps) as p:
-            base = f.load_int(f.at(self.layout.buffer(f, "starts"), f.mul(p, 8)), "base")
-            for stage in stages:
-                self._call(stage, (low, "0", "0"), (f.add(base, crew.first), f.add(base, crew.last)), (0, 1))
+        with f.when("parted", crew.rowwise):
+            turns, last = steps, crew.last
+            if not any(self._meets_saved(stage) for stage in stages):
+                # Those of all steps are neighbours in the chunk's buffers.
+                of_all = f.add(crew.first, f.mul(f.sub(crew.last, crew.first), steps))
+                turns = f.let("turns", f"select i1 {crew.apart}, i64 1, i64 {steps}")
+                last = f.let("last", f"select i1 {crew.apart}, i64 {of_all}, i64 {crew.last}")
+            with f.loop("p", 0, turns) as p:
+                base, saved = self.callers.bases(p, steps)
+                for stage in stages:
+                    self._call(stage, (low, base, saved, "0"), (crew.first, last), (0, 1))
         with f.when("together", f.let("is.together", f"xor i1 {crew.rowwise}, true")):
             mine = f.share(total, "%me", "%crew")
             for stage in stages:
-                self._call(stage, (low, "0", "0"), mine, (0, 1))
+                self._call(stage, (low, "0", "0", "0"), mine, (0, 1))
                 crew.meet()
+
+    def _meets_saved(self, stage: Stage) -> bool:
+        """Whether a stage outside the loop reads or writes what is saved."""
+        plan = self.plan
+        results = set(stage.results())
+        places = [place for each in stage.stores.values() for place in each]
+        places += reads(plan, stage, epilogue_roots(plan, stage), results)
+        for index in stage.affines:
+            init, terms = affine_parts(plan.graph[index])
+            places += reads(plan, stage, [row for row, *_ in terms] + ([] if init is None else [init]), ())
+        return any(place.buffer.scope == "saved" for place in places)
 
     def _panels(self, phase: Phase) -> list[Panel]:
         return [panel for panel, other in self.panels.items() if other == phase]
 
     def _call(
-        self, stage: Stage, where: tuple[str, str, str], rows: tuple[Value, Value], columns: tuple[Value, Value]
+        self, stage: Stage, where: tuple[str, str, str, str], rows: tuple[Value, Value], columns: tuple[Value, Value]
     ) -> None:
         """Run a stage over rows from one to another, and a share of its columns."""
         given = [kind.split("%")[0] + value for kind, value in zip(CALL[1:], where, strict=True)]

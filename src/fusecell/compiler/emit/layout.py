@@ -12,7 +12,7 @@ from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.graph import SAVED
 from fusecell.compiler.plan import Buffer, Plan
 
-__all__ = ["Layout", "Panel", "Size", "fixed_stride", "row_address", "slack"]
+__all__ = ["ALIGNED", "Layout", "Panel", "Size", "fixed_stride", "row_address", "slack"]
 
 HEADER = (
     "steps",
@@ -32,12 +32,13 @@ HEADER = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Bytes: fixed, and per row of a step, row of a chunk, and step of a chunk."""
+    """Bytes: fixed, and per row of a step, row of a chunk, step of a chunk, and thread of a crew beyond the first."""
 
     fixed: int = 0
     per_row: int = 0
     per_chunk_row: int = 0
     per_chunk_step: int = 0
+    per_helper: int = 0
 
     def __add__(self, other: Size) -> Size:
         return Size(
@@ -45,11 +46,12 @@ class Size:
             self.per_row + other.per_row,
             self.per_chunk_row + other.per_chunk_row,
             self.per_chunk_step + other.per_chunk_step,
+            self.per_helper + other.per_helper,
         )
 
-    def bytes(self, rows: int, chunk_steps: int) -> int:
-        chunk_rows = rows * chunk_steps
-        return self.fixed + self.per_row * rows + self.per_chunk_row * chunk_rows + self.per_chunk_step * chunk_steps
+    def bytes(self, rows: int, chunk_steps: int, threads: int = 1) -> int:
+        of_chunk = rows * chunk_steps * self.per_chunk_row + chunk_steps * self.per_chunk_step
+        return self.fixed + self.per_row * rows + of_chunk + (threads - 1) * self.per_helper
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,10 @@ class Panel:
     """Per product: the weight, whether it is transposed, its rows and its columns."""
 
 
+ALIGNED = 64
+"""What the addresses of buffers are multiples of."""
+_BETWEEN = 4096
+"""Bytes between what two threads write of a buffer, if each has a place of its own: caches fetch within a page."""
 _HALVED = 2 << 20
 """Bytes of sums, beyond which a second copy costs more than it brings."""
 _ROWS = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
@@ -74,7 +80,7 @@ def _scoped(scope: str, row: int) -> Size:
         "call": Size(fixed=row),
         "step": Size(per_row=row),
         "state": Size(per_row=2 * row),
-        "chunk": Size(per_chunk_row=row),
+        "chunk": Size(per_chunk_row=row, per_helper=2 * _BETWEEN),
     }[scope]
 
 
@@ -177,18 +183,25 @@ class Layout:
             here = f.at(whole, f.mul(start, module.padded(buffer.size)), buffer.name)
             self.place(f, buffer.name, here)
 
-    def place_buffers(self, f: Function, rows: Value, chunk_rows: Value, chunk_steps: Value) -> None:
-        """Work out every buffer's address, unless the caller left it in the argument block and gave no scratch."""
-        scratch = self.pointer(f, "scratch")
+    def place_buffers(self, f: Function, rows: Value, chunk_steps: Value, apart: str) -> None:
+        """Work out every buffer's address, unless the caller left it in the argument block and gave no scratch.
+
+        Arguments:
+            apart: whether each thread has a place of its own in what belongs to a chunk.
+        """
+        scratch, chunk_rows = self.pointer(f, "scratch"), f.mul(rows, chunk_steps, "chunk.rows")
+        helpers = f.sub("%crew", 1, "helpers")
+        before = f.let("threads.before", f"select i1 {apart}, i64 %me, i64 0")
         with f.when("place", f.let("is.given", f"icmp ne ptr {scratch}, null")):
             here = scratch
             for name, size in self.sizes.items():
-                self.place(f, name, here)
+                self.place(f, name, f.at(here, f.mul(before, size.per_helper // 2)))
                 total: Value = size.fixed
                 for count, each in (
                     (rows, size.per_row),
                     (chunk_rows, size.per_chunk_row),
                     (chunk_steps, size.per_chunk_step),
+                    (helpers, size.per_helper),
                 ):
                     total = f.add(total, f.mul(count, each))
                 up = f.add(total, 63)
@@ -197,7 +210,7 @@ class Layout:
 
 
 def row_address(
-    f: Function, layout: Layout, module: Module, buffer: Buffer, *, t: str, base: str, slot: Value
+    f: Function, layout: Layout, module: Module, buffer: Buffer, *, t: str, base: str, kept: str, slot: Value
 ) -> tuple[str, Value, bool]:
     """Where a buffer's rows of this step begin, how far apart they are, and whether they are in the caller's order."""
     if buffer.scope == "user":
@@ -206,7 +219,7 @@ def row_address(
     stride = module.padded(buffer.size)
     start = layout.buffer(f, buffer.name)
     if buffer.scope in ("chunk", "saved"):
-        start = f.at(start, f.mul(base, stride))
+        start = f.at(start, f.mul(base if buffer.scope == "chunk" else kept, stride))
     elif buffer.scope == "state":
         start = f.at(start, f.mul(f.mul(slot, layout.word(f, "rows")), stride))
     apart = fixed_stride(module, buffer)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fusecell.compiler.emit.body import Body, join_lanes, partials, start_values
-from fusecell.compiler.emit.layout import Layout, Panel, row_address
+from fusecell.compiler.emit.body import Body, epilogue_roots, join_lanes, own_rows, partials, start_values
+from fusecell.compiler.emit.layout import Layout, Panel
 from fusecell.compiler.emit.packing import pack_panel_name
 from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.emit.tiles import LINE, KnownWalk, Tiling, budget, shared_out, tile_name, tiling
@@ -15,9 +15,9 @@ from fusecell.compiler.plan import Place, Plan, Stage
 
 __all__ = ["CALL", "SHARE", "Segment", "StageEmitter", "segments"]
 
-CALL = ("ptr %args", "i64 %t", "i64 %base", "i64 %slot")
-"""What every function of a stage takes first: the argument block, the step, its first row in the chunk's buffers,
-and which of the two copies of the state is the old one."""
+CALL = ("ptr %args", "i64 %t", "i64 %base", "i64 %kept", "i64 %slot")
+"""What every function of a stage takes first: the argument block, the step, its first row in the chunk's buffers and in
+what is saved of the chunk, and which of the two copies of the state is the old one."""
 SHARE = ("i64 %from", "i64 %to", "i64 %me", "i64 %crew", "i1 %fresh")
 """What the whole of a stage takes besides: its rows, which of a crew of threads takes its share of the columns, and
 whether weights are packed on the way, because they are used this once."""
@@ -166,7 +166,7 @@ class StageEmitter:
     def _operand(self, f: Function, segment: Segment) -> tuple[str, Value, str]:
         """Where a segment's operand begins, how far apart its rows are, and where its panel begins."""
         place, module = segment.operand, self.module
-        base, stride, _ = row_address(f, self.layout, module, place.buffer, t="%t", base="%base", slot="%slot")
+        base, stride, _ = own_rows(f, self.layout, place.buffer, "%slot")
         return f.at(base, place.offset * module.bytes), stride, self.layout.buffer(f, segment.panel.name)
 
     def _tile(
@@ -240,7 +240,7 @@ class StageEmitter:
 
     def _epilogue(self) -> None:
         """Pointwise values of a tile, row by row, and what is stored of them."""
-        stage, graph = self.stage, self.plan.graph
+        stage = self.stage
         f = Function(self.module, f"{self.name}.epilogue", *CALL, *_PART)
         body = Body(
             f,
@@ -248,7 +248,7 @@ class StageEmitter:
             self.plan,
             stage,
             local=stage.results(),
-            roots=[*stage.stores, *(graph[index].args[0] for index in stage.reductions)],
+            roots=epilogue_roots(self.plan, stage),
             stores=[place for places in stage.stores.values() for place in places],
         )
         with body.rows(), body.columns():
@@ -272,5 +272,5 @@ class StageEmitter:
                 value = f.load(f.at(here, position * module.block), "partial", module.block)
                 total = join_lanes(f, self.plan.graph[index].op, value)
                 buffer = self.plan.homes[index].buffer
-                base, stride, _ = row_address(f, self.layout, module, buffer, t="%t", base="%base", slot="%slot")
+                base, stride, _ = own_rows(f, self.layout, buffer, "%slot")
                 f.do(f"store {module.scalar} {total}, ptr {f.at(base, f.mul(row, stride))}, align {module.bytes}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from fusecell.compiler.emit.crew import Crew
-from fusecell.compiler.emit.layout import Layout, row_address
+from fusecell.compiler.emit.layout import ALIGNED, Layout, row_address
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import Tiling, outer_name, shared_out, tiling
 from fusecell.compiler.plan import Plan, Sum
@@ -26,12 +26,12 @@ _ENOUGH_FOR_HALVES = 16
 # So many rows of an operand's tile stay in L1 while it meets all of the other operand.
 _STRETCH = 128
 _GIVEN = (
-    "ptr %args", "i64 %first", "i64 %runs", "i64 %run.rows", "i64 %rows", "i64 %row.step", "i64 %half", "i64 %me",
-    "i64 %crew",
+    "ptr %args", "i64 %first", "i64 %kept", "i64 %runs", "i64 %run.rows", "i64 %kept.rows", "i64 %rows",
+    "i64 %row.step", "i64 %half", "i64 %me", "i64 %crew",
 )  # fmt: skip
-"""What the function of a sum takes: its first row; how many runs of rows there are and from each to the next; the
-rows of a run and from each to the next; which half that is; and which of how many threads takes its share of the
-columns."""
+"""What the function of a sum takes: its first row, in the chunk's buffers and in what is saved of the chunk; how many
+runs of rows there are, and from each to the next in both; the rows of a run and from each to the next; which half that
+is; and which of how many threads takes its share of the columns."""
 
 
 class SumEmitter:
@@ -64,10 +64,7 @@ class SumEmitter:
         for place in (self._filled, self._closed):
             f.store_int(0, place)
             f.store_int(0, f.at(place, 8))
-        # A block that is full is closed: it moves to the total.
-        few = f.let("is.few", f"icmp slt i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
-        self._in_place = {found.name: self._add_in_place(f, found, few) for found in self._whole_gradients()}
-        self._part_halves(f, crew, few)
+        self._in_place = {found.name: self._add_in_place(f, found) for found in self._whole_gradients()}
         first = f.let("is.first.of.half", f"icmp eq i64 {self._me}, 0")
         with f.when("clear", first), f.loop("half", self._from, self._to) as half:
             for found in self.plan.sums:
@@ -75,8 +72,14 @@ class SumEmitter:
                 with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
                     f.store("zeroinitializer", f.at(start, byte), self.module.block)
 
-    def _part_halves(self, f: Function, crew: Crew, few: str) -> None:
-        """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these."""
+    def part_halves(self, f: Function, crew: Crew) -> str:
+        """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these.
+
+        Returns:
+            Whether each thread reads nothing but what it has written.
+        """
+        # A block that is full is closed: it moves to the total.
+        self._few = few = f.let("is.few", f"icmp slt i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
         many = f.let("are.many", f"xor i1 {few}, true")
         can = f.let("can.halve", f"and i1 {crew.regular}, {many if self.layout.halves == 2 else 'false'}")
         least = max(2 * crew.rows_each, _ENOUGH_FOR_HALVES)
@@ -89,6 +92,7 @@ class SumEmitter:
         self._to = f.let("half.to", f"select i1 {private}, i64 {f.add('%me', 1)}, i64 {most}")
         self._me = f.let("sum.me", f"select i1 {private}, i64 0, i64 %me")
         self._crew = f.let("sum.crew", f"select i1 {private}, i64 1, i64 %crew")
+        return private
 
     def add_chunk(self, f: Function, crew: Crew, steps: Value, total: str, backwards: str) -> None:
         """Add the rows of a chunk, as many at a time as the open block still takes; a crew parts what they add to."""
@@ -115,10 +119,14 @@ class SumEmitter:
                 count = f.minimum(f.sub(most, filled), f.sub(units, done), "count")
                 mirrored = f.sub(f.sub(units, 1), done, "mirrored")
                 here = f.let("here", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
-                first = f.add(f.mul(here, unit), begins, "first.row")
+                kept = f.add(f.mul(here, unit), begins, "first.kept")
+                own = f.add(f.mul(here, size), f.mul(begins, steps), "first.own")
+                first = f.let("first.row", f"select i1 {crew.apart}, i64 {own}, i64 {kept}")
+                between = f.let("between", f"select i1 {crew.apart}, i64 {size}, i64 {unit}")
                 runs = f.let("runs", f"select i1 {halved}, i64 {count}, i64 1")
                 rows = f.let("run.rows", f"select i1 {halved}, i64 {size}, i64 {count}")
-                given = (first, runs, f.mul(unit, ahead), rows, row_step, half, self._me, self._crew)
+                steps_ = (f.mul(between, ahead), f.mul(unit, ahead))
+                given = (first, kept, runs, *steps_, rows, row_step, half, self._me, self._crew)
                 for found in self.plan.sums:
                     f.call(found.name, "ptr %args", *(f"i64 {value}" for value in given))
                 f.store_int(f.add(done, count), self._done)
@@ -156,12 +164,12 @@ class SumEmitter:
             if found.label in covered and not found.flipped and not found.width % LANES
         ]
 
-    def _add_in_place(self, f: Function, found: Sum, few: str) -> str:
+    def _add_in_place(self, f: Function, found: Sum) -> str:
         """Have a sum's block be the caller's gradient, if that lies in memory as the block does and is all there is."""
         layout, bytes_ = self.layout, self.module.bytes
         strides = [(0, self.module.padded(found.width)), (1, bytes_)] if found.a is not None else [(0, bytes_)]
-        here = f.let("low.bits", f"and i64 {layout.word(f, f'out.{found.label}.ptr')}, 63")
-        fits = f.let("fits", f"and i1 {few}, {f.let('is.aligned', f'icmp eq i64 {here}, 0')}")
+        here = f.let("low.bits", f"and i64 {layout.word(f, f'out.{found.label}.ptr')}, {ALIGNED - 1}")
+        fits = f.let("fits", f"and i1 {self._few}, {f.let('is.aligned', f'icmp eq i64 {here}, 0')}")
         for dim, stride in strides:
             given = layout.word(f, f"out.{found.label}.stride{dim}")
             fits = f.let("fits", f"and i1 {fits}, {f.let('is.so', f'icmp eq i64 {given}, {stride}')}")
@@ -205,9 +213,12 @@ class SumEmitter:
         """Where an operand's first row is, the bytes to the next run, and to the next row."""
         place = self.plan.place(index, "post")
         assert place is not None, f"{self.plan.graph[index].name}, an operand of a sum, is nowhere in memory"
-        base, stride, _ = row_address(f, self.layout, self.module, place.buffer, t="0", base="0", slot="0")
-        start = f.at(f.at(base, f.mul("%first", stride)), place.offset * self.module.bytes, name)
-        return start, f.mul("%run.rows", stride, f"{name}.run"), f.mul("%row.step", stride, f"{name}.k")
+        base, stride, _ = row_address(
+            f, self.layout, self.module, place.buffer, t="0", base="%first", kept="%kept", slot="0"
+        )
+        run = "%kept.rows" if place.buffer.scope == "saved" else "%run.rows"
+        start = f.at(base, place.offset * self.module.bytes, name)
+        return start, f.mul(run, stride, f"{name}.run"), f.mul("%row.step", stride, f"{name}.k")
 
     def _accumulators(self, f: Function, found: Sum) -> str:
         return f.at(self.layout.buffer(f, found.part), f.mul("%half", self._bytes(found)), "acc")
