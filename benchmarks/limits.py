@@ -4,7 +4,9 @@ The bound of a shape of several rows is the time of its multiply-adds at the rat
 kernel without its products: what its activations, loads and stores take alone. Of one row it is the time in which the
 weights of the loop come from L2, with the multiply-adds of what is outside the loop.
 
-A second table has cells at one size, the built-in GRU first: what an operation of each takes, in GRU's time for one.
+A second table has training: a call, forward and backward with the gradient of its outputs given, and how much of it
+its multiply-adds would take at that rate. A third has cells at one size, the built-in GRU first: what an operation of
+each takes, in GRU's time for one.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import ctypes
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.machine import bind
 from benchmarks.shapes import SHAPES, Shape
 
-__all__ = ["Bound", "bound", "machine_limits", "main", "without_products"]
+__all__ = ["Bound", "Trained", "bound", "machine_limits", "main", "trained", "without_products"]
 
 OWN = "own"
 """The name of a cell that no part of the compiler was made for."""
@@ -52,6 +55,21 @@ class Bound:
         return (self.multiply_adds + self.epilogue) / self.kernel
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Microseconds per step of a call that learns, of its kernels, and of their multiply-adds at the rate of a tile."""
+
+    shape: Shape
+    call: float
+    kernels: float
+    multiply_adds: float
+
+    @property
+    def share(self) -> float:
+        """How much of the call the multiply-adds are."""
+        return self.multiply_adds / self.call
+
+
 def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     """Time a shape's kernel, weights packed already, and the same without its products.
 
@@ -62,13 +80,10 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     """
     import torch
 
-    from benchmarks.own_cell import FastSlowCell
-    from fusecell.cells import CELLS
     from fusecell.compiler.runner import find_program
     from fusecell.compiler.trace import Refusal
 
-    makers = {OWN: FastSlowCell} | {each.name: each.make for each in CELLS}
-    cell = makers[shape.cell](shape.inputs, shape.hidden)
+    cell = _make(shape)
     x = torch.randn(shape.steps, shape.batch, shape.inputs)
     program = find_program(cell, (x,))
     assert not isinstance(program, Refusal)
@@ -81,6 +96,35 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     return Bound(shape, whole * scale, 2e6 * macs * shape.batch / flops, bare * scale, 4e6 * loop / l2, kernel.macs)
 
 
+def trained(shape: Shape, flops: float, seconds: float) -> Trained:
+    """Time a layer's forward and backward to its parameters, arguments as of :func:`bound`."""
+    import torch
+
+    import fusecell as fc
+    from benchmarks.overhead import inside_kernels, kernels_of
+
+    layer = fc.Recurrent(_make(shape))
+    parameters = list(layer.parameters())
+    x = torch.randn(shape.steps, shape.batch, shape.inputs)
+    grad = torch.randn(shape.steps, shape.batch, shape.hidden)
+
+    def call() -> object:
+        return torch.autograd.grad(layer(x)[0], parameters, grad)
+
+    times = inside_kernels(call, seconds)
+    whole, inside = (1e6 * statistics.median(column) / shape.steps for column in zip(*times, strict=True))
+    macs = sum(kernel.macs for kernel in kernels_of(call))
+    return Trained(shape, whole, inside, 2e6 * macs * shape.batch / flops)
+
+
+def _make(shape: Shape) -> Any:
+    from benchmarks.own_cell import FastSlowCell
+    from fusecell.cells import CELLS
+
+    makers = {OWN: FastSlowCell} | {each.name: each.make for each in CELLS}
+    return makers[shape.cell](shape.inputs, shape.hidden)
+
+
 def without_products(text: str) -> str:
     """A kernel's text whose tiles are not called."""
     bare, count = re.subn(r"  call void %tile[^\n]*\n", "", text)
@@ -90,8 +134,6 @@ def without_products(text: str) -> str:
 
 def _time(kernel: object, text: str, x: object, weights: Sequence[object], cell: object, seconds: float) -> float:
     """The median time of a kernel's text over an input."""
-    from typing import Any
-
     import torch
 
     from fusecell.compiler.machine import load
@@ -168,8 +210,38 @@ def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, second
     return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
 
 
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table in Markdown, each of its rows as soon as it is known."""
+    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+    print()
+
+
+def _bounds(shapes: Iterable[Shape], flops: float, l2: float, seconds: float) -> Iterator[Sequence[str]]:
+    for shape in shapes:
+        found = bound(shape, flops, l2, seconds)
+        weights = f"{found.weights:.3g}" if shape.batch == 1 else ""
+        times = (f"{value:.3g}" for value in (found.kernel, found.multiply_adds, found.epilogue))
+        yield shape.name, *times, weights, f"{found.share:.0%}"
+
+
+def _trained(shapes: Iterable[Shape], flops: float, seconds: float) -> Iterator[Sequence[str]]:
+    for shape in shapes:
+        found = trained(shape, flops, seconds)
+        times = (f"{value:.3g}" for value in (found.call, found.kernels, found.multiply_adds))
+        yield shape.name, *times, f"{found.share:.0%}"
+
+
+def _at_one_size(flops: float, l2: float, seconds: float) -> Iterator[Sequence[str]]:
+    found = [bound(shape, flops, l2, seconds) for shape in CELLS_AT_ONE_SIZE]
+    for each in found:
+        numbers = (f"{each.kernel:.3g}", f"{each.epilogue:.3g}", f"{each.rate:.0f}")
+        yield each.shape.name, *numbers, f"{found[0].rate / each.rate:.2f}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each of a shape's two kernels")
@@ -177,20 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bind(1)
     flops, l2 = machine_limits()
     print(f"A tile in L1: {flops / 1e9:.0f} GFLOP/s; one row's tile from L2: {l2 / 1e9:.0f} GB/s\n")
-    print("| cell T/N/I/H | kernel | multiply-adds | activations, moves | weights from L2 | share |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for shape in pick_inference(options.only):
-        found = bound(shape, flops, l2, options.seconds)
-        l2_column = f"{found.weights:.3g}" if shape.batch == 1 else ""
-        cells = (f"{found.kernel:.3g}", f"{found.multiply_adds:.3g}", f"{found.epilogue:.3g}", l2_column)
-        print(f"| {shape.name} | {' | '.join(cells)} | {found.share:.0%} |", flush=True)
+    shapes, seconds = pick_inference(options.only), options.seconds
+    columns = ("cell T/N/I/H", "kernel", "multiply-adds", "activations, moves", "weights from L2", "share")
+    _print_table(columns, _bounds(shapes, flops, l2, seconds))
+    columns = ("training, T/N/I/H", "call", "kernels", "multiply-adds", "share")
+    _print_table(columns, _trained(shapes, flops, 2 * seconds))
     if options.only is None:
-        at_one_size = [bound(shape, flops, l2, options.seconds) for shape in CELLS_AT_ONE_SIZE]
-        print("\n| cell T/N/I/H | kernel | of which activations, moves | GFLOP/s | an operation, in GRU's |")
-        print("| --- | ---: | ---: | ---: | ---: |")
-        for each in at_one_size:
-            times = (f"{each.kernel:.3g}", f"{each.epilogue:.3g}", f"{each.rate:.0f}")
-            print(f"| {each.shape.name} | {' | '.join(times)} | {at_one_size[0].rate / each.rate:.2f} |")
+        columns = ("cell T/N/I/H", "kernel", "of which activations, moves", "GFLOP/s", "an operation, in GRU's")
+        _print_table(columns, _at_one_size(flops, l2, seconds))
 
 
 def pick_inference(only: str | None) -> Sequence[Shape]:

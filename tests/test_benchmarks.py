@@ -224,3 +224,7 @@ def test_limits_of_a_kernel():
         assert 0 < found.epilogue < found.kernel
         assert found.rate == pytest.approx(2e-3 * found.macs * 24 / found.kernel)
     assert found.macs == 70 * 2 * 130 + 3 * 130 * 130
+    learns = limits.trained(Shape("gru", 20, 24, 70, 130), flops, seconds=0.05)
+    # A GRU's products once forward, and again for the gradients of the weights and of the state.
+    assert learns.multiply_adds == pytest.approx(2e6 * 24 * 3 * 130 * (2 * 70 + 3 * 130) / flops)
+    assert 0 < learns.kernels < learns.call
