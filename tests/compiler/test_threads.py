@@ -98,6 +98,34 @@ def test_sums_by_halves_of_the_rows(make, rows, reverse, monkeypatch):
         assert (mine - loop).abs().max() <= 3e-6 * loop.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_long_rows(dtype, monkeypatch):
+    """Operands of two kilobytes and more a row are put in strips, here of eight features and of seven."""
+    torch.manual_seed(6)
+    cell, x = fc.GRUCell(19, 261, dtype=dtype), torch.randn(11, 17, 19, dtype=dtype)
+    found = {}
+    for count, chunk in ((1, 1 << 30), (2, 1 << 30), (3, 1), (2, 100_000)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        fc.refresh()
+        found[count, chunk] = run(cell, x, {})
+    first, *others = found.values()
+    for other in others:
+        assert all(torch.equal(one, another) for one, another in zip(first, other, strict=True))
+    tolerance = 3e-6 if dtype == torch.float32 else 1e-13
+    for mine, loop in zip(first, run(cell.double(), x.double(), {}, "eager"), strict=True):
+        assert (mine - loop).abs().max() <= tolerance * loop.abs().max()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sums_of_no_rows(count):
+    torch.set_num_threads(count)
+    cell, x = fc.GRUCell(5, 261), torch.full((9, 7, 5), torch.nan)
+    y, _ = fc.scan(cell, x, lengths=[0] * 7)
+    for gradient in torch.autograd.grad(y.sum(), list(cell.parameters())):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_who_comes_late_is_not_waited_for(monkeypatch):
     """The call is done by who is there, and the next ones do without the others, for longer each time."""
     monkeypatch.setattr(threads, "_MOST_PATIENCE", 0)

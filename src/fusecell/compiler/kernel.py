@@ -27,7 +27,7 @@ __all__ = ["Kernel", "Strided", "compile_graph"]
 # chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
 # has at least where panels, or sums, larger than L2 are read for each.
 CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
-LARGE, PANEL_ROWS, SUM_ROWS = 4 << 20, 128, 64
+LARGE, LEAST_ROWS = 4 << 20, 128
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -166,7 +166,7 @@ class Kernel:
         if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
             return max(1, steps)
         fitting = CHUNK_BYTES // step
-        least = -(-(SUM_ROWS if self.words.sums else PANEL_ROWS) // rows) if size.fixed > LARGE else 1
+        least = -(-LEAST_ROWS // rows) if size.fixed > LARGE else 1
         return max(1, min(steps, max(least, fitting)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:

@@ -52,12 +52,12 @@ class Sum:
 
     @property
     def part(self) -> str:
-        """The buffer of the block of rows that is being added up."""
+        """The buffer of a block of rows that is being added up, from the second on."""
         return f"{self.name}.block"
 
     @property
     def total(self) -> str:
-        """The buffer of the blocks added up."""
+        """The buffer of the blocks added up; the first begins there."""
         return f"{self.name}.total"
 
 

@@ -50,7 +50,7 @@ class _Driver:
         self.callers.fill_order()
         self._once()
         self.callers.skip_rows_without_steps()
-        self.sums.clear(f, self.crew)
+        self.sums.begin(f)
         self.callers.find_in_place()
         before = f.let("alive.at", "alloca i64")
         f.store_int(0, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusecell.compiler.emit.strips import STRIPS, has_strips, strips_bytes
 from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.graph import SAVED
 from fusecell.compiler.plan import Buffer, Plan
@@ -137,6 +138,9 @@ class Layout:
         for found in plan.sums:
             for name in (found.part, found.total):
                 sizes[name] = Size(fixed=self.halves * found.height * module.padded(found.width))
+        strips = [strips_bytes(module, found) for found in plan.sums if has_strips(module, plan, found)]
+        if strips:
+            sizes[STRIPS] = Size(fixed=self.halves * max(strips))
         return {name: size + Size(fixed=slack(module)) for name, size in sizes.items()}
 
     @property

@@ -10,10 +10,13 @@ threads sums the rows that it has just written, which are in its own cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 from fusecell.compiler.emit.crew import Crew
 from fusecell.compiler.emit.layout import ALIGNED, Layout, row_address
+from fusecell.compiler.emit.strips import PIECE, STRETCH, STRIPS, emit_strips, has_strips, strip_bytes, strips_bytes
 from fusecell.compiler.emit.text import LANES, Function, Module, Value
 from fusecell.compiler.emit.tiles import Tiling, outer_name, shared_out, tiling
 from fusecell.compiler.plan import Plan, Sum
@@ -23,15 +26,34 @@ __all__ = ["BLOCK", "SumEmitter"]
 BLOCK = 512
 # The rows from which sums by halves cost one thread little.
 _ENOUGH_FOR_HALVES = 16
-# So many rows of an operand's tile stay in L1 while it meets all of the other operand.
-_STRETCH = 128
 _GIVEN = (
-    "ptr %args", "i64 %first", "i64 %kept", "i64 %runs", "i64 %run.rows", "i64 %kept.rows", "i64 %rows",
-    "i64 %row.step", "i64 %half", "i64 %me", "i64 %crew",
+    "ptr %args", "ptr %acc", "i1 %opens", "i64 %first", "i64 %kept", "i64 %runs", "i64 %run.rows", "i64 %kept.rows",
+    "i64 %rows", "i64 %row.step", "i64 %half", "i64 %me", "i64 %crew",
 )  # fmt: skip
-"""What the function of a sum takes: its first row, in the chunk's buffers and in what is saved of the chunk; how many
-runs of rows there are, and from each to the next in both; the rows of a run and from each to the next; which half that
-is; and which of how many threads takes its share of the columns."""
+"""What the function of a sum takes: to what it adds, and whether that opens, at zero; its first row, in the chunk's
+buffers and in what is saved of the chunk; how many runs of rows there are, and from each to the next in both; the rows
+of a run and from each to the next; which half that is; and which of how many threads takes its share of the columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of an operand: where they start, the bytes from each to the next, and from a run of them to the next."""
+
+    start: str
+    k: Value
+    run: Value
+
+    def beside(self, f: Function, count: Value, bytes_: int) -> _Rows:
+        """The same so many times ``bytes_`` further on."""
+        return replace(self, start=f.at(self.start, f.mul(count, bytes_)))
+
+
+def _heights(height: int, most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Features shared out to tiles: how many tiles of which height, the first of them, and its first feature."""
+    tile, row = 0, 0
+    for count, each in shared_out(height, most):
+        yield count, each, tile, row
+        tile, row = tile + count, row + count * each
 
 
 class SumEmitter:
@@ -55,7 +77,7 @@ class SumEmitter:
 
     # What @run calls.
 
-    def clear(self, f: Function, crew: Crew) -> None:
+    def begin(self, f: Function) -> None:
         """Begin with nothing."""
         if not self.plan.sums:
             return
@@ -65,12 +87,6 @@ class SumEmitter:
             f.store_int(0, place)
             f.store_int(0, f.at(place, 8))
         self._in_place = {found.name: self._add_in_place(f, found) for found in self._whole_gradients()}
-        first = f.let("is.first.of.half", f"icmp eq i64 {self._me}, 0")
-        with f.when("clear", first), f.loop("half", self._from, self._to) as half:
-            for found in self.plan.sums:
-                start = f.at(self.layout.buffer(f, found.part), f.mul(half, self._bytes(found)))
-                with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
-                    f.store("zeroinitializer", f.at(start, byte), self.module.block)
 
     def part_halves(self, f: Function, crew: Crew) -> str:
         """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these.
@@ -78,9 +94,7 @@ class SumEmitter:
         Returns:
             Whether each thread reads nothing but what it has written.
         """
-        # A block that is full is closed: it moves to the total.
-        self._few = few = f.let("is.few", f"icmp slt i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
-        many = f.let("are.many", f"xor i1 {few}, true")
+        many = f.let("are.many", f"icmp sge i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
         can = f.let("can.halve", f"and i1 {crew.regular}, {many if self.layout.halves == 2 else 'false'}")
         least = max(2 * crew.rows_each, _ENOUGH_FOR_HALVES)
         self._halved = f.let("is.halved", f"and i1 {can}, {f.let('is.enough', f'icmp sge i64 {crew.rows}, {least}')}")
@@ -111,7 +125,8 @@ class SumEmitter:
         blocks = f.let("most.blocks", f"udiv i64 {units}, {most}")
         middle, odd = f.let("middle", f"lshr i64 {crew.rows}, 1"), f.let("odd", f"and i64 {crew.rows}, 1")
         with f.loop("half", self._from, self._to) as half:
-            filled_at, begins = f.at(self._filled, f.mul(half, 8)), f.mul(half, middle)
+            filled_at, closed_at = (f.at(place, f.mul(half, 8)) for place in (self._filled, self._closed))
+            begins = f.mul(half, middle)
             size = f.add(middle, f.mul(half, odd), "half.rows")
             f.store_int(0, self._done)
             with f.loop("turn", 0, f.add(blocks, 2)):
@@ -127,31 +142,37 @@ class SumEmitter:
                 rows = f.let("run.rows", f"select i1 {halved}, i64 {size}, i64 {count}")
                 steps_ = (f.mul(between, ahead), f.mul(unit, ahead))
                 given = (first, kept, runs, *steps_, rows, row_step, half, self._me, self._crew)
+                opens = f.let("opens", f"icmp eq i64 {filled}, 0")
+                begun = f.let("is.first.block", f"icmp eq i64 {f.load_int(closed_at, 'closed')}, 0")
                 for found in self.plan.sums:
-                    f.call(found.name, "ptr %args", *(f"i64 {value}" for value in given))
+                    acc = self._block_of(f, found, half, begun)
+                    f.call(found.name, "ptr %args", f"ptr {acc}", f"i1 {opens}", *(f"i64 {value}" for value in given))
                 f.store_int(f.add(done, count), self._done)
                 now = f.add(filled, count, "filled")
                 full = f.let("is.full", f"icmp eq i64 {now}, {most}")
                 f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
                 with f.when("full", full):
-                    self._flush_all(f, crew, half)
+                    self._close(f, crew, half)
         crew.meet(sharing)
 
     def finish(self, f: Function, crew: Crew) -> None:
         """Close the last block and bring the sums to the caller's gradients."""
         if not self.plan.sums:
             return
-        closed = f.load_int(f.at(self._closed, f.mul(self._from, 8)), "closed")
-        several = f.let("several", f"icmp ne i64 {closed}, 0")
-        with f.when("several", several), f.loop("half", self._from, self._to) as half:
-            self._flush_all(f, crew, half)
+        open_, closed = (
+            f.let("is.some", f"icmp ne i64 {f.load_int(f.at(place, f.mul(self._from, 8)), 'some')}, 0")
+            for place in (self._filled, self._closed)
+        )
+        with f.when("rest", open_), f.loop("half", self._from, self._to) as half:
+            self._close(f, crew, half)
+        with f.when("nothing", f.let("is.nothing", f"icmp eq i1 {f.let('is.any', f'or i1 {open_}, {closed}')}, false")):
+            self._clear(f)
+            crew.meet(self._shared)
         crew.meet(self._private)
         for found in self.plan.sums:
-            total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
-            source = f.let("source", f"select i1 {several}, ptr {total}, ptr {part}")
             there = self._in_place.get(found.name, "false")
             with f.when("handed", f.let("is.elsewhere", f"xor i1 {there}, true")):
-                self._hand_over(f, crew, found, source)
+                self._hand_over(f, crew, found, self.layout.buffer(f, found.total))
 
     # Parts.
 
@@ -165,49 +186,60 @@ class SumEmitter:
         ]
 
     def _add_in_place(self, f: Function, found: Sum) -> str:
-        """Have a sum's block be the caller's gradient, if that lies in memory as the block does and is all there is."""
+        """Have a sum's total be the caller's gradient, if that lies in memory as the total does and is all there is."""
         layout, bytes_ = self.layout, self.module.bytes
         strides = [(0, self.module.padded(found.width)), (1, bytes_)] if found.a is not None else [(0, bytes_)]
         here = f.let("low.bits", f"and i64 {layout.word(f, f'out.{found.label}.ptr')}, {ALIGNED - 1}")
-        fits = f.let("fits", f"and i1 {self._few}, {f.let('is.aligned', f'icmp eq i64 {here}, 0')}")
+        whole = f.let("is.whole", f"xor i1 {self._halved}, true")
+        fits = f.let("fits", f"and i1 {whole}, {f.let('is.aligned', f'icmp eq i64 {here}, 0')}")
         for dim, stride in strides:
             given = layout.word(f, f"out.{found.label}.stride{dim}")
             fits = f.let("fits", f"and i1 {fits}, {f.let('is.so', f'icmp eq i64 {given}, {stride}')}")
         with f.when("in.place", fits):
-            layout.place(f, found.part, layout.pointer(f, f"out.{found.label}.ptr"))
+            layout.place(f, found.total, layout.pointer(f, f"out.{found.label}.ptr"))
         return fits
 
     def _bytes(self, found: Sum) -> int:
         return found.height * self.module.padded(found.width)
 
-    def _flush_all(self, f: Function, crew: Crew, half: Value) -> None:
-        """Close a block: add it to the total, which begins with the first."""
-        crew.meet(self._shared)
+    def _block_of(self, f: Function, found: Sum, half: Value, is_first: str) -> str:
+        """Where a half's open block is: the first begins the total, the others are added to it."""
+        total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
+        here = f.let("block", f"select i1 {is_first}, ptr {total}, ptr {part}")
+        return f.at(here, f.mul(half, self._bytes(found)), "acc")
+
+    def _close(self, f: Function, crew: Crew, half: Value) -> None:
+        """Close a block: from the second on it is added to the total."""
         closed_at = f.at(self._closed, f.mul(half, 8))
         closed = f.load_int(closed_at, "closed")
-        first = f.let("is.first", f"icmp eq i64 {closed}, 0")
         f.store_int(f.add(closed, 1), closed_at)
-        for found in self.plan.sums:
-            share = f.share(self._bytes(found) // self.module.block, self._me, self._crew)
-            begin, end = (f.mul(vector, self.module.block) for vector in share)
-            offset = f.mul(half, self._bytes(found))
-            places = (f"ptr {f.at(self.layout.buffer(f, name), offset)}" for name in (found.total, found.part))
-            f.call("sum.flush", *places, f"i64 {begin}", f"i64 {end}", f"i1 {first}")
-        crew.meet(self._shared)
+        with f.when("later", f.let("is.later", f"icmp ne i64 {closed}, 0")):
+            crew.meet(self._shared)
+            for found in self.plan.sums:
+                share = f.share(self._bytes(found) // self.module.block, self._me, self._crew)
+                begin, end = (f.mul(vector, self.module.block) for vector in share)
+                offset = f.mul(half, self._bytes(found))
+                places = (f"ptr {f.at(self.layout.buffer(f, name), offset)}" for name in (found.total, found.part))
+                f.call("sum.flush", *places, f"i64 {begin}", f"i64 {end}")
+            crew.meet(self._shared)
 
     def _flush(self) -> None:
         module = self.module
-        f = Function(
-            module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %from", "i64 %to", "i1 %first"
-        )
+        f = Function(module, "sum.flush", "ptr noalias %total", "ptr noalias %part", "i64 %from", "i64 %to")
         with f.loop("byte", "%from", "%to", module.block) as byte:
             total, part = f.at("%total", byte), f.at("%part", byte)
-            more = f.load(part, "part", module.block)
-            old = f.load(total, "total", module.block)
-            old = f.let("so.far", f"select i1 %first, {module.vector} zeroinitializer, {module.vector} {old}")
+            old, more = f.load(total, "total", module.block), f.load(part, "part", module.block)
             f.store(f.let("sum", f"fadd {module.vector} {old}, {more}"), total, module.block)
-            f.store("zeroinitializer", part, module.block)
         f.end()
+
+    def _clear(self, f: Function) -> None:
+        """Sums of no rows."""
+        first = f.let("is.first.of.half", f"icmp eq i64 {self._me}, 0")
+        with f.when("clear", first), f.loop("half", self._from, self._to) as half:
+            for found in self.plan.sums:
+                start = f.at(self.layout.buffer(f, found.total), f.mul(half, self._bytes(found)))
+                with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
+                    f.store("zeroinitializer", f.at(start, byte), self.module.block)
 
     def _operand(self, f: Function, index: int, name: str) -> tuple[str, Value, Value]:
         """Where an operand's first row is, the bytes to the next run, and to the next row."""
@@ -220,63 +252,95 @@ class SumEmitter:
         start = f.at(base, place.offset * self.module.bytes, name)
         return start, f.mul(run, stride, f"{name}.run"), f.mul("%row.step", stride, f"{name}.k")
 
-    def _accumulators(self, f: Function, found: Sum) -> str:
-        return f.at(self.layout.buffer(f, found.part), f.mul("%half", self._bytes(found)), "acc")
-
     def _outer(self, found: Sum) -> None:
         assert found.a is not None
         f = Function(self.module, found.name, *_GIVEN)
         a, a_run, a_k = self._operand(f, found.a, "a")
         b, b_run, b_k = self._operand(f, found.b, "b")
-        acc = self._accumulators(f, found)
-        few = f.let("few", f"udiv i64 {_STRETCH}, {f.maximum('%rows', 1)}")
+        few = f.let("few", f"udiv i64 {STRETCH}, {f.maximum('%rows', 1)}")
         at_once = f.maximum(few, 1, "at.once")
         with f.loop("run", 0, "%runs", at_once) as run:
             runs = f.minimum(f.sub("%runs", run), at_once, "runs")
             a_here, b_here = f.at(a, f.mul(run, a_run)), f.at(b, f.mul(run, b_run))
-            with f.loop("stretch", 0, "%rows", _STRETCH) as begun:
-                depth = f.minimum(f.sub("%rows", begun), _STRETCH, "depth")
-                a_begun, b_begun = f.at(a_here, f.mul(begun, a_k)), f.at(b_here, f.mul(begun, b_k))
-                self._tiles(f, found, acc, a_begun, b_begun, (a_k, b_k, depth, runs, a_run, b_run))
+            with f.loop("stretch", 0, "%rows", STRETCH) as begun:
+                depth = f.minimum(f.sub("%rows", begun), STRETCH, "depth")
+                a_walk = _Rows(f.at(a_here, f.mul(begun, a_k)), a_k, a_run)
+                b_walk = _Rows(f.at(b_here, f.mul(begun, b_k)), b_k, b_run)
+                is_first = f.let("is.first", f"icmp eq i64 {f.add(run, begun)}, 0")
+                opens = f.let("opens", f"and i1 %opens, {is_first}")
+                self._tiles(f, found, opens, (a_walk, b_walk), (depth, runs))
         f.end()
 
-    def _tiles(self, f: Function, found: Sum, acc: str, a: str, b: str, walk: tuple[Value, ...]) -> None:
-        """All of a sum's tiles, those of one block of columns after the other."""
+    def _tiles(
+        self, f: Function, found: Sum, opens: str, operands: tuple[_Rows, _Rows], size: tuple[Value, Value]
+    ) -> None:
+        """All of a sum's tiles, those of one block of columns after the other.
+
+        Arguments:
+            opens: whether the accumulators begin at zero.
+            size: the rows of a run, and how many runs there are.
+        """
         module, tiles = self.module, self._tiling(found)
-        stride = module.padded(found.width)
-        most = min(tiles.most, found.height)
+        (a, b), stride, most = operands, module.padded(found.width), min(self._tiling(found).most, found.height)
+        start_row = f.let("start.row", f"select i1 {opens}, i64 0, i64 {stride}")
+        strips = self._strips(f, found, a, size) if has_strips(module, self.plan, found) else None
+        zeros = module.zeros(tiles.width(most) * module.block)
         block = 0
         for many, wide in shared_out(module.blocks(found.width), tiles.width(most)):
             with f.loop("block", block, block + many * wide, wide) as first:
-                row, column = 0, f.mul(first, module.block)
-                for count, height in shared_out(found.height, most):
+                column = f.mul(first, module.block)
+                for count, height, tile, row in _heights(found.height, most):
                     name = outer_name(module, height, wide)
-                    begin, end = (f.add(f.mul(tile, height), row) for tile in f.share(count, "%me", "%crew"))
-                    with f.loop("row", begin, end, height) as at:
-                        here = f.at(f.at(acc, f.mul(at, stride)), column)
-                        own, other = f.at(a, f.mul(at, module.bytes)), f.at(b, column)
-                        numbers = (f"i64 {value}" for value in (stride, *walk))
-                        f.call(name, f"ptr {here}", f"ptr {own}", f"ptr {other}", *numbers)
-                    row += count * height
+                    begin, end = f.share(count, "%me", "%crew")
+                    with f.loop("tile", begin, end) as turn:
+                        at = f.add(f.mul(turn, height), row)
+                        here = f.at(f.at("%acc", f.mul(at, stride)), column)
+                        start = f.let("start", f"select i1 {opens}, ptr {zeros}, ptr {here}")
+                        own = a.beside(f, at, module.bytes)
+                        if strips is not None:
+                            own = strips.beside(f, f.add(turn, tile), strip_bytes(module))
+                        other = f.at(b.start, column)
+                        numbers = (stride, start_row, own.k, b.k, *size, own.run, b.run)
+                        places = (f"ptr {place}" for place in (here, start, own.start, other))
+                        f.call(name, *places, *(f"i64 {value}" for value in numbers))
             block += many * wide
+
+    def _strips(self, f: Function, found: Sum, a: _Rows, size: tuple[Value, Value]) -> _Rows:
+        """Have the first operand's rows in strips, of a crew each thread those of its own tiles."""
+        module, (depth, runs) = self.module, size
+        piece = PIECE * module.bytes
+        start = f.at(self.layout.buffer(f, STRIPS), f.mul("%half", strips_bytes(module, found)))
+        strips = _Rows(start, piece, f.mul(depth, piece))
+        most = min(self._tiling(found).most, found.height)
+        with f.loop("run", 0, runs) as run:
+            source, target = f.at(a.start, f.mul(run, a.run)), f.at(strips.start, f.mul(run, strips.run))
+            for count, height, tile, row in _heights(found.height, most):
+                begin, end = f.share(count, "%me", "%crew")
+                to = f.at(target, f.mul(f.add(begin, tile), strip_bytes(module)))
+                own = f.at(source, f.mul(f.add(f.mul(begin, height), row), module.bytes))
+                numbers = (a.k, depth, f.sub(end, begin), height * module.bytes)
+                f.call(emit_strips(module), f"ptr {to}", f"ptr {own}", *(f"i64 {value}" for value in numbers))
+        return strips
 
     def _row_sum(self, found: Sum) -> None:
         module = self.module
         f = Function(module, found.name, *_GIVEN)
         b, b_run, b_k = self._operand(f, found.b, "b")
-        acc = self._accumulators(f, found)
+        zeros = module.zeros(8 * module.block)
         for first in range(0, module.blocks(found.width), 8):
             many = min(8, module.blocks(found.width) - first)
             turn = f.let("turn", f"urem i64 {first // 8}, %crew")
             with f.when("mine", f.let("is.mine", f"icmp eq i64 {turn}, %me")):
-                self._add_rows(f, f.at(acc, first * module.block), f.at(b, first * module.block), b_run, b_k, many)
+                acc = f.at("%acc", first * module.block)
+                start = f.let("start", f"select i1 %opens, ptr {zeros}, ptr {acc}")
+                self._add_rows(f, (start, acc), f.at(b, first * module.block), b_run, b_k, many)
         f.end()
 
-    def _add_rows(self, f: Function, acc: str, b: str, b_run: Value, b_k: Value, many: int) -> None:
-        """Add up so many blocks of columns of all rows, in registers."""
+    def _add_rows(self, f: Function, acc: tuple[str, str], b: str, b_run: Value, b_k: Value, many: int) -> None:
+        """Add up so many blocks of columns of all rows, in registers, from one place to another."""
         module = self.module
-        places = [f.at(acc, block * module.block) for block in range(many)]
-        first = [f.load(place, "so.far", module.block) for place in places]
+        before, places = ([f.at(start, block * module.block) for block in range(many)] for start in acc)
+        first = [f.load(place, "so.far", module.block) for place in before]
         with f.loop_carrying("run", 0, "%runs", first) as (run, sums):
             begin = f.at(b, f.mul(run, b_run))
             with f.loop_carrying("row", 0, "%rows", sums) as (row, carried):

@@ -60,6 +60,14 @@ class Module:
         entries = ", ".join(f"ptr @{each}" if each else "ptr null" for each in functions)
         self.tables.append(f"@{name} = internal constant [{len(functions)} x ptr] [{entries}]\n")
 
+    def zeros(self, size: int) -> str:
+        """The address of so many bytes of zeros."""
+        name = f"@zeros.{size}"
+        if name not in self.made:
+            self.made.add(name)
+            self.tables.append(f"{name} = internal constant [{size} x i8] zeroinitializer, align 64\n")
+        return name
+
     def text(self) -> str:
         width = self.target.vector_bits
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"

@@ -128,19 +128,19 @@ def tile_name(module: Module, rows: int, products: int, blocks: int, known: Know
 def outer_name(module: Module, rows: int, blocks: int) -> str:
     """The tile of a sum over rows, emitted on first use: ``rows`` features of one value by ``blocks`` of another.
 
-    It takes the accumulators and the two values; the bytes between the rows of each, how many rows to add; how many
-    such runs of rows there are, and the bytes from one to the next of each value.
+    It takes the accumulators; from where these begin; and the two values. Then the bytes between rows of all four, how
+    many rows to add; how many such runs of rows there are, and the bytes from one to the next of each value.
     """
     name = f"outer.{rows}x{blocks}"
     if name not in module.made:
         module.made.add(name)
-        numbers = ("%acc.row", "%a.k", "%b.k", "%depth", "%runs", "%a.run", "%b.run")
-        head = ("ptr noalias %acc", "ptr %a", "ptr %b", *(f"i64 {number}" for number in numbers))
+        numbers = ("%acc.row", "%start.row", "%a.k", "%b.k", "%depth", "%runs", "%a.run", "%b.run")
+        head = ("ptr %acc", "ptr %start", "ptr %a", "ptr %b", *(f"i64 {number}" for number in numbers))
         f = Function(module, name, *head)
         f.comment(f"{rows} features x {blocks} blocks of {LANES} features")
         walk = _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k", module.bytes)
         tile = _Tile(f, walk, rows, 1, blocks, _next_sums(rows) if rows >= _ENOUGH_ROWS else None)
-        tile.write(runs=("%a.run", "%b.run"))
+        tile.write(runs=("%a.run", "%b.run"), start=("%start", "%start.row"))
     return name
 
 
@@ -186,14 +186,18 @@ class _Tile:
     blocks: int
     ahead: _Ahead | None
 
-    def write(self, runs: tuple[Value, Value] | None = None) -> None:
-        """All of it; ``runs``: k goes on in runs, so many bytes from one to the next of %a and of the other."""
+    def write(self, runs: tuple[Value, Value] | None = None, start: tuple[str, Value] = ("%acc", "%acc.row")) -> None:
+        """All of it.
+
+        Arguments:
+            runs: k goes on in runs, so many bytes from one to the next of %a and of the other.
+            start: from where the accumulators begin, and the bytes between its rows.
+        """
         f, block = self.f, self.f.module.block
         axes = (range(self.rows), range(self.products), range(self.blocks))
         self._keys = list(itertools.product(*axes))
-        acc_rows = [f.at("%acc", f.mul("%acc.row", r), f"acc.r{r}") for r in range(self.rows)]
-        where = [f.at(acc_rows[r], (p * self.blocks + b) * block) for r, p, b in self._keys]
-        sums = [f.load(place, f"first.{_label(key)}", block) for key, place in zip(self._keys, where, strict=True)]
+        where, begin = self._vectors("%acc", "%acc.row"), self._vectors(*start)
+        sums = [f.load(place, f"first.{_label(key)}", block) for key, place in zip(self._keys, begin, strict=True)]
         if runs is None:
             sums = self._multiply(sums, "%a", self.walk.panel, 0)
         else:
@@ -205,6 +209,12 @@ class _Tile:
         for place, value in zip(where, sums, strict=True):
             f.store(value, place, block)
         f.end()
+
+    def _vectors(self, start: str, row: Value) -> list[str]:
+        """Where each accumulator is in memory, rows so many bytes apart."""
+        f = self.f
+        rows = [f.at(start, f.mul(row, r), f"{start[1:]}.r{r}") for r in range(self.rows)]
+        return [f.at(rows[r], (p * self.blocks + b) * f.module.block) for r, p, b in self._keys]
 
     def _multiply(self, sums: list[str], a: str, panel: str, turn: Value) -> list[str]:
         """The loop over k; ``turn`` counts those before."""
