@@ -126,6 +126,24 @@ def test_sums_of_no_rows(count):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_who_is_ahead_leaves_the_others_their_rows():
+    """Nobody waits in the loop: one may be in the last chunk, a shorter one, while another is in the one before."""
+    torch.manual_seed(7)
+    cell, x = fc.GRUCell(32, 128), torch.randn(32, 64, 32)
+    parameters = list(cell.parameters())
+
+    def both():
+        with torch.no_grad():
+            y = fc.scan(cell, x)[0]
+        return [y, *torch.autograd.grad(fc.scan(cell, x)[0].sum(), parameters)]
+
+    torch.set_num_threads(1)
+    expected = both()
+    torch.set_num_threads(2)
+    for _ in range(100):
+        assert all(map(torch.equal, both(), expected))
+
+
 def test_who_comes_late_is_not_waited_for(monkeypatch):
     """The call is done by who is there, and the next ones do without the others, for longer each time."""
     monkeypatch.setattr(threads, "_MOST_PATIENCE", 0)

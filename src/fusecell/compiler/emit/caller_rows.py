@@ -61,7 +61,7 @@ class CallerRows:
                 f.store_int(after, f.at(starts, f.mul(f.add(p, 1), 8)))
         return f.load_int(self._total, "total")
 
-    def bases(self, p: Value, steps: Value) -> tuple[str, str]:
+    def bases(self, p: Value) -> tuple[str, str]:
         """Where the rows of a chunk's step ``p``, counted from the call's first, begin.
 
         Returns:
@@ -71,8 +71,9 @@ class CallerRows:
         f.store_int(f.mul(p, self.rows), self._base)
         noted = f.at(self.layout.buffer(f, "starts"), f.mul(p, 8))
         saved = f.load_int(f.let("base.at", f"select i1 {crew.regular}, ptr {self._base}, ptr {noted}"), "saved.base")
-        own = f.sub(crew.last, crew.first, "own")
-        apart = f.add(f.mul(crew.first, f.sub(steps, 1)), f.mul(p, own), "apart.base")
+        # A thread's place is where it would be in the longest chunk: others may still be in the one before.
+        before = f.mul(crew.first, f.sub(self.layout.word(f, "chunk_steps"), 1))
+        apart = f.add(before, f.mul(p, f.sub(crew.last, crew.first, "own")), "apart.base")
         return f.let("base", f"select i1 {crew.apart}, i64 {apart}, i64 {saved}"), saved
 
     def move_states(self, kind: str, start: Value, stop: Value, slot: Value) -> None:
@@ -209,7 +210,7 @@ class CallerRows:
         first, last = f.share(steps, self.crew.me, self.crew.crew)
         with f.loop("p", first, last) as p:
             t = f.add(low, p)
-            base, _ = self.bases(p, steps)
+            base, _ = self.bases(p)
             start, stop = self.crew.own(0, self.alive(t))
             with f.loop("row", start, stop) as row:
                 caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")

@@ -134,18 +134,18 @@ class _Driver:
         crew.meet(crew.columns)
         self._outside("lift", low, steps, total)
         with f.loop("i", 0, steps) as i:
-            self._step(f.add(first, i, "done"), low, steps, alive_at)
+            self._step(f.add(first, i, "done"), low, alive_at)
         self._outside("post", low, steps, total)
         callers.scatter(low, steps)
         self.sums.add_chunk(f, crew, steps, total, self.reverse)
         crew.meet(crew.columns)
 
-    def _step(self, done: Value, low: str, steps: Value, alive_at: str) -> None:
+    def _step(self, done: Value, low: str, alive_at: str) -> None:
         f, crew, callers = self.f, self.crew, self.callers
         mirrored = f.sub(f.sub(self.steps, 1), done, "mirrored")
         t = f.let("t", f"select i1 {self.reverse}, i64 {mirrored}, i64 {done}")
         slot = f.let("slot", f"and i64 {done}, 1")
-        base, saved = callers.bases(f.sub(t, low), steps)
+        base, saved = callers.bases(f.sub(t, low))
         rows = callers.alive(t)
         before = f.load_int(alive_at, "before")
         with f.when("moved", f.let("is.moved", f"icmp ne i64 {rows}, {before}")):
@@ -182,7 +182,7 @@ class _Driver:
                 turns = f.let("turns", f"select i1 {crew.apart}, i64 1, i64 {steps}")
                 last = f.let("last", f"select i1 {crew.apart}, i64 {of_all}, i64 {crew.last}")
             with f.loop("p", 0, turns) as p:
-                base, saved = self.callers.bases(p, steps)
+                base, saved = self.callers.bases(p)
                 for stage in stages:
                     self._call(stage, (low, base, saved, "0"), (crew.first, last), (0, 1))
         with f.when("together", f.let("is.together", f"xor i1 {crew.rowwise}, true")):

@@ -112,6 +112,7 @@ class SumEmitter:
         """Add the rows of a chunk, as many at a time as the open block still takes; a crew parts what they add to."""
         if not self.plan.sums:
             return
+        chunk = self.layout.word(f, "chunk_steps")
         sharing = f.let("is.sharing", f"and i1 {crew.rowwise}, {self._shared}")
         crew.meet(sharing)
         halved = self._halved
@@ -135,7 +136,7 @@ class SumEmitter:
                 mirrored = f.sub(f.sub(units, 1), done, "mirrored")
                 here = f.let("here", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
                 kept = f.add(f.mul(here, unit), begins, "first.kept")
-                own = f.add(f.mul(here, size), f.mul(begins, steps), "first.own")
+                own = f.add(f.mul(here, size), f.mul(begins, chunk), "first.own")
                 first = f.let("first.row", f"select i1 {crew.apart}, i64 {own}, i64 {kept}")
                 between = f.let("between", f"select i1 {crew.apart}, i64 {size}, i64 {unit}")
                 runs = f.let("runs", f"select i1 {halved}, i64 {count}, i64 1")
