@@ -80,10 +80,8 @@ def measure(shape: Shape, mode: Mode, peers: Sequence[Peer], threads: int, secon
                 continue
             errors[peer.name] = _error(peer.name, problem, found)
             calls[peer.name] = call
-        # The pools of some peers spin for milliseconds after a call, on cores that the next one needs.
-        pause = 0.01 if threads > 1 else 0.0
         wall, processor = time.perf_counter(), time.process_time()
-        timings = take_turns(calls, seconds / len(calls), pause) if calls else {}
+        timings = take_turns(calls, seconds / len(calls), threads=threads) if calls else {}
     share = (time.process_time() - processor) / (time.perf_counter() - wall)
     return Row(shape, mode, timings, errors, refused, share)
 
