@@ -7,7 +7,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from fusecell.cell import Cell, first_state
+from fusecell.cell import Cell
+from fusecell.given import first_state
 from fusecell.runner import Options, State, register, steps_of
 
 __all__ = ["run_eager"]

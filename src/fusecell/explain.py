@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, weights_dtype
+from fusecell.cell import Cell
 from fusecell.compiler.kernel import Kernel
 from fusecell.compiler.plan import Stage
 from fusecell.compiler.runner import find_learner, find_program
 from fusecell.compiler.trace import Refusal
 from fusecell.compiler.training import Training
 from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.given import weights_dtype
 from fusecell.layers.stack import Stack
 from fusecell.runner import active_runner, recomputing
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fusecell.cell import Cell, StateLike, all_inputs, bare, first_state, one_step
+from fusecell.cell import Cell, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
+from fusecell.given import StateLike, all_inputs, bare, first_state
 from fusecell.runner import Options, State, autocasting, run
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusecell.cell import Cell, first_state
+from fusecell.cell import Cell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.graph import Graph
 from fusecell.compiler.kernel import Kernel, compile_graph
@@ -26,6 +26,7 @@ from fusecell.compiler.trace.weights import Prologue
 from fusecell.compiler.training import Call, Training
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError, EagerWarning
+from fusecell.given import first_state
 from fusecell.runner import Options, State, recomputing, register, steps_of
 
 __all__ = ["run_traced"]

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fusecell.cell import Cell, first_state
+from fusecell.cell import Cell
 from fusecell.compiler.call import RaggedRows, run
 from fusecell.compiler.graph import Graph, copy, rebuild
 from fusecell.compiler.kernel import Kernel, compile_graph
 from fusecell.compiler.memory import new_empty
 from fusecell.compiler.trace import Refusal, Traced, trace
 from fusecell.errors import CompilerError
+from fusecell.given import first_state
 from fusecell.runner import Options, State, steps_of
 
 __all__ = ["Program", "compile_step", "refusal", "run_all", "run_forward", "without_notes"]

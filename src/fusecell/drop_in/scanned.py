@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import StateLike, bare
 from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.drop_in.checks import check_hidden, check_input
+from fusecell.given import StateLike, bare
 from fusecell.layers.arguments import Form, Lengths, Packing, check_packed
 from fusecell.layers.scan import scan_cell
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, describe

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import Cell, check_dtype
+from fusecell.cell import Cell
+from fusecell.given import check_dtype
 from fusecell.runner import State
 
 __all__ = ["Form", "Lengths", "Packing", "check_inputs", "check_packed"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import Cell, StateLike
+from fusecell.cell import Cell
+from fusecell.given import StateLike
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
 from fusecell.layers.sequence import MaskedOutput, check_extras, describe

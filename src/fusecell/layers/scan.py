@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cell import Cell, StateLike, all_inputs, bare, start_state
+from fusecell.cell import Cell
+from fusecell.given import StateLike, all_inputs, bare, start_state
 from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs, check_packed
 from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, wrapped
 from fusecell.layers.stack import Stack

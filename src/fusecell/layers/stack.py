@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, check_count
+from fusecell.cell import Cell
+from fusecell.given import check_count
 from fusecell.runner import State
 
 __all__ = ["Stack"]

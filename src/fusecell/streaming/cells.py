@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, first_state, weights_dtype
+from fusecell.cell import Cell
 from fusecell.compiler.program import compile_step, without_notes
 from fusecell.compiler.trace import Refusal
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
+from fusecell.given import first_state, weights_dtype
 from fusecell.layers import Recurrent, Sequential, Stack
 from fusecell.streaming.link import Part
 from fusecell.wrappers import Residual

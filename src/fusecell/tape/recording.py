@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, first_state, noting, rewriting
+from fusecell.cell import Cell, noting, rewriting
 from fusecell.cells import CELLS, ZooCell
 from fusecell.compiler.bound import bound
 from fusecell.compiler.graph import Graph, copy, rebuild
@@ -24,6 +24,7 @@ from fusecell.compiler.runner import run_auto
 from fusecell.compiler.trace import Refusal, trace
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
+from fusecell.given import first_state
 from fusecell.layers.sequence import asked_of
 from fusecell.runner import Options, State, recording, recording_into, register
 from fusecell.tape.tape import Tape, Track

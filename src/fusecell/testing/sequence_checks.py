@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusecell.cell import Cell, bare, state_tuple
+from fusecell.cell import Cell
+from fusecell.given import bare, state_tuple
 from fusecell.runner import Options, State, run
 from fusecell.testing.trial import Outcome, Trial, apart, kinds, same
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusecell.cell import Cell, state_tuple
+from fusecell.cell import Cell
+from fusecell.given import state_tuple
 from fusecell.layers import scan
 from fusecell.runner import State
 

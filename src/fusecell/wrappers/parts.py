@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, weights_dtype
+from fusecell.cell import Cell
+from fusecell.given import weights_dtype
 from fusecell.runner import State
 from fusecell.wrappers.base import Wrapper
 

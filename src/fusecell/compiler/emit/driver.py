@@ -18,6 +18,7 @@ from fusecell.compiler.emit.crew import WORK, Crew
 from fusecell.compiler.emit.layout import Layout, Panel
 from fusecell.compiler.emit.packing import pack_panel_name
 from fusecell.compiler.emit.stages import CALL
+from fusecell.compiler.emit.sum_functions import emit_sums
 from fusecell.compiler.emit.sums import SumEmitter
 from fusecell.compiler.emit.text import Function, Module, Value
 from fusecell.compiler.passes import affine_parts
@@ -33,7 +34,7 @@ class _Driver:
         self.f = Function(module, "work", *WORK, moves_buffers=True)
 
     def emit(self) -> None:
-        self.sums.functions()
+        emit_sums(self.module, self.layout, self.plan)
         f, layout = self.f, self.layout
         self._own_block()
         self.steps, self.rows = layout.word(f, "steps"), layout.word(f, "rows")
