@@ -70,11 +70,11 @@ class CallerRows:
         f, crew = self.f, self.crew
         f.store_int(f.mul(p, self.rows), self._base)
         noted = f.at(self.layout.buffer(f, "starts"), f.mul(p, 8))
-        saved = f.load_int(f.let("base.at", f"select i1 {crew.regular}, ptr {self._base}, ptr {noted}"), "saved.base")
+        kept = f.load_int(f.let("base.at", f"select i1 {crew.regular}, ptr {self._base}, ptr {noted}"), "kept")
         # A thread's place is where it would be in the longest chunk: others may still be in the one before.
         before = f.mul(crew.first, f.sub(self.layout.word(f, "chunk_steps"), 1))
         apart = f.add(before, f.mul(p, f.sub(crew.last, crew.first, "own")), "apart.base")
-        return f.let("base", f"select i1 {crew.apart}, i64 {apart}, i64 {saved}"), saved
+        return f.let("base", f"select i1 {crew.apart}, i64 {apart}, i64 {kept}"), kept
 
     def move_states(self, kind: str, start: Value, stop: Value, slot: Value) -> None:
         """``first``: read the states of rows that begin; ``last``: hand back those of rows that end."""

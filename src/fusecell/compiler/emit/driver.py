@@ -146,7 +146,7 @@ class _Driver:
         mirrored = f.sub(f.sub(self.steps, 1), done, "mirrored")
         t = f.let("t", f"select i1 {self.reverse}, i64 {mirrored}, i64 {done}")
         slot = f.let("slot", f"and i64 {done}, 1")
-        base, saved = callers.bases(f.sub(t, low))
+        base, kept = callers.bases(f.sub(t, low))
         rows = callers.alive(t)
         before = f.load_int(alive_at, "before")
         with f.when("moved", f.let("is.moved", f"icmp ne i64 {rows}, {before}")):
@@ -162,9 +162,9 @@ class _Driver:
                 # A row's reduction takes its columns in order: rows are parted, whatever is parted elsewhere.
                 mine, theirs = f.share(rows, crew.me, crew.crew)
                 begin, end = f.maximum(first, mine), f.let("end", f"select i1 {crew.rowwise}, i64 {last}, i64 {theirs}")
-                self._call(stage, (f"{t}", base, saved, slot), (begin, end), (0, 1))
+                self._call(stage, (f"{t}", base, kept, slot), (begin, end), (0, 1))
             else:
-                self._call(stage, (f"{t}", base, saved, slot), (first, last), (crew.me, crew.crew))
+                self._call(stage, (f"{t}", base, kept, slot), (first, last), (crew.me, crew.crew))
             crew.meet(crew.columns)
         if self.plan.backward:
             callers.reset(t, rows, f.sub(1, slot, "slot.after"))
@@ -183,9 +183,9 @@ class _Driver:
                 turns = f.let("turns", f"select i1 {crew.apart}, i64 1, i64 {steps}")
                 last = f.let("last", f"select i1 {crew.apart}, i64 {of_all}, i64 {crew.last}")
             with f.loop("p", 0, turns) as p:
-                base, saved = self.callers.bases(p)
+                base, kept = self.callers.bases(p)
                 for stage in stages:
-                    self._call(stage, (low, base, saved, "0"), (crew.first, last), (0, 1))
+                    self._call(stage, (low, base, kept, "0"), (crew.first, last), (0, 1))
         with f.when("together", f.let("is.together", f"xor i1 {crew.rowwise}, true")):
             mine = f.share(total, "%me", "%crew")
             for stage in stages:

@@ -69,7 +69,8 @@ class Panel:
 ALIGNED = 64
 """What the addresses of buffers are multiples of."""
 _BETWEEN = 4096
-"""Bytes between what two threads write of a buffer, if each has a place of its own: caches fetch within a page."""
+"""Bytes between what two threads write of a buffer, if each has a place of its own: caches fetch within a page. As many
+stand behind the last, before the next buffer."""
 _HALVED = 2 << 20
 """Bytes of sums, beyond which a second copy costs more than it brings."""
 _ROWS = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
@@ -199,7 +200,7 @@ class Layout:
         with f.when("place", f.let("is.given", f"icmp ne ptr {scratch}, null")):
             here = scratch
             for name, size in self.sizes.items():
-                self.place(f, name, f.at(here, f.mul(before, size.per_helper // 2)))
+                self.place(f, name, f.at(here, f.mul(before, _BETWEEN if size.per_helper else 0)))
                 total: Value = size.fixed
                 for count, each in (
                     (rows, size.per_row),
