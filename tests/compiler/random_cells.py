@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fusecell as fc
 import fusecell.compiler.check as check_memory
-from fusecell.compiler import llvm
+from fusecell.compiler import kernel, llvm
+from tests.compiler import crews
 from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
 from tests.compiler.recipes import (
     Call,
@@ -384,13 +386,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backward", action="store_true", help="compare gradients too")
     parser.add_argument("--quick", action="store_true", help="LLVM doesn't optimise: three times as many in the time")
+    parser.add_argument("--threads", type=int, default=1, help="every call is run by so many, a few steps at a time")
     given_ = parser.parse_args(arguments)
     if given_.quick:
         llvm.EFFORT = 0
         os.environ["FUSECELL_CACHE"] = "off"  # where nobody should find such code
     os.environ.setdefault("FUSECELL_CACHE", "off")
-    check_memory.ENABLED = True
-    torch.set_num_threads(1)
+    # In the check mode buffers are where it puts them, threads' parts not pages apart.
+    check_memory.ENABLED = given_.threads == 1
+    if given_.threads > 1:
+        crews.always(pytest.MonkeyPatch())
+        kernel.CHUNK_BYTES = 1 << 13
+    torch.set_num_threads(given_.threads)
     # Machine code that kills the process leaves its cell here.
     last = Path(tempfile.mkdtemp()) / "last.py"
     print(f"the cell in hand is written to {last}", flush=True)

@@ -10,19 +10,24 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusecell as fc
-from fusecell.compiler import check, llvm
+from fusecell.compiler import check, kernel, llvm
+from tests.compiler import crews
 from tests.compiler.random_cells import calls, outcome, recipes
 from tests.compiler.recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [*range(4), "two threads"])
 def test_random_cells_equal_the_python_loop(part, monkeypatch):
-    """A quarter of them as users have it, the others without LLVM's optimiser, which takes most of the time."""
+    """A part of them as users have it, the others without LLVM's optimiser, which takes most of the time."""
     if part:
         monkeypatch.setattr(llvm, "EFFORT", 0)
         monkeypatch.setenv("FUSECELL_CACHE", "off")  # where nobody should find such code
+    threads, before = 1 + (part == "two threads"), torch.get_num_threads()
+    if threads > 1:
+        crews.always(monkeypatch)
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", 1 << 13)
 
-    @seed(part + 4 * check.ENABLED)
+    @seed((4 if threads > 1 else part) + 5 * check.ENABLED)
     @settings(
         max_examples=25,
         deadline=None,
@@ -35,7 +40,11 @@ def test_random_cells_equal_the_python_loop(part, monkeypatch):
         outcome(check_forward, recipe, call)
         outcome(check_backward, recipe, call)
 
-    each()
+    torch.set_num_threads(threads)
+    try:
+        each()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_failure_prints_a_program(monkeypatch):

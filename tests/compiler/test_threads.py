@@ -11,17 +11,14 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler import call, kernel, threads
+from fusecell.compiler import kernel, threads
+from tests.compiler.crews import always as crews_always
 
 
 @pytest.fixture(autouse=True)
 def crews(monkeypatch):
     """Calls of any size have a crew, which waits for all of its threads."""
-    monkeypatch.setattr(call, "CREW_CALL", 0)
-    monkeypatch.setattr(call, "CREW_STEP", 0)
-    monkeypatch.setattr(call, "crew_waits", lambda: False)
-    monkeypatch.setattr(threads, "_LEAST_PATIENCE", 1e12)
-    monkeypatch.setattr(threads, "_MOST_PATIENCE", 1e12)
+    crews_always(monkeypatch)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,0 +1,18 @@
+"""Calls of any size on threads, for tests that are about them."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusecell.compiler import call, threads
+
+__all__ = ["always"]
+
+
+def always(patch: pytest.MonkeyPatch) -> None:
+    """Have every call run by as many threads as torch would take, and wait for all of them."""
+    patch.setattr(call, "CREW_CALL", 0)
+    patch.setattr(call, "CREW_STEP", 0)
+    patch.setattr(call, "crew_waits", lambda: False)
+    patch.setattr(threads, "_LEAST_PATIENCE", 1e12)
+    patch.setattr(threads, "_MOST_PATIENCE", 1e12)
