@@ -85,3 +85,16 @@ def test_this_machine_has_a_target(monkeypatch):
     found = host_target()
     assert found.cpu
     assert found.vector_bits in (128, 256, 512)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [({1: "48K", 2: "2048K", 3: "266240K"}, 2 << 20), ({1: "32K"}, 1 << 20), ({2: "?"}, 1 << 20), ({}, 1 << 20)],
+)
+def test_the_second_cache(tmp_path, monkeypatch, sizes, expected):
+    for place, (level, size) in enumerate(sizes.items()):
+        (tmp_path / f"index{place}").mkdir()
+        (tmp_path / f"index{place}" / "level").write_text(f"{level}\n")
+        (tmp_path / f"index{place}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(target, "_CACHES", tmp_path)
+    assert target.l2_bytes.__wrapped__() == expected

@@ -18,16 +18,17 @@ from fusecell.compiler.machine import Loaded, load
 from fusecell.compiler.passes import optimise
 from fusecell.compiler.plan import Plan
 from fusecell.compiler.schedule import plan
-from fusecell.compiler.target import host_target
+from fusecell.compiler.target import host_target, l2_bytes
 from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
 # What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them. An only
 # chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
-# has at least where panels, or sums, larger than L2 are read for each.
+# has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
 CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
-LARGE, LEAST_ROWS = 4 << 20, 128
+LARGE, PANEL_ROWS = 4 << 20, 128
+SUM_ROWS = 128 if l2_bytes() >= 2 << 20 else 64
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -166,7 +167,7 @@ class Kernel:
         if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
             return max(1, steps)
         fitting = CHUNK_BYTES // step
-        least = -(-LEAST_ROWS // rows) if size.fixed > LARGE else 1
+        least = -(-(SUM_ROWS if self.words.sums else PANEL_ROWS) // rows) if size.fixed > LARGE else 1
         return max(1, min(steps, max(least, fitting)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:

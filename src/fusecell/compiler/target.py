@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusecell.compiler import llvm
 
-__all__ = ["Target", "host_target"]
+__all__ = ["Target", "host_target", "l2_bytes"]
 
 NATIVE = "native"
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_USUAL_L2 = 1 << 20
 
 # The levels of the x86-64 psABI in LLVM's names, each adding to the one before.
 LEVELS: dict[str, tuple[str, ...]] = {
@@ -97,3 +101,15 @@ def _target(cpu: str, features: str, triple: str, has: frozenset[str]) -> Target
         fma=neon or avx512 or "fma" in has,
         registers=32 if neon or avx512 else 16,
     )
+
+
+@functools.cache
+def l2_bytes() -> int:
+    """Bytes of a core's second cache, as Linux has it; a megabyte where nobody says."""
+    try:
+        for cache in sorted(_CACHES.glob("index*")):
+            if (cache / "level").read_text().strip() == "2":
+                return int((cache / "size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return _USUAL_L2
+    return _USUAL_L2
