@@ -96,8 +96,12 @@ def test_sums_by_halves_of_the_rows(make, rows, reverse, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sums_of_long_rows(dtype, monkeypatch):
-    """Operands of two kilobytes and more a row are put in strips, here of eight features and of seven."""
+@pytest.mark.parametrize("lengths", [{}, {"lengths": [11, 0, *range(1, 11), 3, 11, 9, 2, 4]}], ids=["", "lengths"])
+def test_sums_of_long_rows(lengths, dtype, monkeypatch):
+    """Operands of two kilobytes and more a row are put in strips, here of eight features and of seven.
+
+    With lengths the rows of all steps are one run, and no half of them is summed apart.
+    """
     torch.manual_seed(6)
     cell, x = fc.GRUCell(19, 261, dtype=dtype), torch.randn(11, 17, 19, dtype=dtype)
     found = {}
@@ -105,12 +109,12 @@ def test_sums_of_long_rows(dtype, monkeypatch):
         torch.set_num_threads(count)
         monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
         fc.refresh()
-        found[count, chunk] = run(cell, x, {})
+        found[count, chunk] = run(cell, x, lengths)
     first, *others = found.values()
     for other in others:
         assert all(torch.equal(one, another) for one, another in zip(first, other, strict=True))
     tolerance = 3e-6 if dtype == torch.float32 else 1e-13
-    for mine, loop in zip(first, run(cell.double(), x.double(), {}, "eager"), strict=True):
+    for mine, loop in zip(first, run(cell.double(), x.double(), lengths, "eager"), strict=True):
         assert (mine - loop).abs().max() <= tolerance * loop.abs().max()
 
 

@@ -1,8 +1,8 @@
 """Strips: an operand of a sum over rows, laid out as its tiles read it.
 
-A tile reads eight neighbouring features of row after row. Of long rows each such piece is in a line, a few sets of L1
-and soon in a page of its own, and is read again for every block of columns of the other operand. So where there are
-several of these, the pieces of a stretch of rows are first put one behind the other.
+A tile reads eight neighbouring features of row after row, and again for every block of columns of the other operand.
+Where rows are long, each of these pieces lies in another line, soon in another page, and all of them in few sets of L1.
+So the pieces of a stretch of rows are first put one behind the other.
 """
 
 from __future__ import annotations
