@@ -54,7 +54,8 @@ def take_turns(
         while rounds < _LEAST_ROUNDS or time.perf_counter() - began < seconds * len(contestants):
             for name, call in contestants.items():
                 time.sleep(_PAUSE if several else 0)
-                for _ in range(1 + calls[name] // 4 * several):  # not timed: its weights come back into the cache
+                # Not timed: its weights come back into the cache, its threads wake up.
+                for _ in range(1 + calls[name] // 4 if several else 1):
                     call()
                 turns[name].append(_mean_seconds(call, calls[name]))
             rounds += 1

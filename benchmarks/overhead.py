@@ -9,6 +9,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -90,16 +91,13 @@ def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tu
         run(self, block)
         inside[0] += time.perf_counter() - began
 
-    Ready.run = timed  # type: ignore[method-assign]  # for as long as it is measured
-    try:
+    with patch.object(Ready, "run", timed):
         first = time.perf_counter()
         while len(found) < least or time.perf_counter() - first < seconds:
             inside[0] = 0.0
             began = time.perf_counter()
             call()
             found.append((time.perf_counter() - began, inside[0]))
-    finally:
-        Ready.run = run  # type: ignore[method-assign]
     return found
 
 
@@ -113,11 +111,8 @@ def kernels_of(call: Call) -> list[Kernel]:
         found.append(self.kernel)
         run(self, block)
 
-    Ready.run = noted  # type: ignore[method-assign]  # for as long as one call takes
-    try:
+    with patch.object(Ready, "run", noted):
         call()
-    finally:
-        Ready.run = run  # type: ignore[method-assign]
     return found
 
 

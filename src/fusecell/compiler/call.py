@@ -137,6 +137,7 @@ class Ready:
             self._unread.append((place, here))
             here += -(-size // ALIGNED) * ALIGNED
         self._before, self._size = here, here + kernel.scratch_bytes(steps, rows)
+        self._per_helper = kernel.emitted.scratch.per_helper
 
     def block(self) -> array[int]:
         """A block for one call."""
@@ -146,7 +147,7 @@ class Ready:
         """Run the kernel over a block that has all addresses of the caller's tensors."""
         steps, rows, _ = self._call
         threads = crew_size(self.kernel, steps, rows) if self._wants_crew else 1
-        size = self._size if threads == 1 else self._before + self.kernel.scratch_bytes(steps, rows, threads)
+        size = self._size + (threads - 1) * self._per_helper
         scratch, kept = _memory.address, None
         if size > _memory.size:
             kept = _scratch(size)

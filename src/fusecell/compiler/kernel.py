@@ -28,7 +28,7 @@ __all__ = ["Kernel", "Strided", "compile_graph"]
 # has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
 CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
 LARGE, PANEL_ROWS = 4 << 20, 128
-SUM_ROWS = 128 if l2_bytes() >= 2 << 20 else 64
+SUM_ROWS, SUM_ROWS_SMALL_L2 = 128, 64
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -167,7 +167,10 @@ class Kernel:
         if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
             return max(1, steps)
         fitting = CHUNK_BYTES // step
-        least = -(-(SUM_ROWS if self.words.sums else PANEL_ROWS) // rows) if size.fixed > LARGE else 1
+        least = 1
+        if size.fixed > LARGE:
+            at_once = SUM_ROWS if l2_bytes() >= 2 << 20 else SUM_ROWS_SMALL_L2
+            least = -(-(at_once if self.words.sums else PANEL_ROWS) // rows)
         return max(1, min(steps, max(least, fitting)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:

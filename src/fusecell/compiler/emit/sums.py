@@ -95,8 +95,8 @@ class SumEmitter:
                 between = f.let("between", f"select i1 {crew.apart}, i64 {size}, i64 {unit}")
                 runs = f.let("runs", f"select i1 {halved}, i64 {count}, i64 1")
                 rows = f.let("run.rows", f"select i1 {halved}, i64 {size}, i64 {count}")
-                steps_ = (f.mul(between, ahead), f.mul(unit, ahead))
-                given = (first, kept, runs, *steps_, rows, row_step, half, self._me, self._crew)
+                to_next = (f.mul(between, ahead), f.mul(unit, ahead))
+                given = (first, kept, runs, *to_next, rows, row_step, half, self._me, self._crew)
                 opens = f.let("opens", f"icmp eq i64 {filled}, 0")
                 begun = f.let("is.first.block", f"icmp eq i64 {f.load_int(closed_at, 'closed')}, 0")
                 for found in self.plan.sums:
@@ -120,7 +120,7 @@ class SumEmitter:
         )
         with f.when("rest", open_), f.loop("half", self._from, self._to) as half:
             self._close(f, crew, half)
-        with f.when("nothing", f.let("is.nothing", f"icmp eq i1 {f.let('is.any', f'or i1 {open_}, {closed}')}, false")):
+        with f.when("nothing", f.let("is.nothing", f"xor i1 {f.let('is.any', f'or i1 {open_}, {closed}')}, true")):
             self._clear(f)
             crew.meet(self._shared)
         crew.meet(self._private)
