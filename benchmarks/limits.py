@@ -80,8 +80,8 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     """
     import torch
 
-    from fusecell.compiler.runner import find_program
-    from fusecell.compiler.trace import Refusal
+    from fusecell.compiler.dispatch.runner import find_program
+    from fusecell.compiler.refusal import Refusal
 
     cell = _make(shape)
     x = torch.randn(shape.steps, shape.batch, shape.inputs)
@@ -136,8 +136,8 @@ def _time(kernel: object, text: str, x: object, weights: Sequence[object], cell:
     """The median time of a kernel's text over an input."""
     import torch
 
-    from fusecell.compiler.machine import load
-    from fusecell.compiler.target import host_target
+    from fusecell.compiler.backend.jit import load
+    from fusecell.compiler.backend.target import host_target
 
     made: Any = kernel
     given: Any = x
@@ -180,10 +180,10 @@ def machine_limits(seconds: float = 0.5) -> tuple[float, float]:
 def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, seconds: float) -> float:
     import numpy as np
 
-    from fusecell.compiler.emit.text import Function, Module
-    from fusecell.compiler.emit.tiles import KnownWalk, tile_name
-    from fusecell.compiler.machine import load
-    from fusecell.compiler.target import host_target
+    from fusecell.compiler.backend.jit import load
+    from fusecell.compiler.backend.target import host_target
+    from fusecell.compiler.codegen.llvm_builder import Function, Module
+    from fusecell.compiler.codegen.microkernel import KnownWalk, tile_name
 
     module = Module("limits", "f32", host_target())
     name = tile_name(module, rows, products, blocks, KnownWalk())

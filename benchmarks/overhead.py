@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fusecell as fc
 from benchmarks.clock import take_turns
-from fusecell.compiler.call import Ready
-from fusecell.compiler.kernel import Kernel
+from fusecell.compiler.programs.launch import Ready
+from fusecell.compiler.runtime.kernel import Kernel
 
 __all__ = ["above_kernels", "calls", "import_seconds", "inside_kernels", "kernels_of", "main"]
 

@@ -3,8 +3,8 @@ import platform
 import torch
 
 import fusecell as fc
-from fusecell.compiler import llvm
-from fusecell.compiler.cache import cache_info
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.disk_cache import cache_info
 
 
 def test_it_says_what_is_in_force(monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fusecell as fc
 from fusecell.cell import noting
-from fusecell.runner import active_runner
+from fusecell.execution.context import active_runner
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -317,7 +317,7 @@ def in_process(code: str, **env: str) -> str:
 
 
 def test_the_runner_of_the_environment():
-    code = "from fusecell.runner import active_runner; print(active_runner())"
+    code = "from fusecell.execution.context import active_runner; print(active_runner())"
     assert in_process(code, FUSECELL_RUNNER="eager").strip() == "eager"
     assert "variable FUSECELL_RUNNER got 'quick'; expected one of" in in_process(code, FUSECELL_RUNNER="quick")
 
@@ -326,7 +326,7 @@ def test_importing_fusecell_is_light_and_its_names_are_what_they_say():
     code = """if True:
         import sys, fusecell as fc
         assert "torch" not in sys.modules and "llvmlite" not in sys.modules
-        import fusecell.runner, fusecell.summary
+        import fusecell.execution.runners, fusecell.inspection.summary
         print(type(fc.runner).__name__, type(fc.summary).__name__, "GRU" in dir(fc))
     """
     assert in_process(code).split() == ["function", "function", "True"]

@@ -17,11 +17,11 @@ import fusecell as fc
 from fusecell.demo import Settings, run_demo
 from fusecell.demo.baselines import KneserNey
 from fusecell.demo.checkpoint import load_checkpoint, save_checkpoint
+from fusecell.demo.comparison import Lane, race
 from fusecell.demo.corpus import Corpus, Vocabulary, held_out, load_corpus
-from fusecell.demo.exam import Exam
+from fusecell.demo.evaluation import Exam
 from fusecell.demo.model import build_model
 from fusecell.demo.plot import plot_curves
-from fusecell.demo.race import Lane, race
 from fusecell.demo.report import Results, Score, verdict
 from fusecell.demo.sample import write
 from fusecell.demo.threads import fastest_threads
@@ -270,7 +270,7 @@ def test_equal_work_takes_turns(corpus):
 
     lanes = [Lane(name, trainer, Budget(6.0), 1, None) for name, trainer in zip("ab", trainers, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fusecell.demo.race.save_checkpoint", lambda trainer, corpus, folder: None)
+        patch.setattr("fusecell.demo.comparison.save_checkpoint", lambda trainer, corpus, folder: None)
         race(lanes, corpus, small_exam(corpus), quiet(), points=3)
     turns = ["".join(group) for _, group in itertools.groupby(order)]
     assert [turn[0] for turn in turns] == ["a", "b"] * 6
@@ -357,7 +357,7 @@ def test_an_interruption_leaves_a_checkpoint(corpus, tmp_path, monkeypatch):
         return advance(self, used)
 
     monkeypatch.setattr(Trainer, "advance", interrupted)
-    monkeypatch.setattr("fusecell.demo.job.fastest_threads", lambda work, most: 1)
+    monkeypatch.setattr("fusecell.demo.main.fastest_threads", lambda work, most: 1)
     with pytest.raises(KeyboardInterrupt):
         run_demo(TINY, seconds=60, steps=9, output=tmp_path, corpus=corpus, exam=small_exam(corpus), console=quiet())
     assert load_checkpoint(corpus, tmp_path / "fusecell").step == 4

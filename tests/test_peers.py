@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import PEERS, installed
-from fusecell.compiler import check
+from fusecell.compiler.runtime import guard_pages as check
 
 pytestmark = pytest.mark.skipif(check.ENABLED, reason="numbers are the same bits in the check mode, and were compared")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fusecell as fc
-from fusecell.compiler import check
-from fusecell.speed import measure
+from fusecell.compiler.runtime import guard_pages as check
+from fusecell.inspection.benchmark import measure
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -6,8 +6,6 @@ Names are imported on first use, so that a process that only streams never loads
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -46,13 +44,13 @@ _HOME = {
     "replace": "convert",
     "Tape": "tape",
     "record": "tape",
-    "runner": "runner",
-    "recompute": "runner",
-    "explain": "explain",
-    "show_config": "config",
-    "refresh": "compiler.runner",
-    "count_cells": "summary",
-    "summary": "summary",
+    "runner": "execution.context",
+    "recompute": "execution.context",
+    "explain": "inspection.explain",
+    "show_config": "inspection.environment",
+    "refresh": "compiler.dispatch.runner",
+    "count_cells": "inspection.summary",
+    "summary": "inspection.summary",
     "EagerWarning": "errors",
     "FusecellError": "errors",
     "NotCompilable": "errors",
@@ -68,7 +66,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"fusecell.{_HOME[name]}"), name)
         if _HOME[name] in _COMPUTING:
-            importlib.import_module("fusecell.runner").prepare()
+            importlib.import_module("fusecell.execution.runners").prepare()
     elif name in _MODULES:
         value = importlib.import_module(f"fusecell.{name}")
     else:
@@ -78,15 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing ``fusecell.runner`` would put the module in the place of the function ``fusecell.runner``."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return sorted({*__all__, "__version__"})

@@ -11,9 +11,12 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.given import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
-from fusecell.notes import noted, noting, rewriting
-from fusecell.runner import Manner, Options, State, remember, repeated, run
+from fusecell.execution.call_cache import remember, repeated
+from fusecell.execution.call_form import Manner
+from fusecell.execution.options import Options, State
+from fusecell.execution.runners import run
+from fusecell.intermediates import noted, noting, rewriting
+from fusecell.validation import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
 
 __all__ = ["Cell", "noting", "one_step", "rewriting", "step"]
 

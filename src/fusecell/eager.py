@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.given import first_state
-from fusecell.runner import Options, State, register, steps_of
+from fusecell.execution.options import Options, State, steps_of
+from fusecell.execution.runners import register
+from fusecell.validation import first_state
 
 __all__ = ["run_eager"]
 
 
 def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
-    """Run ``cell`` over (T, N, ...) inputs step by step; see :class:`fusecell.runner.Options`.
+    """Run ``cell`` over (T, N, ...) inputs step by step; see :class:`fusecell.execution.options.Options`.
 
     Returns:
         The outputs (T, N, output_size), in input time and zero beyond a row's length, and the state after each row's

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import llvmlite.binding as binding
 
-from fusecell.compiler import llvm
-from fusecell.compiler.target import Target
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.target import Target
 
 __all__ = ["KINDS", "Block", "Counted", "blocks_of"]
 
@@ -87,7 +87,7 @@ def blocks_of(assembly: str) -> tuple[list[Block], str]:
 
 
 class Counted:
-    """Machine code that counts; it takes the place of what :func:`fusecell.compiler.machine.load` makes."""
+    """Machine code that counts; it takes the place of what :func:`fusecell.compiler.backend.jit.load` makes."""
 
     def __init__(self, text: str, names: Sequence[str], target: Target) -> None:
         aim = (target.cpu, target.features, target.triple)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fusecell.compiler import call, threads
+from fusecell.compiler.programs import launch as call
+from fusecell.compiler.runtime import thread_team as threads
 
 __all__ = ["always"]
 

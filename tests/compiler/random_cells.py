@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fusecell as fc
-import fusecell.compiler.check as check_memory
-from fusecell.compiler import kernel, llvm
+import fusecell.compiler.runtime.guard_pages as check_memory
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.runtime import kernel
 from tests.compiler import crews
 from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
 from tests.compiler.recipes import (

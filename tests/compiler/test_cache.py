@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusecell.compiler import cache
-from fusecell.compiler.cache import cache_info, cache_key, clear_cache, read_entry, write_entry
-from fusecell.compiler.machine import load
-from fusecell.compiler.target import host_target
+from fusecell.compiler.backend import disk_cache as cache
+from fusecell.compiler.backend.disk_cache import cache_info, cache_key, clear_cache, read_entry, write_entry
+from fusecell.compiler.backend.jit import load
+from fusecell.compiler.backend.target import host_target
 
 KEY = cache_key("a text", "a cpu")
 PAYLOAD = bytes(range(256)) * 5

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler import check
-from fusecell.compiler.extents import extents
-from fusecell.compiler.runner import find_learner, find_program
+from fusecell.compiler.dispatch.runner import find_learner, find_program
+from fusecell.compiler.runtime import guard_pages as check
+from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.errors import CompilerError
 
 
@@ -125,7 +125,7 @@ def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
 def test_the_environment_switches_it_on():
     code = """if True:
         import torch, fusecell as fc
-        from fusecell.compiler import check
+        from fusecell.compiler.runtime import guard_pages as check
         y, _ = fc.GRU(5, 10)(torch.randn(7, 3, 5))
         y.sum().backward()
         print(check.ENABLED)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.emit import emit
-from fusecell.compiler.learner import Learner
-from fusecell.compiler.passes import optimise
-from fusecell.compiler.schedule import plan
-from fusecell.compiler.target import host_target
-from fusecell.compiler.trace import Traced, trace
+from fusecell.compiler.backend.target import host_target
+from fusecell.compiler.codegen import emit
+from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.programs.autograd import Learner
+from fusecell.compiler.schedule.scheduler import plan
+from fusecell.compiler.transforms.passes import optimise
 
 GOLDEN = Path(__file__).parent / "golden"
 CELLS = {

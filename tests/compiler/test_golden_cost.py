@@ -15,8 +15,9 @@ import torch
 from cost import KINDS, Counted
 
 import fusecell as fc
-from fusecell.compiler import kernel, llvm
-from fusecell.compiler.target import host_target
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.target import host_target
+from fusecell.compiler.runtime import kernel
 
 GOLDEN = Path(__file__).parent / "golden"
 CELLS = {

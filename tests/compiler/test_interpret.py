@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusecell.compiler.graph import Builder
-from fusecell.compiler.interpret import EVALUATE, interpret
-from fusecell.compiler.ops import PRIMITIVES
+from fusecell.compiler.ir.graph import Builder
+from fusecell.compiler.ir.interpreter import EVALUATE, interpret
+from fusecell.compiler.ir.primitives import PRIMITIVES
 
 
 def test_a_rule_for_every_primitive() -> None:

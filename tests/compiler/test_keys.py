@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fusecell as fc
-from fusecell.compiler.keys import signature, split_numbers
+from fusecell.compiler.frontend.signature import signature, split_numbers
 
 
 class Slotted:

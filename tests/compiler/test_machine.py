@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import fusecell.errors
-from fusecell.compiler import llvm, machine
-from fusecell.compiler.machine import Loaded, load
-from fusecell.compiler.target import LEVELS, host_target
+from fusecell.compiler.backend import jit as machine
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.jit import Loaded, load
+from fusecell.compiler.backend.target import LEVELS, host_target
 from fusecell.errors import CompilerError
 
 SOURCE = Path(fusecell.errors.__file__).parents[1]
@@ -132,8 +133,8 @@ def run_python(script: str, tmp_path: Path) -> subprocess.CompletedProcess:
 
 PRELUDE = """
 import ctypes, os, threading
-from fusecell.compiler.machine import load
-from fusecell.compiler.target import host_target
+from fusecell.compiler.backend.jit import load
+from fusecell.compiler.backend.target import host_target
 
 def adder(amount):
     return "define i32 @add(i32 %i) { %j = add i32 %i, " + str(amount) + " ret i32 %j }"

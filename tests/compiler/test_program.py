@@ -18,8 +18,8 @@ from torch import nn
 from traced_cells import BodyCell, both
 
 import fusecell as fc
-import fusecell.compiler.kernel as kernel
-import fusecell.compiler.runner as compiled
+import fusecell.compiler.dispatch.runner as compiled
+import fusecell.compiler.runtime.kernel as kernel
 from fusecell.cells import CELLS
 
 SHAPES = [(5, 3, 4, 10), (7, 33, 5, 16), (4, 1, 3, 40), (3, 9, 10, 257), (6, 2, 1, 2)]
@@ -167,7 +167,7 @@ print(found.hexdigest())
 
 
 def test_bits_are_equal_on_every_level_with_fma(monkeypatch):
-    import fusecell.compiler.target as target
+    import fusecell.compiler.backend.target as target
 
     if target.host_target().vector_bits < 512:
         pytest.skip("this CPU has no AVX-512 to compare with AVX2")

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusecell as fc
-from fusecell.compiler import check, kernel, llvm
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.runtime import guard_pages as check
+from fusecell.compiler.runtime import kernel
 from tests.compiler import crews
 from tests.compiler.random_cells import calls, outcome, recipes
 from tests.compiler.recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source

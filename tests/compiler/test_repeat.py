@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
-from fusecell.compiler import call, repeat
-from fusecell.compiler.facts import facts_of
+from fusecell.compiler.dispatch import fast_path as repeat
+from fusecell.compiler.dispatch.guards import facts_of
+from fusecell.compiler.programs import launch as call
 
 
 class Scaled(fc.Cell):

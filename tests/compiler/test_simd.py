@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusecell.compiler import simd
+from fusecell.compiler.codegen import vector_math as simd
 
 FORMATS = {"f32": np.float32, "f64": np.float64}
 SCALARS = {"f32": "float", "f64": "double"}

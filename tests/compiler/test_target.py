@@ -1,7 +1,7 @@
 import pytest
 
-from fusecell.compiler import llvm, target
-from fusecell.compiler.target import LEVELS, host_target
+from fusecell.compiler.backend import llvm, target
+from fusecell.compiler.backend.target import LEVELS, host_target
 
 NEHALEM = frozenset(LEVELS["x86-64-v2"])
 HASWELL = NEHALEM | set(LEVELS["x86-64-v3"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler import kernel, threads
+from fusecell.compiler.runtime import kernel
+from fusecell.compiler.runtime import thread_team as threads
 from tests.compiler.crews import always as crews_always
 
 

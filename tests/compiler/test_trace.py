@@ -18,9 +18,10 @@ from traced_cells import Body, BodyCell, both, close, compare, traced, values_of
 
 import fusecell as fc
 from fusecell.cells import ZooCell
-from fusecell.compiler.graph import Graph
-from fusecell.compiler.interpret import interpret
-from fusecell.compiler.trace import Refusal, record, trace
+from fusecell.compiler.frontend import recorder, trace
+from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.interpreter import interpret
+from fusecell.compiler.refusal import Refusal
 
 Function = Callable[[Tensor], Tensor]
 
@@ -234,10 +235,10 @@ def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             met.add(name)
             return super().get(name, default)
 
-    monkeypatch.setattr(record, "RULES", Seen(record.RULES))
+    monkeypatch.setattr(recorder, "RULES", Seen(recorder.RULES))
     for body in [*WEIGHTS.values(), *(lambda c, x, h, f=f: f(both(c, x, h)) for f in FUNCTIONS.values())]:
         traced(BodyCell(body).double())
-    assert set(record.RULES) - met == set()
+    assert set(recorder.RULES) - met == set()
 
 
 class Straight(torch.autograd.Function):
@@ -449,7 +450,7 @@ def test_leaves_no_trace() -> None:
 def test_first_trace_imports_no_compiler_of_torchs() -> None:
     code = (
         "import sys, torch, fusecell as fc\n"
-        "from fusecell.compiler.trace import trace, Traced\n"
+        "from fusecell.compiler.frontend import trace, Traced\n"
         "for gradients in (False, True):\n"
         "    assert isinstance(trace(fc.GRUCell(5, 10), [(5,)], torch.float32, gradients=gradients), Traced)\n"
         "found = {'torch._dynamo', 'sympy'} & set(sys.modules)\n"

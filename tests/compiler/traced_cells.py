@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fusecell as fc
-from fusecell.compiler.interpret import interpret
-from fusecell.compiler.trace import Traced, trace
+from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.ir.interpreter import interpret
 
 Body = Callable[[Any, Tensor, Tensor], Tensor]
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import torch
 
 import fusecell as fc
-from fusecell.compiler.runner import find_learner
+from fusecell.compiler.dispatch.runner import find_learner
 
 __all__ = ["LEVEL", "check", "errors", "write_graphs"]
 

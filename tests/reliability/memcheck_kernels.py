@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fusecell.compiler.check import Bytes
-from fusecell.compiler.extents import extents
-from fusecell.compiler.graph import Graph
-from fusecell.compiler.kernel import Kernel, compile_graph
+from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.runtime.guard_pages import Bytes
+from fusecell.compiler.runtime.guarded_extents import extents
+from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 
 STEPS, ROWS = 5, 3
 CALLS = [(False, False), (True, False), (True, True)]

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusecell as fc
-import fusecell.compiler.check as check_memory
-from fusecell.compiler import llvm
+import fusecell.compiler.runtime.guard_pages as check_memory
+from fusecell.compiler.backend import llvm
 from tests.compiler.recipes import CONDITION, DOUBLE, NUDGE, SINGLE, furthest
 
 __all__ = ["Call", "calls", "check", "run"]

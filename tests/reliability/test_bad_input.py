@@ -243,7 +243,7 @@ def test_sizes_beyond_memory(layer, shape, training):
 
 def test_scratch_beyond_memory(monkeypatch):
     """Memory that runs out inside a call."""
-    from fusecell.compiler import call
+    from fusecell.compiler.programs import launch as call
 
     def none(size):
         raise RuntimeError(f"can't allocate memory: you tried to allocate {size} bytes")

@@ -11,14 +11,14 @@ import sys
 
 import pytest
 
-from fusecell.compiler.cache import TEMPORARY
+from fusecell.compiler.backend.disk_cache import TEMPORARY
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="modes, owners and limits are Linux's")
 
 CODE = """
 import ctypes, os, sys
-from fusecell.compiler.machine import load
-from fusecell.compiler.target import host_target
+from fusecell.compiler.backend.jit import load
+from fusecell.compiler.backend.target import host_target
 text = "define i32 @add(i32 %i) { %j = add i32 %i, 7 ret i32 %j }"
 exec(sys.argv[1])
 code = load(text, ["add"], host_target())
@@ -164,7 +164,7 @@ def test_a_disk_that_becomes_full_in_mid_write(tmp_path):
     assert entries(path) == []
 
 
-@pytest.mark.parametrize("call", ["os.replace", "os.fsync", "cache._evict"])
+@pytest.mark.parametrize("call", ["os.replace", "os.fsync", "disk_cache._evict"])
 def test_a_writer_killed_in_mid_write(tmp_path, call):
     """Whatever it leaves behind, the next one finds a whole entry or none."""
     if call == "os.fsync":
@@ -172,13 +172,13 @@ def test_a_writer_killed_in_mid_write(tmp_path, call):
         kill = "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)"
         kill += "; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
     else:
-        kill = f"from fusecell.compiler import cache; {call} = lambda *_: os.kill(os.getpid(), 9)"
+        kill = f"from fusecell.compiler.backend import disk_cache; {call} = lambda *_: os.kill(os.getpid(), 9)"
     path = tmp_path / "cache"
     done = process(path, first=kill)
     assert done.returncode in (-signal.SIGKILL, -signal.SIGXFSZ)
     left = [name for name in entries(path) if name.startswith(TEMPORARY)]
-    assert len(left) == (call != "cache._evict")
-    assert process(path).stdout == ("from disk\n" if call == "cache._evict" else "compiled\n")
+    assert len(left) == (call != "disk_cache._evict")
+    assert process(path).stdout == ("from disk\n" if call == "disk_cache._evict" else "compiled\n")
     assert process(path).stdout == "from disk\n"
 
 
@@ -188,7 +188,7 @@ def test_code_for_another_cpu_or_version_is_never_taken(tmp_path):
     [mine] = entries(path)
     other = {"FUSECELL_TARGET": "x86-64-v2"}
     assert process(path, **other).stdout == "compiled\n"
-    stale = "from fusecell.compiler import llvm; llvm.VERSIONS = 'llvmlite 0, LLVM 0'"
+    stale = "from fusecell.compiler.backend import llvm; llvm.VERSIONS = 'llvmlite 0, LLVM 0'"
     assert process(path, first=stale).stdout == "compiled\n"
     assert len(entries(path)) == 3
     for name in entries(path):  # each in the place of the other

@@ -99,7 +99,7 @@ class Caught(Exception):
 @pytest.fixture(scope="module")
 def arguments():
     """What torch's operator is called with, by name: for inference and for training."""
-    from fusecell.compiler import operator
+    from fusecell.compiler.dispatch import torch_operator as operator
 
     found = {}
     for training in (False, True):
@@ -117,7 +117,7 @@ def arguments():
 
 
 def _options():
-    from fusecell.runner import Options
+    from fusecell.execution.options import Options
 
     return Options(torch.tensor([7, 0, 2, 7]), torch.zeros(7, 4, dtype=torch.bool))
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import fusecell as fc
-from fusecell.compiler import check
+from fusecell.compiler.runtime import guard_pages as check
 from tests.reliability.memcheck import errors, write_graphs
 
 pytestmark = [

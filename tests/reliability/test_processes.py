@@ -256,9 +256,9 @@ def test_compiling_in_a_thread_while_another_runs():
 
 _WAITING = """
 import sys, threading, time
-from fusecell.compiler import llvm
-from fusecell.compiler.machine import load
-from fusecell.compiler.target import host_target
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.jit import load
+from fusecell.compiler.backend.target import host_target
 def text(number):
     lines = "".join(f"  %v{i} = mul i32 %v{i - 1}, %v{i // 2}\\n" for i in range(1, 9000))
     return f"define i32 @f(i32 %v0) {{\\n{lines}  ret i32 %v8999\\n}}"
@@ -284,9 +284,11 @@ def test_the_end_while_threads_wait_for_the_compiler(wait):
 
 _HELD = """
 import os, sys, threading, time
-from fusecell.compiler import kept, learner, llvm
-from fusecell.compiler.trace import tracing
-module, held = {"kept": kept, "learner": learner, "trace": tracing, "llvm": llvm}[sys.argv[1]], threading.Event()
+from fusecell.compiler.dispatch import program_cache
+from fusecell.compiler.programs import autograd
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.frontend import tracer
+module, held = {"program_cache": program_cache, "autograd": autograd, "tracer": tracer, "llvm": llvm}[sys.argv[1]], threading.Event()
 lock = module.lock if module is llvm else module._LOCK
 def hold():
     with lock:
@@ -302,7 +304,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("name", ["kept", "learner", "trace", "llvm"])
+@pytest.mark.parametrize("name", ["program_cache", "autograd", "tracer", "llvm"])
 def test_a_fork_waits_for_locks(name):
     """What a thread of the parent holds is open in the child, which has no such thread."""
     done = alone(_HELD, name)

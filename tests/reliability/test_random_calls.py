@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import fusecell as fc
-from fusecell.compiler import target
-from fusecell.compiler.llvm import host
+from fusecell.compiler.backend import target
+from fusecell.compiler.backend.llvm import host
 from tests.reliability.random_calls import calls, check
 
 

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusecell as fc
-from fusecell.compiler import call as calls
-from fusecell.compiler import kernel
+from fusecell.compiler.programs import launch as calls
+from fusecell.compiler.runtime import kernel
 
 
 def call(cell, x, state, gradients, options, runner):

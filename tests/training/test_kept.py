@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.learner import compile_learner
-from fusecell.compiler.trace import Refusal
+from fusecell.compiler.programs.autograd import compile_learner
+from fusecell.compiler.refusal import Refusal
 
 SOURCES = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fusecell as fc
-from fusecell.compiler import operator
+from fusecell.compiler.dispatch import torch_operator as operator
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_exported_programs_take_any_length_and_batch(kind, tmp_path):
     torch.save((x, expected), tmp_path / "data.pt")
     # Another process has neither the layer nor its cell, only the operator.
     script = f"""
-import torch, fusecell.compiler.operator
+import torch, fusecell.compiler.dispatch.torch_operator
 x, expected = torch.load({str(tmp_path / "data.pt")!r})
 program = torch.export.load({str(tmp_path / "layer.pt2")!r})
 assert torch.equal(program.module()(x)[0], expected)

@@ -4,9 +4,9 @@ from fusecell.cells.gated import FastGRNNCell, MGUCell, MinGRUCell, UGRNNCell
 from fusecell.cells.normed import LayerNormGRUCell, LayerNormLSTMCell, LiGRUCell
 from fusecell.cells.oscillator import CoRNNCell
 from fusecell.cells.peephole import PeepholeLSTMCell
+from fusecell.cells.registry import CELLS, ZooCell
 from fusecell.cells.simple import AntisymmetricRNNCell, IndRNNCell, LeakyCell, SCRNCell
-from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell
-from fusecell.cells.zoo import CELLS, ZooCell
+from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell
 
 __all__ = [
     "CELLS",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusecell.cells.weights import Device, WeightCell, one_of
-from fusecell.runner import State
+from fusecell.cells.base import Device, WeightCell, one_of
+from fusecell.execution.options import State
 
 __all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "LiGRUCell"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusecell.cells.weights import Device, WeightCell
-from fusecell.runner import State
+from fusecell.cells.base import Device, WeightCell
+from fusecell.execution.options import State
 
 __all__ = ["PeepholeLSTMCell"]
 

@@ -100,7 +100,7 @@ def count(
 ) -> None:
     """How many cell calls one sequence takes: seq_len x directions x layers."""
     from fusecell.drop_in import GRU
-    from fusecell.summary import count_cells
+    from fusecell.inspection.summary import count_cells
 
     calls = count_cells(GRU(1, 1, num_layers=layers, bidirectional=bidirectional), seq_len)
     directions = 2 if bidirectional else 1
@@ -118,7 +118,7 @@ def summary(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
 ) -> None:
     """Parameters, multiply-accumulates, shapes and cell calls of a layer."""
-    from fusecell.summary import summary as summarize
+    from fusecell.inspection.summary import summary as summarize
 
     _say(lambda layer: summarize(layer, seq_len, batch_size), module, cell, input_size, hidden_size)
 
@@ -138,7 +138,7 @@ def bench(
     """How fast a layer is here: compiled, as a Python loop, in torch.nn, and beside what the machine can do."""
     import torch
 
-    from fusecell.speed import measure
+    from fusecell.inspection.benchmark import measure
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -159,7 +159,7 @@ def explain(
     hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
 ) -> None:
     """What was compiled, what left the loop, what it costs, and why the rest runs as a Python loop."""
-    from fusecell.explain import explain as describe
+    from fusecell.inspection.explain import explain as describe
 
     _say(describe, module, cell, input_size, hidden_size)
 
@@ -213,7 +213,7 @@ def _stream(model: str, batch_size: int) -> Stream:
     try:
         if Path(model).exists() or ":" not in model:
             return load_stream(model, batch_size)
-        from fusecell.cli.find import find_module
+        from fusecell.cli.lookup import find_module
 
         return Stream(find_module(model).eval(), batch_size)
     except (OSError, TypeError, ValueError, NotCompilable) as error:
@@ -225,7 +225,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove all machine code kept on disk.")] = False,
 ) -> None:
     """Where compiled kernels are kept, and how many."""
-    from fusecell.compiler.cache import cache_info, clear_cache
+    from fusecell.compiler.backend.disk_cache import cache_info, clear_cache
 
     if clear:
         typer.echo(f"removed {clear_cache()} kernels")
@@ -239,7 +239,7 @@ def cache(
 @app.command()
 def config() -> None:
     """Versions, machine and settings, for a report."""
-    from fusecell.config import show_config
+    from fusecell.inspection.environment import show_config
 
     typer.echo(str(show_config()))
 
@@ -248,7 +248,7 @@ def _say(
     describe: Callable[[nn.Module], object], module: str | None, cell: str | None, input_size: int, hidden_size: int
 ) -> None:
     """Print what ``describe`` says of the layer that the arguments name."""
-    from fusecell.cli.find import find_cell, find_module
+    from fusecell.cli.lookup import find_cell, find_module
 
     if (module is None) == (cell is None):
         raise typer.BadParameter("give either MODULE:FACTORY or --cell NAME")

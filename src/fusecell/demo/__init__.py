@@ -3,7 +3,7 @@
 corpus → model → train → race → baselines → sample → report, one file each; ``job`` runs them in that order.
 """
 
-from fusecell.demo.job import run_demo
+from fusecell.demo.main import run_demo
 from fusecell.demo.settings import Settings
 
 __all__ = ["Settings", "run_demo"]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cells.standard import RNNCell
-from fusecell.runner import State, autocasting
+from fusecell.cells.torch_nn import RNNCell
+from fusecell.execution.options import State
+from fusecell.execution.runners import autocasting
 
 if TYPE_CHECKING:
-    from fusecell.drop_in.scanned import Scanned
+    from fusecell.drop_in.base import Scanned
 
 __all__ = ["check_hidden", "check_input"]
 

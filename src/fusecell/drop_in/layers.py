@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusecell.cells.activations import check_activation
-from fusecell.cells.standard import GRUCell, LSTMCell, RNNCell, other_than
-from fusecell.drop_in.scanned import Scanned
+from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, other_than
+from fusecell.drop_in.base import Scanned
 
 __all__ = ["GRU", "LSTM", "RNN"]
 

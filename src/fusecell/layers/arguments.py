@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
-from fusecell.given import check_dtype
-from fusecell.runner import State
+from fusecell.execution.options import State
+from fusecell.validation import check_dtype
 
 __all__ = ["Form", "Lengths", "Packing", "check_inputs", "check_packed"]
 

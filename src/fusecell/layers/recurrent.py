@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
-from fusecell.given import StateLike
+from fusecell.execution.options import State
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
-from fusecell.layers.sequence import MaskedOutput, check_extras, describe
-from fusecell.runner import State
+from fusecell.layers.scan_wrappers import MaskedOutput, check_extras, describe
+from fusecell.validation import StateLike
 
 __all__ = ["Bidirectional", "Recurrent"]
 

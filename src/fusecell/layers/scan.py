@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
-from fusecell.given import StateLike, all_inputs, bare, start_state
+from fusecell.execution.call_cache import remember, repeated
+from fusecell.execution.call_form import Manner
+from fusecell.execution.options import Options, State, steps_of
+from fusecell.execution.runners import run
 from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs, check_packed
-from fusecell.layers.sequence import PLAIN, Extras, MaskedOutput, check_extras, wrapped
+from fusecell.layers.scan_wrappers import PLAIN, Extras, MaskedOutput, check_extras, wrapped
 from fusecell.layers.stack import Stack
-from fusecell.runner import Manner, Options, State, remember, repeated, run, steps_of
+from fusecell.validation import StateLike, all_inputs, bare, start_state
 
 __all__ = ["Input", "scan", "scan_cell"]
 

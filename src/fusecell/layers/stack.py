@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
-from fusecell.given import check_count
-from fusecell.runner import State
+from fusecell.execution.options import State
+from fusecell.validation import check_count
 
 __all__ = ["Stack"]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fusecell.compiler.graph import SAVED, Graph
-from fusecell.compiler.kernel import compile_graph
+from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.errors import CompilerError, FusecellError
-from fusecell.streaming.link import Array, Part
+from fusecell.streaming.bound_step import Array, Part
 from fusecell.streaming.stream import Stream
 
 __all__ = ["StreamFileError", "digest", "load_stream", "write"]

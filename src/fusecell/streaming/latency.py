@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusecell.streaming.link import Array
+from fusecell.streaming.bound_step import Array
 from fusecell.streaming.stream import Stream
 
 __all__ = ["Latency", "measure"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusecell.streaming.link import MOST_STEPS, Array, Link, Part
+from fusecell.streaming.bound_step import MOST_STEPS, Array, Link, Part
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Stream:
     """
 
     def __init__(self, module: nn.Module, batch_size: int = 1) -> None:
-        from fusecell.streaming.cells import parts_of
+        from fusecell.streaming.build import parts_of
 
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Stream takes a batch_size of 1 or more, got {batch_size!r}.")

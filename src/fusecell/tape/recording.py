@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell, noting, rewriting
 from fusecell.cells import CELLS, ZooCell
-from fusecell.compiler.bound import bound
-from fusecell.compiler.graph import Graph, copy, rebuild
-from fusecell.compiler.kept import Kept
-from fusecell.compiler.kernel import compile_graph
-from fusecell.compiler.program import Program, refusal, run_all
-from fusecell.compiler.runner import run_auto
-from fusecell.compiler.trace import Refusal, trace
+from fusecell.compiler.dispatch.program_cache import Kept
+from fusecell.compiler.dispatch.runner import run_auto
+from fusecell.compiler.frontend import trace
+from fusecell.compiler.ir.graph import Graph, copy, rebuild
+from fusecell.compiler.programs.inference import Program, run_all
+from fusecell.compiler.programs.rebind import bound
+from fusecell.compiler.refusal import Refusal, refusal
+from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
-from fusecell.given import first_state
-from fusecell.layers.sequence import asked_of
-from fusecell.runner import Options, State, recording, recording_into, register
+from fusecell.execution.context import recording, recording_into
+from fusecell.execution.options import Options, State
+from fusecell.execution.runners import register
+from fusecell.layers.scan_wrappers import asked_of
 from fusecell.tape.tape import Tape, Track
+from fusecell.validation import first_state
 from fusecell.wrappers import Wrapper
 
 __all__ = ["record"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.testing import sequence_checks, step_checks
-from fusecell.testing.trial import Trial, kinds, name_of
+from fusecell.testing.harness import Trial, kinds, name_of
 
 __all__ = ["CHECKS", "CellCheckError", "CellReport", "check_cell"]
 

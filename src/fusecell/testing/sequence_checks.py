@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.given import bare, state_tuple
-from fusecell.runner import Options, State, run
-from fusecell.testing.trial import Outcome, Trial, apart, kinds, same
+from fusecell.execution.options import Options, State
+from fusecell.execution.runners import run
+from fusecell.testing.harness import Outcome, Trial, apart, kinds, same
+from fusecell.validation import bare, state_tuple
 
 __all__ = [
     "check_aliasing",

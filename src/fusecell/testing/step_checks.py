@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, noting
-from fusecell.runner import State
-from fusecell.testing.trial import Trial, apart, kinds, same
+from fusecell.execution.options import State
+from fusecell.testing.harness import Trial, apart, kinds, same
 
 __all__ = ["check_branches", "check_gradients", "check_notes", "check_purity", "check_rows", "check_shapes"]
 

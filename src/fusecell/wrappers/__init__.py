@@ -1,8 +1,8 @@
 """Cells around cells: each takes any cell and is a cell itself, so that they nest, stack, stream and compile."""
 
 from fusecell.wrappers.base import Wrapper
-from fusecell.wrappers.noise import RecurrentDropout, VariationalDropout, WeightDrop, Zoneout
-from fusecell.wrappers.parts import LearnedState, Projected, Residual, WithReadout
+from fusecell.wrappers.composition import LearnedState, Projected, Residual, WithReadout
+from fusecell.wrappers.regularisation import RecurrentDropout, VariationalDropout, WeightDrop, Zoneout
 
 __all__ = [
     "LearnedState",

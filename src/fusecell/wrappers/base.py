@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.runner import State
+from fusecell.execution.options import State
 
 __all__ = ["Wrapper", "check_probability"]
 

@@ -1,0 +1,183 @@
+"""``CELLS``: the one list of the zoo, which tests, documentation, benchmarks and the command line iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fusecell.cell import Cell
+from fusecell.cells.gated import FastGRNNCell, MGUCell, MinGRUCell, UGRNNCell
+from fusecell.cells.normed import LayerNormGRUCell, LayerNormLSTMCell, LiGRUCell
+from fusecell.cells.oscillator import CoRNNCell
+from fusecell.cells.peephole import PeepholeLSTMCell
+from fusecell.cells.simple import AntisymmetricRNNCell, IndRNNCell, LeakyCell, SCRNCell
+from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell
+
+__all__ = ["CELLS", "ZooCell"]
+
+
+@dataclass(frozen=True)
+class ZooCell:
+    """A member of the zoo.
+
+    Attributes:
+        name: what the command line calls it.
+        cell: its class.
+        paper: where it comes from.
+        summary: one line about it.
+        equation: the step in plain text, ``·`` for the product of elements; biases are left out.
+        options: from hidden_size, what :meth:`make` gives the constructor beside the sizes.
+    """
+
+    name: str
+    cell: type[Cell]
+    paper: str
+    summary: str
+    equation: str
+    options: Callable[[int], dict[str, Any]] = lambda hidden_size: {}
+
+    def make(self, input_size: int, hidden_size: int, **options: Any) -> Cell:
+        """Build the cell; ``options`` go to its constructor (``bias``, ``device``, ``dtype``, its own)."""
+        cell: Cell = self.cell(input_size, hidden_size, **{**self.options(hidden_size), **options})
+        return cell
+
+
+CELLS: tuple[ZooCell, ...] = (
+    ZooCell(
+        "rnn_tanh",
+        RNNCell,
+        "Elman, Finding structure in time, Cognitive Science 14 (1990)",
+        "the plain recurrent network",
+        "h' = tanh(W x + U h)",
+    ),
+    ZooCell(
+        "rnn_relu",
+        RNNCell,
+        "Le, Jaitly, Hinton, arXiv:1504.00941",
+        "the plain recurrent network with rectified units",
+        "h' = relu(W x + U h)",
+        lambda hidden_size: {"nonlinearity": "relu"},
+    ),
+    ZooCell(
+        "gru",
+        GRUCell,
+        "Cho et al., arXiv:1406.1078v1",
+        "torch.nn's GRU: the reset gate acts after the product",
+        "r = σ(Wr x + Ur h); z = σ(Wz x + Uz h); n = tanh(Wn x + r·(Un h)); h' = (1-z)·n + z·h",
+    ),
+    ZooCell(
+        "gru_reset_before",
+        GRUCell,
+        "Cho et al., arXiv:1406.1078v3",
+        "the GRU as published: the reset gate acts before the product",
+        "r = σ(Wr x + Ur h); z = σ(Wz x + Uz h); n = tanh(Wn x + Un (r·h)); h' = (1-z)·n + z·h",
+        lambda hidden_size: {"reset_after": False},
+    ),
+    ZooCell(
+        "lstm",
+        LSTMCell,
+        "Hochreiter, Schmidhuber, Neural Computation 9 (1997); Gers et al., Neural Computation 12 (2000)",
+        "torch.nn's LSTM: a memory behind three gates",
+        "i, f, o = σ(W x + U h); g = tanh(Wg x + Ug h); c' = f·c + i·g; h' = o·tanh(c')",
+    ),
+    ZooCell(
+        "lstm_projected",
+        LSTMCell,
+        "Sak, Senior, Beaufays, arXiv:1402.1128",
+        "an LSTM whose output is projected to fewer features",
+        "i, f, o = σ(W x + U h); g = tanh(Wg x + Ug h); c' = f·c + i·g; h' = P (o·tanh(c'))",
+        lambda hidden_size: {"proj_size": max(1, hidden_size // 2)},
+    ),
+    ZooCell(
+        "lstm_peephole",
+        PeepholeLSTMCell,
+        "Gers, Schraudolph, Schmidhuber, JMLR 3 (2002)",
+        "an LSTM whose gates look at its memory",
+        "i, f = σ(W x + U h + p·c); g = tanh(Wg x + Ug h); c' = f·c + i·g; o = σ(Wo x + Uo h + po·c'); h' = o·tanh(c')",
+    ),
+    ZooCell(
+        "lstm_layer_norm",
+        LayerNormLSTMCell,
+        "Ba, Kiros, Hinton, arXiv:1607.06450",
+        "an LSTM with layer norm inside the step",
+        "i, f, g, o = LN(W x) + LN(U h); c' = σ(f)·c + σ(i)·tanh(g); h' = σ(o)·tanh(LN(c'))",
+    ),
+    ZooCell(
+        "gru_layer_norm",
+        LayerNormGRUCell,
+        "Ba, Kiros, Hinton, arXiv:1607.06450",
+        "a GRU with layer norm inside the step",
+        "r, z = σ(LN(W x) + LN(U h)); n = tanh(LN(Wn x) + r·LN(Un h)); h' = (1-z)·n + z·h",
+    ),
+    ZooCell(
+        "mgu",
+        MGUCell,
+        "Zhou et al., arXiv:1603.09420",
+        "the minimal gated unit: one gate forgets and resets",
+        "f = σ(Wf x + Uf h); n = tanh(Wn x + Un (f·h)); h' = (1-f)·h + f·n",
+    ),
+    ZooCell(
+        "ligru",
+        LiGRUCell,
+        "Ravanelli et al., arXiv:1803.10225",
+        "the light GRU of speech recognition, with layer norm for batch norm",
+        "z, n = LN(W x) + U h; h' = σ(z)·h + (1-σ(z))·relu(n)",
+    ),
+    ZooCell(
+        "ugrnn",
+        UGRNNCell,
+        "Collins, Sohl-Dickstein, Sussillo, arXiv:1611.09913",
+        "the plain recurrent network with an update gate",
+        "g = σ(Wg x + Ug h + 1); n = tanh(Wn x + Un h); h' = g·h + (1-g)·n",
+    ),
+    ZooCell(
+        "min_gru",
+        MinGRUCell,
+        "Feng et al., arXiv:2410.01201",
+        "a GRU whose gates see only the input",
+        "z = σ(Wz x); n = Wn x; h' = (1-z)·h + z·n",
+    ),
+    ZooCell(
+        "fast_grnn",
+        FastGRNNCell,
+        "Kusupati et al., arXiv:1901.02358",
+        "gate and candidate share their matrices, for tiny devices",
+        "a = W x + U h; z = σ(a + bz); n = tanh(a + bn); h' = (σ(ζ)(1-z) + σ(ν))·n + z·h",
+    ),
+    ZooCell(
+        "leaky",
+        LeakyCell,
+        "Yang et al., Nature Neuroscience 22 (2019)",
+        "the continuous-time network of neuroscience",
+        "h' = (1-α) h + α relu(W x + U h + noise)",
+    ),
+    ZooCell(
+        "ind_rnn",
+        IndRNNCell,
+        "Li et al., arXiv:1803.04831",
+        "units that see only themselves",
+        "h' = relu(W x + u·h)",
+    ),
+    ZooCell(
+        "antisymmetric",
+        AntisymmetricRNNCell,
+        "Chang et al., arXiv:1902.09689",
+        "a step of a stable differential equation",
+        "h' = h + ε tanh(W x + (U - Uᵀ - γI) h)",
+    ),
+    ZooCell(
+        "co_rnn",
+        CoRNNCell,
+        "Rusch, Mishra, arXiv:2010.00951",
+        "coupled oscillators: two states, no gates",
+        "z' = z + Δt (tanh(W x + U [y, z]) - γ y - ε z); y' = y + Δt z'",
+    ),
+    ZooCell(
+        "scrn",
+        SCRNCell,
+        "Mikolov et al., arXiv:1412.7753",
+        "a plain recurrent network beside a slow context",
+        "s' = (1-α) B x + α s; h' = σ(W x + U h + P s'); output [h', s']",
+    ),
+)

@@ -1,0 +1,398 @@
+"""torch.nn's three cells: its signatures, parameters, initialisation, errors and numbers around one ``step`` each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fusecell.cell import Cell, one_step
+from fusecell.cells.activations import ACTIVATIONS, check_activation
+from fusecell.execution.options import Options, State
+from fusecell.execution.runners import autocasting, run
+from fusecell.validation import StateLike, all_inputs, bare, first_state
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+_ONE_STEP = Options()
+
+
+class _TorchCell(Cell):
+    """What the three cells share: torch.nn's checks and state_dicts; the rest is their torch.nn base's."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    bias: bool
+
+    def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
+        """One step.
+
+        Arguments:
+            input: (N, input_size) or (input_size,), of the weights' dtype.
+            hx: the state, (N, size) or (size,), a pair for an LSTM; zeros if left out.
+
+        Returns:
+            The new state, in the form of ``hx``.
+
+        Raises:
+            ValueError, RuntimeError: with torch.nn's texts, where a rank, a size or a dtype doesn't fit.
+            TypeError: where an argument is not a tensor, or the state not of the cell's form.
+        """
+        if len(self.inputs) > 1:
+            return super().forward(input, hx)
+        return bare(one_step(self, input, hx, False, _torch_step)[1])
+
+    def checked_step(self, input: Tensor, hx: StateLike | None) -> State:
+        """The state after one step, with torch.nn's checks of what is given."""
+        name = type(self).__name__
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
+        unbatched = input.dim() == 1
+        if not unbatched and input.dim() != 2:
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        state = None if hx is None else self._given_state(hx, input.dim())
+        if unbatched:
+            input = input[None]
+            state = state and tuple(value[None] for value in state)
+        rows, width = input.shape
+        if width != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {width} expected {self.input_size}")
+        if state is None:
+            state = first_state(self, rows, dtype=input.dtype, device=input.device)
+        else:
+            self._check_sizes(state, rows)
+        input, state = self._in_dtype(input, state)
+        after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
+        return tuple([value[0] for value in after]) if unbatched else after
+
+    def _given_state(self, hx: StateLike, rank: int) -> State:
+        """The state as a tuple of tensors of the input's rank."""
+        name, count = type(self).__name__, len(self.states)
+        names = ", ".join(self.states)
+        if isinstance(hx, Tensor) != (count == 1):
+            form = "one tensor" if count == 1 else f"a tuple of tensors ({names})"
+            raise TypeError(f"{name} expected hx as {form}, got {type(hx).__name__}.")
+        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if len(state) != count:
+            raise RuntimeError(f"lstm_cell expects two hidden states: {name} takes ({names}), got {len(state)}.")
+        for index, value in enumerate(state):
+            label = "hidden" if count == 1 else f"hx[{index}]"
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} expected {label} as a tensor, got {type(value).__name__}.")
+            if value.dim() not in (1, 2):
+                raise ValueError(f"{name}: Expected {label} to be 1D or 2D, got {value.dim()}D instead")
+            if value.dim() != rank:
+                raise RuntimeError(
+                    f"{name}: Expected {label} to be {rank}D as the input is, got {value.dim()}D instead"
+                )
+        return state
+
+    def _check_sizes(self, state: State, rows: int) -> None:
+        for index, (value, size) in enumerate(zip(state, self.state_sizes, strict=True)):
+            if value.shape[0] != rows:
+                raise RuntimeError(f"Input batch size {rows} doesn't match hidden{index} batch size {value.shape[0]}")
+            if value.shape[1] != size:
+                raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {value.shape[1]}, expected {size}")
+
+    def _in_dtype(self, input: Tensor, state: State) -> tuple[Tensor, State]:
+        """Input and state in the weights' dtype: as given, or cast under autocast."""
+        dtype = self.weight_ih.dtype
+        other = next((value for value in (input, *state) if value.dtype != dtype), None)
+        if other is None:
+            return input, state
+        if not autocasting(input.device.type):
+            raise RuntimeError(
+                f"mat1 and mat2 must have the same dtype, but got {dtype_name(other.dtype)} and {dtype_name(dtype)}"
+            )
+        return input.to(dtype), tuple(value.to(dtype) for value in state)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(cell_keys(state_dict, prefix), prefix, *args)
+
+    def extra_repr(self) -> str:
+        return super(Cell, self).extra_repr()
+
+
+def _torch_step(cell: Any, input: Tensor, hx: StateLike | None) -> tuple[None, State]:
+    """One step of one of the three, with torch.nn's checks."""
+    return None, cell.checked_step(input, hx)
+
+
+class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes what Cell's takes
+    r"""The Elman cell: torch.nn.RNNCell, as a fusecell cell.
+
+    .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> cell = fc.RNNCell(5, 10, nonlinearity="relu")
+        >>> h = cell(torch.randn(3, 5), torch.randn(3, 10))
+
+    Arguments:
+        input_size, hidden_size: features of the input and of the state.
+        bias: learn ``bias_ih`` and ``bias_hh``.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        device, dtype: of the parameters.
+        activation: any other, by name, in place of ``nonlinearity``.
+
+    Raises:
+        ValueError: for another nonlinearity, or a negative size.
+
+    Paper: J. L. Elman, Finding structure in time, 1990.
+    """
+
+    gates = ("h",)
+    activation: str | None = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        _check_constructor(input_size=input_size, hidden_size=hidden_size)
+        check_activation("RNNCell", activation=activation or "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self.activation = activation
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        total = linear(h, self.weight_hh, self.bias_hh) + linear(x, self.weight_ih, self.bias_ih)
+        if self.activation is not None:
+            h = ACTIVATIONS[self.activation](total)
+        elif self.nonlinearity == "tanh":
+            h = torch.tanh(total)
+        elif self.nonlinearity == "relu":
+            h = torch.relu(total)
+        else:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return h, (h,)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + other_than(self, activation=None)
+
+
+class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes what Cell's takes
+    r"""The gated recurrent unit: torch.nn.GRUCell, as a fusecell cell, and the original one.
+
+    .. math::
+        r &= \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}) \\
+        z &= \sigma(W_{iz} x + b_{iz} + W_{hz} h + b_{hz}) \\
+        n &= \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    With ``reset_after=False``, :math:`n = \tanh(W_{in} x + b_{in} + W_{hn} (r \odot h) + b_{hn})`.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> cell = fc.GRUCell(5, 10)
+        >>> h = cell(torch.randn(3, 5), torch.randn(3, 10))
+
+    Arguments:
+        input_size, hidden_size: features of the input and of the state.
+        bias: learn ``bias_ih`` and ``bias_hh``.
+        device, dtype: of the parameters.
+        reset_after: the reset gate acts after the product with W_hn, as in torch.nn and cuDNN; False: before it.
+        activation, gate_activation: of the candidate n, and of r and z, by name in place of tanh and sigmoid.
+
+    Raises:
+        TypeError, ValueError: for a size that is not a whole number, or negative.
+
+    Paper: K. Cho et al., https://arxiv.org/abs/1406.1078; version 1 resets after, version 3 before the product.
+    """
+
+    gates = ("r", "z", "n")
+    keeps = "z"
+    reset_after: bool = True
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
+    ) -> None:
+        _check_constructor(input_size=input_size, hidden_size=hidden_size)
+        check_activation("GRUCell", activation=activation, gate_activation=gate_activation)
+        nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
+        self.reset_after = reset_after
+        self.activation, self.gate_activation = activation, gate_activation
+
+    # torch's order of evaluation; r and z share one sum because torch's sigmoid takes each row by itself there, and
+    # vectors that cross rows would round differently.
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        parts = (2 * self.hidden_size, self.hidden_size)
+        x_rz, x_n = linear(x, self.weight_ih, self.bias_ih).split_with_sizes(parts, 1)
+        if self.reset_after:
+            h_rz, h_n = linear(h, self.weight_hh, self.bias_hh).split_with_sizes(parts, 1)
+        else:
+            w_rz, w_n = self.weight_hh.split_with_sizes(parts)
+            b_rz, b_n = (None, None) if self.bias_hh is None else self.bias_hh.split_with_sizes(parts)
+            h_rz = linear(h, w_rz, b_rz)
+        r, z = (h_rz + x_rz).chunk(2, 1)
+        activation, gate = ACTIVATIONS[self.activation], ACTIVATIONS[self.gate_activation]
+        r = self.note("r", gate(r))
+        z = self.note("z", gate(z))
+        n = activation(x_n + (h_n * r if self.reset_after else linear(r * h, w_n, b_n)))
+        n = self.note("n", n)
+        h = (h - n) * z + n
+        return h, (h,)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + other_than(self, reset_after=True, activation="tanh", gate_activation="sigmoid")
+
+
+class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes what Cell's takes
+    r"""The long short-term memory: torch.nn.LSTMCell, as a fusecell cell, with torch.nn.LSTM's projection.
+
+    .. math::
+        i &= \sigma(W_{ii} x + b_{ii} + W_{hi} h + b_{hi}) \\
+        f &= \sigma(W_{if} x + b_{if} + W_{hf} h + b_{hf}) \\
+        g &= \tanh(W_{ig} x + b_{ig} + W_{hg} h + b_{hg}) \\
+        o &= \sigma(W_{io} x + b_{io} + W_{ho} h + b_{ho}) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
+
+    With ``proj_size > 0``, :math:`h' = W_{hr} (o \odot \tanh(c'))`.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> cell = fc.LSTMCell(5, 10, proj_size=4)
+        >>> h, c = cell(torch.randn(3, 5))
+        >>> h.shape, c.shape
+        (torch.Size([3, 4]), torch.Size([3, 10]))
+
+    Arguments:
+        input_size, hidden_size: features of the input and of the cell state c.
+        bias: learn ``bias_ih`` and ``bias_hh``.
+        device, dtype: of the parameters.
+        proj_size: features of h and of the output; 0 for hidden_size, without ``weight_hr``.
+        activation, gate_activation: of g and of c in the output, and of i, f and o, by name in place of tanh and
+            sigmoid.
+
+    Raises:
+        TypeError, ValueError: for a size that is not a whole number, or negative; a proj_size not below hidden_size.
+
+    Paper: S. Hochreiter, J. Schmidhuber, Long short-term memory, 1997; the projection: https://arxiv.org/abs/1402.1128.
+    """
+
+    states = ("h", "c")
+    gates = ("i", "f", "g", "o")
+    keeps, updates = "f", "i"
+    proj_size: int = 0
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
+    ) -> None:
+        _check_constructor(input_size=input_size, hidden_size=hidden_size, proj_size=proj_size)
+        if proj_size and proj_size >= hidden_size:
+            raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+        check_activation("LSTMCell", activation=activation, gate_activation=gate_activation)
+        self.activation, self.gate_activation = activation, gate_activation
+        self.proj_size = proj_size  # reset_parameters, at the end of torch's constructor, needs it
+        nn.LSTMCell.__init__(self, input_size, hidden_size, bias, device, dtype)
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        return (self.output_size, self.hidden_size)
+
+    @property
+    def output_size(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as a one-layer torch.nn.LSTM of the same seed would."""
+        if self.proj_size and "weight_hr" not in self._parameters:
+            like, proj = self.weight_hh, self.proj_size
+            self.weight_hh = nn.Parameter(like.new_empty(4 * self.hidden_size, proj))
+            self.weight_hr = nn.Parameter(like.new_empty(proj, self.hidden_size))
+        nn.LSTMCell.reset_parameters(self)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = state
+        gates = linear(h, self.weight_hh, self.bias_hh) + linear(x, self.weight_ih, self.bias_ih)
+        i, f, g, o = gates.chunk(4, 1)
+        activation, gate = ACTIVATIONS[self.activation], ACTIVATIONS[self.gate_activation]
+        i = self.note("i", gate(i))
+        f = self.note("f", gate(f))
+        g = self.note("g", activation(g))
+        o = self.note("o", gate(o))
+        c = self.note("c", f * c + i * g)
+        h = o * activation(c)
+        if self.proj_size:
+            h = linear(h, self.weight_hr)
+        return h, (h, c)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + other_than(self, proj_size=0, activation="tanh", gate_activation="sigmoid")
+
+
+def other_than(module: nn.Module, **usual: Any) -> str:
+    """For a ``repr``, the attributes that are not as usual."""
+    found = ((name, getattr(module, name)) for name, value in usual.items() if getattr(module, name) != value)
+    return "".join(f", {name}={value!r}" for name, value in found)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch's errors spell it: ``Float``, ``Double``, ``BFloat16``."""
+    kind: str = torch.empty(0, dtype=dtype).type()
+    return kind.removeprefix("torch.").removesuffix("Tensor")
+
+
+def cell_keys(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """A one-layer layer's state_dict with a cell's keys; any other as it is."""
+    others = ("weight_ih_l1", "weight_ih_l0_reverse")
+    if f"{prefix}weight_ih_l0" not in state_dict or any(prefix + name in state_dict for name in others):
+        return state_dict
+    return _renamed(state_dict, {f"{prefix}{name}_l0": prefix + name for name in _WEIGHTS})
+
+
+def layer_keys(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """A cell's state_dict with a one-layer layer's keys; any other as it is."""
+    if f"{prefix}weight_ih" not in state_dict:
+        return state_dict
+    return _renamed(state_dict, {prefix + name: f"{prefix}{name}_l0" for name in _WEIGHTS})
+
+
+def _renamed(state_dict: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in state_dict.items()}
+
+
+def _check_constructor(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")

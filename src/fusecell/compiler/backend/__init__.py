@@ -1,0 +1,1 @@
+"""From LLVM text to machine code for a target, cached on disk."""

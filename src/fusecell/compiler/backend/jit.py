@@ -1,0 +1,118 @@
+"""From LLVM text to callable addresses, by way of the disk cache."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.disk_cache import cache_key, read_entry, write_entry
+from fusecell.compiler.backend.target import Target
+from fusecell.errors import CompilerError
+
+__all__ = ["Loaded", "load"]
+
+
+class Loaded:
+    """Machine code in this process; it stays mapped as long as this object lives.
+
+    Attributes:
+        llvm: the text it was made of.
+        target: the CPU it was made for.
+        from_cache: whether its object code was read from disk.
+        object_size: bytes of object code.
+        compile_seconds: time from text to addresses: compiling or reading, and linking.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        target: Target,
+        library: llvm.Library,
+        *,
+        from_cache: bool,
+        object_size: int,
+        seconds: float,
+    ) -> None:
+        self.llvm = text
+        self.target = target
+        self.from_cache = from_cache
+        self.object_size = object_size
+        self.compile_seconds = seconds
+        self._library = library
+
+    def address(self, name: str) -> int:
+        """The address of the function ``name``, one of those :func:`load` was given."""
+        try:
+            return self._library.addresses[name]
+        except KeyError:
+            known = ", ".join(sorted(self._library.addresses))
+            raise KeyError(f"{name!r} was not exported; exported are: {known}") from None
+
+    def assembly(self) -> str:
+        """The machine code as assembly, made anew from the text."""
+        target = self.target
+        names = tuple(self._library.addresses)
+        return llvm.assembly(self.llvm, names, target.cpu, target.features, target.triple)
+
+
+_live: weakref.WeakValueDictionary[tuple[str, Target, frozenset[str]], Loaded] = weakref.WeakValueDictionary()
+
+
+def load(text: str, names: Sequence[str], target: Target) -> Loaded:
+    """Compile LLVM text, or find it compiled, and link it into the process.
+
+    The same text for the same target is compiled once, whichever thread asks first, and linked once as
+    long as somebody holds it.
+
+    Args:
+        text: LLVM IR of one module; triple and data layout may be left out.
+        names: the functions to export; their addresses hold only as long as the result is kept.
+        target: the CPU to compile for, from :func:`fusecell.compiler.backend.target.host_target`.
+
+    Raises:
+        CompilerError: LLVM refuses the text (the message has the line), or it lacks one of the names.
+
+    Example:
+        >>> import ctypes
+        >>> from fusecell.compiler.backend.jit import load
+        >>> from fusecell.compiler.backend.target import host_target
+        >>> text = "define i32 @next(i32 %i) { %j = add i32 %i, 1 ret i32 %j }"
+        >>> code = load(text, ["next"], host_target())
+        >>> ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(code.address("next"))(41)
+        42
+    """
+    wanted = (text, target, frozenset(names))
+    loaded = _live.get(wanted)
+    if loaded is not None:
+        return loaded
+    with llvm.lock:
+        loaded = _live.get(wanted)
+        if loaded is None:
+            key = cache_key(text, target.cpu, target.features, target.triple, llvm.VERSIONS)
+            loaded = _read(key, text, names, target) or _compile(key, text, names, target)
+            _live[wanted] = loaded
+        return loaded
+
+
+def _read(key: str, text: str, names: Sequence[str], target: Target) -> Loaded | None:
+    started = time.perf_counter()
+    code = read_entry(key)
+    if code is None:
+        return None
+    try:
+        library = llvm.link(code, names)
+    except CompilerError:
+        return None  # compiling anew either replaces the entry or says what is wrong with the text
+    seconds = time.perf_counter() - started
+    return Loaded(text, target, library, from_cache=True, object_size=len(code), seconds=seconds)
+
+
+def _compile(key: str, text: str, names: Sequence[str], target: Target) -> Loaded:
+    started = time.perf_counter()
+    code = llvm.object_code(text, names, target.cpu, target.features, target.triple)
+    library = llvm.link(code, names)
+    seconds = time.perf_counter() - started
+    write_entry(key, code)
+    return Loaded(text, target, library, from_cache=False, object_size=len(code), seconds=seconds)

@@ -1,0 +1,191 @@
+"""LLVM as the compiler needs it: host facts, text to object code, object code to addresses.
+
+The one file that imports llvmlite. Everything here takes and gives plain strings, bytes and ints.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import llvmlite
+import llvmlite.binding as binding
+
+from fusecell.compiler.locks import new_lock
+from fusecell.errors import CompilerError
+
+__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code"]
+
+VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}"
+
+
+# LLVM's own calls are serialised by llvmlite; this lock spans whole compilations, so that a text is
+# compiled once and a fork never copies a half-made LLVM state into the child.
+lock = new_lock()
+
+EFFORT = 3
+"""How much LLVM optimises; a search for defects of the text it is given sets it to 0, the cache off."""
+
+_library_numbers = itertools.count()
+
+
+class Host(NamedTuple):
+    """What LLVM sees of this machine: the CPU's name, its features (a set, and LLVM's text), the triple."""
+
+    cpu: str
+    features: frozenset[str]
+    feature_text: str
+    triple: str
+
+
+@functools.cache
+def _initialise() -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    binding.initialize_native_asmparser()  # inline assembly
+
+
+@functools.cache
+def host() -> Host:
+    """Read the CPU's name and features once; virtual machines mask some, so the name alone doesn't do."""
+    with lock:
+        _initialise()
+        table = binding.get_host_cpu_features()
+        present = frozenset(name for name, has in table.items() if has)
+        return Host(binding.get_host_cpu_name(), present, table.flatten(), binding.get_process_triple())
+
+
+def object_code(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> bytes:
+    """Compile LLVM text that defines the functions ``names`` to a relocatable object.
+
+    Raises:
+        CompilerError: the text doesn't parse or verify, is for another triple, or lacks one of the names.
+    """
+    with lock, _optimised(text, names, cpu, features, triple) as (module, machine):
+        return bytes(machine.emit_object(module))
+
+
+def assembly(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> str:
+    """The assembly of what :func:`object_code` makes of the same arguments."""
+    with lock, _optimised(text, names, cpu, features, triple) as (module, machine):
+        return str(machine.emit_assembly(module))
+
+
+@contextmanager
+def _optimised(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> Iterator[tuple[Any, Any]]:
+    _initialise()
+    # The default code model of llvmlite is the large one: a 64-bit move for every constant.
+    machine = binding.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=EFFORT, reloc="pic", codemodel="small"
+    )
+    with _verified(text, names) as module:
+        _set_target(module, triple, str(machine.target_data))
+        _optimise(module, machine)
+        yield module, machine
+
+
+def _verified(text: str, names: Sequence[str]) -> Any:
+    try:
+        # A context of its own: names of types and metadata of one kernel don't pile up for the next.
+        # Only the module holds it, for LLVM crashes if a context goes before its modules.
+        module = binding.parse_assembly(text, binding.create_context())
+        module.verify()
+    except RuntimeError as error:
+        raise CompilerError(_refusal(text, str(error))) from None
+    defined = {function.name for function in module.functions if not function.is_declaration}
+    missing = sorted(set(names) - defined)
+    if missing:
+        raise CompilerError(
+            f"The LLVM text should define {', '.join(missing)}; it defines {', '.join(sorted(defined)) or 'nothing'}."
+        )
+    return module
+
+
+def _refusal(text: str, complaint: str) -> str:
+    lines = text.splitlines()
+    position = re.search(r"<string>:(\d+):\d+: error: (.*)", complaint)
+    if position:
+        number, reason = int(position[1]), position[2]
+    else:
+        # The verifier prints the instruction itself, without its place in the text.
+        said = {line.strip() for line in complaint.splitlines()}
+        places = (place for place, line in enumerate(lines, 1) if line.strip() and line.strip() in said)
+        number, reason = next(places, 0), complaint.strip()
+    where = f" Line {number}: {lines[number - 1].strip()}" if 1 <= number <= len(lines) else ""
+    return f"LLVM refused the emitted text: {reason}.{where}"
+
+
+def _set_target(module: Any, triple: str, layout: str) -> None:
+    for given, expected, what in (
+        (module.triple, triple, "triple"),
+        (module.data_layout, layout, "data layout"),
+    ):
+        if given and given != expected:
+            # Generating code for a foreign layout is an assertion in LLVM, which ends the process.
+            raise CompilerError(
+                f"The LLVM text is for the {what} {given!r}, the target has {expected!r}: leave it out of the text."
+            )
+    module.triple = triple
+    module.data_layout = layout
+
+
+def _optimise(module: Any, machine: Any) -> None:
+    """The few passes that the text needs before code is made of it.
+
+    The emitter has chosen vectors, register tiles, the shape of loops and where values are kept, and computes nothing
+    twice; the whole of LLVM's pipeline took as long as making the code, which was at most a little faster.
+    """
+    passes = binding.create_new_module_pass_manager()
+    passes.add_always_inliner_pass()
+    if EFFORT:
+        passes.add_instruction_combine_pass()  # constants into addresses, among others
+        passes.add_simplify_cfg_pass()
+    tuning = binding.create_pipeline_tuning_options(speed_level=EFFORT)
+    passes.run(module, binding.create_pass_builder(machine, tuning))
+
+
+class Library:
+    """Linked machine code and its addresses; the code is unmapped when this object is collected."""
+
+    def __init__(self, tracker: Any, names: Sequence[str]) -> None:
+        self.addresses: dict[str, int] = {name: tracker[name] for name in names}
+        # At exit other threads may still be inside the code: then nothing is unmapped.
+        weakref.finalize(self, _unload, tracker).atexit = False
+
+
+def _unload(tracker: Any) -> None:
+    with lock:
+        tracker.close()
+
+
+@functools.cache
+def _linker() -> Any:
+    _initialise()
+    target = binding.Target.from_triple(binding.get_process_triple())
+    machine = target.create_target_machine(opt=3, reloc="pic", codemodel="small")
+    return binding.create_lljit_compiler(machine, use_jit_link=True, suppress_errors=True)
+
+
+def link(code: bytes, names: Sequence[str]) -> Library:
+    """Map object code into the process, with the process's own symbols (libm) in reach.
+
+    Raises:
+        CompilerError: the object lacks one of the names or needs a symbol that nobody has.
+    """
+    with lock:
+        builder = binding.JITLibraryBuilder().add_object_img(code).add_current_process()
+        for name in names:
+            builder.export_symbol(name)
+        try:
+            tracker = builder.link(_linker(), f"fusecell.{next(_library_numbers)}")
+        except RuntimeError as error:
+            raise CompilerError(
+                f"The kernel's object code can't be linked: {error}. Either a function to export is internal, "
+                f"or one that the kernel calls is not in this process."
+            ) from None
+        return Library(tracker, names)

@@ -1,0 +1,70 @@
+"""Vector maths as LLVM IR text: the functions that kernels call on 16 lanes at a time.
+
+Sixteen lanes on every target: LLVM cuts the vector into the machine's registers, and as each lane goes
+through the same operations everywhere, its bits are the same everywhere. Denormals count as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from fusecell.compiler.codegen.vector_math.constants import PRECISIONS
+from fusecell.compiler.codegen.vector_math.double_precision import cos, power, sin
+from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction, function_name
+from fusecell.compiler.codegen.vector_math.functions import ARITHMETIC, Rule
+from fusecell.compiler.ir.primitives import LANES
+
+__all__ = ["BINARY_OPS", "LANES", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
+
+RULES: dict[str, Rule] = {**ARITHMETIC, "sin": sin, "cos": cos, "pow": power}
+BINARY_OPS: tuple[str, ...] = ("pow", "maximum", "minimum")
+UNARY_OPS: tuple[str, ...] = tuple(op for op in RULES if op not in BINARY_OPS)
+OPS: tuple[str, ...] = UNARY_OPS + BINARY_OPS
+
+
+@cache
+def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
+    if dtype not in PRECISIONS:
+        raise ValueError(f"no vector functions for dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}")
+    if op not in OPS:
+        raise ValueError(f"no vector function {op!r}: expected one of {', '.join(OPS)}")
+    arguments = ("%x", "%y") if op in BINARY_OPS else ("%x",)
+    function = VectorFunction(PRECISIONS[dtype], arguments)
+    result = RULES[op](function, *arguments)
+    return function.definition(op, result), frozenset(function.declares)
+
+
+def definitions(ops: Iterable[str], dtype: str) -> str:
+    """Return the IR text that defines ``ops`` for ``dtype``, in the order of `OPS`, each once.
+
+    Example:
+        >>> print(definitions(["abs"], "f32"))
+        define internal <16 x float> @fc.abs.f32(<16 x float> %x) alwaysinline nounwind {
+          %result = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)
+          ret <16 x float> %result
+        }
+        <BLANKLINE>
+
+    Args:
+        ops: names out of `OPS`.
+        dtype: "f32" or "f64".
+
+    Raises:
+        ValueError: an op or dtype that isn't known.
+    """
+    return "\n".join(_build(op, dtype)[0] for op in sorted(set(ops), key=_position))
+
+
+def declarations(ops: Iterable[str], dtype: str) -> frozenset[str]:
+    """Return the ``declare`` lines that the definitions of ``ops`` rely on, for a module to merge.
+
+    Example:
+        >>> sorted(declarations(["abs"], "f32"))
+        ['declare <16 x float> @llvm.fabs.v16f32(<16 x float>)']
+    """
+    return frozenset[str]().union(*(_build(op, dtype)[1] for op in ops))
+
+
+def _position(op: str) -> int:
+    return OPS.index(op) if op in OPS else len(OPS)

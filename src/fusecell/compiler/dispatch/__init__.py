@@ -1,0 +1,1 @@
+"""Which program a call gets: compiled, cached, repeated, or the Python loop."""

@@ -1,0 +1,103 @@
+"""The compiled runner: which calls it takes, the programs it keeps, and what happens to the rest."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.compiler.dispatch import fast_path as repeat
+from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
+from fusecell.compiler.dispatch.program_cache import LEARNERS, PROGRAMS
+from fusecell.compiler.refusal import Refusal
+from fusecell.eager import run_eager
+from fusecell.errors import EagerWarning, NotCompilable
+from fusecell.execution.options import Options, State
+from fusecell.execution.runners import register
+
+__all__ = ["find_learner", "find_program", "refresh", "run_auto", "run_compiled"]
+
+_warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
+
+
+def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """Run machine code, or raise NotCompilable with the reasons."""
+    reasons = call_reasons(inputs, state)
+    if not reasons:
+        result = _run(cell, inputs, state, options)
+        if not isinstance(result, Refusal):
+            return result
+        reasons = result.reasons
+    raise NotCompilable(type(cell).__name__, reasons)
+
+
+def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+    """Run machine code where it can be, else the Python loop; say so once per class of cells and reason."""
+    if torch.compiler.is_compiling() or call_reasons(inputs, state):
+        return run_eager(cell, inputs, state, options)
+    result = _run(cell, inputs, state, options)
+    if not isinstance(result, Refusal):
+        return result
+    if (type(cell), result.reasons) not in _warned:
+        _warned.add((type(cell), result.reasons))
+        reasons = " ".join(result.reasons)
+        warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=2)
+    return run_eager(cell, inputs, state, options)
+
+
+def _run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
+    found = (find_learner if needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
+    return found if isinstance(found, Refusal) else found(cell, inputs, state, options)
+
+
+find_program = PROGRAMS.find
+find_learner = LEARNERS.find
+
+
+def refresh(module: nn.Module | None = None) -> None:
+    """Forget what was compiled for the cells in a module and for others of their classes; for all, without a module.
+
+    A compiled step follows every attribute of its cell. It doesn't follow global variables, nor what its functions
+    enclose: after a change of those, call this.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> class Amplifier(fc.Cell):
+        ...     def step(self, x, state):
+        ...         return settings["gain"] * x, state
+        >>> settings = {"gain": 1.0}
+        >>> layer, x = fc.Recurrent(Amplifier(3, 3)), torch.ones(2, 1, 3)
+        >>> before, _ = layer(x)
+        >>> settings["gain"] = 2.0
+        >>> fc.refresh(layer)
+        >>> after, _ = layer(x)
+        >>> before.max(), after.max()
+        (tensor(1.), tensor(2.))
+
+    Arguments:
+        module: a cell, a layer, or any module that holds some.
+    """
+    kinds = None if module is None else {type(cell) for cell in _cells(module)}
+    for kept in (PROGRAMS, LEARNERS):
+        kept.forget(kinds)
+    repeat.forget()
+    for warned in list(_warned):
+        if kinds is None or warned[0] in kinds:
+            _warned.discard(warned)
+
+
+def _cells(module: nn.Module) -> Iterator[Cell]:
+    for part in module.modules():
+        if isinstance(part, Cell):
+            yield part
+        elif hasattr(part, "leaf_cells"):  # a drop-in layer, whose cells are in no module's tree
+            leaves: Any = part.leaf_cells
+            yield from (cell for *_, cell in leaves())
+
+
+register("compiled", run_compiled)
+register("auto", run_auto)

@@ -1,0 +1,89 @@
+"""The surroundings of a trace: nothing of the caller's modes reaches it, and nothing reads a tensor's value."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fusecell.compiler.frontend.traced_values import Untraceable
+
+__all__ = ["Guard", "shielded", "users_line"]
+
+_READS = {
+    Tensor.__bool__: "bool()",
+    Tensor.__float__: "float()",
+    Tensor.__int__: "int()",
+    Tensor.__index__: "an index",
+    Tensor.__complex__: "complex()",
+    Tensor.__contains__: "in",
+    Tensor.item: ".item()",
+    Tensor.tolist: ".tolist()",
+    Tensor.numpy: ".numpy()",
+    Tensor.__array__: "numpy",
+    Tensor.__dlpack__: "dlpack",
+    Tensor.data_ptr: ".data_ptr()",
+    Tensor.__repr__: "print() or repr()",
+    Tensor.__format__: "a format string",
+    torch.equal: "torch.equal",
+    torch.allclose: "torch.allclose",
+    torch.is_nonzero: "torch.is_nonzero",
+}
+_HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+
+
+class Guard(TorchFunctionMode):
+    """Refuses what takes a value out of a tensor: a compiled step can't follow it there."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        how = _READS.get(func)
+        if how is not None:
+            raise Untraceable(f"It reads the value of a tensor ({how}){users_line()}.")
+        return func(*args, **(kwargs or {}))
+
+
+def users_line() -> str:
+    """Where in the user's own code we are, as words to add to a sentence; empty where nowhere."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
+        frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
+    if frame is None:
+        return ""
+    name, line = frame.f_code.co_filename, frame.f_lineno
+    source = linecache.getline(name, line).strip()
+    source = source if len(source) < 100 else source[:97] + "..."
+    return f" in {Path(name).name}, line {line}" + (f": `{source}`" if source else "")
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Grad mode on, inference mode, autocast, functorch's transforms and all modes of the caller off."""
+    with ExitStack() as stack:
+        stack.enter_context(_without_modes())
+        stack.enter_context(torch._C._DisableFuncTorch())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        yield
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    dispatches = [torch._C._pop_torch_dispatch_stack() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(dispatches):
+            torch._C._push_on_torch_dispatch_stack(mode)
+        for mode in reversed(functions):
+            torch._C._push_on_torch_function_stack(mode)

@@ -1,0 +1,1 @@
+"""How each ATen operation is written in primitives, by kind."""

@@ -1,0 +1,141 @@
+"""What torch's reductions over the features, norms and softmaxes are in primitives; variances take two passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.rules.pointwise import power
+from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
+
+__all__ = ["REDUCTIONS", "centred", "count", "mean"]
+
+Rule = Callable[..., Any]
+Dims = Sequence[int] | int | None
+
+
+def _dims(dims: Dims) -> Sequence[int] | None:
+    return [dims] if isinstance(dims, int) else dims
+
+
+def count(w: Writer, x: Row, dims: Dims) -> int:
+    """How many features a reduction joins."""
+    return math.prod(x.shape[dim] for dim in w.dims(x, _dims(dims)))
+
+
+def total(w: Writer, x: Operand, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row | Sum:
+    """The sum; over the batch dimension it is the gradient of a weight."""
+    row = w.row(x)
+    chosen = w.dims(row, _dims(dims))
+    if row.axis in chosen:
+        return w.rowsum(row, chosen, keepdim)
+    return w.reduce("sum", row, chosen, keepdim)
+
+
+def mean(w: Writer, x: Row, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row:
+    return w.point("div", w.reduce("sum", x, _dims(dims), keepdim), float(count(w, x, dims)))
+
+
+def centred(w: Writer, x: Row, dims: Dims) -> Row:
+    """x less its mean."""
+    return w.point("sub", x, mean(w, x, dims, True))
+
+
+def _variance(w: Writer, x: Row, dims: Dims = None, correction: float | None = 1, keepdim: bool = False) -> Row:
+    away = centred(w, x, dims)
+    free = count(w, x, dims) - (1 if correction is None else correction)
+    squares = w.reduce("sum", w.point("mul", away, away), _dims(dims), keepdim)
+    return w.point("div", squares, float(max(free, 0)))
+
+
+def _var_mean(w: Writer, x: Row, dims: Dims = None, **options: Any) -> tuple[Row, Row]:
+    return _variance(w, x, dims, **options), mean(w, x, dims, options.get("keepdim", False))
+
+
+def _std_mean(w: Writer, x: Row, dims: Dims = None, **options: Any) -> tuple[Row, Row]:
+    return w.point("sqrt", _variance(w, x, dims, **options)), mean(w, x, dims, options.get("keepdim", False))
+
+
+def _extreme(op: str) -> Rule:
+    return lambda w, x, dims=None, keepdim=False: w.reduce(op, x, _dims(dims), keepdim)
+
+
+def _extreme_of_dim(op: str) -> Rule:
+    def rule(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
+        made = w.reduce(op, x, _dims(dim), keepdim)
+        return made if dim is None else (made, None)
+
+    return rule
+
+
+def _vector_norm(w: Writer, x: Row, order: float = 2, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row:
+    size = w.point("abs", x)
+    if order in (math.inf, -math.inf):
+        return w.reduce("amax" if order > 0 else "amin", size, _dims(dims), keepdim)
+    if order == 0:
+        raise Untraceable("A norm of order 0 is not compiled.")
+    powers = size if order == 1 else power(w, x if order == 2 else size, order)
+    return power(w, w.reduce("sum", powers, _dims(dims), keepdim), 1 / order)
+
+
+def _softmax(w: Writer, x: Row, dim: int, _half: bool = False) -> Row:
+    raised = w.point("exp", w.point("sub", x, w.reduce("amax", x, [dim], True)))
+    return w.point("div", raised, w.reduce("sum", raised, [dim], True))
+
+
+def _log_softmax(w: Writer, x: Row, dim: int, _half: bool = False) -> Row:
+    away = w.point("sub", x, w.reduce("amax", x, [dim], True))
+    return w.point("sub", away, w.point("log", w.reduce("sum", w.point("exp", away), [dim], True)))
+
+
+def _logsumexp(w: Writer, x: Row, dims: Dims, keepdim: bool = False) -> Row:
+    most = w.reduce("amax", x, _dims(dims), True)
+    finite = w.point("where", w.point("eq", w.point("abs", most), math.inf), 0.0, most)
+    summed = w.reduce("sum", w.point("exp", w.point("sub", x, finite)), _dims(dims), keepdim)
+    shift = finite if keepdim else w.move(lambda places: places.squeeze(_dims(dims)), finite)
+    return w.point("add", w.point("log", summed), shift)
+
+
+def _layer_norm(
+    w: Writer, x: Row, shape: Sequence[int], gain: Operand | None, bias: Operand | None, eps: float
+) -> tuple[Row, Row, Row]:
+    dims = list(range(-len(shape), 0))
+    average = mean(w, x, dims, True)
+    away = w.point("sub", x, average)
+    variance = mean(w, w.point("mul", away, away), dims, True)
+    scale = w.point("rsqrt", w.point("add", variance, eps))
+    made = w.point("mul", away, scale)
+    if gain is not None:
+        made = w.point("mul", made, gain)
+    if bias is not None:
+        made = w.point("add", made, bias)
+    return made, average, scale
+
+
+def _matrix_vector(w: Writer, a: Row, b: Operand) -> Row | Sum:
+    """(N, K) rows times a vector, or (K, N) rows times a number per row, which sums over rows."""
+    if isinstance(b, Row) and b.axis is not None:
+        return w.rowsum(w.point("mul", a, b), [1], False)
+    return w.reduce("sum", w.point("mul", a, b), [1], False)
+
+
+REDUCTIONS: Mapping[str, Rule] = {
+    "sum": total,
+    "mean": mean,
+    "var": _variance,
+    "std": lambda w, x, *args, **options: w.point("sqrt", _variance(w, x, *args, **options)),
+    "var_mean": _var_mean,
+    "std_mean": _std_mean,
+    "amax": _extreme("amax"),
+    "amin": _extreme("amin"),
+    "max": _extreme_of_dim("amax"),
+    "min": _extreme_of_dim("amin"),
+    "linalg_vector_norm": _vector_norm,
+    "_softmax": _softmax,
+    "_log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
+    "native_layer_norm": _layer_norm,
+    "mv": _matrix_vector,
+}

@@ -1,0 +1,357 @@
+"""``trace``: run a step under the recorder, twice, and hand back its graph or the reasons why there is none."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell, noting
+from fusecell.compiler.frontend.isolation import Guard, shielded
+from fusecell.compiler.frontend.recorder import Recorder
+from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
+from fusecell.compiler.frontend.weight_prologue import Prologue
+from fusecell.compiler.ir.graph import Builder, DType, Graph
+from fusecell.compiler.locks import new_lock
+from fusecell.compiler.refusal import Refusal
+from fusecell.errors import CompilerError
+
+__all__ = ["Traced", "trace"]
+
+_DTYPES: dict[torch.dtype, DType] = {torch.float32: "f32", torch.float64: "f64"}
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
+_PLAIN = (Tensor, nn.Parameter)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LOCK = new_lock()
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A step as a graph.
+
+    Attributes:
+        graph: the step and, if asked for, its gradient: one joint graph.
+        weights: how the weight leaves of the graph are made at each call, in the order of ``graph.leaves("weight")``.
+    """
+
+    graph: Graph
+    weights: Prologue
+
+    @cached_property
+    def weight_names(self) -> tuple[str, ...]:
+        """The names of the weight leaves, in order."""
+        return tuple(self.graph[index].name for index in self.graph.leaves("weight"))
+
+
+def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, gradients: bool) -> Traced | Refusal:
+    """The graph of one step of a cell.
+
+    The outputs of the graph are ``output``, ``state.<name>`` and ``note.<name>``. With ``gradients`` there are also
+    the inputs ``grad.output`` and ``grad.<state>`` and the outputs ``grad.input.<name>``, ``grad.state.<name>`` and
+    ``grad.weight.<leaf>``, absent where there is no gradient.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> from fusecell.compiler.frontend import trace
+        >>> made = trace(fc.LSTMCell(5, 10), [(5,)], torch.float32, gradients=False)
+        >>> sorted(made.graph.outputs)
+        ['note.c', 'note.f', 'note.g', 'note.i', 'note.o', 'output', 'state.c', 'state.h']
+
+    Arguments:
+        cell: any cell; it is not changed, and nothing is drawn from torch's global generator.
+        inputs: for each input of a step, drawn ones included, its shape without time and batch.
+        dtype: float32 or float64.
+        gradients: record the backward too.
+
+    Returns:
+        The graph, or the reasons why there is none.
+    """
+    reasons = _unsuited(cell, dtype)
+    if reasons:
+        return Refusal(reasons)
+    runs: list[_Run] = []
+    try:
+        # Names of a step's variables are taken by a profile function, of which a thread has one.
+        with _LOCK, shielded(), _quiet_parameters(cell):
+            for rows in _batch_sizes(cell, inputs):
+                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
+                runs[-1].run()
+        first, second = (run.text() for run in runs)
+    except (Untraceable, CompilerError) as refusal:
+        return Refusal((str(refusal),))
+    except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
+        return Refusal((f"The step raised {type(error).__name__}: {error}",))
+    return runs[0].traced() if first == second else Refusal((_difference(first, second),))
+
+
+def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
+    if dtype not in _DTYPES:
+        return (f"Only float32 and float64 are compiled, the cell computes in {dtype}.",)
+    reasons = [
+        f"The submodule {name} has hooks, which may do anything."
+        for name, module in cell.named_modules()
+        if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
+    ]
+    # A kernel reads memory, which a subclass may not have, or mean something else by.
+    reasons += [
+        f"{path} is a {type(value).__name__}, a subclass of Tensor."
+        for path, value in _attributes(cell)
+        if type(value) not in _PLAIN
+    ]
+    reasons += [
+        f"Its {name} is not a dense tensor on the CPU."
+        for name, tensor in _attributes(cell)
+        if not tensor.is_cpu or tensor.layout is not torch.strided
+    ]
+    shared = nn.modules.module
+    if any(getattr(shared, f"_global{kind}", None) for kind in _HOOKS):
+        reasons.append("Hooks on all modules are registered, which may do anything.")
+    return tuple(reasons)
+
+
+def _difference(first: str, second: str) -> str:
+    said = "The step depends on the batch size or on a tensor's value: traced twice, with different rows, it "
+    for one, other in zip(first.splitlines(), second.splitlines(), strict=False):
+        if one != other:
+            return f"{said}computed `{one}` and `{other}`."
+    return f"{said}did more at one time than at the other."
+
+
+def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
+    """Two numbers of rows that no dimension has, or is a multiple of."""
+    dims = {cell.input_size, cell.hidden_size, *cell.state_sizes}
+    dims.update(size for shape in inputs for size in shape)
+    dims.update(size for _, tensor in _attributes(cell) for size in tensor.shape)
+    free = [prime for prime in _PRIMES if all(size == 0 or size % prime for size in dims)]
+    return (free or [10007, 10009])[:2] if len(free) != 1 else [free[0], 10007]
+
+
+def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that hangs on a cell or its submodules, with its path."""
+    for prefix, module in cell.named_modules():
+        start = prefix + "." if prefix else ""
+        for table in (module._parameters, module._buffers, vars(module)):
+            for name, value in table.items():
+                if isinstance(value, Tensor):
+                    yield start + name, value
+
+
+@contextmanager
+def _quiet_parameters(cell: Cell) -> Iterator[None]:
+    """Hooks on parameters belong to the user's backward, not to a trace's."""
+    hooks = [value._backward_hooks for _, value in _attributes(cell) if value._backward_hooks]
+    kept = [dict(table) for table in hooks]
+    for table in hooks:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, before in zip(hooks, kept, strict=True):
+            table.update(before)
+
+
+class _Seed(torch.autograd.Function):
+    """A number whose gradient with respect to each result is a tensor given beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, seeds: list[Tensor], *results: Tensor) -> Tensor:
+        ctx.seeds = seeds
+        return results[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return (None, *ctx.seeds)
+
+
+@dataclass
+class _Run:
+    """One trace with one number of rows."""
+
+    cell: Cell
+    shapes: Sequence[tuple[int, ...]]
+    dtype: torch.dtype
+    rows: int
+    gradients: bool
+    named: bool
+    names: dict[int, str] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sources: dict[int, tuple[str, Tensor]] = {}
+        for path, tensor in _attributes(self.cell):
+            sources.setdefault(id(tensor), (path, tensor))
+        self.builder = Builder("step", _DTYPES[self.dtype])
+        self.recorder = Recorder(self.builder, self.rows, self.dtype, sources)
+        # Values that are neither 0 nor 1 keep logarithms finite and kinks away.
+        self.generator = torch.Generator().manual_seed(self.rows)
+
+    def run(self) -> None:
+        """Run the step, and its gradient if asked for, under the recorder."""
+        x = [self._leaf("input", name, shape) for name, shape in zip(self.cell.inputs, self.shapes, strict=True)]
+        state = [
+            self._leaf("state", name, (size,))
+            for name, size in zip(self.cell.states, self.cell.state_sizes, strict=True)
+        ]
+        with self.recorder, Guard(), noting(self._note), self._watched():
+            result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
+        output, after = self._results(result)
+        if self.gradients:
+            self._backward(x, state, output, after)
+
+    def text(self) -> str:
+        """All that two runs must agree in."""
+        return self.builder.build(self.outputs).text + self.recorder.weights.prologue().describe()
+
+    def traced(self) -> Traced:
+        """What was recorded, in the user's names."""
+        for node, name in self.names.items():
+            self.builder.rename(node, name)
+        return Traced(self.builder.build(self.outputs), self.recorder.weights.prologue())
+
+    def _watched(self) -> AbstractContextManager[None]:
+        # Profiling every call costs more than the rest of a small trace: the second run needs no names.
+        return _variables(self._variable) if self.named else nullcontext()
+
+    def _leaf(self, op: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        node = self.builder.append(op, (), {"shape": [math.prod(shape)]}, name)
+        tensor = self._random((self.rows, *shape))
+        if self.gradients and not name.startswith("grad."):
+            # No leaf of autograd: in place on one torch raises before the recorder can say where.
+            tensor = tensor.requires_grad_().clone()
+        self.recorder.know(tensor, Row(tuple(tensor.shape), node), fixed=True)
+        return tensor
+
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=self.dtype, device="cpu") * 0.8 + 0.1
+
+    # names
+
+    def _note(self, cell: Cell, name: str, value: Tensor) -> None:
+        path = next((prefix for prefix, module in self.cell.named_modules() if module is cell), "")
+        label = f"note.{path}.{name}" if path else f"note.{name}"
+        if label in self.outputs:
+            raise Untraceable(f"It notes {name} twice in a step.")
+        node = self._node(value)
+        self.outputs[label] = node
+        self.names.setdefault(node, name)
+
+    def _variable(self, name: str, value: Tensor) -> None:
+        if not self.recorder.is_known(value):
+            return
+        found = self.recorder.value(value)
+        if isinstance(found, Row) and found.index is None:
+            self.names.setdefault(found.node, name)
+
+    # results
+
+    def _results(self, result: Any) -> tuple[Tensor, list[Tensor]]:
+        name = type(self.cell).__name__
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple | list)):
+            raise Untraceable(f"{name}.step doesn't return (output, state) with state a tuple.")
+        output, after = result[0], list(result[1])
+        if len(after) != len(self.cell.states):
+            raise Untraceable(f"{name}.step returns {len(after)} states, {len(self.cell.states)} are expected.")
+        labels = ["output", *(f"state.{state}" for state in self.cell.states)]
+        sizes = [self.cell.output_size, *self.cell.state_sizes]
+        for label, size, value in zip(labels, sizes, [output, *after], strict=True):
+            if tuple(value.shape) != (self.rows, size) or value.dtype != self.dtype:
+                found = f"{tuple(value.shape)} and {value.dtype}"
+                raise Untraceable(f"{label} has shape and dtype {found}, expected (N, {size}) and {self.dtype}.")
+            self.outputs[label] = self._node(value)
+        return output, after
+
+    def _node(self, tensor: Tensor) -> int:
+        """The node of all features of a tensor, numbers per row."""
+        value = self.recorder.value(tensor)
+        if isinstance(value, Sum):
+            raise Untraceable("It mixes the rows of the batch: a sum over them is among the results.")
+        row = self.recorder.writer.number(value)
+        if row.axis != 0:
+            row = self._spread(row)
+        return self.recorder.writer.flat(row)
+
+    def _spread(self, row: Row) -> Row:
+        if row.axis is not None:
+            raise Untraceable("A result has its batch dimension not first.")
+        return Row((self.rows, *row.shape), row.node, 0, row.places)
+
+    # the gradient
+
+    def _backward(self, x: list[Tensor], state: list[Tensor], output: Tensor, after: list[Tensor]) -> None:
+        recorder, cell = self.recorder, self.cell
+        labels = ["grad.output", *(f"grad.{name}" for name in cell.states)]
+        results = [output, *after]
+        seeds = [
+            self._leaf("input", label, tuple(value.shape[1:])) for label, value in zip(labels, results, strict=True)
+        ]
+        slots = recorder.weights
+        sources = {slot: slots.slots[slot].tensor for slot in range(len(slots.slots))}
+        sources = {slot: tensor for slot, tensor in sources.items() if tensor is not None and tensor.requires_grad}
+        if not any(value.requires_grad for value in results):
+            return
+        wanted: list[Any] = [*x, *state, *sources.values()]
+        recorder.backward = True
+        with recorder:
+            handles = list(recorder.watch())
+            try:
+                number = _Seed.apply(seeds, *results)  # type: ignore[no-untyped-call]
+                found = torch.autograd.grad(number, wanted, allow_unused=True)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        names = [f"grad.input.{name}" for name in cell.inputs] + [f"grad.state.{name}" for name in cell.states]
+        for label, gradient in zip(names, found, strict=False):
+            if gradient is not None:
+                self.outputs[label] = self._node(gradient)
+        for slot, gradient in zip(sources, found[len(names) :], strict=True):
+            if gradient is not None:
+                recorder.collect(slot, recorder.value(gradient))
+        self._weight_gradients()
+
+    def _weight_gradients(self) -> None:
+        recorder = self.recorder
+        for slot, (node, _) in recorder.weights.leaves.items():
+            gradient = recorder.gradients.get(slot)
+            if not isinstance(gradient, Sum):
+                continue
+            leaf = self.builder.nodes[node]
+            if self.builder.nodes[gradient.node].type.shape != leaf.type.shape:
+                raise Untraceable(f"The gradient of {leaf.name} has another shape than {leaf.name}.")
+            self.outputs[f"grad.weight.{leaf.name}"] = gradient.node
+
+
+@contextmanager
+def _variables(found: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand over the variables of every ``step`` that returns inside the block.
+
+    Under a profiler of Python's own that is written in C nothing is: there is no way to put it back.
+    """
+    before = sys.getprofile()
+    if before is not None and not callable(before):
+        yield
+        return
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "return" and _is_step(frame):
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                    found(name, value)
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _is_step(frame: FrameType) -> bool:
+    code: CodeType = frame.f_code
+    return code.co_name == "step" and isinstance(frame.f_locals.get("self"), Cell)

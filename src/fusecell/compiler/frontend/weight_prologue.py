@@ -1,0 +1,333 @@
+"""What a step computes from its weights alone: recorded once, done again by torch at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
+from fusecell.compiler.ir.graph import Builder
+
+__all__ = ["Prologue", "Ref", "Weights"]
+
+# Views of a stored weight that the graph says itself, with their gradients; any other is computed by torch.
+_MATRIX_VIEWS = ("t", "transpose", "permute", "slice", "split", "split_with_sizes")
+_VECTOR_VIEWS = ("slice", "split", "split_with_sizes", "unsqueeze", "squeeze", "view", "select", "expand")
+
+
+class Ref(NamedTuple):
+    """A slot as an argument; detached where the step cut it off from its gradient."""
+
+    slot: int
+    detached: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One ATen call on weights: what it puts into which slots."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[int, ...]
+
+    def __str__(self) -> str:
+        given = [_spelled(arg) for arg in self.args] + [f"{key}={_spelled(arg)}" for key, arg in self.kwargs.items()]
+        return f"{', '.join(f'%{slot}' for slot in self.results)} = {self.func}({', '.join(given)})"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A weight as the graph takes it: a slot, flattened or cast where its leaf is not what the step had."""
+
+    slot: int
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+
+    def made(self, value: Tensor) -> Tensor:
+        if self.dtype is not None:
+            value = value.to(self.dtype)
+        return value if self.shape is None else value.reshape(self.shape)
+
+
+class Prologue:
+    """How the weight leaves of a graph are made from a cell, at every call.
+
+    Arguments:
+        sources: path and slot of each parameter, buffer or tensor attribute that is read.
+        steps: the calls on weights alone, in order.
+        leaves: in the order of ``graph.leaves("weight")``.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, int]], steps: Sequence[Step], leaves: Sequence[Leaf]) -> None:
+        self.sources = tuple(sources)
+        self.steps = tuple(steps)
+        self.leaves = tuple(leaves)
+        self._plain = self._getter()
+
+    @property
+    def direct_paths(self) -> list[str] | None:
+        """The path of each leaf, where each is an attribute as it stands."""
+        if self.steps or any(leaf.shape is not None or leaf.dtype is not None for leaf in self.leaves):
+            return None
+        paths = {slot: path for path, slot in self.sources}
+        return [paths[leaf.slot] for leaf in self.leaves]
+
+    @property
+    def stored_leaves(self) -> list[tuple[str, Leaf]] | None:
+        """Each leaf with its path, where each is an attribute in the dtype of the graph."""
+        if self.steps or any(leaf.dtype is not None for leaf in self.leaves):
+            return None
+        paths = {slot: path for path, slot in self.sources}
+        return [(paths[leaf.slot], leaf) for leaf in self.leaves]
+
+    def _getter(self) -> Callable[[Cell], Any] | None:
+        """One getter for all leaves, where each is an attribute as it stands."""
+        order = self.direct_paths
+        if order is None:
+            return None
+        if any("." in path for path in order):
+            getters = [attrgetter(path) for path in order]
+            return lambda cell: tuple([get(cell) for get in getters])
+        return lambda cell: _own_tensors(cell, order)
+
+    def values(self, cell: Cell) -> tuple[Tensor, ...]:
+        """The weights as they are now, one for each weight leaf; with autograd where grad mode is on."""
+        if self._plain is not None:
+            found: tuple[Tensor, ...] = self._plain(cell)
+            return found
+        return self.computed(self.originals(cell))
+
+    def computed(self, originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The weights, from what :meth:`originals` gives."""
+        slots = {slot: value for (_, slot), value in zip(self.sources, originals, strict=True)}
+        for step in self.steps:
+            args = [_resolved(arg, slots) for arg in step.args]
+            result = step.func(*args, **{key: _resolved(arg, slots) for key, arg in step.kwargs.items()})
+            results = (result,) if isinstance(result, Tensor) else result
+            slots.update(zip(step.results, results, strict=True))
+        return tuple(leaf.made(slots[leaf.slot]) for leaf in self.leaves)
+
+    def originals(self, cell: Cell) -> tuple[Tensor, ...]:
+        """What the leaves are computed from; nothing where each leaf is an attribute as it stands."""
+        if self._plain is not None:
+            return ()
+        return tuple(attrgetter(path)(cell) for path, _ in self.sources)
+
+    def bindings(self, leaves: Sequence[Tensor], originals: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The attributes, by path, that an earlier call of :meth:`values` and :meth:`originals` saw."""
+        if self._plain is None:
+            return {path: value for (path, _), value in zip(self.sources, originals, strict=True)}
+        paths = {slot: path for path, slot in self.sources}
+        return {paths[leaf.slot]: value for leaf, value in zip(self.leaves, leaves, strict=True)}
+
+    def describe(self) -> str:
+        """The prologue as text, a line for each source, step and leaf; equal prologues have equal texts."""
+        lines = [f"%{slot} = {path}" for path, slot in self.sources]
+        lines += [str(step) for step in self.steps]
+        for leaf in self.leaves:
+            shape = "" if leaf.shape is None else f" as {list(leaf.shape)}"
+            lines.append(f"leaf %{leaf.slot}{shape}" + ("" if leaf.dtype is None else f" in {leaf.dtype}"))
+        return "\n".join(lines) + "\n"
+
+
+def _own_tensors(cell: Cell, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """Attributes of the cell itself; parameters past nn.Module's __getattr__, which is slow."""
+    table = cell._parameters
+    found = [table.get(name) for name in names]
+    return tuple([getattr(cell, name) if value is None else value for name, value in zip(names, found, strict=True)])
+
+
+@dataclass
+class _Slot:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str
+    path: str | None
+    tensor: Tensor | None
+    """The source itself; None for what a step made."""
+    storage: int
+    differentiable: bool
+    """Whether a gradient flows through it at a call, unless the step cuts it off."""
+
+
+class Weights:
+    """Records the prologue while a step is traced, and hands out its leaves."""
+
+    def __init__(self, builder: Builder, dtype: torch.dtype) -> None:
+        self.builder = builder
+        self.dtype = dtype
+        self.slots: list[_Slot] = []
+        self.steps: list[Step] = []
+        self.leaves: dict[int, tuple[int, str]] = {}
+
+    def source(self, path: str, tensor: Tensor) -> Weight:
+        """A parameter, buffer or attribute as a value."""
+        self.slots.append(
+            _Slot(
+                tuple(tensor.shape),
+                tensor.dtype,
+                path.replace(".", "_"),
+                path,
+                tensor,
+                _storage(tensor),
+                tensor.requires_grad,
+            )
+        )
+        return _own(tuple(tensor.shape), len(self.slots) - 1)
+
+    def record(
+        self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, results: Sequence[Tensor]
+    ) -> list[Weight]:
+        """A call on weights alone, as a step of the prologue; ``args`` hold Refs for tensors."""
+        refs = _refs((args, kwargs))
+        base = self.slots[refs[0].slot].name + "_" if refs else ""
+        flows = self._flows(refs)
+        first = len(self.slots)
+        for result in results:
+            self.slots.append(
+                _Slot(tuple(result.shape), result.dtype, base + name.strip("_"), None, None, _storage(result), flows)
+            )
+        made = tuple(range(first, len(self.slots)))
+        self.steps.append(Step(func, tuple(args), dict(kwargs), made))
+        return [_own(self.slots[slot].shape, slot) for slot in made]
+
+    def changed(self, func: Callable[..., Any], args: Any, kwargs: Any, target: Weight) -> None:
+        """A call that writes into what an earlier step made."""
+        if target.slot in self.leaves:
+            raise Untraceable("It changes in place a weight that the step has already used.")
+        self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,)))
+        if self._flows(_refs(args)):
+            for slot in self.slots:
+                slot.differentiable |= slot.storage == self.slots[target.slot].storage
+
+    def _flows(self, refs: Sequence[Ref]) -> bool:
+        return any(self.slots[ref.slot].differentiable and not ref.detached for ref in refs)
+
+    def leaf(self, slot: int, form: str) -> int:
+        """The weight node of a slot, as a matrix or as a flat vector."""
+        known = self.leaves.get(slot)
+        found = self.slots[slot]
+        if known is not None:
+            if known[1] != form:
+                raise Untraceable(f"It uses {found.name} both in a product and element by element.")
+            return known[0]
+        if found.dtype.is_complex or (found.dtype != self.dtype and found.dtype.is_floating_point and found.shape):
+            raise Untraceable(f"The weight {found.name} is {found.dtype}, where the step computes in {self.dtype}.")
+        if 0 in found.shape:
+            raise Untraceable(f"The weight {found.name} has no elements.")
+        node = self.builder.append("weight", (), {"shape": list(_leaf_shape(found.shape, form))}, found.name)
+        self.leaves[slot] = (node, form)
+        return node
+
+    def prologue(self) -> Prologue:
+        """What the leaves need, and nothing else."""
+        needed = set(self.leaves)
+        kept: list[Step] = []
+        for step in reversed(self.steps):
+            # A write into a view changes what it is a view of.
+            memory = {self.slots[slot].storage for slot in needed} if _writes(step.func) else set()
+            if needed.intersection(step.results) or memory.intersection(self.slots[s].storage for s in step.results):
+                kept.append(step)
+                needed.update(ref.slot for ref in _refs((step.args, step.kwargs)))
+        sources = [(slot.path, place) for place, slot in enumerate(self.slots) if slot.path and place in needed]
+        leaves = [self._leaf(slot, form) for slot, (_, form) in self.leaves.items()]
+        return Prologue(sources, kept[::-1], leaves)
+
+    def _leaf(self, slot: int, form: str) -> Leaf:
+        found = self.slots[slot]
+        shape = _leaf_shape(found.shape, form)
+        return Leaf(slot, None if shape == found.shape else shape, None if found.dtype == self.dtype else self.dtype)
+
+
+def weight_views(
+    func: Callable[..., Any], name: str, value: Weight, rest: Sequence[Any], made: Sequence[Weight]
+) -> list[Weight]:
+    """What an op made of one weight, as views of the stored one where the graph can say so."""
+    view = value.view
+    if isinstance(view, Matrix) and name in _MATRIX_VIEWS and all(len(part.shape) == 2 for part in made):
+        found = _matrix_views(name, view, value.shape, rest, made)
+        if found is not None:
+            return [Weight(part.shape, part.slot, seen) for part, seen in zip(made, found, strict=True)]
+    if (
+        isinstance(view, Vector)
+        and name in _VECTOR_VIEWS
+        and not (name == "slice" and tuple(rest[3:4]) not in ((), (1,)))
+    ):
+        moved = func(torch.from_numpy(view.index), *rest)
+        parts = [moved] if isinstance(moved, Tensor) else moved
+        return [Weight(w.shape, w.slot, Vector(view.slot, p.numpy())) for w, p in zip(made, parts, strict=True)]
+    return list(made)
+
+
+def _matrix_views(
+    name: str, view: Matrix, shape: tuple[int, ...], rest: Sequence[Any], made: Sequence[Weight]
+) -> list[Matrix] | None:
+    if name in ("t", "transpose", "permute"):
+        order = list(rest[0]) if name == "permute" else [1, 0] if name == "t" or rest[0] % 2 != rest[1] % 2 else [0, 1]
+        return [view if [dim % 2 for dim in order] == [0, 1] else view.transposed()]
+    if name == "slice":
+        given = [*rest, *[0, None, None, 1][len(rest) :]]
+        dim, start, step = given[0], given[1], given[3]
+        dim = dim % 2
+        if step != 1:
+            return None
+        begin = 0 if start is None else start + shape[dim] if start < 0 else start
+        return [view.narrowed(dim, begin, begin + made[0].shape[dim])]
+    dim = rest[1] % 2 if len(rest) > 1 else 0
+    found, begin = [], 0
+    for part in made:
+        found.append(view.narrowed(dim, begin, begin + part.shape[dim]))
+        begin += part.shape[dim]
+    return found
+
+
+def _own(shape: tuple[int, ...], slot: int) -> Weight:
+    if len(shape) == 2:
+        return Weight(shape, slot, Matrix(slot, (0, shape[0]), (0, shape[1])))
+    return Weight(shape, slot, Vector(slot, arranged(shape)) if len(shape) < 2 else None)
+
+
+def _leaf_shape(shape: tuple[int, ...], form: str) -> tuple[int, ...]:
+    count = 1
+    for size in shape:
+        count *= size
+    if form == "vector":
+        return (count,)
+    if len(shape) < 2 or count != shape[-1] * shape[-2]:
+        raise Untraceable(f"It multiplies rows with a weight of shape {shape}, not with one matrix.")
+    return shape[-2:]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _writes(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+def _refs(value: Any) -> list[Ref]:
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [ref for item in value for ref in _refs(item)] if isinstance(value, list | tuple) else []
+
+
+def _resolved(value: Any, slots: dict[int, Tensor]) -> Any:
+    if isinstance(value, Ref):
+        return slots[value.slot].detach() if value.detached else slots[value.slot]
+    return [_resolved(item, slots) for item in value] if isinstance(value, list) else value
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Ref):
+        return f"%{value.slot}" + (".detach()" if value.detached else "")
+    return "[" + ", ".join(map(_spelled, value)) + "]" if isinstance(value, list) else str(value)

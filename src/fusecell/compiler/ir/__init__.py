@@ -1,0 +1,1 @@
+"""The intermediate representation: primitives, graphs of them, and a reference interpreter."""

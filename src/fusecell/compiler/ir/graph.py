@@ -1,0 +1,240 @@
+"""A step as a graph of primitives, and its one canonical text.
+
+The text is what people read, the key of the cache, the payload of a saved stream and the argument of the torch
+operator: parsing checks every line, so that what can be parsed can be compiled and nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fusecell.compiler.ir.primitives import PRIMITIVES, Type
+from fusecell.errors import CompilerError
+
+__all__ = ["SAVED", "Builder", "DType", "Graph", "Node"]
+
+DType = Literal["f32", "f64"]
+SAVED = "saved."
+"""How values kept for the backward are called: outputs of the forward, inputs of the backward."""
+_LINE = re.compile(
+    r"^(?P<name>[\w.]+) = (?P<op>\w+)\((?P<args>[\w., ]*)\)(?: (?P<attrs>\{.*\}))? : (?P<type>\w+\[.*\])$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One value: a primitive, its arguments as indices of earlier nodes, its static attributes, its type."""
+
+    name: str
+    op: str
+    args: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    type: Type
+
+    @property
+    def size(self) -> int:
+        return self.type.size
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in an order in which they can be computed, and the named results among them."""
+
+    title: str
+    dtype: DType
+    nodes: tuple[Node, ...]
+    outputs: Mapping[str, int]
+
+    def __iter__(self) -> Iterator[tuple[int, Node]]:
+        return iter(enumerate(self.nodes))
+
+    def __getitem__(self, index: int) -> Node:
+        return self.nodes[index]
+
+    def leaves(self, op: str) -> list[int]:
+        """The nodes of a leaf primitive, ``input``, ``state`` or ``weight``, in order."""
+        return [index for index, node in self if node.op == op]
+
+    def users(self) -> list[list[int]]:
+        """For each node, the nodes that take it as an argument."""
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for index, node in self:
+            for arg in node.args:
+                found[arg].append(index)
+        return found
+
+    def reaches(self, start: Iterable[int]) -> list[bool]:
+        """For each node, whether it is or depends on one of ``start``."""
+        found = [False] * len(self.nodes)
+        chosen = set(start)
+        for index, node in self:
+            found[index] = index in chosen or any(found[arg] for arg in node.args)
+        return found
+
+    def needed(self, results: Iterable[int]) -> list[bool]:
+        """For each node, whether one of ``results`` is it or depends on it."""
+        found = [False] * len(self.nodes)
+        for index in results:
+            found[index] = True
+        for index in range(len(self.nodes) - 1, -1, -1):
+            if found[index]:
+                for arg in self.nodes[index].args:
+                    found[arg] = True
+        return found
+
+    @property
+    def text(self) -> str:
+        """The canonical text; equal graphs have equal texts."""
+        lines = [f"graph {self.title} {self.dtype}"]
+        for node in self.nodes:
+            args = ", ".join(self.nodes[arg].name for arg in node.args)
+            attrs = " " + json.dumps(node.attrs, sort_keys=True) if node.attrs else ""
+            lines.append(f"{node.name} = {node.op}({args}){attrs} : {node.type}")
+        lines += [f"return {label} = {self.nodes[index].name}" for label, index in self.outputs.items()]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Graph:
+        """The graph of a text.
+
+        Raises:
+            CompilerError: naming the line, if it is not the text of a valid graph.
+        """
+        lines = text.splitlines()
+        head = re.fullmatch(r"graph (\w+) (f32|f64)", lines[0] if lines else "")
+        if head is None:
+            raise CompilerError("not a graph: the first line must be 'graph <title> <f32 or f64>'")
+        builder = Builder(head[1], head[2])  # type: ignore[arg-type]  # the pattern admits no other
+        names: dict[str, int] = {}
+        outputs: dict[str, int] = {}
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                if line.startswith("return "):
+                    label, name = line.removeprefix("return ").split(" = ")
+                    outputs[label] = names[name]
+                else:
+                    _parse_line(builder, names, line)
+            except (CompilerError, KeyError, ValueError, TypeError) as error:
+                raise CompilerError(f"line {number} of the graph, {line!r}: {error}") from error
+        return builder.build(outputs, keep_all=True)
+
+
+def _parse_line(builder: Builder, names: dict[str, int], line: str) -> None:
+    match = _LINE.match(line)
+    if match is None:
+        raise CompilerError("expected name = op(arguments) {attributes} : type")
+    args = [names[name] for name in match["args"].split(", ")] if match["args"] else []
+    attrs = json.loads(match["attrs"]) if match["attrs"] else {}
+    index = builder.append(match["op"], args, attrs, match["name"])
+    if str(builder.nodes[index].type) != match["type"]:
+        raise CompilerError(f"the type is {builder.nodes[index].type}")
+    if match["name"] in names or builder.nodes[index].name != match["name"]:
+        raise CompilerError("the name is taken")
+    names[match["name"]] = index
+
+
+@dataclass
+class Builder:
+    """Makes a graph node by node; the same primitive of the same arguments is one node."""
+
+    title: str
+    dtype: DType
+    nodes: list[Node] = field(default_factory=list)
+    _known: dict[object, int] = field(default_factory=dict)
+    _names: dict[str, int] = field(default_factory=dict)
+
+    def add(self, op: str, *args: int, name: str | None = None, **attrs: Any) -> int:
+        """The node for ``op`` of ``args``, made if it isn't there yet."""
+        if PRIMITIVES[op].commutes:
+            args = tuple(sorted(args))
+        key = (op, args, _frozen(attrs))
+        known = None if op in ("input", "state", "weight") else self._known.get(key)
+        if known is None:
+            known = self._known[key] = self.append(op, args, attrs, name)
+        return known
+
+    def add_like(self, node: Node, args: Sequence[int]) -> int:
+        """The same primitive as ``node``, of other arguments."""
+        return self.add(node.op, *args, name=node.name, **node.attrs)
+
+    def append(self, op: str, args: Sequence[int], attrs: Mapping[str, Any], name: str | None) -> int:
+        """A new node, checked."""
+        primitive = PRIMITIVES.get(op)
+        if primitive is None:
+            raise CompilerError(f"no primitive is called {op!r}")
+        if primitive.arity is not None and primitive.arity != len(args):
+            raise CompilerError(f"{op} takes {primitive.arity} arguments, got {len(args)}")
+        kind = primitive.rule([self.nodes[arg].type for arg in args], attrs)
+        self.nodes.append(Node(self._unique(name or _default_name(op)), op, tuple(args), dict(attrs), kind))
+        return len(self.nodes) - 1
+
+    def const(self, value: float) -> int:
+        """A number."""
+        return self.add("const", value=float(value), name=_const_name(value))
+
+    def rename(self, index: int, name: str) -> None:
+        """Call a value by the name its user gave it; leaves keep theirs."""
+        node = self.nodes[index]
+        if node.op in ("input", "state", "weight", "const") or node.name == name:
+            return
+        self.nodes[index] = Node(self._unique(name), node.op, node.args, node.attrs, node.type)
+
+    def size(self, index: int) -> int:
+        return self.nodes[index].size
+
+    def build(self, outputs: Mapping[str, int], *, keep_all: bool = False) -> Graph:
+        """The graph of what ``outputs`` need; inputs, states and weights stay even if unused."""
+        graph = Graph(self.title, self.dtype, tuple(self.nodes), dict(outputs))
+        return graph if keep_all else rebuild(graph, copy(graph))
+
+    def _unique(self, name: str) -> str:
+        name = re.sub(r"[^\w.]", "_", name)
+        count = self._names.get(name)
+        self._names[name] = 1 if count is None else count + 1
+        return name if count is None else self._unique(f"{name}.{count}")
+
+
+Rewrite = Callable[[Builder, int, tuple[int, ...]], int]
+
+
+def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
+    """A graph made anew by ``rewrite(builder, old_index, new_arguments) -> new_index``, without what is not needed."""
+    builder = Builder(graph.title, graph.dtype)
+    needed = graph.needed(graph.outputs.values())
+    new: list[int] = []
+    for index, node in graph:
+        if needed[index] or node.op in ("input", "state", "weight"):
+            new.append(rewrite(builder, index, tuple(new[arg] for arg in node.args)))
+        else:
+            new.append(-1)
+    outputs = {label: new[index] for label, index in graph.outputs.items()}
+    made = Graph(builder.title, builder.dtype, tuple(builder.nodes), outputs)
+    kept = made.needed(outputs.values())
+    if all(kept[index] or node.op in ("input", "state", "weight") for index, node in made):
+        return made
+    return rebuild(made, copy(made))
+
+
+def copy(graph: Graph) -> Rewrite:
+    """The rewrite that changes nothing."""
+    return lambda builder, index, args: builder.add_like(graph[index], args)
+
+
+def _frozen(value: Any) -> object:
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(value[key])) for key in sorted(value))
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    return (type(value).__name__, repr(value)) if isinstance(value, float) else value
+
+
+def _default_name(op: str) -> str:
+    return {"product": "p", "affine": "a", "slice": "part", "sub": "d", "const": "c"}.get(op, op)
+
+
+def _const_name(value: float) -> str:
+    return "c" + f"{value:g}".replace("-", "m").replace("+", "")

@@ -1,0 +1,19 @@
+"""Locks that survive a fork of the process."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+__all__ = ["new_lock"]
+
+
+def new_lock() -> threading.RLock:
+    """A lock that a fork waits for, so that no child finds it shut for ever by a thread that it doesn't have.
+
+    A fork takes those first that were made last: make a lock after those that are taken while it is held.
+    """
+    made = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=made.acquire, after_in_parent=made.release, after_in_child=made.release)
+    return made

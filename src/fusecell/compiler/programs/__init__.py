@@ -1,0 +1,1 @@
+"""A traced cell as something callable on torch tensors, without and with gradients."""

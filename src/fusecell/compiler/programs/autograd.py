@@ -1,0 +1,184 @@
+"""A cell that learns: kernels for its step and its gradient, joined to torch's autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend.signature import Key, signature, without_tensors
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.locks import new_lock
+from fusecell.compiler.programs.inference import reset_state
+from fusecell.compiler.programs.rebind import bound
+from fusecell.compiler.programs.training import Call, Training
+from fusecell.compiler.refusal import Refusal, refusal
+from fusecell.compiler.transforms.partition import Halves, partition
+from fusecell.eager import run_eager
+from fusecell.errors import CompilerError
+from fusecell.execution.context import recomputing
+from fusecell.execution.options import Options, State
+
+__all__ = ["Learner", "compile_learner", "differentiated", "transformed"]
+
+_LOCK = new_lock()
+
+
+class Learner:
+    """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met.
+
+    Arguments:
+        inputs: the names of a step's inputs.
+        key: what the step was traced with beside tensors, if a gradient of the gradient is to hold it to that.
+    """
+
+    def __init__(self, traced: Traced, inputs: Sequence[str], key: Key = ()) -> None:
+        self.traced = traced
+        self._key = key
+        self._inputs = tuple(inputs)
+        names = traced.weight_names
+        self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
+        self._made: dict[tuple[bool, ...], Training | Refusal] = {}
+
+    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
+        """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
+        prologue = self.traced.weights
+        weights = prologue.values(cell)
+        flags = tuple([value.requires_grad for value in (*inputs, *weights)])
+        recompute = options.recompute or recomputing()
+        training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
+        if isinstance(training, Refusal):
+            return training
+        resets: State = ()
+        if options.resets is not None:
+            resets = reset_state(cell, inputs[0])
+        call = Call.of(training, inputs, state, resets, weights, options)
+        outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
+        return outputs, tuple(after)
+
+    def check_unchanged(self, cell: Cell) -> None:
+        """Raise where running the cell's step again would not be running it as it was traced."""
+        if self._key and without_tensors(signature(cell)) != self._key:
+            raise RuntimeError(
+                f"An attribute, mode or hook of {type(cell).__name__} has changed since its forward. A gradient that "
+                "has one itself runs the step again and would now be another's: change it after the backward, "
+                'or run the forward under fusecell.runner("eager").'
+            )
+
+    def saved_numbers(self, cell: Cell, inputs: Sequence[bool], recompute: bool) -> int:
+        """The numbers that a row and step takes of what is kept for the gradients of all weights and some inputs."""
+        flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
+        halves = self._halves(flags, recompute or recomputing())
+        return sum(-(-size // LANES) * LANES for _, size in halves.saved)
+
+    def _halves(self, flags: Sequence[bool], recompute: bool) -> Halves:
+        wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
+        return partition(self.traced.graph, wanted, recompute=recompute)
+
+    def training(self, flags: Sequence[bool], recompute: bool) -> Training | Refusal:
+        """The kernels for some gradients, compiled on first use.
+
+        Arguments:
+            flags: for each input, then each weight, whether its gradient is wanted.
+            recompute: keep the states only, and compute everything else again in the backward.
+        """
+        key = (recompute, *flags)
+        with _LOCK:
+            if key not in self._made:
+                try:
+                    halves = self._halves(flags, recompute)
+                    self._made[key] = Training(self._inputs, self.traced.weight_names, halves)
+                except (CompilerError, AssertionError, LookupError) as error:
+                    self._made[key] = refusal(error)
+            return self._made[key]
+
+
+def compile_learner(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Learner | Refusal:
+    """Trace a cell's step and its gradient.
+
+    Arguments:
+        features: the feature shape of each input, what follows (T, N).
+    """
+    traced = trace(cell, features, dtype, gradients=True)
+    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs, without_tensors(signature(cell)))
+
+
+class _Scan(torch.autograd.Function):
+    """The forward kernel, and the backward kernel as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, learner: Learner, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        saved, outputs, after = call.forward(tensors)
+        ctx.learner, ctx.cell, ctx.call = learner, cell, call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(saved, *tensors)
+        return outputs, *after
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: State = ctx.saved_tensors
+        saved, tensors = found[0], found[1:]
+        if all(grad is None for grad in grads):
+            return (None,) * (3 + len(tensors))
+        if torch.is_grad_enabled() or transformed(grads):
+            return None, None, None, *_differentiable(ctx, tensors, grads)
+        call: Call = ctx.call
+        return None, None, None, *call.gradients(saved, tensors, grads)
+
+
+# Past the wrapper that looks for transforms of torch.func: a call under one doesn't come here.
+_apply: Any = super(torch.autograd.Function, _Scan).apply
+
+
+def transformed(grads: Sequence[Tensor | None]) -> bool:
+    """Whether these are the gradients of many backwards at once, which have no memory that a kernel could read."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(grad is not None and functorch.is_legacy_batchedtensor(grad) for grad in grads)
+
+
+def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
+    call: Call = ctx.call
+    learner: Learner = ctx.learner
+    learner.check_unchanged(ctx.cell)
+
+    def again(aliases: State) -> State:
+        inputs, state, resets, weights, originals = call.split(aliases)
+        cell = bound(ctx.cell, learner.traced.weights.bindings(weights, originals), resets)
+        outputs, after = run_eager(cell, inputs, state, call.options)
+        return outputs, *after
+
+    return differentiated(again, tensors, ctx.needs_input_grad[3:], grads)
+
+
+def differentiated(
+    compute: Callable[[State], State], tensors: State, needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of what results are computed from, by torch itself, so that they have gradients too."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a tensor that went in twice gets both of its gradients once.
+        aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
+        results = compute(aliases)
+    pairs = [
+        (value, grad) for value, grad in zip(results, grads, strict=True) if grad is not None and value.requires_grad
+    ]
+    # What was frozen after the forward wants none any more.
+    chosen = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
+    found = torch.autograd.grad(
+        [value for value, _ in pairs],
+        [aliases[index] for index in chosen],
+        [grad for _, grad in pairs],
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    result: list[Tensor | None] = [None] * len(tensors)
+    for index, grad in zip(chosen, found, strict=True):
+        result[index] = grad
+    return result

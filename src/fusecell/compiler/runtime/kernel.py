@@ -1,0 +1,231 @@
+"""A kernel: machine code for one graph, and what a call writes into its argument block.
+
+Nothing here needs torch: a stream that was saved runs kernels on NumPy's memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fusecell.compiler.backend.jit import Loaded, load
+from fusecell.compiler.backend.target import host_target, l2_bytes
+from fusecell.compiler.codegen import Emitted, emit
+from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.schedule.plan import Plan
+from fusecell.compiler.schedule.scheduler import plan
+from fusecell.compiler.transforms.passes import optimise
+from fusecell.errors import CompilerError
+
+__all__ = ["Kernel", "Strided", "compile_graph"]
+
+# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them. An only
+# chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
+# has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
+CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
+LARGE, PANEL_ROWS = 4 << 20, 128
+SUM_ROWS, SUM_ROWS_SMALL_L2 = 128, 64
+
+Strided = Any
+"""A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
+_Places = tuple[int, ...]
+
+
+class _Words:
+    """The positions of an argument block's words, looked up by name once.
+
+    Attributes:
+        inputs, outputs, saved, weights: by name.
+        first, last, reset: of each state, in order.
+        positions: of every word.
+    """
+
+    def __init__(self, schedule: Plan, emitted: Emitted) -> None:
+        self._plan = schedule
+        graph = schedule.graph
+        self.positions = {name: position for position, name in enumerate(emitted.words)}
+        sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
+        leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
+        self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
+        self.ragged = self._all("", "caller.order", "counts", "offsets")
+        self.resets = self._all("resets", "", ".step", ".row")
+        self.inputs = {name: self._all(f"in.{name}", *sequence) for name in leaves["input"] if not _is_saved(name)}
+        self.weights = {name: self._all(f"weight.{name}", *matrix) for name in leaves["weight"]}
+        self.first, self.last, self.reset = (
+            [self._all(f"{kind}.{name}", *rows) for name in schedule.states] for kind in ("first", "last", "reset")
+        )
+        self.saved = {buffer.name: self.positions[f"{buffer.name}.ptr"] for buffer in schedule.saved()}
+        self.outputs: dict[str, _Places] = {}
+        self.sums: dict[str, _Places] = {}
+        for label, index in graph.outputs.items():
+            if graph[index].type.kind == "sum":
+                self.sums[label] = self._all(f"out.{label}", *matrix)
+            elif not label.startswith(("state.", SAVED)):
+                self.outputs[label] = self._all(f"out.{label}", *sequence)
+        self._check(emitted)
+
+    def _all(self, name: str, *parts: str) -> _Places:
+        return tuple([self.positions[name + part] for part in parts])
+
+    def _check(self, emitted: Emitted) -> None:
+        tables = (self.inputs, self.weights, self.outputs, self.sums)
+        bound = {places[0] for table in tables for places in table.values()} | set(self.saved.values())
+        bound |= {places[0] for places in (*self.first, *self.last)}
+        missing = [name for name in emitted.pointers if self.positions[name] not in bound]
+        if missing:
+            raise CompilerError(f"a kernel would be called without {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Machine code for one graph; any number of steps and rows.
+
+    Methods called ``give_...`` write into a block, which belongs to one call, so that a kernel can run in many
+    threads at once. They return the tensors they had to make: those, like all that are given, must live until the
+    kernel returns.
+    """
+
+    plan: Plan
+    emitted: Emitted
+    loaded: Loaded
+    seconds: float
+    """How long it took from the graph to callable code."""
+    macs: int
+    """Multiply-adds of a row's step."""
+    output_sizes: dict[str, int]
+    """Features of each output that has a row for every step and row of the batch."""
+    words: _Words
+    itemsize: int
+    short: Callable[[int], None]
+    long: Callable[[int], None]
+    crew: int
+    """The address of what each thread of a crew runs."""
+    loop_macs: int
+    """Multiply-adds of a row's step that wait for the step before."""
+    _zeros: array[int]
+
+    def block(self) -> array[int]:
+        """A new argument block."""
+        return self._zeros[:]
+
+    def give_sequences(self, block: array[int], table: Iterable[_Places], values: Iterable[Strided]) -> list[Strided]:
+        """A (T, N, ...) tensor for each entry of the table; one of a single step stands for all steps."""
+        kept = []
+        for (ptr, step, row), value in zip(table, values, strict=True):
+            strides = value.stride()
+            if len(strides) != 3 or (strides[2] != 1 and value.shape[2] > 1):
+                value = value.reshape(value.shape[0], value.shape[1], -1).contiguous()
+                strides = value.stride()
+                kept.append(value)
+            block[ptr], block[row] = value.data_ptr(), strides[1] * self.itemsize
+            block[step] = strides[0] * self.itemsize if value.shape[0] > 1 else 0
+        return kept
+
+    def give_states(self, block: array[int], table: Iterable[_Places], state: Iterable[Strided]) -> list[Strided]:
+        """A (N, size) tensor for each state."""
+        kept = []
+        for (ptr, row), value in zip(table, state, strict=True):
+            strides = value.stride()
+            if strides[1] != 1 and value.shape[1] > 1:
+                value = value.contiguous()
+                strides = value.stride()
+                kept.append(value)
+            block[ptr], block[row] = value.data_ptr(), strides[0] * self.itemsize
+        return kept
+
+    def give_matrices(self, block: array[int], table: Iterable[_Places], values: Iterable[Strided]) -> list[Strided]:
+        """A weight for each entry of the table, or the memory for its gradient, with any strides."""
+        kept = []
+        for (ptr, stride0, stride1), value in zip(table, values, strict=True):
+            if value.is_neg():
+                value = value.resolve_neg()
+                kept.append(value)
+            strides = value.stride()
+            block[ptr], block[stride0] = value.data_ptr(), strides[0] * self.itemsize
+            if len(strides) > 1:
+                block[stride1] = strides[1] * self.itemsize
+        return kept
+
+    def give_ragged(self, block: array[int], order: Strided, counts: Strided, offsets: Strided) -> None:
+        """Rows of different lengths: their order, how many take part in each step, and in all steps before it."""
+        for place, value in zip(self.words.ragged, (order, counts, offsets), strict=True):
+            block[place] = value.data_ptr()
+
+    def give_resets(self, block: array[int], resets: Strided) -> None:
+        """Which rows go back to the reset state, (T, N)."""
+        ptr, step, row = self.words.resets
+        block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
+
+    def chunk(self, steps: int, rows: int) -> int:
+        """The steps of a chunk."""
+        size, rows = self.emitted.scratch, max(rows, 1)
+        step = max(size.per_chunk_row * rows, 1)
+        if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
+            return max(1, steps)
+        fitting = CHUNK_BYTES // step
+        least = 1
+        if size.fixed > LARGE:
+            at_once = SUM_ROWS if l2_bytes() >= 2 << 20 else SUM_ROWS_SMALL_L2
+            least = -(-(at_once if self.words.sums else PANEL_ROWS) // rows)
+        return max(1, min(steps, max(least, fitting)))
+
+    def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
+        """What a call needs, and room to align it."""
+        return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads) // 64) * 64 + 64
+
+    def fill(
+        self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int, chunk: int | None = None
+    ) -> int:
+        """Write the sizes of a call and its scratch memory into a block; returns the steps of a chunk."""
+        chunk, places = chunk or self.chunk(steps, rows), self.words.sizes
+        block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
+        block[places[3]], block[places[4]] = chunk, -(-scratch // 64) * 64
+        return chunk
+
+
+def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
+    """Optimise, schedule, emit and load a graph; ``backward`` if it is a gradient's."""
+    began = time.perf_counter()
+    target = host_target()
+    schedule = plan(optimise(graph)[-1][1], backward=backward)
+    emitted = emit(schedule, target)
+    words = _Words(schedule, emitted)
+    loaded = load(emitted.text, ["run", "crew"], target)
+    address = loaded.address("run")
+    return Kernel(
+        schedule,
+        emitted,
+        loaded,
+        time.perf_counter() - began,
+        _macs(schedule),
+        {label: graph[graph.outputs[label]].size for label in words.outputs},
+        words,
+        4 if graph.dtype == "f32" else 8,
+        ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
+        loaded.address("crew"),
+        sum(_macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines),
+        array("q", bytes(8 * len(emitted.words))),
+    )
+
+
+def _is_saved(name: str) -> bool:
+    return name.startswith(SAVED)
+
+
+def _macs(schedule: Plan) -> int:
+    """Multiply-adds of a row's step."""
+    graph = schedule.graph
+    total = sum(found.height * found.width for found in schedule.sums if found.a is not None)
+    return total + sum(_macs_of(graph, index) for index, node in graph if node.op == "affine")
+
+
+def _macs_of(graph: Graph, index: int) -> int:
+    """Multiply-adds of a row's products."""
+    node = graph[index]
+    terms: Any = node.attrs["terms"]
+    return sum((term["rows"][1] - term["rows"][0]) * node.size for term in terms)

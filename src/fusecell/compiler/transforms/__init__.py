@@ -1,0 +1,1 @@
+"""From graph to graph: simplifying passes, and the partition into forward and backward."""

@@ -1,0 +1,1 @@
+"""How a call of a cell reaches the runner that computes it."""

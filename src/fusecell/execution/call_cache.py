@@ -1,0 +1,47 @@
+"""The cache of calls: one that is like an earlier one goes straight to its kernel."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fusecell.execution.call_form import Manner, View
+from fusecell.execution.context import is_compiled
+from fusecell.execution.options import State
+
+__all__ = ["Memory", "register_memory", "remember", "repeated"]
+
+
+class Memory(Protocol):
+    """Who remembers calls, so that one like an earlier one needs no second look at anything but addresses."""
+
+    def find(self, owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None: ...
+    def keep(self, owner: nn.Module, manner: Manner, given: State, view: View | None) -> None: ...
+
+
+_memory: Memory | None = None
+
+
+def register_memory(memory: Memory) -> None:
+    """Make ``memory`` the one that calls are remembered in."""
+    global _memory  # noqa: PLW0603  # one per process, registered as runners are
+    _memory = memory
+
+
+def repeated(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None:
+    """Outputs and states of a call that is like one that was remembered, in everything but tensors' values; else None.
+
+    Arguments:
+        owner: the cell, or what makes cells of itself.
+        given: exactly what was handed over: the input, and the states if they were.
+    """
+    if _memory is None or not is_compiled():
+        return None
+    return _memory.find(owner, manner, given)
+
+
+def remember(owner: nn.Module, manner: Manner, given: State, view: View | None = None) -> None:
+    """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
+    if _memory is not None and is_compiled():
+        _memory.keep(owner, manner, given, view)

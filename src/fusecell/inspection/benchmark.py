@@ -1,0 +1,162 @@
+"""How fast a layer is on this machine: compiled, as a Python loop, in torch.nn, and beside what the machine can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cells import GRUCell, LSTMCell, RNNCell
+from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.execution.context import runner
+from fusecell.inspection.summary import summary
+from fusecell.layers import Recurrent
+
+__all__ = ["Speed", "measure"]
+
+_NAMESAKES: dict[type[nn.Module], type[nn.Module]] = {GRU: nn.GRU, LSTM: nn.LSTM, RNN: nn.RNN}
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {GRUCell: nn.GRU, LSTMCell: nn.LSTM, RNNCell: nn.RNN}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured; printed, a line for each.
+
+    Attributes:
+        seconds: the median time of a call, by who computed it: "fusecell", "Python loop", "torch.nn".
+        steps, rows: of the input.
+        training: whether a backward was part of the call.
+        flops: floating-point operations of the products in a call; 0 where they can't be counted.
+        peak: of this machine in the same number of threads, operations a second, measured with a large product.
+        threads: as torch was set.
+    """
+
+    seconds: dict[str, float]
+    steps: int
+    rows: int
+    training: bool
+    flops: int
+    peak: float
+    threads: int
+
+    @property
+    def share(self) -> float:
+        """How much of the machine's peak fusecell used."""
+        return self.flops / self.seconds["fusecell"] / self.peak
+
+    def __str__(self) -> str:
+        ours, kind = self.seconds["fusecell"], "forward and backward" if self.training else "inference"
+        lines = [f"T={self.steps} N={self.rows}, {kind}, {self.threads} thread(s), microseconds per step"]
+        for name, seconds in self.seconds.items():
+            ratio = "" if name == "fusecell" else f"  {seconds / ours:.2f}x fusecell's time"
+            lines.append(f"  {name:<12} {1e6 * seconds / self.steps:10.2f}{ratio}")
+        if self.flops:
+            reached = f"{self.flops / ours / 1e9:.1f} GFLOP/s in products, {self.share:.0%} of the"
+            lines.append(f"  {reached} {self.peak / 1e9:.0f} that a large product reaches here")
+        return "\n".join(lines)
+
+
+def measure(layer: nn.Module, seq_len: int, batch_size: int, *, training: bool = False, seconds: float = 3.0) -> Speed:
+    """Time a layer against its own Python loop and, where there is one, torch.nn's, taking turns.
+
+    Example:
+        >>> import fusecell as fc
+        >>> from fusecell.inspection.benchmark import measure
+        >>> found = measure(fc.GRU(5, 10), 7, 3, seconds=0.1)
+        >>> sorted(found.seconds)
+        ['Python loop', 'fusecell', 'torch.nn']
+
+    Arguments:
+        layer: any layer that takes (T, N, input_size), or batch-first.
+        seq_len, batch_size: T and N.
+        training: time a forward and a backward to all parameters.
+        seconds: for all together, more or less.
+
+    Raises:
+        NotCompilable: if the layer can't be compiled.
+        TypeError: for a module that is no layer of fusecell.
+    """
+    found = summary(layer, seq_len, batch_size)
+    like = next(layer.parameters(), torch.zeros(()))
+    size: int = layer.input_size  # type: ignore[assignment]
+    shape = (batch_size, seq_len, size) if getattr(layer, "batch_first", False) else (seq_len, batch_size, size)
+    x = torch.randn(shape, dtype=like.dtype)
+    calls = {"fusecell": _call(layer, x, training, "compiled"), "Python loop": _call(layer, x, training, "eager")}
+    theirs = _torchs(layer)
+    if theirs is not None:
+        calls["torch.nn"] = _call(theirs, x, training, None)
+    flops = 2 * (found.macs or 0) * (3 if training else 1)
+    return Speed(
+        _take_turns(calls, seconds), seq_len, batch_size, training, flops, _peak(like.dtype), torch.get_num_threads()
+    )
+
+
+def _torchs(layer: nn.Module) -> nn.Module | None:
+    """torch.nn's layer of the same sizes and weights, where it computes the same."""
+    if isinstance(layer, Recurrent) and not layer.reverse and type(layer.cell) in _LAYERS:
+        cell: Any = layer.cell
+        names = {"bias": cell.bias, "batch_first": layer.batch_first, "dtype": cell.weight_ih.dtype}
+        made = _LAYERS[type(cell)](cell.input_size, cell.hidden_size, **names)
+        plain = getattr(cell, "reset_after", True) and not getattr(cell, "proj_size", 0)
+        return made if plain else None
+    kind = _NAMESAKES.get(type(layer))
+    if kind is None or not getattr(layer, "reset_after", True):
+        return None
+    names = {
+        name: getattr(layer, name)
+        for name in ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+        if name != "proj_size" or kind is nn.LSTM
+    }
+    first: Tensor = next(layer.parameters())
+    return kind(layer.input_size, layer.hidden_size, dtype=first.dtype, **names)
+
+
+def _call(layer: nn.Module, x: Tensor, training: bool, name: Any) -> Callable[[], object]:
+    parameters = list(layer.parameters())
+
+    def forward() -> Tensor:
+        found = layer(x)
+        y: Tensor = found[0] if isinstance(found, tuple) else found
+        return y
+
+    def call() -> object:
+        if not training:
+            with torch.no_grad():
+                return forward()
+        return torch.autograd.grad(forward().sum(), parameters, allow_unused=True)
+
+    def chosen() -> object:
+        with runner(name):
+            return call()
+
+    return call if name is None else chosen
+
+
+def _take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Medians, the calls one after another until the time is up; five turns at least."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + seconds
+    while len(times["fusecell"]) < 5 or time.perf_counter() < until:
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _peak(dtype: torch.dtype) -> float:
+    """Operations a second of a product of two matrices that fills the cores."""
+    a, b = torch.randn(768, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * 768**3 / best

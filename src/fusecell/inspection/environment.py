@@ -1,0 +1,77 @@
+"""``show_config``: what to put into a report."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+
+import torch
+
+from fusecell import __version__
+from fusecell.compiler.backend.disk_cache import cache_info
+from fusecell.compiler.backend.target import host_target
+from fusecell.compiler.runtime import guard_pages as check
+from fusecell.execution.context import active_runner
+
+__all__ = ["Config", "show_config"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Versions, machine and settings; printed, a table."""
+
+    fusecell: str
+    torch: str
+    llvmlite: str
+    python: str
+    system: str
+    target: str
+    vectors: str
+    threads: str
+    runner: str
+    cache: str
+    checks: str
+
+    def __str__(self) -> str:
+        return "\n".join(f"{field.name:<9} {getattr(self, field.name)}" for field in fields(self))
+
+
+def show_config() -> Config:
+    """What fusecell runs on, and how it is set: for reading, and for reports of bugs.
+
+    Example:
+        >>> import fusecell as fc
+        >>> fc.show_config().runner
+        'auto'
+
+    Returns:
+        A :class:`Config` of texts; print it.
+    """
+    target = host_target()
+    return Config(
+        fusecell=__version__,
+        torch=torch.__version__,
+        llvmlite=version("llvmlite"),
+        python=f"{platform.python_implementation()} {platform.python_version()}",
+        system=f"{platform.system()} {platform.machine()}",
+        target=f"{target.name}, {target.triple}" + _set("FUSECELL_TARGET"),
+        vectors=f"{target.vector_bits} bits, {target.registers} registers, {'with' if target.fma else 'no'} FMA",
+        threads=f"{torch.get_num_threads()} of {os.cpu_count()}",
+        runner=active_runner(),
+        cache=_cache() + _set("FUSECELL_CACHE"),
+        checks="on" if check.ENABLED else "off",
+    )
+
+
+def _cache() -> str:
+    found = cache_info()
+    if not found.enabled:
+        return f"off: {found.reason}"
+    return f"{found.path}, {found.entries} kernels, {found.bytes / 2**20:.1f} MiB"
+
+
+def _set(variable: str) -> str:
+    value = os.environ.get(variable)
+    return f" ({variable}={value})" if value else ""

@@ -1,0 +1,208 @@
+"""``explain``: what was compiled, what left the loop, what it costs, and why the rest runs as a Python loop."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.compiler.dispatch.runner import find_learner, find_program
+from fusecell.compiler.programs.training import Training
+from fusecell.compiler.refusal import Refusal
+from fusecell.compiler.runtime.kernel import Kernel
+from fusecell.compiler.schedule.plan import Stage
+from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.execution.context import active_runner, recomputing
+from fusecell.layers.stack import Stack
+from fusecell.validation import weights_dtype
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a layer or cell runs; printed, the plan.
+
+    Attributes:
+        runner: what a call without gradient on the CPU does under the runner in force, ``"compiled"`` or ``"eager"``;
+            "compiled" only if every cell inside is.
+        training_runner: the same for a call with the gradients of all parameters.
+        reasons: why either is eager, a sentence each; empty if both are compiled.
+        text: the plan, cell by cell.
+    """
+
+    runner: str
+    training_runner: str
+    reasons: tuple[str, ...]
+    text: str
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space: pre">{html.escape(str(self))}</pre>'
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> Explanation:
+    """Say how a layer or cell runs, tracing and compiling it if need be.
+
+    Example:
+        >>> import fusecell as fc
+        >>> fc.explain(fc.GRU(5, 10)).runner
+        'compiled'
+
+    Arguments:
+        module: a cell, or any module with cells inside: Recurrent, Stack, Bidirectional, Sequential, GRU, LSTM, RNN.
+        input_sizes: the features of each input that a call gives, for cells that are given several.
+
+    Returns:
+        An :class:`Explanation`; print it to read the plan.
+
+    Raises:
+        TypeError: if there is no cell in the module.
+        ValueError: if a cell takes several inputs and ``input_sizes`` doesn't say how wide each is.
+    """
+    cells = _leaves(module)
+    if not cells:
+        raise TypeError(f"explain takes a layer or a cell of fusecell, got {type(module).__name__}, which has none.")
+    found = [_explain_cell(name, cell, input_sizes) for name, cell in cells]
+    reasons = [reason for each in found for reason in (*each.reasons, *each.training_reasons)]
+    inference, training = not any(each.reasons for each in found), not any(each.training_reasons for each in found)
+    if active_runner() == "eager":
+        reasons.insert(0, "The eager runner is in force.")
+        inference = training = False
+    return Explanation(
+        "compiled" if inference else "eager",
+        "compiled" if training else "eager",
+        tuple(dict.fromkeys(reasons)),
+        "\n".join(line for each in found for line in each.lines),
+    )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What there is to say about one cell."""
+
+    lines: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+    training_reasons: tuple[str, ...] = ()
+
+
+def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> _Cell:
+    title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
+    dtype = weights_dtype(cell) or _view_dtype(cell) or torch.get_default_dtype()
+    if dtype not in (torch.float32, torch.float64):
+        reason = f"{type(cell).__name__}: its weights are {dtype}; float32 and float64 are compiled."
+        return _Cell((f"{title}: eager", f"  {reason}"), (reason,), (reason,))
+    inputs = _inputs(cell, input_sizes, dtype)
+    lines = [title]
+    reasons: tuple[str, ...] = ()
+    training_reasons: tuple[str, ...] = ()
+    with torch.inference_mode(False), torch.enable_grad():
+        program, learner = find_program(cell, inputs), find_learner(cell, inputs)
+    if isinstance(program, Refusal):
+        reasons = tuple(f"{type(cell).__name__}: {reason}" for reason in program.reasons)
+        lines += ["  eager", *(f"    {reason}" for reason in program.reasons)]
+    else:
+        lines += [f"  compiled in {program.seconds * 1e3:.0f} ms", *_describe(program.kernel)]
+    if isinstance(learner, Refusal):
+        training_reasons = tuple(f"{type(cell).__name__}, with gradients: {reason}" for reason in learner.reasons)
+        lines += ["  with gradients: eager", *(f"    {reason}" for reason in learner.reasons)]
+    elif not isinstance(program, Refusal):
+        wanted = [False] * len(inputs) + [value.requires_grad for value in learner.traced.weights.values(cell)]
+        training = learner.training(wanted, recomputing())
+        if isinstance(training, Refusal):
+            training_reasons = training.reasons
+        elif any(wanted):
+            lines += _describe_training(training)
+    return _Cell(tuple(lines), reasons, training_reasons)
+
+
+def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """One step of one row of each input."""
+    drawn = cell.draw(1, 1, dtype=dtype, device="cpu")
+    given = len(cell.inputs) - len(drawn)
+    names = ", ".join(cell.inputs[:given])
+    if sizes is None and given != 1:
+        raise ValueError(
+            f"{type(cell).__name__} is given {given} inputs ({names}), whose widths are known at a call only: say "
+            "explain(..., input_sizes=(...)), a number of features for each."
+        )
+    if sizes is not None and len(sizes) != given:
+        raise ValueError(f"{type(cell).__name__} is given {given} inputs ({names}), got {len(sizes)} input_sizes.")
+    widths = (cell.input_size,) if sizes is None else tuple(sizes)
+    return (*(torch.zeros(1, 1, width, dtype=dtype) for width in widths), *drawn)
+
+
+def _leaves(module: nn.Module, name: str = "") -> list[tuple[str, Cell]]:
+    """The cells inside, by the path to them; those of a drop-in layer are its views."""
+    if isinstance(module, GRU | LSTM | RNN):
+        return [(f"{name}[layer {layer}, direction {way}] ", cell) for layer, way, cell in module.leaf_cells()]
+    if isinstance(module, Cell) and not isinstance(module, Stack):
+        return [(f"{name} " if name else "", module)]
+    found: list[tuple[str, Cell]] = []
+    for child, part in module.named_children():
+        found += _leaves(part, f"{name}.{child}" if name else child)
+    return found
+
+
+def _view_dtype(cell: Cell) -> torch.dtype | None:
+    """The dtype of a cell whose weights are a layer's."""
+    tensors = (value for value in vars(cell).values() if isinstance(value, Tensor))
+    return next((value.dtype for value in tensors if value.is_floating_point()), None)
+
+
+_WHEN = {
+    "once": "once per call",
+    "lift": "before the loop, a chunk of steps at once",
+    "loop": "in the loop",
+    "post": "after the loop, a chunk of steps at once",
+}
+
+
+def _describe(kernel: Kernel) -> list[str]:
+    """A kernel's stages in the order in which they run, and what it costs."""
+    graph, emitted, plan = kernel.plan.graph, kernel.emitted, kernel.plan
+    lines = []
+    for phase, when in _WHEN.items():
+        stages = [stage for stage in plan.stages if stage.phase == phase]
+        lines += [f"    {when}"] if stages else []
+        lines += [f"      {_describe_stage(kernel, stage)}" for stage in stages]
+    if plan.sums:
+        sums = {found.label.removeprefix("grad.weight."): None for found in plan.sums}
+        lines.append(f"    after the loop, summed over all rows and steps: {', '.join(sums)}")
+    weights = sum(math.prod(graph[index].type.shape) for index in graph.leaves("weight")) * kernel.itemsize
+    scratch = emitted.scratch
+    lines.append(
+        f"    {2 * kernel.macs:,} FLOPs of products a row and step; {weights:,} bytes of weights; scratch "
+        f"{scratch.fixed:,} bytes, {scratch.per_row:,} a row, {scratch.per_chunk_row:,} a row and step of a chunk"
+    )
+    loaded = kernel.loaded
+    how = "read from the cache" if loaded.from_cache else "compiled"
+    lines.append(f"    {loaded.object_size:,} bytes of machine code for {loaded.target.name}, {how}")
+    return lines
+
+
+def _describe_stage(kernel: Kernel, stage: Stage) -> str:
+    graph = kernel.plan.graph
+    parts = []
+    products = [graph[index].name for index in stage.affines]
+    if products:
+        parts.append(f"products {', '.join(products)} in tiles of rows x blocks {kernel.emitted.tiles[stage.name]}")
+    for what, indices in (("", stage.pointwise), ("reductions ", stage.reductions)):
+        if indices:
+            parts.append(what + ", ".join(graph[index].name for index in indices))
+    return f"{stage.width} wide: {'; '.join(parts) or 'copies'}"
+
+
+def _describe_training(training: Training) -> Iterator[str]:
+    kept = ", ".join(name.removeprefix("saved.") for name, _ in training.halves.saved)
+    size = training.saved_numbers * training.forward.kernel.itemsize
+    yield f"  with gradients, kept for the backward: {kept}; {size:,} bytes a row and step"
+    yield "  the backward, from the last step to the first"
+    yield from _describe(training.backward.kernel)

@@ -1,0 +1,400 @@
+"""What a layer is made of: cell calls, parameters, multiply-accumulates, shapes, and what training keeps."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusecell.cell import Cell
+from fusecell.compiler.dispatch.runner import find_learner
+from fusecell.compiler.refusal import Refusal
+from fusecell.layers import Bidirectional, Recurrent, Sequential, Stack
+
+__all__ = ["LayerSummary", "Summary", "count_cells", "summary"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """One cell run over the sequence, or one module applied to every step.
+
+    Arguments:
+        name: where it stands in the whole.
+        kind: its class; ``GRU layer`` for one layer and direction of a :class:`torch.nn.GRU`.
+        parameters: how many numbers it learns.
+        macs: multiply-accumulates of its matrix products over all steps and rows; None where they can't be counted
+            because the cell takes inputs whose shapes it doesn't declare.
+        output: the shape of its output.
+        states: the shape of each of its states, by name.
+        calls: how many times its ``step`` is called; 0 for a module that is no cell.
+        saved: bytes that training keeps for its backward, beside its output; None where it isn't compiled.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    macs: int | None
+    output: Shape
+    states: dict[str, Shape]
+    calls: int
+    saved: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The layers of a model with their totals; printed, a table."""
+
+    layers: tuple[LayerSummary, ...]
+    seq_len: int
+    batch_size: int
+    parameters: int
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of the whole; None where a layer's can't be counted."""
+        each = [layer.macs for layer in self.layers]
+        return None if None in each else sum(cast("list[int]", each))
+
+    @property
+    def saved(self) -> int:
+        """Bytes that training keeps between forward and backward, of all layers that are compiled."""
+        return sum(layer.saved or 0 for layer in self.layers)
+
+    @property
+    def calls(self) -> int:
+        """Cell calls of the whole, as :func:`count_cells` counts them."""
+        return sum(layer.calls for layer in self.layers)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The cells of the table as text: a header, a row per layer, the totals."""
+        header = ("layer", "kind", "parameters", "MACs", "cell calls", "saved bytes", "output", "state")
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                f"{layer.parameters:,}",
+                _count(layer.macs),
+                f"{layer.calls:,}" if layer.calls else "",
+                "" if layer.saved is None else f"{layer.saved:,}",
+                str(layer.output),
+                " ".join(f"{name} {shape}" for name, shape in layer.states.items()),
+            )
+            for layer in self.layers
+        ]
+        total = (f"T={self.seq_len} N={self.batch_size}", "total", f"{self.parameters:,}", _count(self.macs))
+        return [header, *rows, (*total, f"{self.calls:,}", f"{self.saved:,}", "", "")]
+
+    def __str__(self) -> str:
+        table = self.table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(_aligned(*cell) for cell in zip(row, widths, _NUMBERS, strict=True)) for row in table]
+        rule = "-" * max(map(len, lines))
+        return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:-1], rule, lines[-1]))
+
+    def _repr_html_(self) -> str:
+        header, *rows = self.table()
+        head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f'<td style="text-align:{"right" if number else "left"}">{html.escape(text)}</td>'
+                for text, number in zip(row, _NUMBERS, strict=True)
+            )
+            + "</tr>"
+            for row in rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_NUMBERS = (False, False, True, True, True, True, False, False)
+
+
+def count_cells(layer: nn.Module, seq_len: int) -> int:
+    """How many times a cell's step is called for one sequence: seq_len x directions x layers.
+
+    Example:
+        >>> import fusecell as fc
+        >>> fc.count_cells(fc.GRU(5, 10, num_layers=2, bidirectional=True), seq_len=35)
+        140
+        >>> fc.count_cells(fc.Recurrent(fc.Stack(fc.GRUCell(5, 8), fc.Stack(fc.LSTMCell(8, 8), fc.RNNCell(8, 8)))), 35)
+        105
+
+    Arguments:
+        layer: a cell, a layer, torch.nn's own ones included, or any module that holds some.
+        seq_len: steps of the sequence.
+
+    Raises:
+        TypeError: if seq_len is no whole number.
+        ValueError: if it is negative.
+    """
+    return _whole("seq_len", seq_len, 0) * _cells_per_step(layer)
+
+
+def _cells_per_step(module: nn.Module) -> int:
+    """Leaf cells that one time step goes through; a cell wrapped in another is one."""
+    if isinstance(module, Stack):
+        return sum(map(_cells_per_step, module.layers))
+    if isinstance(module, Cell | nn.RNNCellBase):
+        return 1
+    if isinstance(module, nn.RNNBase):
+        return module.num_layers * (2 if module.bidirectional else 1)
+    # Not children(): that leaves out a module's second appearance.
+    return sum(_cells_per_step(part) for part in module._modules.values() if part is not None)
+
+
+def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
+    """Count what a layer is made of and what one pass over a sequence costs.
+
+    Multiply-accumulates are those of matrix products, found by running each cell's step once; pointwise arithmetic is
+    left out, as is usual. A GRU has 3H(I + H) per step and row.
+
+    Example:
+        >>> import fusecell as fc
+        >>> counted = fc.summary(fc.Recurrent(fc.GRUCell(5, 10)), seq_len=35, batch_size=3)
+        >>> counted.parameters, counted.macs == 35 * 3 * (3 * 10 * (5 + 10)), counted.calls
+        (510, True, 35)
+        >>> counted.saved == 35 * 3 * 5 * 16 * 4  # five numbers of each unit, in whole vectors of 16
+        True
+
+    Arguments:
+        layer: a cell, Recurrent, Bidirectional, Sequential, a drop-in or one of torch.nn's recurrent layers.
+        seq_len: steps of the sequence.
+        batch_size: rows of the batch.
+
+    Returns:
+        A :class:`Summary`: ``print`` it, show it in a notebook, or read its ``layers``.
+
+    Raises:
+        TypeError: for a module that is none of these.
+        ValueError: for a seq_len that is negative, a batch_size below 1, or a Sequential that has no input size.
+    """
+    walk = _Walk(_whole("seq_len", seq_len, 0), _whole("batch_size", batch_size, 1))
+    with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.no_grad():
+        layers, _ = walk.describe(layer)
+    return Summary(tuple(layers), seq_len, batch_size, _parameters(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """Goes through a layer and describes its parts."""
+
+    seq_len: int
+    rows: int
+    batch_first: bool = False
+    recompute: bool = False
+
+    def describe(self, module: nn.Module, name: str = "") -> tuple[list[LayerSummary], int]:
+        """The parts of a module, and the features of its output."""
+        if isinstance(module, Sequential):
+            return self._sequential(module, name)
+        if isinstance(module, Recurrent):
+            return self._recurrent(module, name, reverse=module.reverse), module.output_size
+        if isinstance(module, Bidirectional):
+            rows = self._recurrent(module.forward_layer, _join(name, "forward_layer"))
+            rows += self._recurrent(module.backward_layer, _join(name, "backward_layer"), reverse=True)
+            return rows, module.output_size
+        if isinstance(module, nn.RNNBase):
+            recompute = getattr(module, "recompute", False)
+            return replace(self, batch_first=module.batch_first, recompute=recompute)._torch_layers(module, name)
+        if isinstance(module, Cell):
+            return list(self._cells(module, name)), module.output_size
+        if isinstance(module, nn.RNNCellBase):
+            return [self._torch_cell(module, name)], module.hidden_size
+        raise TypeError(
+            f"summary takes a cell or a recurrent layer, got {type(module).__name__}. "
+            "Of a model of your own, pass its recurrent part, or put the parts into a fusecell.Sequential."
+        )
+
+    def _recurrent(self, layer: Recurrent, name: str, *, reverse: bool = False) -> list[LayerSummary]:
+        walk = replace(self, batch_first=layer.batch_first, recompute=layer.recompute)
+        return list(walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else ""))
+
+    def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], int]:
+        walk = replace(self, batch_first=any(getattr(part, "batch_first", False) for part in module))
+        rows: list[LayerSummary] = []
+        features = _input_size(module)
+        # Not named_children(): that leaves out a module's second appearance.
+        for label, part in module._modules.items():
+            if part is None:
+                continue
+            if _cells_per_step(part):
+                found, features = walk.describe(part, _join(name, label))
+                rows += found
+            else:
+                rows.append(walk._per_step(part, _join(name, label), features, _like(module)))
+                features = rows[-1].output[-1]
+        return rows, features
+
+    def _per_step(self, module: nn.Module, name: str, features: int, like: dict[str, Any]) -> LayerSummary:
+        """A module that is applied to each step alone."""
+        ids = isinstance(module, nn.Embedding)
+        given = torch.zeros(1, self.rows, dtype=torch.int64, device=like["device"])
+        macs, output = _count_macs(module, given if ids else torch.zeros(1, self.rows, features, **like))
+        shape = self._sequence(output.shape[-1])
+        return LayerSummary(name, type(module).__name__, _parameters(module), macs * self.seq_len, shape, {}, 0)
+
+    def _cells(self, cell: Cell, name: str, suffix: str = "") -> Iterator[LayerSummary]:
+        if isinstance(cell, Stack):
+            for index, part in enumerate(cell.layers):
+                yield from self._cells(part, _join(name, f"cells.{index}"), suffix)
+            return
+        states: dict[str, Shape] = {
+            state: (self.rows, size) for state, size in zip(cell.states, cell.state_sizes, strict=True)
+        }
+        macs = self._step_macs(cell)
+        total = None if macs is None else macs * self.seq_len
+        kind, shape, saved = type(cell).__name__ + suffix, self._sequence(cell.output_size), self._saved(cell)
+        yield LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
+
+    def _saved(self, cell: Cell) -> int | None:
+        """Bytes kept for the gradients of all parameters."""
+        like = _like(cell)
+        drawn = cell.draw(1, self.rows, **like)
+        if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in (torch.float32, torch.float64):
+            return None
+        inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
+        with torch.enable_grad():
+            learner = find_learner(cell, inputs)
+            if isinstance(learner, Refusal):
+                return None
+            numbers = learner.saved_numbers(cell, [False] * len(inputs), self.recompute)
+        return int(numbers * like["dtype"].itemsize * self.seq_len * self.rows)
+
+    def _step_macs(self, cell: Cell) -> int | None:
+        like = _like(cell)
+        drawn = cell.draw(1, self.rows, **like)
+        if len(cell.inputs) > 1 + len(drawn):
+            return None
+        given = (torch.zeros(self.rows, cell.input_size, **like), *(value[0] for value in drawn))
+        return _count_macs(cell.step, given if len(given) > 1 else given[0], cell.initial_state(self.rows, **like))[0]
+
+    def _torch_layers(self, module: nn.RNNBase, name: str) -> tuple[list[LayerSummary], int]:
+        width = module.proj_size or module.hidden_size
+        states: dict[str, Shape] = {"h": (self.rows, width)}
+        if module.mode == "LSTM":
+            states["c"] = (self.rows, module.hidden_size)
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        rows = []
+        for suffix in (f"l{layer}{direction}" for layer in range(module.num_layers) for direction in directions):
+            names = [f"{kind}_{suffix}" for kind in _WEIGHTS if hasattr(module, f"{kind}_{suffix}")]
+            tensors = [getattr(module, weight) for weight in names]
+            kind = f"{type(module).__name__} layer"
+            rows.append(self._of_weights(_join(name, suffix), kind, tensors, self._sequence(width), states))
+        if hasattr(module, "leaf_cells"):
+            leaves: Any = module.leaf_cells
+            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, leaves(), strict=True)]
+        return rows, width * len(directions)
+
+    def _torch_cell(self, cell: nn.RNNCellBase, name: str) -> LayerSummary:
+        states: dict[str, Shape] = {"h": (self.rows, cell.hidden_size)}
+        if isinstance(cell, nn.LSTMCell):
+            states["c"] = (self.rows, cell.hidden_size)
+        tensors = [value for value in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) if value is not None]
+        return self._of_weights(name, type(cell).__name__, tensors, self._sequence(cell.hidden_size), states)
+
+    def _of_weights(
+        self, name: str, kind: str, tensors: Sequence[Tensor], output: Shape, states: dict[str, Shape]
+    ) -> LayerSummary:
+        """torch's layers use each weight matrix in one product per step and row."""
+        macs = sum(value.numel() for value in tensors if value.dim() == 2) * self.seq_len * self.rows
+        return LayerSummary(name, kind, sum(value.numel() for value in tensors), macs, output, states, self.seq_len)
+
+    def _sequence(self, features: int) -> Shape:
+        leading = (self.rows, self.seq_len) if self.batch_first else (self.seq_len, self.rows)
+        return (*leading, features)
+
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
+    """Adds up the multiply-accumulates of the matrix products that run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        shared = _SHARED_AXIS.get(func.overloadpacket)
+        if shared is not None:
+            # Each element of a product sums over the axis that both operands share.
+            factor, axis = shared
+            self.macs += result.numel() * args[factor].shape[axis]
+        elif func.overloadpacket is torch.ops.aten.convolution:
+            weight = args[1]
+            transposed = args[6]
+            self.macs += (args[0] if transposed else result).numel() * math.prod(weight.shape[1:])
+        return result
+
+
+_SHARED_AXIS = {
+    torch.ops.aten.mm: (0, -1),
+    torch.ops.aten.mv: (0, -1),
+    torch.ops.aten.dot: (0, -1),
+    torch.ops.aten.bmm: (0, -1),
+    torch.ops.aten.linear: (0, -1),
+    torch.ops.aten.addmm: (1, -1),
+    torch.ops.aten.addmv: (1, -1),
+    torch.ops.aten.baddbmm: (1, -1),
+    torch.ops.aten.addbmm: (1, -1),
+}
+"""Which argument of a product, and which of its axes, is summed over."""
+
+
+def _count_macs(function: Any, *args: Any) -> tuple[int, Any]:
+    with _MacCounter() as counter:
+        result = function(*args)
+    return counter.macs, result
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
+
+
+def _like(module: nn.Module) -> dict[str, Any]:
+    """The dtype and device of a module's floating-point tensors."""
+    views = (value for value in vars(module).values() if isinstance(value, Tensor))
+    for value in (*module.parameters(), *module.buffers(), *views):
+        if value.is_floating_point():
+            return {"dtype": value.dtype, "device": value.device}
+    return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
+
+
+def _input_size(module: Sequential) -> int:
+    """The features a Sequential takes: what its first part that knows says, as activations and norms keep them."""
+    for part in module:
+        for attribute in ("input_size", "in_features", "embedding_dim"):
+            if isinstance(size := getattr(part, attribute, None), int):
+                return size
+        if isinstance(part, Sequential):
+            return _input_size(part)
+    raise ValueError("summary: no part of this Sequential has an input_size or in_features to start from.")
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
+
+
+def _aligned(text: str, width: int, number: bool) -> str:
+    return text.rjust(width) if number else text.ljust(width)
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return value

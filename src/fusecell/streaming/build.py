@@ -1,0 +1,115 @@
+"""From a module to what a stream is made of: its cells in order, each traced and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.compiler.programs.inference import compile_step, without_notes
+from fusecell.compiler.refusal import Refusal
+from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.errors import NotCompilable
+from fusecell.layers import Recurrent, Sequential, Stack
+from fusecell.streaming.bound_step import Part
+from fusecell.validation import first_state, weights_dtype
+from fusecell.wrappers import Residual
+
+__all__ = ["parts_of"]
+
+
+class _PerStep(Cell):
+    """A module between or behind cells, such as a readout, as a cell that remembers nothing."""
+
+    states = ()
+
+    def __init__(self, module: nn.Module, input_size: int) -> None:
+        super().__init__(input_size, input_size)
+        self.module = module
+        like = torch.zeros(1, input_size, dtype=weights_dtype(module))
+        with torch.no_grad():
+            self.output_size = module(like).shape[-1]
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.module(x), ()
+
+
+def parts_of(module: nn.Module, rows: int) -> list[Part]:
+    """The compiled cells of a module, bottom first, with their weights as they are now.
+
+    Raises:
+        TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream`.
+    """
+    cells = list(_cells(module, None))
+    for cell in cells:
+        _check(cell, rows)
+    kinds = {dtype for cell in cells if (dtype := _dtype(cell)) is not None} or {torch.get_default_dtype()}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        raise TypeError(f"Stream computes in float32 or float64, the same in all cells, got {sorted(map(str, kinds))}.")
+    (dtype,) = kinds
+    with torch.inference_mode(False), torch.no_grad():
+        return [_part(cell, rows, dtype) for cell in cells]
+
+
+def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
+    program = compile_step(cell, [(cell.input_size,)], dtype)
+    if isinstance(program, Refusal):
+        raise NotCompilable(type(cell).__name__, program.reasons)
+    weights = [np.array(value.numpy(), order="C") for value in program.traced.weights.values(cell)]
+    start = first_state(cell, rows, dtype=dtype, device="cpu")
+    return Part(
+        type(cell).__name__,
+        without_notes(program.traced.graph),
+        program.kernel,
+        weights,
+        [np.array(value.to(dtype).numpy(), order="C") for value in start],
+    )
+
+
+def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
+    """The cells of a module, bottom first."""
+    if isinstance(module, Stack):
+        if module.skip:
+            raise TypeError("Stream runs one cell after the other, and can't take a Stack with skip=True.")
+        for cell in module.layers:
+            skips = module.residual and cell.input_size == cell.output_size
+            yield from _cells(Residual(cell) if skips else cell, None)
+    elif isinstance(module, Cell):
+        yield module
+    elif isinstance(module, Recurrent):
+        if module.reverse:
+            raise ValueError("Stream can't run a reversed layer: its first output needs the last input.")
+        yield from _cells(module.cell, None)
+    elif isinstance(module, GRU | LSTM | RNN):
+        if module.bidirectional:
+            raise ValueError("Stream can't run a layer of two directions: its first output needs the last input.")
+        yield from (cell for *_, cell in module.leaf_cells())
+    elif isinstance(module, Sequential | nn.Sequential):
+        for part in module:
+            for cell in _cells(part, width):
+                width = cell.output_size
+                yield cell
+    elif width is not None and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        yield _PerStep(module, width)
+    else:
+        raise TypeError(
+            "Stream takes a cell or a layer of fusecell, or a Sequential that begins with one, "
+            f"got {type(module).__name__}."
+        )
+
+
+def _dtype(cell: Cell) -> torch.dtype | None:
+    """The dtype of a cell's weights, parameters or a drop-in layer's."""
+    views = (value.dtype for value in vars(cell).values() if isinstance(value, Tensor) and value.is_floating_point())
+    return weights_dtype(cell) or next(views, None)
+
+
+def _check(cell: Cell, rows: int) -> None:
+    name = type(cell).__name__
+    if cell.draw(1, rows):
+        raise TypeError(f"Stream: {name} draws random inputs; eval() it first.")
+    if len(cell.inputs) > 1:
+        raise TypeError(f"Stream takes cells with one input, {name} has {len(cell.inputs)}: {', '.join(cell.inputs)}.")

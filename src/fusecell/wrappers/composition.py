@@ -1,0 +1,168 @@
+"""Wrappers that add a part: a skip connection, a first state that is learnt, a readout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.execution.options import State
+from fusecell.validation import weights_dtype
+from fusecell.wrappers.base import Wrapper
+
+__all__ = ["LearnedState", "Projected", "Residual", "WithReadout"]
+
+
+class Residual(Wrapper):
+    r"""The cell's input added to its output.
+
+    .. math:: y_t = x_t + \mathrm{step}(x_t, s_{t-1})
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> deep = fc.Stack(fc.GRUCell(5, 8), *(fc.Residual(fc.GRUCell(8, 8)) for _ in range(3)))
+        >>> y, state = fc.Recurrent(deep)(torch.randn(7, 3, 5))
+
+    Arguments:
+        cell: a cell whose output is as wide as its input.
+
+    Raises:
+        TypeError: if ``cell`` is not a cell.
+        ValueError: if the sizes differ.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        if cell.input_size != cell.output_size:
+            raise ValueError(
+                f"Residual adds a cell's input to its output: {type(cell).__name__} takes {cell.input_size} features "
+                f"and gives {cell.output_size}. Projected(cell, {cell.input_size}) makes them agree."
+            )
+
+    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+        output, state = self.cell.step(x, state)
+        return output + (x[0] if isinstance(x, tuple) else x), state
+
+
+class LearnedState(Wrapper):
+    r"""A first state that is learnt: sequences begin with it, and go back to it at a reset.
+
+    .. math:: s_0 = \theta
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> layer = fc.Recurrent(fc.LearnedState(fc.GRUCell(5, 10)))
+        >>> y, h = layer(torch.randn(7, 3, 5), resets=torch.rand(7, 3) < 0.1)
+        >>> layer.cell.initial_h.shape
+        torch.Size([10])
+
+    Arguments:
+        cell: any cell. Its own first state is where learning starts; the parameters are ``initial_h`` and so on, by
+            the names of its states.
+
+    Raises:
+        TypeError: if ``cell`` is not a cell.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        like = next(cell.parameters(), torch.zeros(()))
+        start = cell.initial_state(1, dtype=weights_dtype(cell), device=like.device)
+        for name, value in zip(cell.states, start, strict=True):
+            setattr(self, f"initial_{name}", nn.Parameter(value[0].detach().clone()))
+
+    def initial_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> State:
+        learnt = [getattr(self, f"initial_{name}") for name in self.states]
+        return tuple([value.to(device, dtype).expand(batch_size, -1).clone() for value in learnt])
+
+
+class WithReadout(Wrapper):
+    r"""A module on the cell's output, inside the step.
+
+    .. math:: y_t = \mathrm{module}(\mathrm{step}(x_t, s_{t-1}))
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> from torch import nn
+        >>> readout = nn.Sequential(nn.Linear(10, 3), nn.Sigmoid())
+        >>> y, h = fc.Recurrent(fc.WithReadout(fc.GRUCell(5, 10), readout))(torch.randn(7, 3, 5))
+        >>> y.shape, h.shape
+        (torch.Size([7, 3, 3]), torch.Size([3, 10]))
+
+    Arguments:
+        cell: any cell.
+        module: takes (N, cell.output_size), gives (N, any size), each row by itself.
+
+    Raises:
+        TypeError: if ``cell`` is not a cell or ``module`` not a module.
+        ValueError: if the module doesn't take the cell's output.
+    """
+
+    def __init__(self, cell: Cell, module: nn.Module) -> None:
+        super().__init__(cell)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{type(self).__name__} takes a module to read the output with, got {type(module)}.")
+        self.module = module
+        self._width = self._output_size()
+
+    def _output_size(self) -> int:
+        like = next(self.module.parameters(), next(self.cell.parameters(), torch.zeros(())))
+        trial = torch.zeros(1, self.cell.output_size, dtype=like.dtype, device=like.device)
+        training = self.module.training
+        try:
+            with torch.no_grad():
+                found: Tensor = self.module.eval()(trial)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(self).__name__}: the module doesn't take {type(self.cell).__name__}'s output of "
+                f"{self.cell.output_size} features: {error}"
+            ) from error
+        finally:
+            self.module.train(training)
+        if found.dim() != 2 or found.shape[0] != 1:
+            raise ValueError(
+                f"{type(self).__name__}: the module made {tuple(found.shape)} of an output of shape "
+                f"(1, {self.cell.output_size}); it must give a row for each row."
+            )
+        return found.shape[1]
+
+    @property
+    def output_size(self) -> int:
+        return self._width
+
+    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+        output, state = self.cell.step(x, state)
+        return self.module(output), state
+
+
+class Projected(WithReadout):
+    r"""The cell's output projected to another size; its state stays as wide as it is.
+
+    .. math:: y_t = W \, \mathrm{step}(x_t, s_{t-1})
+
+    The state is not projected; where the projection shall be fed back, as in LSTMP, use ``LSTMCell(proj_size=...)``.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> y, h = fc.Recurrent(fc.Projected(fc.GRUCell(5, 10), 3))(torch.randn(7, 2, 5))
+        >>> y.shape
+        torch.Size([7, 2, 3])
+
+    Arguments:
+        cell: any cell.
+        size: features of the output.
+        bias: add a bias.
+
+    Raises:
+        TypeError: if ``cell`` is not a cell.
+    """
+
+    def __init__(self, cell: Cell, size: int, *, bias: bool = False) -> None:
+        if not isinstance(cell, Cell):
+            super().__init__(cell, nn.Identity())
+        like = next(cell.parameters(), torch.zeros(()))
+        super().__init__(cell, nn.Linear(cell.output_size, size, bias, dtype=weights_dtype(cell), device=like.device))
