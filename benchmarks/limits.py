@@ -183,10 +183,10 @@ def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, second
     from fusecell.compiler.backend.jit import load
     from fusecell.compiler.backend.target import host_target
     from fusecell.compiler.codegen.llvm_builder import Function, Module
-    from fusecell.compiler.codegen.microkernel import KnownWalk, tile_name
+    from fusecell.compiler.codegen.microkernel import StaticStrides, tile_name
 
     module = Module("limits", "f32", host_target())
-    name = tile_name(module, rows, products, blocks, KnownWalk())
+    name = tile_name(module, rows, products, blocks, StaticStrides())
     f = Function(module, "run", "ptr %acc", "ptr %a", "ptr %panels", "i64 %times", exported=True)
     size = depth * products * module.block
     with f.loop("time", 0, "%times"), f.loop("panel", 0, panels) as panel:

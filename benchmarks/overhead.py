@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fusecell as fc
 from benchmarks.clock import take_turns
-from fusecell.compiler.programs.launch import Ready
+from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.runtime.kernel import Kernel
 
 __all__ = ["above_kernels", "calls", "import_seconds", "inside_kernels", "kernels_of", "main"]
@@ -82,16 +82,16 @@ def calls() -> dict[str, Call]:
 
 def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tuple[float, float]]:
     """Seconds of each of several calls, and how many of these were spent inside kernels."""
-    inside, run, found = [0.0], Ready.run, []
+    inside, run, found = [0.0], PreparedCall.run, []
     for _ in range(3):  # the first compiles, the second goes the way of the first
         call()
 
-    def timed(self: Ready, block: array[int]) -> None:
+    def timed(self: PreparedCall, block: array[int]) -> None:
         began = time.perf_counter()
         run(self, block)
         inside[0] += time.perf_counter() - began
 
-    with patch.object(Ready, "run", timed):
+    with patch.object(PreparedCall, "run", timed):
         first = time.perf_counter()
         while len(found) < least or time.perf_counter() - first < seconds:
             inside[0] = 0.0
@@ -103,15 +103,15 @@ def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tu
 
 def kernels_of(call: Call) -> list[Kernel]:
     """The kernels that a call runs, once it has found them."""
-    run, found = Ready.run, []
+    run, found = PreparedCall.run, []
     for _ in range(2):
         call()
 
-    def noted(self: Ready, block: array[int]) -> None:
+    def noted(self: PreparedCall, block: array[int]) -> None:
         found.append(self.kernel)
         run(self, block)
 
-    with patch.object(Ready, "run", noted):
+    with patch.object(PreparedCall, "run", noted):
         call()
     return found
 

@@ -13,7 +13,7 @@ from reference import close
 from torch import Tensor, nn
 
 import fusecell as fc
-from fusecell.cell import noting
+from fusecell.cell import capture_intermediates
 from fusecell.execution.context import active_runner
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -141,7 +141,7 @@ def test_note_names_values_only_inside_noting():
     cell, seen = fc.cells.MGUCell(3, 4), []
     x, h = torch.randn(2, 3), torch.randn(2, 4)
     assert cell.note("f", x) is x
-    with noting(lambda owner, name, value: seen.append((owner, name, value.shape))):
+    with capture_intermediates(lambda owner, name, value: seen.append((owner, name, value.shape))):
         cell(x, h)
     cell(x, h)
     assert seen == [(cell, "f", (2, 4)), (cell, "n", (2, 4))]

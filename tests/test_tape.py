@@ -163,7 +163,7 @@ def test_gradients_of_every_value(kind, reverse):
 
     state, outputs = cell.initial_state(3, dtype=torch.float64), [None] * 7
     for t in reversed(steps) if reverse else steps:
-        with fc.cell.noting(keep(t)):
+        with fc.cell.capture_intermediates(keep(t)):
             output, state = cell.step(x[t], state)
         for name, value in zip(cell.states, state, strict=True):
             value.retain_grad()

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.execution.call_cache import remember, repeated
-from fusecell.execution.call_form import Manner
+from fusecell.execution.call_cache import cached_call, store_call
+from fusecell.execution.call_form import CallForm
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import run
-from fusecell.intermediates import noted, noting, rewriting
+from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
 from fusecell.validation import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
 
-__all__ = ["Cell", "noting", "one_step", "rewriting", "step"]
+__all__ = ["Cell", "capture_intermediates", "one_step", "rewrite_intermediates", "step"]
 
 T = TypeVar("T")
 
@@ -140,13 +140,13 @@ class Cell(nn.Module):
     def note(self, name: str, value: Tensor) -> Tensor:
         """Name an intermediate value of ``step``, for :func:`fusecell.record` and wrappers such as RecurrentDropout.
 
-        A new state that the same step goes on with, such as an LSTM's c, is noted under the state's own name: then its
-        gradient on a tape has the ways through the rest of the step too.
+        Note a new state that the same step uses further, such as an LSTM's c, under the state's own name: then its
+        gradient on a tape includes the paths through the rest of the step.
 
         Returns:
             ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
         """
-        return noted(self, name, value)
+        return record_intermediate(self, name, value)
 
     def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
         """One step, as torch.nn's cells do it.
@@ -190,7 +190,7 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
 
 
 _BOTH = (False, True)
-_STEP = {(1 + batched, wanted): Manner(batched=batched, outputs=wanted) for batched in _BOTH for wanted in _BOTH}
+_STEP = {(1 + batched, wanted): CallForm(batched=batched, outputs=wanted) for batched in _BOTH for wanted in _BOTH}
 LongWay = Callable[["Cell", Any, Any], tuple[Tensor | None, State]]
 
 
@@ -204,7 +204,7 @@ def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWa
     """
     if torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return long_way(cell, input, state)
-    manner = _STEP.get((input.dim(), outputs))
+    call_form = _STEP.get((input.dim(), outputs))
     if state is None:
         given: State = (input,)
     elif isinstance(state, Tensor):
@@ -212,13 +212,13 @@ def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWa
     elif isinstance(state, tuple | list):
         given = (input, *state)
     else:
-        manner = None
-    if manner is None:
+        call_form = None
+    if call_form is None:
         return long_way(cell, input, state)
-    found = repeated(cell, manner, given)
+    found = cached_call(cell, call_form, given)
     if found is None:
         found = long_way(cell, input, state)
-        remember(cell, manner, given)
+        store_call(cell, call_form, given)
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fusecell.cell import Cell
 
-__all__ = ["noted", "noting", "rewriting"]
+__all__ = ["record_intermediate", "capture_intermediates", "rewrite_intermediates"]
 
 _COLLECT: ContextVar[Callable[[Cell, str, Tensor], None] | None] = ContextVar("fusecell_notes", default=None)
 _REWRITE = threading.local()  # torch.compile follows it where a ContextVar would break its graph
@@ -23,7 +23,7 @@ Rewrite = Callable[["Cell", str, Tensor], Tensor]
 """What a step goes on with where it notes a value: of the cell, the name and the value."""
 
 
-def noted(cell: Cell, name: str, value: Tensor) -> Tensor:
+def record_intermediate(cell: Cell, name: str, value: Tensor) -> Tensor:
     """What a step goes on with that notes a value, after all who want to know of it."""
     rewrite: Rewrite | None = getattr(_REWRITE, "function", None)
     if rewrite is not None:
@@ -35,7 +35,7 @@ def noted(cell: Cell, name: str, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
+def capture_intermediates(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
     """Hand every ``note`` made inside the block to ``collect(cell, name, value)``."""
     token = _COLLECT.set(collect)
     try:
@@ -45,7 +45,7 @@ def noting(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
 
 
 @contextmanager
-def rewriting(rewrite: Rewrite) -> Iterator[None]:
+def rewrite_intermediates(rewrite: Rewrite) -> Iterator[None]:
     """Let steps inside the block go on with ``rewrite(cell, name, value)`` where they note ``value``."""
     before: Rewrite | None = getattr(_REWRITE, "function", None)
 

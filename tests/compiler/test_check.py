@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.dispatch.runner import find_learner, find_program
+from fusecell.compiler.dispatch.runner import find_program, find_trainable
 from fusecell.compiler.runtime import guard_pages as check
 from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.errors import CompilerError
@@ -111,7 +111,7 @@ def test_one_byte_too_far_is_the_end(word, behind):
 
 def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
     cell, x = fc.LSTMCell(5, 17), torch.randn(7, 3, 5)
-    learner = find_learner(cell, (x,))
+    learner = find_trainable(cell, (x,))
     training = learner.training((False, True, True, True, True), recompute=False)
     whole = training.forward.kernel.emitted
     name, size = next((n, s) for n, s in whole.buffers.items() if n.startswith("panel.loop"))

@@ -12,7 +12,7 @@ import fusecell as fc
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
-from fusecell.compiler.programs.autograd import Learner
+from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
 
@@ -30,7 +30,7 @@ def test_texts(name, monkeypatch):
     traced = trace(CELLS[name](), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
     wanted = [True] * (1 + len(traced.weight_names))
-    halves = Learner(traced, ("x",))._halves(wanted, recompute=False)
+    halves = TrainableStep(traced, ("x",))._halves(wanted, recompute=False)
     texts = {"joint graph": traced.graph.text}
     for title, graph in (("forward", halves.forward), ("backward", halves.backward)):
         optimised = optimise(graph)[-1][1]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
 from fusecell.compiler.dispatch import fast_path as repeat
-from fusecell.compiler.dispatch.guards import facts_of
+from fusecell.compiler.dispatch.guards import guards_of
 from fusecell.compiler.programs import launch as call
 
 
@@ -207,7 +207,7 @@ def test_nothing_is_kept_alive():
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
-    for kept in (repeat.PROGRAMS, repeat.LEARNERS):
+    for kept in (repeat.PROGRAMS, repeat.TRAINABLE_STEPS):
         kept.forget({Scaled})  # their keys hold functions
     del cell, layer
     gc.collect()
@@ -218,12 +218,12 @@ def test_nothing_is_kept_alive():
 @pytest.mark.parametrize("value", [[1.0], {"a": 1}, torch.nn.Linear(2, 2).forward], ids=["list", "dict", "method"])
 def test_what_may_change_inside_is_not_taken_for_a_fact(value):
     cell = Scaled()
-    assert facts_of(cell) is not None
+    assert guards_of(cell) is not None
     cell.more = value
-    assert facts_of(cell) is None
+    assert guards_of(cell) is None
     cell = Scaled()
     cell.norm.register_forward_hook(lambda *_: None)
-    assert facts_of(cell) is None
+    assert guards_of(cell) is None
 
 
 def test_a_list_that_changes_inside():

@@ -155,7 +155,7 @@ def test_who_comes_late_is_not_waited_for(monkeypatch):
     torch.set_num_threads(4)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(run(cell, x, {}), expected, strict=True))
-    aside, stays = threads._Aside(), []
+    aside, stays = threads._Backoff(), []
     aside.judge(0, late=True)
     assert aside.until == 0
     for now in range(12):

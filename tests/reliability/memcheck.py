@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import torch
 
 import fusecell as fc
-from fusecell.compiler.dispatch.runner import find_learner
+from fusecell.compiler.dispatch.runner import find_trainable
 
 __all__ = ["LEVEL", "check", "errors", "write_graphs"]
 
@@ -31,7 +31,7 @@ def write_graphs(folder: Path, kinds: Sequence[type[fc.Cell]] = CELLS) -> None:
     for kind, dtype in itertools.product(kinds, (torch.float32, torch.float64)):
         cell = kind(5, 17).to(dtype)
         x = torch.randn(7, 3, 5, dtype=dtype)
-        learner = find_learner(cell, (x,))
+        learner = find_trainable(cell, (x,))
         halves = learner.training((True,) * (1 + len(list(cell.parameters()))), recompute=False).halves
         for name in ("forward", "backward"):
             (folder / f"{kind.__name__}.{str(dtype)[6:]}.{name}.graph").write_text(getattr(halves, name).text)

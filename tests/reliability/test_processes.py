@@ -288,7 +288,8 @@ from fusecell.compiler.dispatch import program_cache
 from fusecell.compiler.programs import autograd
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.frontend import tracer
-module, held = {"program_cache": program_cache, "autograd": autograd, "tracer": tracer, "llvm": llvm}[sys.argv[1]], threading.Event()
+module = {"program_cache": program_cache, "autograd": autograd, "tracer": tracer, "llvm": llvm}[sys.argv[1]]
+held = threading.Event()
 lock = module.lock if module is llvm else module._LOCK
 def hold():
     with lock:

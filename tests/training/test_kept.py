@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.programs.autograd import compile_learner
+from fusecell.compiler.programs.autograd import compile_trainable
 from fusecell.compiler.refusal import Refusal
 
 SOURCES = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -18,7 +18,7 @@ SOURCES = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
     ids=lambda wanted: "+".join(wanted) or "a state only",
 )
 def test_what_needs_no_gradient_is_not_computed(wanted):
-    learner = compile_learner(fc.GRUCell(5, 7), [(5,)], torch.float32)
+    learner = compile_trainable(fc.GRUCell(5, 7), [(5,)], torch.float32)
     assert not isinstance(learner, Refusal)
     names = ("x", *learner.traced.weight_names)
     assert sorted(names) == sorted(SOURCES)

@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.drop_in.checks import check_hidden, check_input
-from fusecell.execution.call_cache import remember, repeated
-from fusecell.execution.call_form import Manner, View
+from fusecell.execution.call_cache import cached_call, store_call
+from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import traced_runner
 from fusecell.layers.arguments import Form, Lengths, Packing, check_packed
@@ -49,8 +49,8 @@ def _given(input: Any, hx: Any) -> State:
 
 
 @functools.cache
-def _manner(batched: bool, batch_first: bool, recompute: bool) -> Manner:
-    return Manner(True, batched, batch_first, layered=True, recompute=recompute)
+def _call_form(batched: bool, batch_first: bool, recompute: bool) -> CallForm:
+    return CallForm(True, batched, batch_first, layered=True, recompute=recompute)
 
 
 class Scanned:
@@ -121,11 +121,11 @@ class Scanned:
         if not usual or torch.compiler.is_compiling() or not self._one_plain_cell(input, hx):
             return self._forward(input, hx, lengths=lengths, resets=resets, mask=mask)
         given = _given(input, hx)
-        manner = _manner(given[0].dim() == 3, self.batch_first, self.recompute)
-        found = repeated(self, manner, given)  # type: ignore[arg-type]  # with torch.nn's class a module
+        call_form = _call_form(given[0].dim() == 3, self.batch_first, self.recompute)
+        found = cached_call(self, call_form, given)  # type: ignore[arg-type]  # with torch.nn's class a module
         if found is None:
             result = self._forward(input, hx)
-            remember(self, manner, given, self._view())  # type: ignore[arg-type]
+            store_call(self, call_form, given, self._view())  # type: ignore[arg-type]
             return result
         outputs: Any = found[0]
         return outputs.transpose(0, 1) if self.batch_first and given[0].dim() == 3 else outputs, bare(found[1])
@@ -136,10 +136,10 @@ class Scanned:
             return False
         return (hx is None or isinstance(hx, Tensor | tuple | list)) and self._extras() is PLAIN
 
-    def _view(self) -> View:
+    def _view(self) -> CellFactory:
         """The one cell, and what it is made of."""
         weights = {name: f"{name}_l0" for name in self._weight_names()}
-        return View(lambda: self.leaf_cells()[0][2], (*_VIEWED, *self.cell_attributes), weights)
+        return CellFactory(lambda: self.leaf_cells()[0][2], (*_VIEWED, *self.cell_attributes), weights)
 
     def _weight_names(self) -> list[str]:
         """The weights of each cell."""

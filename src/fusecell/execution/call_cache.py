@@ -6,30 +6,30 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from fusecell.execution.call_form import Manner, View
+from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import is_compiled
 from fusecell.execution.options import State
 
-__all__ = ["Memory", "register_memory", "remember", "repeated"]
+__all__ = ["CallCache", "register_call_cache", "store_call", "cached_call"]
 
 
-class Memory(Protocol):
+class CallCache(Protocol):
     """Who remembers calls, so that one like an earlier one needs no second look at anything but addresses."""
 
-    def find(self, owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None: ...
-    def keep(self, owner: nn.Module, manner: Manner, given: State, view: View | None) -> None: ...
+    def find(self, owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None: ...
+    def keep(self, owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None) -> None: ...
 
 
-_memory: Memory | None = None
+_memory: CallCache | None = None
 
 
-def register_memory(memory: Memory) -> None:
+def register_call_cache(memory: CallCache) -> None:
     """Make ``memory`` the one that calls are remembered in."""
     global _memory  # noqa: PLW0603  # one per process, registered as runners are
     _memory = memory
 
 
-def repeated(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None:
+def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
     """Outputs and states of a call that is like one that was remembered, in everything but tensors' values; else None.
 
     Arguments:
@@ -38,10 +38,10 @@ def repeated(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | N
     """
     if _memory is None or not is_compiled():
         return None
-    return _memory.find(owner, manner, given)
+    return _memory.find(owner, call_form, given)
 
 
-def remember(owner: nn.Module, manner: Manner, given: State, view: View | None = None) -> None:
+def store_call(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None = None) -> None:
     """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
     if _memory is not None and is_compiled():
-        _memory.keep(owner, manner, given, view)
+        _memory.keep(owner, call_form, given, view)

@@ -12,10 +12,10 @@ from fusecell.execution.options import State
 if TYPE_CHECKING:
     from fusecell.cell import Cell
 
-__all__ = ["Manner", "View"]
+__all__ = ["CallForm", "CellFactory"]
 
 
-class Manner(NamedTuple):
+class CallForm(NamedTuple):
     """How a call without lengths and resets hands over its input and state, as they are given, and takes its results.
 
     Outputs come time-major, states as they are given.
@@ -79,7 +79,7 @@ class Manner(NamedTuple):
         return (1,) * self.layered + (rows,) * self.batched + (size,)
 
 
-class View(NamedTuple):
+class CellFactory(NamedTuple):
     """What a module that is no cell itself makes a cell of, each time it is called.
 
     Arguments:

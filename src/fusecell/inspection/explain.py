@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.runner import find_learner, find_program
+from fusecell.compiler.dispatch.runner import find_program, find_trainable
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.refusal import Refusal
 from fusecell.compiler.runtime.kernel import Kernel
@@ -104,7 +104,7 @@ def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> _
     reasons: tuple[str, ...] = ()
     training_reasons: tuple[str, ...] = ()
     with torch.inference_mode(False), torch.enable_grad():
-        program, learner = find_program(cell, inputs), find_learner(cell, inputs)
+        program, learner = find_program(cell, inputs), find_trainable(cell, inputs)
     if isinstance(program, Refusal):
         reasons = tuple(f"{type(cell).__name__}: {reason}" for reason in program.reasons)
         lines += ["  eager", *(f"    {reason}" for reason in program.reasons)]

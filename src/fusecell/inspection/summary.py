@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.runner import find_learner
+from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.refusal import Refusal
 from fusecell.layers import Bidirectional, Recurrent, Sequential, Stack
 
@@ -262,7 +262,7 @@ class _Walk:
             return None
         inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
         with torch.enable_grad():
-            learner = find_learner(cell, inputs)
+            learner = find_trainable(cell, inputs)
             if isinstance(learner, Refusal):
                 return None
             numbers = learner.saved_numbers(cell, [False] * len(inputs), self.recompute)

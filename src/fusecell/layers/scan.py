@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
-from fusecell.execution.call_cache import remember, repeated
-from fusecell.execution.call_form import Manner
+from fusecell.execution.call_cache import cached_call, store_call
+from fusecell.execution.call_form import CallForm
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import run
 from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs, check_packed
@@ -94,11 +94,11 @@ def scan(
         options = Options(None, None, reverse, recompute)
         return _scan(cell, input, state, options, batch_first, extras, lengths=lengths, resets=resets, mask=mask)
     given = _given(input, state)
-    manner = _manner(given[0].dim() == 3, bool(batch_first), bool(reverse), bool(recompute))
-    found = repeated(cell, manner, given)
+    call_form = _call_form(given[0].dim() == 3, bool(batch_first), bool(reverse), bool(recompute))
+    found = cached_call(cell, call_form, given)
     if found is None:
         result = _scan(cell, input, state, Options(None, None, reverse, recompute), batch_first, extras)
-        remember(cell, manner, given)
+        store_call(cell, call_form, given)
         return result
     outputs: Any = found[0]
     return (outputs.transpose(0, 1) if batch_first and given[0].dim() == 3 else outputs), bare(found[1])
@@ -112,8 +112,8 @@ def _given(input: Any, state: StateLike | None) -> State:
 
 
 @functools.cache
-def _manner(batched: bool, batch_first: bool, reverse: bool, recompute: bool) -> Manner:
-    return Manner(True, batched, batch_first, reverse=reverse, recompute=recompute)
+def _call_form(batched: bool, batch_first: bool, reverse: bool, recompute: bool) -> CallForm:
+    return CallForm(True, batched, batch_first, reverse=reverse, recompute=recompute)
 
 
 def _scan(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, noting, rewriting
+from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.cells import CELLS, ZooCell
-from fusecell.compiler.dispatch.program_cache import Kept
+from fusecell.compiler.dispatch.program_cache import ProgramCache
 from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
@@ -217,7 +217,7 @@ class _Probed(Wrapper):
             path = paths.get(id(cell), "")
             return value + probes[self.notes[f"{path}.{name}" if path else name]]
 
-        with rewriting(add):
+        with rewrite_intermediates(add):
             output, new = self.cell.step(x, state)
         after = []
         for name, value in zip(self.cell.states, new, strict=True):
@@ -278,7 +278,7 @@ def _loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[di
 
     watched = bound(cell, {}, ())
     watched.__dict__["step"] = step
-    with noting(note):
+    with capture_intermediates(note):
         outputs, after = run_eager(watched, inputs, state, options)
     values = {name: torch.stack(each[::-1] if options.reverse else each) for name, each in found.items()}
     if options.lengths is not None:
@@ -305,9 +305,9 @@ def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype
 
 
 def _shown(outputs: Mapping[str, int]) -> dict[int, str]:
-    """What stands in an output anyway: a state that is the output, or noted, needn't be written twice."""
+    """What stands in an output anyway: a state that is the output, or record_intermediate, needn't be written twice."""
     return {index: label for label, index in outputs.items() if not label.startswith("state.")}
 
 
-_programs = Kept(_compile)
+_programs = ProgramCache(_compile)
 register("record", _run_recorded)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fusecell.cell import Cell, noting
+from fusecell.cell import Cell, capture_intermediates
 from fusecell.execution.options import State
 from fusecell.testing.harness import Trial, apart, kinds, same
 
@@ -205,7 +205,7 @@ def check_notes(trial: Trial) -> Iterator[str]:
     """names given by note are unique in a step, a state's only where it is the new state, and name a row per row"""
     seen: dict[tuple[int, str], Cell] = {}
     found: list[tuple[Cell, str, Tensor]] = []
-    with noting(lambda cell, name, value: found.append((cell, name, value))), torch.no_grad():
+    with capture_intermediates(lambda cell, name, value: found.append((cell, name, value))), torch.no_grad():
         _, after = trial.cell.step(trial.at(0), trial.state)
     new = dict(zip(trial.cell.states, after, strict=False))
     for cell, name, value in found:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fusecell.cell import Cell, noting, rewriting
+from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
 from fusecell.wrappers.base import Wrapper, check_probability
 
@@ -200,7 +200,7 @@ class RecurrentDropout(Wrapper):
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         if not noise:
             return self.cell.step(x, state)
-        with rewriting(lambda _, name, value: value * noise[0] if name == self.name else value):
+        with rewrite_intermediates(lambda _, name, value: value * noise[0] if name == self.name else value):
             return self.cell.step(x, state)
 
     def extra_repr(self) -> str:
@@ -340,7 +340,7 @@ def _noted(cell: Cell) -> dict[str, int]:
     """What a cell's step notes: names and features."""
     found: dict[str, int] = {}
     x, state = _trial(cell)
-    with torch.no_grad(), noting(lambda _, name, value: found.__setitem__(name, value.shape[-1])):
+    with torch.no_grad(), capture_intermediates(lambda _, name, value: found.__setitem__(name, value.shape[-1])):
         cell.step(x, state)
     return found
 

@@ -9,7 +9,7 @@ from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.kernel_abi import Layout, Panel, Size, fixed_stride, slack
 from fusecell.compiler.codegen.llvm_builder import Module
 from fusecell.compiler.codegen.main_loop import emit_driver
-from fusecell.compiler.codegen.microkernel import KnownWalk
+from fusecell.compiler.codegen.microkernel import StaticStrides
 from fusecell.compiler.codegen.pack_weights import emit_packing
 from fusecell.compiler.codegen.stage import Segment, StageEmitter, segments
 from fusecell.compiler.codegen.work_sharing import ROWS_EACH, emit_entries, emit_meet
@@ -54,7 +54,7 @@ def emit(plan: Plan, target: Target) -> Emitted:
     return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
 
 
-def _known_walks(module: Module, segments: Iterable[Segment]) -> dict[int, KnownWalk]:
+def _known_walks(module: Module, segments: Iterable[Segment]) -> dict[int, StaticStrides]:
     """What is the same wherever a kernel multiplies so many matrices at once: it stands in the tiles as a number."""
     found: dict[int, tuple[set[int | None], set[int]]] = {}
     for segment in segments:
@@ -62,6 +62,6 @@ def _known_walks(module: Module, segments: Iterable[Segment]) -> dict[int, Known
         rows.add(fixed_stride(module, segment.operand.buffer))
         depths.add(segment.panel.depth)
     return {
-        products: KnownWalk(*(values.pop() if len(values) == 1 else None for values in both))
+        products: StaticStrides(*(values.pop() if len(values) == 1 else None for values in both))
         for products, both in found.items()
     }

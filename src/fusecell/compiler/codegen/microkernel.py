@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
 
-__all__ = ["LINE", "KnownWalk", "Tiling", "budget", "outer_name", "shared_out", "tile_name", "tiling"]
+__all__ = ["LINE", "StaticStrides", "Tiling", "budget", "outer_name", "shared_out", "tile_name", "tiling"]
 
 
 def budget(target: Target, dtype: str) -> int:
@@ -87,14 +87,14 @@ def shared_out(count: int, most: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class KnownWalk:
+class StaticStrides:
     """What is known of all operands and panels of a kernel's tiles: the bytes between rows, the depth."""
 
     row: int | None = None
     depth: int | None = None
 
 
-def tile_name(module: Module, rows: int, products: int, blocks: int, known: KnownWalk) -> str:
+def tile_name(module: Module, rows: int, products: int, blocks: int, known: StaticStrides) -> str:
     """The tile's function, emitted on first use.
 
     It takes the accumulators and the bytes between their rows, the operand and the bytes between its rows, the panel

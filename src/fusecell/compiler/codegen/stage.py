@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fusecell.compiler.codegen.kernel_abi import Layout, Panel
 from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
-from fusecell.compiler.codegen.microkernel import LINE, KnownWalk, Tiling, budget, shared_out, tile_name, tiling
+from fusecell.compiler.codegen.microkernel import LINE, StaticStrides, Tiling, budget, shared_out, tile_name, tiling
 from fusecell.compiler.codegen.pack_weights import pack_panel_name
 from fusecell.compiler.codegen.stage_body import Body, epilogue_roots, join_lanes, own_rows, partials, start_values
 from fusecell.compiler.ir.affine import affine_parts
@@ -74,7 +74,7 @@ class StageEmitter:
     plan: Plan
     stage: Stage
     segments: list[Segment]
-    known: dict[int, KnownWalk]
+    known: dict[int, StaticStrides]
     """Of all the kernel's tiles of so many products."""
     tiling: Tiling = field(init=False)
 

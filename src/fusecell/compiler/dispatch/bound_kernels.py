@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from fusecell.compiler.programs.allocation import new_empty
-from fusecell.compiler.programs.launch import Ready
+from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.execution.call_form import Manner
+from fusecell.execution.call_form import CallForm
 from fusecell.execution.options import State
 
-__all__ = ["Backward", "Forward", "Unready"]
+__all__ = ["Backward", "Forward", "NotPreparable"]
 
 
-class Unready(Exception):
+class NotPreparable(Exception):
     """These tensors need more than addresses."""
 
 
@@ -33,13 +33,13 @@ class Forward:
         saved: for each value that is kept for the backward, its word and its place in memory; with all its numbers.
 
     Raises:
-        Unready: one of the tensors has to be copied first, or is no tensor of the usual kind.
+        NotPreparable: one of the tensors has to be copied first, or is no tensor of the usual kind.
     """
 
     def __init__(
         self,
         kernel: Kernel,
-        manner: Manner,
+        call_form: CallForm,
         inputs: Sequence[int],
         weights: Sequence[int],
         matrices: State,
@@ -48,35 +48,35 @@ class Forward:
         saved: tuple[Sequence[tuple[int, int]], int] = ((), 0),
     ) -> None:
         words, block = kernel.words, kernel.block()
-        x = manner.sequence(tensors[0])
+        x = call_form.sequence(tensors[0])
         steps, rows, like = x.shape[0], x.shape[1], tensors[0]
         self._outputs: tuple[int, ...] | None = None
         self.saved_offsets, self.saved_size = saved
         given = [tensors[index] for index in inputs]
-        kept = kernel.give_sequences(block, words.inputs.values(), map(manner.sequence, given))
+        kept = kernel.give_sequences(block, words.inputs.values(), map(call_form.sequence, given))
         kept += kernel.give_matrices(block, words.weights.values(), matrices)
         self._reads = [(words[0], index) for words, index in zip(words.inputs.values(), inputs, strict=True)]
         self._reads += [(words[0], index) for words, index in zip(words.weights.values(), weights, strict=True)]
         sizes = state_sizes(kernel)
         self._zeros = like.new_zeros(max(sizes, default=0))
         if count > 1:
-            kept += kernel.give_states(block, words.first, map(manner.rows_of, tensors[1:count]))
+            kept += kernel.give_states(block, words.first, map(call_form.rows_of, tensors[1:count]))
             self._reads += [(places[0], 1 + index) for index, places in enumerate(words.first)]
         else:
             for ptr, _ in words.first:
                 block[ptr] = self._zeros.data_ptr()
         if kept:
-            raise Unready
-        after = [like.new_empty(manner.state_shape(rows, size)) for size in sizes]
-        kernel.give_states(block, words.last, map(manner.rows_of, after))
+            raise NotPreparable
+        after = [like.new_empty(call_form.state_shape(rows, size)) for size in sizes]
+        kernel.give_states(block, words.last, map(call_form.rows_of, after))
         self._after = [(places[0], value.shape) for places, value in zip(words.last, after, strict=True)]
         ((place, step, row),) = words.outputs.values()
         size = kernel.output_sizes["output"]
         block[step], block[row] = rows * size * kernel.itemsize, size * kernel.itemsize
         self._output, unread = place, [(place, steps * rows * size * kernel.itemsize)]
-        if manner.outputs:
-            self._outputs, unread = manner.output_shape(steps, rows, size), []
-        self.ready = Ready(kernel, block, steps, rows, manner.reverse, unread)
+        if call_form.outputs:
+            self._outputs, unread = call_form.output_shape(steps, rows, size), []
+        self.ready = PreparedCall(kernel, block, steps, rows, call_form.reverse, unread)
 
     def __call__(self, tensors: State) -> tuple[Tensor | None, Tensor | None, State]:
         """What is saved for the backward, the outputs if they are wanted, and the states after the last step."""
@@ -110,16 +110,16 @@ class Backward:
     def __init__(
         self,
         training: Training,
-        manner: Manner,
+        call_form: CallForm,
         matrices: State,
         tensors: State,
         count: int,
         due: Sequence[bool],
     ) -> None:
         half = training.backward
-        kernel, self._manner = half.kernel, manner
+        kernel, self._call_form = half.kernel, call_form
         words, block, item = kernel.words, kernel.block(), kernel.itemsize
-        x = manner.sequence(tensors[0])
+        x = call_form.sequence(tensors[0])
         steps, rows, like = x.shape[0], x.shape[1], tensors[0]
         self._size, sizes = training.forward.kernel.output_sizes["output"], state_sizes(training.forward.kernel)
         # A gradient that doesn't come in: zeros, the same for all steps and rows.
@@ -127,7 +127,7 @@ class Backward:
         output = like.new_empty(steps, rows, self._size)
         states = [like.new_empty(rows, size) for size in sizes]
         if half.give(block, (x, output), matrices) or kernel.give_states(block, words.first, states):
-            raise Unready
+            raise NotPreparable
         self._reads: list[tuple[int, int]] = []
         self._output: tuple[int, ...] = ()
         for places, index in zip(words.inputs.values(), half.input_indices, strict=True):
@@ -137,7 +137,7 @@ class Backward:
                 self._reads.append((places[0], 0))
         for places, index in zip(words.weights.values(), half.weight_indices, strict=True):
             self._reads.append((places[0], count + index))
-        self._strides = [manner.output(output).stride(), *[manner.state(value).stride() for value in states]]
+        self._strides = [call_form.output(output).stride(), *[call_form.state(value).stride() for value in states]]
         self._saved, _ = saved_offsets(half.saved, steps * rows * item)
         unread: list[tuple[int, int]] = []
         self._makes: list[tuple[int, int, tuple[int, ...]]] = []
@@ -149,7 +149,7 @@ class Backward:
         kernel.give_states(block, words.last, states)
         self._fill(training, block, matrices, tensors, count)
         self._count = len(tensors)
-        self.ready = Ready(kernel, block, steps, rows, not manner.reverse, unread)
+        self.ready = PreparedCall(kernel, block, steps, rows, not call_form.reverse, unread)
 
     def _fill(self, training: Training, block: array[int], matrices: State, tensors: State, count: int) -> None:
         """The strides of the gradients of inputs and weights."""
@@ -157,7 +157,7 @@ class Backward:
         self._adds: list[tuple[int, int, tuple[int, ...]]] = []
         for places, index in zip(words.outputs.values(), results.inputs, strict=True):
             made = tensors[index].new_empty(tensors[index].shape)
-            kernel.give_sequences(block, (places,), (self._manner.sequence(made),))
+            kernel.give_sequences(block, (places,), (self._call_form.sequence(made),))
             self._makes.append((places[0], index, tuple(made.shape)))
         for places, index, fills in zip(words.sums.values(), results.weights, results.fills, strict=True):
             made = tensors[count + index].new_empty(tensors[count + index].shape)
@@ -197,9 +197,9 @@ class Backward:
             elif grad.stride() == strides and not grad.is_neg():
                 block[places[0]] = grad.data_ptr()
             elif places is self._output:
-                kept += kernel.give_sequences(block, (places,), (self._manner.scanned(grad.resolve_neg()),))
+                kept += kernel.give_sequences(block, (places,), (self._call_form.scanned(grad.resolve_neg()),))
             else:
-                kept += kernel.give_states(block, (places,), (self._manner.rows_of(grad.resolve_neg()),))
+                kept += kernel.give_states(block, (places,), (self._call_form.rows_of(grad.resolve_neg()),))
         return kept
 
 

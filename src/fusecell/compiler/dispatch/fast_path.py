@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.bound_kernels import Backward, Forward, Unready, saved_offsets
+from fusecell.compiler.dispatch.bound_kernels import Backward, Forward, NotPreparable, saved_offsets
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
-from fusecell.compiler.dispatch.guards import Facts, facts_of, facts_of_attributes
-from fusecell.compiler.dispatch.program_cache import LEARNERS, PROGRAMS
-from fusecell.compiler.programs.autograd import Learner, differentiated, transformed
+from fusecell.compiler.dispatch.guards import ModuleGuards, attribute_guards, guards_of
+from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
 from fusecell.compiler.programs.rebind import bound
 from fusecell.compiler.programs.training import Training
 from fusecell.eager import run_eager
-from fusecell.execution.call_cache import register_memory
-from fusecell.execution.call_form import Manner, View
+from fusecell.execution.call_cache import register_call_cache
+from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 
@@ -43,7 +43,7 @@ _MOST_MISSED = 32
 class _Remembered(NamedTuple):
     """One call: the proof that another is like it, and its way."""
 
-    facts: Facts
+    facts: ModuleGuards
     check: Callable[..., bool]
     run: Callable[[nn.Module, State], tuple[Tensor | None, State] | None]
 
@@ -66,12 +66,12 @@ def forget() -> None:
     _KNOWN.clear()
 
 
-def find(owner: nn.Module, manner: Manner, given: State) -> tuple[Tensor | None, State] | None:
-    """See :func:`fusecell.execution.call_cache.repeated`."""
+def find(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
+    """See :func:`fusecell.execution.call_cache.cached_call`."""
     known = _KNOWN.get(id(owner))
     if known is None or known.owner() is not owner:
         return None
-    call = known.calls.get((manner, len(given), given[0].shape, torch.is_grad_enabled(), recomputing()))
+    call = known.calls.get((call_form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing()))
     if call is None or forward_ad._current_level >= 0:
         return None
     tensors = call.facts.tensors(owner)
@@ -89,30 +89,32 @@ def _keeps_otherwise() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def keep(owner: nn.Module, manner: Manner, given: State, view: View | None) -> None:
-    """See :func:`fusecell.execution.call_cache.remember`."""
+def keep(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None) -> None:
+    """See :func:`fusecell.execution.call_cache.store_call`."""
     known = _KNOWN.get(id(owner))
     if known is None or known.owner() is not owner:
         known = _KNOWN[id(owner)] = _Known(owner)
-    key = (manner, len(given), given[0].shape, torch.is_grad_enabled(), recomputing())
+    key = (call_form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing())
     refused = key in known.calls and known.calls[key] is None
-    if refused or known.missed >= _MOST_MISSED or not manner.fits(given):
+    if refused or known.missed >= _MOST_MISSED or not call_form.fits(given):
         return
     if torch._C._is_any_autocast_enabled() or _keeps_otherwise():
         return
-    inputs, state = (manner.sequence(given[0]),), tuple([manner.rows_of(value) for value in given[1:]])
+    inputs, state = (call_form.sequence(given[0]),), tuple([call_form.rows_of(value) for value in given[1:]])
     if call_reasons(inputs, state):
         return
     if len(known.calls) >= _MOST_KEPT:
         known.calls = {}
     known.missed += 1
-    known.calls[key] = _remembered(owner, manner, given, inputs, view)
+    known.calls[key] = _remembered(owner, call_form, given, inputs, view)
 
 
-def _remembered(owner: nn.Module, manner: Manner, given: State, inputs: State, view: View | None) -> _Remembered | None:
+def _remembered(
+    owner: nn.Module, call_form: CallForm, given: State, inputs: State, view: CellFactory | None
+) -> _Remembered | None:
     """A call as it is remembered, or None for one that always needs a closer look."""
     # Before the cell is made: a parametrized weight may change whenever it is looked at.
-    facts = facts_of(owner) if view is None else facts_of_attributes(owner, view.attributes, view.weights.values())
+    facts = guards_of(owner) if view is None else attribute_guards(owner, view.attributes, view.weights.values())
     if facts is None:
         return None
     cell = owner if view is None else view.cell()
@@ -120,8 +122,8 @@ def _remembered(owner: nn.Module, manner: Manner, given: State, inputs: State, v
     if not _plain(cell, given):
         return None
     learns = needs_gradient(cell, given)
-    found: Any = (LEARNERS if learns else PROGRAMS).find(cell, inputs)
-    leaves = found.traced.weights.stored_leaves if isinstance(found, Learner | Program) else None
+    found: Any = (TRAINABLE_STEPS if learns else PROGRAMS).find(cell, inputs)
+    leaves = found.traced.weights.stored_leaves if isinstance(found, TrainableStep | Program) else None
     tensors = facts.tensors(owner)
     if leaves is None or tensors is None:
         return None
@@ -138,10 +140,10 @@ def _remembered(owner: nn.Module, manner: Manner, given: State, inputs: State, v
         return None
     try:
         if not learns:
-            return _Remembered(facts, check, _Answering(found, manner, len(given), tensors, weights))
+            return _Remembered(facts, check, _Answering(found, call_form, len(given), tensors, weights))
         template = None if view is None else _without_weights(cell)
-        return _Remembered(facts, check, _Learning(found, template, manner, len(given), tensors, weights))
-    except Unready:
+        return _Remembered(facts, check, _Learning(found, template, call_form, len(given), tensors, weights))
+    except NotPreparable:
         return None
 
 
@@ -179,14 +181,14 @@ class _Answering:
     def __init__(
         self,
         program: Program,
-        manner: Manner,
+        call_form: CallForm,
         count: int,
         tensors: State,
         weights: Sequence[_Weight],
     ) -> None:
         kernel = program.kernel
         places, matrices = [each.place for each in weights], tuple([each.matrix for each in weights])
-        self._forward = Forward(kernel, manner, [0], places, matrices, tensors, count)
+        self._forward = Forward(kernel, call_form, [0], places, matrices, tensors, count)
 
     def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
         return self._forward(tensors)[1:]
@@ -201,29 +203,29 @@ class _Learning:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: TrainableStep,
         template: Cell | None,
-        manner: Manner,
+        call_form: CallForm,
         count: int,
         tensors: State,
         weights: Sequence[_Weight],
     ) -> None:
         self.template, self._learner, self._paths = template, learner, [each.path for each in weights]
-        self.manner, self.count = manner, count
+        self.call_form, self.count = call_form, count
         self._taken = _taker([*range(count), *[each.place for each in weights]])
         matrices, tensors = tuple([each.matrix for each in weights]), self._taken(tensors)
         due = [value.requires_grad for value in tensors]
         flags = (due[0], *due[self.count :])
-        training = learner.training(flags, manner.recompute or recomputing())
-        x = manner.sequence(tensors[0])
+        training = learner.training(flags, call_form.recompute or recomputing())
+        x = call_form.sequence(tensors[0])
         steps, rows = x.shape[0], x.shape[1]
         if not isinstance(training, Training):
-            raise Unready
+            raise NotPreparable
         half = training.forward
         offsets, _ = saved_offsets(half.saved, steps * rows * half.kernel.itemsize)
         self.forward = Forward(
             half.kernel,
-            manner,
+            call_form,
             half.input_indices,
             [self.count + index for index in half.weight_indices],
             tuple([matrices[index] for index in half.weight_indices]),
@@ -231,30 +233,30 @@ class _Learning:
             count,
             (offsets, training.saved_size(steps * rows)),
         )
-        self.backward = Backward(training, manner, matrices, tensors, count, due)
+        self.backward = Backward(training, call_form, matrices, tensors, count, due)
 
     def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
         if _keeps_otherwise():
             return None
         results = _apply(self, owner, *self._taken(tensors))
-        if self.manner.outputs:
+        if self.call_form.outputs:
             return results[0], results[1:]
         return None, results
 
     def again(self, owner: nn.Module, tensors: State) -> State:
         """The results of the Python loop, in torch's autograd."""
-        given, weights, manner = tensors[: self.count], tensors[self.count :], self.manner
+        given, weights, call_form = tensors[: self.count], tensors[self.count :], self.call_form
         cell: Any = self.template
         if cell is None:
             cell = owner
             self._learner.check_unchanged(cell)
-        x, state = manner.sequence(given[0]), tuple([manner.rows_of(value) for value in given[1:]])
+        x, state = call_form.sequence(given[0]), tuple([call_form.rows_of(value) for value in given[1:]])
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
         cell = bound(cell, dict(zip(self._paths, weights, strict=True)), ())
-        outputs, after = run_eager(cell, (x,), state, Options(reverse=manner.reverse))
-        states = tuple([manner.state(value) for value in after])
-        return (manner.output(outputs), *states) if manner.outputs else states
+        outputs, after = run_eager(cell, (x,), state, Options(reverse=call_form.reverse))
+        states = tuple([call_form.state(value) for value in after])
+        return (call_form.output(outputs), *states) if call_form.outputs else states
 
 
 def _taker(places: Sequence[int]) -> Callable[[State], State]:
@@ -295,7 +297,7 @@ class _Repeated(torch.autograd.Function):
             owner: nn.Module = ctx.owner
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiated(lambda again: call.again(owner, again), tensors, needed, grads)
-        if not call.manner.outputs:
+        if not call.call_form.outputs:
             grads = (None, *grads)
         return None, None, *call.backward(saved, tensors, grads)
 
@@ -309,4 +311,4 @@ class _Memory:
     keep = staticmethod(keep)
 
 
-register_memory(_Memory())
+register_call_cache(_Memory())

@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Facts", "facts_of", "facts_of_attributes"]
+__all__ = ["ModuleGuards", "guards_of", "attribute_guards"]
 
 _ATOMS = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
@@ -26,7 +26,7 @@ _TABLES = itemgetter(
 )  # fmt: skip
 
 
-class Facts:
+class ModuleGuards:
     """What one module holds beside its tensors, and its submodules likewise.
 
     Attributes:
@@ -41,7 +41,7 @@ class Facts:
         functions: Mapping[str, ref[Any]],
         tables: tuple[_Table, _Table],
         loose: Iterable[str],
-        parts: Mapping[str, Facts | None],
+        parts: Mapping[str, ModuleGuards | None],
     ) -> None:
         self._kind, self._size = kind, size
         self._atoms, self._values = _getter(atoms), tuple(atoms.values())
@@ -120,7 +120,7 @@ class _Table:
         return self._get(table)
 
 
-def facts_of(module: nn.Module) -> Facts | None:
+def guards_of(module: nn.Module) -> ModuleGuards | None:
     """What is known of a module and all in it; None where it holds what may change inside, or has hooks."""
     state = vars(module)
     if not state.keys() >= _OWN or any(_TABLES(state)[3:]):
@@ -138,14 +138,14 @@ def facts_of(module: nn.Module) -> Facts | None:
             loose.append(name)
         else:
             return None
-    parts = {name: None if part is None else facts_of(part) for name, part in module._modules.items()}
+    parts = {name: None if part is None else guards_of(part) for name, part in module._modules.items()}
     if any(parts[name] is None and part is not None for name, part in module._modules.items()):
         return None
     tables = _Table(module._parameters), _Table(module._buffers)
-    return Facts(type(module), len(state), atoms, functions, tables, loose, parts)
+    return ModuleGuards(type(module), len(state), atoms, functions, tables, loose, parts)
 
 
-def facts_of_attributes(module: nn.Module, names: Iterable[str], parameters: Iterable[str]) -> Facts | None:
+def attribute_guards(module: nn.Module, names: Iterable[str], parameters: Iterable[str]) -> ModuleGuards | None:
     """What is known of some attributes and parameters of a module, whatever else it holds.
 
     None where one of them isn't the module's own or may change inside.
@@ -155,7 +155,7 @@ def facts_of_attributes(module: nn.Module, names: Iterable[str], parameters: Ite
     table = {name: module._parameters.get(name) for name in parameters}
     if not all(map(_is_constant, atoms.values())) or any(value is None for value in table.values()):
         return None
-    return Facts(type(module), None, atoms, {}, (_Table(table), _Table({})), (), {})
+    return ModuleGuards(type(module), None, atoms, {}, (_Table(table), _Table({})), (), {})
 
 
 def _is_constant(value: Any) -> bool:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from fusecell.compiler.frontend.signature import Key, signature, split_numbers
 from fusecell.compiler.locks import new_lock
-from fusecell.compiler.programs.autograd import compile_learner
+from fusecell.compiler.programs.autograd import compile_trainable
 from fusecell.compiler.programs.inference import compile_step
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fusecell.cell import Cell
 
-__all__ = ["LEARNERS", "PROGRAMS", "Kept"]
+__all__ = ["TRAINABLE_STEPS", "PROGRAMS", "ProgramCache"]
 
 Made = TypeVar("Made")
 
@@ -29,7 +29,7 @@ _MOST_NUMBERS = 3
 _LOCK = new_lock()
 
 
-class Kept(Generic[Made]):
+class ProgramCache(Generic[Made]):
     """What was made of cells, by all that it depends on; the oldest goes first.
 
     Arguments:
@@ -86,5 +86,5 @@ class Kept(Generic[Made]):
         )
 
 
-PROGRAMS = Kept(compile_step)
-LEARNERS = Kept(compile_learner)
+PROGRAMS = ProgramCache(compile_step)
+TRAINABLE_STEPS = ProgramCache(compile_trainable)

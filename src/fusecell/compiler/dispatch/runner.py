@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch import fast_path as repeat
+from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
-from fusecell.compiler.dispatch.program_cache import LEARNERS, PROGRAMS
+from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
 
-__all__ = ["find_learner", "find_program", "refresh", "run_auto", "run_compiled"]
+__all__ = ["find_trainable", "find_program", "refresh", "run_auto", "run_compiled"]
 
 _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
@@ -50,12 +50,12 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
 
 
 def _run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
-    found = (find_learner if needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
+    found = (find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
     return found if isinstance(found, Refusal) else found(cell, inputs, state, options)
 
 
 find_program = PROGRAMS.find
-find_learner = LEARNERS.find
+find_trainable = TRAINABLE_STEPS.find
 
 
 def refresh(module: nn.Module | None = None) -> None:
@@ -82,9 +82,9 @@ def refresh(module: nn.Module | None = None) -> None:
         module: a cell, a layer, or any module that holds some.
     """
     kinds = None if module is None else {type(cell) for cell in _cells(module)}
-    for kept in (PROGRAMS, LEARNERS):
+    for kept in (PROGRAMS, TRAINABLE_STEPS):
         kept.forget(kinds)
-    repeat.forget()
+    fast_path.forget()
     for warned in list(_warned):
         if kinds is None or warned[0] in kinds:
             _warned.discard(warned)

@@ -35,7 +35,7 @@ from fusecell.validation import first_state
 __all__ = ["run_traced"]
 
 
-Facts = tuple[tuple[str, object], ...]
+Constants = tuple[tuple[str, object], ...]
 
 
 class Described(NamedTuple):
@@ -45,13 +45,13 @@ class Described(NamedTuple):
         text: the graph, with its gradient if that is wanted; empty where the step can't be compiled.
         paths: the tensors that it takes, by the paths of their attributes.
         prologue: which of the prologues makes its weights of them; -1 where they are its weights.
-        facts: numbers, flags and names that the step may have read, by path: torch is to trace again where one changes.
+        constants: numbers, flags and names that the step may have read, by path; torch traces again if one changes.
     """
 
     text: str
     paths: tuple[str, ...]
     prologue: int
-    facts: Facts
+    constants: Constants
 
 
 def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, leaf: int = -1) -> tuple[Tensor, State]:
@@ -65,13 +65,13 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
     # A list has a length that is a number, whatever torch has made of the size.
     features = tuple([tuple([len([0] * size) for size in value.shape[2:]]) for value in inputs])
     recompute = options.recompute or recomputing()
-    text, paths, prologue, facts = _described(owner, leaf, features, inputs[0].dtype, wanted, recompute)
+    text, paths, prologue, constants = _described(owner, leaf, features, inputs[0].dtype, wanted, recompute)
     if not text or not _usual((*inputs, *state)):
         if leaf >= 0:
             owner = owner.leaf_cells()[leaf][2]  # type: ignore[operator]  # a drop-in layer's method
         assert isinstance(owner, Cell)
         return run_eager(owner, inputs, state, options)
-    for path, value in facts:
+    for path, value in constants:
         if _attribute(owner, path) != value:
             raise CompilerError(f"{path} has changed while torch traced {type(owner).__name__}")
     weights: State = tuple([_attribute(owner, path) for path in paths])
@@ -129,10 +129,10 @@ def _described(
         prologue = traced.weights
         paths = prologue.direct_paths
         if paths is not None:
-            return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, _facts(cell, leaf))
+            return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, _constants(cell, leaf))
         _PROLOGUES.append(prologue)
         paths = [path + suffix for path, _ in prologue.sources]
-        return Described(traced.graph.text, tuple(paths), len(_PROLOGUES) - 1, _facts(cell, leaf))
+        return Described(traced.graph.text, tuple(paths), len(_PROLOGUES) - 1, _constants(cell, leaf))
 
 
 _PROLOGUES: list[Prologue] = []
@@ -157,7 +157,7 @@ def _compiled(traced: Traced, cell: Cell, wanted: Sequence[bool] | None, recompu
     return ()
 
 
-def _facts(cell: Cell, leaf: int) -> Facts:
+def _constants(cell: Cell, leaf: int) -> Constants:
     if leaf >= 0:
         return ()
     found: list[tuple[str, object]] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusecell.compiler.frontend.traced_values import Beyond, Row, Sum, Unsaid, Value, Weight
+from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Value, Weight
 
 __all__ = ["Key", "key_of", "mapped", "tensors_in", "values_in"]
 
@@ -45,7 +45,7 @@ def _literal(tensor: Tensor, known: Callable[[Any], Any]) -> Any:
 
 
 def values_in(value: Any) -> Iterator[Value]:
-    if isinstance(value, Row | Weight | Sum | Beyond | Unsaid):
+    if isinstance(value, Row | Weight | Sum | ExternalGrad | Unsupported):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:

@@ -15,7 +15,7 @@ from fusecell.compiler.frontend.traced_values import (
     Row,
     Shape,
     Sum,
-    Unsaid,
+    Unsupported,
     Untraceable,
     Value,
     Vector,
@@ -56,7 +56,7 @@ class Writer:
             return self._weight(operand)
         if isinstance(operand, bool | int | float | complex):
             return self.const(scalar(operand))
-        if isinstance(operand, Unsaid):
+        if isinstance(operand, Unsupported):
             raise Untraceable(operand.why)
         raise Untraceable("It mixes the rows of the batch: a sum over rows is used row by row.")
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.compiler.frontend.traced_values import Untraceable
 
-__all__ = ["Guard", "shielded", "users_line"]
+__all__ = ["ValueReadGuard", "isolated", "users_line"]
 
 _READS = {
     Tensor.__bool__: "bool()",
@@ -39,7 +39,7 @@ _READS = {
 _HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 
 
-class Guard(TorchFunctionMode):
+class ValueReadGuard(TorchFunctionMode):
     """Refuses what takes a value out of a tensor: a compiled step can't follow it there."""
 
     def __torch_function__(
@@ -65,7 +65,7 @@ def users_line() -> str:
 
 
 @contextmanager
-def shielded() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Grad mode on, inference mode, autocast, functorch's transforms and all modes of the caller off."""
     with ExitStack() as stack:
         stack.enter_context(_without_modes())

@@ -16,7 +16,7 @@ from fusecell.compiler.frontend.rules.backward import BACKWARD, SUMS
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, PRODUCTS, filled
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
-from fusecell.compiler.frontend.traced_values import Beyond, Row, Sum, Unsaid, Untraceable, Value, Weight
+from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         path, source = self.sources.get(id(tensor), ("", tensor))
         if not path:
             shape = tuple(tensor.shape)
-            return Unsaid(
+            return Unsupported(
                 shape,
                 f"It uses a tensor of shape {shape} that is neither an input, a state, a parameter, a buffer or an "
                 "attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             options = mapped(kwargs, self.value, name)
             result = func(*args, **kwargs)
             for key in stale:
-                self._values[key] = Unsaid(key[2], _STALE)
+                self._values[key] = Unsupported(key[2], _STALE)
             self._record(func, name, args, values, options, result, target)
         except Untraceable as refusal:
             raise Untraceable(self._located(refusal, name)) from None
@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             if tensor is None:
                 continue
             if value is None:
-                value = Unsaid(tuple(tensor.shape), f"It uses a result of {name} that has no rule.")
+                value = Unsupported(tuple(tensor.shape), f"It uses a result of {name} that has no rule.")
             self._check_result(tensor, value)
             if target is None and isinstance(value, Weight) and self.is_known(tensor):
                 continue  # a view of all of it, such as detach: the same weight
@@ -202,10 +202,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         found: list[Value],
     ) -> Sequence[Value | None]:
         """What the results of a call stand for."""
-        unsaid = [value for value in found if isinstance(value, Unsaid)]
+        unsaid = [value for value in found if isinstance(value, Unsupported)]
         if unsaid:
             return self._of_unsaid(unsaid[0], found, results)
-        if any(isinstance(value, Sum | Beyond) for value in found):
+        if any(isinstance(value, Sum | ExternalGrad) for value in found):
             return self._of_sums(name, values, options, results, found)
         if all(isinstance(value, Weight) for value in found):
             of_weights = self._of_weights(func, name, args, values, options, results, found)
@@ -220,15 +220,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         except Untraceable as refusal:
             if not self.backward or any(isinstance(value, Row) for value in found):
                 raise
-            return [Unsaid(tuple(result.shape), str(refusal)) for result in results]
+            return [Unsupported(tuple(result.shape), str(refusal)) for result in results]
 
-    def _of_unsaid(self, first: Unsaid, found: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
-        """Beyond the weights that the graph takes anything may happen, elsewhere nothing that it can't say."""
+    def _of_unsaid(self, first: Unsupported, found: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
+        """ExternalGrad the weights that the graph takes anything may happen, elsewhere nothing that it can't say."""
         if not self.backward or any(isinstance(value, Row | Sum) for value in found):
             raise Untraceable(first.why)
-        if any(isinstance(value, Beyond) for value in found):
-            return [Beyond(tuple(result.shape)) for result in results]
-        return [Unsaid(tuple(result.shape), first.why) for result in results]
+        if any(isinstance(value, ExternalGrad) for value in found):
+            return [ExternalGrad(tuple(result.shape)) for result in results]
+        return [Unsupported(tuple(result.shape), first.why) for result in results]
 
     def _of_rows(
         self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
@@ -261,7 +261,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], found: list[Value]
     ) -> Sequence[Value | None]:
         if not any(isinstance(value, Sum) for value in found):
-            return [Beyond(tuple(result.shape)) for result in results]
+            return [ExternalGrad(tuple(result.shape)) for result in results]
         rule = SUMS.get(name)
         if rule is None or not self.backward:
             raise Untraceable("It mixes the rows of the batch.")
@@ -350,14 +350,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 return arrived
             self.collect(slot, self.value(gradient))
             hidden = gradient.clone()
-            self.know(hidden, Beyond(tuple(hidden.shape)))
+            self.know(hidden, ExternalGrad(tuple(hidden.shape)))
             return (*arrived[:output], hidden, *arrived[output + 1 :])
 
         return hook
 
     def collect(self, slot: int, gradient: Value) -> None:
         """Add to the gradient of a slot."""
-        if isinstance(gradient, Beyond):
+        if isinstance(gradient, ExternalGrad):
             return
         if not isinstance(gradient, Sum):
             raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows.")

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Beyond", "Matrix", "Row", "Sum", "Unsaid", "Untraceable", "Value", "Vector", "Weight", "arranged", "runs"]
+__all__ = [
+    "ExternalGrad",
+    "Matrix",
+    "Row",
+    "Sum",
+    "Unsupported",
+    "Untraceable",
+    "Value",
+    "Vector",
+    "Weight",
+    "arranged",
+    "runs",
+]
 
 Index = npt.NDArray[np.int64]
 Shape = tuple[int, ...]
@@ -98,21 +110,21 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Beyond:
+class ExternalGrad:
     """A gradient behind the weights that a graph takes: torch's own autograd computes it at each call."""
 
     shape: Shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unsaid:
+class Unsupported:
     """A tensor that a graph can't say; it matters only if it is used."""
 
     shape: Shape
     why: str
 
 
-Value = Row | Weight | Sum | Beyond | Unsaid
+Value = Row | Weight | Sum | ExternalGrad | Unsupported
 
 
 def arranged(shape: Sequence[int]) -> Index:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecell.cell import Cell, noting
-from fusecell.compiler.frontend.isolation import Guard, shielded
+from fusecell.cell import Cell, capture_intermediates
+from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.recorder import Recorder
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
@@ -80,7 +80,7 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     runs: list[_Run] = []
     try:
         # Names of a step's variables are taken by a profile function, of which a thread has one.
-        with _LOCK, shielded(), _quiet_parameters(cell):
+        with _LOCK, isolated(), _quiet_parameters(cell):
             for rows in _batch_sizes(cell, inputs):
                 runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
                 runs[-1].run()
@@ -200,7 +200,7 @@ class _Run:
             self._leaf("state", name, (size,))
             for name, size in zip(self.cell.states, self.cell.state_sizes, strict=True)
         ]
-        with self.recorder, Guard(), noting(self._note), self._watched():
+        with self.recorder, ValueReadGuard(), capture_intermediates(self._note), self._watched():
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
         output, after = self._results(result)
         if self.gradients:

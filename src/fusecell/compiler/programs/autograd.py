@@ -17,18 +17,18 @@ from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import bound
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.refusal import Refusal, refusal
-from fusecell.compiler.transforms.partition import Halves, partition
+from fusecell.compiler.transforms.partition import ForwardBackward, partition
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 
-__all__ = ["Learner", "compile_learner", "differentiated", "transformed"]
+__all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
 
 _LOCK = new_lock()
 
 
-class Learner:
+class TrainableStep:
     """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met.
 
     Arguments:
@@ -75,7 +75,7 @@ class Learner:
         halves = self._halves(flags, recompute or recomputing())
         return sum(-(-size // LANES) * LANES for _, size in halves.saved)
 
-    def _halves(self, flags: Sequence[bool], recompute: bool) -> Halves:
+    def _halves(self, flags: Sequence[bool], recompute: bool) -> ForwardBackward:
         wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
         return partition(self.traced.graph, wanted, recompute=recompute)
 
@@ -97,21 +97,23 @@ class Learner:
             return self._made[key]
 
 
-def compile_learner(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Learner | Refusal:
+def compile_trainable(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> TrainableStep | Refusal:
     """Trace a cell's step and its gradient.
 
     Arguments:
         features: the feature shape of each input, what follows (T, N).
     """
     traced = trace(cell, features, dtype, gradients=True)
-    return traced if isinstance(traced, Refusal) else Learner(traced, cell.inputs, without_tensors(signature(cell)))
+    return (
+        traced if isinstance(traced, Refusal) else TrainableStep(traced, cell.inputs, without_tensors(signature(cell)))
+    )
 
 
 class _Scan(torch.autograd.Function):
     """The forward kernel, and the backward kernel as its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, learner: Learner, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, learner: TrainableStep, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.learner, ctx.cell, ctx.call = learner, cell, call
         ctx.set_materialize_grads(False)
@@ -145,7 +147,7 @@ def transformed(grads: Sequence[Tensor | None]) -> bool:
 def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
     call: Call = ctx.call
-    learner: Learner = ctx.learner
+    learner: TrainableStep = ctx.learner
     learner.check_unchanged(ctx.cell)
 
     def again(aliases: State) -> State:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.codegen import ROWS_EACH
-from fusecell.compiler.runtime import guard_pages as check
+from fusecell.compiler.runtime import guard_pages as guard_pages
 from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.compiler.runtime.thread_team import crew_waits, run_crew
 
-__all__ = ["RaggedRows", "Ready", "run"]
+__all__ = ["RaggedRows", "PreparedCall", "run"]
 
 # Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
 SHORT_CALL = 1_000_000
@@ -70,9 +70,9 @@ def run(
     threads = crew_size(kernel, steps, rows)
     scratch = _scratch(kernel.scratch_bytes(steps, rows, threads))
     chunk = kernel.fill(block, steps, rows, reverse, scratch.data_ptr())
-    if check.ENABLED:
+    if guard_pages.ENABLED:
         theirs, position = extents(kernel, block, steps, rows), kernel.words.positions
-        check.checked_run(
+        guard_pages.checked_run(
             lambda address: start(kernel, address, steps, rows, threads),
             block, kernel.emitted, theirs, position, rows=rows, chunk=chunk,
         )  # fmt: skip
@@ -110,7 +110,7 @@ def _microseconds(kernel: Kernel, rows: int) -> float:
     return loop + rows * (kernel.macs - kernel.loop_macs) * item / (4 * MACS)
 
 
-class Ready:
+class PreparedCall:
     """A kernel for calls of one size, its block filled but for addresses.
 
     Arguments:
@@ -154,7 +154,7 @@ class Ready:
             scratch = _aligned(kept)
         for place, offset in self._unread:
             block[place] = scratch + offset
-        if check.ENABLED:
+        if guard_pages.ENABLED:
             run(self.kernel, block, *self._call)
             return
         block[self._place] = scratch + self._before

@@ -13,7 +13,7 @@ from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
-from fusecell.compiler.transforms.partition import Halves
+from fusecell.compiler.transforms.partition import ForwardBackward
 from fusecell.execution.options import Options, State, steps_of
 
 __all__ = ["Call", "Half", "Training"]
@@ -30,7 +30,7 @@ class Half:
         saved: for each value that is kept between the two, its word, -1 if it isn't read, and its numbers per row.
     """
 
-    def __init__(self, kernel: Kernel, inputs: Sequence[str], weights: Sequence[str], halves: Halves) -> None:
+    def __init__(self, kernel: Kernel, inputs: Sequence[str], weights: Sequence[str], halves: ForwardBackward) -> None:
         self.kernel = kernel
         words = kernel.words
         self.input_indices = [inputs.index(name) for name in words.inputs]
@@ -65,7 +65,7 @@ class Training:
         inputs, weights: the names of a call's tensors, in order.
     """
 
-    def __init__(self, inputs: Sequence[str], weights: Sequence[str], halves: Halves) -> None:
+    def __init__(self, inputs: Sequence[str], weights: Sequence[str], halves: ForwardBackward) -> None:
         self.halves = halves
         self._inputs = (*inputs, "grad.output")
         self._weights = tuple(weights)

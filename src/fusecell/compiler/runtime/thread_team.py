@@ -71,7 +71,7 @@ def crew_waits() -> bool:
     return _aside.until > time.perf_counter()
 
 
-class _Aside:
+class _Backoff:
     """Until when calls do without a crew: after two in a row that waited, for a while, twice as long each time."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Aside:
         self._was_late = late
 
 
-_aside = _Aside()
+_aside = _Backoff()
 
 
 @dataclass(frozen=True)

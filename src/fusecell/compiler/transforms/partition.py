@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node
 from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 
-__all__ = ["Halves", "partition"]
+__all__ = ["ForwardBackward", "partition"]
 
 _DEAR = {"exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "pow"}
 _MOVES = {"slice", "concat"}
@@ -22,7 +22,7 @@ _MANY = 2.0**20
 
 
 @dataclass(frozen=True)
-class Halves:
+class ForwardBackward:
     """The forward, with outputs ``saved.<name>``, and the backward, with inputs of the same names.
 
     The backward runs from the last step to the first. Its states are ``grad.<state>``, its other inputs ``grad.output``
@@ -35,7 +35,7 @@ class Halves:
     """Each kept value's name and features."""
 
 
-def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False) -> Halves:
+def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False) -> ForwardBackward:
     """Part a graph traced with gradients.
 
     Arguments:
@@ -55,9 +55,9 @@ def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False)
         reached = joint.needed(demanded)
         kept = [index for index in joint.leaves("state") if reached[index]]
     else:
-        kept = _Cut(joint, first, demanded).smallest()
+        kept = _MinCut(joint, first, demanded).smallest()
     saved = {f"{SAVED}{joint[index].name}": index for index in kept}
-    return Halves(
+    return ForwardBackward(
         _copied(joint, {**forward, **saved}, {}, "step", keep_states=True),
         _backward(joint, backward, {index: name for name, index in saved.items()}),
         tuple((name, joint[index].size) for name, index in saved.items()),
@@ -80,7 +80,7 @@ def _free(node: Node) -> bool:
     return node.op in ("input", "const") or node.type.kind == "weight"
 
 
-class _Cut:
+class _MinCut:
     """The smallest set of values that separates what is dear to compute from what the backward reads.
 
     Each value is an edge from its ``2i`` to its ``2i + 1``, as wide as the memory it would take; flow that can pass

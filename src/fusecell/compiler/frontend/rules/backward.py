@@ -11,7 +11,7 @@ import torch
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.pointwise import halves
 from fusecell.compiler.frontend.rules.reduction import centred, mean, total
-from fusecell.compiler.frontend.traced_values import Beyond, Row, Sum, Untraceable, Value
+from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Untraceable, Value
 
 __all__ = ["BACKWARD", "SUMS"]
 
@@ -185,8 +185,8 @@ BACKWARD: Mapping[str, Rule] = {
 
 
 def _accumulate(w: Writer, left: Value, right: Value, alpha: float = 1) -> Value:
-    if isinstance(left, Beyond) or isinstance(right, Beyond):
-        return right if isinstance(left, Beyond) else left
+    if isinstance(left, ExternalGrad) or isinstance(right, ExternalGrad):
+        return right if isinstance(left, ExternalGrad) else left
     return w.total(_sum(left), w.scaled(_sum(right), alpha) if alpha != 1 else _sum(right))
 
 
@@ -268,7 +268,7 @@ def _place_one(w: Writer, value: Sum, shape: Sequence[int], dim: int, index: int
 def _join(w: Writer, values: Sequence[Value], dim: int = 0) -> Sum:
     """Gradients of the parts of a weight, side by side."""
     sums = [value for value in values if isinstance(value, Sum)]
-    if any(not isinstance(value, Sum | Beyond) and getattr(value, "fill", None) != 0 for value in values):
+    if any(not isinstance(value, Sum | ExternalGrad) and getattr(value, "fill", None) != 0 for value in values):
         raise Untraceable("The gradient of a part of a weight is no sum over rows.")
     dim = dim % len(sums[0].shape)
     whole = list(sums[0].shape)
