@@ -233,21 +233,21 @@ def emit_driver(module: Module, layout: Layout, plan: Plan, panels: dict[Panel, 
 
 
 def _flush_denormals(f: Function) -> Callable[[], None]:
-    """Denormals count as zero from here; returns what puts the CPU's own mode back."""
-    triple = f.module.target.triple
-    if triple.startswith("x86_64"):
-        f.module.declares |= {"declare void @llvm.x86.sse.stmxcsr(ptr)", "declare void @llvm.x86.sse.ldmxcsr(ptr)"}
-        saved, ours = f.let("mode.saved", "alloca i32"), f.let("mode.ours", "alloca i32")
-        f.do(f"call void @llvm.x86.sse.stmxcsr(ptr {saved})")
-        mode = f.let("mode", f"load i32, ptr {saved}")
-        flushing = f.let("mode.flushing", f"or i32 {mode}, {0x8040}")
-        f.do(f"store i32 {flushing}, ptr {ours}")
-        f.do(f"call void @llvm.x86.sse.ldmxcsr(ptr {ours})")
-        return lambda: f.do(f"call void @llvm.x86.sse.ldmxcsr(ptr {saved})")
-    if triple.startswith("aarch64"):
-        f.module.declares |= {"declare i64 @llvm.aarch64.get.fpcr()", "declare void @llvm.aarch64.set.fpcr(i64)"}
-        mode = f.let("mode", "call i64 @llvm.aarch64.get.fpcr()")
-        flushing = f.let("mode.flushing", f"or i64 {mode}, {1 << 24}")
-        f.do(f"call void @llvm.aarch64.set.fpcr(i64 {flushing})")
-        return lambda: f.do(f"call void @llvm.aarch64.set.fpcr(i64 {mode})")
-    return lambda: None
+    """Denormals count as zero from here, where the CPU can; returns what puts its own mode back."""
+    control = f.module.target.isa.denormals
+    if control is None:
+        return lambda: None
+    f.module.declares |= control.declarations
+    kind = f"i{control.bits}"
+    if control.through_memory:
+        saved, ours = f.let("mode.saved", f"alloca {kind}"), f.let("mode.ours", f"alloca {kind}")
+        f.do(f"call void {control.read}(ptr {saved})")
+        mode = f.let("mode", f"load {kind}, ptr {saved}")
+        flushing = f.let("mode.flushing", f"or {kind} {mode}, {control.flush}")
+        f.do(f"store {kind} {flushing}, ptr {ours}")
+        f.do(f"call void {control.write}(ptr {ours})")
+        return lambda: f.do(f"call void {control.write}(ptr {saved})")
+    mode = f.let("mode", f"call {kind} {control.read}()")
+    flushing = f.let("mode.flushing", f"or {kind} {mode}, {control.flush}")
+    f.do(f"call void {control.write}({kind} {flushing})")
+    return lambda: f.do(f"call void {control.write}({kind} {mode})")

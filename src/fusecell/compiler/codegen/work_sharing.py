@@ -111,7 +111,7 @@ def _wait(f: Function, word: str, condition: str, gate: str) -> None:
             f"  %open = icmp {condition}",
             "  br i1 %open, label %through, label %stay",
             "stay:",
-            *_pause(f.module),
+            *_spin_hint(f.module),
             "  %spins.next = add i64 %spins, 1",
             f"  %long = icmp sge i64 %spins.next, {_SPINS}",
             "  br i1 %long, label %give, label %wait",
@@ -129,16 +129,14 @@ def _wait(f: Function, word: str, condition: str, gate: str) -> None:
     )
 
 
-def _pause(module: Module) -> list[str]:
-    """Tell the core that it only waits."""
-    triple = module.target.triple
-    if triple.startswith("x86_64"):
-        module.declares.add("declare void @llvm.x86.sse2.pause()")
-        return ["  call void @llvm.x86.sse2.pause()"]
-    if triple.startswith("aarch64"):
-        module.declares.add("declare void @llvm.aarch64.hint(i32)")
-        return ["  call void @llvm.aarch64.hint(i32 1)"]
-    return []
+def _spin_hint(module: Module) -> list[str]:
+    """Tell the core that it only waits, where it can be told."""
+    hint = module.target.isa.spin_hint
+    if hint is None:
+        return []
+    declaration, call = hint
+    module.declares.add(declaration)
+    return [f"  {call}"]
 
 
 def emit_entries(module: Module) -> None:
@@ -188,7 +186,7 @@ def _gather_crew(module: Module) -> None:
             "  %enough = or i1 %all, %late",
             "  br i1 %enough, label %close, label %stay",
             "stay:",
-            *_pause(module),
+            *_spin_hint(module),
             "  %spins.next = add i64 %spins, 1",
             "  br label %look",
             "close:",
