@@ -17,6 +17,7 @@ def test_it_says_what_is_in_force(monkeypatch):
     assert found.target.startswith("x86-64-v2")
     assert "FUSECELL_TARGET=x86-64-v2" in found.target
     assert found.vectors == "128 bits, 16 registers, no FMA"
+    assert found.denormals == "count as zero inside kernels"
     assert found.threads.startswith(f"{torch.get_num_threads()} of ")
     assert found.runner == "eager"
 

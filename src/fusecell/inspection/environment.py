@@ -29,6 +29,7 @@ class Config:
     system: str
     target: str
     vectors: str
+    denormals: str
     threads: str
     runner: str
     cache: str
@@ -58,6 +59,7 @@ def show_config() -> Config:
         system=f"{platform.system()} {platform.machine()}",
         target=f"{target.name}, {target.triple}" + _set("FUSECELL_TARGET"),
         vectors=f"{target.vector_bits} bits, {target.registers} registers, {'with' if target.fma else 'no'} FMA",
+        denormals=target.isa.about_denormals,
         threads=f"{torch.get_num_threads()} of {os.cpu_count()}",
         runner=active_runner(),
         cache=_cache() + _set("FUSECELL_CACHE"),

@@ -185,6 +185,8 @@ def _describe(kernel: Kernel) -> list[str]:
     loaded = kernel.loaded
     how = "read from the cache" if loaded.from_cache else "compiled"
     lines.append(f"    {loaded.object_size:,} bytes of machine code for {loaded.target.name}, {how}")
+    if not loaded.target.isa.flushes_denormals:
+        lines.append(f"    {loaded.target.isa.about_denormals}")
     return lines
 
 

@@ -12,7 +12,7 @@ from fusecell.compiler.codegen.main_loop import emit_driver
 from fusecell.compiler.codegen.microkernel import StaticStrides
 from fusecell.compiler.codegen.pack_weights import emit_packing
 from fusecell.compiler.codegen.stage import Segment, StageEmitter, segments
-from fusecell.compiler.codegen.work_sharing import ROWS_EACH, emit_entries, emit_meet
+from fusecell.compiler.codegen.work_sharing import ROWS_EACH, emit_barrier, emit_entries
 from fusecell.compiler.schedule.plan import Plan
 
 __all__ = ["ROWS_EACH", "Emitted", "Layout", "Panel", "Size", "emit"]
@@ -35,7 +35,7 @@ class Emitted:
 
 
 def emit(plan: Plan, target: Target) -> Emitted:
-    """The LLVM text of a plan, for a target; it exports ``run``, and ``crew`` for threads that run a call together."""
+    """The LLVM text of a plan, for a target; it exports ``run``, and ``team`` for threads that run a call together."""
     module = Module(plan.graph.title, plan.graph.dtype, target)
     products = {stage.name: segments(plan, stage, module) for stage in plan.stages}
     panels = {segment.panel: stage.phase for stage in plan.stages for segment in products[stage.name]}
@@ -48,7 +48,7 @@ def emit(plan: Plan, target: Target) -> Emitted:
         if stage.affines:
             tiles[stage.name] = emitter.tiling.text
     emit_packing(module, layout, panels)
-    emit_meet(module)
+    emit_barrier(module)
     emit_driver(module, layout, plan, panels)
     emit_entries(module)
     return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)

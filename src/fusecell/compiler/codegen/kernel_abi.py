@@ -7,14 +7,17 @@ buffers. Sizes of buffers depend on the rows of a step and of a chunk, which are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum, unique
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
 from fusecell.compiler.codegen.weight_gradients.pack_operand import STRIPS, has_strips, strips_bytes
 from fusecell.compiler.ir.graph import SAVED
 from fusecell.compiler.schedule.plan import Buffer, Plan
 
-__all__ = ["ALIGNED", "Layout", "Panel", "Size", "fixed_stride", "row_address", "slack"]
+__all__ = ["ALIGNED", "Layout", "Panel", "Size", "TeamBlock", "fixed_stride", "row_address", "slack"]
 
+WORD = 8
+"""Bytes of a slot."""
 HEADER = (
     "steps",
     "rows",
@@ -31,9 +34,49 @@ HEADER = (
 )
 
 
+@unique
+class TeamBlock(IntEnum):
+    """What the threads of one call share: the slots of a block of 64-bit words, by their positions.
+
+    What the runtime writes before a call and reads after it, and what machine code reads, counts and answers in it. The
+    barrier's line of the cache is not the one at which threads arrive.
+    """
+
+    ARRIVED = 0
+    """How many threads have come; each takes the number it finds as its own."""
+    TEAM_SIZE = 1
+    """How many threads work: 0 until the first to come has decided."""
+    BARRIER = 8
+    """Raised by each thread that comes to a barrier."""
+    YIELD = 9
+    """The address of the function that gives the core to another thread."""
+    RUNTIME_COUNT = 10
+    """The address of the function that tells how many threads the runtime gave, or 0."""
+    THREADS = 11
+    """How many threads were asked for."""
+    ARGUMENTS = 12
+    """The address of the call's argument block."""
+    ARRIVAL_BUDGET = 13
+    """How many turns the first to come waits for the others."""
+    WORKED = 14
+    """Answer: how many threads worked."""
+    YIELDS = 15
+    """Answer: how often one gave its core away."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the block's start."""
+        return WORD * self
+
+    @classmethod
+    def slots(cls) -> int:
+        """How many words the block has."""
+        return max(cls) + 1
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Bytes: fixed, and per row of a step, row of a chunk, step of a chunk, and thread of a crew beyond the first."""
+    """Bytes: fixed, and per row of a step, row of a chunk, step of a chunk, and thread of a team beyond the first."""
 
     fixed: int = 0
     per_row: int = 0
@@ -195,8 +238,8 @@ class Layout:
             apart: whether each thread has a place of its own in what belongs to a chunk.
         """
         scratch, chunk_rows = self.pointer(f, "scratch"), f.mul(rows, chunk_steps, "chunk.rows")
-        helpers = f.sub("%crew", 1, "helpers")
-        before = f.let("threads.before", f"select i1 {apart}, i64 %me, i64 0")
+        helpers = f.sub("%threads", 1, "helpers")
+        before = f.let("threads.before", f"select i1 {apart}, i64 %thread, i64 0")
         with f.when("place", f.let("is.given", f"icmp ne ptr {scratch}, null")):
             here = scratch
             for name, size in self.sizes.items():

@@ -20,7 +20,7 @@ from fusecell.compiler.codegen.stage import CALL
 from fusecell.compiler.codegen.stage_body import epilogue_roots, reads
 from fusecell.compiler.codegen.weight_gradients.accumulator import SumEmitter
 from fusecell.compiler.codegen.weight_gradients.kernels import emit_sums
-from fusecell.compiler.codegen.work_sharing import WORK, Crew
+from fusecell.compiler.codegen.work_sharing import WORK, ThreadTeam
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.schedule.plan import Phase, Plan, Stage
 
@@ -43,11 +43,11 @@ class _Driver:
         self.reverse = f.let("backwards", f"icmp ne i64 {backwards}, 0")
         restore = _flush_denormals(f)
         sizes = (p.depth * len(p.weights) * self.module.padded(p.width) for p in self._panels("loop"))
-        self.crew = Crew(f, self.rows, layout.pointer(f, "counts"), sum(sizes))
+        self.team = ThreadTeam(f, self.rows, layout.pointer(f, "counts"), sum(sizes))
         if self.plan.sums:
-            self.crew.apart = self.sums.part_halves(f, self.crew)
-        layout.place_buffers(f, self.rows, self.chunk, self.crew.apart)
-        self.callers = CallerRows(self.module, layout, self.plan, f, self.crew, self.rows)
+            self.team.apart = self.sums.part_halves(f, self.team)
+        layout.place_buffers(f, self.rows, self.chunk, self.team.apart)
+        self.callers = CallerRows(self.module, layout, self.plan, f, self.team, self.rows)
         self.callers.fill_order()
         self._once()
         self.callers.skip_rows_without_steps()
@@ -56,10 +56,10 @@ class _Driver:
         before = f.let("alive.at", "alloca i64")
         f.store_int(0, before)
         self.start = f.let("start.first", "alloca i64")
-        self.crew.meet()
+        self.team.barrier()
         with f.loop("first", 0, self.steps, self.chunk) as first:
             self._chunk(first, before)
-        self.sums.finish(f, self.crew)
+        self.sums.finish(f, self.team)
         last = f.let("last.slot", f"and i64 {self.steps}, 1")
         self.callers.move_states("last", 0, f.load_int(before, "alive"), last)
         self.callers.leave_in_place()
@@ -67,10 +67,10 @@ class _Driver:
         f.end()
 
     def _own_block(self) -> None:
-        """Each thread of a crew has a copy of the argument block, in which it finds its way through the chunks."""
+        """Each thread of a team has a copy of the argument block, in which it finds its way through the chunks."""
         f, size = self.f, 8 * len(self.layout.words)
         copy = f.let("block", f"alloca [{size} x i8], align 64")
-        shared = f.let("is.shared", "icmp sgt i64 %crew, 1")
+        shared = f.let("is.shared", "icmp sgt i64 %threads, 1")
         self.module.declares.add("declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)")
         with f.when("copy", shared):
             f.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {copy}, ptr %given, i64 {size}, i1 false)")
@@ -86,7 +86,7 @@ class _Driver:
         f = self.f
         packed = self.layout.word(f, "packed")
         passing = f.let("is.passing", f"icmp eq i64 {packed}, 0")
-        alone = f.let("is.alone", "icmp eq i64 %crew, 1")
+        alone = f.let("is.alone", "icmp eq i64 %threads, 1")
         passing = f.let("is.passing", f"and i1 {passing}, {alone}")
         one_chunk = f.let("one.chunk", f"icmp sge i64 {self.chunk}, {self.steps}")
         one_step = f.let("one.step", f"icmp eq i64 {self.steps}, 1")
@@ -97,14 +97,14 @@ class _Driver:
             for panel, phase in self.panels.items():
                 with f.when("panel", f.let("is.kept", f"xor i1 {self.fresh[phase]}, true")):
                     self._pack(panel)
-            with self.crew.leader():
+            with self.team.leader():
                 self._copy_vectors()
                 for stage in self.plan.stages_of("once"):
                     self._call(stage, ("0", "0", "0", "0"), (0, 1), (0, 1))
 
     def _pack(self, panel: Panel) -> None:
         f, module = self.f, self.module
-        first, last = f.share(module.blocks(panel.width), "%me", "%crew")
+        first, last = f.share(module.blocks(panel.width), "%thread", "%threads")
         bytes_ = panel.depth * len(panel.weights) * module.block
         to = f.at(self.layout.buffer(f, panel.name), f.mul(first, bytes_))
         f.call(pack_panel_name(panel), "ptr %args", f"i64 {first}", f"i64 {f.sub(last, first)}", f"ptr {to}")
@@ -125,24 +125,24 @@ class _Driver:
 
     def _chunk(self, first: Value, alive_at: str) -> None:
         """A chunk of steps, from ``first`` in the order in which they run."""
-        f, crew, callers = self.f, self.crew, self.callers
+        f, team, callers = self.f, self.team, self.callers
         steps = f.minimum(self.chunk, f.sub(self.steps, first, "left"), "chunk.steps")
         behind = f.sub(f.sub(self.steps, first), steps, "behind")
         low = f.let("low", f"select i1 {self.reverse}, i64 {behind}, i64 {first}")
         total = callers.starts(low, steps)
         self._find_saved(low)
         callers.gather(low, steps)
-        crew.meet(crew.columns)
+        team.barrier(team.columns)
         self._outside("lift", low, steps, total)
         with f.loop("i", 0, steps) as i:
             self._step(f.add(first, i, "done"), low, alive_at)
         self._outside("post", low, steps, total)
         callers.scatter(low, steps)
-        self.sums.add_chunk(f, crew, steps, total, self.reverse)
-        crew.meet(crew.columns)
+        self.sums.add_chunk(f, team, steps, total, self.reverse)
+        team.barrier(team.columns)
 
     def _step(self, done: Value, low: str, alive_at: str) -> None:
-        f, crew, callers = self.f, self.crew, self.callers
+        f, team, callers = self.f, self.team, self.callers
         mirrored = f.sub(f.sub(self.steps, 1), done, "mirrored")
         t = f.let("t", f"select i1 {self.reverse}, i64 {mirrored}, i64 {done}")
         slot = f.let("slot", f"and i64 {done}, 1")
@@ -153,44 +153,44 @@ class _Driver:
             callers.move_states("first", before, rows, slot)
             callers.move_states("last", rows, before, slot)
             f.store_int(rows, alive_at)
-            crew.meet(crew.columns)
+            team.barrier(team.columns)
         if not self.plan.backward:
             callers.reset(t, rows, slot)
-        first, last = crew.own(0, rows)
+        first, last = team.own(0, rows)
         for stage in self.plan.stages_of("loop"):
             if stage.reductions:
                 # A row's reduction takes its columns in order: rows are parted, whatever is parted elsewhere.
-                mine, theirs = f.share(rows, crew.me, crew.crew)
-                begin, end = f.maximum(first, mine), f.let("end", f"select i1 {crew.rowwise}, i64 {last}, i64 {theirs}")
+                mine, theirs = f.share(rows, team.thread_id, team.threads)
+                begin, end = f.maximum(first, mine), f.let("end", f"select i1 {team.rowwise}, i64 {last}, i64 {theirs}")
                 self._call(stage, (f"{t}", base, kept, slot), (begin, end), (0, 1))
             else:
-                self._call(stage, (f"{t}", base, kept, slot), (first, last), (crew.me, crew.crew))
-            crew.meet(crew.columns)
+                self._call(stage, (f"{t}", base, kept, slot), (first, last), (team.thread_id, team.threads))
+            team.barrier(team.columns)
         if self.plan.backward:
             callers.reset(t, rows, f.sub(1, slot, "slot.after"))
 
     def _outside(self, phase: Phase, low: str, steps: Value, total: Value) -> None:
-        """The stages of a chunk outside the loop: all its rows, or, of a crew whose rows are parted, one's own."""
-        f, crew = self.f, self.crew
+        """The stages of a chunk outside the loop: all its rows, or, of a team whose rows are partitioned, one's own."""
+        f, team = self.f, self.team
         stages = self.plan.stages_of(phase)
         if not stages:
             return
-        with f.when("parted", crew.rowwise):
-            turns, last = steps, crew.last
+        with f.when("parted", team.rowwise):
+            turns, last = steps, team.last
             if not any(self._meets_saved(stage) for stage in stages):
                 # Those of all steps are neighbours in the chunk's buffers.
-                of_all = f.add(crew.first, f.mul(f.sub(crew.last, crew.first), steps))
-                turns = f.let("turns", f"select i1 {crew.apart}, i64 1, i64 {steps}")
-                last = f.let("last", f"select i1 {crew.apart}, i64 {of_all}, i64 {crew.last}")
+                of_all = f.add(team.first, f.mul(f.sub(team.last, team.first), steps))
+                turns = f.let("turns", f"select i1 {team.apart}, i64 1, i64 {steps}")
+                last = f.let("last", f"select i1 {team.apart}, i64 {of_all}, i64 {team.last}")
             with f.loop("p", 0, turns) as p:
                 base, kept = self.callers.bases(p)
                 for stage in stages:
-                    self._call(stage, (low, base, kept, "0"), (crew.first, last), (0, 1))
-        with f.when("together", f.let("is.together", f"xor i1 {crew.rowwise}, true")):
-            mine = f.share(total, "%me", "%crew")
+                    self._call(stage, (low, base, kept, "0"), (team.first, last), (0, 1))
+        with f.when("together", f.let("is.together", f"xor i1 {team.rowwise}, true")):
+            mine = f.share(total, "%thread", "%threads")
             for stage in stages:
                 self._call(stage, (low, "0", "0", "0"), mine, (0, 1))
-                crew.meet()
+                team.barrier()
 
     def _meets_saved(self, stage: Stage) -> bool:
         """Whether a stage outside the loop reads or writes what is saved."""
@@ -233,21 +233,21 @@ def emit_driver(module: Module, layout: Layout, plan: Plan, panels: dict[Panel, 
 
 
 def _flush_denormals(f: Function) -> Callable[[], None]:
-    """Denormals count as zero from here; returns what puts the CPU's own mode back."""
-    triple = f.module.target.triple
-    if triple.startswith("x86_64"):
-        f.module.declares |= {"declare void @llvm.x86.sse.stmxcsr(ptr)", "declare void @llvm.x86.sse.ldmxcsr(ptr)"}
-        saved, ours = f.let("mode.saved", "alloca i32"), f.let("mode.ours", "alloca i32")
-        f.do(f"call void @llvm.x86.sse.stmxcsr(ptr {saved})")
-        mode = f.let("mode", f"load i32, ptr {saved}")
-        flushing = f.let("mode.flushing", f"or i32 {mode}, {0x8040}")
-        f.do(f"store i32 {flushing}, ptr {ours}")
-        f.do(f"call void @llvm.x86.sse.ldmxcsr(ptr {ours})")
-        return lambda: f.do(f"call void @llvm.x86.sse.ldmxcsr(ptr {saved})")
-    if triple.startswith("aarch64"):
-        f.module.declares |= {"declare i64 @llvm.aarch64.get.fpcr()", "declare void @llvm.aarch64.set.fpcr(i64)"}
-        mode = f.let("mode", "call i64 @llvm.aarch64.get.fpcr()")
-        flushing = f.let("mode.flushing", f"or i64 {mode}, {1 << 24}")
-        f.do(f"call void @llvm.aarch64.set.fpcr(i64 {flushing})")
-        return lambda: f.do(f"call void @llvm.aarch64.set.fpcr(i64 {mode})")
-    return lambda: None
+    """Denormals count as zero from here, where the CPU can; returns what puts its own mode back."""
+    control = f.module.target.isa.denormals
+    if control is None:
+        return lambda: None
+    f.module.declares |= control.declarations
+    kind = f"i{control.bits}"
+    if control.through_memory:
+        saved, ours = f.let("mode.saved", f"alloca {kind}"), f.let("mode.ours", f"alloca {kind}")
+        f.do(f"call void {control.read}(ptr {saved})")
+        mode = f.let("mode", f"load {kind}, ptr {saved}")
+        flushing = f.let("mode.flushing", f"or {kind} {mode}, {control.flush}")
+        f.do(f"store {kind} {flushing}, ptr {ours}")
+        f.do(f"call void {control.write}(ptr {ours})")
+        return lambda: f.do(f"call void {control.write}(ptr {saved})")
+    mode = f.let("mode", f"call {kind} {control.read}()")
+    flushing = f.let("mode.flushing", f"or {kind} {mode}, {control.flush}")
+    f.do(f"call void {control.write}({kind} {flushing})")
+    return lambda: f.do(f"call void {control.write}({kind} {mode})")

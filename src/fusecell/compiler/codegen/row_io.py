@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from fusecell.compiler.codegen.kernel_abi import ALIGNED, Layout
 from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
-from fusecell.compiler.codegen.work_sharing import Crew
+from fusecell.compiler.codegen.work_sharing import ThreadTeam
 from fusecell.compiler.schedule.plan import Place, Plan
 
 __all__ = ["CallerRows"]
@@ -20,7 +20,7 @@ __all__ = ["CallerRows"]
 class CallerRows:
     """The parts of ``@work`` that move rows, or say which there are."""
 
-    def __init__(self, module: Module, layout: Layout, plan: Plan, f: Function, crew: Crew, rows: Value) -> None:
+    def __init__(self, module: Module, layout: Layout, plan: Plan, f: Function, crew: ThreadTeam, rows: Value) -> None:
         self.module, self.layout, self.plan, self.f, self.crew, self.rows = module, layout, plan, f, crew, rows
         self.order = layout.buffer(f, "order")
         self._total, self._base = f.let("total.at", "alloca i64"), f.let("own.base", "alloca i64")
@@ -127,7 +127,7 @@ class CallerRows:
                         size = self.plan.graph[leaf].size
                         mine = self._state_row(f"state.{name}", size, slot, row)
                         act(mine, self._caller_state("reset", name, caller), f"state.{name}", size)
-            self.crew.meet(self.crew.columns)
+            self.crew.barrier(self.crew.columns)
 
     def _reset_row(self, mine: str, theirs: str, name: str, size: int) -> None:
         """Go back to the reset state before the step."""
@@ -207,7 +207,7 @@ class CallerRows:
         mine = f.at(mine, place.offset * module.bytes)
         step, apart = self.layout.word(f, f"{words}.step"), self.layout.word(f, f"{words}.row")
         # Where rows are parted each takes its own of every step, else all of some steps.
-        first, last = f.share(steps, self.crew.me, self.crew.crew)
+        first, last = f.share(steps, self.crew.thread_id, self.crew.threads)
         with f.loop("p", first, last) as p:
             t = f.add(low, p)
             base, _ = self.bases(p)

@@ -102,8 +102,8 @@ class Kernel:
     itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
-    crew: int
-    """The address of what each thread of a crew runs."""
+    team: int
+    """The address of what each thread of a team runs."""
     loop_macs: int
     """Multiply-adds of a row's step that wait for the step before."""
     _zeros: array[int]
@@ -194,7 +194,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
     words = _Words(schedule, emitted)
-    loaded = load(emitted.text, ["run", "crew"], target)
+    loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")
     return Kernel(
         schedule,
@@ -207,7 +207,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         4 if graph.dtype == "f32" else 8,
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-        loaded.address("crew"),
+        loaded.address("team"),
         sum(_macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines),
         array("q", bytes(8 * len(emitted.words))),
     )

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from fusecell.compiler.codegen.kernel_abi import ALIGNED, Layout
 from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
 from fusecell.compiler.codegen.weight_gradients.kernels import add_to, flush
-from fusecell.compiler.codegen.work_sharing import Crew
+from fusecell.compiler.codegen.work_sharing import ThreadTeam
 from fusecell.compiler.schedule.plan import Plan, Sum
 
 __all__ = ["BLOCK", "SumEmitter"]
@@ -42,7 +42,7 @@ class SumEmitter:
             f.store_int(0, f.at(place, 8))
         self._in_place = {found.name: self._add_in_place(f, found) for found in self._whole_gradients()}
 
-    def part_halves(self, f: Function, crew: Crew) -> str:
+    def part_halves(self, f: Function, crew: ThreadTeam) -> str:
         """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these.
 
         Returns:
@@ -52,23 +52,23 @@ class SumEmitter:
         can = f.let("can.halve", f"and i1 {crew.regular}, {many if self.layout.halves == 2 else 'false'}")
         least = max(2 * crew.rows_each, _ENOUGH_FOR_HALVES)
         self._halved = f.let("is.halved", f"and i1 {can}, {f.let('is.enough', f'icmp sge i64 {crew.rows}, {least}')}")
-        two = f.let("are.two", f"and i1 {f.let('is.pair', 'icmp eq i64 %crew, 2')}, {crew.rowwise}")
+        two = f.let("are.two", f"and i1 {f.let('is.pair', 'icmp eq i64 %threads, 2')}, {crew.rowwise}")
         self._private = private = f.let("is.private", f"and i1 {two}, {self._halved}")
         self._shared = f.let("is.shared.sum", f"xor i1 {private}, {crew.several}")
         most = f.let("halves", f"select i1 {self._halved}, i64 2, i64 1")
-        self._from = f.let("half.from", f"select i1 {private}, i64 %me, i64 0")
-        self._to = f.let("half.to", f"select i1 {private}, i64 {f.add('%me', 1)}, i64 {most}")
-        self._me = f.let("sum.me", f"select i1 {private}, i64 0, i64 %me")
-        self._crew = f.let("sum.crew", f"select i1 {private}, i64 1, i64 %crew")
+        self._from = f.let("half.from", f"select i1 {private}, i64 %thread, i64 0")
+        self._to = f.let("half.to", f"select i1 {private}, i64 {f.add('%thread', 1)}, i64 {most}")
+        self._me = f.let("sum.me", f"select i1 {private}, i64 0, i64 %thread")
+        self._crew = f.let("sum.crew", f"select i1 {private}, i64 1, i64 %threads")
         return private
 
-    def add_chunk(self, f: Function, crew: Crew, steps: Value, total: str, backwards: str) -> None:
+    def add_chunk(self, f: Function, crew: ThreadTeam, steps: Value, total: str, backwards: str) -> None:
         """Add the rows of a chunk, as many at a time as the open block still takes; a crew parts what they add to."""
         if not self.plan.sums:
             return
         chunk = self.layout.word(f, "chunk_steps")
         sharing = f.let("is.sharing", f"and i1 {crew.rowwise}, {self._shared}")
-        crew.meet(sharing)
+        crew.barrier(sharing)
         halved = self._halved
         # What is counted: rows, or of halves the steps, so that both close their blocks together.
         units = f.let("units", f"select i1 {halved}, i64 {steps}, i64 {total}")
@@ -108,9 +108,9 @@ class SumEmitter:
                 f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
                 with f.when("full", full):
                     self._close(f, crew, half)
-        crew.meet(sharing)
+        crew.barrier(sharing)
 
-    def finish(self, f: Function, crew: Crew) -> None:
+    def finish(self, f: Function, crew: ThreadTeam) -> None:
         """Close the last block and bring the sums to the caller's gradients."""
         if not self.plan.sums:
             return
@@ -122,8 +122,8 @@ class SumEmitter:
             self._close(f, crew, half)
         with f.when("nothing", f.let("is.nothing", f"xor i1 {f.let('is.any', f'or i1 {open_}, {closed}')}, true")):
             self._clear(f)
-            crew.meet(self._shared)
-        crew.meet(self._private)
+            crew.barrier(self._shared)
+        crew.barrier(self._private)
         for found in self.plan.sums:
             there = self._in_place.get(found.name, "false")
             with f.when("handed", f.let("is.elsewhere", f"xor i1 {there}, true")):
@@ -161,20 +161,20 @@ class SumEmitter:
         here = f.let("block", f"select i1 {is_first}, ptr {total}, ptr {part}")
         return f.at(here, f.mul(half, self._bytes(found)), "acc")
 
-    def _close(self, f: Function, crew: Crew, half: Value) -> None:
+    def _close(self, f: Function, crew: ThreadTeam, half: Value) -> None:
         """Close a block: from the second on it is added to the total."""
         closed_at = f.at(self._closed, f.mul(half, 8))
         closed = f.load_int(closed_at, "closed")
         f.store_int(f.add(closed, 1), closed_at)
         with f.when("later", f.let("is.later", f"icmp ne i64 {closed}, 0")):
-            crew.meet(self._shared)
+            crew.barrier(self._shared)
             for found in self.plan.sums:
                 share = f.share(self._bytes(found) // self.module.block, self._me, self._crew)
                 begin, end = (f.mul(vector, self.module.block) for vector in share)
                 offset = f.mul(half, self._bytes(found))
                 places = (f"ptr {f.at(self.layout.buffer(f, name), offset)}" for name in (found.total, found.part))
                 f.call(flush(self.module), *places, f"i64 {begin}", f"i64 {end}")
-            crew.meet(self._shared)
+            crew.barrier(self._shared)
 
     def _clear(self, f: Function) -> None:
         """Sums of no rows."""
@@ -185,7 +185,7 @@ class SumEmitter:
                 with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
                     f.store("zeroinitializer", f.at(start, byte), self.module.block)
 
-    def _hand_over(self, f: Function, crew: Crew, found: Sum, source: str) -> None:
+    def _hand_over(self, f: Function, crew: ThreadTeam, found: Sum, source: str) -> None:
         """Bring a sum to its place in the caller's gradient, whatever its strides.
 
         A crew parts the rows of a gradient that one sum makes whole; where several add up, one thread adds in order.
@@ -198,7 +198,7 @@ class SumEmitter:
         start = f.at(start, f.mul(strides[0], found.corner[0])) if matrix else start
         start = f.at(start, f.mul(strides[1], found.corner[1]))
         fresh = label in self.plan.covered()
-        first, last = f.share(found.height, "%me", "%crew") if fresh else (0, found.height)
+        first, last = f.share(found.height, "%thread", "%threads") if fresh else (0, found.height)
         with nullcontext() if fresh else crew.leader():
             rows = f.mul(first, module.padded(found.width))
             to = (f"ptr {f.at(start, f.mul(strides[0], first))}", f"i64 {strides[0]}", f"i64 {strides[1]}")
