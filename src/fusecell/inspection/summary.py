@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.cell import Cell
+from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.refusal import Refusal
-from fusecell.layers import Bidirectional, Recurrent, Sequential, Stack
+from fusecell.inspection.recurrent_parts import named_recurrent_parts
+from fusecell.layers import Bidirectional, Recurrent, Sequential
+from fusecell.validation import first_weight
 
 __all__ = ["LayerSummary", "Summary", "count_cells", "summary"]
 
@@ -139,15 +142,11 @@ def count_cells(layer: nn.Module, seq_len: int) -> int:
 
 
 def _cells_per_step(module: nn.Module) -> int:
-    """Leaf cells that one time step goes through; a cell wrapped in another is one."""
-    if isinstance(module, Stack):
-        return sum(map(_cells_per_step, module.layers))
-    if isinstance(module, Cell | nn.RNNCellBase):
-        return 1
-    if isinstance(module, nn.RNNBase):
-        return module.num_layers * (2 if module.bidirectional else 1)
-    # Not children(): that leaves out a module's second appearance.
-    return sum(_cells_per_step(part) for part in module._modules.values() if part is not None)
+    """Count the cell calls of one time step; a wrapper with its inner cell is one call."""
+    calls = 0
+    for _, part in named_recurrent_parts(module):
+        calls += part.num_layers * (2 if part.bidirectional else 1) if isinstance(part, nn.RNNBase) else 1
+    return calls
 
 
 def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
@@ -205,7 +204,7 @@ class _Walk:
             recompute = getattr(module, "recompute", False)
             return replace(self, batch_first=module.batch_first, recompute=recompute)._torch_layers(module, name)
         if isinstance(module, Cell):
-            return list(self._cells(module, name)), module.output_size
+            return self._cells(module, name), module.output_size
         if isinstance(module, nn.RNNCellBase):
             return [self._torch_cell(module, name)], module.hidden_size
         raise TypeError(
@@ -215,7 +214,7 @@ class _Walk:
 
     def _recurrent(self, layer: Recurrent, name: str, *, reverse: bool = False) -> list[LayerSummary]:
         walk = replace(self, batch_first=layer.batch_first, recompute=layer.recompute)
-        return list(walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else ""))
+        return walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else "")
 
     def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], int]:
         walk = replace(self, batch_first=any(getattr(part, "batch_first", False) for part in module))
@@ -241,18 +240,19 @@ class _Walk:
         shape = self._sequence(output.shape[-1])
         return LayerSummary(name, type(module).__name__, _parameters(module), macs * self.seq_len, shape, {}, 0)
 
-    def _cells(self, cell: Cell, name: str, suffix: str = "") -> Iterator[LayerSummary]:
-        if isinstance(cell, Stack):
-            for index, part in enumerate(cell.layers):
-                yield from self._cells(part, _join(name, f"cells.{index}"), suffix)
-            return
+    def _cells(self, cell: Cell, name: str, suffix: str = "") -> list[LayerSummary]:
+        """Describe a cell, or each cell of a Stack."""
+        parts = named_recurrent_parts(cell, name)
+        return [self._cell(part, path, suffix) for path, part in parts if isinstance(part, Cell)]
+
+    def _cell(self, cell: Cell, name: str, suffix: str) -> LayerSummary:
         states: dict[str, Shape] = {
             state: (self.rows, size) for state, size in zip(cell.states, cell.state_sizes, strict=True)
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
         kind, shape, saved = type(cell).__name__ + suffix, self._sequence(cell.output_size), self._saved(cell)
-        yield LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
+        return LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
 
     def _saved(self, cell: Cell) -> int | None:
         """Bytes kept for the gradients of all parameters."""
@@ -288,9 +288,9 @@ class _Walk:
             tensors = [getattr(module, weight) for weight in names]
             kind = f"{type(module).__name__} layer"
             rows.append(self._of_weights(_join(name, suffix), kind, tensors, self._sequence(width), states))
-        if hasattr(module, "leaf_cells"):
-            leaves: Any = module.leaf_cells
-            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, leaves(), strict=True)]
+        if isinstance(module, HasCells):
+            cells = module.leaf_cells()
+            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, cells, strict=True)]
         return rows, width * len(directions)
 
     def _torch_cell(self, cell: nn.RNNCellBase, name: str) -> LayerSummary:
@@ -361,11 +361,12 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _like(module: nn.Module) -> dict[str, Any]:
-    """The dtype and device of a module's floating-point tensors."""
-    views = (value for value in vars(module).values() if isinstance(value, Tensor))
-    for value in (*module.parameters(), *module.buffers(), *views):
-        if value.is_floating_point():
-            return {"dtype": value.dtype, "device": value.device}
+    """Return the dtype and device of a module's weights, else of its buffers."""
+    weight = first_weight(module)
+    if weight is None:
+        weight = next((value for value in module.buffers() if value.is_floating_point()), None)
+    if weight is not None:
+        return {"dtype": weight.dtype, "device": weight.device}
     return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
 
 

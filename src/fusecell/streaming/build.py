@@ -46,7 +46,7 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
     cells = list(_cells(module, None))
     for cell in cells:
         _check(cell, rows)
-    kinds = {dtype for cell in cells if (dtype := _dtype(cell)) is not None} or {torch.get_default_dtype()}
+    kinds = {dtype for cell in cells if (dtype := weights_dtype(cell)) is not None} or {torch.get_default_dtype()}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
         raise TypeError(f"Stream computes in float32 or float64, the same in all cells, got {sorted(map(str, kinds))}.")
     (dtype,) = kinds
@@ -99,12 +99,6 @@ def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
             "Stream takes a cell or a layer of fusecell, or a Sequential that begins with one, "
             f"got {type(module).__name__}."
         )
-
-
-def _dtype(cell: Cell) -> torch.dtype | None:
-    """The dtype of a cell's weights, parameters or a drop-in layer's."""
-    views = (value.dtype for value in vars(cell).values() if isinstance(value, Tensor) and value.is_floating_point())
-    return weights_dtype(cell) or next(views, None)
 
 
 def _check(cell: Cell, rows: int) -> None:
