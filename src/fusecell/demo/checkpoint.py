@@ -1,4 +1,4 @@
-"""A run on disk: tensors in ``checkpoint.safetensors``, everything else in ``checkpoint.json`` beside it."""
+"""Save and resume a training run: tensors in ``checkpoint.safetensors``, all else in ``checkpoint.json``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(trainer: Trainer, corpus: Corpus, folder: Path) -> None:
-    """Write all that :func:`load_checkpoint` needs to go on as if nothing had happened."""
+    """Write all that :func:`load_checkpoint` needs to continue with the same numbers as without a stop."""
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.named_parameters():
         for key, value in trainer.optimizer.state[parameter].items():
@@ -45,17 +45,17 @@ def save_checkpoint(trainer: Trainer, corpus: Corpus, folder: Path) -> None:
     plain = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     save_file(plain, folder / f"{_TENSORS}.new", {"step": str(trainer.step)})
     (folder / f"{_CONFIG}.new").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    # Renamed only when both are whole, so that an interruption leaves the checkpoint before.
+    # Renamed when both are complete, so that an interruption leaves the previous checkpoint in place.
     for name in (_TENSORS, _CONFIG):
         os.replace(folder / f"{name}.new", folder / name)
 
 
 def load_checkpoint(corpus: Corpus, folder: Path) -> Trainer:
-    """The run that was saved in ``folder``, at the step where it was saved.
+    """Load the run that was saved in ``folder``, at the step where it was saved.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it was made of another text, or its two files are of different steps.
+        ValueError: if its text has other characters than ``corpus``, or its two files are of different steps.
     """
     if not (folder / _CONFIG).exists() or not (folder / _TENSORS).exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint to resume; run the demo once without --resume.")
@@ -67,7 +67,7 @@ def load_checkpoint(corpus: Corpus, folder: Path) -> Trainer:
         )
     with safe_open(folder / _TENSORS, framework="pt") as file:
         step = file.metadata()["step"]
-        # Cloned, as vector code rounds differently where a file's tensors stand askew in memory.
+        # Cloned: a tensor in a mapped file may be unaligned, and torch's vector code then rounds differently.
         tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if int(step) != config["step"]:
         raise ValueError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
+from fusecell.cell_tree import iter_cells
 from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
@@ -81,22 +80,13 @@ def refresh(module: nn.Module | None = None) -> None:
     Arguments:
         module: a cell, a layer, or any module that holds some.
     """
-    kinds = None if module is None else {type(cell) for cell in _cells(module)}
+    kinds = None if module is None else {type(cell) for cell in iter_cells(module)}
     for kept in (PROGRAMS, TRAINABLE_STEPS):
         kept.forget(kinds)
     fast_path.forget()
     for warned in list(_warned):
         if kinds is None or warned[0] in kinds:
             _warned.discard(warned)
-
-
-def _cells(module: nn.Module) -> Iterator[Cell]:
-    for part in module.modules():
-        if isinstance(part, Cell):
-            yield part
-        elif hasattr(part, "leaf_cells"):  # a drop-in layer, whose cells are in no module's tree
-            leaves: Any = part.leaf_cells
-            yield from (cell for *_, cell in leaves())
 
 
 register("compiled", run_compiled)
