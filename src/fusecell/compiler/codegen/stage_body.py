@@ -9,6 +9,7 @@ from fusecell.compiler.codegen.kernel_abi import Layout, row_address
 from fusecell.compiler.codegen.llvm_builder import LANES, Function, Value
 from fusecell.compiler.codegen.pointwise_ops import VALUES, literal
 from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.walk import resolve
 from fusecell.compiler.schedule.plan import Buffer, Place, Plan, Stage
 
 __all__ = ["Body", "epilogue_roots", "join_lanes", "own_rows", "partials", "reads"]
@@ -141,9 +142,14 @@ class Body:
 
     def value(self, index: int) -> str:
         """The vector of a value at this row and block, loaded or computed once."""
-        if index not in self._known:
-            self._known[index] = self._made(index)
-        return self._known[index]
+        return resolve(index, self._known, self._operands, self._made)
+
+    def _operands(self, index: int) -> tuple[int, ...]:
+        """What has to be in registers before a value is computed; nothing for one that is loaded."""
+        node = self.plan.graph[index]
+        if index in self.local:
+            return () if node.op == "affine" else node.args
+        return () if self.plan.place(index, self.stage.phase) is not None else node.args
 
     def _made(self, index: int) -> str:
         node, f = self.plan.graph[index], self.f
@@ -158,7 +164,7 @@ class Body:
                 if node.type.kind == "mask":
                     value = f.let(f"{node.name}.mask", f"fcmp une {self.module.vector} {value}, zeroinitializer")
                 return value
-        return VALUES[node.op](f, [self.value(arg) for arg in node.args], node.name)
+        return VALUES[node.op](f, [self._known[arg] for arg in node.args], node.name)
 
     def accumulator(self, position: int) -> str:
         """Where the tile keeps the sums of one of the stage's products."""

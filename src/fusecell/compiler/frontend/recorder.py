@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self._by_storage: dict[int, set[Key]] = {}
         self._fixed: set[int] = {tensor.untyped_storage()._cdata for _, tensor in sources.values()}
         self._kept: list[Tensor] = []
-        self._edges: dict[int, list[tuple[Any, int]]] = {}
+        self._edges: dict[int, dict[tuple[Any, int], None]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -83,9 +83,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             found = self._source(tensor)
         if isinstance(found, Weight) and tensor.grad_fn is not None:
             edge = (tensor.grad_fn, tensor.output_nr)
-            edges = self._edges.setdefault(found.slot, [])
-            if edge not in edges:
-                edges.append(edge)
+            self._edges.setdefault(found.slot, {})[edge] = None
         return found
 
     def _source(self, tensor: Tensor) -> Value:

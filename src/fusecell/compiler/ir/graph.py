@@ -193,9 +193,11 @@ class Builder:
 
     def _unique(self, name: str) -> str:
         name = re.sub(r"[^\w.]", "_", name)
-        count = self._names.get(name)
-        self._names[name] = 1 if count is None else count + 1
-        return name if count is None else self._unique(f"{name}.{count}")
+        while (count := self._names.get(name)) is not None:
+            self._names[name] = count + 1
+            name = f"{name}.{count}"
+        self._names[name] = 1
+        return name
 
 
 Rewrite = Callable[[Builder, int, tuple[int, ...]], int]

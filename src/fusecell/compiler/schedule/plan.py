@@ -118,10 +118,15 @@ class Plan:
 
     def place(self, index: int, phase: Phase) -> Place | None:
         """Where a value is found by a stage of ``phase``; None if it is nowhere in memory."""
+        offset, node = 0, self.graph[index]
+        while node.op == "slice":
+            offset, index = offset + node.attrs["start"], node.args[0]
+            node = self.graph[index]
+        whole = self._whole(index, phase)
+        return Place(whole.buffer, whole.offset + offset) if whole is not None and offset else whole
+
+    def _whole(self, index: int, phase: Phase) -> Place | None:
         node = self.graph[index]
-        if node.op == "slice":
-            whole = self.place(node.args[0], phase)
-            return whole and Place(whole.buffer, whole.offset + node.attrs["start"])
         if node.op == "input" and phase in ("lift", "post") and not node.name.startswith(SAVED):
             return Place(self.gathered[index]) if index in self.gathered else None
         if node.op == "state" and phase == "post":

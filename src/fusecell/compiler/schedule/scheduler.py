@@ -18,6 +18,7 @@ from typing import Literal
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.walk import resolve
 from fusecell.compiler.schedule.plan import Buffer, Phase, Place, Plan, Stage, Sum
 
 __all__ = ["plan"]
@@ -31,6 +32,9 @@ _MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
     "loop": "step",
     "post": "chunk",
 }
+
+_Ranks = dict[tuple[Phase, int], tuple[int, int]]
+"""By phase and width: the greatest rank of such values, and the one from which all of them are in memory."""
 
 
 def plan(graph: Graph, *, backward: bool = False) -> Plan:
@@ -50,6 +54,12 @@ class _Scheduler:
         self.row_outputs = {label: i for label, i in self.rows.items() if not label.startswith("state.")}
         self.phase: dict[int, Phase] = {}
         self.rank: dict[int, int] = {}
+        self.computed_in: dict[int, Stage] = {}
+        self._used: dict[int, frozenset[Phase]] = {}
+        self._read: dict[int, frozenset[Phase | None]] = {}
+        self._readiness: dict[tuple[int, Phase], int] = {}
+        self._cheap_ranks: dict[int, _Ranks] = {}
+        self._first_phase: dict[int, Phase] = {}
         self.homes: dict[int, Place] = {}
         self.gathered: dict[int, Buffer] = {}
 
@@ -86,7 +96,7 @@ class _Scheduler:
             if index in self.phase or node.op in LEAVES or node.type.kind == "sum":
                 continue
             phases: set[Phase] = {"loop"} if index in outputs else set()
-            phases |= set(self._used_in(index))
+            phases |= self._used_in(index)
             if phases and (node.op == "concat" or index in outputs or self._is_read_whole(index)):
                 self.phase[index] = min(phases, key=PHASES.index)
         for index, node in graph:
@@ -103,16 +113,29 @@ class _Scheduler:
                 return True
         return False
 
-    def _used_in(self, index: int) -> Iterator[Phase]:
+    def _used_in(self, index: int) -> frozenset[Phase]:
         """The phases that read a value, looking through parts and what is computed wherever it is used."""
+        return resolve(index, self._used, self._transparent_users, self._users_phases)
+
+    def _transparent_users(self, index: int) -> list[int]:
+        return [
+            user
+            for user in self.users[index]
+            if self.graph[user].op not in ("outer", "rowsum")
+            and (user not in self.phase or self.graph[user].op == "slice")
+        ]
+
+    def _users_phases(self, index: int) -> frozenset[Phase]:
+        found: set[Phase] = set()
         for user in self.users[index]:
-            node = self.graph[user]
-            if node.op in ("outer", "rowsum"):
-                yield "post"
-            elif user in self.phase and node.op != "slice":
-                yield self.phase[user]
+            op = self.graph[user].op
+            if op in ("outer", "rowsum"):
+                found.add("post")
+            elif user in self.phase and op != "slice":
+                found.add(self.phase[user])
             else:
-                yield from self._used_in(user)
+                found |= self._used[user]
+        return frozenset(found)
 
     # Stages: a rank within each phase, so that a stage's operands are complete before it begins.
 
@@ -129,6 +152,8 @@ class _Scheduler:
             stage = stages.setdefault((phase, rank, width), Stage(phase, rank, width))
             kind = "affines" if node.op == "affine" else "reductions" if node.op in REDUCTIONS else "pointwise"
             getattr(stage, kind).append(index)
+            if kind != "reductions":
+                self.computed_in[index] = stage
         return sorted(stages.values(), key=lambda stage: (PHASES.index(stage.phase), stage.rank, stage.width))
 
     def _rank(self, index: int) -> int:
@@ -138,35 +163,59 @@ class _Scheduler:
         if node.op == "concat":
             return max(self._ready(arg, phase) + (not self._is_computed(arg, phase)) for arg in node.args)
         ranks = [0]
-        for arg in self._local_args(index):
-            if self.phase.get(arg) != phase:
-                continue
-            other = self.graph[arg]
-            whole = node.op == "affine" or other.op in (*REDUCTIONS, "slice", "concat")
-            whole |= node.op not in REDUCTIONS and other.size != node.size
-            ranks.append(self._ready(arg, phase) if whole else self.rank[arg])
+        for (other, width), (itself, ready) in self._operand_ranks(index).items():
+            if other == phase:
+                whole = node.op == "affine" or (node.op not in REDUCTIONS and width != node.size)
+                ranks.append(ready if whole else itself)
         return max(ranks)
 
     def _ready(self, index: int, phase: Phase) -> int:
         """The rank from which all columns of a value are in memory, or of all that it is computed from on the spot."""
+        return resolve((index, phase), self._readiness, self._on_the_spot, self._ready_from)
+
+    def _on_the_spot(self, key: tuple[int, Phase]) -> list[tuple[int, Phase]]:
+        return [(arg, key[1]) for arg in self.graph[key[0]].args] if self._is_cheap(key[0]) else []
+
+    def _ready_from(self, key: tuple[int, Phase]) -> int:
+        index, phase = key
         node = self.graph[index]
-        if index not in self.phase and node.op not in LEAVES:
-            return max((self._ready(arg, phase) for arg in node.args), default=0)
+        if self._is_cheap(index):
+            return max((self._readiness[arg, phase] for arg in node.args), default=0)
         if self.phase.get(index) != phase:
             return 0
         return self.rank[index] + (0 if node.op in ("slice", "concat") else 1)
+
+    def _is_cheap(self, index: int) -> bool:
+        """Whether a value is in no phase: it is computed wherever it is used."""
+        return index not in self.phase and self.graph[index].op not in LEAVES
 
     def _is_computed(self, index: int, phase: Phase) -> bool:
         """Whether a stage of ``phase`` makes a value and can store it anywhere; else it has to be loaded first."""
         return self.phase.get(index) == phase and self.graph[index].op not in ("slice", "concat", *REDUCTIONS)
 
-    def _local_args(self, index: int) -> Iterator[int]:
-        """The arguments in some phase, looking through those that are computed wherever they are used."""
+    def _operand_ranks(self, index: int) -> _Ranks:
+        """The ranks of the operands in some phase, looking through those that are computed wherever they are used."""
+        ranks: _Ranks = {}
         for arg in self.graph[index].args:
-            if arg in self.phase or self.graph[arg].op in LEAVES:
-                yield arg
+            if self._is_cheap(arg):
+                own = resolve(arg, self._cheap_ranks, self._cheap_args, self._operand_ranks)
+            elif arg in self.phase:
+                own = self._own_rank(arg)
             else:
-                yield from self._local_args(arg)
+                continue
+            for key, (itself, ready) in own.items():
+                before = ranks.get(key, (0, 0))
+                ranks[key] = max(before[0], itself), max(before[1], ready)
+        return ranks
+
+    def _cheap_args(self, index: int) -> list[int]:
+        return [arg for arg in self.graph[index].args if self._is_cheap(arg)]
+
+    def _own_rank(self, index: int) -> _Ranks:
+        phase, node = self.phase[index], self.graph[index]
+        ready = self._ready(index, phase)
+        itself = ready if node.op in (*REDUCTIONS, "slice", "concat") else self.rank[index]
+        return {(phase, node.size): (itself, ready)}
 
     # Memory.
 
@@ -207,23 +256,31 @@ class _Scheduler:
             self._store(made, index, place)
         self.homes[index] = place
 
-    def _read_in(self, index: int) -> Iterator[Phase | None]:
+    def _read_in(self, index: int) -> frozenset[Phase | None]:
         """The phases of the stages that read a value from memory; None for a use that reads a register."""
+        return resolve(index, self._read, self._moving_users, self._readers)
+
+    def _moving_users(self, index: int) -> list[int]:
+        return [user for user in self.users[index] if self.graph[user].op in ("slice", "concat") and user in self.phase]
+
+    def _readers(self, index: int) -> frozenset[Phase | None]:
         mine, rank = self.phase[index], self.rank[index]
         node = self.graph[index]
+        found: set[Phase | None] = set()
         for user in self.users[index]:
             other = self.graph[user]
             if other.op in ("slice", "concat") and user in self.phase:
-                yield from self._read_in(user)
+                found |= self._read[user]
             elif other.op in ("outer", "rowsum"):
-                yield "post"
+                found.add("post")
             elif user not in self.phase:
-                yield from self._used_in(user)
+                found |= self._used_in(user)
             elif node.op in (*REDUCTIONS, "slice", "concat") or other.op == "affine" or self.phase[user] != mine:
-                yield self.phase[user]
+                found.add(self.phase[user])
             else:
                 same = self.rank[user] == rank and self._stage_width(user) == self._stage_width(index)
-                yield None if same else mine
+                found.add(None if same else mine)
+        return frozenset(found)
 
     def _stage_width(self, index: int) -> int:
         node = self.graph[index]
@@ -250,7 +307,7 @@ class _Scheduler:
         size, mine = self.graph[index].size, self.phase.get(index)
         stepwise = place.buffer.scope in ("state", "user", "step")
         if mine is not None and self._is_computed(index, mine) and (mine == "loop" or not stepwise):
-            return next(stage for stage in made.stages if index in stage.results() and stage.phase == mine)
+            return self.computed_in[index]
         # What is only moved is loaded and stored by a stage of its width, or by one made for it.
         self._ensure_home(made, index)
         joined: Phase = "lift" if before is None else self.phase[before]
@@ -269,17 +326,22 @@ class _Scheduler:
 
     def _latest(self, index: int) -> Phase:
         """The first phase in which all is at hand that a value is computed from on the spot."""
-        node = self.graph[index]
-        if index in self.phase or node.op in LEAVES:
-            return self.phase.get(index) or ("loop" if node.op == "state" else "once")
-        phases: list[Phase] = [self._latest(arg) for arg in node.args]
+        return resolve(index, self._first_phase, self._args_if_cheap, self._latest_of)
+
+    def _args_if_cheap(self, index: int) -> tuple[int, ...]:
+        return self.graph[index].args if self._is_cheap(index) else ()
+
+    def _latest_of(self, index: int) -> Phase:
+        if not self._is_cheap(index):
+            return self.phase.get(index) or ("loop" if self.graph[index].op == "state" else "once")
+        phases: list[Phase] = [self._first_phase[arg] for arg in self.graph[index].args]
         return max(phases, key=PHASES.index)
 
     def _ensure_home(self, made: Plan, index: int) -> None:
         """Memory for a value of which at least a part is loaded to be stored again."""
-        if self.graph[index].op == "slice":
-            self._ensure_home(made, self.graph[index].args[0])
-        elif index in self.phase and index not in self.homes:
+        while self.graph[index].op == "slice":
+            index = self.graph[index].args[0]
+        if index in self.phase and index not in self.homes:
             self._make_home(made, index, _MEMORY[self.phase[index]])
 
     def _give_outputs(self, made: Plan) -> None:
@@ -297,7 +359,7 @@ class _Scheduler:
     def _give_sums(self, made: Plan) -> None:
         for label, index in self.graph.outputs.items():
             if self.graph[index].type.kind == "sum":
-                for a, b, flipped, corner in _contributions(self.graph, index, False, (0, 0)):
+                for a, b, flipped, corner in _contributions(self.graph, index):
                     made.sums.append(self._sum(f"sum.{len(made.sums)}", label, a, b, flipped, corner))
 
     def _sum(self, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
@@ -313,7 +375,7 @@ class _Scheduler:
     def _keep_states(self, made: Plan) -> None:
         """A state that a product after the loop reads is copied for it, step by step."""
         for index in self.graph.leaves("state"):
-            if any(phase == "post" for phase in self._used_in(index)):
+            if "post" in self._used_in(index):
                 node = self.graph[index]
                 made.kept[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
                 self._store(made, index, Place(made.kept[index]))
@@ -353,26 +415,29 @@ def _leaf_inputs(made: Plan, stage: Stage) -> set[int]:
 
 
 def _leaves_of(graph: Graph, index: int) -> set[int]:
-    node = graph[index]
-    if node.op == "slice":
-        return _leaves_of(graph, node.args[0])
-    return {index} if node.op == "input" else set()
+    while graph[index].op == "slice":
+        index = graph[index].args[0]
+    return {index} if graph[index].op == "input" else set()
 
 
-def _contributions(
-    graph: Graph, index: int, flipped: bool, corner: tuple[int, int]
-) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
-    """The outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
-    node = graph[index]
-    if node.op == "total":
-        for arg in node.args:
-            yield from _contributions(graph, arg, flipped, corner)
-    elif node.op == "transpose":
-        yield from _contributions(graph, node.args[0], not flipped, corner[::-1])
-    elif node.op == "place":
-        offset = (0, *node.attrs["corner"])[-2:]
-        yield from _contributions(graph, node.args[0], flipped, (corner[0] + offset[0], corner[1] + offset[1]))
-    elif node.op == "outer":
-        yield node.args[0], node.args[1], flipped, corner
-    else:
-        yield None, node.args[0], flipped, corner
+def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
+    """The outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row.
+
+    Yields:
+        For each its operands, the first None for a row sum, whether it is flipped, and where its corner is.
+    """
+    stack = [(index, False, (0, 0))]
+    while stack:
+        index, flipped, corner = stack.pop()
+        node = graph[index]
+        if node.op == "total":
+            stack += [(arg, flipped, corner) for arg in reversed(node.args)]
+        elif node.op == "transpose":
+            stack.append((node.args[0], not flipped, corner[::-1]))
+        elif node.op == "place":
+            offset = (0, *node.attrs["corner"])[-2:]
+            stack.append((node.args[0], flipped, (corner[0] + offset[0], corner[1] + offset[1])))
+        elif node.op == "outer":
+            yield node.args[0], node.args[1], flipped, corner
+        else:
+            yield None, node.args[0], flipped, corner
