@@ -24,7 +24,7 @@ def bind(threads: int) -> list[int]:
     if not 1 <= threads <= len(cores):
         raise ValueError(f"--threads {threads}: this process may use {len(cores)} cores; give 1 to {len(cores)}.")
     os.sched_setaffinity(0, cores[:threads])
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # some read this rather than count the cores they may use
     return cores[:threads]
 
 

@@ -72,6 +72,7 @@ def _torch_stream(problem: Problem) -> Call:
     kind = getattr(torch.nn, f"{type(problem.layer).__name__}Cell")
     cell = kind(problem.shape.inputs, problem.shape.hidden)
     cell.load_state_dict({name: torch.from_numpy(value) for name, value in problem.weights().items()})
+    # Without a state at first, then with the last: a stream's state is carried over from call to call too.
     x, state = problem.inputs[0][0], None
 
     def call() -> object:

@@ -93,6 +93,7 @@ def make_problem(shape: Shape, mode: Mode) -> Problem:
     inputs = tuple(torch.randn(size) for size in sizes)
     weight = torch.randn(*sizes[0][:-1], shape.hidden)
     layer.train(mode.training)
+    # The reference: the same weights, the definition of the step, and twice the digits.
     exact = copy.deepcopy(layer).double()
     definition = Problem(shape, mode, exact, tuple(value.double() for value in inputs), weight.double(), {})
     with fc.runner("eager"):

@@ -85,6 +85,7 @@ def soak(minutes: float, seed: int, *, tolerance: float = 2e-3) -> str:
             minutes, in which kernels are still being compiled, by more than 128 MiB.
     """
     allowed_growth = (32 if minutes >= 10 else 128) << 20
+    # Half of the time to settle: caches fill and kernels get compiled, after that memory must stay flat.
     choose, began = random.Random(seed), time.perf_counter()
     turns, worst, settled = 0, 0.0, 0
     while (elapsed := (time.perf_counter() - began) / 60) < minutes:
