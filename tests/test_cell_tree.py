@@ -60,6 +60,7 @@ def test_cells_of_drop_in_layers_compute_in_the_dtype_of_its_weights(kind, dtype
 def test_a_plain_tensor_is_no_weight():
     cell = Constant()
     assert weights_dtype(cell) is None
-    y, h = fc.Recurrent(cell)(torch.ones(2, 1, 3, dtype=torch.float64))
+    with fc.runner("eager"):
+        y, h = fc.Recurrent(cell)(torch.ones(2, 1, 3, dtype=torch.float64))
     assert y.dtype == h.dtype == torch.float64
     assert y[:, 0].tolist() == [[2.0] * 3, [4.0] * 3]

@@ -90,7 +90,7 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
         before, after = type(module), table[type(module)]
         for name, value in _EXTRAS[before if back else after].items():
             module.__dict__.pop(name, None) if back else module.__dict__.setdefault(name, value)
-        module.__class__ = after
+        module.__class__ = after  # ours subclass torch.nn's and add no slots, so this is all a change takes
         changed.append((path, _name(before), _name(after)))
     return Replaced(tuple(changed), () if back else tuple(_subclasses(model)))
 

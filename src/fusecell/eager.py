@@ -48,6 +48,7 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
             output = _select(valid[t], output, torch.zeros_like(output))
             state = tuple(_select(valid[t], *pair) for pair in zip(state, before, strict=True))
         outputs[t] = output
+    # Cloned: a step may return its state unchanged, and results never share memory with arguments.
     return torch.stack(outputs), tuple(value.clone() for value in state)
 
 
@@ -90,7 +91,7 @@ def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[
             like = state[0]
             start = first_state(cell, like.shape[0], dtype=like.dtype, device=like.device)
         if valid is not None:
-            resets = resets & valid
+            resets = resets & valid  # a reset in the padding would wipe out a row's final state
     return valid, resets, start
 
 

@@ -50,6 +50,7 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
         weight = getattr(cell, "weight_hh", None)
         if isinstance(weight, Tensor) and weight.dim() == 2:
             changed = True
+            # One matrix per gate: orthogonal blocks together would not be orthogonal.
             for block in weight.detach().chunk(max(len(cell.gates), 1)):
                 block.copy_(nn.init.orthogonal_(torch.empty_like(block), gain))
     if not changed:
@@ -149,6 +150,7 @@ def chrono_(module: Module, longest: int) -> Module:
         raise ValueError(f"chrono_ needs a longest dependency of more than 2 steps, got {longest!r}.")
     changed = False
     for cell in iter_cells(module):
+        # A gate at sigmoid(log(t)) keeps t / (t + 1) of the state in a step: its memory lasts about t steps.
         spread = torch.empty(cell.hidden_size).uniform_(1, longest - 1).log()
         changed |= bool(cell.keeps) and _set_bias(cell, cell.keeps, spread)
         changed |= bool(cell.updates) and _set_bias(cell, cell.updates, -spread)

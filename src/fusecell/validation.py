@@ -77,6 +77,7 @@ def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched
     if unbatched:
         states = tuple(value[None] if value.dim() == 1 else value for value in states)
     check_state(cell, states, rows)
+    # A cell without weights computes in whatever dtype it gets.
     if weights_dtype(cell) is None:
         return states
     for name, value in zip(cell.states, states, strict=True):
@@ -172,7 +173,7 @@ def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
     weight = first_weight(cell)
     if weight is None:
         return
-    # is_cpu is an attribute look-up; comparing two torch.device objects takes several times as long.
+    # is_cpu is an attribute; comparing two torch.device objects takes several times as long.
     if not (weight.is_cpu and value.is_cpu) and weight.device != value.device:
         raise ValueError(
             f"{_name(cell)}'s weights are on {weight.device} and {label} is on {value.device}. "

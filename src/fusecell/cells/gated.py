@@ -59,7 +59,7 @@ class MGUCell(WeightCell):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         x_f, x_n = F.linear(x, self.weight_ih, self.bias_ih).chunk(2, -1)
-        w_f, w_n = self.weight_hh.chunk(2)
+        w_f, w_n = self.weight_hh.chunk(2)  # two products, because the candidate's needs f
         f = self.note("f", torch.sigmoid(x_f + F.linear(h, w_f)))  # forget gate
         n = self.note("n", torch.tanh(x_n + F.linear(f * h, w_n)))  # candidate
         h = (1 - f) * h + f * n
@@ -199,6 +199,7 @@ class FastGRNNCell(WeightCell):
     network", 2018, arXiv:1901.02358; full-rank matrices, initial values of the biases and scalars as in its code.
     """
 
+    # No `gates`: the matrices' rows belong to gate and candidate alike. fusecell.init finds z by the name bias_z.
     keeps = "z"
 
     bias_z: Tensor

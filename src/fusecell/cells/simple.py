@@ -154,7 +154,7 @@ class IndRNNCell(WeightCell):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.uniform_(self.weight_hh, 0, 1)
+        nn.init.uniform_(self.weight_hh, 0, 1)  # above 1 a unit that reads only itself would grow without bound
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -211,6 +211,7 @@ class AntisymmetricRNNCell(WeightCell):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
+        # The compiler moves the difference of the weights out of the loop, as it depends on no state.
         spin = F.linear(h, self.weight_hh - self.weight_hh.t()) - self.gamma * h
         h = h + self.epsilon * torch.tanh(F.linear(x, self.weight_ih, self.bias_ih) + spin)
         return h, (h,)

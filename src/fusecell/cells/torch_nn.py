@@ -44,7 +44,7 @@ class _TorchCell(Cell):
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size or a dtype doesn't fit.
             TypeError: where an argument is not a tensor, or the state not of the cell's form.
         """
-        if len(self.inputs) > 1:
+        if len(self.inputs) > 1:  # a subclass of the user's, which torch.nn's checks know nothing of
             return super().forward(input, hx)
         return bare(one_step(self, input, hx, False, _torch_step)[1])
 
@@ -380,6 +380,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def cell_keys(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
     """Rename the keys of a one-layer, one-direction layer's state_dict to a cell's; return any other unchanged."""
+    # With a second layer or direction it is not a cell's: its keys stay, and load_state_dict names them.
     others = ("weight_ih_l1", "weight_ih_l0_reverse")
     if f"{prefix}weight_ih_l0" not in state_dict or any(prefix + name in state_dict for name in others):
         return state_dict
@@ -400,7 +401,7 @@ def _renamed(state_dict: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
 def _check_constructor(**sizes: Any) -> None:
     """Raise TypeError or ValueError unless every size is a non-negative integer, of Python's or NumPy's."""
     for name, value in sizes.items():
-        if not hasattr(value, "__index__"):
+        if not hasattr(value, "__index__"):  # int(3.5) would be accepted
             raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")

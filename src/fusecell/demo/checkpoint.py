@@ -29,6 +29,7 @@ def save_checkpoint(trainer: Trainer, corpus: Corpus, folder: Path) -> None:
     """Write all that :func:`load_checkpoint` needs to continue with the same numbers as without a stop."""
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.named_parameters():
+        # By the parameters' names: Adam itself numbers them.
         for key, value in trainer.optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
     if trainer.state is not None:

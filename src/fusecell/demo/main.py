@@ -176,7 +176,7 @@ def _write_output(
 def _metrics(lanes: Sequence[Lane], corpus: Corpus, exam: Exam, results: Results) -> dict[str, Any]:
     first = lanes[0].trainer
     settings = first.settings.to_dict()
-    del settings["layer"]
+    del settings["layer"]  # the only setting that differs between the layers
     return {
         **results.to_dict(),
         "steps": {lane.name: lane.trainer.step for lane in lanes},

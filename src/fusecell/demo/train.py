@@ -110,7 +110,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(used)
         self.optimizer.step()
-        self.state = detach(state)
+        self.state = detach(state)  # truncated here: no gradient flows into the window before
         self.step += 1
         self.seconds += time.perf_counter() - began
         return loss.item() / math.log(2)

@@ -133,6 +133,7 @@ def _call(layer: nn.Module, x: Tensor, training: bool, name: Any) -> Callable[[]
         if not training:
             with torch.no_grad():
                 return forward()
+        # Not backward(), which would add to the .grad of the user's layer.
         return torch.autograd.grad(forward().sum(), parameters, allow_unused=True)
 
     def call_in_runner() -> object:

@@ -176,6 +176,8 @@ def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
         ValueError: for a seq_len that is negative, a batch_size below 1, or a Sequential that has no input size.
     """
     walk = _Walk(_integer("seq_len", seq_len, 0), _integer("batch_size", batch_size, 1))
+    # Cells draw noise here: fork_rng leaves the user's random numbers as they were. Inference mode is off because what
+    # is compiled here serves later calls too.
     with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.no_grad():
         layers, _ = walk.describe(layer)
     return Summary(tuple(layers), seq_len, batch_size, _parameters(layer))

@@ -108,6 +108,7 @@ def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
         yield from (cell for *_, cell in module.leaf_cells())
     elif isinstance(module, Sequential | nn.Sequential):
         for part in module:
+            # Each part's input is as wide as the output of the cell before it, which a readout can't tell itself.
             for cell in _cells(part, width):
                 width = cell.output_size
                 yield cell

@@ -67,7 +67,7 @@ class Stream:
             parts: bottom first; each takes the output of the one below.
             batch_size: the number of rows.
         """
-        stream = cls.__new__(cls)
+        stream = cls.__new__(cls)  # past __init__, which imports torch
         stream._bind(parts, batch_size, None)
         return stream
 
@@ -133,7 +133,7 @@ class Stream:
         """
         if type(x) is not np.ndarray:
             x = _array(x)
-        if x.dtype is not self._input.dtype:
+        if x.dtype is not self._input.dtype:  # identity holds nearly always, and == takes longer
             x = self._real("input", x)
         unbatched = x.shape == self._one and self._rows == 1
         if not unbatched and x.shape != self._input.shape:
@@ -261,6 +261,7 @@ class Stream:
                 "save it."
             )
         state = self.state
+        # Built anew: packed weights can't be updated in part, and parametrized ones are computed.
         vars(self).update(vars(Stream(self._module, self._rows)))
         self.state = state
 

@@ -62,10 +62,12 @@ class Trial:
     def state(self) -> State:
         """A random start state, (N, size) each."""
         torch.manual_seed(self.seed + 1)
+        # Halved: most states are in (-1, 1), where activations aren't saturated and gradients not 0.
         return tuple(self.random(self.batch_size, size) / 2 for size in self.cell.state_sizes)
 
     def draw(self, steps: int, rows: int) -> State:
         """Draw the cell's own inputs; the same in every call."""
+        # Seeded in every call, so that a layer, which draws by itself, gets the numbers of the plain loop.
         torch.manual_seed(self.seed + 2)
         return self.cell.draw(steps, rows, dtype=self.like.dtype, device=self.like.device)
 

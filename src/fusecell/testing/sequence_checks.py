@@ -71,6 +71,7 @@ def _lengths(trial: Trial) -> list[int]:
 
 def _padded_with_nan(trial: Trial, lengths: list[int]) -> State:
     """Return the caller's inputs with NaN in x beyond each row's length."""
+    # NaN, so that any arithmetic on the padding, even times zero, shows.
     x = trial.caller_inputs[0].clone()
     for row, length in enumerate(lengths):
         x[length:, row] = torch.nan
@@ -204,6 +205,7 @@ def _pickled(cell: Cell) -> Cell:
 def check_state_dict(trial: Trial) -> Iterator[str]:
     """the state_dict holds the cell's parameters and buffers, nothing else, and loads back"""
     cell = trial.cell
+    # Tied parameters are in the state_dict under each of their names.
     saved = cell.state_dict()
     parameters = {name: value.detach() for name, value in cell.named_parameters(remove_duplicate=False)}
     held = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}

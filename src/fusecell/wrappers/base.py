@@ -42,6 +42,7 @@ class Wrapper(Cell):
         super().__init__(cell.input_size, cell.hidden_size)
         self.cell = cell
 
+    # Properties, not copies made in __init__: the inner cell may change them, with its training mode for example.
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.cell.states

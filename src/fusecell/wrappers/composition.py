@@ -70,6 +70,7 @@ class LearnedState(Wrapper):
 
     def __init__(self, cell: Cell) -> None:
         super().__init__(cell)
+        # On the cell's device: the wrapper may be built after model.to(...).
         like = next(cell.parameters(), torch.zeros(()))
         start = cell.initial_state(1, dtype=weights_dtype(cell), device=like.device)
         for name, value in zip(cell.states, start, strict=True):

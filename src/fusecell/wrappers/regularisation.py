@@ -78,6 +78,7 @@ class Zoneout(Wrapper):
             else:
                 zoned = p * before + (1 - p) * value if p else value
             after.append(zoned)
+            # By identity: a GRU returns its new state as output, and must return the state after zoneout.
             if output is value:
                 output = zoned
         return output, tuple(after)
@@ -205,6 +206,7 @@ class RecurrentDropout(Wrapper):
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         if not noise:
             return self.cell.step(x, state)
+        # The step itself goes on with the value returned here, so no cell needs a dropout of its own.
         with rewrite_intermediates(lambda _, name, value: value * noise[0] if name == self.name else value):
             return self.cell.step(x, state)
 
@@ -272,6 +274,7 @@ class WeightDrop(Wrapper):
             return self.cell.step(x, state)
         weights = dict(self.cell.named_parameters())
         dropped = {f"cell.{name}": weights[name] * getattr(self, f"mask_{i}") for i, name in enumerate(self.names)}
+        # In a functional call the cell's own parameters stay leaves, and autograd sees the products with the masks.
         result: tuple[Tensor, State] = functional_call(_Stepper(self.cell), dropped, (x, state))
         return result
 
