@@ -8,7 +8,7 @@ gradients, and the transforms and modes that are active. Where it fails the call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
@@ -22,6 +22,7 @@ from fusecell.compiler.dispatch.bound_kernels import Backward, Forward, NotPrepa
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
 from fusecell.compiler.programs.rebind import bound
@@ -61,8 +62,9 @@ class _Known:
 _KNOWN: dict[int, _Known] = {}
 
 
-def forget() -> None:
-    """Remember no call."""
+@register_cache
+def forget(kinds: Collection[type] | None = None) -> None:
+    """Remember no call, whatever the classes of cells are."""
     _KNOWN.clear()
 
 
