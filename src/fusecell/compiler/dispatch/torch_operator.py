@@ -7,9 +7,11 @@ by torch sees of a layer is one call of it; the backward is another operator.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.inference import run_forward, without_notes
 from fusecell.compiler.programs.rebind import bound
 from fusecell.compiler.programs.training import Call, Training
@@ -44,7 +47,7 @@ class Described(NamedTuple):
     Arguments:
         text: the graph, with its gradient if that is wanted; empty where the step can't be compiled.
         paths: the tensors that it takes, by the paths of their attributes.
-        prologue: which of the prologues makes its weights of them; -1 where they are its weights.
+        prologue: the number of the prologue that makes its weights of them; -1 where they are its weights.
         constants: numbers, flags and names that the step may have read, by path; torch traces again if one changes.
     """
 
@@ -130,18 +133,45 @@ def _described(
         paths = prologue.direct_paths
         if paths is not None:
             return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, _constants(cell, leaf))
-        _PROLOGUES.append(prologue)
         paths = [path + suffix for path, _ in prologue.sources]
-        return Described(traced.graph.text, tuple(paths), len(_PROLOGUES) - 1, _constants(cell, leaf))
+        return Described(traced.graph.text, tuple(paths), _number_of(owner, prologue), _constants(cell, leaf))
 
 
-_PROLOGUES: list[Prologue] = []
+_HELD: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]] = WeakKeyDictionary()
+"""Of each module that torch traces, the numbers of its prologues, each once: what torch has traced is the module's."""
+_PROLOGUES: dict[int, Prologue] = {}
+_NUMBERS = itertools.count()
+
+
+def _number_of(owner: nn.Module, prologue: Prologue) -> int:
+    """The number by which what torch traced of a module finds a prologue again, for as long as the module lives."""
+    if owner not in _HELD:
+        # Not through the table: by then it has lost the module.
+        finalize(owner, _drop, _HELD.setdefault(owner, {}))
+    numbers = _HELD[owner]
+    key = (prologue.describe(), *[step.func for step in prologue.steps])
+    if key not in numbers:
+        numbers[key] = next(_NUMBERS)
+        _PROLOGUES[numbers[key]] = prologue
+    return numbers[key]
+
+
+def _drop(numbers: dict[tuple[object, ...], int]) -> None:
+    for number in numbers.values():
+        del _PROLOGUES[number]
 
 
 @torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]
 def _computed(index: int, *originals: Tensor) -> State:
     """The weights that a step computes, as torch traces them."""
     return _PROLOGUES[index].computed(originals)
+
+
+@register_cache
+def _forget_kernels(kinds: Collection[type] | None = None) -> None:
+    """Drop the kernels of all graphs: a graph doesn't say what cell it is of."""
+    for kept in (_inference, _training, _output_size, _shapes):
+        kept.cache_clear()
 
 
 def _compiled(traced: Traced, cell: Cell, wanted: Sequence[bool] | None, recompute: bool) -> tuple[str, ...]:
@@ -178,8 +208,10 @@ def _tensors(cell: Cell) -> Iterator[tuple[str, Tensor]]:
 
 
 def _solid(value: Tensor) -> Tensor:
-    """A tensor like one that may be fake, with memory; a step is traced for any values."""
+    """A tensor like one that may be fake, with memory; a step is traced for any values but those of kinks."""
     made = torch.zeros([int(size) for size in value.shape], dtype=value.dtype, device="cpu")
+    if made.is_floating_point():
+        made.copy_(torch.linspace(-0.7, 0.8, made.numel()).reshape(made.shape))
     return nn.Parameter(made, requires_grad=value.requires_grad) if made.is_floating_point() else made
 
 
