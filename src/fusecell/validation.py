@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusecell.execution.natively import natively
 from fusecell.execution.options import State, steps_of
 from fusecell.execution.runners import autocasting
 
@@ -34,6 +35,7 @@ StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
 
 
+@natively
 def bare(state: State) -> Tensor | State:
     """Return the state as users see it: the tensor where there is one, else the tuple."""
     return state[0] if len(state) == 1 else state

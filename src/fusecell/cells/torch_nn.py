@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from fusecell.cell import Cell, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
+from fusecell.execution.results import without_dim
 from fusecell.execution.runners import autocasting, run
 from fusecell.validation import StateLike, all_inputs, bare, first_state
 
@@ -69,7 +70,7 @@ class _TorchCell(Cell):
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
-        return tuple([value[0] for value in after]) if unbatched else after
+        return tuple([without_dim(value, 0) for value in after]) if unbatched else after
 
     def _state_of(self, hx: StateLike, rank: int) -> State:
         """Return ``hx`` as a tuple of tensors, each checked to have ``rank`` dimensions."""

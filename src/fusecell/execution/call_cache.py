@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import is_compiled
+from fusecell.execution.natively import natively
 from fusecell.execution.options import State
 
 __all__ = ["CallCache", "register_call_cache", "store_call", "cached_call"]
@@ -29,6 +30,7 @@ def register_call_cache(memory: CallCache) -> None:
     _memory = memory
 
 
+@natively
 def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
     """Outputs and states of a call that is like one that was remembered, in everything but tensors' values; else None.
 
@@ -41,6 +43,7 @@ def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Te
     return _memory.find(owner, call_form, given)
 
 
+@natively
 def store_call(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None = None) -> None:
     """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
     if _memory is not None and is_compiled():

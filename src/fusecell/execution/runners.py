@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusecell.execution.context import RunnerName, active_runner, chosen_runner, default_runner
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "prepare",
     "register",
     "run",
+    "traced_as_operator",
     "traced_runner",
 ]
 
@@ -49,6 +51,7 @@ def register(name: str, function: Runner) -> None:
     _RUNNERS[name] = function
 
 
+@natively
 def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run ``cell`` over ``inputs``, each (T, N, ...) or (1, N, ...), with the runner in force.
 
@@ -69,6 +72,11 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
 def traced_runner() -> Runner:
     """What runs a cell while torch.compile or torch.export traces it."""
     return _RUNNERS[_traced_name(chosen_runner())]
+
+
+def traced_as_operator() -> bool:
+    """Whether that is the operator, which takes a drop-in layer and the place of its cell; else the Python loop."""
+    return _traced_name(chosen_runner()) == "traced"
 
 
 def _traced_name(chosen: RunnerName | None) -> str:

@@ -74,6 +74,7 @@ class Forward:
         size = kernel.output_sizes["output"]
         block[step], block[row] = rows * size * kernel.itemsize, size * kernel.itemsize
         self._output, unread = place, [(place, steps * rows * size * kernel.itemsize)]
+        self._rows_first = call_form.rows_first
         if call_form.outputs:
             self._outputs, unread = call_form.output_shape(steps, rows, size), []
         self.ready = PreparedCall(kernel, block, steps, rows, call_form.reverse, unread)
@@ -90,7 +91,7 @@ class Forward:
             block[place] = made.data_ptr()
             after += (made,)
         if self._outputs is not None:
-            outputs = new_empty(like, *self._outputs)
+            outputs = new_empty(like, *self._outputs, rows_first=self._rows_first)
             block[self._output] = outputs.data_ptr()
         if self.saved_size:
             saved = new_empty(like, self.saved_size)

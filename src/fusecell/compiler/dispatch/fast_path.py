@@ -31,6 +31,7 @@ from fusecell.eager import run_eager
 from fusecell.execution.call_cache import CallCache
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import recomputing
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 
 __all__ = ["CACHE", "forget"]
@@ -281,6 +282,7 @@ class _Repeated(torch.autograd.Function):
     """A remembered call's forward kernel, and its backward kernel as the gradient."""
 
     @staticmethod
+    @natively
     def forward(ctx: Any, call: _Learning, owner: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.call, ctx.owner = call, owner
@@ -289,6 +291,7 @@ class _Repeated(torch.autograd.Function):
         return after if outputs is None else (outputs, *after)
 
     @staticmethod
+    @natively
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Learning = ctx.call
         found: State = ctx.saved_tensors

@@ -21,6 +21,7 @@ from fusecell.compiler.transforms.partition import ForwardBackward, partition
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.execution.context import recomputing
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
@@ -113,6 +114,7 @@ class _Scan(torch.autograd.Function):
     """The forward kernel, and the backward kernel as its gradient."""
 
     @staticmethod
+    @natively
     def forward(ctx: Any, learner: TrainableStep, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.learner, ctx.cell, ctx.call = learner, cell, call
@@ -121,6 +123,7 @@ class _Scan(torch.autograd.Function):
         return outputs, *after
 
     @staticmethod
+    @natively
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: State = ctx.saved_tensors
         saved, tensors = found[0], found[1:]
