@@ -201,7 +201,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             result = func(*args, **kwargs)
             for key in stale:
                 self._values[key] = Unsupported(key[2], _STALE)
-            self._record(func, name, args, values, options, result, target)
+            # Tensors of our own, such as index tables, may be read: only the step may not.
+            with torch._C.DisableTorchFunction():
+                self._record(func, name, args, values, options, result, target)
         except Untraceable as refusal:
             raise Untraceable(self._located(refusal, name)) from None
         return result
