@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
+from fusecell.module_snapshot import left_as_it_was
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]
@@ -340,14 +341,15 @@ def _noted(cell: Cell) -> dict[str, int]:
     """What a cell's step notes: names and features."""
     found: dict[str, int] = {}
     x, state = _trial(cell)
-    with torch.no_grad(), capture_intermediates(lambda _, name, value: found.__setitem__(name, value.shape[-1])):
+    collect = capture_intermediates(lambda _, name, value: found.__setitem__(name, value.shape[-1]))
+    with torch.no_grad(), left_as_it_was(cell), collect:
         cell.step(x, state)
     return found
 
 
 def _check_product(cell: Cell) -> None:
     x, state = _trial(cell)
-    with torch.no_grad(), _Products(state[0], torch.ones_like(state[0])) as products:
+    with torch.no_grad(), left_as_it_was(cell), _Products(state[0], torch.ones_like(state[0])) as products:
         cell.step(x, state)
     if not products.count:
         raise ValueError(
