@@ -7,6 +7,7 @@ or a closure refers to is not.
 
 from __future__ import annotations
 
+import functools
 import linecache
 import random
 import sys
@@ -29,7 +30,7 @@ _LEAVES = (*_ATOMS, type, FunctionType, BuiltinFunctionType, ModuleType, torch._
 _TABLES = ("_parameters", "_buffers", "_modules")
 _PLAIN_CONTAINERS = (dict, list, set, deque, OrderedDict)
 _ABSENT = object()
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), functools.__file__, "<")
 
 
 @dataclass(frozen=True)

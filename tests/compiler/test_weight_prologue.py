@@ -315,8 +315,9 @@ def gradients(run: Callable[[Tensor, Tensor], Any], module: nn.Module, runner: s
         warnings.simplefilter("ignore", fc.EagerWarning)
         y = run(x, h0)
         tensors = [x, h0, *module.parameters()]
-        found = torch.autograd.grad((y * seed).sum(), tensors, allow_unused=True)
-    return [y.detach()] + [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+        module.zero_grad()
+        (y * seed).sum().backward()
+    return [y.detach()] + [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in tensors]
 
 
 def agree(found: list[Tensor], expected: list[Tensor]) -> None:

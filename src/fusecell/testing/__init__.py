@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
+from fusecell.module_snapshot import left_as_it_was
 from fusecell.testing import sequence_checks, step_checks
 from fusecell.testing.harness import Trial, kinds, name_of
 
@@ -19,6 +20,7 @@ Check = Callable[[Trial], Iterator[str]]
 CHECKS: dict[str, Check] = {
     "shapes": step_checks.check_shapes,
     "purity": step_checks.check_purity,
+    "module": step_checks.check_module,
     "branches": step_checks.check_branches,
     "gradients": step_checks.check_gradients,
     "rows": step_checks.check_rows,
@@ -82,7 +84,7 @@ def check_cell(
         ('shapes', 'output, states and initial state have their declared sizes and the dtype of the input')
 
     Arguments:
-        cell: any cell; it is not changed, unless its step or draw breaks the contract.
+        cell: any cell; it is left as it is.
         steps, batch_size: T and N of the sequences, at least 2 each.
         seed: of the random inputs and states.
         extras: values of the ``inputs`` beyond x that the cell doesn't draw itself, (T, N, ...) or (1, N, ...) each.
@@ -106,7 +108,8 @@ def check_cell(
     failures: list[tuple[str, str]] = []
     trial = Trial(cell, steps, batch_size, seed, tuple(extras))
     device = trial.like.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generators, left_as_it_was(cell):
         trial.check_extras()
         checks = {name: check for name, check in CHECKS.items() if name not in skip}
         for name, check in checks.items():

@@ -118,7 +118,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if self._inside is not None or not tensors or not all(isinstance(self.value(t), Weight) for t in tensors):
             return apply(*args)
         if is_of_operator(function):
-            result = apply(*args)
+            with self.weights.as_outside():
+                result = apply(*args)
             self._own_nodes.update(value.grad_fn for value in tensors_in([result]))
             return result
         plain_arguments(function, args)
@@ -188,7 +189,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if self.backward:
+            # The guard against reading values is in force there for the user's code, not for this.
+            with torch._C.DisableTorchFunction():
+                return self._dispatch(func, args, kwargs or {})
+        return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
         try:
             if self._inside is not None:

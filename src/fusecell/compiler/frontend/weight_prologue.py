@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -199,6 +200,19 @@ class Weights:
         self.slots: list[_Slot] = []
         self.steps: list[Step] = []
         self.leaves: dict[int, tuple[int, str]] = {}
+        self._gradients: bool | None = None
+
+    @contextmanager
+    def as_outside(self) -> Iterator[None]:
+        """Record what is called inside the block as called with gradients on or off as they are around it."""
+        self._gradients = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._gradients = None
+
+    def _with_gradients(self) -> bool:
+        return torch.is_grad_enabled() if self._gradients is None else self._gradients
 
     def source(self, path: str, tensor: Tensor) -> Weight:
         """A parameter, buffer or attribute as a value."""
@@ -221,7 +235,7 @@ class Weights:
         """A call on weights alone, as a step of the prologue; ``args`` hold Refs for tensors."""
         refs = _refs((args, kwargs))
         base = self.slots[refs[0].slot].name + "_" if refs else ""
-        gradients = torch.is_grad_enabled()
+        gradients = self._with_gradients()
         flows = gradients and self._flows(refs)
         first = len(self.slots)
         for result in results:
@@ -251,7 +265,7 @@ class Weights:
         """A call that writes into what an earlier step made."""
         if target.slot in self.leaves:
             raise Untraceable("It changes in place a weight that the step has already used.")
-        gradients = torch.is_grad_enabled()
+        gradients = self._with_gradients()
         self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,), gradients))
         if gradients and self._flows(_refs(args)):
             for slot in self.slots:
