@@ -17,7 +17,7 @@ __all__ = ["EAGER", "OURS", "PEERS", "TORCH", "Peer", "installed"]
 
 @dataclass(frozen=True)
 class Peer:
-    """A contestant.
+    """A library that runs problems: what it needs, and how it is called.
 
     Attributes:
         name: the title of its column.

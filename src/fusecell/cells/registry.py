@@ -179,7 +179,7 @@ CELLS: tuple[ZooCell, ...] = (
         "scrn",
         SCRNCell,
         "Mikolov et al., arXiv:1412.7753",
-        "a plain recurrent network beside a slow context",
+        "a plain recurrent network with a slow context",
         "s' = (1-α) B x + α s; h' = σ(W x + U h + P s'); output [h', s']",
     ),
 )
