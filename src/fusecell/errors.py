@@ -2,7 +2,9 @@
 
 FusecellError
  ├─ NotCompilable   the compiled runner was asked for and a cell or a call can't be compiled
- └─ CompilerError   generated code was refused by the checks that stand before machine code
+ ├─ CompilerError   generated code was refused by the checks that stand before machine code
+ ├─ StreamFileError a file is not a stream that was saved, is damaged, or asks for more than its reader allows
+ └─ TapeFileError   the same of a tape
 EagerWarning        the automatic runner fell back to the Python loop, with the reasons
 """
 
@@ -10,7 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["CompilerError", "EagerWarning", "FusecellError", "NotCompilable"]
+__all__ = [
+    "CompilerError",
+    "EagerWarning",
+    "FusecellError",
+    "NotCompilable",
+    "StreamFileError",
+    "TapeFileError",
+    "quoted",
+]
 
 
 class FusecellError(Exception):
@@ -30,5 +40,19 @@ class CompilerError(FusecellError, RuntimeError):
     """The compiler made something that its own checks refuse; please report it."""
 
 
+class StreamFileError(FusecellError, ValueError):
+    """A file is not a stream that was saved, is damaged, or asks for more than its reader allows."""
+
+
+class TapeFileError(FusecellError, ValueError):
+    """A file is not a tape that was saved, or is damaged."""
+
+
 class EagerWarning(UserWarning):
     """A cell runs as a Python loop of its steps, and why."""
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """What somebody else wrote, for a message: escaped, so that it can't steer a terminal, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

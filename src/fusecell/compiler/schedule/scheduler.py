@@ -18,6 +18,7 @@ from typing import Literal
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.schedule.buffer_names import with_own_buffer_names
 from fusecell.compiler.schedule.plan import Buffer, Phase, Place, Plan, Stage, Sum
 
 __all__ = ["plan"]
@@ -35,7 +36,7 @@ _MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
 
 def plan(graph: Graph, *, backward: bool = False) -> Plan:
     """Schedule a graph whose passes have run; ``backward`` if it is the gradient's."""
-    return replace(_Scheduler(graph).run(), backward=backward)
+    return replace(_Scheduler(with_own_buffer_names(graph)).run(), backward=backward)
 
 
 class _Scheduler:
