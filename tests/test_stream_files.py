@@ -196,7 +196,7 @@ HOSTILE = [
     (not_a_mapping, "its step 0 can't be read"),
     (unknown_primitive, "no primitive is called 'system'"),
     (another_type, "its step 0 can't be read"),
-    (no_output, "its results are"),
+    (no_output, "the result 'output' is missing"),
     (out_of_order, "its step . can't be read|above it takes"),
 ]
 

@@ -2,7 +2,9 @@
 
 FusecellError
  ├─ NotCompilable   a cell or a call can't be compiled, and the compiled runner was required
- └─ CompilerError   the compiler's own checks rejected the code it generated
+ ├─ CompilerError   the compiler's own checks rejected the code it generated
+ ├─ StreamFileError a file is not a saved stream, is damaged, or asks for more than its reader allows
+ └─ TapeFileError   the same of a tape
 EagerWarning        the automatic runner fell back to the Python loop; the text says why
 """
 
@@ -10,7 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["CompilerError", "EagerWarning", "FusecellError", "NotCompilable"]
+__all__ = [
+    "CompilerError",
+    "EagerWarning",
+    "FusecellError",
+    "NotCompilable",
+    "StreamFileError",
+    "TapeFileError",
+    "quoted",
+]
 
 
 class FusecellError(Exception):
@@ -30,5 +40,19 @@ class CompilerError(FusecellError, RuntimeError):
     """Raised where the compiler generated code that its own checks reject: a defect, please report it."""
 
 
+class StreamFileError(FusecellError, ValueError):
+    """A file is not a stream that was saved, is damaged, or asks for more than its reader allows."""
+
+
+class TapeFileError(FusecellError, ValueError):
+    """A file is not a tape that was saved, or is damaged."""
+
+
 class EagerWarning(UserWarning):
     """Warning that a cell runs as a Python loop over its steps; the text says why."""
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """Escape foreign text for a message, so that it can't steer a terminal, and cut it where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

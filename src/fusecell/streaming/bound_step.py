@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.runtime import guard_pages
+from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel
 
 __all__ = ["MOST_STEPS", "Array", "BoundStep", "Part"]
@@ -101,13 +104,27 @@ class BoundStep:
         kernel.fill(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
         self._block: array[int] = block
         self.address = block.buffer_info()[0]
+        self.run = kernel.short if kernel.macs * self._rows < _SHORT_STEP else kernel.long
+        self._run_chunk = kernel.long
+        if guard_pages.ENABLED:  # in scratch memory of its own each time, so that every run packs for itself
+            self.run = self._run_chunk = self._run_checked
+            return
         # The first run packs the weights for all others, and runs a step as well: its effect on the state is undone.
         block[words.positions["packed"]] = 2
         kernel.short(self.address)
         block[words.positions["packed"]] = 1
         for value, first in zip(self.state, self.start, strict=True):
             value[...] = first
-        self.run = kernel.short if kernel.macs * self._rows < _SHORT_STEP else kernel.long
+
+    def _run_checked(self, address: int) -> None:
+        """Run over the block at an address on guarded copies of all that it points to."""
+        kernel, block = self._kernel, self._kernel.block()
+        ctypes.memmove(block.buffer_info()[0], address, 8 * len(block))
+        steps, _, _, chunk, _ = [block[place] for place in kernel.words.sizes]
+        guard_pages.checked_run(
+            kernel.long, block, kernel.emitted, extents(kernel, block, steps, self._rows), kernel.words.positions,
+            rows=self._rows, chunk=chunk,
+        )  # fmt: skip
 
     def _give(self, block: array[int], x: Array, y: Array) -> None:
         """Bind the arrays of inputs and outputs, (T, N, size), in an argument block."""
@@ -128,5 +145,5 @@ class BoundStep:
         block = self._block[:]
         self._give(block, x, y)
         block[self._kernel.words.sizes[0]] = x.shape[0]
-        self._kernel.long(block.buffer_info()[0])
+        self._run_chunk(block.buffer_info()[0])
         return y

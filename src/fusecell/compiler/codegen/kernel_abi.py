@@ -13,6 +13,7 @@ from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
 from fusecell.compiler.codegen.weight_gradients.pack_operand import STRIPS, has_strips, strips_bytes
 from fusecell.compiler.ir.graph import SAVED
 from fusecell.compiler.schedule.plan import Buffer, Plan
+from fusecell.errors import CompilerError
 
 __all__ = ["ALIGNED", "Layout", "Panel", "Size", "TeamBlock", "fixed_stride", "row_address", "slack"]
 
@@ -165,27 +166,31 @@ class Layout:
         self.sizes = self._sizes(module, plan, panels)
         self.words = (*words, *(f"at.{name}" for name in (*self.sizes, *(buffer.name for buffer in self.saved))))
         self._index = {name: index for index, name in enumerate(self.words)}
+        if len(self._index) != len(self.words):
+            raise CompilerError("two words of a kernel's argument block would have one name")
 
     def _sizes(self, module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
-        sizes = {
-            "order": Size(fixed=64, per_row=8),
-            "starts": Size(fixed=64, per_chunk_step=8),
-        }
+        sizes = [("order", Size(fixed=64, per_row=8)), ("starts", Size(fixed=64, per_chunk_step=8))]
         for stage in plan.stages:
             if stage.reductions:
                 bytes_ = len(stage.reductions) * module.block
-                sizes[f"partials.{stage.name}"] = _scoped(_ROWS[stage.phase], bytes_)
+                sizes.append((f"partials.{stage.name}", _scoped(_ROWS[stage.phase], bytes_)))
         for panel in panels:
-            sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
+            sizes.append(
+                (panel.name, Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block))
+            )
         for buffer in plan.buffers():
-            sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
+            sizes.append((buffer.name, _scoped(buffer.scope, module.padded(buffer.size))))
         for found in plan.sums:
             for name in (found.part, found.total):
-                sizes[name] = Size(fixed=self.halves * found.height * module.padded(found.width))
+                sizes.append((name, Size(fixed=self.halves * found.height * module.padded(found.width))))
         strips = [strips_bytes(module, found) for found in plan.sums if has_strips(module, plan, found)]
         if strips:
-            sizes[STRIPS] = Size(fixed=self.halves * max(strips))
-        return {name: size + Size(fixed=slack(module)) for name, size in sizes.items()}
+            sizes.append((STRIPS, Size(fixed=self.halves * max(strips))))
+        buffers = {name: size + Size(fixed=slack(module)) for name, size in sizes}
+        if len(buffers) != len(sizes):
+            raise CompilerError("two buffers of a kernel would have one name, and one place in memory")
+        return buffers
 
     @property
     def pointers(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 from fusecell.compiler.backend.jit import Loaded, load
 from fusecell.compiler.backend.target import host_target, l2_bytes
 from fusecell.compiler.codegen import Emitted, emit
+from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.scheduler import plan
@@ -187,12 +188,23 @@ class Kernel:
         return chunk
 
 
-def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
-    """Optimise, schedule, emit and load a graph; ``backward`` if it is a gradient's."""
+def compile_graph(graph: Graph, *, backward: bool = False, code_bytes: int | None = None) -> Kernel:
+    """Check, optimise, schedule, emit and load a graph.
+
+    Arguments:
+        backward: whether it is a gradient's.
+        code_bytes: the most that its LLVM text may have.
+
+    Raises:
+        CompilerError: for a graph that breaks its contract (``ir.contract``), or whose text is longer.
+    """
     began = time.perf_counter()
+    check_graph(graph, "gradient" if backward else "step")
     target = host_target()
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
+    if code_bytes is not None and len(emitted.text) > code_bytes:
+        raise CompilerError(f"a step's code has {len(emitted.text):,} bytes, more than the {code_bytes:,} it may have")
     words = _Words(schedule, emitted)
     loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")

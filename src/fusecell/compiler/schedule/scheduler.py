@@ -19,6 +19,7 @@ from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.walk import resolve
+from fusecell.compiler.schedule.buffer_names import with_own_buffer_names
 from fusecell.compiler.schedule.plan import Buffer, Phase, Place, Plan, Stage, Sum
 
 __all__ = ["plan"]
@@ -39,7 +40,7 @@ _Ranks = dict[tuple[Phase, int], tuple[int, int]]
 
 def plan(graph: Graph, *, backward: bool = False) -> Plan:
     """Schedule a graph whose passes have run; ``backward`` if it is the gradient's."""
-    return replace(_Scheduler(graph).run(), backward=backward)
+    return replace(_Scheduler(with_own_buffer_names(graph)).run(), backward=backward)
 
 
 class _Scheduler:
