@@ -120,14 +120,21 @@ def test_float32_is_as_near_to_float64_as_torch(kind, steps):
 
 
 def test_float32_of_the_zoo(zoo_cell):
-    """Against the same step in float32 as torch computes it."""
-    torch.manual_seed(3)
-    cell = zoo_cell.make(13, 31)
-    x, states, gradients = drawn(cell, 60, 5, torch.float32)
-    wide = [[value.double() for value in values] for values in ([x], states, gradients)]
-    exact = call(copy.deepcopy(cell).double(), wide[0][0], wide[1], wide[2], {}, "eager")
-    mine, torchs = (rms(call(cell, x, states, gradients, {}, name), exact) for name in ("compiled", "eager"))
-    assert all(one <= 4 * other + 1e-9 for one, other in zip(mine, torchs, strict=True))
+    """Against the same step in float32 as torch computes it, over several draws of weights and data.
+
+    The error of a gradient that is one number, such as FastGRNN's zeta, is chance in a single draw, the loop's as ours.
+    """
+    errors = {"compiled": [], "eager": []}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        cell = zoo_cell.make(13, 31)
+        x, states, gradients = drawn(cell, 60, 5, torch.float32)
+        wide = [[value.double() for value in values] for values in ([x], states, gradients)]
+        exact = call(copy.deepcopy(cell).double(), wide[0][0], wide[1], wide[2], {}, "eager")
+        for name, rows in errors.items():
+            rows.append(torch.stack(rms(call(cell, x, states, gradients, {}, name), exact)))
+    mine, torchs = (torch.stack(rows).pow(2).mean(0).sqrt() for rows in errors.values())
+    assert (mine <= 4 * torchs + 1e-9).all()
 
 
 def equal_bits(first, again):

@@ -6,7 +6,7 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRA = {"typer", "rich", "safetensors", "matplotlib"}
+_EXTRA = {"typer", "rich", "matplotlib"}
 """Packages of the extra ``fusecell[demo]``; without another one, the import error itself is the better message."""
 
 

@@ -53,8 +53,13 @@ class Stream:
     """
 
     def __init__(self, module: nn.Module, batch_size: int = 1) -> None:
-        from fusecell.streaming.build import parts_of
-
+        try:
+            from fusecell.streaming.build import parts_of
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"Stream compiles a module of torch's, and {error.name} is not installed: pip install fusecell. "
+                "A stream that was saved needs neither: load_stream reads it."
+            ) from error
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Stream takes a batch_size of 1 or more, got {batch_size!r}.")
         self._bind(parts_of(module, batch_size), batch_size, module)
