@@ -10,14 +10,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
+from fusecell.compiler.ir.sizes import DType
 from fusecell.errors import CompilerError
 
-__all__ = ["SAVED", "Builder", "DType", "Graph", "Node"]
+__all__ = ["SAVED", "Builder", "Graph", "Node"]
 
-DType = Literal["f32", "f64"]
+
 SAVED = "saved."
 """How values kept for the backward are called: outputs of the forward, inputs of the backward."""
 _LINE = re.compile(
@@ -108,7 +109,7 @@ class Graph:
         head = re.fullmatch(r"graph (\w+) (f32|f64)", lines[0] if lines else "")
         if head is None:
             raise CompilerError("not a graph: the first line must be 'graph <title> <f32 or f64>'")
-        builder = Builder(head[1], head[2])  # type: ignore[arg-type]  # the pattern admits no other
+        builder = Builder(head[1], DType(head[2]))
         names: dict[str, int] = {}
         outputs: dict[str, int] = {}
         for number, line in enumerate(lines[1:], 2):

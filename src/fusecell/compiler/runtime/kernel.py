@@ -47,7 +47,7 @@ class _Words:
     def __init__(self, schedule: Plan, emitted: Emitted) -> None:
         self._plan = schedule
         graph = schedule.graph
-        self.positions = {name: position for position, name in enumerate(emitted.words)}
+        self.positions = {name: position for position, name in enumerate(emitted.slots)}
         sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
         leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
         self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
@@ -209,7 +209,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
         loaded.address("crew"),
         sum(_macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines),
-        array("q", bytes(8 * len(emitted.words))),
+        array("q", bytes(8 * len(emitted.slots))),
     )
 
 
