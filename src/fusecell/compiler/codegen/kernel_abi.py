@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
 from fusecell.compiler.codegen.weight_gradients.pack_operand import STRIPS, has_strips, strips_bytes
 from fusecell.compiler.ir.graph import SAVED
-from fusecell.compiler.schedule.plan import Buffer, Plan
+from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
 
 __all__ = ["ALIGNED", "Layout", "Panel", "Size", "fixed_stride", "row_address", "slack"]
 
@@ -73,7 +73,6 @@ _BETWEEN = 4096
 stand behind the last, before the next buffer."""
 _HALVED = 2 << 20
 """Bytes of sums, beyond which a second copy costs more than it brings."""
-_ROWS = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
 
 
 def _scoped(scope: str, row: int) -> Size:
@@ -131,10 +130,10 @@ class Layout:
         for stage in plan.stages:
             if stage.reductions:
                 bytes_ = len(stage.reductions) * module.block
-                sizes[f"partials.{stage.name}"] = _scoped(_ROWS[stage.phase], bytes_)
+                sizes[f"partials.{stage.name}"] = _scoped(SCOPES[stage.phase], bytes_)
         for panel in panels:
             sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
-        for buffer in plan.buffers():
+        for buffer in plan.buffers:
             sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
         for found in plan.sums:
             for name in (found.part, found.total):
@@ -234,6 +233,6 @@ def row_address(
 
 def fixed_stride(module: Module, buffer: Buffer) -> int | None:
     """The bytes between a buffer's rows, of a caller's buffer None: they are known at the call only."""
-    if buffer.scope == "user":
+    if buffer.stride == "caller":
         return None
-    return 0 if buffer.scope == "call" else module.padded(buffer.size)
+    return 0 if buffer.stride == "none" else module.padded(buffer.size)

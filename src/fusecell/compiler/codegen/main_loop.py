@@ -1,4 +1,4 @@
-"""``@work``: packs the weights, then walks over chunks of steps: lift, the loop over time, post.
+"""``@work``: packs the weights, then walks over chunks of steps: hoisted, the loop over time, post.
 
 Rows are taken in the order of ``order`` (the caller's own without lengths); with ``counts`` the first counts[t] of
 them take part in step t, which is why they must come longest first. A row's state is read from the caller when the
@@ -92,7 +92,7 @@ class _Driver:
         one_step = f.let("one.step", f"icmp eq i64 {self.steps}, 1")
         whole = f.let("fresh.whole", f"and i1 {passing}, {one_chunk}")
         step = f.let("fresh.step", f"and i1 {passing}, {one_step}")
-        self.fresh: dict[Phase, str] = {"once": "false", "lift": whole, "loop": step, "post": whole}
+        self.fresh: dict[Phase, str] = {"once": "false", "hoisted": whole, "loop": step, "post": whole}
         with f.when("pack", f.let("is.unpacked", f"icmp ne i64 {packed}, 1")):
             for panel, phase in self.panels.items():
                 with f.when("panel", f.let("is.kept", f"xor i1 {self.fresh[phase]}, true")):
@@ -113,7 +113,7 @@ class _Driver:
         f, module, graph = self.f, self.module, self.plan.graph
         for index in graph.leaves("weight"):
             node = graph[index]
-            if index not in self.plan.homes:
+            if index not in self.plan.vectors:
                 continue
             to, source = self.layout.buffer(f, f"{node.name}.packed"), self.layout.pointer(f, f"weight.{node.name}.ptr")
             stride = self.layout.word(f, f"weight.{node.name}.stride0")
@@ -133,7 +133,7 @@ class _Driver:
         self._find_saved(low)
         callers.gather(low, steps)
         crew.meet(crew.columns)
-        self._outside("lift", low, steps, total)
+        self._outside("hoisted", low, steps, total)
         with f.loop("i", 0, steps) as i:
             self._step(f.add(first, i, "done"), low, alive_at)
         self._outside("post", low, steps, total)

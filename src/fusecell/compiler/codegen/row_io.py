@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fusecell.compiler.codegen.kernel_abi import ALIGNED, Layout
 from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
 from fusecell.compiler.codegen.work_sharing import Crew
-from fusecell.compiler.schedule.plan import Place, Plan
+from fusecell.compiler.schedule.plan import Location, Plan
 
 __all__ = ["CallerRows"]
 
@@ -187,7 +187,7 @@ class CallerRows:
                 here = f.mul(low, layout.word(f, f"{words}.step"))
                 layout.place(f, buffer.name, f.at(layout.pointer(f, f"{words}.ptr"), here))
             with f.when("gather", f.let("is.elsewhere", f"xor i1 {in_place}, true")):
-                self._exchange(words, Place(buffer), buffer.size, low, steps, gather=True)
+                self._exchange(words, Location(buffer), buffer.size, low, steps, gather=True)
 
     def leave_in_place(self) -> None:
         """The buffers are where they were: a caller may have given their places for many calls."""
@@ -196,12 +196,11 @@ class CallerRows:
 
     def scatter(self, low: str, steps: Value) -> None:
         """Outputs computed outside the loop, brought to the caller's rows."""
-        for label, index in self.plan.scattered.items():
-            place = self.plan.place(index, "post")
-            assert place is not None
-            self._exchange(f"out.{label}", place, self.plan.graph[index].size, low, steps, gather=False)
+        graph = self.plan.graph
+        for label, place in self.plan.scattered.items():
+            self._exchange(f"out.{label}", place, graph[graph.outputs[label]].size, low, steps, gather=False)
 
-    def _exchange(self, words: str, place: Place, size: int, low: str, steps: Value, *, gather: bool) -> None:
+    def _exchange(self, words: str, place: Location, size: int, low: str, steps: Value, *, gather: bool) -> None:
         f, module = self.f, self.module
         theirs, mine = self.layout.pointer(f, f"{words}.ptr"), self.layout.buffer(f, place.buffer.name)
         mine = f.at(mine, place.offset * module.bytes)

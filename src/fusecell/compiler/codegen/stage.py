@@ -11,7 +11,7 @@ from fusecell.compiler.codegen.microkernel import LINE, StaticStrides, Tiling, b
 from fusecell.compiler.codegen.pack_weights import pack_panel_name
 from fusecell.compiler.codegen.stage_body import Body, epilogue_roots, join_lanes, own_rows, partials, start_values
 from fusecell.compiler.ir.affine import affine_parts
-from fusecell.compiler.schedule.plan import Place, Plan, Stage
+from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
 __all__ = ["CALL", "SHARE", "Segment", "StageEmitter", "segments"]
 
@@ -28,7 +28,7 @@ _PART = ("i64 %row0", "i64 %rows", "i64 %block0", "i64 %blocks", "ptr %acc")
 class Segment:
     """One operand against one panel: neighbouring products of a stage that share the operand."""
 
-    operand: Place
+    operand: Location
     first: int
     panel: Panel
 
@@ -49,8 +49,7 @@ def segments(plan: Plan, stage: Stage, module: Module) -> list[Segment]:
                 open_ = None
                 continue
             row, weight, attrs = mine[turn]
-            place = plan.place(row, stage.phase)
-            assert place is not None, f"{plan.graph[row].name}, an operand of {stage.name}, is nowhere in memory"
+            place = stage.operands[row]
             (k0, k1), (f0, f1) = attrs["rows"], attrs["cols"]
             source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (f0, f1))
             joins = open_ is not None and open_.operand == place and open_.count < most
@@ -271,6 +270,6 @@ class StageEmitter:
             for position, index in enumerate(self.stage.reductions):
                 value = f.load(f.at(here, position * module.block), "partial", module.block)
                 total = join_lanes(f, self.plan.graph[index].op, value)
-                buffer = self.plan.homes[index].buffer
+                buffer = self.stage.totals[index].buffer
                 base, stride, _ = own_rows(f, self.layout, buffer, "%slot")
                 f.do(f"store {module.scalar} {total}, ptr {f.at(base, f.mul(row, stride))}, align {module.bytes}")

@@ -9,7 +9,7 @@ from fusecell.compiler.codegen.kernel_abi import Layout, row_address
 from fusecell.compiler.codegen.llvm_builder import LANES, Function, Value
 from fusecell.compiler.codegen.pointwise_ops import VALUES, literal
 from fusecell.compiler.ir.affine import affine_parts
-from fusecell.compiler.schedule.plan import Buffer, Place, Plan, Stage
+from fusecell.compiler.schedule.plan import Buffer, Location, Plan, Stage
 
 __all__ = ["Body", "epilogue_roots", "join_lanes", "own_rows", "partials", "reads"]
 
@@ -29,13 +29,13 @@ def epilogue_roots(plan: Plan, stage: Stage) -> list[int]:
     return [*stage.stores, *(plan.graph[index].args[0] for index in stage.reductions)]
 
 
-def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Place]:
+def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Location]:
     """Every place that computing ``roots`` reads, in an order that doesn't change from run to run.
 
     Arguments:
         local: values that are computed, not read.
     """
-    found: dict[Place, None] = {}
+    found: dict[Location, None] = {}
     seen: set[int] = set()
     stack = list(roots)
     while stack:
@@ -43,7 +43,7 @@ def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]
         if index in seen:
             continue
         seen.add(index)
-        place = None if index in local else plan.place(index, stage.phase)
+        place = None if index in local else stage.operands.get(index)
         if place is not None:
             found[place] = None
         elif plan.graph[index].op != "affine":
@@ -69,7 +69,7 @@ class Body:
         *,
         local: Iterable[int] = (),
         roots: Iterable[int] = (),
-        stores: Iterable[Place] = (),
+        stores: Iterable[Location] = (),
     ) -> None:
         self.f, self.layout, self.plan, self.stage = f, layout, plan, stage
         self.module = f.module
@@ -87,7 +87,7 @@ class Body:
 
     # Where things are.
 
-    def _base(self, place: Place, slot: Value) -> tuple[str, Value, bool]:
+    def _base(self, place: Location, slot: Value) -> tuple[str, Value, bool]:
         return own_rows(self.f, self.layout, place.buffer, slot)
 
     def _by_order(self) -> bool:
@@ -111,8 +111,8 @@ class Body:
             yield
 
     def _row_pointers(
-        self, bases: dict[Place, tuple[str, Value, bool]], row: Value, ordered: Value
-    ) -> dict[Place, str]:
+        self, bases: dict[Location, tuple[str, Value, bool]], row: Value, ordered: Value
+    ) -> dict[Location, str]:
         f = self.f
         return {
             place: f.at(f.at(base, f.mul(ordered if by_order else row, stride)), place.offset * self.module.bytes)
@@ -152,7 +152,7 @@ class Body:
         if index in self.local and node.op == "affine":
             return f.load(self.accumulator(self.stage.affines.index(index)), node.name, self.module.block)
         if index not in self.local:
-            place = self.plan.place(index, self.stage.phase)
+            place = self.stage.operands.get(index)
             if place is not None:
                 value = self._loaded(place, node.size, node.name)
                 if node.type.kind == "mask":
@@ -164,7 +164,7 @@ class Body:
         """Where the tile keeps the sums of one of the stage's products."""
         return self.f.at(self._accumulators[position], self._column, "acc.at")
 
-    def _loaded(self, place: Place, size: int, name: str) -> str:
+    def _loaded(self, place: Location, size: int, name: str) -> str:
         f, pointer = self.f, self._read_rows[place]
         if size == 1:
             return f.load_splat(pointer, name)
@@ -173,7 +173,7 @@ class Body:
             return f.load_masked(pointer, self._mask(size), name)
         return f.load(pointer, name, self._alignment(place))
 
-    def _alignment(self, place: Place) -> int:
+    def _alignment(self, place: Location) -> int:
         aligned = place.buffer.scope != "user" and place.offset % LANES == 0
         return self.module.block if aligned else self.module.bytes
 
@@ -186,7 +186,7 @@ class Body:
             self._masks[size] = self.f.first_lanes(left)
         return self._masks[size]
 
-    def store(self, index: int, place: Place) -> None:
+    def store(self, index: int, place: Location) -> None:
         """Write a value to a place; a whole buffer of our own takes its padding too."""
         node, f, value = self.plan.graph[index], self.f, self.value(index)
         if node.type.kind == "mask":

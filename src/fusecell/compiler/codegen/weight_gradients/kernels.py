@@ -179,8 +179,7 @@ class _SumFunction:
             first, feature = first + count, feature + count * height
 
     def _operand(self, index: int, name: str) -> _Rows:
-        f, place = self.f, self.plan.place(index, "post")
-        assert place is not None, f"{self.plan.graph[index].name}, an operand of a sum, is nowhere in memory"
+        f, place = self.f, self.found.operands[index]
         base, stride, _ = row_address(
             f, self.layout, self.module, place.buffer, t="0", base="%first", kept="%kept", slot="0"
         )

@@ -28,8 +28,7 @@ def has_strips(module: Module, plan: Plan, found: Sum) -> bool:
     """Whether a sum's first operand is read from strips: never a caller's rows, as pieces may go beyond the last."""
     if found.a is None or found.height * module.bytes < _LONG or module.blocks(found.width) < _OFTEN:
         return False
-    place = plan.place(found.a, "post")
-    return place is not None and place.buffer not in plan.gathered.values()
+    return found.operands[found.a].buffer not in plan.gathered.values()
 
 
 def strip_bytes(module: Module) -> int:
