@@ -159,7 +159,7 @@ def _view_dtype(cell: Cell) -> torch.dtype | None:
 
 _WHEN = {
     "once": "once per call",
-    "lift": "before the loop, a chunk of steps at once",
+    "hoisted": "before the loop, a chunk of steps at once",
     "loop": "in the loop",
     "post": "after the loop, a chunk of steps at once",
 }

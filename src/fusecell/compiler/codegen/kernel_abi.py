@@ -23,7 +23,7 @@ from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i64, ptr
 from fusecell.compiler.codegen.weight_gradients.pack_operand import PACKED, is_packed, packed_bytes
 from fusecell.compiler.ir.graph import SAVED
 from fusecell.compiler.ir.sizes import ALIGNMENT
-from fusecell.compiler.schedule.plan import Buffer, Plan
+from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
 
 __all__ = [
     "ARGS", "SLOT_BYTES", "STEP", "STEP_PARAMS", "THREADS", "THREAD_ID", "Layout", "Panel", "RowAddress", "Size",
@@ -131,7 +131,6 @@ last thread's part, before the next buffer."""
 SPLIT_SUM_BYTES = 2 << 20
 """Bytes of weight gradients up to which there is room for two partial sums; beyond, the second costs more than it
 brings (docs/performance.md)."""
-_ROWS_OF_PHASE = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
 
 
 def _scoped(scope: str, row: int) -> Size:
@@ -182,10 +181,10 @@ class Layout:
         for stage in plan.stages:
             if stage.reductions:
                 bytes_ = len(stage.reductions) * module.vector_bytes
-                sizes[f"partials.{stage.name}"] = _scoped(_ROWS_OF_PHASE[stage.phase], bytes_)
+                sizes[f"partials.{stage.name}"] = _scoped(SCOPES[stage.phase], bytes_)
         for panel in panels:
             sizes[panel.name] = Size(fixed=module.groups(panel.width) * panel.group_bytes(module))
-        for buffer in plan.buffers():
+        for buffer in plan.buffers:
             sizes[buffer.name] = _scoped(buffer.scope, module.row_bytes(buffer.size))
         for reduction in plan.sums:
             for name in (reduction.part, reduction.total):
@@ -309,6 +308,6 @@ def row_address(f: Function, layout: Layout, module: Module, buffer: Buffer, at:
 
 def fixed_stride(module: Module, buffer: Buffer) -> int | None:
     """Return the bytes between a buffer's rows, if they are known before the call: not in a caller's tensor."""
-    if buffer.scope == "user":
+    if buffer.stride == "caller":
         return None
-    return 0 if buffer.scope == "call" else module.row_bytes(buffer.size)
+    return 0 if buffer.stride == "none" else module.row_bytes(buffer.size)

@@ -3,7 +3,7 @@
     pack weights into panels; compute what needs weights alone ("once")
     for chunk of steps:                      as many as keep the chunk's buffers in L2
         copy inputs in
-        stages of phase "lift"               all rows of the chunk at once: what needs inputs but no state
+        stages of phase "hoisted"               all rows of the chunk at once: what needs inputs but no state
         for step in chunk:
             read and write states of rows that begin or end; reset
             stages of phase "loop"           from state to state
@@ -119,7 +119,7 @@ class _MainLoop:
         once_per_chunk = f.and_(packs_on_use, is_one_chunk, "chunk.pack_on_use")
         once_per_step = f.and_(packs_on_use, is_one_step, "step.pack_on_use")
         self.pack_on_use: dict[Phase, Value] = {
-            "once": FALSE, "lift": once_per_chunk, "loop": once_per_step, "post": once_per_chunk
+            "once": FALSE, "hoisted": once_per_chunk, "loop": once_per_step, "post": once_per_chunk
         }  # fmt: skip
         with f.if_(f.ne(packed, 1, "is_unpacked"), "pack"):
             for panel, phase in self.panels.items():
@@ -142,7 +142,7 @@ class _MainLoop:
         f, module, graph = self.f, self.module, self.plan.graph
         for index in graph.leaves("weight"):
             node = graph[index]
-            if index not in self.plan.homes:
+            if index not in self.plan.vectors:
                 continue
             target = self.layout.buffer(f, f"{node.name}.packed")
             source = self.layout.pointer(f, f"weight.{node.name}.ptr")
@@ -163,7 +163,7 @@ class _MainLoop:
         self._find_saved(low)
         callers.copy_in(low, steps)
         team.barrier(team.by_columns)
-        self._outside("lift", low, steps, total)
+        self._outside("hoisted", low, steps, total)
         with f.for_range("i", 0, steps) as i:
             self._step(f.add(first, i, "steps_done"), low, rows_before)
         self._outside("post", low, steps, total)

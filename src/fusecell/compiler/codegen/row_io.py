@@ -25,7 +25,7 @@ from fusecell.compiler.codegen.llvm_text import FALSE, NULL, Integer, Value
 from fusecell.compiler.codegen.work_sharing import Team
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import ALIGNMENT
-from fusecell.compiler.schedule.plan import Place, Plan
+from fusecell.compiler.schedule.plan import Location, Plan
 
 __all__ = ["CallerRows"]
 
@@ -213,7 +213,7 @@ class CallerRows:
                 offset = f.mul(low, layout.integer(f, f"{name}.step"))
                 layout.set_buffer(f, buffer.name, f.at(layout.pointer(f, f"{name}.ptr"), offset))
             with f.unless(in_place, "copied_in"):
-                self._copy_rows(name, Place(buffer), buffer.size, low, steps, into_buffer=True)
+                self._copy_rows(name, Location(buffer), buffer.size, low, steps, into_buffer=True)
 
     def restore_buffers(self) -> None:
         """Set the buffers of inputs used in place to their own memory: an argument block may be used again."""
@@ -222,16 +222,18 @@ class CallerRows:
 
     def copy_out(self, low: Value, steps: Integer) -> None:
         """Copy the outputs computed outside the loop to the caller's rows."""
-        for label, index in self.plan.scattered.items():
-            place = self.plan.place(index, "post")
-            assert place is not None, f"{label}, an output, is nowhere in memory"
-            self._copy_rows(f"out.{label}", place, self.plan.graph[index].size, low, steps, into_buffer=False)
+        graph = self.plan.graph
+        for label, location in self.plan.scattered.items():
+            size = graph[graph.outputs[label]].size
+            self._copy_rows(f"out.{label}", location, size, low, steps, into_buffer=False)
 
-    def _copy_rows(self, name: str, place: Place, size: int, low: Value, steps: Integer, *, into_buffer: bool) -> None:
+    def _copy_rows(
+        self, name: str, location: Location, size: int, low: Value, steps: Integer, *, into_buffer: bool
+    ) -> None:
         """Copy the rows of a chunk between a tensor of the caller, by its slots' name, and a buffer."""
         f, module = self.f, self.module
-        callers, own = self.layout.pointer(f, f"{name}.ptr"), self.layout.buffer(f, place.buffer.name)
-        own = f.at(own, place.offset * module.itemsize)
+        callers, own = self.layout.pointer(f, f"{name}.ptr"), self.layout.buffer(f, location.buffer.name)
+        own = f.at(own, location.offset * module.itemsize)
         step_bytes, row_bytes = self.layout.integer(f, f"{name}.step"), self.layout.integer(f, f"{name}.row")
         # By rows, each thread copies its own rows of every step; else all rows of its share of the steps.
         first, last = f.partition(steps, self.team.column_thread, self.team.column_threads)
@@ -242,6 +244,6 @@ class CallerRows:
             with f.for_range("row", start, stop) as row:
                 caller_row = self._caller_row(row)
                 callers_at = f.at(f.at(callers, f.mul(t, step_bytes)), f.mul(caller_row, row_bytes))
-                own_at = f.at(own, f.mul(f.add(base, row), module.row_bytes(place.buffer.size)))
+                own_at = f.at(own, f.mul(f.add(base, row), module.row_bytes(location.buffer.size)))
                 target, source = (own_at, callers_at) if into_buffer else (callers_at, own_at)
                 f.copy_bytes(target, source, size * module.itemsize)

@@ -43,7 +43,7 @@ from fusecell.compiler.codegen.stage_body import (
     step_rows,
 )
 from fusecell.compiler.ir.affine import affine_parts
-from fusecell.compiler.schedule.plan import Place, Plan, Stage
+from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
 __all__ = ["FusedProducts", "StageEmitter", "fused_products"]
 
@@ -61,7 +61,7 @@ class FusedProducts:
         first: the position of the first of them among the stage's products.
     """
 
-    operand: Place
+    operand: Location
     first: int
     panel: Panel
 
@@ -83,18 +83,17 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> list[FusedProduc
                 last = None
                 continue
             row, weight, attrs = terms_of_product[turn]
-            place = plan.place(row, stage.phase)
-            assert place is not None, f"{plan.graph[row].name}, an operand of {stage.name}, is nowhere in memory"
+            operand = stage.operands[row]
             (k0, k1), (column0, column1) = attrs["rows"], attrs["cols"]
             source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (column0, column1))
-            fits = last is not None and last.operand == place and last.count < most
+            fits = last is not None and last.operand == operand and last.count < most
             if last is not None and fits and last.panel.depth == k1 - k0:
                 fused.pop()
                 panel = Panel(last.panel.name, k1 - k0, stage.width, (*last.panel.weights, source))
-                last = FusedProducts(place, last.first, panel)
+                last = FusedProducts(operand, last.first, panel)
             else:
                 panel = Panel(f"panel.{stage.name}.{len(fused)}", k1 - k0, stage.width, (source,))
-                last = FusedProducts(place, position, panel)
+                last = FusedProducts(operand, position, panel)
             fused.append(last)
     return fused
 
@@ -232,9 +231,9 @@ class StageEmitter:
 
     def _operand(self, f: Function, products: FusedProducts) -> tuple[Value, Integer, Value]:
         """Return where an operand begins, the bytes between its rows, and where its panel begins."""
-        place = products.operand
-        rows = step_rows(f, self.layout, place.buffer)
-        start = f.at(rows.start, place.offset * self.module.itemsize)
+        operand = products.operand
+        rows = step_rows(f, self.layout, operand.buffer)
+        start = f.at(rows.start, operand.offset * self.module.itemsize)
         return start, rows.stride, self.layout.buffer(f, products.panel.name)
 
     def _tile(
@@ -325,7 +324,7 @@ class StageEmitter:
             stage,
             local=stage.results(),
             roots=epilogue_roots(self.plan, stage),
-            stores=[place for places in stage.stores.values() for place in places],
+            stores=[location for locations in stage.stores.values() for location in locations],
         )
         with body.rows(), body.columns():
             # All loads before stores: a state may become another state.
@@ -333,9 +332,9 @@ class StageEmitter:
                 body.value(index)
             for position, index in enumerate(stage.reductions):
                 body.reduce(position, index)
-            for index, places in stage.stores.items():
-                for place in places:
-                    body.store(index, place)
+            for index, locations in stage.stores.items():
+                for location in locations:
+                    body.store(index, location)
         f.end()
 
     def _finish_reductions(self, f: Function) -> None:
@@ -347,5 +346,5 @@ class StageEmitter:
             for position, index in enumerate(self.stage.reductions):
                 partial = f.load(f.at(here, position * module.vector_bytes), "partial", module.vector_bytes)
                 total = join_lanes(f, self.plan.graph[index].op, partial)
-                target = step_rows(f, self.layout, self.plan.homes[index].buffer)
+                target = step_rows(f, self.layout, self.stage.totals[index].buffer)
                 f.store_scalar(total, f.at(target.start, f.mul(row, target.stride)))

@@ -18,7 +18,7 @@ from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.schedule.plan import Buffer, Place, Plan, Stage
+from fusecell.compiler.schedule.plan import Buffer, Location, Plan, Stage
 
 __all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "reads", "start_values", "step_rows"]
 
@@ -42,13 +42,13 @@ def epilogue_roots(plan: Plan, stage: Stage) -> list[int]:
     return [*stage.stores, *(plan.graph[index].args[0] for index in stage.reductions)]
 
 
-def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Place]:
-    """List every place that computing ``roots`` reads, in an order that doesn't change from run to run.
+def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Location]:
+    """List every location that computing ``roots`` reads, in an order that doesn't change from run to run.
 
     Arguments:
         local: values that are computed, not read.
     """
-    places: dict[Place, None] = {}
+    locations: dict[Location, None] = {}
     seen: set[int] = set()
     stack = list(roots)
     while stack:
@@ -56,12 +56,12 @@ def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]
         if index in seen:
             continue
         seen.add(index)
-        place = None if index in local else plan.place(index, stage.phase)
-        if place is not None:
-            places[place] = None
+        location = None if index in local else stage.operands.get(index)
+        if location is not None:
+            locations[location] = None
         elif plan.graph[index].op != "affine":
             stack.extend(plan.graph[index].args)
-    return list(places)
+    return list(locations)
 
 
 class Body:
@@ -70,7 +70,7 @@ class Body:
     Arguments:
         local: values computed here; all others are read from memory or are cheap enough to be computed here too.
         roots: the values that will be used.
-        stores: the places that will be written.
+        stores: the locations that will be written.
     """
 
     def __init__(
@@ -82,17 +82,19 @@ class Body:
         *,
         local: Iterable[int] = (),
         roots: Iterable[int] = (),
-        stores: Iterable[Place] = (),
+        stores: Iterable[Location] = (),
     ) -> None:
         self.f, self.layout, self.plan, self.stage = f, layout, plan, stage
         self.module = f.module
         self.local = set(local)
-        self._reads = {place: step_rows(f, layout, place.buffer) for place in reads(plan, stage, roots, self.local)}
+        self._reads = {
+            location: step_rows(f, layout, location.buffer) for location in reads(plan, stage, roots, self.local)
+        }
         stores = list(stores)
         new_state: Integer = 0
-        if any(place.buffer.scope == "state" for place in stores):
+        if any(location.buffer.scope == "state" for location in stores):
             new_state = f.xor(STEP.old_state, 1, "new_state")
-        self._writes = {place: step_rows(f, layout, place.buffer, new_state) for place in stores}
+        self._writes = {location: step_rows(f, layout, location.buffer, new_state) for location in stores}
         self._partials = layout.buffer(f, partials(stage)) if stage.reductions else None
         ordered = any(rows.in_caller_order for rows in (*self._reads.values(), *self._writes.values()))
         self._order = layout.buffer(f, "order") if ordered else None
@@ -101,7 +103,7 @@ class Body:
 
     @contextmanager
     def rows(self) -> Iterator[None]:
-        """Loop over rows, and work out where each begins in every place."""
+        """Loop over rows, and work out where each begins in every location."""
         f = self.f
         # A tile has at least one row; a stage without products may be called for none.
         with f.for_range("r", 0, ROWS, nonempty=bool(self.stage.affines)) as r:
@@ -115,13 +117,13 @@ class Body:
             yield
 
     def _row_pointers(
-        self, addresses: dict[Place, RowAddress], row: Integer, caller_row: Integer
-    ) -> dict[Place, Value]:
+        self, addresses: dict[Location, RowAddress], row: Integer, caller_row: Integer
+    ) -> dict[Location, Value]:
         f, itemsize = self.f, self.module.itemsize
         pointers = {}
-        for place, rows in addresses.items():
+        for location, rows in addresses.items():
             start = f.at(rows.start, f.mul(caller_row if rows.in_caller_order else row, rows.stride))
-            pointers[place] = f.at(start, place.offset * itemsize)
+            pointers[location] = f.at(start, location.offset * itemsize)
         return pointers
 
     @contextmanager
@@ -159,9 +161,9 @@ class Body:
         if index in self.local and node.op == "affine":
             return f.load(self.accumulator(self.stage.affines.index(index)), node.name, self.module.vector_bytes)
         if index not in self.local:
-            place = self.plan.place(index, self.stage.phase)
-            if place is not None:
-                value = self._load(place, node.size, node.name)
+            location = self.stage.operands.get(index)
+            if location is not None:
+                value = self._load(location, node.size, node.name)
                 # Masks are 1.0 and 0.0 in memory.
                 return f.fcmp("une", value, f.zero, f"{node.name}.mask") if node.type.kind == "mask" else value
         return POINTWISE_OPS[node.op](f, *(self.value(arg) for arg in node.args), name=node.name)
@@ -170,18 +172,18 @@ class Body:
         """Return the address of a tile's accumulator of one of the stage's products."""
         return self.f.at(self._accumulators[position], self._column, "acc.at")
 
-    def _load(self, place: Place, size: int, name: str) -> Value:
-        f, pointer = self.f, self._read_rows[place]
+    def _load(self, location: Location, size: int, name: str) -> Value:
+        f, pointer = self.f, self._read_rows[location]
         if size == 1:
             return f.load_splat(pointer, name)
         pointer = self._in_group(pointer)
         # Behind the last feature of the caller's row is memory of others; our own rows are padded.
-        if place.buffer.scope == "user" and size % LANES:
+        if location.buffer.scope == "user" and size % LANES:
             return f.load_masked(pointer, self._mask(size), name)
-        return f.load(pointer, name, self._alignment(place))
+        return f.load(pointer, name, self._alignment(location))
 
-    def _alignment(self, place: Place) -> int:
-        is_aligned = place.buffer.scope != "user" and place.offset % LANES == 0
+    def _alignment(self, location: Location) -> int:
+        is_aligned = location.buffer.scope != "user" and location.offset % LANES == 0
         return self.module.vector_bytes if is_aligned else self.module.itemsize
 
     def _mask(self, size: int) -> Value:
@@ -192,21 +194,21 @@ class Body:
             self._masks[size] = self.f.first_lanes(self.f.sub(size, features_before, "features_left"))
         return self._masks[size]
 
-    def store(self, index: int, place: Place) -> None:
+    def store(self, index: int, location: Location) -> None:
         """Store a value; in a whole buffer of the kernel's own its padding too."""
         node, f, value = self.plan.graph[index], self.f, self.value(index)
         if node.type.kind == "mask":
             value = f.select(value, f.constant(1.0), f.zero, "number")
-        pointer = self._write_rows[place]
+        pointer = self._write_rows[location]
         if node.size == 1:
             f.store_scalar(f.first_lane(value, "first"), pointer)
             return
         pointer = self._in_group(pointer)
-        is_part = place.buffer.scope == "user" or place.buffer.size != node.size
+        is_part = location.buffer.scope == "user" or location.buffer.size != node.size
         if is_part and node.size % LANES:
             f.store_masked(value, pointer, self._mask(node.size))
         else:
-            f.store(value, pointer, self._alignment(place))
+            f.store(value, pointer, self._alignment(location))
 
     def reduce(self, position: int, index: int) -> None:
         """Add this group to the sixteen partial results of a reduction; lanes beyond the last feature take no part.

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusecell.compiler.ir.primitives import PRIMITIVES, Type
+from fusecell.compiler.ir.primitives import ARGUMENTS, PRIMITIVES, Type
 from fusecell.compiler.ir.sizes import DType
 from fusecell.errors import CompilerError
 
 __all__ = ["SAVED", "Builder", "Graph", "Node"]
-
 
 SAVED = "saved."
 """How values kept for the backward are called: outputs of the forward, inputs of the backward."""
@@ -153,7 +152,7 @@ class Builder:
         if PRIMITIVES[op].commutes:
             args = tuple(sorted(args))
         key = (op, args, _frozen(attrs))
-        known = None if op in ("input", "state", "weight") else self._known.get(key)
+        known = None if op in ARGUMENTS else self._known.get(key)
         if known is None:
             known = self._known[key] = self.append(op, args, attrs, name)
         return known
@@ -170,7 +169,7 @@ class Builder:
         if primitive.arity is not None and primitive.arity != len(args):
             raise CompilerError(f"{op} takes {primitive.arity} arguments, got {len(args)}")
         kind = primitive.rule([self.nodes[arg].type for arg in args], attrs)
-        self.nodes.append(Node(self._unique(name or _default_name(op)), op, tuple(args), dict(attrs), kind))
+        self.nodes.append(Node(self._unique(name or primitive.label or op), op, tuple(args), dict(attrs), kind))
         return len(self.nodes) - 1
 
     def const(self, value: float) -> int:
@@ -180,7 +179,7 @@ class Builder:
     def rename(self, index: int, name: str) -> None:
         """Call a value by the name its user gave it; leaves keep theirs."""
         node = self.nodes[index]
-        if node.op in ("input", "state", "weight", "const") or node.name == name:
+        if PRIMITIVES[node.op].leaf or node.name == name:
             return
         self.nodes[index] = Node(self._unique(name), node.op, node.args, node.attrs, node.type)
 
@@ -208,14 +207,14 @@ def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
     needed = graph.needed(graph.outputs.values())
     new: list[int] = []
     for index, node in graph:
-        if needed[index] or node.op in ("input", "state", "weight"):
+        if needed[index] or node.op in ARGUMENTS:
             new.append(rewrite(builder, index, tuple(new[arg] for arg in node.args)))
         else:
             new.append(-1)
     outputs = {label: new[index] for label, index in graph.outputs.items()}
     made = Graph(builder.title, builder.dtype, tuple(builder.nodes), outputs)
     kept = made.needed(outputs.values())
-    if all(kept[index] or node.op in ("input", "state", "weight") for index, node in made):
+    if all(kept[index] or node.op in ARGUMENTS for index, node in made):
         return made
     return rebuild(made, copy(made))
 
@@ -231,10 +230,6 @@ def _frozen(value: Any) -> object:
     if isinstance(value, list | tuple):
         return tuple(_frozen(item) for item in value)
     return (type(value).__name__, repr(value)) if isinstance(value, float) else value
-
-
-def _default_name(op: str) -> str:
-    return {"product": "p", "affine": "a", "slice": "part", "sub": "d", "const": "c"}.get(op, op)
 
 
 def _const_name(value: float) -> str:

@@ -1,4 +1,7 @@
-"""The reference evaluation of a graph, in torch ops: what every pass and every kernel is compared with."""
+"""Evaluate a graph in torch ops: the reference that tests compare every pass and every kernel with.
+
+Tests alone use it. It is part of the package because it is the definition of what each primitive computes.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.ir.graph import Graph, Node
+from fusecell.compiler.ir.primitives import ARGUMENTS, PRIMITIVES
 
 __all__ = ["EVALUATE", "interpret"]
 
@@ -18,7 +22,7 @@ Rule = Callable[[Sequence[Tensor], Attrs], Tensor]
 
 
 def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of a graph.
+    """Compute the outputs of a graph.
 
     Example:
         >>> import torch
@@ -40,22 +44,22 @@ def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: where a leaf has no value, or one of another shape.
     """
     needed = graph.needed(graph.outputs.values())
-    found: dict[int, Tensor] = {}
+    results: dict[int, Tensor] = {}
     rows = _rows(graph, values)
     dtype = next((value.dtype for value in values.values()), torch.float64)
     for index, node in graph:
         if not needed[index]:
             continue
-        if node.op in ("input", "state", "weight"):
-            found[index] = _leaf(node, values)
+        if node.op in ARGUMENTS:
+            results[index] = _leaf(node, values)
         elif node.op == "const":
-            found[index] = torch.full((1, 1), node.attrs["value"], dtype=dtype)
+            results[index] = torch.full((1, 1), node.attrs["value"], dtype=dtype)
         else:
-            args = [found[arg] for arg in node.args]
+            args = [results[arg] for arg in node.args]
             if node.op in ("outer", "rowsum"):
                 args = [arg.expand(rows, arg.shape[-1]) for arg in args]
-            found[index] = EVALUATE[node.op](args, node.attrs)
-    return {label: _whole(graph[index], found[index], rows) for label, index in graph.outputs.items()}
+            results[index] = EVALUATE[node.op](args, node.attrs)
+    return {label: _whole(graph[index], results[index], rows) for label, index in graph.outputs.items()}
 
 
 def _rows(graph: Graph, values: Mapping[str, Tensor]) -> int:
@@ -88,10 +92,10 @@ def _product(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
 def _affine(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     start = 1 if attrs["init"] else 0
     parts = [_product(args[start + 2 * i : start + 2 * i + 2], term) for i, term in enumerate(attrs["terms"])]
-    made = parts[0] if not start else args[0] + parts[0]
+    total = parts[0] if not start else args[0] + parts[0]
     for part in parts[1:]:
-        made = made + part
-    return made
+        total = total + part
+    return total
 
 
 def _concat(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
@@ -114,13 +118,15 @@ def _leaf_rule(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     raise ValueError("a leaf's value is given, not computed.")
 
 
-_UNARY = "neg abs sign exp expm1 log log1p sqrt rsqrt reciprocal sin cos tanh sigmoid floor"
-_BINARY = "add sub mul div pow maximum minimum lt le gt ge eq ne where"
+def _named_as_in_torch() -> Mapping[str, Rule]:
+    """The rules of pointwise primitives that torch has a function of the same name for: nearly all of them."""
+    names = (name for name, primitive in PRIMITIVES.items() if primitive.pointwise and hasattr(torch, name))
+    return {name: _tensors(getattr(torch, name)) for name in names}
+
 
 EVALUATE: Mapping[str, Rule] = {
-    **dict.fromkeys(("input", "state", "weight", "const"), _leaf_rule),
-    **{name: _tensors(getattr(torch, name)) for name in (_UNARY + " " + _BINARY).split()},
-    "erf": _tensors(torch.special.erf),
+    **{name: _leaf_rule for name, primitive in PRIMITIVES.items() if primitive.leaf},
+    **_named_as_in_torch(),
     "and": _tensors(torch.logical_and),
     "or": _tensors(torch.logical_or),
     "not": _tensors(torch.logical_not),

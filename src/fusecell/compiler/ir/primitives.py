@@ -1,4 +1,4 @@
-"""The primitives: what each is called, what it takes, and the type of what it gives.
+"""List the primitives: what each takes, the type of its result, and all that passes need to know of it.
 
 A value of a graph has a kind and a size:
 
@@ -9,24 +9,37 @@ weight  what depends on parameters alone, the same for all rows and steps: a mat
 sum     a weight-shaped sum over all rows and steps: the gradient of a weight, or a part of it.
 ======  ==========================================================================================
 
-This table is one of four with the same keys: how torch spells a primitive is in ``frontend.rules``, what it
-computes in ``ir.interpreter``, its machine code in ``codegen.pointwise_ops``. Row vectors are flat: a step's
-(N, 3, H) is size 3H, row-major.
+``PRIMITIVES`` has one row for each. Three other tables read it, and a test holds their keys to it: how torch spells a
+primitive is in ``frontend.rules``, what it computes in ``ir.interpreter``, its machine code in
+``codegen.pointwise_ops``. Row vectors are flat: a step's (N, 3, H) is size 3H, row-major.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusecell.errors import CompilerError
 
-__all__ = ["LANES", "PRIMITIVES", "Kind", "Primitive", "Type"]
+__all__ = ["ARGUMENTS", "LANES", "PRIMITIVES", "Category", "Kind", "Primitive", "Type"]
 
 LANES = 16
 """Features computed together, on every target: reductions keep as many partial results."""
 Kind = Literal["row", "mask", "weight", "sum"]
+Category = Literal["argument", "constant", "pointwise", "reduction", "movement", "product", "row sum"]
+"""What a primitive does.
+
+argument   a value that a call brings: an input, a state or a weight.
+constant   a number written in the step.
+pointwise  computes each feature of a row from the same feature of its arguments.
+reduction  computes one number of all features of a row.
+movement   puts features elsewhere and computes nothing.
+product    multiplies rows by a weight.
+row sum    adds up all rows and steps for the gradient of a weight, or puts such sums together.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +66,52 @@ Rule = Callable[[Sequence[Type], Attrs], Type]
 
 @dataclass(frozen=True, slots=True)
 class Primitive:
-    """One primitive: how many arguments it takes (None: any number), and the type of its result."""
+    """Describe one primitive; a field that is left out says what is true of most.
+
+    Attributes:
+        arity: how many arguments it takes; None stands for any number.
+        rule: the type of its result, from the types of its arguments and its attributes.
+        category: what it does, one of ``Category``.
+        commutes: whether its two arguments may change places without changing a bit.
+        expensive: whether the backward should rather read a pointwise value from memory than compute it again.
+        fold: what it computes of Python's numbers. Done in double precision and rounded once, as torch does it.
+        identities: (position, number) of each argument that leaves the other one as it is.
+        label: how its values are called where the user gave them no name; by default as the primitive.
+    """
 
     arity: int | None
     rule: Rule
-    pointwise: bool = False
+    category: Category
     commutes: bool = False
+    expensive: bool = False
+    fold: Callable[..., float] | None = None
+    identities: tuple[tuple[int, float], ...] = ()
+    label: str = ""
+
+    @property
+    def leaf(self) -> bool:
+        """Whether its value has no arguments: a call's tensor or a number."""
+        return self.category in ("argument", "constant")
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each feature of its value needs the same feature of its arguments only."""
+        return self.category == "pointwise"
+
+    @property
+    def reduction(self) -> bool:
+        """Whether it joins all features of a row."""
+        return self.category == "reduction"
+
+    @property
+    def movement(self) -> bool:
+        """Whether it moves features and computes nothing."""
+        return self.category == "movement"
+
+    @property
+    def cheap(self) -> bool:
+        """Whether computing its value again costs less than reading it from memory."""
+        return self.movement or (self.pointwise and not self.expensive)
 
 
 def row(size: int) -> Type:
@@ -179,56 +232,65 @@ def _place(args: Sequence[Type], attrs: Attrs) -> Type:
     return Type("sum", tuple(attrs["shape"]))
 
 
-_UNARY = [
-    "neg",
-    "abs",
-    "sign",
-    "exp",
-    "expm1",
-    "log",
-    "log1p",
-    "sqrt",
-    "rsqrt",
-    "reciprocal",
-    "sin",
-    "cos",
-    "tanh",
-    "sigmoid",
-    "erf",
-    "floor",
-]
-_BINARY = {"add": True, "sub": False, "mul": True, "div": False, "pow": False, "maximum": True, "minimum": True}
-_COMPARISONS = ["lt", "le", "gt", "ge", "eq", "ne"]
+def _unary(*, expensive: bool = False, fold: Callable[..., float] | None = None) -> Primitive:
+    return Primitive(1, _numbers, "pointwise", expensive=expensive, fold=fold)
+
+
+_COMPARISON = Primitive(2, _comparison, "pointwise")
+_REDUCTION = Primitive(1, _reduce, "reduction")
 
 PRIMITIVES: Mapping[str, Primitive] = {
-    # leaves
-    "input": Primitive(0, _leaf("row")),
-    "state": Primitive(0, _leaf("row")),
-    "weight": Primitive(0, _leaf("weight")),
-    "const": Primitive(0, lambda args, attrs: row(1)),
-    # a value per row and feature
-    **{name: Primitive(1, _numbers, pointwise=True) for name in _UNARY},
-    **{name: Primitive(2, _numbers, True, commutes) for name, commutes in _BINARY.items()},
-    **{name: Primitive(2, _comparison, pointwise=True) for name in _COMPARISONS},
-    "and": Primitive(2, _logic, True, True),
-    "or": Primitive(2, _logic, True, True),
-    "not": Primitive(1, _logic, pointwise=True),
-    "where": Primitive(3, _where, pointwise=True),
-    "broadcast": Primitive(1, _broadcast, pointwise=True),
-    # over the features of a row
-    "sum": Primitive(1, _reduce),
-    "amax": Primitive(1, _reduce),
-    "amin": Primitive(1, _reduce),
-    # bookkeeping
-    "slice": Primitive(1, _slice),
-    "concat": Primitive(None, _concat),
-    # products of rows with weights
-    "product": Primitive(2, _product),
-    "affine": Primitive(None, _affine),
-    # sums over all rows and steps
-    "outer": Primitive(2, _outer),
-    "rowsum": Primitive(1, _rowsum),
-    "total": Primitive(None, _total),
-    "transpose": Primitive(1, _transpose),
-    "place": Primitive(1, _place),
+    "input": Primitive(0, _leaf("row"), "argument"),
+    "state": Primitive(0, _leaf("row"), "argument"),
+    "weight": Primitive(0, _leaf("weight"), "argument"),
+    "const": Primitive(0, lambda args, attrs: row(1), "constant", label="c"),
+    # pointwise: x + 0, x - 0, x * 1 and x / 1 are x for every number but -0
+    "neg": _unary(fold=operator.neg),
+    "abs": _unary(),
+    "sign": _unary(),
+    "exp": _unary(expensive=True),
+    "expm1": _unary(expensive=True),
+    "log": _unary(expensive=True),
+    "log1p": _unary(expensive=True),
+    "sqrt": _unary(expensive=True, fold=math.sqrt),
+    "rsqrt": _unary(expensive=True),
+    "reciprocal": _unary(),
+    "sin": _unary(expensive=True),
+    "cos": _unary(expensive=True),
+    "tanh": _unary(expensive=True),
+    "sigmoid": _unary(expensive=True),
+    "erf": _unary(expensive=True),
+    "floor": _unary(),
+    "add": Primitive(2, _numbers, "pointwise", commutes=True, fold=operator.add, identities=((0, 0.0), (1, 0.0))),
+    "sub": Primitive(2, _numbers, "pointwise", fold=operator.sub, identities=((1, 0.0),), label="d"),
+    "mul": Primitive(2, _numbers, "pointwise", commutes=True, fold=operator.mul, identities=((0, 1.0), (1, 1.0))),
+    "div": Primitive(2, _numbers, "pointwise", fold=operator.truediv, identities=((1, 1.0),)),
+    "pow": Primitive(2, _numbers, "pointwise", expensive=True),
+    "maximum": Primitive(2, _numbers, "pointwise", commutes=True),
+    "minimum": Primitive(2, _numbers, "pointwise", commutes=True),
+    "lt": _COMPARISON,
+    "le": _COMPARISON,
+    "gt": _COMPARISON,
+    "ge": _COMPARISON,
+    "eq": _COMPARISON,
+    "ne": _COMPARISON,
+    "and": Primitive(2, _logic, "pointwise", commutes=True),
+    "or": Primitive(2, _logic, "pointwise", commutes=True),
+    "not": Primitive(1, _logic, "pointwise"),
+    "where": Primitive(3, _where, "pointwise"),
+    "broadcast": Primitive(1, _broadcast, "pointwise"),
+    "sum": _REDUCTION,
+    "amax": _REDUCTION,
+    "amin": _REDUCTION,
+    "slice": Primitive(1, _slice, "movement", label="part"),
+    "concat": Primitive(None, _concat, "movement"),
+    "product": Primitive(2, _product, "product", label="p"),
+    "affine": Primitive(None, _affine, "product", label="a"),
+    "outer": Primitive(2, _outer, "row sum"),
+    "rowsum": Primitive(1, _rowsum, "row sum"),
+    "total": Primitive(None, _total, "row sum"),
+    "transpose": Primitive(1, _transpose, "row sum"),
+    "place": Primitive(1, _place, "row sum"),
 }
+ARGUMENTS = frozenset(name for name, primitive in PRIMITIVES.items() if primitive.category == "argument")
+"""The primitives whose values a call brings: they stay in a graph even if nothing needs them."""

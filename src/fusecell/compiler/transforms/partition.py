@@ -15,8 +15,6 @@ from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 
 __all__ = ["ForwardBackward", "partition"]
 
-_DEAR = {"exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "pow"}
-_MOVES = {"slice", "concat"}
 _MANY = 2.0**20
 """More than all features of a step together; a power of two, so that sums of widths are exact."""
 
@@ -100,7 +98,7 @@ class _MinCut:
             width = -(-node.size // LANES) * LANES + (node.size + 0.5 * unfinished[index]) / _MANY
             # A truth value is worked out again from numbers.
             self._edge(2 * index, 2 * index + 1, float("inf") if node.type.kind == "mask" else width)
-            if node.op == "state" or (first[index] and not _cheap(node)):
+            if node.op == "state" or (first[index] and not PRIMITIVES[node.op].cheap):
                 self._edge(self.source, 2 * index, float("inf"))
             for arg in node.args:
                 if not _free(joint[arg]):
@@ -159,11 +157,6 @@ def _unfinished(joint: Graph, first: list[bool]) -> list[bool]:
         adding = [user for user in users[index] if first[user]]
         found[index] = accumulates[index] and len(adding) == 1 and joint[adding[0]].op == "add"
     return found
-
-
-def _cheap(node: Node) -> bool:
-    """Whether computing a value again costs less than reading it from memory."""
-    return node.op in _MOVES or (PRIMITIVES[node.op].pointwise and node.op not in _DEAR)
 
 
 def _copied(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -20,14 +19,14 @@ def fold_constants(graph: Graph) -> Graph:
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
-        known = [_number(builder, arg) for arg in args]
-        if node.op in _FOLD and all(value is not None for value in known):
-            result = _folded(node.op, [value for value in known if value is not None])
-            if result is not None:
-                return builder.const(result)
-        for position, identity in _IDENTITIES.get(node.op, ()):
+        primitive = PRIMITIVES[node.op]
+        numbers = [_number(builder, arg) for arg in args]
+        result = _folded(primitive.fold, numbers)
+        if result is not None:
+            return builder.const(result)
+        for position, identity in primitive.identities:
             other = args[1 - position]
-            if known[position] == identity and builder.nodes[other].type == node.type:
+            if numbers[position] == identity and builder.nodes[other].type == node.type:
                 return other
         if node.op == "broadcast" and builder.nodes[args[0]].type == node.type:
             return args[0]
@@ -253,7 +252,8 @@ class _Facts:
         """Whether a value depends on a product or a reduction."""
         if index not in self._heavy:
             node = builder.nodes[index]
-            itself = node.op in ("product", "affine", "sum", "amax", "amin")
+            primitive = PRIMITIVES[node.op]
+            itself = primitive.category == "product" or primitive.reduction
             self._heavy[index] = itself or any(self.heavy(builder, arg) for arg in node.args)
         return self._heavy[index]
 
@@ -301,20 +301,11 @@ def _number(builder: Builder, index: int) -> float | None:
     return float(node.attrs["value"]) if node.op == "const" else None
 
 
-def _folded(op: str, values: list[float]) -> float | None:
+def _folded(fold: Callable[..., float] | None, values: Sequence[float | None]) -> float | None:
+    """What a primitive computes of numbers, None where it is left to the kernel: an argument is no number, or 1/0."""
+    if fold is None or any(value is None for value in values):
+        return None
     try:
-        return _FOLD[op](*values)
+        return fold(*values)
     except (ZeroDivisionError, OverflowError, ValueError):
         return None
-
-
-# Folding in double precision and rounding once is what torch does with Python numbers.
-_FOLD: dict[str, Callable[..., float]] = {
-    "neg": lambda a: -a,
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "sqrt": math.sqrt,
-}
-_IDENTITIES = {"add": ((0, 0.0), (1, 0.0)), "sub": ((1, 0.0),), "mul": ((0, 1.0), (1, 1.0)), "div": ((1, 1.0),)}

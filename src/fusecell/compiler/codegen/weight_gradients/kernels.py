@@ -225,12 +225,11 @@ class _Reduction:
 
     def _operand(self, index: int, name: str) -> _Rows:
         """Return the rows of the range in an operand."""
-        f, place = self.f, self.plan.place(index, "post")
-        assert place is not None, f"{self.plan.graph[index].name}, an operand of a sum, is nowhere in memory"
+        f, location = self.f, self.reduction.operands[index]
         at = StepRows(t=0, base=_RANGE.first, saved_base=_RANGE.saved_first, old_state=0)
-        rows = row_address(f, self.layout, self.module, place.buffer, at)
-        start = f.at(rows.start, place.offset * self.module.itemsize, name)
-        run = _RANGE.saved_run_step if place.buffer.scope == "saved" else _RANGE.run_step
+        rows = row_address(f, self.layout, self.module, location.buffer, at)
+        start = f.at(rows.start, location.offset * self.module.itemsize, name)
+        run = _RANGE.saved_run_step if location.buffer.scope == "saved" else _RANGE.run_step
         return _Rows(start, f.mul(_RANGE.row_step, rows.stride, f"{name}.k"), f.mul(run, rows.stride, f"{name}.run"))
 
 

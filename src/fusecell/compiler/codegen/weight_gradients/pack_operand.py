@@ -40,8 +40,7 @@ def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
         return False
     if module.groups(reduction.width) < _MIN_GROUPS:
         return False
-    place = plan.place(reduction.a, "post")
-    return place is not None and place.buffer not in plan.gathered.values()
+    return reduction.operands[reduction.a].buffer not in plan.gathered.values()
 
 
 def micro_panel_bytes(module: Module) -> int:

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.compiler.ir.primitives import PRIMITIVES
 
 __all__ = ["POINTWISE", "power"]
 
@@ -210,13 +213,14 @@ def _nan_to_num(
     return w.point("where", w.point("eq", kept, -math.inf), low, kept)
 
 
-def _same_names(*names: str) -> Mapping[str, Rule]:
+def _named_as_in_aten() -> Mapping[str, Rule]:
+    """The rules of pointwise primitives that ATen has an operation of the same name and meaning for."""
+    names = (name for name, primitive in PRIMITIVES.items() if primitive.pointwise and hasattr(torch.ops.aten, name))
     return {name: _same(name) for name in names}
 
 
 POINTWISE: Mapping[str, Rule] = {
-    **_same_names("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh"),
-    **_same_names("sigmoid", "erf", "sign", "floor", "mul", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne"),
+    **_named_as_in_aten(),
     "add": _add,
     "sub": _sub,
     "rsub": _rsub,
@@ -253,7 +257,6 @@ POINTWISE: Mapping[str, Rule] = {
     "lerp": _lerp,
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
-    "where": _same("where"),
     "masked_fill": _masked_fill,
     "logical_and": _same("and"),
     "logical_or": _same("or"),

@@ -1,0 +1,86 @@
+"""Every table that is read by primitives has all of them, so that a new one can be forgotten nowhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fusecell.compiler.codegen.pointwise_ops import VALUES
+from fusecell.compiler.codegen.vector_math import BINARY_OPS, OPS
+from fusecell.compiler.frontend.graph_writer import Writer
+from fusecell.compiler.frontend.recorder import RULES
+from fusecell.compiler.frontend.rules.pointwise import POINTWISE
+from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.compiler.ir.graph import Builder
+from fusecell.compiler.ir.interpreter import EVALUATE
+from fusecell.compiler.ir.primitives import ARGUMENTS, PRIMITIVES
+from fusecell.errors import CompilerError
+
+POINTWISE_PRIMITIVES = {name for name, primitive in PRIMITIVES.items() if primitive.pointwise}
+
+
+def test_the_interpreter_evaluates_every_primitive() -> None:
+    assert set(EVALUATE) == set(PRIMITIVES)
+
+
+def test_every_pointwise_primitive_has_machine_code() -> None:
+    assert set(VALUES) == POINTWISE_PRIMITIVES
+
+
+def test_vector_functions_are_pointwise_primitives_of_as_many_arguments() -> None:
+    assert {op: PRIMITIVES[op].arity for op in OPS} == {op: 1 + (op in BINARY_OPS) for op in OPS}
+    assert set(OPS) <= POINTWISE_PRIMITIVES
+
+
+def test_what_is_expensive_is_a_vector_function() -> None:
+    """A primitive that is one instruction is never worth memory; a series or an iteration is."""
+    expensive = {name for name, primitive in PRIMITIVES.items() if primitive.expensive}
+    assert expensive <= set(OPS)
+    cheap = {"neg", "abs", "sign", "floor", "maximum", "minimum", "reciprocal"}
+    assert set(OPS) - expensive == cheap, "a new vector function: say expensive=True in its row, or name it here"
+
+
+def test_torch_reaches_every_pointwise_primitive() -> None:
+    """Each rule for an elementwise operation of torch is called with rows, and what it writes is collected."""
+    written = set()
+    for rule in POINTWISE.values():
+        for arity in (1, 2, 3):
+            builder = Builder("test", "f64")
+            rows = [Row((11, 4), builder.append("input", (), {"shape": [4]}, f"x{i}")) for i in range(arity)]
+            try:
+                rule(Writer(builder, 11, lambda slot, form: -1), *rows)
+            except (CompilerError, TypeError, Untraceable):
+                continue
+            written |= {node.op for node in builder.nodes}
+    assert POINTWISE_PRIMITIVES - {"broadcast"} <= written
+    assert set(POINTWISE) <= set(RULES)
+
+
+@pytest.mark.parametrize("name", [name for name, primitive in PRIMITIVES.items() if primitive.fold])
+def test_folding_computes_what_torch_does(name: str) -> None:
+    primitive = PRIMITIVES[name]
+    assert primitive.fold is not None
+    numbers = (0.7, -1.3)[: primitive.arity]
+    expected = EVALUATE[name]([torch.tensor(number, dtype=torch.float64) for number in numbers], {})
+    assert primitive.fold(*numbers) == expected.item()
+
+
+@pytest.mark.parametrize("name", [name for name, primitive in PRIMITIVES.items() if primitive.identities])
+def test_an_identity_leaves_the_other_argument(name: str) -> None:
+    for position, identity in PRIMITIVES[name].identities:
+        for value in (1.5, -2.0, 0.0, math.inf, math.nan):
+            arguments = [torch.tensor(value), torch.tensor(value)]
+            arguments[position] = torch.tensor(identity)
+            result = EVALUATE[name](arguments, {}).item()
+            assert result == value or (math.isnan(value) and math.isnan(result))
+
+
+def test_a_row_says_one_thing_of_a_primitive() -> None:
+    for name, primitive in PRIMITIVES.items():
+        assert primitive.leaf == (primitive.arity == 0), name
+        assert primitive.pointwise or not (primitive.expensive or primitive.fold or primitive.identities), name
+        assert primitive.arity == 2 or not primitive.commutes, name
+        assert primitive.cheap == (name in ("slice", "concat") or (primitive.pointwise and not primitive.expensive))
+    assert {"input", "state", "weight"} == ARGUMENTS
