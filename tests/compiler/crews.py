@@ -14,6 +14,6 @@ def always(patch: pytest.MonkeyPatch) -> None:
     """Have every call run by as many threads as torch would take, and wait for all of them."""
     patch.setattr(call, "CREW_CALL", 0)
     patch.setattr(call, "CREW_STEP", 0)
-    patch.setattr(call, "crew_waits", lambda: False)
-    patch.setattr(threads, "_LEAST_PATIENCE", 1e12)
-    patch.setattr(threads, "_MOST_PATIENCE", 1e12)
+    patch.setattr(call, "backs_off", lambda: False)
+    patch.setattr(threads, "_LEAST_ARRIVAL", 1e12)
+    patch.setattr(threads, "_MOST_ARRIVAL", 1e12)

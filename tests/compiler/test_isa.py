@@ -64,7 +64,7 @@ def _all_targets():
 def test_object_code(triple, backward):
     """LLVM makes object code of the text; it sets and restores the mode, and waits politely, where there is a way."""
     target, text = machine(triple), text_for(triple, backward)
-    names = ("run", "crew")
+    names = ("run", "team")
     if not backward:
         assert llvm.object_code(text, names, target.cpu, target.features, triple)
     assembly = llvm.assembly(text, names, target.cpu, target.features, triple)

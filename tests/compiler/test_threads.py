@@ -148,7 +148,7 @@ def test_who_is_ahead_leaves_the_others_their_rows():
 
 def test_who_comes_late_is_not_waited_for(monkeypatch):
     """The call is done by who is there, and the next ones do without the others, for longer each time."""
-    monkeypatch.setattr(threads, "_MOST_PATIENCE", 0)
+    monkeypatch.setattr(threads, "_MOST_ARRIVAL", 0)
     cell, x = fc.GRUCell(5, 11), torch.randn(9, 7, 5)
     torch.set_num_threads(1)
     expected = run(cell, x, {})

@@ -10,6 +10,8 @@ The argument block is an array of 64-bit slots, looked up by name::
     saved.v.ptr                                          each value saved for the backward
     at.<buffer>                                          filled in by the kernel: where its buffers are
 
+A call on several threads has a team block besides (`TeamBlock`), by which they find each other.
+
 The caller fills the slots it knows; the kernel lays out its buffers in the scratch memory, as their sizes depend on the
 rows of a step and of a chunk, which are known at the call only.
 """
@@ -17,6 +19,7 @@ rows of a step and of a chunk, which are known at the call only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum, unique
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i64, ptr
@@ -27,7 +30,7 @@ from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
 
 __all__ = [
     "ARGS", "SLOT_BYTES", "STEP", "STEP_PARAMS", "THREADS", "THREAD_ID", "Layout", "Panel", "RowAddress", "Size",
-    "StepRows", "fixed_stride", "row_address", "slack",
+    "StepRows", "TeamBlock", "fixed_stride", "row_address", "slack",
 ]  # fmt: skip
 
 HEADER = (
@@ -46,11 +49,52 @@ HEADER = (
 )
 
 SLOT_BYTES = 8
+"""Bytes of a slot, of the argument block and of the team block."""
 
 ARGS = ptr("args")
 """The argument block, the first parameter of every function that needs it."""
 THREAD_ID, THREADS = i64("thread_id"), i64("threads")
 """Which thread of the team a function runs in, and how many there are."""
+
+
+@unique
+class TeamBlock(IntEnum):
+    """Slots of the block that the threads of one call share, by their positions.
+
+    The runtime writes some before a call and reads others after it; machine code reads, counts and answers in it. The
+    barrier is in another cache line than the slots by which threads arrive.
+    """
+
+    ARRIVED = 0
+    """How many threads have come; each takes the number before its own arrival as its thread_id."""
+    TEAM_SIZE = 1
+    """How many threads work: 0 until the leader has decided."""
+    BARRIER = 8
+    """Raised by each thread that comes to a barrier."""
+    YIELD = 9
+    """The address of the function that gives the core to another thread."""
+    RUNTIME_COUNT = 10
+    """The address of the function that tells how many threads the runtime gave, or 0."""
+    THREADS = 11
+    """How many threads were asked for."""
+    ARGUMENTS = 12
+    """The address of the call's argument block."""
+    ARRIVAL_BUDGET = 13
+    """How many turns the leader waits for the others."""
+    WORKED = 14
+    """Answer: how many threads worked."""
+    YIELDS = 15
+    """Answer: how often one gave its core away."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the block's start."""
+        return SLOT_BYTES * self
+
+    @classmethod
+    def slots(cls) -> int:
+        """Return how many slots the block has."""
+        return max(cls) + 1
 
 
 @dataclass(frozen=True, slots=True)

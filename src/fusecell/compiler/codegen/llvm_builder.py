@@ -196,7 +196,7 @@ class Function(TextBuilder):
 
     def divide(self, a: Integer, b: Integer, name: str) -> Value:
         """Divide numbers that aren't negative; a divisor of one, the usual one, costs a branch, not a division."""
-        label, before = self.fresh("division"), self._current()
+        label, before = self.fresh("division"), self.current()
         is_one = self.eq(b, 1, "is_one", once=True)
         self.branch_if(is_one, f"{label}.done", f"{label}.divide")
         self.begin(f"{label}.divide")
@@ -221,7 +221,7 @@ class Function(TextBuilder):
         return bounds
 
     def _partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Value, Value]:
-        label, before = self.fresh("range"), self._current()
+        label, before = self.fresh("range"), self.current()
         is_alone = self.eq(threads, 1, "is_alone", once=True)
         self.branch_if(is_alone, f"{label}.all", f"{label}.part")
         self.begin(f"{label}.part")
@@ -296,20 +296,20 @@ class Function(TextBuilder):
             return pointer
         return self._pure(name, f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr")
 
-    def alloca(self, name: str, count: int = 1) -> Value:
-        """Return the address of ``count`` i64 of the stack."""
-        return self.let(name, "alloca i64" if count == 1 else f"alloca [{count} x i64]", "ptr")
+    def alloca(self, name: str, count: int = 1, type: str = "i64") -> Value:
+        """Return the address of ``count`` integers of the stack."""
+        return self.let(name, f"alloca {type}" if count == 1 else f"alloca [{count} x {type}]", "ptr")
 
     def alloca_bytes(self, size: int, name: str) -> Value:
         """Return the address of ``size`` bytes of the stack, aligned for any vector."""
         return self.let(name, f"alloca [{size} x i8], align 64", "ptr")
 
-    def load_int(self, pointer: Value, name: str, *, once: bool = False) -> Value:
-        """Load an i64; ``once``: from memory that doesn't change while the function runs."""
-        return self._pure(name, f"load i64, ptr {pointer}", "i64", once)
+    def load_int(self, pointer: Value, name: str, type: str = "i64", *, once: bool = False) -> Value:
+        """Load an integer; ``once``: from memory that doesn't change while the function runs."""
+        return self._pure(name, f"load {type}, ptr {pointer}", type, once)
 
     def store_int(self, value: Integer, pointer: Value) -> None:
-        self.do(f"store i64 {value}, ptr {pointer}")
+        self.do(f"store {typed(value)}, ptr {pointer}")
 
     def load_pointer(self, pointer: Value, name: str, *, once: bool = False) -> Value:
         """Load an address; ``once``: from memory that doesn't change while the function runs."""
@@ -317,9 +317,6 @@ class Function(TextBuilder):
 
     def store_pointer(self, value: Value, pointer: Value) -> None:
         self.do(f"store ptr {value}, ptr {pointer}")
-
-    def load_byte(self, pointer: Value, name: str) -> Value:
-        return self.let(name, f"load i8, ptr {pointer}", "i8")
 
     def load_scalar(self, pointer: Value, name: str) -> Value:
         """Load one number."""
@@ -360,6 +357,24 @@ class Function(TextBuilder):
         """Start bringing a cache line into L2 (locality 2); an address that is nobody's does no harm."""
         read, locality, data = (Value(number, "i32") for number in "021")
         self.do(self.intrinsic("prefetch.p0", pointer, read, locality, data))
+
+    # Memory that threads share.
+
+    def load_acquire(self, pointer: Value, name: str) -> Value:
+        """Load an i64 that another thread stores: what it wrote before is seen after."""
+        return self.let(name, f"load atomic i64, ptr {pointer} acquire, align 8")
+
+    def store_release(self, value: Integer, pointer: Value) -> None:
+        """Store an i64 for other threads: what was written before is seen by who loads it."""
+        self.do(f"store atomic i64 {value}, ptr {pointer} release, align 8")
+
+    def fetch_add(self, pointer: Value, value: Integer, name: str, ordering: str = "seq_cst") -> Value:
+        """Add to an i64 that threads share; return what it was."""
+        return self.let(name, f"atomicrmw add ptr {pointer}, i64 {value} {ordering}")
+
+    def exchange(self, pointer: Value, value: Integer, name: str) -> Value:
+        """Replace an i64 that threads share; return what it was."""
+        return self.let(name, f"atomicrmw xchg ptr {pointer}, i64 {value} seq_cst")
 
     # Vectors of the module's number format.
 
@@ -452,6 +467,10 @@ class Function(TextBuilder):
         """Call a function, by name or by its address."""
         self.do(self.calling(function if isinstance(function, Value) else f"@{function}", args))
 
+    def call_for(self, type: str, function: str, *args: Integer, name: str) -> Value:
+        """Call a function by its address, or by its name as LLVM spells it; return its result."""
+        return self.let(name, self.calling(function, args, type), type)
+
     def begin(self, label: str) -> None:
         """Begin a basic block."""
         self.lines.append(f"{label}:")
@@ -467,7 +486,15 @@ class Function(TextBuilder):
         type = type_of(*(value for value, _ in incoming))
         return self.let(name, f"phi {type} {_incoming(incoming)}", type)
 
-    def _current(self) -> str:
+    def forward(self, name: str) -> Value:
+        """Return the name of an i64 that a phi takes from later code, which defines it by `define_sum`."""
+        return Value(f"%{self.fresh(name)}", "i64")
+
+    def define_sum(self, result: Value, a: Integer, b: Integer) -> None:
+        """Define a value that was named by `forward`."""
+        self.do(f"{result} = add i64 {a}, {b}")
+
+    def current(self) -> str:
         """Return the label of the basic block that is being written."""
         return next(line[:-1] for line in reversed(self.lines) if line.endswith(":") and not line.startswith(" "))
 
@@ -513,7 +540,7 @@ class Function(TextBuilder):
         After the loop the list holds the last ones. The condition is at the loop's end, one branch per turn; a loop
         that may be empty is checked before it, too.
         """
-        label, before = self.fresh(name), self._current()
+        label, before = self.fresh(name), self.current()
         self._used |= {f"{label}.more", f"{label}.next"}
         phis = [
             Value(f"%{self.fresh(name)}", self.module.vector) for name in names or [f"{label}.carried"] * len(vectors)
@@ -527,7 +554,7 @@ class Function(TextBuilder):
         head, carried = len(self.lines), list(phis)
         with self._scope():
             yield Value(f"%{label}", "i64"), carried
-        last = self._current()
+        last = self.current()
         self.do(f"%{label}.next = add nsw i64 %{label}, {step}")
         self.do(f"%{label}.more = icmp slt i64 %{label}.next, {stop}")
         self.branch_if(Value(f"%{label}.more", "i1"), f"{label}.body", f"{label}.done")

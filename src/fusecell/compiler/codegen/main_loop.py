@@ -265,21 +265,23 @@ def emit_main_loop(module: Module, layout: Layout, plan: Plan, panels: dict[Pane
 
 
 def _flush_denormals(f: Function) -> Callable[[], None]:
-    """Denormals count as zero from here, where the CPU can; returns what puts its own mode back."""
+    """Make denormals count as zero, where the CPU can; return what writes the code that restores the caller's mode.
+
+    Arithmetic on them can take more than a hundred cycles (Fog, "The microarchitecture of Intel, AMD and VIA CPUs");
+    states that decay to zero are full of them.
+    """
     control = f.module.target.isa.denormals
     if control is None:
         return lambda: None
-    f.module.declares |= control.declarations
+    f.declares |= control.declarations
     kind = f"i{control.bits}"
+    flush = Value(str(control.flush), kind)
     if control.through_memory:
-        saved, ours = f.let("mode.saved", f"alloca {kind}"), f.let("mode.ours", f"alloca {kind}")
-        f.do(f"call void {control.read}(ptr {saved})")
-        mode = f.let("mode", f"load {kind}, ptr {saved}")
-        flushing = f.let("mode.flushing", f"or {kind} {mode}, {control.flush}")
-        f.do(f"store {kind} {flushing}, ptr {ours}")
-        f.do(f"call void {control.write}(ptr {ours})")
-        return lambda: f.do(f"call void {control.write}(ptr {saved})")
-    mode = f.let("mode", f"call {kind} {control.read}()")
-    flushing = f.let("mode.flushing", f"or {kind} {mode}, {control.flush}")
-    f.do(f"call void {control.write}({kind} {flushing})")
-    return lambda: f.do(f"call void {control.write}({kind} {mode})")
+        caller_mode, own_mode = f.alloca("mode.caller", type=kind), f.alloca("mode.own", type=kind)
+        f.call(Value(control.read, "ptr"), caller_mode)
+        f.store_int(f.or_(f.load_int(caller_mode, "mode", kind), flush, "mode.flushing"), own_mode)
+        f.call(Value(control.write, "ptr"), own_mode)
+        return lambda: f.call(Value(control.write, "ptr"), caller_mode)
+    mode = f.call_for(kind, control.read, name="mode")
+    f.call(Value(control.write, "ptr"), f.or_(mode, flush, "mode.flushing"))
+    return lambda: f.call(Value(control.write, "ptr"), mode)

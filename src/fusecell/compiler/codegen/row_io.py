@@ -147,7 +147,7 @@ class CallerRows:
             with self.team.per_row(), f.for_range("row", start, stop) as row:
                 caller_row = self._caller_row(row)
                 offset = f.mul(caller_row, self.layout.integer(f, "resets.row"))
-                flag = f.load_byte(f.at(flags_of_step, offset), "flag")
+                flag = f.load_int(f.at(flags_of_step, offset), "flag", "i8")
                 with f.if_(f.ne(flag, 0, "is_set"), "reset"):
                     for name, (leaf, _) in self.plan.states.items():
                         size = self.plan.graph[leaf].size

@@ -19,10 +19,10 @@ takes microseconds; after some ten they give their core to others, who may be wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fusecell.compiler.codegen.kernel_abi import THREAD_ID, THREADS
+from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, TeamBlock
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, ptr
 
@@ -37,12 +37,10 @@ MIN_ROWS_LARGE_LOOP = 32
 """The same where the weights of the loop exceed `LARGE_LOOP_BYTES`: by columns each core reads a part of them only."""
 LARGE_LOOP_BYTES = 1 << 20
 """Bytes of the loop's weights that a core's L2 holds."""
-_SPINS = 512
-"""Turns at the gate, some ten microseconds, before the others, who may be waiting for this core, get it."""
+_SPIN_BUDGET = 512
+"""Turns of waiting, some ten microseconds, before a thread yields its core to others, who may be waiting for it."""
 _CLOSED = 1 << 20
-_DECISION, _GATE, _YIELD, _COUNT, _THREADS, _ARGS, _PATIENCE, _WORKED, _GIVEN = 1, 8, 9, 10, 11, 12, 13, 14, 15
-"""The words of a crew's data behind the first, which hands out the threads' numbers. Patience is how many turns the
-first waits for the others; the last two are answers: how many worked, and how often one gave its core away."""
+"""The slot ARRIVED of a closed team: more than any number of threads."""
 
 
 class Team:
@@ -108,112 +106,112 @@ class Team:
 
 
 def emit_barrier(module: Module) -> None:
-    """Write ``@barrier``: raise the counter, wait until all have."""
-    count = ptr("count")
-    f = Function(module, "barrier", BARRIER, THREADS, count)
-    target = f.add(f.load_int(count, "before"), THREADS, "target")
-    f.store_int(target, count)
-    f.do(f"%came = atomicrmw add ptr {BARRIER}, i64 1 seq_cst")
-    _wait(f, BARRIER, f"sge i64 %now, {target}", BARRIER)
+    """Write ``@barrier``: raise the counter, wait until all threads have."""
+    count_at = ptr("count.at")
+    f = Function(module, "barrier", BARRIER, THREADS, count_at)
+    target = f.add(f.load_int(count_at, "count"), THREADS, "target")
+    f.store_int(target, count_at)
+    f.fetch_add(BARRIER, 1, "arrived")
+    _spin_until(f, BARRIER, lambda now: f.ge(now, target, "is_open"), BARRIER)
     f.end()
 
 
-def _wait(f: Function, word: str, condition: str, gate: str) -> None:
-    """Look at a word until ``condition`` holds of what is there; after a while others get the core."""
-    f.lines.extend(
-        [
-            "  br label %look",
-            "look:",
-            "  %spins = phi i64 [ 0, %entry ], [ %spins.next, %wait ], [ 0, %give ]",
-            f"  %now = load atomic i64, ptr {word} acquire, align 8",
-            f"  %open = icmp {condition}",
-            "  br i1 %open, label %through, label %stay",
-            "stay:",
-            *_spin_hint(f.module),
-            "  %spins.next = add i64 %spins, 1",
-            f"  %long = icmp sge i64 %spins.next, {_SPINS}",
-            "  br i1 %long, label %give, label %wait",
-            "wait:",
-            "  br label %look",
-            "give:",
-            f"  %given.at = getelementptr i8, ptr {gate}, i64 {8 * (_GIVEN - _GATE)}",
-            "  %given = atomicrmw add ptr %given.at, i64 1 monotonic",
-            f"  %yield.at = getelementptr i8, ptr {gate}, i64 {8 * (_YIELD - _GATE)}",
-            "  %yield = load ptr, ptr %yield.at",
-            "  %done = call i32 %yield()",
-            "  br label %look",
-            "through:",
-        ]
-    )
+def _spin_until(f: Function, slot: Value, is_open: Callable[[Value], Value], barrier: Value) -> None:
+    """Write a loop that reads a slot until ``is_open`` holds of it; every `_SPIN_BUDGET` turns it yields the core.
+
+    Arguments:
+        barrier: the address of the team block's barrier, by which its other slots are found.
+    """
+    entry = f.current()
+    f.branch("look")
+    f.begin("look")
+    next_turn = f.forward("turn.next")
+    turn = f.phi([(0, entry), (next_turn, "wait"), (0, "yield")], "turn")
+    now = f.load_acquire(slot, "now")
+    f.branch_if(is_open(now), "through", "stay")
+    f.begin("stay")
+    _spin_hint(f)
+    f.define_sum(next_turn, turn, 1)
+    f.branch_if(f.ge(next_turn, _SPIN_BUDGET, "is_long"), "yield", "wait")
+    f.begin("wait")
+    f.branch("look")
+    f.begin("yield")
+    f.fetch_add(f.at(barrier, TeamBlock.YIELDS.offset - TeamBlock.BARRIER.offset), 1, "yields", "monotonic")
+    yield_at = f.at(barrier, TeamBlock.YIELD.offset - TeamBlock.BARRIER.offset)
+    f.call_for("i32", f.load_pointer(yield_at, "yield.function"), name="status")
+    f.branch("look")
+    f.begin("through")
 
 
-def _spin_hint(module: Module) -> list[str]:
-    """Tell the core that it only waits, where it can be told."""
-    hint = module.target.isa.spin_hint
-    if hint is None:
-        return []
-    declaration, call = hint
-    module.declares.add(declaration)
-    return [f"  {call}"]
+def _spin_hint(f: Function) -> None:
+    """Tell the core that it only waits, where it can be told: it leaves execution units to its other hyperthread."""
+    hint = f.module.target.isa.spin_hint
+    if hint is not None:
+        declaration, call = hint
+        f.declares.add(declaration)
+        f.do(call)
+
+
+_BLOCK = ptr("block")
 
 
 def emit_entries(module: Module) -> None:
-    """Write ``@run``, a crew of one, and ``@crew``, which each thread of a crew runs with the same data.
-
-    The first to come waits a little for the others, then closes the crew: who comes later finds it so and leaves.
-    """
-    args = ptr("args")
-    f = Function(module, "run", args, exported=True)
-    f.call("work", args, 0, 1, NULL)
+    """Write ``@run``, a team of one, and ``@team``, which every thread of a team runs with the same `TeamBlock`."""
+    f = Function(module, "run", ARGS, exported=True)
+    f.call("work", ARGS, 0, 1, NULL)
     f.end()
-    _gather_crew(module)
-    decision, block = ptr("decision"), ptr("block")
-    f = Function(module, "join", decision, BARRIER)
-    _wait(f, decision, "sgt i64 %now, 0", BARRIER)
+    _emit_gather(module)
+    size_at = ptr("team_size.at")
+    f = Function(module, "join", size_at, BARRIER)
+    _spin_until(f, size_at, lambda now: f.gt(now, 0, "is_open"), BARRIER)
     f.end()
-    f = Function(module, "crew", block, exported=True)
-    thread_id = f.let("thread_id", f"atomicrmw add ptr {block}, i64 1 seq_cst")
-    barrier, decision = f.at(block, 8 * _GATE, "barrier"), f.at(block, 8 * _DECISION, "decision")
+    f = Function(module, "team", _BLOCK, exported=True)
+    thread_id = f.fetch_add(_slot(f, TeamBlock.ARRIVED), 1, "thread_id")
+    barrier, size_at = _slot(f, TeamBlock.BARRIER), _slot(f, TeamBlock.TEAM_SIZE)
     with f.if_(f.eq(thread_id, 0, "is_leader"), "leader"):
-        f.call("gather", block)
+        f.call("gather", _BLOCK)
     with f.if_(f.lt(thread_id, _CLOSED, "is_in_time"), "in_time"):
-        f.call("join", decision, barrier)
-        args = f.load_pointer(f.at(block, 8 * _ARGS), "args")
-        f.call("work", args, thread_id, f.load_int(decision, "threads"), barrier)
+        f.call("join", size_at, barrier)
+        args = f.load_pointer(_slot(f, TeamBlock.ARGUMENTS), "args")
+        f.call("work", args, thread_id, f.load_int(size_at, "threads"), barrier)
     f.end()
 
 
-def _gather_crew(module: Module) -> None:
-    """Write ``@gather``: wait until all threads are there, or for some time, and decide."""
-    block = ptr("block")
-    f = Function(module, "gather", block)
-    # A runtime may give fewer threads than it was asked for: then it knows how many.
-    threads_at = f.alloca("threads.at")
-    f.store_int(f.load_int(f.at(block, 8 * _THREADS), "threads"), threads_at)
-    count = f.load_pointer(f.at(block, 8 * _COUNT), "count")
-    with f.if_(f.ne(count, NULL, "is_counted"), "counted"):
-        short = f.let("short", f"call i32 {count}()", "i32")
-        f.store_int(f.sext(short, "long"), threads_at)
-    threads = f.load_int(threads_at, "threads")
-    patience = f.load_int(f.at(block, 8 * _PATIENCE), "patience")
-    f.lines.extend(
-        [
-            "  br label %look",
-            "look:",
-            "  %spins = phi i64 [ 0, %counted.end ], [ %spins.next, %stay ]",
-            "  %here = load atomic i64, ptr %block acquire, align 8",
-            f"  %all = icmp sge i64 %here, {threads}",
-            f"  %late = icmp sge i64 %spins, {patience}",
-            "  %enough = or i1 %all, %late",
-            "  br i1 %enough, label %close, label %stay",
-            "stay:",
-            *_spin_hint(module),
-            "  %spins.next = add i64 %spins, 1",
-            "  br label %look",
-            "close:",
-        ]
-    )
-    crew = f.let("crew", f"atomicrmw xchg ptr %block, i64 {_CLOSED} seq_cst")
-    f.store_int(crew, f.at(block, 8 * _WORKED))
-    f.do(f"store atomic i64 {crew}, ptr {f.at(block, 8 * _DECISION)} release, align 8")
+def _slot(f: Function, slot: TeamBlock) -> Value:
+    """Return the address of a slot of the team block."""
+    return f.at(_BLOCK, slot.offset, f"{slot.name.lower()}.at")
+
+
+def _emit_gather(module: Module) -> None:
+    """Write ``@gather``: wait until all threads are there, or for some time, and close the team.
+
+    Waiting is bounded: where other programs hold the cores, a call runs on the threads that have come.
+    """
+    f = Function(module, "gather", _BLOCK)
+    expected_at = f.alloca("expected.at")
+    f.store_int(f.load_int(_slot(f, TeamBlock.THREADS), "threads"), expected_at)
+    # A runtime may start fewer threads than it was asked for: then it knows how many.
+    count = f.load_pointer(_slot(f, TeamBlock.RUNTIME_COUNT), "count")
+    with f.if_(f.ne(count, NULL, "has_count"), "counted"):
+        f.store_int(f.sext(f.call_for("i32", count, name="runtime_threads"), "threads"), expected_at)
+    expected = f.load_int(expected_at, "expected")
+    budget = f.load_int(_slot(f, TeamBlock.ARRIVAL_BUDGET), "budget")
+    arrived_at = _slot(f, TeamBlock.ARRIVED)
+    entry = f.current()
+    f.branch("look")
+    f.begin("look")
+    next_turn = f.forward("turn.next")
+    turn = f.phi([(0, entry), (next_turn, "stay")], "turn")
+    are_all_here = f.ge(f.load_acquire(arrived_at, "arrived"), expected, "are_all_here")
+    is_late = f.ge(turn, budget, "is_late")
+    f.branch_if(f.or_(are_all_here, is_late, "is_over"), "close", "stay")
+    f.begin("stay")
+    _spin_hint(f)
+    f.define_sum(next_turn, turn, 1)
+    f.branch("look")
+    f.begin("close")
+    # Threads that take their number from here on get one beyond _CLOSED, and leave.
+    size = f.exchange(arrived_at, _CLOSED, "team_size")
+    f.store_int(size, _slot(f, TeamBlock.WORKED))
+    f.store_release(size, _slot(f, TeamBlock.TEAM_SIZE))
     f.end()

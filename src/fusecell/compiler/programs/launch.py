@@ -15,7 +15,7 @@ from fusecell.compiler.codegen import MIN_ROWS_PER_THREAD
 from fusecell.compiler.runtime import guard_pages as guard_pages
 from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.compiler.runtime.thread_team import crew_waits, run_crew
+from fusecell.compiler.runtime.thread_team import backs_off, run_team
 
 __all__ = ["RaggedRows", "PreparedCall", "run"]
 
@@ -83,7 +83,7 @@ def run(
 def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
     """Run a kernel over the block at an address."""
     if threads > 1:
-        run_crew(kernel.crew, address, threads, _microseconds(kernel, rows) * steps)
+        run_team(kernel.team, address, threads, _microseconds(kernel, rows) * steps)
     elif kernel.macs * steps * rows < SHORT_CALL:
         kernel.short(address)
     else:
@@ -98,11 +98,9 @@ def wants_crew(kernel: Kernel, steps: int, rows: int) -> bool:
 def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
     """How many threads a call is worth, of those that torch would take."""
     threads = torch.get_num_threads() if wants_crew(kernel, steps, rows) else 1
-    if (
-        threads == 1
-        or (rows < MIN_ROWS_PER_THREAD * threads and _microseconds(kernel, rows) < CREW_STEP)
-        or crew_waits()
-    ):
+    if threads == 1 or backs_off():
+        return 1
+    if rows < MIN_ROWS_PER_THREAD * threads and _microseconds(kernel, rows) < CREW_STEP:
         return 1
     return threads
 

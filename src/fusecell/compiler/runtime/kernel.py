@@ -101,8 +101,8 @@ class Kernel:
     itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
-    crew: int
-    """The address of what each thread of a crew runs."""
+    team: int
+    """The address of ``@team``, which each thread of a team runs."""
     loop_macs: int
     """Multiply-adds of a row's step that wait for the step before."""
     _zeros: array[int]
@@ -193,7 +193,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
     words = _Words(schedule, emitted)
-    loaded = load(emitted.text, ["run", "crew"], target)
+    loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")
     return Kernel(
         plan=schedule,
@@ -206,7 +206,7 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         itemsize=graph.dtype.itemsize,
         short=ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         long=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-        crew=loaded.address("crew"),
+        team=loaded.address("team"),
         loop_macs=sum(
             _macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines
         ),
