@@ -187,11 +187,11 @@ def machine_limits(seconds: float = 0.5) -> tuple[float, float]:
     return _rate(8, 3, 1, 64, 1, seconds), 2 * _rate(1, 1, 8, 128, 8, seconds)
 
 
-def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, seconds: float) -> float:
+def _rate(rows: int, products: int, groups: int, depth: int, panels: int, seconds: float) -> float:
     """Measure the operations per second of a tile over ``panels`` of packed weights, one after another.
 
     Arguments:
-        rows, products, blocks: the tile's size: rows, matrices, and blocks of 16 columns.
+        rows, products, groups: the tile's size: rows, matrices, and groups of 16 columns.
         depth: the length of the products' sums.
         panels: how many panels there are in memory; few stay in L1, many come from L2.
         seconds: how long to measure.
@@ -201,29 +201,29 @@ def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, second
     from fusecell.compiler.backend.jit import load
     from fusecell.compiler.backend.target import host_target
     from fusecell.compiler.codegen.llvm_builder import Function, Module
-    from fusecell.compiler.codegen.microkernel import StaticStrides, tile_name
+    from fusecell.compiler.codegen.llvm_text import i64, ptr
+    from fusecell.compiler.codegen.microkernel import StaticStrides, microkernel
+    from fusecell.compiler.ir.sizes import DType
 
-    module = Module("limits", "f32", host_target())
-    name = tile_name(module, rows, products, blocks, StaticStrides())
-    f = Function(module, "run", "ptr %acc", "ptr %a", "ptr %panels", "i64 %times", exported=True)
-    size = depth * products * module.block
-    with f.loop("time", 0, "%times"), f.loop("panel", 0, panels) as panel:
-        here = f.at("%panels", f.mul(panel, size * blocks))
-        row = products * blocks * module.block
-        f.call(
-            name, "ptr %acc", f"i64 {row}", "ptr %a", f"i64 {4 * depth}", f"ptr {here}", f"i64 {size}", f"i64 {depth}",
-            "ptr %acc", "i64 0",
-        )  # fmt: skip
+    module = Module("limits", DType.F32, host_target())
+    name = microkernel(module, rows, products, groups, StaticStrides())
+    accumulators, operand, all_panels, repeats = ptr("acc"), ptr("a"), ptr("panels"), i64("times")
+    f = Function(module, "run", accumulators, operand, all_panels, repeats, exported=True)
+    size = depth * products * module.vector_bytes
+    with f.for_range("time", 0, repeats), f.for_range("panel", 0, panels) as panel:
+        here = f.at(all_panels, f.mul(panel, size * groups))
+        row = products * groups * module.vector_bytes
+        f.call(name, accumulators, row, operand, 4 * depth, here, size, depth, accumulators, 0)
     f.end()
     loaded = load(module.text(), ["run"], host_target())
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(loaded.address("run"))
     # Ones, not zeros: Linux maps untouched pages of zeros to one and the same page of memory.
-    sizes = (rows * products * blocks * 64, rows * depth * 4 + 64, panels * size * blocks)
+    sizes = (rows * products * groups * 64, rows * depth * 4 + 64, panels * size * groups)
     memory = np.ones(sum(sizes) // 4 + 32, np.float32)
     acc = -(-memory.ctypes.data // 64) * 64
     a = acc + sizes[0]
     weights = -(-(a + sizes[1]) // 64) * 64
-    flops = 2 * rows * products * blocks * 16 * depth * panels
+    flops = 2 * rows * products * groups * 16 * depth * panels
     times = max(1, int(1e8 / flops))
     return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
 

@@ -152,7 +152,7 @@ def _leaves(module: nn.Module) -> list[tuple[str, Cell]]:
 
 _WHEN = {
     "once": "once per call",
-    "lift": "before the loop, a chunk of steps at once",
+    "hoisted": "before the loop, a chunk of steps at once",
     "loop": "in the loop",
     "post": "after the loop, a chunk of steps at once",
 }

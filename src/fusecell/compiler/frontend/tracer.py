@@ -21,7 +21,8 @@ from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.recorder import Recorder
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
-from fusecell.compiler.ir.graph import Builder, DType, Graph
+from fusecell.compiler.ir.graph import Builder, Graph
+from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.locks import new_lock
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
@@ -29,7 +30,7 @@ from fusecell.module_snapshot import Change, Snapshot, changing_line, sentence
 
 __all__ = ["Traced", "trace"]
 
-_DTYPES: dict[torch.dtype, DType] = {torch.float32: "f32", torch.float64: "f64"}
+_DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

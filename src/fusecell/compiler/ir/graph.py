@@ -11,15 +11,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fusecell.compiler.ir.primitives import ARGUMENTS, PRIMITIVES, Type
+from fusecell.compiler.ir.sizes import DType
 from fusecell.errors import CompilerError, quoted
 from fusecell.strict_json import parse_json
 
-__all__ = ["NAME", "SAVED", "Builder", "DType", "Graph", "Node"]
+__all__ = ["NAME", "SAVED", "Builder", "Graph", "Node"]
 
-DType = Literal["f32", "f64"]
 SAVED = "saved."
 """How values kept for the backward are called: outputs of the forward, inputs of the backward."""
 NAME = re.compile(r"[\w.]{1,256}")
@@ -112,7 +112,7 @@ class Graph:
             raise CompilerError("not a graph: the first line must be 'graph <title> <f32 or f64>'")
         if lines.pop():
             raise CompilerError("not a graph: it ends in the middle of a line")
-        builder = Builder(head[1], head[2])  # type: ignore[arg-type]  # the pattern admits no other
+        builder = Builder(head[1], DType(head[2]))
         names: dict[str, int] = {}
         outputs: dict[str, int] = {}
         for number, line in enumerate(lines[1:], 2):

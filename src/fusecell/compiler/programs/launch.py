@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusecell.compiler.codegen import ROWS_EACH
+from fusecell.compiler.codegen import MIN_ROWS_PER_THREAD
 from fusecell.compiler.runtime import guard_pages as guard_pages
 from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel
@@ -98,7 +98,9 @@ def wants_crew(kernel: Kernel, steps: int, rows: int) -> bool:
 def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
     """How many threads a call is worth, of those that torch would take."""
     threads = torch.get_num_threads() if wants_crew(kernel, steps, rows) else 1
-    if threads == 1 or (rows < ROWS_EACH * threads and _microseconds(kernel, rows) < CREW_STEP) or backs_off():
+    if threads == 1 or backs_off():
+        return 1
+    if rows < MIN_ROWS_PER_THREAD * threads and _microseconds(kernel, rows) < CREW_STEP:
         return 1
     return threads
 

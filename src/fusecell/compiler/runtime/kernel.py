@@ -24,9 +24,9 @@ from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
-# What the buffers of a chunk of steps may take, so that lifted values are still in L2 when the loop reads them. An only
-# chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
-# has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
+# What the buffers of a chunk of steps may take, so that hoisted values are still in L2 when the loop reads them. An
+# only chunk may take as much as the weights, which need not be packed whole then, up to the second. And the rows that a
+# chunk has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
 CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
 LARGE, PANEL_ROWS = 4 << 20, 128
 SUM_ROWS, SUM_ROWS_SMALL_L2 = 128, 64
@@ -46,9 +46,8 @@ class _Words:
     """
 
     def __init__(self, schedule: Plan, emitted: Emitted) -> None:
-        self._plan = schedule
         graph = schedule.graph
-        self.positions = {name: position for position, name in enumerate(emitted.words)}
+        self.positions = {name: position for position, name in enumerate(emitted.slots)}
         sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
         leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
         self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
@@ -104,7 +103,7 @@ class Kernel:
     short: Callable[[int], None]
     long: Callable[[int], None]
     team: int
-    """The address of what each thread of a team runs."""
+    """The address of ``@team``, which each thread of a team runs."""
     loop_macs: int
     """Multiply-adds of a row's step that wait for the step before."""
     _zeros: array[int]
@@ -209,19 +208,21 @@ def compile_graph(graph: Graph, *, backward: bool = False, code_bytes: int | Non
     loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")
     return Kernel(
-        schedule,
-        emitted,
-        loaded,
-        time.perf_counter() - began,
-        _macs(schedule),
-        {label: graph[graph.outputs[label]].size for label in words.outputs},
-        words,
-        4 if graph.dtype == "f32" else 8,
-        ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-        loaded.address("team"),
-        sum(_macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines),
-        array("q", bytes(8 * len(emitted.words))),
+        plan=schedule,
+        emitted=emitted,
+        loaded=loaded,
+        seconds=time.perf_counter() - began,
+        macs=_macs(schedule),
+        output_sizes={label: graph[graph.outputs[label]].size for label in words.outputs},
+        words=words,
+        itemsize=graph.dtype.itemsize,
+        short=ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
+        long=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
+        team=loaded.address("team"),
+        loop_macs=sum(
+            _macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines
+        ),
+        _zeros=array("q", bytes(8 * len(emitted.slots))),
     )
 
 

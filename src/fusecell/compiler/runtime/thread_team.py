@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusecell.compiler.codegen.kernel_abi import WORD, TeamBlock
+from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
 
 __all__ = ["backs_off", "run_team"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
-_EMPTY = array("q", bytes(WORD * TeamBlock.slots()))
+_EMPTY = array("q", bytes(SLOT_BYTES * TeamBlock.slots()))
 _parent = os.getpid()
 # How long the first of a team waits for the others, in microseconds: what the call takes alone, within bounds. Waking
 # takes some fifty, after a pause several hundred. And the turns in a microsecond, of which CPUs make seven to thirty.

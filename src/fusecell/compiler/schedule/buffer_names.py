@@ -10,7 +10,7 @@ from fusecell.compiler.ir.graph import Graph
 __all__ = ["RESERVED", "with_own_buffer_names"]
 
 RESERVED = re.compile(
-    r"order|starts|strips|(?:in|out|state|saved|partials|panel|at)\..*|.*\.(?:rows|packed|block|total|ptr|step|row)"
+    r"order|starts|packed\.a|(?:in|out|state|saved|partials|panel|at)\..*|.*\.(?:rows|packed|block|total|ptr|step|row)"
 )
 """What buffers are called that are no value's own: of leaves, results, sums and panels, and of the order of rows."""
 

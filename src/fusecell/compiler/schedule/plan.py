@@ -1,17 +1,33 @@
-"""What a schedule comes to: stages in the order in which they run, and where in memory every value is."""
+"""Define the plan of a kernel: its stages in the order in which they run, and where in memory each value is.
+
+A plan is complete and frozen: each stage carries the location of all that it reads and writes, so that code
+generation looks up nothing.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fusecell.compiler.ir.graph import SAVED, Graph
 
-__all__ = ["Buffer", "Phase", "Place", "Plan", "Stage", "Sum"]
+__all__ = ["PHASES", "SCOPES", "Buffer", "Location", "Phase", "Plan", "Scope", "Stage", "StrideKind", "Sum"]
 
-Phase = Literal["once", "lift", "loop", "post"]
+Phase = Literal["once", "hoisted", "loop", "post"]
+Scope = Literal["call", "step", "state", "chunk", "user", "saved"]
+StrideKind = Literal["none", "padded", "caller"]
+
+PHASES: tuple[Phase, ...] = ("once", "hoisted", "loop", "post")
+"""In the order in which they run."""
+SCOPES: Mapping[Phase, Literal["call", "chunk", "step"]] = {
+    "once": "call",
+    "hoisted": "chunk",
+    "loop": "step",
+    "post": "chunk",
+}
+"""How many rows the values of a phase have in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,33 +38,53 @@ class Buffer:
     """
 
     name: str
-    scope: Literal["call", "step", "state", "chunk", "user", "saved"]
+    scope: Scope
     size: int
+
+    @property
+    def stride(self) -> StrideKind:
+        """From a row to the next: nothing, the row padded to whole vectors, or what the caller's tensor has."""
+        if self.scope == "user":
+            return "caller"
+        return "none" if self.scope == "call" else "padded"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a value can be read: a buffer, from a feature on."""
+class Location:
+    """Where a value is in memory: a buffer, from one of its features on."""
 
     buffer: Buffer
     offset: int = 0
 
+    @property
+    def stride(self) -> StrideKind:
+        """From a row to the next."""
+        return self.buffer.stride
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sum:
-    """A contribution to the gradient of a weight: the sum over rows of a^T b, or of b alone."""
+    """A contribution to the gradient of a weight: the sum over rows of a^T b, or of b alone.
+
+    Attributes:
+        name: what its function is called.
+        label: the output of the graph that it belongs to.
+        height: features of ``a``; 1 without.
+        width: features of ``b``.
+        corner: where in the gradient it belongs, in its own rows and columns.
+        flipped: whether its rows are the gradient's columns.
+        operands: where ``a`` and ``b`` are.
+    """
 
     name: str
     label: str
     a: int | None
     b: int
     height: int
-    """Features of ``a``; 1 without."""
     width: int
     corner: tuple[int, int]
-    """Where in the gradient it belongs, in its own rows and columns."""
     flipped: bool
-    """Whether its rows are the gradient's columns."""
+    operands: Mapping[int, Location] = field(default_factory=dict)
 
     @property
     def part(self) -> str:
@@ -61,21 +97,36 @@ class Sum:
         return f"{self.name}.total"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Values of one width computed together, row by row, column block by column block."""
+    """Values of one width that are computed together, row by row, column block by column block.
+
+    Attributes:
+        rank: its turn among the stages of its phase; those of one rank need nothing of each other.
+        affines, pointwise, reductions: what it computes, as indices of nodes.
+        stores: the values that it writes to memory, with every location that they are written to.
+        totals: where each of its reductions is written once all columns are done.
+        operands: where each value is that it reads from memory; what is in none is computed on the spot.
+    """
 
     phase: Phase
     rank: int
     width: int
-    affines: list[int] = field(default_factory=list)
-    pointwise: list[int] = field(default_factory=list)
-    reductions: list[int] = field(default_factory=list)
-    stores: dict[int, list[Place]] = field(default_factory=dict)
+    affines: tuple[int, ...] = ()
+    pointwise: tuple[int, ...] = ()
+    reductions: tuple[int, ...] = ()
+    stores: Mapping[int, tuple[Location, ...]] = field(default_factory=dict)
+    totals: Mapping[int, Location] = field(default_factory=dict)
+    operands: Mapping[int, Location] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return f"{self.phase}{self.rank}.{self.width}"
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What stages are sorted by."""
+        return PHASES.index(self.phase), self.rank, self.width
 
     def results(self) -> Iterator[int]:
         """All that is computed here, reductions aside."""
@@ -83,21 +134,29 @@ class Stage:
         yield from self.pointwise
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Stages in the order in which they run, and the memory of every value that crosses from one to another."""
+    """Stages in the order in which they run, and the memory of every value that crosses from one to another.
+
+    Attributes:
+        buffers: all of the scratch memory, in its order.
+        vectors: the weights that are vectors, with the buffer that each is copied to, padded to whole vectors.
+        gathered: the inputs whose rows are copied in, or read in place, for stages outside the loop.
+        scattered: the outputs of stages outside the loop, by label, with the location that they are copied out from.
+        sums: the contributions to gradients of weights.
+        states: each state's leaf and its new value, by name.
+        backward: whether the states are gradients: a reset cuts them off after the step, not before it.
+    """
 
     graph: Graph
-    stages: list[Stage]
-    homes: dict[int, Place]
-    gathered: dict[int, Buffer]
-    scattered: dict[str, int]
-    sums: list[Sum]
-    kept: dict[int, Buffer]
-    states: dict[str, tuple[int, int]]
-    """Each state's leaf and its new value."""
-    backward: bool = False
-    """Whether the states are gradients: a reset cuts them off after the step instead of setting them before it."""
+    stages: tuple[Stage, ...]
+    buffers: tuple[Buffer, ...]
+    vectors: Mapping[int, Buffer]
+    gathered: Mapping[int, Buffer]
+    scattered: Mapping[str, Location]
+    sums: tuple[Sum, ...]
+    states: Mapping[str, tuple[int, int]]
+    backward: bool
 
     @property
     def text(self) -> str:
@@ -108,55 +167,30 @@ class Plan:
             for index in (*stage.results(), *stage.reductions):
                 node = self.graph[index]
                 lines.append(f"  {node.name} = {node.op}({', '.join(self.graph[arg].name for arg in node.args)})")
-            for index, places in stage.stores.items():
-                targets = [f"{place.buffer.name}[{place.offset}:] by {place.buffer.scope}" for place in places]
+            for index, locations in stage.stores.items():
+                targets = [f"{each.buffer.name}[{each.offset}:] by {each.buffer.scope}" for each in locations]
                 lines.append(f"  store {self.graph[index].name} in {', '.join(targets)}")
-        for found in self.sums:
-            a = "" if found.a is None else f"{self.graph[found.a].name} x "
-            lines.append(f"{found.name}: {found.label} at {list(found.corner)} += {a}{self.graph[found.b].name}")
+        for each in self.sums:
+            a = "" if each.a is None else f"{self.graph[each.a].name} x "
+            lines.append(f"{each.name}: {each.label} at {list(each.corner)} += {a}{self.graph[each.b].name}")
         return "\n".join(lines) + "\n"
 
-    def place(self, index: int, phase: Phase) -> Place | None:
-        """Where a value is found by a stage of ``phase``; None if it is nowhere in memory."""
-        offset, node = 0, self.graph[index]
-        while node.op == "slice":
-            offset, index = offset + node.attrs["start"], node.args[0]
-            node = self.graph[index]
-        whole = self._whole(index, phase)
-        return Place(whole.buffer, whole.offset + offset) if whole is not None and offset else whole
-
-    def _whole(self, index: int, phase: Phase) -> Place | None:
-        node = self.graph[index]
-        if node.op == "input" and phase in ("lift", "post") and not node.name.startswith(SAVED):
-            return Place(self.gathered[index]) if index in self.gathered else None
-        if node.op == "state" and phase == "post":
-            return Place(self.kept[index]) if index in self.kept else None
-        return self.homes.get(index)
-
     def stages_of(self, phase: Phase) -> list[Stage]:
-        """The stages of a phase, in order."""
+        """List the stages of a phase, in order."""
         return [stage for stage in self.stages if stage.phase == phase]
 
-    def buffers(self) -> list[Buffer]:
-        """Every buffer of the scratch memory, once each."""
-        found = {place.buffer: None for place in self.homes.values()}
-        found.update(dict.fromkeys([*self.gathered.values(), *self.kept.values()]))
-        for stage in self.stages:
-            found.update({place.buffer: None for places in stage.stores.values() for place in places})
-        return [buffer for buffer in found if buffer.scope not in ("user", "saved")]
-
     def covered(self) -> set[str]:
-        """The gradients that one sum makes whole: nothing has to be added up in them."""
-        labels = [found.label for found in self.sums]
-        found = set()
+        """Name the gradients that one sum makes whole: nothing has to be added up in them."""
+        labels = [each.label for each in self.sums]
+        whole = set()
         for each in self.sums:
             size = math.prod(self.graph[self.graph.outputs[each.label]].type.shape)
             if labels.count(each.label) == 1 and each.height * each.width == size:
-                found.add(each.label)
-        return found
+                whole.add(each.label)
+        return whole
 
     def saved(self) -> list[Buffer]:
-        """What the forward keeps, or the backward finds."""
+        """List what the forward saves for the backward, or what the backward reads of it."""
         graph = self.graph
         names = [label for label in graph.outputs if label.startswith(SAVED)]
         sizes = {label: graph[graph.outputs[label]].size for label in names}

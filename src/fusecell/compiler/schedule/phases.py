@@ -1,0 +1,124 @@
+"""Choose the phase in which each value of a graph is computed.
+
+once      what needs weights only: one row, once per call.
+hoisted   what needs x but no state and holds a product or a reduction: all rows of a chunk of steps at once, before
+          the loop. Compilers call this loop-invariant code motion.
+loop      what leads from state to state: the rows of one step.
+post      what nothing in the loop waits for: outputs read off by a product, sums for the gradients of weights.
+
+Values in no phase are cheap ones of x and numbers. They are computed on the spot by every stage that reads them,
+which costs less than memory, unless somebody needs them in memory anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.schedule.plan import PHASES, Phase
+
+__all__ = ["Phases", "choose_phases", "row_outputs", "states_of"]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of a graph's values.
+
+    Attributes:
+        of: the phase of every value that has one.
+        readers: for each node, the phases that read it, looking through slices and what is computed on the spot.
+    """
+
+    of: Mapping[int, Phase]
+    readers: Sequence[frozenset[Phase]]
+
+
+def states_of(graph: Graph) -> dict[str, tuple[int, int]]:
+    """Pair each state's leaf with its new value, by name."""
+    names = {graph[index].name: index for index in graph.leaves("state")}
+    return {name: (index, graph.outputs[f"state.{name}"]) for name, index in names.items()}
+
+
+def row_outputs(graph: Graph) -> dict[str, int]:
+    """List the outputs that have a value per row, new states included."""
+    return {label: index for label, index in graph.outputs.items() if graph[index].type.kind in ("row", "mask")}
+
+
+def choose_phases(graph: Graph) -> Phases:
+    """Choose a phase for each value, first for those that are costly or depend on a state, then for cheap ones."""
+    phases = _of_costly_values(graph)
+    readers = _of_cheap_values(graph, phases)
+    for index, node in graph:
+        if node.op == "slice" and index not in phases and node.args[0] in phases:
+            phases[index] = phases[node.args[0]]
+    return Phases(phases, readers)
+
+
+def _of_costly_values(graph: Graph) -> dict[int, Phase]:
+    phases: dict[int, Phase] = {}
+    depends_on_state = graph.reaches(graph.leaves("state"))
+    needed_by_state = graph.needed(new for _, new in states_of(graph).values())
+    costly = graph.reaches(i for i, node in graph if node.op == "affine" or PRIMITIVES[node.op].reduction)
+    for index, node in graph:
+        if PRIMITIVES[node.op].leaf or node.type.kind == "sum":
+            continue
+        if node.type.kind == "weight":
+            phases[index] = "once"
+        elif depends_on_state[index]:
+            after = node.op == "affine" or any(phases.get(arg) == "post" for arg in node.args)
+            phases[index] = "post" if after and not needed_by_state[index] else "loop"
+        elif costly[index]:
+            phases[index] = "hoisted"
+    return phases
+
+
+def _of_cheap_values(graph: Graph, phases: dict[int, Phase]) -> list[frozenset[Phase]]:
+    """Compute a cheap value that must be in memory where the first of its readers runs.
+
+    Users come after what they use, so that going backwards all phases that may read a value are known.
+
+    Returns:
+        For each node, the phases that read it.
+    """
+    outputs, users = set(row_outputs(graph).values()), graph.users()
+    readers: list[frozenset[Phase]] = [frozenset()] * len(graph.nodes)
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph[index]
+        readers[index] = _readers(graph, phases, readers, users[index])
+        if index in phases or PRIMITIVES[node.op].leaf or node.type.kind == "sum":
+            continue
+        candidates: set[Phase] = {"loop"} if index in outputs else set()
+        candidates |= readers[index]
+        in_memory = node.op == "concat" or index in outputs or _is_read_whole(graph, users[index], index)
+        if candidates and in_memory:
+            phases[index] = min(candidates, key=PHASES.index)
+    return readers
+
+
+def _readers(
+    graph: Graph, phases: Mapping[int, Phase], readers: Sequence[frozenset[Phase]], users: Sequence[int]
+) -> frozenset[Phase]:
+    reading: set[Phase] = set()
+    for user in users:
+        op = graph[user].op
+        if op in ("outer", "rowsum"):
+            reading.add("post")
+        elif user in phases and op != "slice":
+            reading.add(phases[user])
+        else:
+            reading |= readers[user]
+    return frozenset(reading)
+
+
+def _is_read_whole(graph: Graph, users: Sequence[int], index: int) -> bool:
+    """Whether a value is read from memory for some user, though it is cheap: an operand, or cut into parts."""
+    for user in users:
+        node = graph[user]
+        if node.op in ("outer", "rowsum", "slice"):
+            return True
+        if node.op == "affine" and index in [row for row, _, _ in affine_parts(node)[1]]:
+            return True
+    return False

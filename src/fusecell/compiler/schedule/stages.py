@@ -1,0 +1,119 @@
+"""Put the values of each phase into stages, so that a stage's operands are complete before it begins.
+
+A stage computes values of one width, for every row: its products accumulate first, then its pointwise values are
+their epilogue. A value begins a new stage where it needs all columns of another: a product's operand, a reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fusecell.compiler.ir.graph import Graph, Node
+from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.schedule.phases import Phases
+from fusecell.compiler.schedule.plan import Phase, Stage
+
+__all__ = ["Stages", "make_stages"]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a graph, without memory.
+
+    Attributes:
+        stages: in the order in which they run.
+        stage_of: the name of the stage that computes each value; values that are only moved are in none.
+        ranks: the rank of each value within its phase, of those moved too.
+        ready: for each node and phase, the rank from which all columns of a value, or of all that it is computed
+            from on the spot, are in memory; 0 where it isn't listed.
+    """
+
+    stages: tuple[Stage, ...]
+    stage_of: Mapping[int, str]
+    ranks: Mapping[int, int]
+    ready: Sequence[Mapping[Phase, int]]
+
+
+def make_stages(graph: Graph, phases: Phases) -> Stages:
+    """Give each value of a phase a rank, and join those of one rank and width into a stage."""
+    ranks: dict[int, int] = {}
+    ready: list[Mapping[Phase, int]] = []
+    sources: list[frozenset[int]] = []
+    values: dict[tuple[Phase, int, int], list[int]] = {}
+    for index, node in graph:
+        phase = phases.of.get(index)
+        if phase is None:
+            ready.append(_latest_ready(ready, node))
+            sources.append(frozenset[int]().union(*(sources[arg] for arg in node.args)))
+            continue
+        rank = ranks[index] = _rank(graph, phases, ranks, ready, sources, index)
+        movement = PRIMITIVES[node.op].movement
+        ready.append({phase: rank if movement else rank + 1})
+        sources.append(frozenset((index,)))
+        if not movement:
+            values.setdefault((phase, rank, _width(graph, node)), []).append(index)
+    stages = [_stage(graph, *key, indices) for key, indices in values.items()]
+    stage_of = {index: stage.name for stage in stages for index in (*stage.results(), *stage.reductions)}
+    return Stages(tuple(sorted(stages, key=lambda stage: stage.order)), stage_of, ranks, ready)
+
+
+def _width(graph: Graph, node: Node) -> int:
+    """The columns that computing a value runs over."""
+    return graph[node.args[0]].size if PRIMITIVES[node.op].reduction else node.size
+
+
+def _stage(graph: Graph, phase: Phase, rank: int, width: int, indices: Sequence[int]) -> Stage:
+    affines = tuple(index for index in indices if graph[index].op == "affine")
+    reductions = tuple(index for index in indices if PRIMITIVES[graph[index].op].reduction)
+    pointwise = tuple(index for index in indices if index not in affines and index not in reductions)
+    return Stage(phase=phase, rank=rank, width=width, affines=affines, pointwise=pointwise, reductions=reductions)
+
+
+def _latest_ready(ready: Sequence[Mapping[Phase, int]], node: Node) -> Mapping[Phase, int]:
+    """When all is ready that a value is computed from on the spot."""
+    latest: dict[Phase, int] = {}
+    for arg in node.args:
+        for phase, rank in ready[arg].items():
+            latest[phase] = max(rank, latest.get(phase, 0))
+    return latest
+
+
+def _rank(
+    graph: Graph,
+    phases: Phases,
+    ranks: Mapping[int, int],
+    ready: Sequence[Mapping[Phase, int]],
+    sources: Sequence[frozenset[int]],
+    index: int,
+) -> int:
+    """The first rank at which a value can be computed, or moved.
+
+    Arguments:
+        sources: for each node, the values in some phase that it is, or is computed from on the spot.
+    """
+    node, phase = graph[index], phases.of[index]
+    if node.op == "slice":
+        return ready[node.args[0]].get(phase, 0)
+    if node.op == "concat":
+        return max(ready[arg].get(phase, 0) + (not _is_computed(graph, phases, arg, phase)) for arg in node.args)
+    rank = 0
+    for source in frozenset[int]().union(*(sources[arg] for arg in node.args)):
+        if phases.of[source] == phase:
+            columns = _needs_all_columns(node, graph[source])
+            rank = max(rank, ready[source].get(phase, 0) if columns else ranks[source])
+    return rank
+
+
+def _needs_all_columns(node: Node, source: Node) -> bool:
+    """Whether a value can't be computed column by column along with one that it reads."""
+    user, read = PRIMITIVES[node.op], PRIMITIVES[source.op]
+    if node.op == "affine" or read.reduction or read.movement:
+        return True
+    return not user.reduction and source.size != node.size
+
+
+def _is_computed(graph: Graph, phases: Phases, index: int, phase: Phase) -> bool:
+    """Whether a stage of ``phase`` makes a value and can store it anywhere; else it has to be loaded first."""
+    primitive = PRIMITIVES[graph[index].op]
+    return phases.of.get(index) == phase and not primitive.movement and not primitive.reduction
