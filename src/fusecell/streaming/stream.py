@@ -262,7 +262,7 @@ class Stream:
         """
         if self._module is None:
             raise ValueError(
-                "A stream that was loaded has no module to read weights from. Make a new Stream of the module and "
+                "A stream that was loaded has no module to take weights from. Make a new Stream of the module and "
                 "save it."
             )
         state = self.state

@@ -110,7 +110,8 @@ class WithReadout(Wrapper):
         super().__init__(cell)
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"{type(self).__name__} takes a torch.nn.Module to apply to the output, got {type(module).__name__}."
+                f"{type(self).__name__} takes a module to read the output with, a torch.nn.Module, got "
+                f"{type(module).__name__}."
             )
         self.module = module
         self._width = self._output_size()
