@@ -130,7 +130,10 @@ def test_the_environment_switches_it_on():
         y.sum().backward()
         print(check.ENABLED)
     """
-    for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
+    off = "from fusecell.compiler.runtime import guard_pages as check; print(check.ENABLED)"
+    for value, script, expected in (("1", code, "True"), ("0", off, "False"), ("", off, "False")):
         environment = {**os.environ, "FUSECELL_CHECK": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == expected

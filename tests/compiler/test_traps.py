@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 import fusecell as fc
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.target import _needed
 
 
 class Fresh(fc.Cell):
@@ -301,6 +303,8 @@ def test_denormals_are_as_torch_flushes_them(layer):
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
 def test_levels_without_and_with_fma(level, monkeypatch, zoo_cell):
     """Accurate on both, and on each the same bits for a row alone and in pieces."""
+    if not llvm.host().features.issuperset(_needed(level)):
+        pytest.skip(f"this CPU is below {level}")
     monkeypatch.setenv("FUSECELL_TARGET", level)
     torch.manual_seed(2)
     cell = zoo_cell.make(5, 13)
