@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, PEERS, TORCH, Peer, installed
 from benchmarks.problem import make_problem
 from benchmarks.shapes import QUICK, SHAPES, STEPS, Mode, Shape, pick
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = Shape("gru", 7, 3, 5, 10)
 
 

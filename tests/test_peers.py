@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.peers import PEERS, installed
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 CELLS = {
     "ONNX Runtime": {"inference": ("gru", "lstm", "rnn_tanh")},
     "OpenVINO": {"inference": ("gru", "lstm", "rnn_tanh")},
