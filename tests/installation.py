@@ -18,10 +18,10 @@ import numpy as np
 from torch import nn
 
 import fusecell as fc
+from tests.paths import ROOT
 
 __all__ = ["main"]
 
-ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = """
 import importlib.util, sys

@@ -1,11 +1,9 @@
 """The benchmarks measure what they say: every contestant's numbers first, then the arithmetic on the times."""
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,8 @@ from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, PEERS, TORCH, Peer, installed
 from benchmarks.problem import make_problem
 from benchmarks.shapes import QUICK, SHAPES, STEPS, Mode, Shape, pick
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = Shape("gru", 7, 3, 5, 10)
 
 
@@ -55,18 +53,6 @@ def test_a_run_prints_and_writes_its_figures(tmp_path):
         assert shape["core_share"] > 0
     assert "Inference, 1 thread(s)" in done.stdout
     assert "Training: forward and backward, 1 thread(s)" in done.stdout
-
-
-@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is a peer of the benchmarks only")
-def test_jax_finds_the_gradients_of_every_cell(tmp_path):
-    """In a process of its own: JAX's threads don't go well with the forks of other tests."""
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--mode", "training", "--peers", "JAX", "--seconds=0"]
-    written = tmp_path / "run.json"
-    done = subprocess.run([*command, "--json", str(written)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors = {shape["cell"]: shape["max_error"]["JAX"] for shape in json.loads(written.read_text())["shapes"]}
-    assert set(errors) == {shape.cell for shape in QUICK}
-    assert max(errors.values()) < 3e-6
 
 
 def test_the_chart_marks_every_peer_once_per_shape(tmp_path, monkeypatch):

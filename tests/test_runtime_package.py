@@ -14,8 +14,8 @@ import pytest
 from torch import nn
 
 import fusecell as fc
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGING = ROOT / "packaging" / "runtime"
 
 _ALONE = """

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 import fusecell as fc
+from tests.paths import ROOT
+from tests.reliability.hostile_tapes import changed, poisoned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARTEFACTS = Path(__file__).parents[1] / "test-artefacts"
+ARTEFACTS = ROOT / "test-artefacts"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 
 
@@ -250,8 +251,6 @@ def test_errors(large, tmp_path):
 
 
 def test_a_hostile_tape_runs_nothing(tmp_path, visit):
-    from tests.reliability.test_tape_files import changed, poisoned
-
     fc.record(fc.LSTM(5, 9), torch.randn(7, 3, 5), labels="abcdefg").save(tmp_path / "it")
     fc.Tape.load(changed(tmp_path / "it", tmp_path / "other", poisoned)).save_html(tmp_path / "it.html")
     page = visit(tmp_path / "it.html")

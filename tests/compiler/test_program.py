@@ -13,14 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trace import FUNCTIONS, WEIGHTS
 from torch import nn
-from traced_cells import BodyCell, both
 
 import fusecell as fc
 import fusecell.compiler.dispatch.runner as compiled
 import fusecell.compiler.runtime.kernel as kernel
 from fusecell.cells import CELLS
+from tests.compiler.traced_cells import FUNCTIONS, WEIGHTS, BodyCell, both
 
 SHAPES = [(5, 3, 4, 10), (7, 33, 5, 16), (4, 1, 3, 40), (3, 9, 10, 257), (6, 2, 1, 2)]
 NAMES = [found.name for found in CELLS]

@@ -1,4 +1,4 @@
-"""Cells that nobody wrote, a hundred here and another hundred in the check mode.
+"""Cells that nobody wrote, 75 here and another 75 in the check mode.
 
 ``python -m tests.compiler.random_cells`` tries any number of others.
 """
@@ -31,7 +31,7 @@ def test_random_cells_equal_the_python_loop(part, monkeypatch):
 
     @seed((4 if threads > 1 else part) + 5 * check.ENABLED)
     @settings(
-        max_examples=25,
+        max_examples=15,
         deadline=None,
         database=None,
         phases=[Phase.generate],

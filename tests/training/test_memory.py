@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fusecell as fc
 from fusecell.compiler.programs import allocation, launch
-from fusecell.compiler.runtime import guard_pages
 
 STEPS, ROWS, HIDDEN = 120, 32, 256
 
@@ -26,7 +24,6 @@ def peak_bytes(call):
     return highest
 
 
-@pytest.mark.skipif(guard_pages.ENABLED, reason="the check mode copies all that a kernel may touch")
 def test_a_training_step_takes_no_more_than_torchs(monkeypatch):
     # All blocks are torch's, which tells what it allocates: the large ones are NumPy's otherwise.
     monkeypatch.setattr(allocation, "_LARGE", 1 << 62)
