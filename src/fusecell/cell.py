@@ -6,7 +6,7 @@ Everything else, layers, stacks, streams, the compiler, needs nothing of a cell 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import without_dim
 from fusecell.execution.runners import run
+from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
 from fusecell.validation import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
 
@@ -161,6 +162,10 @@ class Cell(nn.Module):
             The new state: the tensor where there is one, else a tuple.
         """
         return bare(one_step(self, input, hx, False, _checked_step)[1])
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first."""
+        refuse_script(type(self).__name__)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.backend.target import LEVELS, Target
+from fusecell.compiler.backend.isa import instruction_set
+from fusecell.compiler.backend.target import target_of
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.programs.autograd import TrainableStep
@@ -20,8 +21,9 @@ from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
 
 GOLDEN = Path(__file__).parent / "golden"
-FEATURES = ",".join(f"+{name}" for level in ("x86-64-v2", "x86-64-v3") for name in LEVELS[level])
-TARGET = Target("x86-64-v3", FEATURES, "x86_64-unknown-linux-gnu", vector_bits=256, fma=True, registers=16)
+TRIPLE = "x86_64-unknown-linux-gnu"
+FEATURES = instruction_set(TRIPLE).features_of("x86-64-v3")
+TARGET = target_of("x86-64-v3", ",".join(f"+{name}" for name in FEATURES), TRIPLE, frozenset(FEATURES))
 """Texts are written for a CPU, not run on it: it needn't be this machine's."""
 CELLS = {
     "leaky": lambda: fc.cells.LeakyCell(3, 5),

@@ -14,6 +14,7 @@ from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import without_dim
 from fusecell.execution.runners import autocasting, run
+from fusecell.execution.torchscript import is_tracing, refuse_trace
 from fusecell.validation import StateLike, all_inputs, bare, first_state
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
@@ -52,6 +53,8 @@ class _TorchCell(Cell):
     def checked_step(self, input: Tensor, hx: StateLike | None) -> State:
         """Run one step with torch.nn's checks of the arguments; return the new state."""
         name = type(self).__name__
+        if is_tracing():
+            return self._traced_step(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
         unbatched = input.dim() == 1
@@ -71,6 +74,17 @@ class _TorchCell(Cell):
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
         return tuple([without_dim(value, 0) for value in after]) if unbatched else after
+
+    def _traced_step(self, input: Tensor, hx: StateLike | None) -> State:
+        """torch.nn's own cell, for torch.jit to record."""
+        if not self._is_torchs():
+            refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
+        after: Any = super(Cell, self).forward(input, hx)
+        return (after,) if isinstance(after, Tensor) else after
+
+    def _is_torchs(self) -> bool:
+        """Whether the cell's equation is the one that torch.nn's has."""
+        return True
 
     def _state_of(self, hx: StateLike, rank: int) -> State:
         """Return ``hx`` as a tuple of tensors, each checked to have ``rank`` dimensions."""
@@ -174,6 +188,9 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
         self.activation = activation
 
+    def _is_torchs(self) -> bool:
+        return self.activation is None
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         total = linear(h, self.weight_hh, self.bias_hh) + linear(x, self.weight_ih, self.bias_ih)
@@ -244,6 +261,9 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
+
+    def _is_torchs(self) -> bool:
+        return self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     # In torch's order of evaluation, for equal bits. r and z are split after the sum, so that torch's sigmoid runs
     # over each row by itself: where its vectors cross rows it rounds differently.
@@ -347,6 +367,9 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
             self.weight_hh = nn.Parameter(like.new_empty(4 * self.hidden_size, proj))
             self.weight_hr = nn.Parameter(like.new_empty(proj, self.hidden_size))
         nn.LSTMCell.reset_parameters(self)
+
+    def _is_torchs(self) -> bool:
+        return not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state

@@ -10,6 +10,7 @@ from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import is_compiled
 from fusecell.execution.natively import natively
 from fusecell.execution.options import State
+from fusecell.execution.torchscript import is_tracing
 
 __all__ = ["CallCache", "register_call_cache", "store_call", "cached_call"]
 
@@ -46,5 +47,5 @@ def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Te
 @natively
 def store_call(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None = None) -> None:
     """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
-    if _memory is not None and is_compiled():
+    if _memory is not None and is_compiled() and not is_tracing():
         _memory.keep(owner, call_form, given, view)

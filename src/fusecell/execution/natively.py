@@ -25,5 +25,5 @@ _SKIP = _FRAMES._FrameExecStrategy(_FRAMES._FrameAction.SKIP, _FRAMES._FrameActi
 
 def natively(function: Function) -> Function:
     """Mark a function: its frames, and those of all that it calls, are never compiled by torch.compile themselves."""
-    _FRAMES.set_code_exec_strategy(function.__code__, _SKIP)  # type: ignore[attr-defined]
+    _FRAMES.set_code_exec_strategy(function.__code__, _SKIP)
     return function

@@ -19,6 +19,7 @@ from torch import Tensor
 from fusecell.execution.context import RunnerName, active_runner, chosen_runner, default_runner
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
+from fusecell.execution.torchscript import refuse_trace
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -56,9 +57,14 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
     """Run ``cell`` over ``inputs``, each (T, N, ...) or (1, N, ...), with the runner in force.
 
     Autocast is switched off: a recurrence in its weights' dtype is what torch.nn's own layers compute.
+
+    Raises:
+        RuntimeError: while torch.jit traces.
     """
     if torch.compiler.is_compiling():
         return traced_runner()(cell, inputs, state, options)
+    if torch._C._get_tracing_state() is not None:
+        refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
     if torch._C._is_any_autocast_enabled():
