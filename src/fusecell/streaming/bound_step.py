@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fusecell.compiler.backend import tuning
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.runtime.kernel import Kernel
 
@@ -19,8 +20,6 @@ Array = np.ndarray[Any, Any]
 
 MOST_STEPS = 64
 """Steps of a chunk that is pushed; more go chunk by chunk."""
-# Multiply-adds of a step that takes about a millisecond: for less Python's lock is not worth letting go.
-_SHORT_STEP = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Link:
         block[words.positions["packed"]] = 1
         for value, first in zip(self.state, self.start, strict=True):
             value[...] = first
-        self.run = kernel.short if kernel.macs * self._rows < _SHORT_STEP else kernel.long
+        self.run = kernel.short if kernel.macs * self._rows < tuning.TUNING.short_step_macs else kernel.long
 
     def _give(self, block: array[int], x: Array, y: Array) -> None:
         """Inputs and outputs, (T, N, size)."""
