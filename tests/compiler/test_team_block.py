@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import fusecell as fc
+from fusecell.compiler.backend.tuning import TUNING
 from fusecell.compiler.codegen import kernel_abi, work_sharing
-from fusecell.compiler.codegen.kernel_abi import WORD, TeamBlock
+from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
 from fusecell.compiler.dispatch.runner import find_program
 from fusecell.compiler.programs import launch
 from fusecell.compiler.runtime import thread_team
+from tests.compiler.tuned import tuned
 
 CACHE_LINE = 64
 
@@ -26,12 +28,12 @@ def kernel():
 
 
 def test_slots_do_not_overlap():
-    spans = sorted((slot.offset, slot.offset + WORD) for slot in TeamBlock)
+    spans = sorted((slot.offset, slot.offset + SLOT_BYTES) for slot in TeamBlock)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert len(TeamBlock.__members__) == len(TeamBlock), "two names for one slot"
-    assert spans[-1][1] == WORD * TeamBlock.slots()
+    assert spans[-1][1] == SLOT_BYTES * TeamBlock.slots()
     assert spans[0][0] == 0, "the runtime gives the block's address to threads that count up its first word"
-    assert array("q").itemsize == WORD
+    assert array("q").itemsize == SLOT_BYTES
 
 
 def test_who_arrives_disturbs_nobody_at_the_barrier():
@@ -72,7 +74,7 @@ def test_the_runtime_writes_what_machine_code_reads(monkeypatch):
     assert seen[TeamBlock.ARGUMENTS] == 0x1230
     assert seen[TeamBlock.THREADS] == 1
     assert seen[TeamBlock.YIELD] == thread_team._yield()
-    assert seen[TeamBlock.ARRIVAL_BUDGET] == 100 * thread_team._TURNS
+    assert seen[TeamBlock.ARRIVAL_BUDGET] == 100 * TUNING.spins_per_us
     answers = (TeamBlock.ARRIVED, TeamBlock.TEAM_SIZE, TeamBlock.BARRIER, TeamBlock.WORKED, TeamBlock.YIELDS)
     assert [seen[slot] for slot in answers] == [0] * len(answers)
     assert judged == [True], "it gave its core away more often than a call has microseconds"
@@ -82,10 +84,9 @@ def test_the_runtime_writes_what_machine_code_reads(monkeypatch):
 def test_a_team_answers_how_many_worked(threads, monkeypatch):
     """The kernel itself, on threads of Python's that wait for all: as many work as were asked for."""
     monkeypatch.setattr(thread_team, "_openmp", lambda: None)
-    monkeypatch.setattr(thread_team, "_LEAST_ARRIVAL", 1e12)
-    monkeypatch.setattr(thread_team, "_MOST_ARRIVAL", 1e12)
     late = []
-    monkeypatch.setattr(thread_team, "_YIELDS_EVERY", 0)  # cores that others use are no matter here
+    # Cores that others use are no matter here.
+    tuned(monkeypatch, least_arrival_us=1e12, most_arrival_us=1e12, yields_every_us=0)
     monkeypatch.setattr(thread_team._backoff, "judge", lambda now, *, late_=late, late: late_.append(late))
     monkeypatch.setattr(launch, "crew_size", lambda *_: threads)
     layer, x = fc.Recurrent(fc.GRUCell(3, 37)), torch.randn(6, 13, 3)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusecell as fc
 from fusecell.compiler.programs import launch as calls
-from fusecell.compiler.runtime import kernel
+from tests.compiler.tuned import tuned
 
 
 def call(cell, x, state, gradients, options, runner):
@@ -149,7 +149,7 @@ def test_bits_do_not_depend_on_chunks_or_runs(monkeypatch, zoo_cell):
     options = {"lengths": [301, 117, 240]}
     first = call(cell, *given, options, "compiled")
     for chunk in (1, 50_000, 10**9):
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        tuned(monkeypatch, chunk_bytes=chunk)
         assert equal_bits(first, call(cell, *given, options, "compiled"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fusecell.compiler.backend import tuning
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.guarded_extents import extents
@@ -22,9 +23,6 @@ Array = np.ndarray[Any, Any]
 
 MOST_STEPS = 64
 """The most steps of one kernel call in ``push``; scratch memory is allocated for these."""
-# Multiply-adds of about a millisecond. A shorter step keeps Python's lock: another thread that took it meanwhile would
-# delay the step by more than it gains.
-_SHORT_STEP = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class BoundStep:
         kernel.fill(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
         self._block: array[int] = block
         self.address = block.buffer_info()[0]
-        self.run = kernel.short if kernel.macs * self._rows < _SHORT_STEP else kernel.long
+        self.run = kernel.short if kernel.macs * self._rows < tuning.TUNING.short_step_macs else kernel.long
         self._run_chunk = kernel.long
         if guard_pages.ENABLED:  # in scratch memory of its own each time, so that every run packs for itself
             self.run = self._run_chunk = self._run_checked

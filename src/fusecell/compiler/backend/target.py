@@ -7,8 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend import llvm, tuning
 from fusecell.compiler.backend.isa import InstructionSet, instruction_set
+from fusecell.compiler.backend.tuning import Tuning
 
 __all__ = ["Target", "host_target", "l2_bytes", "target_of"]
 
@@ -42,6 +43,11 @@ class Target:
     def name(self) -> str:
         """A short label: the level's name, or ``"host"`` and the CPU's."""
         return self.cpu if self.cpu in self.isa.levels else f"host {self.cpu}"
+
+    @property
+    def tuning(self) -> Tuning:
+        """Sizes and rates that kernels are fitted to; the same for every CPU so far."""
+        return tuning.TUNING
 
     @property
     def isa(self) -> InstructionSet:

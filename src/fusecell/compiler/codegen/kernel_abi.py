@@ -170,21 +170,18 @@ class Panel:
         return self.depth * len(self.weights) * module.vector_bytes
 
 
-THREAD_GAP = 4096
-"""Bytes between what two threads write of a buffer: a page, within which caches prefetch. Another one is behind the
-last thread's part, before the next buffer."""
 SPLIT_SUM_BYTES = 2 << 20
 """Bytes of weight gradients up to which there is room for two partial sums; beyond, the second costs more than it
-brings (docs/performance.md)."""
+brings. It decides bits of gradients, so it is the same on every machine."""
 
 
-def _scoped(scope: str, row: int) -> Size:
+def _scoped(module: Module, scope: str, row: int) -> Size:
     """Return the size of a buffer of rows of ``row`` bytes: one per call, step's row or chunk's row, or two states."""
     return {
         "call": Size(fixed=row),
         "step": Size(per_row=row),
         "state": Size(per_row=2 * row),
-        "chunk": Size(per_chunk_row=row, per_helper=2 * THREAD_GAP),
+        "chunk": Size(per_chunk_row=row, per_helper=2 * module.target.tuning.thread_gap_bytes),
     }[scope]
 
 
@@ -225,11 +222,11 @@ class Layout:
         for stage in plan.stages:
             if stage.reductions:
                 bytes_ = len(stage.reductions) * module.vector_bytes
-                sizes.append((f"partials.{stage.name}", _scoped(SCOPES[stage.phase], bytes_)))
+                sizes.append((f"partials.{stage.name}", _scoped(module, SCOPES[stage.phase], bytes_)))
         for panel in panels:
             sizes.append((panel.name, Size(fixed=module.groups(panel.width) * panel.group_bytes(module))))
         for buffer in plan.buffers:
-            sizes.append((buffer.name, _scoped(buffer.scope, module.row_bytes(buffer.size))))
+            sizes.append((buffer.name, _scoped(module, buffer.scope, module.row_bytes(buffer.size))))
         for reduction in plan.sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
@@ -293,10 +290,12 @@ class Layout:
         scratch, chunk_rows = self.pointer(f, "scratch"), f.mul(rows, chunk_steps, "chunk_rows")
         helpers = f.sub(THREADS, 1, "helpers")
         threads_before = f.select(is_padded, THREAD_ID, 0, "threads_before")
+        # A gap between the parts of any two threads, and another behind the last, before the next buffer.
+        gap = f.module.target.tuning.thread_gap_bytes
         with f.if_(f.ne(scratch, NULL, "has_scratch"), "assign"):
             here = scratch
             for name, size in self.sizes.items():
-                self.set_buffer(f, name, f.at(here, f.mul(threads_before, THREAD_GAP if size.per_helper else 0)))
+                self.set_buffer(f, name, f.at(here, f.mul(threads_before, gap if size.per_helper else 0)))
                 total: Integer = size.fixed
                 for count, bytes_ in (
                     (rows, size.per_row),

@@ -27,13 +27,9 @@ from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType, ceil_div
 
 __all__ = [
-    "CACHE_LINE", "StaticStrides", "Tiling", "accumulators", "microkernel", "outer_product", "split_evenly", "tiling",
+    "StaticStrides", "Tiling", "accumulators", "microkernel", "outer_product", "split_evenly", "tiling",
 ]  # fmt: skip
 
-CACHE_LINE = 64
-"""Bytes that a prefetch brings."""
-_PREFETCH_ROWS = 4
-"""Rows from which a tile prefetches: one of fewer is bound by its loads and has none to spare (docs/performance.md)."""
 _MAX_ROWS = _MAX_GROUPS = 8
 """Limits of a tile's rows and column groups, and so of the functions there are to compile."""
 
@@ -138,7 +134,7 @@ def microkernel(module: Module, rows: int, products: int, groups: int, strides: 
         def next_panel(k: Integer) -> Value:
             return f.at(prefetch, f.mul(k, prefetch_k), "prefetch.at")
 
-        _Tile(f, operands, rows, products, groups, next_panel if rows >= _PREFETCH_ROWS else None).write(acc_row)
+        _Tile(f, operands, rows, products, groups, next_panel).write(acc_row)
     return name
 
 
@@ -162,9 +158,9 @@ def outer_product(module: Module, rows: int, groups: int) -> str:
             # Of the tile below, a line for every k: a line of its eight rows each, then what is right of it.
             row, right = f.and_(k, 7, "row"), f.lshr(k, 3, "right")
             below = f.at(_ACC, f.mul(acc_row, f.add(row, rows)), "below")
-            return f.at(below, f.mul(right, CACHE_LINE), "prefetch.at")
+            return f.at(below, f.mul(right, module.target.tuning.cache_line_bytes), "prefetch.at")
 
-        tile = _Tile(f, operands, rows, 1, groups, next_accumulators if rows >= _PREFETCH_ROWS else None)
+        tile = _Tile(f, operands, rows, 1, groups, next_accumulators)
         tile.write(acc_row, start=(start, start_row), runs=(runs, a_run, b_run))
     return name
 
@@ -186,7 +182,7 @@ class _Tile:
     """Body of a microkernel: loads, multiply-adds over all k, stores.
 
     Attributes:
-        prefetch: the address of what to prefetch at a k, if anything.
+        prefetch: the address of what to prefetch at a k, if the tile has loads to spare.
     """
 
     f: Function
@@ -194,7 +190,7 @@ class _Tile:
     rows: int
     products: int
     groups: int
-    prefetch: Callable[[Integer], Value] | None
+    prefetch: Callable[[Integer], Value]
 
     def write(
         self,
@@ -242,7 +238,7 @@ class _Tile:
             # Constant distances go last: they become part of the instruction's address.
             a_here = f.at(a, f.mul(k, operands.a_k), "a.k")
             panel_here = f.at(panel, f.mul(k, operands.panel_k), "panel.k")
-            if self.prefetch is not None:
+            if self.rows >= f.module.target.tuning.prefetch_min_rows:
                 f.prefetch(self.prefetch(f.add(k, k_before)))
 
             def weight(product: int, group: int) -> Value:

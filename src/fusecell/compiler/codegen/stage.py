@@ -24,7 +24,6 @@ from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, T
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i1, i64
 from fusecell.compiler.codegen.microkernel import (
-    CACHE_LINE,
     StaticStrides,
     Tiling,
     accumulators,
@@ -297,10 +296,11 @@ class StageEmitter:
         requests would slow down. Gains 11 % where the loop's weights exceed L2, at H of 512 (docs/performance.md).
         """
         is_first = f.eq(turn, 0, "is_first", once=True)
-        share = f.mul(f.sub(turn, 1), depth * CACHE_LINE)
+        line = self.module.target.tuning.cache_line_bytes
+        share = f.mul(f.sub(turn, 1), depth * line)
         next_panel = f.at(f.at(panel, panel_bytes), share, "next_panel")
         address = f.select(is_first, panel, next_panel, "prefetch")
-        return address, f.select(is_first, 0, CACHE_LINE, "prefetch.k", once=True)
+        return address, f.select(is_first, 0, line, "prefetch.k", once=True)
 
     def _start(self) -> None:
         """Write the start of a tile's accumulators: a bias, or a value computed before the loop; else zero."""

@@ -32,13 +32,12 @@ CALLER_ARGS, BARRIER = ptr("caller.args"), ptr("barrier")
 WORK_PARAMS = (CALLER_ARGS, THREAD_ID, THREADS, BARRIER)
 """What ``@work`` takes: the caller's argument block, which thread of how many, the barrier's counter."""
 MIN_ROWS_PER_THREAD = 4
-"""Least rows per thread for partitioning by rows: half a tile, but no barrier in the loop."""
+"""Least rows per thread for partitioning by rows: half a tile, but no barrier in the loop. This and the next two decide
+which sums are split, and so bits of gradients (`weight_gradients.accumulator`): they are the same on every machine."""
 MIN_ROWS_LARGE_LOOP = 32
 """The same where the weights of the loop exceed `LARGE_LOOP_BYTES`: by columns each core reads a part of them only."""
 LARGE_LOOP_BYTES = 1 << 20
 """Bytes of the loop's weights that a core's L2 holds."""
-_SPIN_BUDGET = 512
-"""Turns of waiting, some ten microseconds, before a thread yields its core to others, who may be waiting for it."""
 _CLOSED = 1 << 20
 """The slot ARRIVED of a closed team: more than any number of threads."""
 
@@ -117,7 +116,7 @@ def emit_barrier(module: Module) -> None:
 
 
 def _spin_until(f: Function, slot: Value, is_open: Callable[[Value], Value], barrier: Value) -> None:
-    """Write a loop that reads a slot until ``is_open`` holds of it; every `_SPIN_BUDGET` turns it yields the core.
+    """Write a loop that reads a slot until ``is_open`` holds of it; once its spin budget is spent, it yields the core.
 
     Arguments:
         barrier: the address of the team block's barrier, by which its other slots are found.
@@ -132,7 +131,7 @@ def _spin_until(f: Function, slot: Value, is_open: Callable[[Value], Value], bar
     f.begin("stay")
     _spin_hint(f)
     f.define_sum(next_turn, turn, 1)
-    f.branch_if(f.ge(next_turn, _SPIN_BUDGET, "is_long"), "yield", "wait")
+    f.branch_if(f.ge(next_turn, f.module.target.tuning.spin_budget, "is_long"), "yield", "wait")
     f.begin("wait")
     f.branch("look")
     f.begin("yield")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import Training
@@ -227,6 +228,6 @@ def saved_offsets(saved: Sequence[tuple[int, int]], row: int) -> tuple[list[tupl
 
 def give_saved(block: array[int], offsets: Sequence[tuple[int, int]], saved: Tensor) -> None:
     """Write the addresses of what the forward keeps for the backward."""
-    start = -(-saved.data_ptr() // 64) * 64
+    start = align_up(saved.data_ptr())
     for place, offset in offsets:
         block[place] = start + offset

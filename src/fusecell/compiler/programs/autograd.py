@@ -11,7 +11,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
-from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.locks import new_lock
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import bound
@@ -74,7 +74,7 @@ class TrainableStep:
         """The numbers that a row and step takes of what is kept for the gradients of all weights and some inputs."""
         flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
         halves = self._halves(flags, recompute or recomputing())
-        return sum(-(-size // LANES) * LANES for _, size in halves.saved)
+        return sum(padded(size) for _, size in halves.saved)
 
     def _halves(self, flags: Sequence[bool], recompute: bool) -> ForwardBackward:
         wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]

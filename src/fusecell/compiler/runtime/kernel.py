@@ -12,24 +12,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fusecell.compiler.backend import tuning
 from fusecell.compiler.backend.jit import Loaded, load
 from fusecell.compiler.backend.target import host_target, l2_bytes
 from fusecell.compiler.codegen import Emitted, emit
 from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.sizes import ALIGNMENT, align_up, ceil_div
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
 from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
-
-# What the buffers of a chunk of steps may take, so that hoisted values are still in L2 when the loop reads them. An
-# only chunk may take as much as the weights, which need not be packed whole then, up to the second. And the rows that a
-# chunk has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
-CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
-LARGE, PANEL_ROWS = 4 << 20, 128
-SUM_ROWS, SUM_ROWS_SMALL_L2 = 128, 64
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -161,21 +156,20 @@ class Kernel:
         block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
 
     def chunk(self, steps: int, rows: int) -> int:
-        """The steps of a chunk."""
-        size, rows = self.emitted.scratch, max(rows, 1)
-        step = max(size.per_chunk_row * rows, 1)
-        if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
+        """Return the steps of a chunk: as many as fit L2, but enough rows to be worth reading the weights for."""
+        size, rows, sizes = self.emitted.scratch, max(rows, 1), tuning.TUNING
+        step_bytes = max(size.per_chunk_row * rows, 1)
+        if step_bytes * steps <= min(size.fixed, sizes.only_chunk_bytes):
             return max(1, steps)
-        fitting = CHUNK_BYTES // step
         least = 1
-        if size.fixed > LARGE:
-            at_once = SUM_ROWS if l2_bytes() >= 2 << 20 else SUM_ROWS_SMALL_L2
-            least = -(-(at_once if self.words.sums else PANEL_ROWS) // rows)
-        return max(1, min(steps, max(least, fitting)))
+        if size.fixed > sizes.large_panels_bytes:
+            sum_rows = sizes.sum_rows if l2_bytes() >= sizes.large_l2_bytes else sizes.sum_rows_small_l2
+            least = ceil_div(sum_rows if self.words.sums else sizes.panel_rows, rows)
+        return max(1, min(steps, max(least, sizes.chunk_bytes // step_bytes)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
         """What a call needs, and room to align it."""
-        return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads) // 64) * 64 + 64
+        return align_up(self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads)) + ALIGNMENT
 
     def fill(
         self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int, chunk: int | None = None
@@ -183,7 +177,7 @@ class Kernel:
         """Write the sizes of a call and its scratch memory into a block; returns the steps of a chunk."""
         chunk, places = chunk or self.chunk(steps, rows), self.words.sizes
         block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
-        block[places[3]], block[places[4]] = chunk, -(-scratch // 64) * 64
+        block[places[3]], block[places[4]] = chunk, align_up(scratch)
         return chunk
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusecell.compiler.backend import tuning
 from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
 
 __all__ = ["backs_off", "run_team"]
@@ -27,13 +28,6 @@ _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _EMPTY = array("q", bytes(SLOT_BYTES * TeamBlock.slots()))
 _parent = os.getpid()
-# How long the first of a team waits for the others, in microseconds: what the call takes alone, within bounds. Waking
-# takes some fifty, after a pause several hundred. And the turns in a microsecond, of which CPUs make seven to thirty.
-_LEAST_ARRIVAL, _MOST_ARRIVAL, _TURNS = 50, 2000, 20
-# In so many microseconds a thread may give its core away once, having waited for some ten, or the call counts as late;
-# and the seconds without a team that follow.
-_YIELDS_EVERY = 50
-_LEAST_BACKOFF, _MOST_BACKOFF = 0.005, 0.5
 
 
 def run_team(address: int, args: int, threads: int, microseconds: float) -> None:
@@ -48,12 +42,14 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
     if os.getpid() != _parent:
         threads = 1
     runtime = _openmp() if threads > 1 else None
+    limits = tuning.TUNING
+    arrival_us = min(max(microseconds, limits.least_arrival_us), limits.most_arrival_us)
     block = _EMPTY[:]
     block[TeamBlock.YIELD] = _yield()
     block[TeamBlock.RUNTIME_COUNT] = 0 if runtime is None else runtime.count
     block[TeamBlock.THREADS] = threads
     block[TeamBlock.ARGUMENTS] = args
-    block[TeamBlock.ARRIVAL_BUDGET] = int(min(max(microseconds, _LEAST_ARRIVAL), _MOST_ARRIVAL) * _TURNS)
+    block[TeamBlock.ARRIVAL_BUDGET] = int(arrival_us * limits.spins_per_us)
     here = block.buffer_info()[0]
     began = time.perf_counter()
     if runtime is not None:
@@ -65,7 +61,7 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
         for helper in helpers:
             helper.result()
     now = time.perf_counter()
-    late = block[TeamBlock.WORKED] < threads or block[TeamBlock.YIELDS] * _YIELDS_EVERY > (now - began) * 1e6
+    late = block[TeamBlock.WORKED] < threads or block[TeamBlock.YIELDS] * limits.yields_every_us > (now - began) * 1e6
     _backoff.judge(now, late=late)
 
 
@@ -78,14 +74,14 @@ class _Backoff:
     """Until when calls do without a team: after two in a row that waited, for a while, twice as long each time."""
 
     def __init__(self) -> None:
-        self.until, self._next, self._was_late = 0.0, _LEAST_BACKOFF, False
+        self.until, self._next, self._was_late = 0.0, tuning.TUNING.least_backoff_s, False
 
     def judge(self, now: float, *, late: bool) -> None:
         """Take note of a call that ended now."""
         if late and self._was_late:
-            self.until, self._next = now + self._next, min(2 * self._next, _MOST_BACKOFF)
+            self.until, self._next = now + self._next, min(2 * self._next, tuning.TUNING.most_backoff_s)
         elif not late:
-            self._next = _LEAST_BACKOFF
+            self._next = tuning.TUNING.least_backoff_s
         self._was_late = late
 
 

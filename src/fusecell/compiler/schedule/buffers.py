@@ -15,7 +15,8 @@ from itertools import accumulate
 
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import SAVED, Graph
-from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
+from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.schedule.phases import Phases, row_outputs, states_of
 from fusecell.compiler.schedule.plan import PHASES, SCOPES, Buffer, Location, Phase, Plan, Scope, Stage, Sum
 from fusecell.compiler.schedule.stages import Stages
@@ -355,7 +356,7 @@ def _sums(graph: Graph) -> list[Sum]:
 def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
     """A sum whose columns, whole vectors, run over the operand that fills them better."""
     height, width = 1 if a is None else graph[a].size, graph[b].size
-    if a is not None and height * -(-width // LANES) > width * -(-height // LANES):
+    if a is not None and height * padded(width) > width * padded(height):
         a, b, height, width, corner, flipped = b, a, width, height, corner[::-1], not flipped
     return Sum(name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped)
 

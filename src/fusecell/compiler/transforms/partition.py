@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node
-from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
+from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.sizes import padded
 
 __all__ = ["ForwardBackward", "partition"]
 
@@ -96,7 +97,7 @@ class _MinCut:
             if not reached[index] or _free(node):
                 continue
             # Whole vectors count; among sets of as many, numbers do, and then whether they are at hand.
-            width = -(-node.size // LANES) * LANES + (node.size + 0.5 * unfinished[index]) / _MANY
+            width = padded(node.size) + (node.size + 0.5 * unfinished[index]) / _MANY
             # A truth value is worked out again from numbers.
             self._edge(2 * index, 2 * index + 1, float("inf") if node.type.kind == "mask" else width)
             if node.op == "state" or (first[index] and not PRIMITIVES[node.op].cheap):

@@ -22,7 +22,6 @@ from fusecell.compiler.codegen.llvm_text import Integer, Value, i1, i64, ptr
 from fusecell.compiler.codegen.microkernel import outer_product, split_evenly, tiling
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
-    ROW_GROUP,
     TILE_FEATURES,
     emit_pack_operand,
     is_packed,
@@ -153,12 +152,13 @@ class _Reduction:
         """Write the sum of a^T b, row group by row group: of long runs a part of one, of short ones several."""
         f = self.f
         a, b = self._operand(a_index, "a"), self._operand(self.reduction.b, "b")
-        runs_per_group = f.maximum(f.udiv(ROW_GROUP, f.maximum(_RANGE.rows, 1), "whole_runs"), 1, "runs_per_group")
+        group = self.module.target.tuning.pack_row_group
+        runs_per_group = f.maximum(f.udiv(group, f.maximum(_RANGE.rows, 1), "whole_runs"), 1, "runs_per_group")
         with f.for_range("run", 0, _RANGE.runs, runs_per_group) as run:
             runs = f.minimum(f.sub(_RANGE.runs, run), runs_per_group, "runs")
             a_run, b_run = a.advanced(f, run, a.run), b.advanced(f, run, b.run)
-            with f.for_range("row", 0, _RANGE.rows, ROW_GROUP) as row:
-                depth = f.minimum(f.sub(_RANGE.rows, row), ROW_GROUP, "depth")
+            with f.for_range("row", 0, _RANGE.rows, group) as row:
+                depth = f.minimum(f.sub(_RANGE.rows, row), group, "depth")
                 is_first = f.eq(f.add(run, row), 0, "is_first")
                 opens = f.and_(_OPENS, is_first, "opens")
                 self._tiles(opens, a_run.advanced(f, row, a.k), b_run.advanced(f, row, b.k), (depth, runs))

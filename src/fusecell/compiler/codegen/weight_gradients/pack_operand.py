@@ -19,33 +19,30 @@ from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.schedule.plan import Plan, Sum
 
 __all__ = [
-    "PACKED", "ROW_GROUP", "TILE_FEATURES", "emit_pack_operand", "is_packed", "micro_panel_bytes", "packed_bytes",
+    "PACKED", "TILE_FEATURES", "emit_pack_operand", "is_packed", "micro_panel_bytes", "packed_bytes",
 ]  # fmt: skip
 
-ROW_GROUP = 128
-"""Rows of an operand that all tiles read before the next are packed: a tile's 128 x 8 numbers stay in L1 meanwhile."""
 PACKED = "packed.a"
 """The buffer of the micro-panels, which one gradient after the other uses."""
 TILE_FEATURES = 8
 """Features of a micro-panel: as many as the tallest tile has rows."""
-_MIN_ROW_BYTES, _MIN_GROUPS = 2048, 16
-"""Bytes of a's rows, and column groups of b, from which packing is worth its time."""
 _ROWS_AT_ONCE = 4
 """Rows copied at a time: the loads of all come before the first store, so that they overlap."""
 
 
 def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
     """Whether a gradient's first operand is packed: never a caller's rows, as the last reads may go beyond them."""
-    if reduction.a is None or reduction.height * module.itemsize < _MIN_ROW_BYTES:
+    limits = module.target.tuning
+    if reduction.a is None or reduction.height * module.itemsize < limits.pack_min_row_bytes:
         return False
-    if module.groups(reduction.width) < _MIN_GROUPS:
+    if module.groups(reduction.width) < limits.pack_min_groups:
         return False
     return reduction.operands[reduction.a].buffer not in plan.gathered.values()
 
 
 def micro_panel_bytes(module: Module) -> int:
     """Return the bytes of a micro-panel: a tile's features of a row group."""
-    return ROW_GROUP * TILE_FEATURES * module.itemsize
+    return module.target.tuning.pack_row_group * TILE_FEATURES * module.itemsize
 
 
 def packed_bytes(module: Module, reduction: Sum) -> int:
