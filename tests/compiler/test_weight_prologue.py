@@ -419,6 +419,7 @@ class Binarised(nn.Module):
 def test_parametrizations(kind: str) -> None:
     torch.manual_seed(0)
     if kind == "linear":
+
         class Linear(fc.Cell):
             def __init__(self) -> None:
                 super().__init__(3, 3)
