@@ -243,8 +243,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 raise Untraceable(self._fixed_reason(target))
         if len(written) != 1:
             raise Untraceable("It writes to several tensors at once.")
-        target: Tensor = written[0]
-        return target
+        only: Tensor = written[0]
+        return only
 
     def _fixed_reason(self, target: Tensor) -> str:
         """Why a write to an input, a state or a tensor of the cell is refused."""
