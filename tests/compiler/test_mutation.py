@@ -1,4 +1,4 @@
-"""A step that changes its module: refused by name and line, run as the Python loop, and a trace leaves nothing behind."""
+"""A step that changes its module is refused by name and line and runs as the Python loop; a trace leaves nothing."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_a_readout_of_a_stream_is_left_as_it_was() -> None:
             return y
 
     readout = Readout()
-    with pytest.raises(fc.NotCompilable, match="self.module.calls"):
+    with pytest.raises(fc.NotCompilable, match=r"self\.module\.calls"):
         fc.Stream(fc.Sequential(fc.GRUCell(3, 4), readout))
     assert "calls" not in vars(readout)
 

@@ -23,7 +23,7 @@ def register_cache(forget: Function) -> Function:
     """
     reference: Callable[[], Forget | None] = lambda: forget  # noqa: E731
     if hasattr(forget, "__self__") and not isinstance(forget.__self__, type):
-        reference = WeakMethod(forget)  # type: ignore[arg-type]  # it has an object
+        reference = WeakMethod(forget)
     _FORGETS.append(reference)
     return forget
 

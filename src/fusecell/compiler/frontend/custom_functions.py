@@ -44,11 +44,12 @@ def observed(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iter
             return rest.apply(*args, **kwargs)
         return on_apply(function, args, rest.apply)
 
-    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment, method-assign]  # inherited from C
+    parent: Any = _SingleLevelFunction
+    parent.apply = classmethod(apply)
     try:
         yield
     finally:
-        del _SingleLevelFunction.apply
+        del parent.apply
 
 
 def is_custom_node(node: Any) -> bool:

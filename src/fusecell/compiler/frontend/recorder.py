@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             self._own_nodes.update(value.grad_fn for value in tensors_in([result]))
             return result
         plain_arguments(function, args)
-        refs = [mapped(arg, lambda tensor: self._ref(self.value(tensor), tensor), "") for arg in args]
+        refs = [mapped(arg, self._ref_of, "") for arg in args]
         self._inside = frozenset(tensor.untyped_storage()._cdata for tensor in tensors), set()
         try:
             result = apply(*args)
@@ -245,7 +245,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 raise Untraceable(self._fixed_reason(target))
         if len(written) != 1:
             raise Untraceable("It writes to several tensors at once.")
-        return written[0]
+        only: Tensor = written[0]
+        return only
 
     def _fixed_reason(self, target: Tensor) -> str:
         """Why a write to an input, a state or a tensor of the cell is refused."""
@@ -408,6 +409,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 "would not go back through it."
             )
         return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
+
+    def _ref_of(self, tensor: Tensor) -> Ref:
+        """The reference to a tensor that is known to stand for a weight."""
+        value = self.value(tensor)
+        assert isinstance(value, Weight)
+        return self._ref(value, tensor)
 
     def _ref_plain(self, value: Weight) -> Ref:
         return Ref(value.slot)

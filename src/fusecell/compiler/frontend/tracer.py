@@ -358,13 +358,13 @@ class _Run:
                 matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
                 recorder.weights.leaf(slot, "matrix" if matrix else "vector")
         for slot, (node, _) in recorder.weights.leaves.items():
-            gradient = recorder.gradients.get(slot)
-            if not isinstance(gradient, Sum):
+            total = recorder.gradients.get(slot)
+            if not isinstance(total, Sum):
                 continue
             leaf = self.builder.nodes[node]
-            if self.builder.nodes[gradient.node].type.shape != leaf.type.shape:
+            if self.builder.nodes[total.node].type.shape != leaf.type.shape:
                 raise Untraceable(f"The gradient of {leaf.name} has another shape than {leaf.name}.")
-            self.outputs[f"grad.weight.{leaf.name}"] = gradient.node
+            self.outputs[f"grad.weight.{leaf.name}"] = total.node
 
 
 @contextmanager
