@@ -24,8 +24,8 @@ from fusecell.errors import CompilerError
 __all__ = ["Kernel", "Strided", "compile_graph"]
 
 # What the buffers of a chunk of steps may take, so that hoisted values are still in L2 when the loop reads them. An
-# only chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a chunk
-# has at least where panels, or sums, larger than L2 are read for each; of sums their operands are to stay in L2.
+# only chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a
+# chunk has at least where panels, or sums, larger than L2 are read for each; of sums their operands stay in L2.
 CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
 LARGE, PANEL_ROWS = 4 << 20, 128
 SUM_ROWS, SUM_ROWS_SMALL_L2 = 128, 64

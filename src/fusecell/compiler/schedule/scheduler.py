@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.schedule.buffers import assign_buffers
+from fusecell.compiler.schedule.operands import locate_operands
 from fusecell.compiler.schedule.phases import choose_phases
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.stages import make_stages
@@ -15,4 +16,5 @@ def plan(graph: Graph, *, backward: bool = False) -> Plan:
     """Schedule a graph whose passes have run; ``backward`` if it is the gradient's."""
     phases = choose_phases(graph)
     stages = make_stages(graph, phases)
-    return assign_buffers(graph, phases, stages, backward=backward)
+    buffers = assign_buffers(graph, phases, stages)
+    return locate_operands(graph, buffers, backward=backward)
