@@ -122,7 +122,8 @@ class _Assignment:
     def _place_value(self, index: int, scope: Scope) -> None:
         """Give a value a buffer and have its stage store it there; a reduction's total is written there anyway."""
         node = self.graph[index]
-        location = Location(Buffer(node.name, scope, node.size))
+        # The prefix tells it from a kernel's own buffers, whatever the user's variable is called.
+        location = Location(Buffer(f"value.{node.name}", scope, node.size))
         if not PRIMITIVES[node.op].reduction:
             self._store(index, location, before=index if node.op == "concat" else None)
         self.locations[index] = location
