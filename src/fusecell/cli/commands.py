@@ -157,11 +157,24 @@ def explain(
     cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
     input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 5,
     hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
+    stage: Annotated[
+        str | None, typer.Option(help="Show one stage of the compiler: graph, passes, plan, llvm or asm.")
+    ] = None,
+    gradients: Annotated[bool, typer.Option(help="With --stage: of forward and backward.")] = False,
 ) -> None:
     """What was compiled, what left the loop, what it costs, and why the rest runs as a Python loop."""
     from fusecell.inspection.explain import explain as describe
 
-    _say(describe, module, cell, input_size, hidden_size)
+    if gradients and stage is None:
+        raise typer.BadParameter("--gradients goes with --stage: without one, both are described anyway")
+
+    def shown(layer: nn.Module) -> str:
+        explained = describe(layer)
+        if stage is None:
+            return str(explained)
+        return "\n".join(each.stage(stage, gradients=gradients) for each in explained.cells)
+
+    _say(shown, module, cell, input_size, hidden_size)
 
 
 stream = typer.Typer(no_args_is_help=True, help="Layers run step by step.")

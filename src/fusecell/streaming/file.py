@@ -132,7 +132,13 @@ def _part(place: int, entry: Any, tensors: Mapping[str, Array], rows: int) -> Pa
     weights = [_tensor(tensors, f"{place}.weight.{i}", shape, dtype) for i, shape in enumerate(leaves)]
     sizes = [graph[index].size for index in graph.leaves("state")]
     start = [_tensor(tensors, f"{place}.start.{i}", (1, size), dtype) for i, size in enumerate(sizes)]
-    return Part(str(entry["kind"]), graph, compile_graph(graph), weights, [value.repeat(rows, 0) for value in start])
+    return Part(
+        str(entry["kind"]),
+        graph,
+        compile_graph(graph, about=f"{entry['kind']}, saved stream"),
+        weights,
+        [value.repeat(rows, 0) for value in start],
+    )
 
 
 def _check_graph(graph: Graph) -> None:

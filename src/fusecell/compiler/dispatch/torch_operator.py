@@ -230,7 +230,7 @@ _SCHEMA = (
 
 @functools.lru_cache(256)
 def _inference(text: str) -> Kernel:
-    return compile_graph(without_notes(Graph.parse(text)))
+    return compile_graph(without_notes(Graph.parse(text)), about="fusecell::scan, without gradient")
 
 
 @functools.lru_cache(256)
@@ -241,7 +241,7 @@ def _training(text: str, wanted: tuple[bool, ...], recompute: bool) -> Training:
     weights = [graph[index].name for index in graph.leaves("weight")]
     labels = [f"grad.input.{name}" for name in inputs] + [f"grad.weight.{name}" for name in weights]
     chosen = [label for label, flag in zip(labels, wanted, strict=True) if flag]
-    return Training(inputs, weights, partition(graph, chosen, recompute=recompute))
+    return Training(inputs, weights, partition(graph, chosen, recompute=recompute), "fusecell::scan")
 
 
 @functools.lru_cache(256)

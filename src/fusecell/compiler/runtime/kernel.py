@@ -16,6 +16,7 @@ from fusecell.compiler.backend.jit import Loaded, load
 from fusecell.compiler.backend.target import host_target, l2_bytes
 from fusecell.compiler.codegen import Emitted, emit
 from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.runtime.stages import debug_stages, print_stages
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
@@ -88,6 +89,8 @@ class Kernel:
     kernel returns.
     """
 
+    source: Graph
+    """The graph before any pass."""
     plan: Plan
     emitted: Emitted
     loaded: Loaded
@@ -186,8 +189,17 @@ class Kernel:
         return chunk
 
 
-def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
-    """Optimise, schedule, emit and load a graph; ``backward`` if it is a gradient's."""
+def compile_graph(graph: Graph, *, backward: bool = False, about: str = "") -> Kernel:
+    """Optimise, schedule, emit and load a graph.
+
+    Arguments:
+        backward: whether it is a gradient's.
+        about: what it is of, for the headlines of ``FUSECELL_DEBUG``.
+
+    Raises:
+        ValueError: if ``FUSECELL_DEBUG`` names a stage that there is none of.
+    """
+    shown = debug_stages()
     began = time.perf_counter()
     target = host_target()
     schedule = plan(optimise(graph)[-1][1], backward=backward)
@@ -195,7 +207,8 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
     words = _Words(schedule, emitted)
     loaded = load(emitted.text, ["run", "crew"], target)
     address = loaded.address("run")
-    return Kernel(
+    kernel = Kernel(
+        source=graph,
         plan=schedule,
         emitted=emitted,
         loaded=loaded,
@@ -212,6 +225,8 @@ def compile_graph(graph: Graph, *, backward: bool = False) -> Kernel:
         ),
         _zeros=array("q", bytes(8 * len(emitted.words))),
     )
+    print_stages(kernel, about, shown)
+    return kernel
 
 
 def _is_saved(name: str) -> bool:
