@@ -77,6 +77,30 @@ def test_explain_a_cell_and_a_factory():
     assert "give either MODULE:FACTORY or --cell NAME" in run("explain", code=2)
 
 
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        ("graph", "current = add(current.input, current.hidden)"),
+        ("passes", "-- gather_affines"),
+        ("plan", "store current.input in value.current.input[0:] by chunk"),
+        ("llvm", "define internal void @loop0.4("),
+        ("asm", "run:"),
+    ],
+)
+def test_explain_shows_a_stage(stage, text):
+    shown = run("explain", "--cell", "leaky", "--input-size", 3, "--hidden-size", 4, "--stage", stage)
+    assert "LeakyCell(3, 4) ====" in shown
+    assert text in shown
+
+
+def test_explain_shows_a_stage_with_gradients_and_of_every_cell():
+    shown = run("explain", f"{__name__}:build", "--stage", "plan", "--gradients")
+    assert "GRUCell(3, 4), forward ====" in shown
+    assert "GRUCell(3, 4), backward ====" in shown
+    assert "there is no stage 'plans'" in run("explain", "--cell", "gru", "--stage", "plans", code=2)
+    assert "--gradients goes with --stage" in run("explain", "--cell", "gru", "--gradients", code=2)
+
+
 def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSECELL_CACHE", str(tmp_path / "kernels"))
     assert "0 kernels" in run("cache")

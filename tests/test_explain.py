@@ -44,10 +44,10 @@ def test_the_input_product_leaves_the_loop():
     text = str(fc.explain(fc.GRUCell(5, 10)))
     before, _, rest = text.partition("before the loop")[2].partition("in the loop")
     inside, _, backward = rest.partition("with gradients")
-    assert "lifted" in before
-    assert "lifted" not in inside
+    assert all(f"{gate}.input" in before for gate in "rzn")
+    assert ".input" not in inside
     assert all(f" {gate}," in inside for gate in ("r", "z", "n"))
-    assert "kept for the backward: h, r, z, part.4, n; 320 bytes a row and step" in backward
+    assert "kept for the backward: h, r, z, n.hidden, n; 320 bytes a row and step" in backward
     assert "summed over all rows and steps: weight_ih, bias_ih, weight_hh, bias_hh" in backward
 
 

@@ -557,3 +557,34 @@ def test_refresh_forgets_the_programs_of_the_cells_inside(compilations, monkeypa
     fc.refresh()
     run(other, x)
     assert compilations[-1] is other
+
+
+class NamedAsBuffers(fc.Cell):
+    """A step whose variables are called as a kernel's own buffers and words are."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.of_x = nn.Linear(input_size, 5 * hidden_size)
+        self.of_h = nn.Linear(hidden_size, hidden_size)
+
+    def step(self, x, state):
+        (h,) = state
+        order, starts, strips, scratch, rows = self.of_x(x).chunk(5, -1)
+        order, starts, strips, scratch, rows = (1.5 * each for each in (order, starts, strips, scratch, rows))
+        value = torch.tanh(h * order + starts * self.of_h(h) + strips * rows * h)
+        return value + scratch * h, (value,)
+
+
+@pytest.mark.parametrize("lengths", [None, [7, 3, 5, 7, 1, 2]])
+def test_a_variable_may_be_called_as_a_buffer_of_the_kernel(lengths):
+    """It once took the place of the buffer: wrong memory was read and written."""
+    cell, x = NamedAsBuffers(5, 40), torch.randn(7, 6, 5)
+    results = {}
+    for name in ("compiled", "eager"):
+        with fc.runner(name):
+            inputs = x.clone().requires_grad_()
+            y, state = fc.scan(cell, inputs, lengths=lengths)
+            (y.square().sum() + state.sum()).backward()
+            results[name] = (y, state, inputs.grad)
+    for mine, eager in zip(results["compiled"], results["eager"], strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-5)

@@ -162,11 +162,24 @@ def explain(
     cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
     input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 5,
     hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
+    stage: Annotated[
+        str | None, typer.Option(help="Show one stage of the compiler: graph, passes, plan, llvm or asm.")
+    ] = None,
+    gradients: Annotated[bool, typer.Option(help="With --stage: of forward and backward.")] = False,
 ) -> None:
     """Print how a layer is compiled: its stages, their cost, and why a part isn't compiled."""
     from fusecell.inspection.explain import explain as describe
 
-    _print_report(describe, module, cell, input_size, hidden_size)
+    if gradients and stage is None:
+        raise typer.BadParameter("--gradients goes with --stage: without one, both are described anyway")
+
+    def shown(layer: nn.Module) -> str:
+        explained = describe(layer)
+        if stage is None:
+            return str(explained)
+        return "\n".join(each.stage(stage, gradients=gradients) for each in explained.cells)
+
+    _print_report(shown, module, cell, input_size, hidden_size)
 
 
 stream_app = typer.Typer(no_args_is_help=True, help="Save and time layers that run step by step.")

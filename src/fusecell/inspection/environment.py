@@ -13,6 +13,7 @@ from fusecell import __version__
 from fusecell.compiler.backend.disk_cache import cache_info
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.runtime import guard_pages as check
+from fusecell.compiler.runtime.stages import debug_stages
 from fusecell.execution.context import active_runner
 
 __all__ = ["Config", "show_config"]
@@ -34,6 +35,7 @@ class Config:
     runner: str
     cache: str
     checks: str
+    debug: str
 
     def __str__(self) -> str:
         return "\n".join(f"{field.name:<9} {getattr(self, field.name)}" for field in fields(self))
@@ -64,6 +66,7 @@ def show_config() -> Config:
         runner=active_runner(),
         cache=_cache() + _set("FUSECELL_CACHE"),
         checks="on" if check.ENABLED else "off",
+        debug=", ".join(debug_stages()) or "off",
     )
 
 

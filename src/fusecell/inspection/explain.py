@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,115 @@ from torch import Tensor, nn
 from fusecell.cell import Cell
 from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_program, find_trainable
+from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.refusal import Refusal
 from fusecell.compiler.runtime.kernel import Kernel
+from fusecell.compiler.runtime.stages import KernelStages, check_stage
 from fusecell.compiler.schedule.plan import Stage
+from fusecell.errors import NotCompilable
 from fusecell.execution.context import active_runner, recomputing
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.validation import weights_dtype
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["ExplainedCell", "Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class ExplainedCell:
+    """How one cell runs, and what each stage of the compiler made of it.
+
+    Without a gradient a cell is one kernel, whose stages ``graph``, ``passes``, ``plan``, ``llvm`` and ``assembly``
+    show. With gradients it is two, ``forward`` and ``backward``, each with the same stages, made of a ``joint`` graph.
+
+    Attributes:
+        name: where in the layer it is, its class and its sizes.
+        text: its part of what ``explain`` prints.
+        reasons: why a call without gradient is eager; empty if it is compiled.
+        training_reasons: the same for a call with the gradients of all parameters.
+    """
+
+    name: str
+    text: str
+    reasons: tuple[str, ...] = ()
+    training_reasons: tuple[str, ...] = ()
+    _inference: KernelStages | None = field(default=None, repr=False)
+    _joint: Graph | None = field(default=None, repr=False)
+    _training: tuple[KernelStages, KernelStages] | None = field(default=None, repr=False)
+
+    @property
+    def graph(self) -> str:
+        """The step as it was traced."""
+        return self._kernel().graph
+
+    @property
+    def passes(self) -> Mapping[str, str]:
+        """The graph after each pass, by the pass's name, in the order in which they run."""
+        return self._kernel().passes
+
+    @property
+    def plan(self) -> str:
+        """The stages in the order in which they run, with what each computes and stores."""
+        return self._kernel().plan
+
+    @property
+    def llvm(self) -> str:
+        """The LLVM text."""
+        return self._kernel().llvm
+
+    @property
+    def assembly(self) -> str:
+        """The machine code as assembly, for the target in force."""
+        return self._kernel().assembly
+
+    @property
+    def joint(self) -> str:
+        """The step and its gradient as they were traced, before they are partitioned."""
+        if self._joint is None:
+            raise NotCompilable(self.name, self.training_reasons)
+        return self._joint.text
+
+    @property
+    def forward(self) -> KernelStages:
+        """The stages of the kernel that computes the step and saves values for the backward."""
+        return self._both()[0]
+
+    @property
+    def backward(self) -> KernelStages:
+        """The stages of the kernel that computes the gradients of all parameters that want one."""
+        return self._both()[1]
+
+    def stage(self, stage: str, *, gradients: bool = False) -> str:
+        """Show one stage, of ``graph``, ``passes``, ``plan``, ``llvm`` and ``asm``, under a headline for each kernel.
+
+        Arguments:
+            gradients: of the kernels with gradients; the graph is then the joint one too.
+        """
+        check_stage(stage)
+        if not gradients:
+            return f"==== {self.name} ====\n{self._kernel().text(stage)}"
+        parts = [("joint", self.joint)] if stage == "graph" else []
+        parts += [("forward", self.forward.text(stage)), ("backward", self.backward.text(stage))]
+        return "\n".join(f"==== {self.name}, {title} ====\n{text}" for title, text in parts)
+
+    def _kernel(self) -> KernelStages:
+        if self._inference is None:
+            raise NotCompilable(self.name, self.reasons)
+        return self._inference
+
+    def _both(self) -> tuple[KernelStages, KernelStages]:
+        if self._training is None:
+            raise NotCompilable(self.name, self.training_reasons or ("No parameter wants a gradient.",))
+        return self._training
 
 
 @dataclass(frozen=True)
 class Explanation:
     """How a layer or cell runs; printed, the plan.
+
+    What each stage of the compiler made of a cell is in ``cells``. Of a layer with one cell, the explanation itself has
+    ``graph``, ``passes``, ``plan``, ``llvm``, ``assembly``, ``joint``, ``forward`` and ``backward`` too; see
+    :class:`ExplainedCell`.
 
     Attributes:
         runner: what a call without gradient on the CPU does under the runner in force, ``"compiled"`` or ``"eager"``;
@@ -34,12 +129,63 @@ class Explanation:
         training_runner: the same for a call with the gradients of all parameters.
         reasons: why either is eager, a sentence each; empty if both are compiled.
         text: the plan, cell by cell.
+        cells: each cell in turn, with its stages.
     """
 
     runner: str
     training_runner: str
     reasons: tuple[str, ...]
     text: str
+    cells: tuple[ExplainedCell, ...] = field(repr=False)
+
+    @property
+    def graph(self) -> str:
+        """The step of the only cell, as it was traced."""
+        return self._cell().graph
+
+    @property
+    def passes(self) -> Mapping[str, str]:
+        """The graph of the only cell after each pass, by the pass's name."""
+        return self._cell().passes
+
+    @property
+    def plan(self) -> str:
+        """The stages of the only cell, with what each computes and stores."""
+        return self._cell().plan
+
+    @property
+    def llvm(self) -> str:
+        """The LLVM text of the only cell."""
+        return self._cell().llvm
+
+    @property
+    def assembly(self) -> str:
+        """The machine code of the only cell, as assembly for the target in force."""
+        return self._cell().assembly
+
+    @property
+    def joint(self) -> str:
+        """The step of the only cell and its gradient, as they were traced."""
+        return self._cell().joint
+
+    @property
+    def forward(self) -> KernelStages:
+        """The stages of the only cell's forward with gradients."""
+        return self._cell().forward
+
+    @property
+    def backward(self) -> KernelStages:
+        """The stages of the only cell's backward."""
+        return self._cell().backward
+
+    def _cell(self) -> ExplainedCell:
+        if len(self.cells) > 1:
+            names = ", ".join(cell.name for cell in self.cells)
+            raise ValueError(
+                f"this layer has {len(self.cells)} cells ({names}), each with its own stages: "
+                "say which by explain(...).cells[0]."
+            )
+        return self.cells[0]
 
     def _repr_html_(self) -> str:
         return f'<pre style="white-space: pre">{html.escape(str(self))}</pre>'
@@ -53,8 +199,11 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 
     Example:
         >>> import fusecell as fc
-        >>> fc.explain(fc.GRU(5, 10)).runner
+        >>> explained = fc.explain(fc.GRU(5, 10))
+        >>> explained.runner
         'compiled'
+        >>> list(explained.passes)[:3]
+        ['fold_constants', 'spread_constants', 'split_concat_products']
 
     Arguments:
         module: a cell, or any module with cells inside: Recurrent, Stack, Bidirectional, Sequential, GRU, LSTM, RNN.
@@ -70,9 +219,10 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
     cells = _leaves(module)
     if not cells:
         raise TypeError(f"explain takes a layer or a cell of fusecell, got {type(module).__name__}, which has none.")
-    found = [_explain_cell(name, cell, input_sizes) for name, cell in cells]
-    reasons = [reason for each in found for reason in (*each.reasons, *each.training_reasons)]
-    inference, training = not any(each.reasons for each in found), not any(each.training_reasons for each in found)
+    explained = tuple(_explain_cell(name, cell, input_sizes) for name, cell in cells)
+    reasons = [reason for each in explained for reason in (*each.reasons, *each.training_reasons)]
+    inference = not any(each.reasons for each in explained)
+    training = not any(each.training_reasons for each in explained)
     if active_runner() == "eager":
         reasons.insert(0, "The eager runner is in force.")
         inference = training = False
@@ -80,35 +230,30 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
         "compiled" if inference else "eager",
         "compiled" if training else "eager",
         tuple(dict.fromkeys(reasons)),
-        "\n".join(line for each in found for line in each.lines),
+        "\n".join(each.text for each in explained),
+        explained,
     )
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """What there is to say about one cell."""
-
-    lines: tuple[str, ...]
-    reasons: tuple[str, ...] = ()
-    training_reasons: tuple[str, ...] = ()
-
-
-def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> _Cell:
+def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> ExplainedCell:
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
     dtype = weights_dtype(cell) or torch.get_default_dtype()
     if dtype not in (torch.float32, torch.float64):
         reason = f"{type(cell).__name__}: its weights are {dtype}; float32 and float64 are compiled."
-        return _Cell((f"{title}: eager", f"  {reason}"), (reason,), (reason,))
+        return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
     inputs = _inputs(cell, input_sizes, dtype)
     lines = [title]
     reasons: tuple[str, ...] = ()
     training_reasons: tuple[str, ...] = ()
+    inference: KernelStages | None = None
+    both: tuple[KernelStages, KernelStages] | None = None
     with torch.inference_mode(False), torch.enable_grad():
         program, learner = find_program(cell, inputs), find_trainable(cell, inputs)
     if isinstance(program, Refusal):
         reasons = tuple(f"{type(cell).__name__}: {reason}" for reason in program.reasons)
         lines += ["  eager", *(f"    {reason}" for reason in program.reasons)]
     else:
+        inference = KernelStages(program.kernel)
         lines += [f"  compiled in {program.seconds * 1e3:.0f} ms", *_describe(program.kernel)]
     if isinstance(learner, Refusal):
         training_reasons = tuple(f"{type(cell).__name__}, with gradients: {reason}" for reason in learner.reasons)
@@ -119,8 +264,10 @@ def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> _
         if isinstance(training, Refusal):
             training_reasons = training.reasons
         elif any(wanted):
+            both = KernelStages(training.forward.kernel), KernelStages(training.backward.kernel)
             lines += _describe_training(training)
-    return _Cell(tuple(lines), reasons, training_reasons)
+    joint = None if isinstance(learner, Refusal) else learner.traced.graph
+    return ExplainedCell(title, "\n".join(lines), reasons, training_reasons, inference, joint, both)
 
 
 def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -216,7 +216,7 @@ def _check_chain(steps: Sequence[_Step]) -> None:
 
 def _part(place: int, step: _Step, rows: int, limits: Limits) -> Part:
     try:
-        kernel = compile_graph(step.graph, code_bytes=limits.code_bytes)
+        kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=limits.code_bytes)
     except (AssertionError, LookupError, RecursionError) as error:
         # A defect of the compiler's own: a graph that keeps the contract is one that it should take.
         name = type(error).__name__

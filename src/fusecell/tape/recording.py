@@ -299,7 +299,9 @@ def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype
     }
     graph: Graph = replace(traced.graph, outputs=outputs)
     try:
-        return Program(traced, compile_graph(rebuild(graph, copy(graph))), 0.0)
+        return Program(
+            traced, compile_graph(rebuild(graph, copy(graph)), about=f"{type(cell).__name__}, recorded"), 0.0
+        )
     except (CompilerError, AssertionError, LookupError) as error:
         return refusal(error)
 

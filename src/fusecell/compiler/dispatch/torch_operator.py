@@ -288,7 +288,7 @@ def _check_gradients(graph: Graph) -> None:
 
 @functools.lru_cache(256)
 def _inference(text: str) -> Kernel:
-    return compile_graph(without_notes(_graph(text, gradients=False)))
+    return compile_graph(without_notes(_graph(text, gradients=False)), about="fusecell::scan, without gradient")
 
 
 @functools.lru_cache(256)
@@ -300,7 +300,7 @@ def _training(text: str, wanted: tuple[bool, ...], recompute: bool) -> Training:
     if len(wanted) != len(labels):
         raise ValueError(f"fusecell::scan expected wanted to have {len(labels)} flags, got {len(wanted)}.")
     chosen = [label for label, flag in zip(labels, wanted, strict=True) if flag]
-    return Training(inputs, weights, partition(graph, chosen, recompute=recompute))
+    return Training(inputs, weights, partition(graph, chosen, recompute=recompute), "fusecell::scan")
 
 
 def _inputs(graph: Graph) -> list[str]:

@@ -22,6 +22,7 @@ from fusecell.compiler.frontend.recorder import Recorder
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.graph import Builder, Graph
+from fusecell.compiler.ir.naming import name_values
 from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.locks import new_lock
 from fusecell.compiler.refusal import Refusal
@@ -243,9 +244,16 @@ class _Run:
 
     def traced(self) -> Traced:
         """What was recorded, in the user's names."""
-        for node, name in self.names.items():
-            self.builder.rename(node, name)
-        return Traced(self.builder.build(self.outputs), self.recorder.weights.prologue())
+        names = dict(self.names)
+        for label, node in self.outputs.items():
+            kind, _, name = label.partition(".")
+            if kind == "state" and names.get(node, name) == name:
+                names[node] = f"{name}.new"
+            elif kind == "grad":
+                of_state = label.startswith("grad.state.")
+                names.setdefault(node, f"grad.{name.partition('.')[2]}{'.new' * of_state}")
+        graph = name_values(self.builder.build(self.outputs, keep_all=True), names)
+        return Traced(graph, self.recorder.weights.prologue())
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.

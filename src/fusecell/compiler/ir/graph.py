@@ -205,13 +205,6 @@ class Builder:
         """A number."""
         return self.add("const", value=float(value), name=_const_name(value))
 
-    def rename(self, index: int, name: str) -> None:
-        """Call a value by the name its user gave it; leaves keep theirs."""
-        node = self.nodes[index]
-        if PRIMITIVES[node.op].leaf or node.name == name:
-            return
-        self.nodes[index] = Node(self._unique(name), node.op, node.args, node.attrs, node.type)
-
     def size(self, index: int) -> int:
         return self.nodes[index].size
 

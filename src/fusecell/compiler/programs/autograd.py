@@ -35,10 +35,12 @@ class TrainableStep:
     Arguments:
         inputs: the names of a step's inputs.
         key: what the step was traced with beside tensors, if a gradient of the gradient is to hold it to that.
+        about: the class of the cell, for ``FUSECELL_DEBUG``.
     """
 
-    def __init__(self, traced: Traced, inputs: Sequence[str], key: Key = ()) -> None:
+    def __init__(self, traced: Traced, inputs: Sequence[str], key: Key = (), about: str = "step") -> None:
         self.traced = traced
+        self._about = about
         self._key = key
         self._inputs = tuple(inputs)
         names = traced.weight_names
@@ -92,7 +94,7 @@ class TrainableStep:
             if key not in self._made:
                 try:
                     halves = self._halves(flags, recompute)
-                    self._made[key] = Training(self._inputs, self.traced.weight_names, halves)
+                    self._made[key] = Training(self._inputs, self.traced.weight_names, halves, self._about)
                 except (CompilerError, AssertionError, LookupError) as error:
                     self._made[key] = refusal(error)
             return self._made[key]
@@ -105,9 +107,9 @@ def compile_trainable(cell: Cell, features: Sequence[tuple[int, ...]], dtype: to
         features: the feature shape of each input, what follows (T, N).
     """
     traced = trace(cell, features, dtype, gradients=True)
-    return (
-        traced if isinstance(traced, Refusal) else TrainableStep(traced, cell.inputs, without_tensors(signature(cell)))
-    )
+    if isinstance(traced, Refusal):
+        return traced
+    return TrainableStep(traced, cell.inputs, without_tensors(signature(cell)), type(cell).__name__)
 
 
 class _Scan(torch.autograd.Function):

@@ -115,7 +115,7 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
     if isinstance(traced, Refusal):
         return traced
     try:
-        kernel = compile_graph(without_notes(traced.graph))
+        kernel = compile_graph(without_notes(traced.graph), about=f"{type(cell).__name__}, without gradient")
     except (CompilerError, AssertionError, LookupError) as error:
         return refusal(error)
     return Program(traced, kernel, time.perf_counter() - began)

@@ -64,14 +64,17 @@ class Training:
 
     Arguments:
         inputs, weights: the names of a call's tensors, in order.
+        about: what they are the kernels of, for ``FUSECELL_DEBUG``.
     """
 
-    def __init__(self, inputs: Sequence[str], weights: Sequence[str], halves: ForwardBackward) -> None:
+    def __init__(
+        self, inputs: Sequence[str], weights: Sequence[str], halves: ForwardBackward, about: str = "step"
+    ) -> None:
         self.halves = halves
         self._inputs = (*inputs, "grad.output")
         self._weights = tuple(weights)
-        self.forward = self._half(compile_graph(halves.forward))
-        self.backward = self._half(compile_graph(halves.backward, backward=True))
+        self.forward = self._half(compile_graph(halves.forward, about=f"{about}, forward"))
+        self.backward = self._half(compile_graph(halves.backward, backward=True, about=f"{about}, backward"))
         self.saved_numbers = sum(size for _, size in self.forward.saved)
 
     def _half(self, kernel: Kernel) -> Half:

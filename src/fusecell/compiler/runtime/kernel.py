@@ -19,6 +19,7 @@ from fusecell.compiler.codegen import Emitted, emit
 from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up, ceil_div
+from fusecell.compiler.runtime.stages import debug_stages, print_stages
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
@@ -84,6 +85,8 @@ class Kernel:
     kernel returns.
     """
 
+    source: Graph
+    """The graph before any pass."""
     plan: Plan
     emitted: Emitted
     loaded: Loaded
@@ -181,16 +184,19 @@ class Kernel:
         return chunk
 
 
-def compile_graph(graph: Graph, *, backward: bool = False, code_bytes: int | None = None) -> Kernel:
+def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code_bytes: int | None = None) -> Kernel:
     """Check, optimise, schedule, emit and load a graph.
 
     Arguments:
         backward: whether it is a gradient's.
+        about: what it is of, for the headlines of ``FUSECELL_DEBUG``.
         code_bytes: the most that its LLVM text may have.
 
     Raises:
         CompilerError: for a graph that breaks its contract (``ir.contract``), or whose text is longer.
+        ValueError: if ``FUSECELL_DEBUG`` names a stage that there is none of.
     """
+    shown = debug_stages()
     began = time.perf_counter()
     check_graph(graph, "gradient" if backward else "step")
     target = host_target()
@@ -201,7 +207,8 @@ def compile_graph(graph: Graph, *, backward: bool = False, code_bytes: int | Non
     words = _Words(schedule, emitted)
     loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")
-    return Kernel(
+    kernel = Kernel(
+        source=graph,
         plan=schedule,
         emitted=emitted,
         loaded=loaded,
@@ -218,6 +225,8 @@ def compile_graph(graph: Graph, *, backward: bool = False, code_bytes: int | Non
         ),
         _zeros=array("q", bytes(8 * len(emitted.slots))),
     )
+    print_stages(kernel, about, shown)
+    return kernel
 
 
 def _is_saved(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Assign a buffer to every value that one stage writes and another reads, and have stages store and find them there.
+"""Assign a buffer to every value that one stage writes and another reads, and have stages store them there.
 
 Values that pass from one stage to another within a step need memory for a step's rows; those that stages outside the
 loop read need it for all rows of a chunk. A concatenation is never computed: each of its parts is stored where it
@@ -9,43 +9,44 @@ and stored again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.primitives import PRIMITIVES
-from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.schedule.phases import Phases, row_outputs, states_of
-from fusecell.compiler.schedule.plan import PHASES, SCOPES, Buffer, Location, Phase, Plan, Scope, Stage, Sum
+from fusecell.compiler.schedule.plan import PHASES, SCOPES, Buffer, Location, Phase, Scope, Stage
 from fusecell.compiler.schedule.stages import Stages
-from fusecell.errors import CompilerError
 
-__all__ = ["assign_buffers"]
+__all__ = ["Buffers", "assign_buffers"]
 
 
-def assign_buffers(graph: Graph, phases: Phases, stages: Stages, *, backward: bool) -> Plan:
-    """Complete a schedule: memory for values, what stages store, and where they find what they read."""
+@dataclass(frozen=True)
+class Buffers:
+    """The memory of a schedule.
+
+    Attributes:
+        stages: in the order in which they run, with all that they store; some are added only to move values.
+        locations: where each value is, for those that are in memory.
+        state_copies: the states that stages after the loop read, with the chunk's buffers that keep them for it.
+        scattered: the outputs of stages outside the loop, which are copied to the caller's rows a chunk at a time.
+    """
+
+    stages: tuple[Stage, ...]
+    locations: Mapping[int, Location]
+    state_copies: Mapping[int, Buffer]
+    scattered: Mapping[str, int]
+
+
+def assign_buffers(graph: Graph, phases: Phases, stages: Stages) -> Buffers:
+    """Give memory to leaves, to values that another stage reads, and to outputs, and have each stored by a stage."""
     assignment = _Assignment(graph, phases, stages)
     assignment.place_leaves()
     assignment.place_shared_values()
     scattered = assignment.place_outputs()
-    sums = _sums(graph)
     assignment.copy_states_for_post()
-    assignment.gather_inputs(sums)
-    completed = tuple(assignment.completed(stage) for stage in assignment.stages)
-    return Plan(
-        graph=graph,
-        stages=completed,
-        buffers=assignment.scratch(),
-        vectors={index: assignment.locations[index].buffer for index in _vectors(graph)},
-        gathered=assignment.gathered,
-        scattered={label: assignment.operand(index, "post", f"output {label}") for label, index in scattered.items()},
-        sums=tuple(assignment.located(each) for each in sums),
-        states=states_of(graph),
-        backward=backward,
-    )
+    return Buffers(assignment.stages_with_stores(), assignment.locations, assignment.state_copies, scattered)
 
 
 class _Assignment:
@@ -53,7 +54,6 @@ class _Assignment:
 
     Attributes:
         locations: where each value is, for those that are in memory.
-        gathered: the inputs that stages outside the loop read, with the chunk's buffers they are copied into.
         state_copies: the states that stages after the loop read, with the chunk's buffers that keep them for it.
         stages: in the order in which they run; some are added only to move values.
         stores: what each stage writes, by its name.
@@ -63,7 +63,6 @@ class _Assignment:
         self.graph, self.phases, self.schedule = graph, phases, stages
         self.users = graph.users()
         self.locations: dict[int, Location] = {}
-        self.gathered: dict[int, Buffer] = {}
         self.state_copies: dict[int, Buffer] = {}
         self.stages: list[Stage] = list(stages.stages)
         self.stores: dict[str, dict[int, list[Location]]] = {stage.name: {} for stage in stages.stages}
@@ -123,7 +122,8 @@ class _Assignment:
     def _place_value(self, index: int, scope: Scope) -> None:
         """Give a value a buffer and have its stage store it there; a reduction's total is written there anyway."""
         node = self.graph[index]
-        location = Location(Buffer(node.name, scope, node.size))
+        # The prefix tells it from a kernel's own buffers, whatever the user's variable is called.
+        location = Location(Buffer(f"value.{node.name}", scope, node.size))
         if not PRIMITIVES[node.op].reduction:
             self._store(index, location, before=index if node.op == "concat" else None)
         self.locations[index] = location
@@ -165,10 +165,9 @@ class _Assignment:
         self._ensure_placed(index)
         if by_step:
             return self._moving_stage(index, "loop", before)
-        if phase is None:
-            waiting: Phase = "hoisted" if before is None else self.phases.of[before]
-            phase = max(waiting, self._latest_phase(index), key=PHASES.index)
-        return self._moving_stage(index, phase, before)
+        waiting: Phase = "hoisted" if before is None else self.phases.of[before]
+        at_hand: Phase = max(waiting, self._latest_phase(index), key=PHASES.index)
+        return self._moving_stage(index, phase or at_hand, before)
 
     def _moving_stage(self, index: int, phase: Phase, before: int | None) -> str:
         """Name a stage of a value's width that runs after the value is ready, and before what waits for it.
@@ -233,148 +232,9 @@ class _Assignment:
                 self.state_copies[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
                 self._store(index, Location(self.state_copies[index]))
 
-    def gather_inputs(self, sums: Iterable[Sum]) -> None:
-        """Have the inputs that are read outside the loop brought into rows of the chunk, but for what is saved."""
-        reading: set[int] = set()
-        for stage in self.stages:
-            if stage.phase in ("hoisted", "post"):
-                reading |= self._inputs_of(stage)
-        for each in sums:
-            reading |= {_sliced(self.graph, operand)[0] for operand in (each.a, each.b) if operand is not None}
-        for index in sorted(reading):
-            node = self.graph[index]
-            if node.op == "input" and not node.name.startswith(SAVED):
-                self.gathered[index] = Buffer(f"{node.name}.rows", "chunk", node.size)
-
-    def _inputs_of(self, stage: Stage) -> set[int]:
-        """The inputs that a stage reads, directly or through values that it computes on the spot."""
-        local = set(stage.results())
-        pending = [arg for index in (*stage.reductions, *local) for arg in self.graph[index].args]
-        pending += [index for index in self.stores[stage.name] if index not in local]
-        inputs, seen = set(), set(pending)
-        while pending:
-            index = pending.pop()
-            node = self.graph[index]
-            if node.op == "input":
-                inputs.add(index)
-            elif index not in local and (node.op == "slice" or self.location(index, stage.phase) is None):
-                pending += [arg for arg in node.args if arg not in seen]
-                seen.update(node.args)
-        return inputs
-
-    # Where they are read.
-
-    def location(self, index: int, phase: Phase) -> Location | None:
-        """Where a stage of ``phase`` finds a value; None if it is nowhere in memory."""
-        index, offset = _sliced(self.graph, index)
-        node = self.graph[index]
-        if node.op == "input" and phase in ("hoisted", "post") and not node.name.startswith(SAVED):
-            rows = self.gathered.get(index)
-        elif node.op == "state" and phase == "post":
-            rows = self.state_copies.get(index)
-        else:
-            location = self.locations.get(index)
-            return location and Location(location.buffer, location.offset + offset)
-        return None if rows is None else Location(rows, offset)
-
-    def operand(self, index: int, phase: Phase, user: str) -> Location:
-        """Where a value is that can't be computed on the spot."""
-        location = self.location(index, phase)
-        if location is None:
-            raise CompilerError(f"{self.graph[index].name}, an operand of {user}, is nowhere in memory")
-        return location
-
-    def located(self, each: Sum) -> Sum:
-        """A sum with the locations of its operands."""
-        operands = [operand for operand in (each.a, each.b) if operand is not None]
-        return replace(each, operands={index: self.operand(index, "post", each.name) for index in operands})
-
-    def completed(self, stage: Stage) -> Stage:
-        """A stage with all that it stores and the locations of all that it reads."""
-        stores = {index: tuple(locations) for index, locations in self.stores[stage.name].items()}
-        operands: dict[int, Location] = {}
-        starts: list[int] = []
-        for index in stage.affines:
-            start, terms = affine_parts(self.graph[index])
-            starts += [] if start is None else [start]
-            for row, _, _ in terms:
-                operands[row] = self.operand(row, stage.phase, stage.name)
-        local = set(stage.results())
-        ends = [*stores, *(self.graph[index].args[0] for index in stage.reductions)]
-        operands |= self._read(stage.phase, starts, set()) | self._read(stage.phase, ends, local)
-        totals = {index: self.locations[index] for index in stage.reductions}
-        return replace(stage, stores=stores, totals=totals, operands=operands)
-
-    def _read(self, phase: Phase, roots: Iterable[int], local: set[int]) -> dict[int, Location]:
-        """The locations that computing ``roots`` reads; ``local`` values are in registers."""
-        operands: dict[int, Location] = {}
-        pending = list(roots)
-        seen = set(pending)
-        while pending:
-            index = pending.pop()
-            location = None if index in local else self.location(index, phase)
-            if location is not None:
-                operands[index] = location
-            elif self.graph[index].op != "affine":
-                pending += [arg for arg in self.graph[index].args if arg not in seen]
-                seen.update(self.graph[index].args)
-        return operands
-
-    def scratch(self) -> tuple[Buffer, ...]:
-        """Every buffer of the scratch memory, once each."""
-        buffers = [location.buffer for location in self.locations.values()]
-        buffers += [*self.gathered.values(), *self.state_copies.values()]
-        for stage in self.stages:
-            buffers += [each.buffer for locations in self.stores[stage.name].values() for each in locations]
-        return tuple(buffer for buffer in dict.fromkeys(buffers) if buffer.scope not in ("user", "saved"))
-
-
-def _sliced(graph: Graph, index: int) -> tuple[int, int]:
-    """The value that a slice, or a slice of a slice, is a part of, and the feature at which the part begins."""
-    offset = 0
-    while graph[index].op == "slice":
-        offset += graph[index].attrs["start"]
-        index = graph[index].args[0]
-    return index, offset
-
-
-def _vectors(graph: Graph) -> list[int]:
-    """The weights that are vectors."""
-    return [index for index in graph.leaves("weight") if len(graph[index].type.shape) < 2]
-
-
-def _sums(graph: Graph) -> list[Sum]:
-    """The sums over rows that the gradients of weights are made of."""
-    sums: list[Sum] = []
-    for label, index in graph.outputs.items():
-        if graph[index].type.kind == "sum":
-            for a, b, flipped, corner in _contributions(graph, index):
-                sums.append(_sum(graph, f"sum.{len(sums)}", label, a, b, flipped, corner))
-    return sums
-
-
-def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
-    """A sum whose columns, whole vectors, run over the operand that fills them better."""
-    height, width = 1 if a is None else graph[a].size, graph[b].size
-    if a is not None and height * padded(width) > width * padded(height):
-        a, b, height, width, corner, flipped = b, a, width, height, corner[::-1], not flipped
-    return Sum(name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped)
-
-
-def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
-    """The outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
-    pending: list[tuple[int, bool, tuple[int, int]]] = [(index, False, (0, 0))]
-    while pending:
-        value, flipped, corner = pending.pop()
-        node = graph[value]
-        if node.op == "total":
-            pending += [(arg, flipped, corner) for arg in reversed(node.args)]
-        elif node.op == "transpose":
-            pending.append((node.args[0], not flipped, corner[::-1]))
-        elif node.op == "place":
-            row, column = (0, *node.attrs["corner"])[-2:]
-            pending.append((node.args[0], flipped, (corner[0] + row, corner[1] + column)))
-        elif node.op == "outer":
-            yield node.args[0], node.args[1], flipped, corner
-        else:
-            yield None, node.args[0], flipped, corner
+    def stages_with_stores(self) -> tuple[Stage, ...]:
+        """List the stages with all that they store."""
+        return tuple(
+            replace(stage, stores={index: tuple(each) for index, each in self.stores[stage.name].items()})
+            for stage in self.stages
+        )

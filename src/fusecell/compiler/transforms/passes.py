@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from fusecell.compiler.ir.affine import Term, affine_parts
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node, rebuild
+from fusecell.compiler.ir.naming import restore_names
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.ir.walk import resolve
 
@@ -264,7 +265,7 @@ def _merge(builder: Builder, args: tuple[int, ...], node: Node, open_: dict[int,
         else:
             continue
         if len(inits) == 2:
-            inits = [builder.add("add", *inits, name="bias")]
+            inits = [builder.add("add", *inits, name=f"{node.name}.bias")]
         early = [term for term in terms if not facts.late(builder, term[0])]
         late = [term for term in terms if facts.late(builder, term[0])]
         return _affine(builder, inits[0] if inits else None, early + late, node.name)
@@ -284,8 +285,8 @@ def split_affines(graph: Graph) -> Graph:
         late = [term for term in terms if facts.late(builder, term[0])]
         if not early or not late:
             return builder.add_like(node, args)
-        lifted = _affine(builder, init, early, f"{node.name}.lifted")
-        return _affine(builder, lifted, late, node.name)
+        hoisted = _affine(builder, init, early, f"{node.name}.input")
+        return _affine(builder, hoisted, late, node.name)
 
     return rebuild(graph, rewrite)
 
@@ -350,6 +351,7 @@ def optimise(graph: Graph) -> list[tuple[str, Graph]]:
     stages = [("traced", graph)]
     for rewrite in PASSES:
         stages.append((rewrite.__name__, rewrite(stages[-1][1])))
+    stages.append(("restore_names", restore_names(stages[-1][1], graph)))
     return stages
 
 

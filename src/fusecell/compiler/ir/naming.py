@@ -1,0 +1,155 @@
+"""Name values after the user's variables: ``z``, and what it is computed from ``z.pre``, ``z.input``, ``z.bias``.
+
+A value that the step holds in a variable, or notes, has that name. Others are named after the one variable that they
+are a part of, by what they are to it:
+
+=======  ===================================================================================
+new      the new value of a state: ``h.new``
+pre      what an activation is applied to: ``r = sigmoid(r.pre)``
+input    a part of it that is a product, or a sum of products, with x and no state
+hidden   a part of it that is a product, or a sum of products, with a state
+bias     a vector of weights that an accumulation starts from
+=======  ===================================================================================
+
+A part of a vector of weights has the weight's name first, ``bias_ih.z``, and a function of a variable the variable's,
+``c.new.tanh``. What is no such part, or of several variables, is called by its primitive: ``mul``, ``mul.1``.
+Names are unique, and say nothing: no pass or kernel depends on them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count
+
+from fusecell.compiler.ir.graph import Graph, copy, rebuild
+from fusecell.compiler.ir.primitives import PRIMITIVES
+
+__all__ = ["name_values", "restore_names"]
+
+_SUFFIXES = ("new", "pre", "input", "hidden", "bias")
+_GRADIENT = "grad."
+
+
+def name_values(graph: Graph, variables: Mapping[int, str]) -> Graph:
+    """Name a traced graph's values after variables, and the parts of variables after them; drop what nothing needs.
+
+    Arguments:
+        variables: the names of some nodes; leaves keep their own.
+    """
+    names = {index: node.name for index, node in graph if PRIMITIVES[node.op].leaf}
+    taken = set(names.values())
+    for index, name in variables.items():
+        if index not in names:
+            names[index] = _unique(re.sub(r"[^\w.]", "_", name), taken)
+            taken.add(names[index])
+    others = (index for index, _ in graph if index not in names)
+    for index in others:
+        names[index] = _unique(graph[index].name, taken)
+        taken.add(names[index])
+    of_variables = {names[index] for index in variables}
+    graph = replace(graph, nodes=tuple(replace(node, name=names[index]) for index, node in graph))
+    graph = rebuild(graph, copy(graph))
+    fixed = {index: node.name for index, node in graph if PRIMITIVES[node.op].leaf or node.name in of_variables}
+    return _named(graph, fixed, {index: node.name for index, node in graph})
+
+
+def restore_names(graph: Graph, traced: Graph) -> Graph:
+    """Give the values that passes have made the names that they had when they were traced.
+
+    Passes take values apart and call the pieces ``z.pre``, ``z.pre.1`` and so on. The last of them is the value
+    itself, as a value comes after what it is made of.
+    """
+    names = {node.name for node in traced.nodes}
+    stems = {index: _stem(node.name, names) for index, node in graph}
+    last = {stems[index]: index for index, node in graph if node.type.kind != "weight"}
+    fixed = {index: node.name for index, node in graph if PRIMITIVES[node.op].leaf}
+    leaves = set(fixed.values())
+    fixed |= {index: stem for stem, index in last.items() if stem and stem not in leaves}
+    return _named(graph, fixed, {index: stems[index] or node.op for index, node in graph})
+
+
+def _stem(name: str, names: Collection[str]) -> str:
+    """The longest beginning of a name, part by part, that is one of ``names``."""
+    while name and name not in names:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _named(graph: Graph, fixed: Mapping[int, str], otherwise: Mapping[int, str]) -> Graph:
+    """Name what isn't ``fixed`` by its part in a variable, or ``otherwise``; users come first, then what they use."""
+    names, taken = dict(fixed), set(fixed.values())
+    users, parts = graph.users(), _Parts(graph, fixed)
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        name = parts.name(index, users[index])
+        if index not in names and name and name not in taken:
+            names[index] = name
+            taken.add(name)
+    for index, _ in graph:
+        if index not in names:
+            names[index] = _unique(otherwise[index], taken)
+            taken.add(names[index])
+    return replace(graph, nodes=tuple(replace(node, name=names[index]) for index, node in graph))
+
+
+def _unique(name: str, taken: Collection[str]) -> str:
+    """A name that is not taken yet, with a number behind it if need be."""
+    numbered = (f"{name}.{number}" for number in count(1))
+    return next(each for each in chain((name,), numbered) if each not in taken)
+
+
+class _Parts:
+    """What each value is to the variable that it is a part of."""
+
+    def __init__(self, graph: Graph, fixed: Mapping[int, str]) -> None:
+        self.graph, self.fixed = graph, fixed
+        self.depends_on_state = graph.reaches(graph.leaves("state"))
+        self.accumulates = _accumulations(graph)
+        self.variables: dict[int, str] = {}
+
+    def name(self, index: int, users: Sequence[int]) -> str:
+        """A name for a value whose users have been asked for before; empty where it is no part of one variable."""
+        node = self.graph[index]
+        if index in self.fixed:
+            self.variables[index] = _variable(self.fixed[index])
+            return ""
+        variables = {self.variables[user] for user in users if self.variables[user]}
+        # The gradient reads values of the step, which are no part of it for that.
+        variables = {each for each in variables if not each.startswith(_GRADIENT)} or variables
+        variable = self.variables[index] = variables.pop() if len(variables) == 1 else ""
+        source = self.graph[node.args[0]] if node.args else None
+        if node.type.kind == "weight" and variable:
+            is_part = node.op == "slice" and source is not None and source.op == "weight"
+            return f"{source.name}.{variable}" if is_part and source is not None else f"{variable}.bias"
+        if variable and node.type.kind == "row" and not variable.startswith(_GRADIENT):
+            if any(self._is_function(user) for user in users):
+                return f"{variable}.pre"
+            if self.accumulates[index]:
+                return f"{variable}.{'hidden' if self.depends_on_state[index] else 'input'}"
+        if self._is_function(index, of_variable=True):
+            return f"{self.fixed[node.args[0]]}.{node.op}"
+        return ""
+
+    def _is_function(self, index: int, *, of_variable: bool = False) -> bool:
+        """Whether a value is a function of one other: of any for a variable, or of a variable."""
+        node = self.graph[index]
+        primitive = PRIMITIVES[node.op]
+        if not primitive.pointwise or primitive.arity != 1:
+            return False
+        return primitive.expensive and node.args[0] in self.fixed if of_variable else index in self.fixed
+
+
+def _variable(name: str) -> str:
+    """The variable that a name belongs to: ``z`` of ``z.pre``."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if stem and suffix in _SUFFIXES else name
+
+
+def _accumulations(graph: Graph) -> list[bool]:
+    """For each node, whether it is a product, or a sum or a slice of products."""
+    accumulates = [False] * len(graph.nodes)
+    for index, node in graph:
+        passes_on = node.op in ("add", "slice") and any(accumulates[arg] for arg in node.args)
+        accumulates[index] = PRIMITIVES[node.op].category == "product" or passes_on
+    return accumulates

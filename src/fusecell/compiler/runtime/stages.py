@@ -1,0 +1,116 @@
+"""Show what each stage of the compiler made of a kernel: to whoever asks, and to stderr with ``FUSECELL_DEBUG``.
+
+``FUSECELL_DEBUG=graph,plan`` prints these stages of every kernel when it is compiled. The words are those of
+``STAGES``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from fusecell.compiler.transforms.passes import optimise
+
+if TYPE_CHECKING:
+    from fusecell.compiler.runtime.kernel import Kernel
+
+__all__ = ["STAGES", "KernelStages", "check_stage", "debug_stages", "print_stages"]
+
+STAGES = ("graph", "passes", "plan", "llvm", "asm")
+_VARIABLE = "FUSECELL_DEBUG"
+
+
+@dataclass(frozen=True)
+class KernelStages:
+    """The texts of one kernel, stage by stage; printed, the plan.
+
+    Attributes:
+        kernel: the kernel that they became.
+    """
+
+    kernel: Kernel = field(repr=False)
+
+    @property
+    def graph(self) -> str:
+        """The graph before any pass."""
+        return self.kernel.source.text
+
+    @cached_property
+    def passes(self) -> Mapping[str, str]:
+        """The graph after each pass, by the pass's name, in the order in which they run."""
+        return {name: graph.text for name, graph in optimise(self.kernel.source)[1:]}
+
+    @property
+    def plan(self) -> str:
+        """The stages in the order in which they run, with what each computes and stores."""
+        return self.kernel.plan.text
+
+    @property
+    def llvm(self) -> str:
+        """The LLVM text."""
+        return self.kernel.loaded.llvm
+
+    @cached_property
+    def assembly(self) -> str:
+        """The machine code as assembly, for the target that the kernel was compiled for."""
+        return self.kernel.loaded.assembly()
+
+    def text(self, stage: str) -> str:
+        """The text of one of ``STAGES``; passes that change nothing are named only."""
+        check_stage(stage)
+        if stage == "passes":
+            return self._passes_text()
+        return str(getattr(self, "assembly" if stage == "asm" else stage))
+
+    def _passes_text(self) -> str:
+        parts = []
+        for (_, before), (name, after) in pairwise([("", self.graph), *self.passes.items()]):
+            parts.append(f"-- {name}: unchanged\n" if after == before else f"-- {name}\n{after}")
+        return "".join(parts)
+
+    def __str__(self) -> str:
+        return self.plan
+
+
+def check_stage(stage: str) -> None:
+    """Raise ValueError unless there is a stage of that name."""
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
+
+
+def debug_stages() -> tuple[str, ...]:
+    """Read from ``FUSECELL_DEBUG`` which stages are to be printed; it is read at every compilation.
+
+    Example:
+        >>> import os
+        >>> from fusecell.compiler.runtime.stages import debug_stages
+        >>> os.environ["FUSECELL_DEBUG"] = "plan, asm"
+        >>> debug_stages()
+        ('plan', 'asm')
+        >>> del os.environ["FUSECELL_DEBUG"]
+
+    Raises:
+        ValueError: if it names a stage that there is none of.
+    """
+    words = [word.strip() for word in os.environ.get(_VARIABLE, "").split(",")]
+    stages = tuple(dict.fromkeys(word for word in words if word))
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise ValueError(
+            f"{_VARIABLE} is {os.environ[_VARIABLE]!r}, which names no stage by {', '.join(map(repr, unknown))}; "
+            f"expected a list of {', '.join(STAGES)}, with commas between."
+        )
+    return stages
+
+
+def print_stages(kernel: Kernel, about: str, stages: tuple[str, ...]) -> None:
+    """Print some stages of a kernel to stderr, each under a headline: what it is of, its dtype and its target."""
+    texts = KernelStages(kernel)
+    about = f"{about or kernel.plan.graph.title}, {kernel.plan.graph.dtype}, {kernel.loaded.target.name}"
+    for stage in stages:
+        print(f"==== fusecell: {about}: {stage} ====\n{texts.text(stage)}", file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""Find where each stage and each sum reads its operands: the last step of a schedule, after which it is a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.schedule.buffers import Buffers
+from fusecell.compiler.schedule.phases import states_of
+from fusecell.compiler.schedule.plan import Buffer, Location, Phase, Plan, Stage, Sum
+from fusecell.compiler.schedule.sums import sums_over_rows
+from fusecell.errors import CompilerError
+
+__all__ = ["locate_operands"]
+
+
+def locate_operands(graph: Graph, buffers: Buffers, *, backward: bool) -> Plan:
+    """Complete a schedule with the location of everything that is read from memory.
+
+    Raises:
+        CompilerError: if an operand that can't be computed on the spot is nowhere in memory.
+    """
+    sums = sums_over_rows(graph)
+    operands = _Operands(graph, buffers, sums)
+    vectors = [index for index in graph.leaves("weight") if len(graph[index].type.shape) < 2]
+    return Plan(
+        graph=graph,
+        stages=tuple(operands.completed(stage) for stage in buffers.stages),
+        buffers=operands.scratch(),
+        vectors={index: buffers.locations[index].buffer for index in vectors},
+        gathered=operands.gathered,
+        scattered={
+            label: operands.operand(index, "post", f"output {label}") for label, index in buffers.scattered.items()
+        },
+        sums=tuple(operands.located(each) for each in sums),
+        states=states_of(graph),
+        backward=backward,
+    )
+
+
+class _Operands:
+    """Where values are read.
+
+    Attributes:
+        gathered: the inputs that stages outside the loop read, with the chunk's buffers they are copied into.
+    """
+
+    def __init__(self, graph: Graph, buffers: Buffers, sums: Iterable[Sum]) -> None:
+        self.graph, self.buffers = graph, buffers
+        self.gathered: Mapping[int, Buffer] = {}
+        self.gathered = self._gathered(sums)
+
+    def _gathered(self, sums: Iterable[Sum]) -> dict[int, Buffer]:
+        """Bring the inputs that are read outside the loop into rows of the chunk, but for what is saved."""
+        reading: set[int] = set()
+        for stage in self.buffers.stages:
+            if stage.phase in ("hoisted", "post"):
+                reading |= self._inputs_of(stage)
+        for each in sums:
+            reading |= {_sliced(self.graph, operand)[0] for operand in (each.a, each.b) if operand is not None}
+        nodes = {index: self.graph[index] for index in sorted(reading)}
+        return {
+            index: Buffer(f"{node.name}.rows", "chunk", node.size)
+            for index, node in nodes.items()
+            if node.op == "input" and not node.name.startswith(SAVED)
+        }
+
+    def _inputs_of(self, stage: Stage) -> set[int]:
+        """The inputs that a stage reads, directly or through values that it computes on the spot."""
+        local = set(stage.results())
+        pending = [arg for index in (*stage.reductions, *local) for arg in self.graph[index].args]
+        pending += [index for index in stage.stores if index not in local]
+        inputs, seen = set(), set(pending)
+        while pending:
+            index = pending.pop()
+            node = self.graph[index]
+            if node.op == "input":
+                inputs.add(index)
+            elif index not in local and (node.op == "slice" or self.location(index, stage.phase) is None):
+                pending += [arg for arg in node.args if arg not in seen]
+                seen.update(node.args)
+        return inputs
+
+    def location(self, index: int, phase: Phase) -> Location | None:
+        """Where a stage of ``phase`` finds a value; None if it is nowhere in memory."""
+        index, offset = _sliced(self.graph, index)
+        node = self.graph[index]
+        if node.op == "input" and phase in ("hoisted", "post") and not node.name.startswith(SAVED):
+            rows = self.gathered.get(index)
+        elif node.op == "state" and phase == "post":
+            rows = self.buffers.state_copies.get(index)
+        else:
+            location = self.buffers.locations.get(index)
+            return location and Location(location.buffer, location.offset + offset)
+        return None if rows is None else Location(rows, offset)
+
+    def operand(self, index: int, phase: Phase, user: str) -> Location:
+        """Where a value is that can't be computed on the spot."""
+        location = self.location(index, phase)
+        if location is None:
+            raise CompilerError(f"{self.graph[index].name}, an operand of {user}, is nowhere in memory")
+        return location
+
+    def located(self, each: Sum) -> Sum:
+        """A sum with the locations of its operands."""
+        operands = [operand for operand in (each.a, each.b) if operand is not None]
+        return replace(each, operands={index: self.operand(index, "post", each.name) for index in operands})
+
+    def completed(self, stage: Stage) -> Stage:
+        """Complete a stage with the locations of all that it reads."""
+        operands: dict[int, Location] = {}
+        starts: list[int] = []
+        for index in stage.affines:
+            start, terms = affine_parts(self.graph[index])
+            starts += [] if start is None else [start]
+            for row, _, _ in terms:
+                operands[row] = self.operand(row, stage.phase, stage.name)
+        local = set(stage.results())
+        ends = [*stage.stores, *(self.graph[index].args[0] for index in stage.reductions)]
+        operands |= self._read(stage.phase, starts, set()) | self._read(stage.phase, ends, local)
+        totals = {index: self.buffers.locations[index] for index in stage.reductions}
+        return replace(stage, totals=totals, operands=operands)
+
+    def _read(self, phase: Phase, roots: Iterable[int], local: set[int]) -> dict[int, Location]:
+        """The locations that computing ``roots`` reads; ``local`` values are in registers."""
+        operands: dict[int, Location] = {}
+        pending = list(roots)
+        seen = set(pending)
+        while pending:
+            index = pending.pop()
+            location = None if index in local else self.location(index, phase)
+            if location is not None:
+                operands[index] = location
+            elif self.graph[index].op != "affine":
+                pending += [arg for arg in self.graph[index].args if arg not in seen]
+                seen.update(self.graph[index].args)
+        return operands
+
+    def scratch(self) -> tuple[Buffer, ...]:
+        """List every buffer of the scratch memory, once each."""
+        buffers = [location.buffer for location in self.buffers.locations.values()]
+        buffers += [*self.gathered.values(), *self.buffers.state_copies.values()]
+        for stage in self.buffers.stages:
+            buffers += [each.buffer for locations in stage.stores.values() for each in locations]
+        return tuple(buffer for buffer in dict.fromkeys(buffers) if buffer.scope not in ("user", "saved"))
+
+
+def _sliced(graph: Graph, index: int) -> tuple[int, int]:
+    """The value that a slice, or a slice of a slice, is a part of, and the feature at which the part begins."""
+    offset = 0
+    while graph[index].op == "slice":
+        offset += graph[index].attrs["start"]
+        index = graph[index].args[0]
+    return index, offset

@@ -1,0 +1,48 @@
+"""Find the sums over all rows and steps that the gradients of weights are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.schedule.plan import Sum
+
+__all__ = ["sums_over_rows"]
+
+
+def sums_over_rows(graph: Graph) -> list[Sum]:
+    """List the sums of a gradient's graph, label by label, without the locations of their operands."""
+    sums: list[Sum] = []
+    for label, index in graph.outputs.items():
+        if graph[index].type.kind == "sum":
+            for a, b, flipped, corner in _contributions(graph, index):
+                sums.append(_sum(graph, f"sum.{len(sums)}", label, a, b, flipped, corner))
+    return sums
+
+
+def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
+    """A sum whose columns, whole vectors, run over the operand that fills them better."""
+    height, width = 1 if a is None else graph[a].size, graph[b].size
+    if a is not None and height * -(-width // LANES) > width * -(-height // LANES):
+        a, b, height, width, corner, flipped = b, a, width, height, corner[::-1], not flipped
+    return Sum(name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped)
+
+
+def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
+    """The outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
+    pending: list[tuple[int, bool, tuple[int, int]]] = [(index, False, (0, 0))]
+    while pending:
+        value, flipped, corner = pending.pop()
+        node = graph[value]
+        if node.op == "total":
+            pending += [(arg, flipped, corner) for arg in reversed(node.args)]
+        elif node.op == "transpose":
+            pending.append((node.args[0], not flipped, corner[::-1]))
+        elif node.op == "place":
+            row, column = (0, *node.attrs["corner"])[-2:]
+            pending.append((node.args[0], flipped, (corner[0] + row, corner[1] + column)))
+        elif node.op == "outer":
+            yield node.args[0], node.args[1], flipped, corner
+        else:
+            yield None, node.args[0], flipped, corner
