@@ -1,1 +1,1 @@
-"""What fusecell costs beside others, on shapes that people run: ``python -m benchmarks.run``."""
+"""Benchmarks of fusecell against torch.nn and other runtimes, on published shapes: ``python -m benchmarks.run``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.accuracy``: how far compiled results are from float64, for docs/numerics.md."""
+"""Measure the errors of compiled results against float64, for docs/numerics.md: ``python -m benchmarks.accuracy``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class _Applied(fc.Cell):
-    """A function of the input, in a step."""
+    """A cell whose step applies a function to the input."""
 
     states = ()
 
@@ -39,53 +39,54 @@ class _Applied(fc.Cell):
 
 
 def of_activation(function: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
-    """The largest errors over 200,000 numbers: in units of the last place, torch's likewise, and absolute."""
+    """Return an activation's largest errors over 200,000 numbers: in ulp, torch's in ulp, and absolute."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat((torch.randn(400, 256, generator=generator) * 4, torch.randn(400, 256, generator=generator) * 0.01))
     with torch.no_grad(), fc.runner("compiled"):
-        found = fc.scan(_Applied(256, function), x[:, None])[0][:, 0].double()
+        outputs = fc.scan(_Applied(256, function), x[:, None])[0][:, 0].double()
     exact = function(x.double())
-    error, theirs = (found - exact).abs(), (function(x).double() - exact).abs()
-    unit = torch.from_numpy(np.spacing(exact.abs().float().numpy())).double()
+    error, torch_error = (outputs - exact).abs(), (function(x).double() - exact).abs()
+    ulp = torch.from_numpy(np.spacing(exact.abs().float().numpy())).double()
+    # Near the denormals, which count as zero in kernels, an ulp says nothing.
     normal = exact.abs() > 2.0**-120
-    return float((error / unit)[normal].max()), float((theirs / unit)[normal].max()), float(error.max())
+    return float((error / ulp)[normal].max()), float((torch_error / ulp)[normal].max()), float(error.max())
 
 
 def of_cell(member: fc.cells.ZooCell) -> tuple[float, float]:
-    """The largest errors of outputs over 100 steps: compiled, and in torch's own float32."""
+    """Return the largest errors of a cell's outputs over 100 steps: compiled, and of torch in float32."""
     torch.manual_seed(0)
     cell, x = member.make(64, 128).eval(), torch.randn(100, 8, 64)
     with torch.no_grad():
         with fc.runner("compiled"):
-            mine, _ = fc.scan(cell, x)
+            compiled, _ = fc.scan(cell, x)
         with fc.runner("eager"):
-            theirs, _ = fc.scan(cell, x)
+            eager, _ = fc.scan(cell, x)
             exact, _ = fc.scan(cell.double(), x.double())
-    return float((mine - exact).abs().max()), float((theirs - exact).abs().max())
+    return float((compiled - exact).abs().max()), float((eager - exact).abs().max())
 
 
 def of_gradients(kind: str, steps: int) -> tuple[float, float]:
-    """The largest relative error of a gradient, root mean squares: of fusecell's layer, and of torch's."""
+    """Return the largest error of a gradient over its norm: of fusecell's layer, and of torch's."""
     torch.manual_seed(0)
-    theirs = getattr(nn, kind)(64, 128)
+    reference = getattr(nn, kind)(64, 128)
     x, weight = torch.randn(steps, 8, 64), torch.randn(steps, 8, 128)
-    found = []
+    gradients = []
     for module, dtype in ((nn, torch.float64), (fc, torch.float32), (nn, torch.float32)):
         layer = getattr(module, kind)(64, 128).to(dtype)
-        layer.load_state_dict(theirs.state_dict())
+        layer.load_state_dict(reference.state_dict())
         leaf = x.to(dtype, copy=True).requires_grad_()
         (layer(leaf)[0] * weight.to(dtype)).sum().backward()
-        found.append([value.grad.double() for value in (leaf, *layer.parameters())])
-    exact = found[0]
-    mine, torchs = (
-        max(float((one - true).norm() / true.norm()) for one, true in zip(grads, exact, strict=True))
-        for grads in found[1:]
+        gradients.append([value.grad.double() for value in (leaf, *layer.parameters())])
+    exact = gradients[0]
+    ours, torch_error = (
+        max(float((one - true).norm() / true.norm()) for one, true in zip(each, exact, strict=True))
+        for each in gradients[1:]
     )
-    return mine, torchs
+    return ours, torch_error
 
 
 def loss_curve(module: Any, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
-    """The losses of 200 steps of Adam: a layer and a readout learn random targets from random sequences."""
+    """Return the losses of 200 steps of Adam: a layer and a readout fit random targets to random sequences."""
     torch.manual_seed(seed)
     model = nn.ModuleList([getattr(module, kind)(16, 64), nn.Linear(64, 4)])
     x, y = torch.randn(40, 16, 16).to(dtype), torch.randn(40, 16, 4).to(dtype)
@@ -101,41 +102,42 @@ def loss_curve(module: Any, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def of_training(kind: str) -> tuple[float, float, float, float]:
-    """The first and the last loss; the largest difference of fusecell's and torch's curve from float64's.
+    """Return the first and last loss, and the largest differences of fusecell's and torch's curves from float64's.
 
-    Of five seeds the one in the middle: what rounding does to a curve is a matter of luck.
+    The differences are medians over five seeds, because how rounding errors grow along a curve is a matter of chance.
     """
-    apart = []
+    differences = []
     for seed in range(5):
-        exact, mine, torchs = (
+        exact, ours, torch_curve = (
             loss_curve(module, kind, dtype, seed)
             for module, dtype in ((nn, torch.float64), (fc, torch.float32), (nn, torch.float32))
         )
-        apart.append([float((curve - exact).abs().max()) for curve in (mine, torchs)])
-    middle = torch.tensor(apart).median(0).values
-    return float(exact[0]), float(exact[-1]), float(middle[0]), float(middle[1])
+        differences.append([float((curve - exact).abs().max()) for curve in (ours, torch_curve)])
+    median = torch.tensor(differences).median(0).values
+    return float(exact[0]), float(exact[-1]), float(median[0]), float(median[1])
 
 
 def main() -> None:
+    """Print the tables."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print("| activation | ulp | torch's ulp | absolute |\n|---|---:|---:|---:|")
     for name, function in {**ACTIVATIONS, **_OTHERS}.items():
         if name != "identity":
-            ulp, theirs, absolute = of_activation(function)
-            print(f"| {name} | {ulp:.4g} | {theirs:.4g} | {absolute:.1e} |")
+            ulp, torch_error, absolute = of_activation(function)
+            print(f"| {name} | {ulp:.4g} | {torch_error:.4g} | {absolute:.1e} |")
     print("\n| cell | compiled | torch, float32 |\n|---|---:|---:|")
     for member in fc.CELLS:
-        mine, theirs = of_cell(member)
-        print(f"| {member.name} | {mine:.1e} | {theirs:.1e} |")
+        ours, torch_error = of_cell(member)
+        print(f"| {member.name} | {ours:.1e} | {torch_error:.1e} |")
     print("\n| layer | steps | fusecell | torch, float32 |\n|---|---:|---:|---:|")
     for kind in ("RNN", "GRU", "LSTM"):
         for steps in (35, 1000):
-            mine, theirs = of_gradients(kind, steps)
-            print(f"| {kind} | {steps} | {mine:.1e} | {theirs:.1e} |")
+            ours, torch_error = of_gradients(kind, steps)
+            print(f"| {kind} | {steps} | {ours:.1e} | {torch_error:.1e} |")
     print("\n| layer | first loss | last loss | fusecell | torch, float32 |\n|---|---:|---:|---:|---:|")
     for kind in ("RNN", "GRU", "LSTM"):
-        first, last, mine, theirs = of_training(kind)
-        print(f"| {kind} | {first:.4f} | {last:.4f} | {mine:.1e} | {theirs:.1e} |")
+        first, last, ours, torch_error = of_training(kind)
+        print(f"| {kind} | {first:.4f} | {last:.4f} | {ours:.1e} | {torch_error:.1e} |")
 
 
 if __name__ == "__main__":

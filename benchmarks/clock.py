@@ -1,4 +1,4 @@
-"""Timing by turns: what else the machine does meets every contestant alike."""
+"""Time functions in turns, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ __all__ = ["Timing", "take_turns"]
 _LEAST_ROUNDS = 5
 _TURN_SECONDS = 2e-3
 _MOST_CALLS = 200
-# Threads spin for a while after their work, some for tens of milliseconds, and take the core of those who come next.
+# Seconds of sleep before a turn of several threads, and of such a turn. After their work threads spin for a while, some
+# for tens of milliseconds, on cores that the next contestant's threads need.
 _PAUSE, _TURN_OF_THREADS = 0.05, 0.02
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, over the turns.
+    """Seconds of one call of a function.
 
     Attributes:
-        median, best: of the turns' means.
-        turns: how many there were.
-        calls: in each turn.
+        median, best: of the mean times of the turns.
+        turns: the number of turns.
+        calls: the number of calls in each turn.
     """
 
     median: float
@@ -36,12 +37,16 @@ class Timing:
 def take_turns(
     contestants: Mapping[str, Callable[[], object]], seconds: float, *, threads: int = 1
 ) -> dict[str, Timing]:
-    """Time every contestant in rounds, until ``seconds`` each, on the average, have passed and five rounds at least.
+    """Time the contestants in rounds of a turn each; at least five rounds.
 
     Arguments:
-        contestants: already called once, so that nothing compiles here.
-        seconds: per contestant.
-        threads: of each. Those of the one before are given time to fall asleep, one's own to wake up.
+        contestants: functions by name; they must have been called once, so that nothing compiles here.
+        seconds: the average time for each contestant.
+        threads: the number of threads of each. With several, a pause before each turn lets the threads of the one
+            before fall asleep, and calls that are not timed wake up its own.
+
+    Returns:
+        The :class:`Timing` of each contestant by name.
     """
     several = threads > 1
     turn = _TURN_OF_THREADS if several else _TURN_SECONDS
@@ -54,7 +59,7 @@ def take_turns(
         while rounds < _LEAST_ROUNDS or time.perf_counter() - began < seconds * len(contestants):
             for name, call in contestants.items():
                 time.sleep(_PAUSE if several else 0)
-                # Not timed: its weights come back into the cache, its threads wake up.
+                # Not timed: these calls bring the weights back into the cache and wake up the threads.
                 for _ in range(1 + calls[name] // 4 if several else 1):
                     call()
                 turns[name].append(_mean_seconds(call, calls[name]))
@@ -73,5 +78,6 @@ def _mean_seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def _calls_per_turn(call: Callable[[], object], turn: float) -> int:
+    """Choose the calls of a turn so that it takes about ``turn`` seconds."""
     once = min(_mean_seconds(call, 1) for _ in range(3))
     return max(1, min(_MOST_CALLS, round(turn / once)))

@@ -1,4 +1,4 @@
-"""JAX: ``lax.scan`` under ``jit``, written as its users write it well, with x's product before the loop."""
+"""The layers in JAX: ``lax.scan`` under ``jit``, as good users write it, with x's product before the loop."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _ligru(weights: Weights, h: Any, x: Any) -> Any:
     return z * h + (1 - z) * nn.relu(n)
 
 
-# What is done to all of x before the loop, and the step.
+# For each cell, a function of all of x before the loop, and the step.
 _CELLS: dict[str, tuple[Callable[[Weights, Any], Any], Step]] = {
     "gru": (_linear, _gru),
     "lstm": (_linear, _lstm),
@@ -87,7 +87,7 @@ _CELLS: dict[str, tuple[Callable[[Weights, Any], Any], Step]] = {
 
 
 def jax_scan(problem: Problem) -> Call | None:
-    """The layer, or the gradient of its loss, as one compiled function, called with arrays already JAX's."""
+    """Return a call of the layer, or of the gradient of its loss, compiled as one function, on arrays already JAX's."""
     if problem.mode.single or problem.mode is Mode.STREAM:
         return None
     before, step = _CELLS[problem.shape.cell]
@@ -99,13 +99,13 @@ def jax_scan(problem: Problem) -> Call | None:
 
     def layer(weights: Weights, x: Any) -> Any:
         h = jnp.zeros((x.shape[1], problem.shape.hidden), x.dtype)
-        lifted = before(weights, x)
-        return lax.scan(lambda state, x: body(weights, state, x), (h, h) if several else h, lifted)[::-1]
+        projected = before(weights, x)
+        return lax.scan(lambda state, x: body(weights, state, x), (h, h) if several else h, projected)[::-1]
 
     def loss(weights: Weights, x: Any, weight: Any) -> Any:
         return (layer(weights, x)[0] * weight).sum()
 
-    weights = {name: jnp.asarray(_turned(value)) for name, value in problem.weights().items()}
+    weights = {name: jnp.asarray(_transposed(value)) for name, value in problem.weights().items()}
     x, weight = jnp.asarray(problem.inputs[0].numpy()), jnp.asarray(problem.weight.numpy())
     if problem.mode.training:
         gradient = jax.jit(jax.grad(loss))
@@ -115,12 +115,12 @@ def jax_scan(problem: Problem) -> Call | None:
 
 
 def arrays(problem: Problem, returned: Any) -> dict[str, Array]:
-    """y (T, N, H) of (y, the last state), or the gradients."""
+    """Return y (T, N, H) of a result (y, the last state), or the gradients, by name and in torch's layout."""
     if problem.mode.training:
-        return {name: _turned(np.asarray(value)) for name, value in returned.items()}
+        return {name: _transposed(np.asarray(value)) for name, value in returned.items()}
     return {"y": np.asarray(returned[0])}
 
 
-def _turned(value: Array) -> Array:
-    """A matrix of torch's as JAX's users keep it, input features first, and back."""
+def _transposed(value: Array) -> Array:
+    """Transpose a matrix: JAX's users keep the input features first, torch the output features."""
     return value.T if value.ndim == 2 else value

@@ -1,12 +1,11 @@
-"""``python -m benchmarks.limits``: what bounds each shape, and how near its kernel comes on one core.
+"""Compare each shape's kernel with the machine's limits on one core: ``python -m benchmarks.limits``.
 
-The bound of a shape of several rows is the time of its multiply-adds at the rate of a tile in L1, and that of the same
-kernel without its products: what its activations, loads and stores take alone. Of one row it is the time in which the
-weights of the loop come from L2, with the multiply-adds of what is outside the loop.
+With several rows, the bound is the time of the multiply-adds at the rate of a tile in L1, plus the time of the same
+kernel without its products, for activations, loads and stores. With one row, it is the time of reading the loop's
+weights from L2, plus the multiply-adds outside the loop.
 
-A second table has training: a call, forward and backward with the gradient of its outputs given, and how much of it
-its multiply-adds would take at that rate. A third has cells at one size, the built-in GRU first: what an operation of
-each takes, in GRU's time for one.
+A second table is of training: the time of a forward and a backward, and the share that its multiply-adds would take at
+that rate. A third compares cells of one size: the time of an operation in each, over that in the built-in GRU.
 """
 
 from __future__ import annotations
@@ -26,13 +25,22 @@ from benchmarks.shapes import SHAPES, Shape
 __all__ = ["Bound", "Trained", "bound", "machine_limits", "main", "trained", "without_products"]
 
 OWN = "own"
-"""The name of a cell that no part of the compiler was made for."""
+"""The name, in shapes, of a cell that no part of the compiler was written for."""
 CELLS_AT_ONE_SIZE = tuple(Shape(cell, 100, 32, 128, 256) for cell in ("gru", "leaky", "ligru", "gru_layer_norm", OWN))
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Microseconds per step: of the kernel alone, and of what bounds it."""
+    """Microseconds per step of a kernel alone, and of each of its bounds.
+
+    Attributes:
+        shape: the sizes.
+        kernel: the whole kernel.
+        multiply_adds: those of its products, at the rate of a tile in L1.
+        epilogue: the kernel without its products.
+        weights: reading the loop's weights from L2.
+        macs: multiply-adds of a step of one row, a number.
+    """
 
     shape: Shape
     kernel: float
@@ -40,7 +48,6 @@ class Bound:
     epilogue: float
     weights: float
     macs: int
-    """Multiply-adds of a row's step."""
 
     @property
     def rate(self) -> float:
@@ -49,7 +56,7 @@ class Bound:
 
     @property
     def share(self) -> float:
-        """How much of the kernel's time the bound is."""
+        """The bound over the kernel's time."""
         if self.shape.batch == 1:
             return (self.weights + self.multiply_adds) / self.kernel
         return (self.multiply_adds + self.epilogue) / self.kernel
@@ -57,7 +64,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Trained:
-    """Microseconds per step of a call that learns, of its kernels, and of their multiply-adds at the rate of a tile."""
+    """Microseconds per step of a training call, of its kernels, and of their multiply-adds at the rate of a tile."""
 
     shape: Shape
     call: float
@@ -66,17 +73,18 @@ class Trained:
 
     @property
     def share(self) -> float:
-        """How much of the call the multiply-adds are."""
+        """The multiply-adds' time over the call's."""
         return self.multiply_adds / self.call
 
 
 def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
-    """Time a shape's kernel, weights packed already, and the same without its products.
+    """Time a shape's kernel with packed weights, and the same kernel without its products.
 
     Arguments:
-        flops: operations a second of a tile in L1.
-        l2: bytes a second that come from L2.
-        seconds: for each of the two.
+        shape: the sizes.
+        flops: operations per second of a tile in L1.
+        l2: bytes per second from L2.
+        seconds: how long to time each of the two kernels.
     """
     import torch
 
@@ -90,14 +98,14 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     kernel, loop = program.kernel, program.kernel.loop_macs
     weights = [value.detach() for value in program.traced.weights.values(cell)]
     whole = _time(kernel, kernel.emitted.text, x, weights, cell, seconds)
-    bare = _time(kernel, without_products(kernel.emitted.text), x, weights, cell, seconds)
+    epilogue = _time(kernel, without_products(kernel.emitted.text), x, weights, cell, seconds)
     macs = kernel.macs - loop if shape.batch == 1 else kernel.macs
     scale = 1e6 / shape.steps
-    return Bound(shape, whole * scale, 2e6 * macs * shape.batch / flops, bare * scale, 4e6 * loop / l2, kernel.macs)
+    return Bound(shape, whole * scale, 2e6 * macs * shape.batch / flops, epilogue * scale, 4e6 * loop / l2, kernel.macs)
 
 
 def trained(shape: Shape, flops: float, seconds: float) -> Trained:
-    """Time a layer's forward and backward to its parameters, arguments as of :func:`bound`."""
+    """Time a layer's forward and backward to its parameters; the arguments are those of :func:`bound`."""
     import torch
 
     import fusecell as fc
@@ -118,6 +126,7 @@ def trained(shape: Shape, flops: float, seconds: float) -> Trained:
 
 
 def _make(shape: Shape) -> Any:
+    """Build the cell of a shape."""
     from benchmarks.own_cell import FastSlowCell
     from fusecell.cells import CELLS
 
@@ -126,36 +135,35 @@ def _make(shape: Shape) -> Any:
 
 
 def without_products(text: str) -> str:
-    """A kernel's text whose tiles are not called."""
-    bare, count = re.subn(r"  call void %tile[^\n]*\n", "", text)
+    """Remove all calls of tiles from a kernel's LLVM text."""
+    epilogue, count = re.subn(r"  call void %tile[^\n]*\n", "", text)
     assert count, "no tile is called in the kernel's text"
-    return bare
+    return epilogue
 
 
-def _time(kernel: object, text: str, x: object, weights: Sequence[object], cell: object, seconds: float) -> float:
-    """The median time of a kernel's text over an input."""
+def _time(kernel: Any, text: str, x: Any, weights: Sequence[object], cell: Any, seconds: float) -> float:
+    """Compile a kernel's LLVM text and return the median time of running it on x (T, N, I)."""
     import torch
 
     from fusecell.compiler.backend.jit import load
     from fusecell.compiler.backend.target import host_target
 
-    made: Any = kernel
-    given: Any = x
     loaded = load(text, ["run"], host_target())
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loaded.address("run"))
-    block, words = made.block(), made.words
-    steps, rows = given.shape[:2]
-    state = cell.initial_state(rows, dtype=given.dtype, device="cpu")  # type: ignore[attr-defined]
+    block, words = kernel.block(), kernel.words
+    steps, rows = x.shape[:2]
+    state = cell.initial_state(rows, dtype=x.dtype, device="cpu")
     after = [value.clone() for value in state]
-    outputs = [torch.empty(steps, rows, size) for size in made.output_sizes.values()]
-    made.give_sequences(block, words.inputs.values(), [given])
-    made.give_matrices(block, words.weights.values(), weights)
-    made.give_states(block, words.first, state)
-    made.give_states(block, words.last, after)
-    made.give_sequences(block, words.outputs.values(), outputs)
-    scratch = torch.zeros(made.scratch_bytes(steps, rows), dtype=torch.uint8)
-    made.fill(block, steps, rows, False, scratch.data_ptr())
+    outputs = [torch.empty(steps, rows, size) for size in kernel.output_sizes.values()]
+    kernel.give_sequences(block, words.inputs.values(), [x])
+    kernel.give_matrices(block, words.weights.values(), weights)
+    kernel.give_states(block, words.first, state)
+    kernel.give_states(block, words.last, after)
+    kernel.give_sequences(block, words.outputs.values(), outputs)
+    scratch = torch.zeros(kernel.scratch_bytes(steps, rows), dtype=torch.uint8)
+    kernel.fill(block, steps, rows, False, scratch.data_ptr())
     address, packed = block.buffer_info()[0], words.positions["packed"]
+    # 2: pack the weights in this run; 1: they are packed.
     block[packed] = 2
     run(address)
     block[packed] = 1
@@ -163,6 +171,7 @@ def _time(kernel: object, text: str, x: object, weights: Sequence[object], cell:
 
 
 def _median(call: Callable[[], object], seconds: float) -> float:
+    """Return the median time of a function over some seconds, of five calls at least."""
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < until:
@@ -173,45 +182,54 @@ def _median(call: Callable[[], object], seconds: float) -> float:
 
 
 def machine_limits(seconds: float = 0.5) -> tuple[float, float]:
-    """Operations a second of a tile whose operands are in L1, and bytes a second of one row's tile from L2."""
+    """Measure the operations per second of a tile in L1, and the bytes per second of a one-row tile from L2."""
+    # A one-row tile does two operations, a multiply-add, with each float32 of 4 bytes: bytes are twice the operations.
     return _rate(8, 3, 1, 64, 1, seconds), 2 * _rate(1, 1, 8, 128, 8, seconds)
 
 
-def _rate(rows: int, products: int, blocks: int, depth: int, panels: int, seconds: float) -> float:
+def _rate(rows: int, products: int, groups: int, depth: int, panels: int, seconds: float) -> float:
+    """Measure the operations per second of a tile over ``panels`` of packed weights, one after another.
+
+    Arguments:
+        rows, products, groups: the tile's size: rows, matrices, and groups of 16 columns.
+        depth: the length of the products' sums.
+        panels: how many panels there are in memory; few stay in L1, many come from L2.
+        seconds: how long to measure.
+    """
     import numpy as np
 
     from fusecell.compiler.backend.jit import load
     from fusecell.compiler.backend.target import host_target
     from fusecell.compiler.codegen.llvm_builder import Function, Module
-    from fusecell.compiler.codegen.microkernel import StaticStrides, tile_name
+    from fusecell.compiler.codegen.llvm_text import i64, ptr
+    from fusecell.compiler.codegen.microkernel import StaticStrides, microkernel
+    from fusecell.compiler.ir.sizes import DType
 
-    module = Module("limits", "f32", host_target())
-    name = tile_name(module, rows, products, blocks, StaticStrides())
-    f = Function(module, "run", "ptr %acc", "ptr %a", "ptr %panels", "i64 %times", exported=True)
-    size = depth * products * module.block
-    with f.loop("time", 0, "%times"), f.loop("panel", 0, panels) as panel:
-        here = f.at("%panels", f.mul(panel, size * blocks))
-        row = products * blocks * module.block
-        f.call(
-            name, "ptr %acc", f"i64 {row}", "ptr %a", f"i64 {4 * depth}", f"ptr {here}", f"i64 {size}", f"i64 {depth}",
-            "ptr %acc", "i64 0",
-        )  # fmt: skip
+    module = Module("limits", DType.F32, host_target())
+    name = microkernel(module, rows, products, groups, StaticStrides())
+    accumulators, operand, all_panels, repeats = ptr("acc"), ptr("a"), ptr("panels"), i64("times")
+    f = Function(module, "run", accumulators, operand, all_panels, repeats, exported=True)
+    size = depth * products * module.vector_bytes
+    with f.for_range("time", 0, repeats), f.for_range("panel", 0, panels) as panel:
+        here = f.at(all_panels, f.mul(panel, size * groups))
+        row = products * groups * module.vector_bytes
+        f.call(name, accumulators, row, operand, 4 * depth, here, size, depth, accumulators, 0)
     f.end()
     loaded = load(module.text(), ["run"], host_target())
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(loaded.address("run"))
-    # Ones, not zeros: pages of zeros that nobody has written are all the same memory.
-    sizes = (rows * products * blocks * 64, rows * depth * 4 + 64, panels * size * blocks)
+    # Ones, not zeros: Linux maps untouched pages of zeros to one and the same page of memory.
+    sizes = (rows * products * groups * 64, rows * depth * 4 + 64, panels * size * groups)
     memory = np.ones(sum(sizes) // 4 + 32, np.float32)
     acc = -(-memory.ctypes.data // 64) * 64
     a = acc + sizes[0]
     weights = -(-(a + sizes[1]) // 64) * 64
-    flops = 2 * rows * products * blocks * 16 * depth * panels
+    flops = 2 * rows * products * groups * 16 * depth * panels
     times = max(1, int(1e8 / flops))
     return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in Markdown, each of its rows as soon as it is known."""
+    """Print a table in Markdown, each row as soon as it is there."""
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
@@ -220,24 +238,24 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def _bounds(shapes: Iterable[Shape], flops: float, l2: float, seconds: float) -> Iterator[Sequence[str]]:
     for shape in shapes:
-        found = bound(shape, flops, l2, seconds)
-        weights = f"{found.weights:.3g}" if shape.batch == 1 else ""
-        times = (f"{value:.3g}" for value in (found.kernel, found.multiply_adds, found.epilogue))
-        yield shape.name, *times, weights, f"{found.share:.0%}"
+        result = bound(shape, flops, l2, seconds)
+        weights = f"{result.weights:.3g}" if shape.batch == 1 else ""
+        times = (f"{value:.3g}" for value in (result.kernel, result.multiply_adds, result.epilogue))
+        yield shape.name, *times, weights, f"{result.share:.0%}"
 
 
 def _trained(shapes: Iterable[Shape], flops: float, seconds: float) -> Iterator[Sequence[str]]:
     for shape in shapes:
-        found = trained(shape, flops, seconds)
-        times = (f"{value:.3g}" for value in (found.call, found.kernels, found.multiply_adds))
-        yield shape.name, *times, f"{found.share:.0%}"
+        result = trained(shape, flops, seconds)
+        times = (f"{value:.3g}" for value in (result.call, result.kernels, result.multiply_adds))
+        yield shape.name, *times, f"{result.share:.0%}"
 
 
 def _at_one_size(flops: float, l2: float, seconds: float) -> Iterator[Sequence[str]]:
-    found = [bound(shape, flops, l2, seconds) for shape in CELLS_AT_ONE_SIZE]
-    for each in found:
+    results = [bound(shape, flops, l2, seconds) for shape in CELLS_AT_ONE_SIZE]
+    for each in results:
         numbers = (f"{each.kernel:.3g}", f"{each.epilogue:.3g}", f"{each.rate:.0f}")
-        yield each.shape.name, *numbers, f"{found[0].rate / each.rate:.2f}"
+        yield each.shape.name, *numbers, f"{results[0].rate / each.rate:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -260,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def pick_inference(only: str | None) -> Sequence[Shape]:
-    """The shapes of a sequence."""
+    """Return the shapes of sequences, those with ``only`` in their names if it is not None."""
     return [shape for shape in SHAPES if only is None or only in shape.name]
 
 

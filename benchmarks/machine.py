@@ -1,4 +1,4 @@
-"""The process's cores, and what a figure must say about the machine and the versions."""
+"""Bind the process to cores, and describe the machine and the versions for the results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["bind", "describe", "revision", "versions"]
 
 
 def bind(threads: int) -> list[int]:
-    """Keep the process to ``threads`` cores; called before a framework counts them.
+    """Bind the process to ``threads`` cores and return them; call it before a framework counts cores.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: if there are fewer, or the system is not Linux.
     """
     if not hasattr(os, "sched_setaffinity"):
         raise ValueError(f"Binding a process to cores needs Linux; this is {platform.system()}.")
@@ -24,12 +24,12 @@ def bind(threads: int) -> list[int]:
     if not 1 <= threads <= len(cores):
         raise ValueError(f"--threads {threads}: this process may use {len(cores)} cores; give 1 to {len(cores)}.")
     os.sched_setaffinity(0, cores[:threads])
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # some read this rather than count the cores they may use
     return cores[:threads]
 
 
 def describe() -> dict[str, str | int]:
-    """CPU, operating system and how busy the machine was before the run."""
+    """Return the CPU, the operating system and the load of the last minute."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
@@ -39,28 +39,28 @@ def describe() -> dict[str, str | int]:
 
 
 def revision() -> str:
-    """The commit that was run, with "-dirty" if files differ from it; "unknown" outside of a clone."""
+    """Return the present commit, with "-dirty" if files differ from it; "unknown" outside of a clone."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's version and those of the installed ones of ``packages``."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of those ``packages`` that are installed."""
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _cpu_model() -> str:
-    """Linux's name of the CPU with its family and model, as some clouds hide the rest of the name."""
+    """Return Linux's name of the CPU with its family and model, which tell it where a cloud shortens the name."""
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overhead``: what a call costs above its kernels, and an import above torch's."""
+"""Measure a call's overhead above its kernels, and the import's above torch's: ``python -m benchmarks.overhead``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(time.process_time() - began)
 
 
 class _Empty(torch.autograd.Function):
-    """Computes nothing of as many tensors as a GRU has: what no function in Python can do without."""
+    """An autograd function with as many tensors as a GRU that computes nothing: the least that any costs."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *weights: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class _Empty(torch.autograd.Function):
         return None, *[torch.empty_like(weight) for weight in ctx.saved_tensors[1:]]
 
 
-def _trained(outputs: Callable[[], Tensor], parameters: list[nn.Parameter], grad: Tensor) -> Call:
+def _with_backward(outputs: Callable[[], Tensor], parameters: list[nn.Parameter], grad: Tensor) -> Call:
     def call() -> None:
         for parameter in parameters:
             parameter.grad = None
@@ -63,27 +63,33 @@ def _without_gradient(call: Call) -> Call:
 
 
 def calls() -> dict[str, Call]:
-    """What is timed: ours, torch.nn's and an empty function's, by name."""
+    """Return the calls to time by name: ours, torch.nn's and an empty function's."""
     torch.manual_seed(0)
     x, sequence, h = torch.randn(3, 5), torch.randn(35, 3, 5), torch.randn(3, 10)
     grad, grads = torch.randn(3, 10), torch.randn(35, 3, 10)
-    found: dict[str, Call] = {}
+    result: dict[str, Call] = {}
     for name, home in (("fusecell", fc), ("torch.nn", nn)):
         cell, layer = home.GRUCell(5, 10), home.GRU(5, 10)
         of_cell, of_layer = list(cell.parameters()), list(layer.parameters())
-        found[f"a step, {name}"] = _without_gradient(lambda cell=cell: cell(x, h))
-        found[f"a step that learns, {name}"] = _trained(lambda cell=cell: cell(x, h), of_cell, grad)
-        found[f"a layer, {name}"] = _without_gradient(lambda layer=layer: layer(sequence))
-        found[f"a layer that learns, {name}"] = _trained(lambda layer=layer: layer(sequence)[0], of_layer, grads)
+        result[f"a step, {name}"] = _without_gradient(lambda cell=cell: cell(x, h))
+        result[f"a step that learns, {name}"] = _with_backward(lambda cell=cell: cell(x, h), of_cell, grad)
+        result[f"a layer, {name}"] = _without_gradient(lambda layer=layer: layer(sequence))
+        result[f"a layer that learns, {name}"] = _with_backward(lambda layer=layer: layer(sequence)[0], of_layer, grads)
     weights = list(fc.GRUCell(5, 10).parameters())
-    found["an empty function"] = _trained(lambda: _Empty.apply(x, *weights), weights, grad)
-    return found
+    result["an empty function"] = _with_backward(lambda: _Empty.apply(x, *weights), weights, grad)
+    return result
 
 
 def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tuple[float, float]]:
-    """Seconds of each of several calls, and how many of these were spent inside kernels."""
-    inside, run, found = [0.0], PreparedCall.run, []
-    for _ in range(3):  # the first compiles, the second goes the way of the first
+    """Time several calls; return the seconds of each and those of them spent inside kernels.
+
+    Arguments:
+        call: the function.
+        seconds: how long to go on.
+        least: the least number of calls.
+    """
+    inside, run, times = [0.0], PreparedCall.run, []
+    for _ in range(3):  # the first compiles, the second fills the call cache
         call()
 
     def timed(self: PreparedCall, block: array[int]) -> None:
@@ -93,42 +99,46 @@ def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tu
 
     with patch.object(PreparedCall, "run", timed):
         first = time.perf_counter()
-        while len(found) < least or time.perf_counter() - first < seconds:
+        while len(times) < least or time.perf_counter() - first < seconds:
             inside[0] = 0.0
             began = time.perf_counter()
             call()
-            found.append((time.perf_counter() - began, inside[0]))
-    return found
+            times.append((time.perf_counter() - began, inside[0]))
+    return times
 
 
 def kernels_of(call: Call) -> list[Kernel]:
-    """The kernels that a call runs, once it has found them."""
-    run, found = PreparedCall.run, []
+    """Return the kernels that a call runs once all are compiled."""
+    run, kernels = PreparedCall.run, []
     for _ in range(2):
         call()
 
-    def noted(self: PreparedCall, block: array[int]) -> None:
-        found.append(self.kernel)
+    def recorded(self: PreparedCall, block: array[int]) -> None:
+        kernels.append(self.kernel)
         run(self, block)
 
-    with patch.object(PreparedCall, "run", noted):
+    with patch.object(PreparedCall, "run", recorded):
         call()
-    return found
+    return kernels
 
 
 def above_kernels(call: Call, seconds: float) -> tuple[float, float]:
-    """Seconds of a call, and of a call (not the same one: the clock has its cost) what is not inside kernels."""
+    """Return the seconds of a call, and those of a call outside of kernels.
+
+    These are of different calls: reading the clock around every kernel takes time too.
+    """
     above = statistics.median(each - inside for each, inside in inside_kernels(call, seconds))
     return take_turns({"": call}, seconds)[""].median, above
 
 
 def import_seconds(runs: int = 5) -> float:
-    """Processor seconds of a process for the import and a first layer, torch being there."""
-    found = [subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, check=True) for _ in range(runs)]
-    return statistics.median(float(each.stdout) for each in found)
+    """Return the processor seconds of importing fusecell and building a first layer, after the import of torch."""
+    processes = [subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, check=True) for _ in range(runs)]
+    return statistics.median(float(each.stdout) for each in processes)
 
 
 def main() -> None:
+    """Print the table and the time of the import."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="per call that is timed")
     options = parser.parse_args()

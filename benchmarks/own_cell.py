@@ -1,4 +1,4 @@
-"""A cell as a user might write it, which nobody had in mind when the compiler was written."""
+"""A cell as a user might write it, that the compiler was not written with in mind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FastSlowCell"]
 
 
 class FastSlowCell(fc.Cell):
-    """A fast state that a slow one steers: the slow one opens the fast one's gate, and follows it at rates it learns.
+    """A cell of a fast and a slow state: the slow one gates the fast one, and follows it at trained rates.
 
     g = sigmoid(W x + U s + b);  f' = g * softsign(V x + R f + c) + (1 - g) * f * |cos a|;
     s' = s + r * (relu(P f')^2 - s)
@@ -29,7 +29,7 @@ class FastSlowCell(fc.Cell):
         self.rate = nn.Parameter(torch.rand(hidden_size))
 
     def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One time step."""
+        """Compute one time step."""
         fast, slow = state
         gate, candidate = self.of_input(x).chunk(2, dim=-1)
         gate = torch.sigmoid(gate + self.of_slow(slow))

@@ -1,4 +1,4 @@
-"""The contestants: each makes a call without arguments that runs a problem and returns its outputs or gradients."""
+"""The contestants: each builds a function without arguments that runs a problem and returns outputs or gradients."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["EAGER", "OURS", "PEERS", "TORCH", "Peer", "installed"]
 
 @dataclass(frozen=True)
 class Peer:
-    """A contestant.
+    """A library that runs problems: what it needs, and how it is called.
 
     Attributes:
-        name: the column's title.
-        packages: what must be installed, as imported.
-        build: makes the call; None where the contestant has no such layer or doesn't train.
-        arrays: what the call returned, named and laid out as the problem's answer.
+        name: the title of its column.
+        packages: the packages it needs, by their names on import.
+        build: makes the call, for a number of threads; returns None if the contestant can't run the problem.
+        arrays: turns what the call returned into arrays named and laid out as the problem's answer.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Peer:
 
 
 def installed(peer: Peer) -> bool:
-    """Whether all that ``peer`` needs can be imported."""
+    """Return whether all packages that a contestant needs can be imported."""
     return all(importlib.util.find_spec(package) is not None for package in peer.packages)
 
 
@@ -45,7 +45,7 @@ def _ours(problem: Problem, threads: int) -> Call:
 
 
 def _eager_loop(problem: Problem, threads: int) -> Call | None:
-    """The baseline of layers that torch.nn lacks: what their users write today."""
+    """Return a call of the Python loop over the step, which users write for layers that torch.nn lacks."""
     if problem.in_torch or problem.mode is Mode.STREAM:
         return None
     layer = problem.call(problem.layer)
@@ -68,10 +68,11 @@ def _torch_nn(problem: Problem, threads: int) -> Call | None:
 
 
 def _torch_stream(problem: Problem) -> Call:
-    """The loop around torch.nn's cell."""
+    """Return a step of torch.nn's cell, which keeps its state from call to call."""
     kind = getattr(torch.nn, f"{type(problem.layer).__name__}Cell")
     cell = kind(problem.shape.inputs, problem.shape.hidden)
     cell.load_state_dict({name: torch.from_numpy(value) for name, value in problem.weights().items()})
+    # Without a state at first, then with the last: a stream's state is carried over from call to call too.
     x, state = problem.inputs[0][0], None
 
     def call() -> object:

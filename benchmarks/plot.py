@@ -1,4 +1,4 @@
-"""``python -m benchmarks.plot RUN.json CHART.png``: how many times faster than each peer, losses included."""
+"""Plot how many times faster than each peer fusecell is: ``python -m benchmarks.plot RUN.json CHART.png``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot is imported: there may be no display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -22,9 +22,13 @@ _OURS = "fusecell"
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Draw a run of :mod:`benchmarks.run`, losses too, which are left of 1.
+    """Plot the results of :mod:`benchmarks.run`: a panel for each mode, a row for each shape, a mark for each peer.
 
-    Each mode has a panel, each shape a row in it, each peer a mark.
+    Marks left of 1 are losses.
+
+    Arguments:
+        run: the content of its JSON file.
+        path: the image to write.
     """
     shapes = {mode: [shape for shape in run["shapes"] if shape["mode"] == mode.value][::-1] for mode in Mode}
     shapes = {mode: of_mode for mode, of_mode in shapes.items() if of_mode}
@@ -71,7 +75,7 @@ def _draw_mode(axes: Axes, shapes: Sequence[dict[str, Any]], names: Sequence[str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the run, draw the chart."""
+    """Read the results and write the chart."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="what `python -m benchmarks.run --json` wrote")
     parser.add_argument("chart", type=Path, help="the picture, .png or .svg")

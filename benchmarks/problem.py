@@ -1,4 +1,4 @@
-"""What every contestant computes: one set of weights, one input, and the answer in float64."""
+"""The problem that every contestant solves: weights, an input, and the answer in float64."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _LAYERS = {"gru": fc.GRU, "lstm": fc.LSTM, "rnn_tanh": fc.RNN}
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer, or a cell, in float32, what it is called with, and what must come out.
+    """A layer or cell in float32, its arguments, and the expected result.
 
     Arguments:
         shape: the sizes.
         mode: what is computed.
-        layer: our drop-in where torch.nn has the layer, else ``Recurrent`` of a zoo cell; in a step mode, a cell.
+        layer: our drop-in where torch.nn has the layer, else ``Recurrent`` of a cell in ``CELLS``; in a step mode, a
+            cell.
         inputs: float32: x (T, N, I); in a step mode x (N, I) and the state (N, H).
-        weight: float32, of the outputs in the loss ``(y * weight).sum()``, so that the gradient that comes in is dense.
-        answer: of the step's own definition, looped over in Python and computed in float64: the outputs under "y", or
-            the gradients of the loss under their parameters' names.
+        weight: float32, like the outputs; random factors in the loss ``(y * weight).sum()``, for a dense gradient.
+        answer: computed by a Python loop over the step in float64: the outputs as "y", or the gradients of the loss by
+            their parameters' names.
     """
 
     shape: Shape
@@ -49,15 +50,15 @@ class Problem:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what a call returns: "y", or the parameters whose gradients they are."""
+        """Names of what a call returns: "y", or the parameters whose gradients it returns."""
         return tuple(_parameters(self.layer)) if self.mode.training else ("y",)
 
     def weights(self) -> dict[str, Array]:
-        """The parameters by name."""
+        """Return the parameters as arrays, by name."""
         return {name: value.detach().numpy() for name, value in _parameters(self.layer).items()}
 
     def call(self, layer: nn.Module) -> Call:
-        """A call of ``layer``, whose parameters are named as ours are, and in training of its backward."""
+        """Return a call of ``layer`` and, in training, of its backward; its parameters are named as ours are."""
         inputs, weight = self.inputs, self.weight
         if not self.mode.training:
             return lambda: layer(*inputs)
@@ -70,28 +71,29 @@ class Problem:
         return call
 
     def arrays(self, returned: object) -> dict[str, Array]:
-        """What such a call returned, by name."""
+        """Return the result of such a call as arrays, by name."""
         if self.mode is Mode.STREAM and not isinstance(returned, tuple):  # a step's output, (1, H)
             value: Any = returned
             return {"y": np.array(value.detach() if isinstance(value, Tensor) else value)[None]}
-        found: Any = returned if self.mode.training else (_outputs(returned),)
-        return {name: value.detach().numpy() for name, value in zip(self.names, found, strict=True)}
+        values: Any = returned if self.mode.training else (_outputs(returned),)
+        return {name: value.detach().numpy() for name, value in zip(self.names, values, strict=True)}
 
 
 def make_problem(shape: Shape, mode: Mode) -> Problem:
-    """Draw weights as the layer does and normal inputs, the same for every run."""
+    """Make a problem with initial weights and normally distributed inputs, the same in every run."""
     torch.manual_seed(0)
     member = next(member for member in fc.CELLS if member.name == shape.cell)
     if mode.single:
         layer: nn.Module = member.make(shape.inputs, shape.hidden)
         sizes: list[tuple[int, ...]] = [(shape.batch, shape.inputs), (shape.batch, shape.hidden)]
     else:
-        own = _LAYERS.get(shape.cell)
-        layer = own(shape.inputs, shape.hidden) if own else fc.Recurrent(member.make(shape.inputs, shape.hidden))
+        kind = _LAYERS.get(shape.cell)
+        layer = kind(shape.inputs, shape.hidden) if kind else fc.Recurrent(member.make(shape.inputs, shape.hidden))
         sizes = [(shape.steps, shape.batch, shape.inputs)]
     inputs = tuple(torch.randn(size) for size in sizes)
     weight = torch.randn(*sizes[0][:-1], shape.hidden)
     layer.train(mode.training)
+    # The reference: the same weights, the definition of the step, and twice the digits.
     exact = copy.deepcopy(layer).double()
     definition = Problem(shape, mode, exact, tuple(value.double() for value in inputs), weight.double(), {})
     with fc.runner("eager"):
@@ -100,11 +102,11 @@ def make_problem(shape: Shape, mode: Mode) -> Problem:
 
 
 def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, without a layer's number and the name of the cell in it."""
+    """Return the parameters by the names they have in a cell: without ``_l0`` and without ``cell.``."""
     return {name.removesuffix("_l0").removeprefix("cell."): value for name, value in layer.named_parameters()}
 
 
 def _outputs(returned: Any) -> Tensor:
-    """y of a layer's (y, state), or the state that a cell returns."""
-    found: Tensor = returned if isinstance(returned, Tensor) else returned[0]
-    return found
+    """Return y of a layer's (y, state), or the (first) state that a cell returns."""
+    outputs: Tensor = returned if isinstance(returned, Tensor) else returned[0]
+    return outputs

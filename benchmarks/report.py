@@ -1,4 +1,4 @@
-"""Rows as a table for people and as JSON for programs."""
+"""Format results as a table, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["as_json", "as_markdown", "as_table", "by_mode", "geometric_mean", "w
 
 
 def by_mode(rows: Sequence[Row]) -> dict[Mode, list[Row]]:
-    """The rows of each mode that was run, in the modes' order."""
-    found = {mode: [row for row in rows if row.mode is mode] for mode in Mode}
-    return {mode: of_mode for mode, of_mode in found.items() if of_mode}
+    """Group rows by their modes, in the modes' order."""
+    groups = {mode: [row for row in rows if row.mode is mode] for mode in Mode}
+    return {mode: of_mode for mode, of_mode in groups.items() if of_mode}
 
 
 def geometric_mean(rows: Sequence[Row]) -> float | None:
-    """Of the ratios to the best peer."""
+    """Return the geometric mean of the ratios to the best peer; None if there are none."""
     ratios = [ratio for row in rows if (ratio := row.ratio()) is not None]
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
@@ -45,7 +45,7 @@ def _cells(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def as_table(rows: Sequence[Row], title: str) -> Table:
-    """Microseconds per step and how many times faster than the best peer; the rows of one mode."""
+    """Make a table of the rows of one mode: microseconds per step, and the best peer's time over ours."""
     columns = _columns(rows)
     table = Table(title=title, caption="us per time step; last column: the best peer's time over fusecell's")
     table.add_column("cell T/N/I/H", no_wrap=True)
@@ -57,7 +57,7 @@ def as_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The same for a page of the documentation."""
+    """Format the same table in Markdown, for a page of the documentation."""
     columns = _columns(rows)
     lines = [["cell T/N/I/H", *columns, "to best peer"], ["---", *["---:"] * (len(columns) + 1)]]
     lines += [_cells(row, columns) for row in rows]
@@ -65,7 +65,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
-    """``about`` (machine, versions, date, command) and every figure."""
+    """Return all figures, with ``about`` (machine, versions, date, command), as a JSON object."""
     shapes = [
         {
             "mode": row.mode.value,
@@ -85,5 +85,6 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.run``: ours against torch.nn, ONNX Runtime, OpenVINO and JAX.
+"""Time fusecell against torch.nn, ONNX Runtime, OpenVINO and JAX: ``python -m benchmarks.run``.
 
-This module imports no framework before the process is bound to its cores: most of them count cores when imported.
+No framework is imported before the process is bound to its cores: most of them count cores when imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PACKAGES = ("fusecell", "torch", "numpy", "llvmlite", "onnxruntime", "openvino"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="cores that every contestant gets")
     parser.add_argument(
@@ -41,20 +41,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print it and write it."""
+    """Run the benchmarks that the command line asks for, print and write the results."""
     options = parse(arguments)
     modes = [mode for mode in Mode if options.mode is None or mode in options.mode]
     jobs = [(shape, mode) for mode in modes for shape in pick(mode, options.only, quick=options.quick)]
     if not jobs:
-        known = ", ".join(dict.fromkeys(shape.name for mode in modes for shape in pick(mode, quick=options.quick)))
-        raise SystemExit(f"--only {options.only!r} is in no shape's name; there are {known}.")
+        names = ", ".join(dict.fromkeys(shape.name for mode in modes for shape in pick(mode, quick=options.quick)))
+        raise SystemExit(f"--only {options.only!r} is in no shape's name; there are {names}.")
     try:
         cores = bind(options.threads)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    given = sys.argv[1:] if arguments is None else arguments
+    command = sys.argv[1:] if arguments is None else arguments
     about = {
-        "command": shlex.join(["python", "-m", "benchmarks.run", *given]),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *command]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {**describe(), "bound_to": cores},
         "revision": revision(),
@@ -79,9 +79,9 @@ def _run(jobs: Sequence[tuple[Shape, Mode]], options: argparse.Namespace, about:
         raise SystemExit(
             f"--peers: no peer is called {', '.join(unknown)}; there are {', '.join(p.name for p in PEERS)}."
         )
-    wanted = [peer for peer in PEERS if peer.name in names]
-    peers = [peer for peer in wanted if installed(peer)]
-    missing = [peer.name for peer in wanted if peer not in peers]
+    requested = [peer for peer in PEERS if peer.name in names]
+    peers = [peer for peer in requested if installed(peer)]
+    missing = [peer.name for peer in requested if peer not in peers]
     rows = []
     for shape, mode in jobs:
         console.print(f"[dim]{mode.value} {shape.name}")

@@ -1,4 +1,4 @@
-"""The shapes that are measured: sizes of published models and of the field's own code."""
+"""The shapes that are measured: sizes of published models and of the field's own benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["QUICK", "SHAPES", "STEPS", "STREAMS", "Mode", "Shape", "pick"]
 
 
 class Mode(Enum):
-    """What is timed; the value is its name on the command line and in the results."""
+    """A kind of call to time; its value is its name on the command line and in the results."""
 
     INFERENCE = "inference"
     TRAINING = "training"
@@ -19,12 +19,12 @@ class Mode(Enum):
 
     @property
     def training(self) -> bool:
-        """Forward, and backward to every parameter, rather than forward without gradients."""
+        """Whether a call is a forward and a backward to every parameter, rather than a forward without gradients."""
         return self in (Mode.TRAINING, Mode.STEP_TRAINING)
 
     @property
     def single(self) -> bool:
-        """One call of a cell rather than of a layer."""
+        """Whether a call is one step of a cell, rather than a layer over a sequence."""
         return self in (Mode.STEP, Mode.STEP_TRAINING)
 
     @property
@@ -40,7 +40,7 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer of one direction over a batch of sequences, or, of one step, a cell.
+    """The sizes of a layer of one direction over a batch of sequences, or of one step of a cell.
 
     Attributes:
         cell: the cell's name in ``fusecell.CELLS``.
@@ -87,7 +87,7 @@ QUICK: tuple[Shape, ...] = tuple(Shape(name, 35, 3, 5, 10) for name in dict.from
 
 
 def pick(mode: Mode, only: str | None = None, *, quick: bool = False) -> tuple[Shape, ...]:
-    """The shapes to run: one small one of each cell if ``quick``; those with ``only`` in their name, if given."""
+    """Return a mode's shapes whose names contain ``only``, if set; a small one of each cell if ``quick``."""
     if mode is Mode.STREAM:
         shapes = STREAMS[:1] if quick else STREAMS
     elif mode.single:

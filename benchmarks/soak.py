@@ -1,6 +1,6 @@
-"""``python -m benchmarks.soak``: random training, inference and streaming for as long as you like.
+"""Run random training, inference and streaming for hours: ``python -m benchmarks.soak``.
 
-Every result is compared with the Python loop, and the memory of the process must stay flat.
+Every result is compared with the Python loop's, and the memory of the process must not grow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import fusecell as fc
 __all__ = ["main", "soak"]
 
 _KINDS = (fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell, fc.cells.LeakyCell)
-# A handful of sizes, so that memory settles: what was compiled is kept.
+# Few sizes, so that memory settles: compiled kernels stay in memory.
 _SIZES = ((7, 16), (19, 33))
 
 
@@ -33,7 +33,7 @@ def _layer(choose: random.Random) -> fc.Recurrent:
 
 
 def _turn(choose: random.Random) -> float:
-    """One random call, or stream; how far it is from the loop."""
+    """Make one random call or stream; return its largest difference from the Python loop."""
     seed = choose.randrange(10**6)
     torch.manual_seed(seed)
     layer, steps, rows = _layer(choose), choose.randint(1, 40), choose.randint(1, 33)
@@ -45,7 +45,7 @@ def _turn(choose: random.Random) -> float:
         data["resets"] = torch.rand(steps, rows) < 0.1
     if choose.random() < 0.3 and not layer.reverse:
         return _streamed(layer.eval(), x)
-    found = []
+    results = []
     for name in ("compiled", "eager"):
         torch.manual_seed(seed)
         layer.zero_grad()
@@ -53,11 +53,12 @@ def _turn(choose: random.Random) -> float:
             y, _ = layer(x, **data)
         y.square().mean().backward()
         gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-        found.append([y.detach(), *gradients])
-    return max(float((mine - theirs).abs().max()) for mine, theirs in zip(*found, strict=True))
+        results.append([y.detach(), *gradients])
+    return max(float((compiled - eager).abs().max()) for compiled, eager in zip(*results, strict=True))
 
 
 def _streamed(layer: fc.Recurrent, x: torch.Tensor) -> float:
+    """Return the largest difference of a stream's outputs from the layer's."""
     with torch.no_grad():
         expected = layer(x)[0].numpy()
     stream = fc.Stream(layer, x.shape[1])
@@ -65,41 +66,51 @@ def _streamed(layer: fc.Recurrent, x: torch.Tensor) -> float:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def soak(minutes: float, seed: int, *, tolerance: float = 2e-3) -> str:
-    """Run for some minutes.
+    """Run random calls for some minutes and return a summary.
+
+    Arguments:
+        minutes: how long.
+        seed: of the choices.
+        tolerance: the largest difference from the Python loop that is allowed.
 
     Raises:
-        ArithmeticError: if a result is further from the loop than ``tolerance``.
-        MemoryError: if in the second half of the time the process grows by more than 32 MiB, or in a
-            run of less than ten minutes, in which kernels are still being compiled, by more than 128 MiB.
+        ArithmeticError: if a result differs by more.
+        MemoryError: if the process grows by more than 32 MiB in the second half of the time; in a run below ten
+            minutes, in which kernels are still being compiled, by more than 128 MiB.
     """
-    growth = (32 if minutes >= 10 else 128) << 20
+    allowed_growth = (32 if minutes >= 10 else 128) << 20
+    # Half of the time to settle: caches fill and kernels get compiled, after that memory must stay flat.
     choose, began = random.Random(seed), time.perf_counter()
     turns, worst, settled = 0, 0.0, 0
-    while (gone := (time.perf_counter() - began) / 60) < minutes:
-        apart = _turn(choose)
-        turns, worst = turns + 1, max(worst, apart)
-        if not apart <= tolerance:
-            raise ArithmeticError(f"turn {turns} of seed {seed} is {apart:.2e} from the loop")
-        if not settled and gone > minutes / 2:
+    while (elapsed := (time.perf_counter() - began) / 60) < minutes:
+        difference = _turn(choose)
+        turns, worst = turns + 1, max(worst, difference)
+        if not difference <= tolerance:  # NaN too
+            raise ArithmeticError(
+                f"turn {turns} of seed {seed} differs from the Python loop by {difference:.2e}, expected at most "
+                f"{tolerance:g}"
+            )
+        if not settled and elapsed > minutes / 2:
             settled = _resident()
-    grown = _resident() - settled
-    if grown > growth:
-        raise MemoryError(f"the process grew by {grown:,} bytes in the second half of {minutes} minutes")
-    return f"{turns:,} turns, at most {worst:.1e} from the loop, {grown / 2**20:+.1f} MiB in the second half"
+    growth = _resident() - settled
+    if growth > allowed_growth:
+        raise MemoryError(f"the process grew by {growth:,} bytes in the second half of {minutes} minutes")
+    return f"{turns:,} turns, at most {worst:.1e} from the loop, {growth / 2**20:+.1f} MiB in the second half"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the soak test that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
-    print(soak(given.minutes, given.seed))
+    options = parser.parse_args(arguments)
+    print(soak(options.minutes, options.seed))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A pitch tracker that listens live: trained for half a minute on sounds made here, then run over a file in blocks.
+"""Track the pitch of a sound live: train for half a minute on synthetic voices, then stream a file in blocks.
 
 Every 10 ms a block of 160 samples arrives. The spectrum of the last 40 ms goes into a GRU with a readout, one
-``Stream.step``, and out comes the pitch. The sounds are voices of a few harmonics with vibrato and glides, in noise.
+``Stream.step``, which gives the pitch. The sounds are voices of a few harmonics with vibrato and glides, in noise.
 The fundamental is often weaker than its harmonics, so that the baseline, the strongest frequency, is often wrong.
 
     python examples/live_pitch.py --seconds 30
@@ -27,7 +27,7 @@ HANN = np.hanning(WINDOW).astype(np.float32)
 
 
 def voices(count: int, blocks: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Sounds (count, samples), and their pitch at the end of each block in octaves above ``LOWEST``."""
+    """Synthesise sounds (count, samples); return them and their pitch at each block's end, in octaves above LOWEST."""
     time_axis = np.arange(blocks * BLOCK) / RATE
     shape = (count, 1)
     start, end = random.uniform(0.1, OCTAVES - 0.1, shape), random.normal(0, 0.3, shape)
@@ -44,20 +44,20 @@ def voices(count: int, blocks: int, random: np.random.Generator) -> tuple[np.nda
 
 
 def spectrum(window: np.ndarray) -> np.ndarray:
-    """(..., WINDOW) samples to (..., BANDS) logarithms of magnitudes, 25 Hz apart."""
-    found = np.abs(np.fft.rfft(window * HANN, axis=-1))[..., :BANDS]
-    return np.log1p(found).astype(np.float32)
+    """Return the log magnitudes (..., BANDS) of samples (..., WINDOW), in bands 25 Hz apart."""
+    magnitudes = np.abs(np.fft.rfft(window * HANN, axis=-1))[..., :BANDS]
+    return np.log1p(magnitudes).astype(np.float32)
 
 
 def frames(sound: np.ndarray) -> np.ndarray:
-    """(count, samples) to (T, count, BANDS): what a listener has heard at the end of each block."""
+    """Return the spectra (T, count, BANDS) at the end of each block of sounds (count, samples)."""
     padded = np.pad(sound, ((0, 0), (WINDOW - BLOCK, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=1)[:, ::BLOCK]
     return spectrum(windows).transpose(1, 0, 2)
 
 
 def train(seconds: float, *, updates: int | None = None, seed: int = 0, quiet: bool = False) -> fc.Recurrent:
-    """A tracker: spectra in, scores of the pitches out."""
+    """Train a tracker, which maps spectra to scores of the pitches."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     layer = fc.Recurrent(fc.WithReadout(fc.GRUCell(BANDS, 96), nn.Linear(96, PITCHES)))
@@ -79,23 +79,23 @@ def train(seconds: float, *, updates: int | None = None, seed: int = 0, quiet: b
 
 
 def semitones(scores: np.ndarray) -> float:
-    """The pitch that scores stand for: the best and its two neighbours, weighed."""
+    """Return the pitch for some scores, in semitones: the mean of the best and its neighbours by their softmax."""
     best = int(scores.argmax())
     near = slice(max(best - 1, 0), best + 2)
     weights = np.exp(scores[near] - scores[best])
-    place = (weights * (np.arange(PITCHES)[near] + 0.5)).sum() / weights.sum()
-    return float(12 * place / STEPS_PER_OCTAVE)
+    pitch = (weights * (np.arange(PITCHES)[near] + 0.5)).sum() / weights.sum()
+    return float(12 * pitch / STEPS_PER_OCTAVE)
 
 
 def strongest(bands: np.ndarray) -> float:
-    """The baseline: the strongest frequency of the range, in semitones."""
+    """Return the baseline's pitch, in semitones: the strongest frequency in the range."""
     low, high = int(LOWEST / 25), int(LOWEST * 2**OCTAVES / 25) + 1
     best = low + int(bands[low:high].argmax())
     return 12 * float(np.log2(max(best * 25.0, LOWEST) / LOWEST))
 
 
 def write_sound(path: Path, seed: int) -> np.ndarray:
-    """Eight seconds of eight voices into a WAV file; returns their pitch at each block, in semitones."""
+    """Write a second of each of eight voices to a WAV file; return the pitch at each block, in semitones."""
     sound, octaves = voices(8, 100, np.random.default_rng(seed))
     loud = np.clip(sound.reshape(-1) * 6000, -32768, 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
@@ -107,41 +107,42 @@ def write_sound(path: Path, seed: int) -> np.ndarray:
 
 
 def listen(layer: fc.Recurrent, path: Path) -> tuple[np.ndarray, np.ndarray, float]:
-    """Go through a file as it would arrive: pitches, the baseline's, and the seconds it took."""
-    stream, heard = fc.Stream(layer), np.zeros(WINDOW, np.float32)
-    found, baseline = [], []
+    """Read a file block by block, as it would arrive; return the pitches, the baseline's, and the seconds it took."""
+    stream, window = fc.Stream(layer), np.zeros(WINDOW, np.float32)
+    pitches, baseline = [], []
     began = time.perf_counter()
     with wave.open(str(path), "rb") as file:
         while len(data := file.readframes(BLOCK)) == 2 * BLOCK:
-            heard = np.concatenate((heard[BLOCK:], np.frombuffer(data, "<i2").astype(np.float32) / 6000))
-            bands = spectrum(heard)
-            found.append(semitones(stream.step(bands)))
+            window = np.concatenate((window[BLOCK:], np.frombuffer(data, "<i2").astype(np.float32) / 6000))
+            bands = spectrum(window)
+            pitches.append(semitones(stream.step(bands)))
             baseline.append(strongest(bands))
-    return np.array(found), np.array(baseline), time.perf_counter() - began
+    return np.array(pitches), np.array(baseline), time.perf_counter() - began
 
 
 def report(layer: fc.Recurrent, path: Path, seed: int = 1) -> dict[str, float]:
-    """Shares of blocks within half a semitone, and the real-time factor."""
+    """Return the shares of blocks within half a semitone, and the real-time factor."""
     truth = write_sound(path, seed)
-    found, baseline, seconds = listen(layer, path)
+    pitches, baseline, seconds = listen(layer, path)
     return {
-        "within half a semitone": float((np.abs(found - truth) < 0.5).mean()),
+        "within half a semitone": float((np.abs(pitches - truth) < 0.5).mean()),
         "the strongest frequency": float((np.abs(baseline - truth) < 0.5).mean()),
         "real-time factor": seconds / (len(truth) * BLOCK / RATE),
     }
 
 
 def main() -> None:
+    """Train, stream the file and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30, help="how long to train")
     parser.add_argument("--sound", type=Path, default=Path("voices.wav"), help="the file to write and listen to")
-    given = parser.parse_args()
-    found = report(train(given.seconds), given.sound)
-    print(f"{given.sound}, in blocks of {1000 * BLOCK // RATE} ms")
-    print(f"  {found['within half a semitone']:.0%} of the blocks within half a semitone")
-    print(f"  {found['the strongest frequency']:.0%} by the strongest frequency")
-    print(f"  real-time factor {found['real-time factor']:.4f}: one core could listen to", end=" ")
-    print(f"{1 / found['real-time factor']:.0f} such sounds at once")
+    options = parser.parse_args()
+    results = report(train(options.seconds), options.sound)
+    print(f"{options.sound}, in blocks of {1000 * BLOCK // RATE} ms")
+    print(f"  {results['within half a semitone']:.0%} of the blocks within half a semitone")
+    print(f"  {results['the strongest frequency']:.0%} by the strongest frequency")
+    print(f"  real-time factor {results['real-time factor']:.4f}: one core could listen to", end=" ")
+    print(f"{1 / results['real-time factor']:.0f} such sounds at once")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a character model does with each letter: train a little, record a sentence, write a page to look at.
+"""Look inside a character model: train it a little, record a sentence, and write a page that shows every gate.
 
-The model reads Python's own source letter by letter and guesses the next one. The page shows, for every letter,
-every gate of both layers, and with ``gradients=True`` how much each value mattered to the loss.
+The model reads Python's own source letter by letter and predicts the next one. The page shows every gate of both
+layers at every letter and, with ``gradients=True``, the gradient of the loss at each value.
 
     python examples/look_inside.py --seconds 20
 """
@@ -19,14 +19,14 @@ import fusecell as fc
 
 
 def text() -> str:
-    """Some hundred thousand letters that every Python brings along."""
+    """Return some hundred thousand letters of Python's standard library."""
     folder = pathlib.Path(argparse.__file__).parent
     names = ("argparse", "pathlib", "textwrap", "random", "statistics", "heapq", "calendar")
     return "".join((folder / f"{name}.py").read_text(encoding="utf-8") for name in names)
 
 
 class Letters(nn.Module):
-    """Letters in, scores of the next letter out."""
+    """A character model: two layers of GRU and a readout, from one-hot letters to scores of the next letter."""
 
     def __init__(self, alphabet: str, hidden: int = 64) -> None:
         super().__init__()
@@ -35,12 +35,13 @@ class Letters(nn.Module):
         self.head = nn.Linear(hidden, len(alphabet))
 
     def one_hot(self, letters: str) -> Tensor:
+        """Encode letters as (len(letters), len(alphabet))."""
         index = torch.tensor([self.alphabet.index(letter) for letter in letters])
         return nn.functional.one_hot(index, len(self.alphabet)).float()
 
 
 def train(seconds: float, *, updates: int | None = None, seed: int = 0) -> Letters:
-    """A model after some seconds, or updates."""
+    """Train a model for some seconds, or a number of updates."""
     torch.manual_seed(seed)
     source = text()
     model = Letters("".join(sorted(set(source))))
@@ -61,7 +62,7 @@ def train(seconds: float, *, updates: int | None = None, seed: int = 0) -> Lette
 
 
 def record(model: Letters, line: str) -> fc.Tape:
-    """A line's tape, with the gradients of its loss."""
+    """Record a tape of the model reading a line, with the gradients of its loss."""
     x = model.one_hot(line)[:, None]
     tape = fc.record(model.rnn, x, labels=list(line), gradients=True)
     scores = model.head(tape.outputs)[:-1, 0]
@@ -70,16 +71,17 @@ def record(model: Letters, line: str) -> fc.Tape:
 
 
 def main() -> None:
+    """Train, record and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20, help="how long to train")
     parser.add_argument("--page", type=pathlib.Path, default=pathlib.Path("tape.html"), help="the page to write")
     parser.add_argument("--line", default="    def add(self, name):  # again", help="what to read")
-    given = parser.parse_args()
-    tape = record(train(given.seconds), given.line)
-    tape.save_html(given.page, title="A GRU reads Python")
-    shut, open_ = tape.saturation("z", layer=1)
+    options = parser.parse_args()
+    tape = record(train(options.seconds), options.line)
+    tape.save_html(options.page, title="A GRU reads Python")
+    low, high = tape.saturation("z", layer=1)
     print(
-        f"{given.page}: {tape.steps} letters; the upper layer's z is shut {shut:.0%} and open {open_:.0%} of the time"
+        f"{options.page}: {tape.steps} letters; the upper layer's z is below 0.1 in {low:.0%}, above 0.9 in {high:.0%}"
     )
 
 

@@ -9,12 +9,12 @@ import threading
 
 import pytest
 import torch
-from reference import close
 from torch import Tensor, nn
 
 import fusecell as fc
 from fusecell.cell import capture_intermediates
 from fusecell.execution.context import active_runner
+from tests.reference import close
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -6,10 +6,10 @@ from collections import namedtuple
 
 import pytest
 import torch
-from reference import LearnedStart, close, loop
 from torch import nn
 
 import fusecell as fc
+from tests.reference import LearnedStart, close, loop
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from reference import LearnedStart, close, loop
 from torch import Tensor, nn
 
 import fusecell as fc
+from tests.reference import LearnedStart, close, loop
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -7,14 +7,13 @@ import pkgutil
 import re
 import sys
 import warnings
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import fusecell as fc
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

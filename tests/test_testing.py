@@ -290,6 +290,8 @@ BROKEN = [
     ("purity", InPlaceOnBuffer, r"step changes buffer count in place: it is \d+ at \[\], expected \d+\. Compute"),
     ("purity", Remembering, r"state h of a second call with the same arguments is .*Keep nothing from call to call"),
     ("purity", Random, r"step uses the global random generator. Draw in draw\(\)"),
+    ("module", Remembering, r"step changes the module: it (adds|sets) self.before in test_testing.py, line \d+:"),
+    ("module", InPlaceOnBuffer, r"step changes the module: it changes self.count in test_testing.py, line \d+:"),
     ("branches", Branching, r"step reads a tensor's value into Python \(__bool__\).*torch\.where"),
     ("branches", Listing, r"step reads a tensor's value into Python \(tolist\)"),
     ("gradients", Detached, r"the gradient of state h is not that of the values: .*Look for detach\(\)"),

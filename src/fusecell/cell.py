@@ -6,15 +6,18 @@ Everything else, layers, stacks, streams, the compiler, needs nothing of a cell 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from fusecell.execution.call_cache import cached_call, store_call
 from fusecell.execution.call_form import CallForm
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
+from fusecell.execution.results import without_dim
 from fusecell.execution.runners import run
+from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
 from fusecell.validation import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
 
@@ -160,6 +163,10 @@ class Cell(nn.Module):
         """
         return bare(one_step(self, input, hx, False, _checked_step)[1])
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first."""
+        refuse_script(type(self).__name__)
+
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
 
@@ -194,6 +201,7 @@ _STEP = {(1 + batched, wanted): CallForm(batched=batched, outputs=wanted) for ba
 LongWay = Callable[["Cell", Any, Any], tuple[Tensor | None, State]]
 
 
+@natively
 def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWay) -> tuple[Tensor | None, State]:
     """One step by the way of an earlier one that was like it, if there is one, else by ``long_way``.
 
@@ -229,6 +237,7 @@ def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) ->
     check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
+    outputs = without_dim(outputs, 0)
     if unbatched:
-        return outputs[0, 0], tuple(value[0] for value in after)
-    return outputs[0], after
+        return without_dim(outputs, 0), tuple(without_dim(value, 0) for value in after)
+    return outputs, after

@@ -1,4 +1,4 @@
-"""``replace``: torch.nn's recurrent layers and cells in a model of the user's become fusecell's, and back."""
+"""Replace torch.nn's recurrent layers and cells in a model by fusecell's, or the other way round."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _LAYER: dict[str, Any] = {"recompute": False, "masked_output": "hold", "tbptt": None, "clip_state_grad": None}
 _GATED: dict[str, Any] = {"activation": "tanh", "gate_activation": "sigmoid"}
-# What ours have beside their namesakes' attributes, with the values at which both compute the same.
+# Attributes that ours have in addition to torch.nn's, with the values at which both compute the same.
 _EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
     RNN: {**_LAYER, "activation": None},
     GRU: {**_LAYER, **_GATED, "reset_after": True},
@@ -32,17 +32,17 @@ _EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
     GRUCell: {**_GATED, "reset_after": True},
     LSTMCell: {**_GATED, "proj_size": 0},
 }
-# What changes no number that torch.nn computes: it takes no mask.
+# Extras that change no number torch.nn can compute: one saves memory, the other needs a mask.
 _HARMLESS = ("recompute", "masked_output")
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What :func:`replace` did; printed, a line for each module.
+    """A report of what :func:`replace` changed; ``str()`` has a line for each module.
 
     Attributes:
-        changed: the path of each module that changed, with its class before and after.
-        left: the path of each recurrent module that stayed, with the reason.
+        changed: (path, class before, class after) of each module that changed.
+        left: (path, reason) of each recurrent module that was left alone.
     """
 
     changed: tuple[tuple[str, str, str], ...]
@@ -55,10 +55,10 @@ class Replaced:
 
 
 def replace(model: nn.Module, *, back: bool = False) -> Replaced:
-    """Turn every torch.nn RNN, GRU, LSTM and cell in a model into fusecell's, in place.
+    """Replace every torch.nn RNN, GRU, LSTM and cell in a model by fusecell's, in place.
 
-    Each module stays the object that it is, with its parameters, hooks and state_dict: only its class changes, so
-    optimizers and whatever else refers to it go on.
+    Each module stays the same object with the same parameters, hooks and state_dict; only its class changes. So
+    optimizers, and all else that refers to it, remain valid.
 
     Example:
         >>> import torch, fusecell as fc
@@ -68,7 +68,7 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
 
     Arguments:
         model: any module.
-        back: undo it.
+        back: replace fusecell's by torch.nn's instead.
 
     Returns:
         A :class:`Replaced`; print it.
@@ -81,32 +81,33 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace takes a torch.nn.Module, got {type(model).__name__}.")
     table = _THEIRS if back else _OURS
-    found = [(path, module) for path, module in model.named_modules() if type(module) in table]
+    modules = [(path, module) for path, module in model.named_modules() if type(module) in table]
     if back:
-        for path, module in found:
+        for path, module in modules:
             _check_plain(path, module)
     changed = []
-    for path, module in found:
+    for path, module in modules:
         before, after = type(module), table[type(module)]
         for name, value in _EXTRAS[before if back else after].items():
             module.__dict__.pop(name, None) if back else module.__dict__.setdefault(name, value)
-        module.__class__ = after
+        module.__class__ = after  # ours subclass torch.nn's and add no slots, so this is all a change takes
         changed.append((path, _name(before), _name(after)))
-    return Replaced(tuple(changed), () if back else tuple(_left(model)))
+    return Replaced(tuple(changed), () if back else tuple(_subclasses(model)))
 
 
 def _check_plain(path: str, module: nn.Module) -> None:
+    """Raise ValueError if a module has an option that torch.nn lacks."""
     for name, value in _EXTRAS[type(module)].items():
-        mine = getattr(module, name)
-        if name not in _HARMLESS and mine is not value and mine != value:
+        option = getattr(module, name)
+        if name not in _HARMLESS and option is not value and option != value:
             raise ValueError(
-                f"replace: {path or type(module).__name__} has {name}={mine!r}, which torch.nn can't compute; nothing "
-                "was changed."
+                f"replace: {path or type(module).__name__} has {name}={option!r}, which torch.nn can't compute; "
+                f"nothing was changed. Set it to {value!r} first, or replace only the other modules."
             )
 
 
-def _left(model: nn.Module) -> list[tuple[str, str]]:
-    """Recurrent modules of torch's that are subclasses: parametrized, quantized, or somebody's own."""
+def _subclasses(model: nn.Module) -> list[tuple[str, str]]:
+    """List the subclasses of torch.nn's recurrent modules: parametrized, quantized, or a user's own."""
     kinds = (nn.RNNBase, nn.RNNCellBase)
     return [
         (path, f"a subclass, {type(module).__name__}")

@@ -1,4 +1,4 @@
-"""The eager runner: a Python loop over ``cell.step``. The definition, the reference and the fallback."""
+"""The eager runner: a Python loop over ``cell.step``, which defines every result and is the fallback."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ __all__ = ["run_eager"]
 
 
 def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
-    """Run ``cell`` over (T, N, ...) inputs step by step; see :class:`fusecell.execution.options.Options`.
+    """Run a cell over a sequence in a Python loop.
+
+    Arguments:
+        inputs: (T, N, ...) each, or (1, N, ...) for one that is constant over time.
+        state: (N, size) each.
+        options: see :class:`fusecell.execution.options.Options`.
 
     Returns:
-        The outputs (T, N, output_size), in input time and zero beyond a row's length, and the state after each row's
-        last valid step. They share memory with nothing.
+        The outputs (T, N, output_size), in the order of the inputs and zero beyond a row's length, and the state after
+        each row's last valid step. All are new tensors that share no memory.
     """
     steps = steps_of(inputs)
     if steps == 0:
@@ -34,6 +39,7 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
         x = rows[t]
         before = state
         if valid is not None:
+            # A step on padding that holds NaN or inf would put NaN into the gradients of the weights.
             x = tuple(_select(valid[t], value, torch.zeros_like(value)) for value in x)
         if resets is not None:
             state = tuple(_select(resets[t], *pair) for pair in zip(start, state, strict=True))
@@ -42,11 +48,12 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
             output = _select(valid[t], output, torch.zeros_like(output))
             state = tuple(_select(valid[t], *pair) for pair in zip(state, before, strict=True))
         outputs[t] = output
+    # Cloned: a step may return its state unchanged, and results never share memory with arguments.
     return torch.stack(outputs), tuple(value.clone() for value in state)
 
 
 def _checked_step(cell: Cell, x: State, state: State) -> tuple[Tensor, State]:
-    """One call of ``cell.step``; a result that breaks the contract is a sentence, not a puzzle three calls later."""
+    """Call ``cell.step`` and check that its result has the types, shapes and dtypes the cell declares."""
     result: object = cell.step(x if len(cell.inputs) > 1 else x[0], state)
     name, n = type(cell).__name__, state[0].shape[0] if state else x[0].shape[0]
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple | list)):
@@ -67,12 +74,15 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Tensor, State]:
                 "If a state is not hidden_size wide, set self.state_sizes."
             )
         if new.dtype != old.dtype:
-            raise ValueError(f"{name}.step turned state {label} from {old.dtype} into {new.dtype}.")
+            raise ValueError(
+                f"{name}.step turned state {label} from {old.dtype} into {new.dtype}. A state keeps its dtype: "
+                f"convert it in step with .to({old.dtype})."
+            )
     return output, after
 
 
 def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[Tensor | None, Tensor | None, State]:
-    """Which rows are valid and which are reset at each step, (T, N) or None, and the state a reset goes back to."""
+    """Return the masks of valid and of reset rows, each (T, N) or None, and the state that a reset goes back to."""
     valid, resets, start = None, options.resets, state
     if options.lengths is not None:
         valid = torch.arange(steps, device=options.lengths.device)[:, None] < options.lengths
@@ -81,13 +91,14 @@ def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[
             like = state[0]
             start = first_state(cell, like.shape[0], dtype=like.dtype, device=like.device)
         if valid is not None:
-            resets = resets & valid
+            resets = resets & valid  # a reset in the padding would wipe out a row's final state
     return valid, resets, start
 
 
-def _select(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    """``chosen`` where a row's flag is set, else ``other``: selected, never multiplied, as padding may hold NaN."""
-    return torch.where(rows.reshape(-1, *[1] * (chosen.dim() - 1)), chosen, other)
+def _select(rows: Tensor, value: Tensor, other: Tensor) -> Tensor:
+    """Return ``value`` in rows whose flag is set and ``other`` in the rest."""
+    # Not value * flag: padding may hold NaN, and 0 * NaN is NaN.
+    return torch.where(rows.reshape(-1, *[1] * (value.dim() - 1)), value, other)
 
 
 def _empty(cell: Cell, inputs: State, state: State) -> Tensor:

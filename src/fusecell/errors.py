@@ -1,24 +1,34 @@
-"""What fusecell raises and warns of.
+"""Errors and warnings of fusecell.
 
 FusecellError
- ├─ NotCompilable   the compiled runner was asked for and a cell or a call can't be compiled
- └─ CompilerError   generated code was refused by the checks that stand before machine code
-EagerWarning        the automatic runner fell back to the Python loop, with the reasons
+ ├─ NotCompilable   a cell or a call can't be compiled, and the compiled runner was required
+ ├─ CompilerError   the compiler's own checks rejected the code it generated
+ ├─ StreamFileError a file is not a saved stream, is damaged, or asks for more than its reader allows
+ └─ TapeFileError   the same of a tape
+EagerWarning        the automatic runner fell back to the Python loop; the text says why
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["CompilerError", "EagerWarning", "FusecellError", "NotCompilable"]
+__all__ = [
+    "CompilerError",
+    "EagerWarning",
+    "FusecellError",
+    "NotCompilable",
+    "StreamFileError",
+    "TapeFileError",
+    "quoted",
+]
 
 
 class FusecellError(Exception):
-    """The base of every error that is fusecell's own; bad arguments raise ValueError and TypeError."""
+    """Base class of fusecell's own errors; bad arguments raise ValueError and TypeError."""
 
 
 class NotCompilable(FusecellError, RuntimeError):
-    """A cell or a call can't be compiled; ``reasons`` says why, a sentence each."""
+    """Raised where a cell or a call can't be compiled; ``reasons`` is a tuple of sentences that say why."""
 
     def __init__(self, subject: str, reasons: Iterable[str]) -> None:
         self.subject = subject
@@ -27,8 +37,22 @@ class NotCompilable(FusecellError, RuntimeError):
 
 
 class CompilerError(FusecellError, RuntimeError):
-    """The compiler made something that its own checks refuse; please report it."""
+    """Raised where the compiler generated code that its own checks reject: a defect, please report it."""
+
+
+class StreamFileError(FusecellError, ValueError):
+    """A file is not a stream that was saved, is damaged, or asks for more than its reader allows."""
+
+
+class TapeFileError(FusecellError, ValueError):
+    """A file is not a tape that was saved, or is damaged."""
 
 
 class EagerWarning(UserWarning):
-    """A cell runs as a Python loop of its steps, and why."""
+    """Warning that a cell runs as a Python loop over its steps; the text says why."""
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """Escape foreign text for a message, so that it can't steer a terminal, and cut it where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

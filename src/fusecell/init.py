@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
-from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.cell_tree import iter_cells
 
 __all__ = ["chrono_", "forget_bias_", "gate_bias_", "orthogonal_"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Where a bias for the gates may stand: the one that gets the value, then the one that becomes 0 beside it.
+# Attributes that may hold a bias of the gates: the first that exists gets the value, the second one becomes 0.
 _FIRST = ("bias_ih", "norm_ih.bias", "norm_ih_gates.bias")
 _SECOND = ("bias_hh", "norm_hh.bias", "norm_hh_gates.bias")
 
@@ -33,9 +32,9 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
         True
 
     Arguments:
-        module: a cell, a layer, or any module that holds some. Every ``weight_hh`` with two axes is taken, in as many
-            blocks of rows as the cell has ``gates``.
-        gain: the factor.
+        module: a cell, a layer, or any module that contains some. Each 2-D ``weight_hh`` is split into as many blocks
+            of rows as the cell has ``gates``, and each block is made orthogonal.
+        gain: a factor on the matrix.
 
     Returns:
         The module.
@@ -46,20 +45,24 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
     Paper: Saxe, McClelland and Ganguli, "Exact solutions to the nonlinear dynamics of learning in deep linear neural
     networks", 2014, arXiv:1312.6120.
     """
-    found = 0
-    for cell in _cells(module):
+    changed = False
+    for cell in iter_cells(module):
         weight = getattr(cell, "weight_hh", None)
         if isinstance(weight, Tensor) and weight.dim() == 2:
-            found += 1
+            changed = True
+            # One matrix per gate: orthogonal blocks together would not be orthogonal.
             for block in weight.detach().chunk(max(len(cell.gates), 1)):
                 block.copy_(nn.init.orthogonal_(torch.empty_like(block), gain))
-    if not found:
-        raise ValueError(f"orthogonal_ found no weight_hh in {type(module).__name__}.")
+    if not changed:
+        raise ValueError(
+            f"orthogonal_ found no weight_hh in {type(module).__name__}. It needs a cell, or a layer of cells, whose "
+            "recurrent matrix is called weight_hh."
+        )
     return module
 
 
 def gate_bias_(module: Module, gate: str, value: float | Tensor) -> Module:
-    """Set the bias of one gate, where its two biases add up to ``value``.
+    """Set the bias of one gate; where a cell has two biases, their sum becomes ``value``.
 
     Example:
         >>> import fusecell as fc
@@ -68,9 +71,9 @@ def gate_bias_(module: Module, gate: str, value: float | Tensor) -> Module:
         tensor(2., grad_fn=<MeanBackward0>)
 
     Arguments:
-        module: a cell, a layer, or any module that holds some; cells without such a gate stay as they are.
-        gate: one of the cell's ``gates``, or what follows ``bias_`` in the name of a parameter.
-        value: a number, or (hidden_size,).
+        module: a cell, a layer, or any module that contains some; cells without such a gate stay as they are.
+        gate: one of the cell's ``gates``, or the ``z`` of a parameter called ``bias_z``.
+        value: a number, or a tensor of shape (hidden_size,).
 
     Returns:
         The module.
@@ -78,30 +81,32 @@ def gate_bias_(module: Module, gate: str, value: float | Tensor) -> Module:
     Raises:
         ValueError: if no cell inside has a bias for such a gate.
     """
-    known: set[str] = set()
-    found = False
-    for cell in _cells(module):
-        known.update(cell.gates)
-        found |= _set_bias(cell, gate, value)
-    if not found:
+    gates: set[str] = set()
+    changed = False
+    for cell in iter_cells(module):
+        gates.update(cell.gates)
+        changed |= _set_bias(cell, gate, value)
+    if not changed:
         raise ValueError(
             f"gate_bias_ found no bias of a gate {gate!r} in {type(module).__name__}; its gates are "
-            f"{', '.join(sorted(known)) or 'unnamed'}. A cell says in `gates` what the blocks of rows of its weight_ih "
+            f"{', '.join(sorted(gates)) or 'unnamed'}. A cell says in `gates` what the blocks of rows of its weight_ih "
             "and bias_ih belong to."
         )
     return module
 
 
 def forget_bias_(module: Module, value: float = 1.0) -> Module:
-    r"""Let the gates that keep the state begin open: :math:`\sigma(1) = 0.73`, where a bias of 0 would forget half.
+    r"""Set the bias of the gate that keeps the state, so that training starts with little forgetting.
+
+    A bias of 1 keeps :math:`\sigma(1) = 0.73` of the state in a step, a bias of 0 half of it.
 
     Example:
         >>> import fusecell as fc
         >>> model = fc.init.forget_bias_(fc.LSTM(5, 10, num_layers=2), 1.0)
 
     Arguments:
-        module: a cell, a layer, or any module that holds some; each cell names its gate by ``keeps``, or, where one
-            gate lets the new in and the old out, by ``updates``, which gets the negative.
+        module: a cell, a layer, or any module that contains some. The gate is the one that a cell names in ``keeps``;
+            where there is none, the one in ``updates`` gets the negative value.
         value: the bias.
 
     Returns:
@@ -112,16 +117,16 @@ def forget_bias_(module: Module, value: float = 1.0) -> Module:
 
     Paper: Jozefowicz, Zaremba and Sutskever, "An empirical exploration of recurrent network architectures", 2015.
     """
-    found = False
-    for cell in _cells(module):
-        found |= _set_bias(cell, cell.keeps, value) if cell.keeps else _set_bias(cell, cell.updates, -value)
-    if not found:
+    changed = False
+    for cell in iter_cells(module):
+        changed |= _set_bias(cell, cell.keeps, value) if cell.keeps else _set_bias(cell, cell.updates, -value)
+    if not changed:
         raise ValueError(_NO_GATE.format("forget_bias_", type(module).__name__))
     return module
 
 
 def chrono_(module: Module, longest: int) -> Module:
-    r"""Spread the units' memory over time spans up to ``longest`` steps.
+    r"""Draw the gates' biases so that the units' memories last from 1 to ``longest`` steps.
 
     .. math:: b_\mathrm{keep} \sim \log \mathcal{U}(1, \mathrm{longest} - 1), \quad b_\mathrm{update} = -b_\mathrm{keep}
 
@@ -130,7 +135,7 @@ def chrono_(module: Module, longest: int) -> Module:
         >>> lstm = fc.init.chrono_(fc.LSTM(5, 10), longest=500)
 
     Arguments:
-        module: a cell, a layer, or any module that holds some.
+        module: a cell, a layer, or any module that contains some.
         longest: the longest dependency expected, in steps, above 2.
 
     Returns:
@@ -143,12 +148,13 @@ def chrono_(module: Module, longest: int) -> Module:
     """
     if not longest > 2:
         raise ValueError(f"chrono_ needs a longest dependency of more than 2 steps, got {longest!r}.")
-    found = False
-    for cell in _cells(module):
+    changed = False
+    for cell in iter_cells(module):
+        # A gate at sigmoid(log(t)) keeps t / (t + 1) of the state in a step: its memory lasts about t steps.
         spread = torch.empty(cell.hidden_size).uniform_(1, longest - 1).log()
-        found |= bool(cell.keeps) and _set_bias(cell, cell.keeps, spread)
-        found |= bool(cell.updates) and _set_bias(cell, cell.updates, -spread)
-    if not found:
+        changed |= bool(cell.keeps) and _set_bias(cell, cell.keeps, spread)
+        changed |= bool(cell.updates) and _set_bias(cell, cell.updates, -spread)
+    if not changed:
         raise ValueError(_NO_GATE.format("chrono_", type(module).__name__))
     return module
 
@@ -159,27 +165,19 @@ _NO_GATE = (
 )
 
 
-def _cells(module: nn.Module) -> Iterator[Cell]:
-    """The cells inside; a drop-in layer's are views of its weights."""
-    for part in module.modules():
-        if isinstance(part, Cell):
-            yield part
-        elif isinstance(part, GRU | LSTM | RNN):
-            yield from (cell for *_, cell in part.leaf_cells())
-
-
 def _set_bias(cell: Cell, gate: str, value: float | Tensor) -> bool:
-    """Set one gate's bias; whether there was one."""
+    """Set one gate's bias; return whether the cell has one."""
     size = cell.hidden_size
-    alone = getattr(cell, f"bias_{gate}", None)
-    if isinstance(alone, Tensor):
+    # A parameter of this gate alone, as FastGRNNCell has.
+    bias = getattr(cell, f"bias_{gate}", None)
+    if isinstance(bias, Tensor):
         with torch.no_grad():
-            alone.copy_(torch.as_tensor(value).expand_as(alone))
+            bias.copy_(torch.as_tensor(value).expand_as(bias))
         return True
     if gate not in cell.gates:
         return False
-    place = slice(cell.gates.index(gate) * size, (cell.gates.index(gate) + 1) * size)
-    first, second = (_block(cell, names, place) for names in (_FIRST, _SECOND))
+    rows = slice(cell.gates.index(gate) * size, (cell.gates.index(gate) + 1) * size)
+    first, second = (_block(cell, names, rows) for names in (_FIRST, _SECOND))
     if first is None:
         return False
     first.copy_(torch.as_tensor(value).expand_as(first))
@@ -188,11 +186,13 @@ def _set_bias(cell: Cell, gate: str, value: float | Tensor) -> bool:
     return True
 
 
-def _block(cell: Cell, names: tuple[str, ...], place: slice) -> Tensor | None:
+def _block(cell: Cell, names: tuple[str, ...], rows: slice) -> Tensor | None:
+    """Return ``rows`` of the first of the named biases that has them, without autograd's history."""
     for name in names:
-        found: object = cell
+        bias: object = cell
         for part in name.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, Tensor) and found.shape[0] >= place.stop:
-            return found.detach()[place]
+            bias = getattr(bias, part, None)
+        # LayerNormGRUCell normalises its candidate apart: the bias of its gates ends before the candidate's rows.
+        if isinstance(bias, Tensor) and bias.shape[0] >= rows.stop:
+            return bias.detach()[rows]
     return None

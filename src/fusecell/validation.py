@@ -1,4 +1,4 @@
-"""What a cell is given: inputs and a state as users hand them over, held to what the cell says it takes."""
+"""Check the inputs and the state of a call against what the cell declares, and fill in what was left out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusecell.execution.natively import natively
 from fusecell.execution.options import State, steps_of
 from fusecell.execution.runners import autocasting
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_step_input",
     "compute_dtype",
     "first_state",
+    "first_weight",
     "start_state",
     "state_tuple",
     "weights_dtype",
@@ -33,69 +35,80 @@ StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
 
 
+@natively
 def bare(state: State) -> Tensor | State:
-    """One state comes and goes bare, several as a tuple."""
+    """Return the state as users see it: the tensor where there is one, else the tuple."""
     return state[0] if len(state) == 1 else state
 
 
 def state_tuple(cell: Cell, state: StateLike) -> State:
-    """The state as a tuple, from what a user hands over.
+    """Return the state that a user passed as a tuple.
 
     Raises:
-        TypeError, ValueError: if it is not as many tensors as the cell has states.
+        TypeError, ValueError: if it is not one tensor for each of the cell's states.
     """
-    found = (state,) if isinstance(state, Tensor) else tuple(state)
+    tensors = (state,) if isinstance(state, Tensor) else tuple(state)
     names = ", ".join(cell.states)
-    if not all(isinstance(value, Tensor) for value in found):
-        kinds = ", ".join(type(value).__name__ for value in found)
+    if not all(isinstance(value, Tensor) for value in tensors):
+        kinds = ", ".join(type(value).__name__ for value in tensors)
         raise TypeError(f"{_name(cell)} takes a state of tensors ({names}), got ({kinds}).")
-    if len(found) != len(cell.state_sizes):
+    if len(tensors) != len(cell.state_sizes):
         raise ValueError(
-            f"{_name(cell)} has {len(cell.state_sizes)} states ({names}), got {len(found)}. "
+            f"{_name(cell)} has {len(cell.state_sizes)} states ({names}), got {len(tensors)}. "
             "One state comes and goes bare, several as a tuple in that order."
         )
-    return found
+    return tensors
 
 
 def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched: bool) -> State:
-    """The state that time-major inputs start from, (N, size) each: the one given, checked, or the cell's own."""
+    """Return the state a call starts from, (N, size) each: the user's, checked and cast, or the cell's initial one.
+
+    Arguments:
+        state: as the user passed it; None for ``cell.initial_state``.
+        inputs: time-major, (T, N, ...).
+        unbatched: the user's tensors have no dimension N, which is added to the state here.
+
+    Raises:
+        TypeError, ValueError: where the state doesn't fit the cell or the inputs.
+    """
     first = inputs[0]
     rows, dtype = first.shape[1], compute_dtype(cell, first)
     if state is None:
         return first_state(cell, rows, dtype=dtype, device=first.device)
-    found = state_tuple(cell, state)
+    states = state_tuple(cell, state)
     if unbatched:
-        found = tuple(value[None] if value.dim() == 1 else value for value in found)
-    check_state(cell, found, rows)
+        states = tuple(value[None] if value.dim() == 1 else value for value in states)
+    check_state(cell, states, rows)
+    # A cell without weights computes in whatever dtype it gets.
     if weights_dtype(cell) is None:
-        return found
-    for name, value in zip(cell.states, found, strict=True):
+        return states
+    for name, value in zip(cell.states, states, strict=True):
         check_dtype(cell, f"state {name}", value)
-    return _cast(found, dtype)
+    return _cast(states, dtype)
 
 
 def first_state(cell: Cell, rows: int, *, dtype: torch.dtype | None, device: torch.device | str) -> State:
-    """``cell.initial_state``, held to the shapes it promises: machine code reads as much as it was told.
+    """Return ``cell.initial_state`` after checking its shapes, which machine code relies on.
 
     Raises:
         TypeError, ValueError: if it is not (rows, its size) for each state.
     """
-    found = state_tuple(cell, cell.initial_state(rows, dtype=dtype, device=device))
-    check_state(cell, found, rows)
-    return found
+    state = state_tuple(cell, cell.initial_state(rows, dtype=dtype, device=device))
+    check_state(cell, state, rows)
+    return state
 
 
-def all_inputs(cell: Cell, given: State, start: State) -> State:
-    """Time-major inputs with what the cell draws, in the dtype of its state.
+def all_inputs(cell: Cell, inputs: State, start: State) -> State:
+    """Return the caller's time-major inputs and those that the cell draws, in the dtype of its state.
 
     Raises:
-        ValueError: if given and drawn together are not what the cell takes.
+        ValueError: if these are not as many as ``cell.inputs``, or one that is drawn has the wrong shape.
     """
-    first = given[0]
+    first = inputs[0]
     like = start[0] if start else first
-    steps = steps_of(given)
+    steps = steps_of(inputs)
     drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
-    check_count(cell, len(given), len(drawn))
+    check_count(cell, len(inputs), len(drawn))
     for value in drawn:
         if value.shape[1:2] != first.shape[1:2] or value.shape[0] not in (1, steps):
             raise ValueError(
@@ -103,40 +116,53 @@ def all_inputs(cell: Cell, given: State, start: State) -> State:
                 f"{first.shape[1]} rows, expected ({steps}, {first.shape[1]}, ...), or (1, {first.shape[1]}, ...) for "
                 "what is constant over time."
             )
-    return _cast(given + drawn, like.dtype)
+    return _cast(inputs + drawn, like.dtype)
 
 
-def check_count(cell: Cell, given: int, drawn: int) -> None:
-    """Raise ValueError unless so many inputs given and drawn are all the cell has."""
+def check_count(cell: Cell, passed: int, drawn: int) -> None:
+    """Raise ValueError unless the inputs passed by the caller and those drawn by the cell are as many as it takes."""
     names = cell.inputs
-    if given + drawn != len(names):
+    if passed + drawn != len(names):
         raise ValueError(
             f"{_name(cell)} takes the inputs ({', '.join(names)}) and draws {drawn} of them: it must be given "
-            f"{len(names) - drawn}, got {given}. Several go in as a tuple; in a Stack only the bottom cell is given "
+            f"{len(names) - drawn}, got {passed}. Several go in as a tuple; in a Stack only the bottom cell is given "
             "any, those above must draw theirs."
         )
 
 
 def weights_dtype(cell: nn.Module) -> torch.dtype | None:
-    """The dtype a cell computes in: its first floating-point parameter's, None for a cell without any."""
-    weight = _first_weight(cell)
+    """Return the dtype a cell computes in: that of its first floating-point weight, None for a cell without any."""
+    weight = first_weight(cell)
     return None if weight is None else weight.dtype
 
 
-def _first_weight(cell: nn.Module) -> Tensor | None:
-    # The order of cell.parameters(), whose generators would take longer than a small cell's step.
-    for parameter in cell._parameters.values():
-        if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
+def first_weight(module: nn.Module) -> Tensor | None:
+    """Return the first floating-point weight of a module: a parameter, or a drop-in layer's weight in one of its cells.
+
+    The cells that a drop-in layer builds around its weights hold them as plain attributes. Of plain attributes only
+    those called ``weight...`` count: any other tensor is a constant of the user's, which decides no dtype.
+    """
+    # In the order of module.parameters(), whose generators would take longer than a small cell's step.
+    for parameter in module._parameters.values():
+        if parameter is not None and _is_weight(parameter):
             return parameter
-    for part in cell._modules.values():
-        found = None if part is None else _first_weight(part)
-        if found is not None:
-            return found
+    for part in module._modules.values():
+        weight = None if part is None else first_weight(part)
+        if weight is not None:
+            return weight
+    for name, value in module.__dict__.items():
+        if name.startswith("weight") and isinstance(value, Tensor) and _is_weight(value):
+            return value
     return None
 
 
+def _is_weight(value: Tensor) -> bool:
+    # An integer parameter (requires_grad=False) says nothing about the dtype of inputs.
+    return value.is_floating_point() or value.is_complex()
+
+
 def compute_dtype(cell: Cell, first: Tensor) -> torch.dtype:
-    """The dtype of a cell's states: its weights', else that of its first input, else the default."""
+    """Return the dtype of a cell's states: its weights', else that of its first input, else the default."""
     fallback = first.dtype if first.is_floating_point() else torch.get_default_dtype()
     return weights_dtype(cell) or fallback
 
@@ -144,28 +170,30 @@ def compute_dtype(cell: Cell, first: Tensor) -> torch.dtype:
 def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
     """Raise ValueError where an input or state is not on the weights' device, or not in their dtype.
 
-    Autocast may cast; whole numbers and booleans are for the step to take or not.
+    Under autocast another floating-point dtype is allowed. Integers and booleans always are: the step decides.
     """
-    weight = _first_weight(cell)
+    weight = first_weight(cell)
     if weight is None:
         return
+    # is_cpu is an attribute; comparing two torch.device objects takes several times as long.
     if not (weight.is_cpu and value.is_cpu) and weight.device != value.device:
         raise ValueError(
             f"{_name(cell)}'s weights are on {weight.device} and {label} is on {value.device}. "
             f"Move it with .to('{weight.device}'), or the model: model.to('{value.device}')."
         )
-    expected, kind = weight.dtype, value.dtype
-    if kind is expected or not (value.is_floating_point() or value.is_complex() or value.is_quantized):
+    expected, dtype = weight.dtype, value.dtype
+    if dtype is expected or not (value.is_floating_point() or value.is_complex() or value.is_quantized):
         return
     if autocasting(value.device.type):
         return
     raise ValueError(
-        f"{_name(cell)}'s weights are {expected} and {label} is {value.dtype}. "
-        f"Convert it with .to({expected}), or the model: model.to({value.dtype})."
+        f"{_name(cell)}'s weights are {expected} and {label} is {dtype}. "
+        f"Convert it with .to({expected}), or the model: model.to({dtype})."
     )
 
 
 def _cast(values: State, dtype: torch.dtype) -> State:
+    """Convert the floating-point tensors among ``values``; return the same tuple where there is nothing to do."""
     for value in values:
         if value.dtype is not dtype:
             return tuple(value.to(dtype) if value.is_floating_point() else value for value in values)
@@ -173,7 +201,7 @@ def _cast(values: State, dtype: torch.dtype) -> State:
 
 
 def check_state(cell: Cell, state: State, batch_size: int) -> None:
-    """Raise ValueError unless each state is (batch_size, its size)."""
+    """Raise ValueError unless each state has the shape (batch_size, its size)."""
     for name, size, value in zip(cell.states, cell.state_sizes, state, strict=True):
         if value.is_nested:
             raise TypeError(f"{_name(cell)} takes no nested tensor as state {name}: its rows are all of one size.")
@@ -184,12 +212,16 @@ def check_state(cell: Cell, state: State, batch_size: int) -> None:
             )
 
 
-def check_step_input(cell: Cell, given: State) -> bool:
-    """Raise ValueError unless ``given`` fits one step of the cell; return whether it lacks the batch dimension."""
-    if not given or not all(isinstance(value, Tensor) for value in given):
-        kinds = ", ".join(type(value).__name__ for value in given)
+def check_step_input(cell: Cell, inputs: State) -> bool:
+    """Check the inputs of one step; return whether they lack the batch dimension.
+
+    Raises:
+        TypeError, ValueError: where an input is not a tensor, or its shape doesn't fit.
+    """
+    if not inputs or not all(isinstance(value, Tensor) for value in inputs):
+        kinds = ", ".join(type(value).__name__ for value in inputs)
         raise TypeError(f"{_name(cell)} takes tensors for its inputs ({', '.join(cell.inputs)}), got ({kinds}).")
-    first = given[0]
+    first = inputs[0]
     if first.dim() not in (1, 2):
         raise ValueError(
             f"{_name(cell)} expected an input of shape (N, {cell.input_size}) or ({cell.input_size},) for one step, "
@@ -201,7 +233,7 @@ def check_step_input(cell: Cell, given: State) -> bool:
             f"in an input of shape {tuple(first.shape)}."
         )
     unbatched = first.dim() == 1
-    for name, value in zip(cell.inputs[1:], given[1:], strict=False):
+    for name, value in zip(cell.inputs[1:], inputs[1:], strict=False):
         if not unbatched and (value.dim() < 1 or value.shape[0] != first.shape[0]):
             raise ValueError(
                 f"{_name(cell)} expected input {name} with {first.shape[0]} rows, as {cell.inputs[0]} has, "

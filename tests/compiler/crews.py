@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fusecell.compiler.programs import launch as call
-from fusecell.compiler.runtime import thread_team as threads
+from tests.compiler.tuned import tuned
 
 __all__ = ["always"]
 
 
 def always(patch: pytest.MonkeyPatch) -> None:
     """Have every call run by as many threads as torch would take, and wait for all of them."""
-    patch.setattr(call, "CREW_CALL", 0)
-    patch.setattr(call, "CREW_STEP", 0)
-    patch.setattr(call, "crew_waits", lambda: False)
-    patch.setattr(threads, "_LEAST_PATIENCE", 1e12)
-    patch.setattr(threads, "_MOST_PATIENCE", 1e12)
+    tuned(patch, team_call_us=0, team_step_us=0, least_arrival_us=1e12, most_arrival_us=1e12)
+    patch.setattr(call, "backs_off", lambda: False)

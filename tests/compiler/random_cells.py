@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 import fusecell as fc
 import fusecell.compiler.runtime.guard_pages as check_memory
 from fusecell.compiler.backend import llvm
-from fusecell.compiler.runtime import kernel
 from tests.compiler import crews
 from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
 from tests.compiler.recipes import (
@@ -38,6 +37,7 @@ from tests.compiler.recipes import (
     check_forward,
     source,
 )
+from tests.compiler.tuned import tuned
 
 __all__ = ["SIZES", "calls", "recipes"]
 
@@ -396,8 +396,9 @@ def main(arguments: list[str] | None = None) -> None:
     # In the check mode buffers are where it puts them, threads' parts not pages apart.
     check_memory.ENABLED = given_.threads == 1
     if given_.threads > 1:
-        crews.always(pytest.MonkeyPatch())
-        kernel.CHUNK_BYTES = 1 << 13
+        patch = pytest.MonkeyPatch()
+        crews.always(patch)
+        tuned(patch, chunk_bytes=1 << 13)
     torch.set_num_threads(given_.threads)
     # Machine code that kills the process leaves its cell here.
     last = Path(tempfile.mkdtemp()) / "last.py"

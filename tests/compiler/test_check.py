@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.dispatch.runner import find_program, find_trainable
+from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.runtime import guard_pages as check
-from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.errors import CompilerError
+from tests.compiler.checked_kernel import called
 
 
 @pytest.fixture
@@ -38,35 +38,6 @@ def test_results_are_the_same_bits(monkeypatch, batch_first):
     cell.zero_grad()
     monkeypatch.setattr(check, "ENABLED", True)
     assert all(torch.equal(one, other) for one, other in zip(plain, results(cell, x, **options), strict=True))
-
-
-def called(run, given=None):
-    """A GRU's kernel, or what ``run`` makes of it, run by the check over 7 steps of 3 rows."""
-    cell, x = fc.GRUCell(5, 17), torch.randn(7, 3, 5)
-    found = find_program(cell, (x,)).kernel
-    block = found.block()
-    kept = [
-        torch.empty(7, 3, 17),
-        torch.empty(3, 17),
-        torch.zeros(3, 17),
-        *[getattr(cell, name).detach() for name in found.words.weights],
-    ]
-    found.give_sequences(block, found.words.inputs.values(), [x])
-    found.give_matrices(block, found.words.weights.values(), kept[3:])
-    found.give_states(block, found.words.first, kept[2:3])
-    found.give_sequences(block, found.words.outputs.values(), kept[:1])
-    found.give_states(block, found.words.last, kept[1:2])
-    found.fill(block, 7, 3, False, 0, 7)
-    if given:
-        block[found.words.positions[given]] = 0
-
-    def run_and_more(address):
-        found.long(address)
-        words = (ctypes.c_int64 * len(found.emitted.words)).from_address(address)
-        run(dict(zip(found.emitted.words, words, strict=True)))
-
-    theirs = extents(found, block, 7, 3)
-    check.checked_run(run_and_more, block, found.emitted, theirs, found.words.positions, rows=3, chunk=7)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +68,7 @@ def test_one_byte_too_far_is_the_end(word, behind):
     """Reading the byte before is fine, and what is behind it ends the process."""
     code = f"""if True:
         import ctypes, sys
-        from tests.compiler.test_check import called
+        from tests.compiler.checked_kernel import called
         def run(words):
             ctypes.string_at(words["{word}"] + {behind} - 1, 1)
             print("so far", flush=True)
@@ -130,7 +101,10 @@ def test_the_environment_switches_it_on():
         y.sum().backward()
         print(check.ENABLED)
     """
-    for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
+    off = "from fusecell.compiler.runtime import guard_pages as check; print(check.ENABLED)"
+    for value, script, expected in (("1", code, "True"), ("0", off, "False"), ("", off, "False")):
         environment = {**os.environ, "FUSECELL_CHECK": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == expected

@@ -1,4 +1,7 @@
-"""The compiler's texts for three cells, as files to read and to compare; UPDATE_GOLDEN=1 writes them anew."""
+"""The compiler's texts for three cells, as files to read and to compare; UPDATE_GOLDEN=1 writes them anew.
+
+Graphs and plans are of every cell, the LLVM text, which is the longest by far, of the smallest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.backend.target import host_target
+from fusecell.compiler.backend.isa import instruction_set
+from fusecell.compiler.backend.target import target_of
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.programs.autograd import TrainableStep
@@ -17,6 +21,10 @@ from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
 
 GOLDEN = Path(__file__).parent / "golden"
+TRIPLE = "x86_64-unknown-linux-gnu"
+FEATURES = instruction_set(TRIPLE).features_of("x86-64-v3")
+TARGET = target_of("x86-64-v3", ",".join(f"+{name}" for name in FEATURES), TRIPLE, frozenset(FEATURES))
+"""Texts are written for a CPU, not run on it: it needn't be this machine's."""
 CELLS = {
     "leaky": lambda: fc.cells.LeakyCell(3, 5),
     "gru": lambda: fc.GRUCell(3, 5),
@@ -25,8 +33,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_texts(name, monkeypatch):
-    monkeypatch.setenv("FUSECELL_TARGET", "x86-64-v3")
+def test_texts(name):
     traced = trace(CELLS[name](), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
     wanted = [True] * (1 + len(traced.weight_names))
@@ -36,8 +43,8 @@ def test_texts(name, monkeypatch):
         optimised = optimise(graph)[-1][1]
         schedule = plan(optimised, backward=title == "backward")
         texts |= {f"{title} graph, optimised": optimised.text, f"{title} plan": schedule.text}
-        if title == "forward":
-            texts["LLVM"] = emit(schedule, host_target()).text
+        if title == "forward" and name == "leaky":
+            texts["LLVM"] = emit(schedule, TARGET).text
     found = "\n".join(f"==== {title} ====\n{text}" for title, text in texts.items())
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):

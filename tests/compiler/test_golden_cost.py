@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cost import KINDS, Counted
 
 import fusecell as fc
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.runtime import kernel
+from tests.compiler.cost import KINDS, Counted
 
 GOLDEN = Path(__file__).parent / "golden"
 CELLS = {

@@ -8,6 +8,7 @@ import torch
 from fusecell.compiler.ir.graph import Builder
 from fusecell.compiler.ir.interpreter import EVALUATE, interpret
 from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.sizes import DType
 
 
 def test_a_rule_for_every_primitive() -> None:
@@ -15,7 +16,7 @@ def test_a_rule_for_every_primitive() -> None:
 
 
 def _builder() -> tuple[Builder, int, int]:
-    builder = Builder("test", "f64")
+    builder = Builder("test", DType.F64)
     return (
         builder,
         builder.append("input", (), {"shape": [3]}, "x"),

@@ -16,8 +16,9 @@ import pytest
 import fusecell.errors
 from fusecell.compiler.backend import jit as machine
 from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.jit import Loaded, load
-from fusecell.compiler.backend.target import LEVELS, host_target
+from fusecell.compiler.backend.target import host_target
 from fusecell.errors import CompilerError
 
 SOURCE = Path(fusecell.errors.__file__).parents[1]
@@ -102,7 +103,7 @@ def multiply_add(loaded: Loaded, a: np.ndarray, x: np.ndarray, y: np.ndarray) ->
 def available_targets() -> list[str]:
     present = llvm.host().features
     fitting, needed = ["native"], set()
-    for level, features in LEVELS.items():
+    for level, features in instruction_set("x86_64").levels.items():
         needed |= set(features)
         if needed <= present:
             fitting.append(level)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trace import FUNCTIONS, WEIGHTS
 from torch import nn
-from traced_cells import BodyCell, both
 
 import fusecell as fc
 import fusecell.compiler.dispatch.runner as compiled
-import fusecell.compiler.runtime.kernel as kernel
 from fusecell.cells import CELLS
+from fusecell.compiler.backend import tuning
+from tests.compiler.traced_cells import FUNCTIONS, WEIGHTS, BodyCell, both
+from tests.compiler.tuned import tuned
 
 SHAPES = [(5, 3, 4, 10), (7, 33, 5, 16), (4, 1, 3, 40), (3, 9, 10, 257), (6, 2, 1, 2)]
 NAMES = [found.name for found in CELLS]
@@ -78,7 +78,7 @@ def test_bits_do_not_depend_on_batch_chunks_or_layout(name, monkeypatch):
     assert torch.equal(run(cell, swapped, batch_first=True)[0].transpose(0, 1), y)
     assert torch.equal(run(cell, torch.cat((x, x), -1)[..., 19:])[0], y)
     assert torch.equal(run(cell, x, lengths=[9] * 13)[0], y)
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 1)
+    tuned(monkeypatch, chunk_bytes=1)
     assert torch.equal(run(cell, x)[0], y)
 
 
@@ -118,8 +118,8 @@ def test_an_input_is_read_where_it_is_or_gathered(cell, dtype, rows, monkeypatch
     between_steps = torch.randn(18, rows, 32, dtype=dtype)[::2].copy_(x)
     by_row = x.transpose(0, 1).contiguous().transpose(0, 1)
     expected = all_of(x)
-    for chunk in (kernel.CHUNK_BYTES, 1):
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+    for chunk in (tuning.TUNING.chunk_bytes, 1):
+        tuned(monkeypatch, chunk_bytes=chunk)
         fc.refresh()
         for other in (x, behind, between_rows, between_steps, by_row):
             assert all(map(torch.equal, all_of(other), expected))

@@ -1,4 +1,4 @@
-"""Cells that nobody wrote, a hundred here and another hundred in the check mode.
+"""Cells that nobody wrote, 75 here and another 75 in the check mode.
 
 ``python -m tests.compiler.random_cells`` tries any number of others.
 """
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 import fusecell as fc
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.runtime import guard_pages as check
-from fusecell.compiler.runtime import kernel
 from tests.compiler import crews
 from tests.compiler.random_cells import calls, outcome, recipes
 from tests.compiler.recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source
+from tests.compiler.tuned import tuned
 
 
 @pytest.mark.parametrize("part", [*range(4), "two threads"])
@@ -27,11 +27,11 @@ def test_random_cells_equal_the_python_loop(part, monkeypatch):
     threads, before = 1 + (part == "two threads"), torch.get_num_threads()
     if threads > 1:
         crews.always(monkeypatch)
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", 1 << 13)
+        tuned(monkeypatch, chunk_bytes=1 << 13)
 
     @seed((4 if threads > 1 else part) + 5 * check.ENABLED)
     @settings(
-        max_examples=25,
+        max_examples=15,
         deadline=None,
         database=None,
         phases=[Phase.generate],

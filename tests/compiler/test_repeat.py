@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
+from fusecell.compiler.backend.tuning import TUNING
 from fusecell.compiler.dispatch import fast_path as repeat
 from fusecell.compiler.dispatch.guards import guards_of
 from fusecell.compiler.programs import launch as call
@@ -365,7 +366,9 @@ def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
     assert id(cell) not in repeat._KNOWN
 
 
-@pytest.mark.parametrize("size", [100, call.SMALL_SCRATCH, call.HUGE_SCRATCH + 1, call.LARGE_SCRATCH + 1])
+@pytest.mark.parametrize(
+    "size", [100, TUNING.small_scratch_bytes, TUNING.huge_scratch_bytes + 1, TUNING.large_scratch_bytes + 1]
+)
 def test_scratch_holds_what_was_asked_for(size):
     """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
     memory = call._scratch(size)

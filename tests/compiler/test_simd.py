@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fusecell.compiler.codegen import vector_math as simd
+from fusecell.compiler.ir.primitives import LANES
 
 FORMATS = {"f32": np.float32, "f64": np.float64}
 SCALARS = {"f32": "float", "f64": "double"}
@@ -62,7 +63,7 @@ every_op = pytest.mark.parametrize("op", simd.OPS)
 
 def loop_over(op: str, dtype: str) -> str:
     """A module whose function ``apply`` runs an op over arrays."""
-    vector = f"<{simd.LANES} x {SCALARS[dtype]}>"
+    vector = f"<{LANES} x {SCALARS[dtype]}>"
     names = ("x", "y") if op in simd.BINARY_OPS else ("x",)
     loads = "\n".join(
         f"  %{n}.at = getelementptr {vector}, ptr %{n}, i64 %i\n  %{n}.in = load {vector}, ptr %{n}.at, align 8"
@@ -132,9 +133,9 @@ def run(op: str, dtype: str, *args: np.ndarray, cpu: str = "host") -> np.ndarray
     addresses, _ = linked(loop_over(op, dtype), cpu, "apply")
     apply = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(addresses["apply"])
     size = args[0].size
-    padded = [np.pad(np.asarray(a, FORMATS[dtype]), (0, -size % simd.LANES), mode="edge") for a in args]
+    padded = [np.pad(np.asarray(a, FORMATS[dtype]), (0, -size % LANES), mode="edge") for a in args]
     out = np.empty_like(padded[0])
-    apply(padded[0].ctypes.data, padded[-1].ctypes.data, out.ctypes.data, out.size // simd.LANES)
+    apply(padded[0].ctypes.data, padded[-1].ctypes.data, out.ctypes.data, out.size // LANES)
     return out[:size]
 
 

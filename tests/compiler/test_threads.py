@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.runtime import kernel
 from fusecell.compiler.runtime import thread_team as threads
 from tests.compiler.crews import always as crews_always
+from tests.compiler.tuned import tuned
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def options(kind, rows):
 @pytest.mark.usefixtures("team")
 def test_a_crew_is_as_one(make, kind, monkeypatch):
     """Seven rows are too few to part for two threads, thirteen for four; chunks of a few steps."""
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 16 << 10)
+    tuned(monkeypatch, chunk_bytes=16 << 10)
     torch.manual_seed(2)
     cell = make(5, 37).double()
     for rows in (7, 13):
@@ -87,7 +87,7 @@ def test_sums_by_halves_of_the_rows(make, rows, reverse, monkeypatch):
     first = run(cell, x, {"reverse": reverse})
     for count, chunk in ((2, 0), (3, 0), (4, 0), (1, 30_000), (2, 1)):
         torch.set_num_threads(count)
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk or 1 << 30)
+        tuned(monkeypatch, chunk_bytes=chunk or 1 << 30)
         fc.refresh()
         again = run(cell, x, {"reverse": reverse})
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True)), (count, chunk)
@@ -108,7 +108,7 @@ def test_sums_of_long_rows(lengths, dtype, monkeypatch):
     found = {}
     for count, chunk in ((1, 1 << 30), (2, 1 << 30), (3, 1), (2, 100_000)):
         torch.set_num_threads(count)
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        tuned(monkeypatch, chunk_bytes=chunk)
         fc.refresh()
         found[count, chunk] = run(cell, x, lengths)
     first, *others = found.values()
@@ -148,7 +148,7 @@ def test_who_is_ahead_leaves_the_others_their_rows():
 
 def test_who_comes_late_is_not_waited_for(monkeypatch):
     """The call is done by who is there, and the next ones do without the others, for longer each time."""
-    monkeypatch.setattr(threads, "_MOST_PATIENCE", 0)
+    tuned(monkeypatch, most_arrival_us=0)
     cell, x = fc.GRUCell(5, 11), torch.randn(9, 7, 5)
     torch.set_num_threads(1)
     expected = run(cell, x, {})

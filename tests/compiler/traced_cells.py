@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fusecell as fc
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.ir.interpreter import interpret
 
 Body = Callable[[Any, Tensor, Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
 class BodyCell(fc.Cell):
@@ -115,3 +118,175 @@ def _through(
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def _square(z: Tensor) -> Tensor:
+    return z.view(-1, 2, 3)
+
+
+# What is done to an input of elements of either sign; every rule of the tables is met by one of these or of WEIGHTS.
+FUNCTIONS: dict[str, Function] = {
+    **{
+        name: getattr(F, name)
+        for name in [
+            "sigmoid",
+            "tanh",
+            "relu",
+            "leaky_relu",
+            "elu",
+            "selu",
+            "celu",
+            "gelu",
+            "silu",
+            "softplus",
+            "hardtanh",
+            "hardsigmoid",
+            "hardswish",
+            "mish",
+            "softsign",
+            "logsigmoid",
+            "tanhshrink",
+            "hardshrink",
+            "softshrink",
+            "relu6",
+        ]
+    },
+    **{
+        name: getattr(torch, name)
+        for name in [
+            "exp",
+            "sin",
+            "cos",
+            "abs",
+            "neg",
+            "sign",
+            "tan",
+            "exp2",
+            "expm1",
+            "erf",
+            "erfc",
+            "floor",
+            "ceil",
+            "trunc",
+            "square",
+        ]
+    },
+    **{
+        name: lambda z, name=name: getattr(torch, name)(z.abs() + 0.5)
+        for name in ["log", "log1p", "sqrt", "rsqrt", "reciprocal", "log2", "log10"]
+    },
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "softplus_sharp": lambda z: F.softplus(z, 2.0, 1.0),
+    "elu_small": lambda z: F.elu(z, 0.5),
+    "elu_in_place": lambda z: F.elu(z * 1, 0.5, inplace=True),
+    "relu_in_place": lambda z: torch.relu_(z * 1),
+    "threshold": lambda z: F.threshold(z, 0.1, 0.2),
+    "powers": lambda z: (z.abs() + 0.1) ** 2.5 + z**3 + z**2 + (z.abs() + 0.2) ** -0.5 + (z.abs() + 1) ** -2 + 2**z,
+    "power_of_itself": lambda z: (z.abs() + 0.1) ** (z * z),
+    "limits": lambda z: torch.maximum(z, z * 0.5) + torch.minimum(z, -z) + z.clamp(-0.3, 0.4) + z.clamp(min=0),
+    "limits_of_tensors": lambda z: torch.clamp(z, z * 0.5, z.abs()) + torch.clamp_max(z, 0.2),
+    "where": lambda z: torch.where(z > 0.0, z, 0.0) + torch.where((z > 0.1) & ~(z < 0.3) | (z == 0), z * 2, z),
+    "masked_fill": lambda z: z.masked_fill(z > 0.2, 1.5) + torch.masked_fill(z, z <= 0, 0),
+    "logic": lambda z: torch.logical_xor(z > 0, z > 0.5).to(z.dtype) * z + (z >= 0) * z + ((z != 0) ^ (z > 1)) * z,
+    "logical": lambda z: torch.logical_and(z > 0, z < 1) * z + torch.logical_or(z > 1, torch.logical_not(z > 0)) * z,
+    "lerp": lambda z: torch.lerp(z, z * 2, torch.sigmoid(z)) + torch.lerp(z, -z, 0.3) + torch.lerp(z, -z, 0.7),
+    "fused": lambda z: torch.addcmul(z, z, z, value=0.5) + torch.addcdiv(z, z, z.abs() + 1, value=2.0),
+    "numbers": lambda z: (
+        1 - z + torch.sub(z, z * z, alpha=3) + torch.add(z, z * z, alpha=0.3) + 1 / (z * z + 1) + z / 3
+    ),
+    "truncated": lambda z: torch.div(z, 0.3, rounding_mode="trunc") * z,
+    "glu": lambda z: F.glu(torch.cat([z, z * 2], -1)),
+    "not_finite": lambda z: torch.nan_to_num(z, 0.0, 1.0, -1.0) + torch.isnan(z) * z + torch.isinf(z) * z,
+    **{
+        name: lambda z, name=name: z * getattr(z, name)(-1, keepdim=True)
+        for name in ["sum", "mean", "var", "std", "amax", "amin", "logsumexp"]
+    },
+    "softmax": lambda z: z.softmax(-1),
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "logsumexp_flat": lambda z: z + z.logsumexp(-1)[:, None],
+    "var_biased": lambda z: z * z.var(-1, keepdim=True, unbiased=False),
+    "var_mean": lambda z: z * torch.var_mean(z, -1, keepdim=True)[0] + torch.var_mean(z, -1, keepdim=True)[1],
+    "std_mean": lambda z: z * torch.std_mean(z, -1, keepdim=True)[0] + torch.std_mean(z, -1, keepdim=True)[1],
+    "norms": lambda z: F.normalize(z, dim=-1) + z.norm(dim=-1, keepdim=True) + _norm(z, 1) + _norm(z, 3),
+    "norm_of_order_infinity": lambda z: z * _norm(z, math.inf) + z.detach() * _norm(z, -math.inf),
+    "max": lambda z: z * z.detach().max(-1, keepdim=True)[0] - z.detach().min(-1, keepdim=True)[0],
+    "rms_norm": lambda z: F.rms_norm(z, (6,)),
+    "layer_norm": lambda z: F.layer_norm(z, (6,)),
+    "groups": lambda z: F.layer_norm(_square(z), (3,)).view(-1, 6) + _square(z).softmax(1).flatten(1),
+    "group_sums": lambda z: _square(z).sum(1).repeat(1, 2) + z.view(-1, 3, 2).amax(2).repeat(1, 2),
+    "unflatten": lambda z: z.unflatten(1, (3, 2)).softmax(-1).flatten(1),
+    "cat_and_stack": lambda z: torch.cat([z[:, 3:], z[:, :3]], 1) + torch.stack([z[:, :3], z[:, 3:]], 2).flatten(1),
+    "roll_and_flip": lambda z: torch.roll(z, 1, 1) + z.flip(1),
+    "pad": lambda z: F.pad(z[:, 1:-1], (1, 1)) + F.pad(z, (0, 3))[:, 3:],
+    "select": lambda z: z * z[:, 0:1] + z * z[:, 2, None] + z[:, ::2].repeat(1, 2),
+    "expand": lambda z: z[:, :1].expand(-1, 6) * z[:, 1:2].expand_as(z),
+    "transpose": lambda z: _square(z).transpose(1, 2).reshape(-1, 6) + z.t().t() + _square(z).mT.tanh().flatten(1),
+    "unbind": lambda z: torch.stack(z.unbind(1)[::-1], 1),
+    "chunk": lambda z: torch.cat([z.chunk(2, 1)[1] * z.chunk(2, 1)[0], z.split([2, 1, 3], 1)[2]], 1),
+    "filled": lambda z: z + torch.zeros_like(z) + torch.ones_like(z) * 2 + z.new_full((len(z), 6), 3.0),
+    "factories": lambda z: z * torch.ones(len(z), 1).double() + torch.tensor(2.0) * z + torch.zeros(6).double(),
+    "in_place": lambda z: (z * 2).add_(1).mul_(z).clamp_(-1, 1),
+    "detached": lambda z: z * z.detach(),
+    "small_products": lambda z: torch.bmm(_square(z), z.view(-1, 3, 2)).flatten(1).repeat(1, 2)[:, :6],
+    "outer_products": lambda z: (z[:, :3, None] * z[:, None, :2]).flatten(1),
+    "cosine_similarity": lambda z: z * F.cosine_similarity(z[:, :3], z[:, 3:], dim=1)[:, None],
+}
+
+
+def _norm(z: Tensor, order: float) -> Tensor:
+    return torch.linalg.vector_norm(z, ord=order, dim=-1, keepdim=True)
+
+
+def _frozen_double(cell: Any) -> Tensor:
+    with torch.no_grad():
+        doubled: Tensor = cell.vector * 2
+    return doubled
+
+
+def _built(cell: Any) -> Tensor:
+    made = torch.zeros(6, 6, dtype=torch.float64)
+    made[:3] = cell.square[:3] * 2
+    return made
+
+
+WEIGHTS: dict[str, Body] = {
+    "vectors": lambda c, x, h: both(c, x, h) * c.vector + c.line * h + c.scalar * h + c.one * h,
+    "parts_of_a_vector": lambda c, x, h: c.long[:6] * h + c.long[6:] + c.long.chunk(2)[0] + c.long[3] * h,
+    "computed": lambda c, x, h: torch.tanh(
+        both(c, x, h) + F.linear(h, c.square - c.square.t()) + h @ c.square + F.linear(h, F.relu(c.square) * c.mask)
+    ),
+    "tied_and_transposed": lambda c, x, h: torch.tanh(h @ c.square + h @ c.square.t() + c.rec(h) * c.rec(h * h)),
+    "on_the_left": lambda c, x, h: (c.square @ h.t()).t() + x @ c.inp.weight.t(),
+    "flags": lambda c, x, h: torch.where(c.flags, h, both(c, x, h)) + c.flags * h,
+    "whole_number": lambda c, x, h: h / c.count,
+    "rows": lambda c, x, h: sum(torch.tanh(F.linear(h, w)) for w in c.tall.chunk(3)) + F.linear(h, c.tall[2:8]),
+    "columns": lambda c, x, h: F.linear(h[:, :3], c.square[:, :3]) + h[:, 2:] @ c.tall[:4],
+    "addmm": lambda c, x, h: torch.addmm(c.vector, h, c.square, beta=0.5, alpha=2.0) + torch.addmm(h, h, c.square),
+    "mv": lambda c, x, h: h * torch.mv(h, c.vector)[:, None] + h * (h @ c.vector).unsqueeze(1),
+    "heads": lambda c, x, h: (h[:, None, :] * c.table).sum(1) + (h.view(-1, 3, 2) * c.pair).flatten(1),
+    "layer_norm": lambda c, x, h: c.norm(both(c, x, h)),
+    "rms_norm": lambda c, x, h: F.rms_norm(both(c, x, h), (6,), c.vector),
+    "powers": lambda c, x, h: (h.abs() + 0.1) ** c.vector + (h * h + 1) ** c.one,
+    "gates": lambda c, x, h: torch.sigmoid(c.vector) * h + (1 - torch.sigmoid(c.scalar)) * both(c, x, h),
+    "prelu": lambda c, x, h: F.prelu(both(c, x, h), c.one) + F.prelu(h, c.vector),
+    "division": lambda c, x, h: h / (c.vector + 2) + c.vector / (h * h + 1),
+    "einsum": lambda c, x, h: torch.einsum("ni,oi->no", h, c.square) + torch.einsum("ni,io->no", h, c.square),
+    "matrix_exp": lambda c, x, h: h @ torch.matrix_exp(c.square - c.square.T),
+    "qr": lambda c, x, h: h @ torch.linalg.qr(c.square)[0],
+    "row_and_whole": lambda c, x, h: h * c.square[0] + c.square[:, 1] * h + h @ c.square,
+    "identity": lambda c, x, h: F.linear(h, c.square - torch.eye(6, dtype=h.dtype) * c.scalar),
+    "built_in_place": lambda c, x, h: F.linear(h, _built(c)),
+    "detached": lambda c, x, h: F.linear(h, c.square.detach() * 2 + c.square) + c.vector.detach() * h,
+    "without_gradient": lambda c, x, h: both(c, x, h) + _frozen_double(c) * h,
+    "joined": lambda c, x, h: F.linear(torch.cat([x, h], 1), torch.cat([c.inp.weight, c.square], 1)),
+    "joined_to_rows": lambda c, x, h: torch.cat([h[:, :3], c.vector[:3].expand(len(h), 3)], 1),
+    "spread": lambda c, x, h: c.vector.expand(len(h), -1) * 2 + c.vector.expand_as(h) * h,
+    "alone": lambda c, x, h: c.vector.expand_as(h),
+    "nothing": lambda c, x, h: h,
+    "lerp": lambda c, x, h: torch.lerp(h, both(c, x, h), torch.sigmoid(c.vector)),
+    "limits": lambda c, x, h: (
+        torch.where(h > c.vector, h, c.vector) + torch.maximum(h, c.vector) + h.clamp(min=c.scalar)
+    ),
+    "chained": lambda c, x, h: F.linear(h * F.linear(h, c.square), c.square),
+    "scaled": lambda c, x, h: F.linear(h, c.square / c.square.norm()) + F.linear(h, c.square * c.vector[:, None]),
+}

@@ -17,11 +17,12 @@ from xml.etree import ElementTree
 import torch
 
 import fusecell as fc
+from fusecell.compiler.backend import llvm
 from fusecell.compiler.dispatch.runner import find_trainable
 
 __all__ = ["LEVEL", "check", "errors", "write_graphs"]
 
-LEVEL = "x86-64-v3"
+LEVEL = "x86-64-v3" if {"avx2", "fma"} <= llvm.host().features else "x86-64-v2"
 """Valgrind 3.19 knows no AVX-512."""
 CELLS = (fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell, fc.cells.MGUCell)
 

@@ -123,34 +123,98 @@ def _options():
 
 
 CHANGES = {
-    "fewer rows of state": ("state", [torch.zeros(3, 9)]),
-    "a narrow state": ("state", [torch.zeros(4, 8)]),
-    "no state": ("state", []),
-    "no state to go back to": ("start", []),
-    "a wide input": ("inputs", [torch.zeros(7, 4, 6)]),
-    "an input in float64": ("inputs", [torch.zeros(7, 4, 5, dtype=torch.float64)]),
-    "a weight less": ("weights", []),
-    "small weights": ("weights", [torch.zeros(1, 1)] * 4),
-    "two lengths": ("lengths", torch.tensor([1, 2])),
-    "lengths in 32 bits": ("lengths", torch.ones(4, dtype=torch.int32)),
-    "resets of another shape": ("resets", torch.zeros(4, 7, dtype=torch.bool)),
-    "resets in 32 bits": ("resets", torch.zeros(7, 4)),
+    "fewer rows of state": ("state", [torch.zeros(3, 9)], r"state 'h' of shape \(4, 9\).* got \(3, 9\)"),
+    "a narrow state": ("state", [torch.zeros(4, 8)], r"state 'h' of shape \(4, 9\).* got \(4, 8\)"),
+    "no state": ("state", [], r"state to be 1 tensors \('h'\).* got 0"),
+    "no state to go back to": ("start", [], "start to be 1 tensors"),
+    "no input": ("inputs", [], r"inputs to be 1 tensors \('x'\).* got 0"),
+    "a wide input": ("inputs", [torch.zeros(7, 4, 6)], r"inputs 'x' of shape .* with 5 features.* got \(7, 4, 6\)"),
+    "an input of one axis": ("inputs", [torch.zeros(5)], r"inputs 'x' to be \(T, N, ...\).* got \(5,\)"),
+    "an input without steps": ("inputs", [torch.zeros(0, 4, 5)], r"none of them 0.* got \(0, 4, 5\)"),
+    "an input in float64": (
+        "inputs",
+        [torch.zeros(7, 4, 5, dtype=torch.float64)],
+        r"inputs 'x' to be a dense torch.float32",
+    ),
+    "a weight less": ("weights", [], "weights to be 4 tensors"),
+    "small weights": ("weights", [torch.zeros(1, 1)] * 4, r"weights 'weight_ih' of shape \(27, 5\).* got \(1, 1\)"),
+    "two lengths": ("lengths", torch.tensor([1, 2]), r"lengths of shape \(4,\).* got \(2,\)"),
+    "lengths in 32 bits": ("lengths", torch.ones(4, dtype=torch.int32), "lengths to be a dense torch.int64"),
+    "resets of another shape": ("resets", torch.zeros(4, 7, dtype=torch.bool), r"resets of shape \(7, 4\)"),
+    "resets in 32 bits": ("resets", torch.zeros(7, 4), "resets to be a dense torch.bool"),
+    "no graph": ("graph", "os.system('true')", "a graph that it can't run: not a graph"),
 }
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", CHANGES)
 def test_the_operator_called_by_hand(arguments, training, kind):
-    name, value = CHANGES[kind]
+    name, value, text = CHANGES[kind]
     given = arguments[training]
     made = torch.ops.fusecell.scan(*given)
-    with pytest.raises(ValueError, match="not what its graph reads"):
+    with pytest.raises(ValueError, match=text):
         torch.ops.fusecell.scan(*given._replace(**{name: value}))
     if training:
         *grads, saved = made
         torch.ops.fusecell.scan_backward(saved, grads, *given)
-        with pytest.raises(ValueError, match="not what its graph reads"):
+        with pytest.raises(ValueError, match=text):
             torch.ops.fusecell.scan_backward(saved, grads, *given._replace(**{name: value}))
-        for wrong in ((saved[:-1], grads), (saved, grads[:-1]), (saved, [grads[0][:-1], *grads[1:]])):
-            with pytest.raises(ValueError, match="another fusecell::scan"):
-                torch.ops.fusecell.scan_backward(*wrong, *given)
+
+
+def test_what_the_operators_backward_is_given(arguments):
+    given = arguments[True]
+    *grads, saved = torch.ops.fusecell.scan(*given)
+    every_other = torch.zeros(2 * len(saved))[::2]
+    for wrong, text in (
+        ((saved[:-1], grads), r"saved of shape"),
+        ((every_other, grads), r"saved as fusecell::scan has made it.* stride \(2,\)"),
+        ((saved.double(), grads), "saved to be a dense torch.float32"),
+        ((saved, grads[:-1]), "grads to be 2 tensors"),
+        ((saved, [grads[0][:-1], *grads[1:]]), r"grads\[0\] of shape \(7, 4, 9\).* got \(6, 4, 9\)"),
+        ((saved, [grads[0], grads[1].double()]), r"grads\[1\] to be a dense torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            torch.ops.fusecell.scan_backward(*wrong, *given)
+    with pytest.raises(ValueError, match="expected wanted to have 5 flags, got 2"):
+        torch.ops.fusecell.scan(*given._replace(wanted=[True, False]))
+    with pytest.raises(ValueError, match="expected wanted, a flag for each"):
+        torch.ops.fusecell.scan_backward(saved, grads, *arguments[False])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_operators_graph_has_the_types_of_its_states(arguments, training):
+    """A new state narrower than the state was read and written beyond."""
+    given = arguments[training]
+    lines = given.graph.splitlines()
+    (state,) = (place for place, line in enumerate(lines) if line.startswith("return state.h"))
+    lines[state] = "return state.h = x"
+    with pytest.raises(ValueError, match=r"the new value of state h is row\[5\], expected row\[9\]"):
+        torch.ops.fusecell.scan(*given._replace(graph="\n".join(lines) + "\n"))
+
+
+@pytest.mark.parametrize("name", ["order", "starts", "strips", "h_rows", "state_h"])
+def test_a_variable_may_be_called_as_the_kernels_own_memory(name):
+    """A value is called as its variable, and so was its buffer: two of one name lay in one place."""
+    cell = Named(name)
+    x, lengths = torch.randn(7, 6, 5), [7, 3, 5, 1, 0, 7]
+    with torch.no_grad():
+        with fc.runner("compiled"):
+            found, _ = fc.scan(cell, x, lengths=lengths)
+        with fc.runner("eager"):
+            expected, _ = fc.scan(cell, x, lengths=lengths)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+class Named(fc.Cell):
+    """A step whose value between two products, which is kept in memory, has any name."""
+
+    def __init__(self, name):
+        super().__init__(5, 9)
+        self.inp, self.rec, self.out = nn.Linear(5, 9), nn.Linear(9, 9), nn.Linear(9, 9)
+        self.name = name.replace("_", ".")
+
+    def step(self, x, state):
+        (h,) = state
+        inner = self.note(self.name, torch.tanh(self.inp(x) + self.rec(h)))
+        h = torch.tanh(self.out(inner) * h)
+        return h, (h,)

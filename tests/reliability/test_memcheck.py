@@ -8,13 +8,9 @@ import shutil
 import pytest
 
 import fusecell as fc
-from fusecell.compiler.runtime import guard_pages as check
 from tests.reliability.memcheck import errors, write_graphs
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind"),
-    pytest.mark.skipif(check.ENABLED, reason="the check mode is another watchman, and this one has been here"),
-]
+pytestmark = pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind")
 
 
 def test_memcheck_finds_a_number_too_far_and_nothing_else(tmp_path):

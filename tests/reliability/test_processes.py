@@ -209,7 +209,7 @@ for size in range(40, 44):
         y, _ = fc.LSTM(5, size)(x)
         y.sum().backward()
         os._exit(0 if y.isfinite().all() else 1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.kill(child, 9)
@@ -250,34 +250,36 @@ def test_compiling_in_a_thread_while_another_runs():
     finally:
         ended.set()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=120)
     assert not wrong
 
 
 _WAITING = """
-import sys, threading, time
+import sys, threading
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.backend.jit import load
 from fusecell.compiler.backend.target import host_target
 def text(number):
     lines = "".join(f"  %v{i} = mul i32 %v{i - 1}, %v{i // 2}\\n" for i in range(1, 9000))
-    return f"define i32 @f(i32 %v0) {{\\n{lines}  ret i32 %v8999\\n}}"
-begin = threading.Barrier(9)
+    return f"define i32 @f(i32 %v0) {{\\n{lines}  %last = add i32 %v8999, {number}\\n  ret i32 %last\\n}}"
+begin, compiled = threading.Barrier(9), threading.Semaphore(0)
 def work(number):
     begin.wait()
     load(text(number), ["f"], host_target())
+    compiled.release()
 for number in range(8):
     threading.Thread(target=work, args=(number,), daemon=True).start()
 begin.wait()
-time.sleep(float(sys.argv[1]))
+for _ in range(int(sys.argv[1])):
+    compiled.acquire()
 print(threading.active_count())
 """
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.05, 0.3])
-def test_the_end_while_threads_wait_for_the_compiler(wait):
-    """One compiles, the others wait their turn as the interpreter ends."""
-    done = alone(_WAITING, str(wait), FUSECELL_CACHE="off")
+@pytest.mark.parametrize("compiled", [0, 1, 3])
+def test_the_end_while_threads_wait_for_the_compiler(compiled):
+    """One compiles, the others wait their turn as the interpreter ends; some have had it."""
+    done = alone(_WAITING, str(compiled), FUSECELL_CACHE="off")
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) > 2, "nobody waited"
 
@@ -299,7 +301,7 @@ threading.Thread(target=hold).start()
 held.wait()
 child = os.fork()
 if child == 0:
-    os._exit(0 if lock.acquire(timeout=5) else 1)
+    os._exit(0 if lock.acquire(timeout=120) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 

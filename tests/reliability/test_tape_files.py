@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import fusecell as fc
+from tests.reliability.hostile_tapes import SCRIPT, changed, poisoned
 
 REFUSED = "is not a tape that was saved, or is damaged"
 
@@ -48,18 +47,6 @@ def test_damage_is_refused_or_harmless(saved, tmp_path_factory, data):
     assert shapes == {(7, 3)}
 
 
-def changed(saved, path, change):
-    """A copy of a saved tape with something else in it."""
-    tensors = load_file(saved)
-    with safe_open(saved, framework="pt") as file:
-        about = file.metadata()
-    tracks = json.loads(about["tracks"])
-    change(tensors, tracks, about)
-    about["tracks"] = about["tracks"] if about["tracks"].startswith("[[") else json.dumps(tracks)
-    save_file(tensors, path, about)
-    return path
-
-
 HOSTILE = {
     "another format": lambda tensors, tracks, about: about.update(format="fusecell tape 99"),
     "no tracks": lambda tensors, tracks, about: tracks.clear(),
@@ -86,21 +73,6 @@ HOSTILE = {
 def test_hostile_tapes_are_refused(saved, tmp_path, kind):
     with pytest.raises(ValueError, match=REFUSED):
         fc.Tape.load(changed(saved, tmp_path / "it", HOSTILE[kind]))
-
-
-SCRIPT = "<img src=x onerror='window.harmed = 1'></SCRIPT ><script>window.harmed = 1</script><!-- /*SCRIPT*/ /*PLOTLY*/"
-
-
-def poisoned(tensors, tracks, about):
-    """Scripts wherever a tape holds text, the name of a state included."""
-    about["labels"] = json.dumps([SCRIPT] * 7)
-    tracks[0].update(kind=SCRIPT, source=SCRIPT, equation=f"{SCRIPT}' = h; {SCRIPT}")
-    tracks[0]["names"].append(SCRIPT)
-    tracks[0]["states"].append(SCRIPT)
-    if tracks[0]["gradients"]:
-        tracks[0]["gradients"].append(SCRIPT)
-    for kind in ("value", "before", *(["gradient"] if tracks[0]["gradients"] else [])):
-        tensors[f"0.{kind}.{SCRIPT}"] = tensors[f"0.{kind}.h"].clone()
 
 
 def test_a_page_runs_nothing_of_a_tape(saved, tmp_path):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusecell as fc
 from fusecell.compiler.programs import launch as calls
-from fusecell.compiler.runtime import kernel
+from tests.compiler.tuned import tuned
 
 
 def call(cell, x, state, gradients, options, runner):
@@ -56,8 +56,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [*((kind, False) for kind in CALLS), ("plain", True), ("all at once", True), ("long", True)]
+)
 def test_equals_the_python_loop(zoo_cell, kind, recompute):
     torch.manual_seed(1)
     steps, rows, options = CALLS[kind]
@@ -120,14 +121,21 @@ def test_float32_is_as_near_to_float64_as_torch(kind, steps):
 
 
 def test_float32_of_the_zoo(zoo_cell):
-    """Against the same step in float32 as torch computes it."""
-    torch.manual_seed(3)
-    cell = zoo_cell.make(13, 31)
-    x, states, gradients = drawn(cell, 60, 5, torch.float32)
-    wide = [[value.double() for value in values] for values in ([x], states, gradients)]
-    exact = call(copy.deepcopy(cell).double(), wide[0][0], wide[1], wide[2], {}, "eager")
-    mine, torchs = (rms(call(cell, x, states, gradients, {}, name), exact) for name in ("compiled", "eager"))
-    assert all(one <= 4 * other + 1e-9 for one, other in zip(mine, torchs, strict=True))
+    """Against the same step in float32 as torch computes it, over several draws of weights and data.
+
+    The error of a gradient that is one number, such as FastGRNN's zeta, is chance in a single draw, the loop's as ours.
+    """
+    errors = {"compiled": [], "eager": []}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        cell = zoo_cell.make(13, 31)
+        x, states, gradients = drawn(cell, 30, 5, torch.float32)
+        wide = [[value.double() for value in values] for values in ([x], states, gradients)]
+        exact = call(copy.deepcopy(cell).double(), wide[0][0], wide[1], wide[2], {}, "eager")
+        for name, rows in errors.items():
+            rows.append(torch.stack(rms(call(cell, x, states, gradients, {}, name), exact)))
+    mine, torchs = (torch.stack(rows).pow(2).mean(0).sqrt() for rows in errors.values())
+    assert (mine <= 4 * torchs + 1e-9).all()
 
 
 def equal_bits(first, again):
@@ -141,7 +149,7 @@ def test_bits_do_not_depend_on_chunks_or_runs(monkeypatch, zoo_cell):
     options = {"lengths": [301, 117, 240]}
     first = call(cell, *given, options, "compiled")
     for chunk in (1, 50_000, 10**9):
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+        tuned(monkeypatch, chunk_bytes=chunk)
         assert equal_bits(first, call(cell, *given, options, "compiled"))
 
 

@@ -178,6 +178,81 @@ def test_the_eager_runner_is_unrolled_by_torch():
     torch.testing.assert_close(found, layer(x)[0])
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "the original GRU"])
+@pytest.mark.parametrize("how", ["export", "strict export", "compile", "one graph"])
+def test_the_eager_runner_takes_the_drop_ins(kind, how):
+    """What they are unrolled to computes what they compute."""
+    layer = LAYERS[kind][0]()
+    x = torch.randn(3, 4, 5)
+    with fc.runner("eager"), torch.no_grad():
+        expected = layer(x)
+        if how.endswith("export"):
+            made = torch.export.export(layer, (x,), strict=how.startswith("strict")).module()
+            assert not any("fusecell" in str(node.target) for node in made.graph.nodes)
+        else:
+            made = torch.compile(layer, fullgraph=how == "one graph", backend="eager")
+        found = made(x)
+    torch.testing.assert_close(found, expected)
+
+
+class Model(nn.Module):
+    """A layer as part of a model, as most are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.layer(x)[0]))
+
+
+DEFAULTS = {
+    "GRU": lambda library: Model(library.GRU(5, 8)),
+    "two layers": lambda library: Model(library.LSTM(5, 4, 2, bidirectional=True)),
+    "alone": lambda library: library.RNN(5, 8),
+}
+OURS = ("fusecell/compiler", "fusecell/execution", "fusecell/eager")
+
+
+def _compiled_frames(library, make):
+    """What plain torch.compile, and a step of training, make frames of."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fc.refresh()
+    model, x = make(library), torch.randn(7, 4, 5)
+    with torch._dynamo.config.patch(allow_rnn=False):
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(3):
+            found = compiled(x)
+            found = found if isinstance(found, torch.Tensor) else found[0]
+            found.sum().backward()
+    plain = model(x)
+    torch.testing.assert_close(found, plain if isinstance(plain, torch.Tensor) else plain[0])
+    return torch._dynamo.utils.counters["frames"]["total"]
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_plain_compile_leaves_our_own_frames_alone(kind):
+    """Each was compiled, the tracer's and the code generator's too: 42 s and 984 frames for one GRU."""
+    theirs, mine = _compiled_frames(nn, DEFAULTS[kind]), _compiled_frames(fc, DEFAULTS[kind])
+    seen = {code().co_filename for code in torch._dynamo.convert_frame.input_codes.seen if code() is not None}
+    assert any("drop_in" in name for name in seen)
+    assert not any(part in name for name in seen for part in OURS)
+    assert mine <= theirs + 2
+
+
+def test_plain_compile_where_a_scan_breaks_the_graph():
+    """With tbptt the cell is made in the call, which no graph takes: it runs as it does without torch.compile."""
+    torch.manual_seed(4)
+    layer, x = fc.Recurrent(Gain(5, 7), tbptt=2), torch.randn(6, 3, 5)
+    fc.refresh()
+    compiled = torch.compile(layer, backend="eager")
+    for mine, plain in zip(run(compiled, (x,)), run(layer, (x,)), strict=True):
+        assert torch.equal(mine, plain)
+    seen = {code().co_filename for code in torch._dynamo.convert_frame.input_codes.seen if code() is not None}
+    assert not any(part in name for name in seen for part in OURS)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_gradients_gradient_is_an_error(backend):
     """torch's own compiled backward has none either; what matters is that it isn't taken for zero."""

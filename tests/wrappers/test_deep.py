@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loops import LeakyCell, compare
 
 import fusecell as fc
+from tests.wrappers.loops import LeakyCell, compare
 
 T, N = 7, 3
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import KINDS, compare
 
 import fusecell as fc
+from tests.wrappers.loops import KINDS, compare
 
 T, N, D, H = 9, 4, 5, 7
 

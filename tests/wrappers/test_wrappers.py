@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loops import KINDS, LeakyCell, compare
 from torch import nn
 
 import fusecell as fc
+from tests.wrappers.loops import KINDS, LeakyCell, compare
 
 T, N, D, H = 9, 4, 5, 7
 

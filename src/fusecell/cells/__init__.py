@@ -1,4 +1,4 @@
-"""The zoo: torch.nn's three cells and others, each one step in plain torch; ``CELLS`` lists them all."""
+"""Published recurrent cells, torch.nn's three among them, each one step in plain torch; ``CELLS`` lists them all."""
 
 from fusecell.cells.gated import FastGRNNCell, MGUCell, MinGRUCell, UGRNNCell
 from fusecell.cells.normed import LayerNormGRUCell, LayerNormLSTMCell, LiGRUCell

@@ -1,4 +1,4 @@
-"""The activations that cells take by name."""
+"""Activation functions by name, for the cells' ``activation`` arguments."""
 
 from __future__ import annotations
 
@@ -34,11 +34,16 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softsign": F.softsign,
     "tanh": torch.tanh,
 }
-"""By the names they have in torch."""
+"""Elementwise functions by their names in torch; keys are what ``activation=`` accepts."""
 
 
-def check_activation(where: str, **given: str) -> None:
-    """Raise ValueError for the name of an activation that there is not."""
-    for argument, name in given.items():
+def check_activation(where: str, **activations: str) -> None:
+    """Raise ValueError unless every argument names an activation.
+
+    Arguments:
+        where: the class, for the error's text.
+        activations: the value of each argument by the argument's name.
+    """
+    for argument, name in activations.items():
         if name not in ACTIVATIONS:
             raise ValueError(f"{where}: {argument} must be one of {', '.join(ACTIVATIONS)}, got {name!r}.")

@@ -1,4 +1,4 @@
-"""Parameters in torch.nn's manner: what the cells of this package share beside the contract."""
+"""``WeightCell``, the base class of cells whose parameters are named and initialised as torch.nn's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Device = torch.device | str | int | None
 
 
 class WeightCell(Cell):
-    """A cell with parameters named as torch.nn names them; subclasses write ``step``.
+    """Base class of cells with parameters named and initialised as torch.nn's; subclasses write ``step``.
 
     Arguments:
         input_size, hidden_size: as in :class:`fusecell.Cell`.
-        bias: whether the parameters whose names begin with "bias" are there; else they are registered as None.
+        bias: False registers None for every parameter whose name begins with "bias".
         device, dtype: of the parameters.
-        shapes: the shape of each parameter, in order; None for one that is left out.
+        shapes: the shape of each parameter by its name, in order; None registers no parameter.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
-    """Constructor arguments beside the sizes, kept under their own names; ``repr`` shows them."""
+    """Further constructor arguments, stored as attributes of the same names; ``repr`` shows them."""
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -46,6 +46,7 @@ class WeightCell(Cell):
         super().__init__(input_size, hidden_size)
         self.bias = bias
         for name, shape in shapes.items():
+            # Registered as None where absent, as torch.nn does: step can read self.bias_ih either way.
             absent = shape is None or (name.startswith("bias") and not bias)
             value = None if absent else nn.Parameter(torch.empty(cast("Any", shape), device=device, dtype=dtype))
             self.register_parameter(name, value)
@@ -53,6 +54,7 @@ class WeightCell(Cell):
 
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-1/sqrt(hidden_size), 1/sqrt(hidden_size)), as torch.nn's cells do."""
+        # Parameters in order of registration, so that one seed gives the same numbers as torch.nn.
         bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
@@ -67,8 +69,8 @@ class WeightCell(Cell):
         return ", ".join(parts + [f"{name}={getattr(self, name)!r}" for name in self.options])
 
 
-def one_of(cell: str, argument: str, given: object, choices: Sequence[object]) -> None:
-    """Raise ValueError unless ``given`` is one of ``choices``."""
-    if given not in choices:
+def one_of(cell: str, argument: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless an argument's value is one of ``choices``."""
+    if value not in choices:
         expected = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{cell}: {argument} must be {expected}, got {given!r}.")
+        raise ValueError(f"{cell}: {argument} must be {expected}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Cells with one or two gates: smaller relatives of the GRU."""
+"""Cells with one gate or two: MGU, UGRNN, minGRU and FastGRNN, smaller relatives of the GRU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class MGUCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are f, n.
-        bias: whether b is there.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are f, n.
+        bias: learn b.
 
     Paper: Zhou et al., "Minimal gated unit for recurrent neural networks", 2016, arXiv:1603.09420.
     """
@@ -59,7 +59,7 @@ class MGUCell(WeightCell):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         x_f, x_n = F.linear(x, self.weight_ih, self.bias_ih).chunk(2, -1)
-        w_f, w_n = self.weight_hh.chunk(2)
+        w_f, w_n = self.weight_hh.chunk(2)  # two products, because the candidate's needs f
         f = self.note("f", torch.sigmoid(x_f + F.linear(h, w_f)))  # forget gate
         n = self.note("n", torch.tanh(x_n + F.linear(f * h, w_n)))  # candidate
         h = (1 - f) * h + f * n
@@ -81,9 +81,9 @@ class UGRNNCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are g, n.
-        forget_bias: beta, a constant that keeps the gate open at first.
-        bias: whether b is there.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are g, n.
+        forget_bias: beta, a constant added to the gate, so that training starts with little forgetting.
+        bias: learn b.
 
     Paper: Collins, Sohl-Dickstein and Sussillo, "Capacity and trainability in recurrent neural networks", 2017,
     arXiv:1611.09913.
@@ -140,8 +140,8 @@ class MinGRUCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are z, n.
-        bias: whether b is there.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are z, n.
+        bias: learn b.
 
     Paper: Feng et al., "Were RNNs all we needed?", 2024, arXiv:2410.01201.
     """
@@ -178,7 +178,7 @@ class MinGRUCell(WeightCell):
 
 
 class FastGRNNCell(WeightCell):
-    r"""A gate and a candidate that share both matrices and differ in their bias: the size of a plain RNN.
+    r"""The fast gated RNN: gate and candidate share both matrices and differ in their biases only.
 
     .. math::
         z  &= \sigma(W_{ih} x + W_{hh} h + b_z) \\
@@ -192,13 +192,14 @@ class FastGRNNCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units. ``zeta`` and ``nu`` are one trained number each, 1 and -4 at
-            first; ``bias_z`` and ``bias_n``, 1 at first, always exist, as nothing else tells z from n.
+        input_size, hidden_size: features of x and of h. ``zeta`` and ``nu``, (1,), are trained and start at 1 and -4.
+            ``bias_z`` and ``bias_n`` start at 1 and can't be left out: nothing else distinguishes z from n.
 
     Paper: Kusupati et al., "FastGRNN: a fast, accurate, stable and tiny kilobyte sized gated recurrent neural
     network", 2018, arXiv:1901.02358; full-rank matrices, initial values of the biases and scalars as in its code.
     """
 
+    # No `gates`: the matrices' rows belong to gate and candidate alike. fusecell.init finds z by the name bias_z.
     keeps = "z"
 
     bias_z: Tensor

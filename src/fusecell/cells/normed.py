@@ -1,4 +1,4 @@
-"""Cells with layer normalisation inside the step."""
+"""Cells with layer normalisation inside the step: layer-norm GRU and LSTM, and the light GRU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "LiGRUCell"]
 
 
 class LayerNormGRUCell(WeightCell):
-    r"""A GRU with layer norm on the input's and on the state's product apart, gates and candidate apart.
+    r"""The GRU with layer normalisation of both products, separately for gates and candidate.
 
     .. math::
         r, z &= \sigma(\mathrm{LN}_1(W_{i,rz} x) + \mathrm{LN}_2(W_{h,rz} h)) \\
@@ -21,7 +21,7 @@ class LayerNormGRUCell(WeightCell):
         h'   &= (1-z) \odot n + z \odot h
 
     Each LN has its own gain and bias; LN1 and LN2 run over r and z together (2 * hidden_size features), LN3 and LN4
-    over n. That is the variant of the paper, with z as in torch.nn: there it weighs the candidate.
+    over n. This is the paper's variant, but for z, which here weighs the old state, as in torch.nn.
 
     Example:
         >>> import torch, fusecell as fc
@@ -30,9 +30,9 @@ class LayerNormGRUCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are r, z, n.
-        bias: whether the norms have a bias; the products have none.
-        eps: added to the variance.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are r, z, n.
+        bias: learn the norms' biases; the products have none.
+        eps: added to the variance in the norms.
 
     Paper: Ba, Kiros and Hinton, "Layer normalization", 2016, arXiv:1607.06450, supplementary material.
     """
@@ -79,7 +79,7 @@ class LayerNormGRUCell(WeightCell):
 
 
 class LayerNormLSTMCell(WeightCell):
-    r"""An LSTM with layer norm on the input's and on the state's product apart, and on the memory it shows.
+    r"""The LSTM with layer normalisation of both products, and of the memory before the output gate.
 
     .. math::
         i, f, g, o &= \mathrm{LN}_1(W_{ih} x) + \mathrm{LN}_2(W_{hh} h) \\
@@ -87,7 +87,7 @@ class LayerNormLSTMCell(WeightCell):
         h' &= \sigma(o) \odot \tanh(\mathrm{LN}_3(c'))
 
     Each LN has its own gain and bias; LN1 and LN2 run over all four parts together (4 * hidden_size features), as in
-    the paper, whose further bias b merges with theirs.
+    the paper, whose additional bias b is redundant with theirs.
 
     Example:
         >>> import torch, fusecell as fc
@@ -96,9 +96,9 @@ class LayerNormLSTMCell(WeightCell):
         torch.Size([3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are i, f, g, o.
-        bias: whether the norms have a bias; the products have none.
-        eps: added to the variance.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are i, f, g, o.
+        bias: learn the norms' biases; the products have none.
+        eps: added to the variance in the norms.
 
     Paper: Ba, Kiros and Hinton, "Layer normalization", 2016, arXiv:1607.06450, supplementary material.
     """
@@ -146,15 +146,15 @@ class LayerNormLSTMCell(WeightCell):
 
 
 class LiGRUCell(WeightCell):
-    r"""The light GRU of speech recognition: no reset gate, relu candidate, a norm on the input's product.
+    r"""The light GRU of speech recognition: no reset gate, a relu candidate, normalisation of the input's product.
 
     .. math::
         z  &= \sigma(\mathrm{norm}(W_i x)_z + W_{hz} h) \\
         n  &= \mathrm{relu}(\mathrm{norm}(W_i x)_n + W_{hn} h) \\
         h' &= z \odot h + (1-z) \odot n
 
-    The norm is a layer norm over z and n together, or none. The paper's is batch norm, which mixes the rows of a batch
-    and has moving averages; a step is pure and sees each row alone.
+    The norm is a layer norm over z and n together, or none. The paper has batch norm, which is impossible here: it
+    mixes the rows of a batch and updates moving averages, while a step is pure and each row independent.
 
     Example:
         >>> import torch, fusecell as fc
@@ -163,9 +163,9 @@ class LiGRUCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are z, n.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are z, n.
         norm: ``"layer"`` or None.
-        bias: whether the norm, or without one the input's product, has a bias.
+        bias: learn a bias, in the norm if there is one, else in the input's product.
 
     Raises:
         ValueError: for another ``norm``.

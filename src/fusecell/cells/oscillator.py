@@ -1,4 +1,4 @@
-"""A network of oscillators: two states and no gates."""
+"""The coupled oscillatory RNN: two states and no gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["CoRNNCell"]
 
 
 class CoRNNCell(WeightCell):
-    r"""Coupled, damped, driven oscillators: y is where they are and z how fast they move.
+    r"""Coupled, damped, driven oscillators, with positions y and velocities z as states.
 
     .. math::
         z' &= z + \Delta t\,\big(\tanh(W_{ih} x + b + W_{hh} [y, z]) - \gamma\,y - \varepsilon\,z\big) \\
@@ -26,11 +26,11 @@ class CoRNNCell(WeightCell):
         True
 
     Arguments:
-        input_size, hidden_size: features of x, and oscillators.
-        dt: the size of a step.
+        input_size, hidden_size: features of x, and the number of oscillators.
+        dt: the time step.
         gamma: the squared frequency.
-        epsilon: the damping, taken at the old z as in the authors' code.
-        bias: whether b is there.
+        epsilon: the damping; it acts on the old z, as in the authors' code.
+        bias: learn b.
 
     Paper: Rusch and Mishra, "Coupled oscillatory recurrent neural network (coRNN)", 2021, arXiv:2010.00951; the
     defaults are theirs for sequential MNIST.

@@ -1,4 +1,4 @@
-"""An LSTM whose gates look at its memory."""
+"""The peephole LSTM, whose gates read the memory cell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["PeepholeLSTMCell"]
 
 
 class PeepholeLSTMCell(WeightCell):
-    r"""An LSTM with peepholes: input and forget gate see the old memory, the output gate the new one.
+    r"""The LSTM with peepholes: input and forget gates read the old memory c, the output gate the new one.
 
     .. math::
         i  &= \sigma(W_{ii} x + b_i + W_{hi} h + p_i \odot c) \\
@@ -30,9 +30,9 @@ class PeepholeLSTMCell(WeightCell):
         torch.Size([3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; the weights' rows are i, f, g, o, those of the peepholes
-            ``weight_ch``, (3 * hidden_size,), are i, f, o.
-        bias: whether b is there.
+        input_size, hidden_size: features of x and of h; the blocks of rows of the weights are i, f, g, o. The
+            peepholes, ``weight_ch`` of shape (3 * hidden_size,), are i, f, o.
+        bias: learn b.
 
     Paper: Gers, Schraudolph and Schmidhuber, "Learning precise timing with LSTM recurrent networks", JMLR 3 (2002).
     """

@@ -1,4 +1,4 @@
-"""``CELLS``: the one list of the zoo, which tests, documentation, benchmarks and the command line iterate over."""
+"""``CELLS``, the list of all published cells: tests, documentation, benchmarks and the command line iterate over it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["CELLS", "ZooCell"]
 
 @dataclass(frozen=True)
 class ZooCell:
-    """A member of the zoo.
+    """One entry of :data:`CELLS`: a cell class with its options, paper and equation.
 
     Attributes:
-        name: what the command line calls it.
+        name: its name on the command line.
         cell: its class.
-        paper: where it comes from.
-        summary: one line about it.
-        equation: the step in plain text, ``·`` for the product of elements; biases are left out.
-        options: from hidden_size, what :meth:`make` gives the constructor beside the sizes.
+        paper: the publication.
+        summary: a description in one line.
+        equation: the step in plain text, ``·`` for the elementwise product; biases are left out.
+        options: maps hidden_size to the constructor arguments, besides the sizes, that make this variant of the class.
     """
 
     name: str
@@ -38,11 +38,13 @@ class ZooCell:
     options: Callable[[int], dict[str, Any]] = lambda hidden_size: {}
 
     def make(self, input_size: int, hidden_size: int, **options: Any) -> Cell:
-        """Build the cell; ``options`` go to its constructor (``bias``, ``device``, ``dtype``, its own)."""
+        """Build the cell; ``options`` are further arguments of its constructor, such as ``bias`` or ``dtype``."""
         cell: Cell = self.cell(input_size, hidden_size, **{**self.options(hidden_size), **options})
         return cell
 
 
+# A list here rather than a decorator on each class: three classes have two entries, and the order, which is that of
+# docs/cells.md, goes by kinship and not by file.
 CELLS: tuple[ZooCell, ...] = (
     ZooCell(
         "rnn_tanh",
@@ -177,7 +179,7 @@ CELLS: tuple[ZooCell, ...] = (
         "scrn",
         SCRNCell,
         "Mikolov et al., arXiv:1412.7753",
-        "a plain recurrent network beside a slow context",
+        "a plain recurrent network with a slow context",
         "s' = (1-α) B x + α s; h' = σ(W x + U h + P s'); output [h', s']",
     ),
 )

@@ -1,4 +1,4 @@
-"""Cells without gates: a nonlinearity round a sum, and a slow or a structured recurrence."""
+"""Cells without gates: leaky, independent, antisymmetric and structurally constrained RNNs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NONLINEARITIES = {"relu": torch.relu, "tanh": torch.tanh}
 
 
 class LeakyCell(WeightCell):
-    r"""The continuous-time RNN of neuroscience, in steps of ``alpha`` = dt / tau.
+    r"""The leaky (continuous-time) RNN of neuroscience, with ``alpha`` = dt / tau.
 
     .. math:: h' = (1-\alpha)\,h + \alpha\,f(W_{ih} x + W_{hh} h + b + \sqrt{2/\alpha}\,\sigma\,\xi),
         \quad \xi \sim \mathcal{N}(0, 1) \text{ in training, else } 0
@@ -29,14 +29,14 @@ class LeakyCell(WeightCell):
         True
 
     Arguments:
-        input_size, hidden_size: features of x, and units.
-        alpha: the step over the time constant, in (0, 1].
+        input_size, hidden_size: features of x and of h.
+        alpha: the time step dt over the time constant tau, in (0, 1].
         nonlinearity: ``"relu"`` or ``"tanh"``.
-        sigma: the strength of the recurrent noise, drawn anew for every step, row and unit in training.
-        bias: whether b is there.
+        sigma: standard deviation of the recurrent noise, drawn for every step, row and unit; only in training.
+        bias: learn b.
 
     Raises:
-        ValueError: for an ``alpha``, ``nonlinearity`` or ``sigma`` outside of these.
+        ValueError: for an ``alpha`` outside (0, 1], an unknown ``nonlinearity`` or a negative ``sigma``.
 
     Paper: Yang et al., "Task representations in neural networks trained to perform many cognitive tasks",
     Nature Neuroscience 22 (2019).
@@ -77,7 +77,7 @@ class LeakyCell(WeightCell):
 
     @property
     def noisy(self) -> bool:
-        """Whether noise is drawn: with ``sigma`` above 0, in training."""
+        """Whether the next call draws noise: in training, with ``sigma`` above 0."""
         return self.training and self.sigma > 0
 
     @property
@@ -105,7 +105,7 @@ class LeakyCell(WeightCell):
 
 
 class IndRNNCell(WeightCell):
-    r"""Units that see only themselves: the recurrent weight is a vector.
+    r"""The independently recurrent network: each unit reads only its own state, so the recurrent weight is a vector.
 
     .. math:: h' = \mathrm{relu}(W_{ih} x + b + u \odot h)
 
@@ -116,9 +116,10 @@ class IndRNNCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units; u is ``weight_hh``, (hidden_size,), drawn from U(0, 1).
+        input_size, hidden_size: features of x and of h; u is ``weight_hh`` of shape (hidden_size,), initially
+            from U(0, 1).
         nonlinearity: ``"relu"`` or ``"tanh"``.
-        bias: whether b is there.
+        bias: learn b.
 
     Raises:
         ValueError: for another ``nonlinearity``.
@@ -153,7 +154,7 @@ class IndRNNCell(WeightCell):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.uniform_(self.weight_hh, 0, 1)
+        nn.init.uniform_(self.weight_hh, 0, 1)  # above 1 a unit that reads only itself would grow without bound
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -162,7 +163,7 @@ class IndRNNCell(WeightCell):
 
 
 class AntisymmetricRNNCell(WeightCell):
-    r"""A step of a stable differential equation: the recurrent matrix is antisymmetric, with a little friction.
+    r"""An Euler step of a stable differential equation: the recurrent matrix is antisymmetric, with some friction.
 
     .. math:: h' = h + \varepsilon \tanh\!\big(W_{ih} x + b + (W_{hh} - W_{hh}^\top - \gamma I)\,h\big)
 
@@ -173,10 +174,10 @@ class AntisymmetricRNNCell(WeightCell):
         torch.Size([7, 3, 10])
 
     Arguments:
-        input_size, hidden_size: features of x, and units.
-        epsilon: the size of a step.
-        gamma: the friction, a small positive number.
-        bias: whether b is there.
+        input_size, hidden_size: features of x and of h.
+        epsilon: the step size.
+        gamma: the friction (diffusion in the paper), a small positive number.
+        bias: learn b.
 
     Paper: Chang et al., "AntisymmetricRNN: a dynamical system view on recurrent neural networks", 2019,
     arXiv:1902.09689.
@@ -210,13 +211,14 @@ class AntisymmetricRNNCell(WeightCell):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
+        # The compiler moves the difference of the weights out of the loop, as it depends on no state.
         spin = F.linear(h, self.weight_hh - self.weight_hh.t()) - self.gamma * h
         h = h + self.epsilon * torch.tanh(F.linear(x, self.weight_ih, self.bias_ih) + spin)
         return h, (h,)
 
 
 class SCRNCell(WeightCell):
-    r"""A plain RNN beside a context that changes slowly; the output is both, side by side.
+    r"""The structurally constrained RNN: a plain RNN and a slow context; the output is both, concatenated.
 
     .. math::
         s' &= (1-\alpha)\,W_{is} x + \alpha\,s \\
@@ -230,10 +232,10 @@ class SCRNCell(WeightCell):
         (torch.Size([7, 3, 14]), torch.Size([3, 4]))
 
     Arguments:
-        input_size, hidden_size: features of x, and units.
-        context_size: slow units; half of ``hidden_size`` if left out.
-        alpha: how much of the context a step keeps.
-        bias: whether b is there; the paper has none.
+        input_size, hidden_size: features of x and of h.
+        context_size: features of the context s; half of ``hidden_size`` if left out.
+        alpha: the share of the context that a step keeps.
+        bias: learn b; the paper has none.
 
     Paper: Mikolov et al., "Learning longer memory in recurrent neural networks", 2014, arXiv:1412.7753.
     """

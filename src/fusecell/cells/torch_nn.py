@@ -1,4 +1,4 @@
-"""torch.nn's three cells: its signatures, parameters, initialisation, errors and numbers around one ``step`` each."""
+"""Drop-in RNNCell, GRUCell and LSTMCell: torch.nn's signatures, parameters, errors and numbers, with one ``step``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.nn.functional import linear
 from fusecell.cell import Cell, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
+from fusecell.execution.results import without_dim
 from fusecell.execution.runners import autocasting, run
+from fusecell.execution.torchscript import is_tracing, refuse_trace
 from fusecell.validation import StateLike, all_inputs, bare, first_state
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
@@ -22,7 +24,7 @@ _ONE_STEP = Options()
 
 
 class _TorchCell(Cell):
-    """What the three cells share: torch.nn's checks and state_dicts; the rest is their torch.nn base's."""
+    """Base class of the three cells: torch.nn's checks and state_dicts; all else comes from torch.nn's own class."""
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -31,7 +33,7 @@ class _TorchCell(Cell):
     bias: bool
 
     def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
-        """One step.
+        """Run one step.
 
         Arguments:
             input: (N, input_size) or (input_size,), of the weights' dtype.
@@ -44,19 +46,21 @@ class _TorchCell(Cell):
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size or a dtype doesn't fit.
             TypeError: where an argument is not a tensor, or the state not of the cell's form.
         """
-        if len(self.inputs) > 1:
+        if len(self.inputs) > 1:  # a subclass of the user's, which torch.nn's checks know nothing of
             return super().forward(input, hx)
         return bare(one_step(self, input, hx, False, _torch_step)[1])
 
     def checked_step(self, input: Tensor, hx: StateLike | None) -> State:
-        """The state after one step, with torch.nn's checks of what is given."""
+        """Run one step with torch.nn's checks of the arguments; return the new state."""
         name = type(self).__name__
+        if is_tracing():
+            return self._traced_step(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
         unbatched = input.dim() == 1
         if not unbatched and input.dim() != 2:
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        state = None if hx is None else self._given_state(hx, input.dim())
+        state = None if hx is None else self._state_of(hx, input.dim())
         if unbatched:
             input = input[None]
             state = state and tuple(value[None] for value in state)
@@ -69,10 +73,21 @@ class _TorchCell(Cell):
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
-        return tuple([value[0] for value in after]) if unbatched else after
+        return tuple([without_dim(value, 0) for value in after]) if unbatched else after
 
-    def _given_state(self, hx: StateLike, rank: int) -> State:
-        """The state as a tuple of tensors of the input's rank."""
+    def _traced_step(self, input: Tensor, hx: StateLike | None) -> State:
+        """torch.nn's own cell, for torch.jit to record."""
+        if not self._is_torchs():
+            refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
+        after: Any = super(Cell, self).forward(input, hx)
+        return (after,) if isinstance(after, Tensor) else after
+
+    def _is_torchs(self) -> bool:
+        """Whether the cell's equation is the one that torch.nn's has."""
+        return True
+
+    def _state_of(self, hx: StateLike, rank: int) -> State:
+        """Return ``hx`` as a tuple of tensors, each checked to have ``rank`` dimensions."""
         name, count = type(self).__name__, len(self.states)
         names = ", ".join(self.states)
         if isinstance(hx, Tensor) != (count == 1):
@@ -94,6 +109,7 @@ class _TorchCell(Cell):
         return state
 
     def _check_sizes(self, state: State, rows: int) -> None:
+        # torch's texts, word for word: they are what users search for.
         for index, (value, size) in enumerate(zip(state, self.state_sizes, strict=True)):
             if value.shape[0] != rows:
                 raise RuntimeError(f"Input batch size {rows} doesn't match hidden{index} batch size {value.shape[0]}")
@@ -101,7 +117,11 @@ class _TorchCell(Cell):
                 raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {value.shape[1]}, expected {size}")
 
     def _in_dtype(self, input: Tensor, state: State) -> tuple[Tensor, State]:
-        """Input and state in the weights' dtype: as given, or cast under autocast."""
+        """Return input and state in the weights' dtype; only under autocast are they cast.
+
+        Raises:
+            RuntimeError: with torch.nn's text, for another dtype without autocast.
+        """
         dtype = self.weight_ih.dtype
         other = next((value for value in (input, *state) if value.dtype != dtype), None)
         if other is None:
@@ -116,16 +136,16 @@ class _TorchCell(Cell):
         super()._load_from_state_dict(cell_keys(state_dict, prefix), prefix, *args)
 
     def extra_repr(self) -> str:
-        return super(Cell, self).extra_repr()
+        return super(Cell, self).extra_repr()  # torch.nn's: Cell comes before it in the order of resolution
 
 
 def _torch_step(cell: Any, input: Tensor, hx: StateLike | None) -> tuple[None, State]:
-    """One step of one of the three, with torch.nn's checks."""
+    """Run one step with torch.nn's checks; None takes the place of the output, which these cells don't return."""
     return None, cell.checked_step(input, hx)
 
 
 class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes what Cell's takes
-    r"""The Elman cell: torch.nn.RNNCell, as a fusecell cell.
+    r"""The Elman RNN cell: torch.nn.RNNCell as a fusecell cell.
 
     .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
 
@@ -139,7 +159,7 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         bias: learn ``bias_ih`` and ``bias_hh``.
         nonlinearity: ``"tanh"`` or ``"relu"``.
         device, dtype: of the parameters.
-        activation: any other, by name, in place of ``nonlinearity``.
+        activation: the name of any other activation, in place of ``nonlinearity``.
 
     Raises:
         ValueError: for another nonlinearity, or a negative size.
@@ -168,6 +188,9 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
         self.activation = activation
 
+    def _is_torchs(self) -> bool:
+        return self.activation is None
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         total = linear(h, self.weight_hh, self.bias_hh) + linear(x, self.weight_ih, self.bias_ih)
@@ -186,7 +209,7 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
 
 
 class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes what Cell's takes
-    r"""The gated recurrent unit: torch.nn.GRUCell, as a fusecell cell, and the original one.
+    r"""The gated recurrent unit: torch.nn.GRUCell as a fusecell cell, and the original GRU.
 
     .. math::
         r &= \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}) \\
@@ -205,11 +228,12 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         input_size, hidden_size: features of the input and of the state.
         bias: learn ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
-        reset_after: the reset gate acts after the product with W_hn, as in torch.nn and cuDNN; False: before it.
-        activation, gate_activation: of the candidate n, and of r and z, by name in place of tanh and sigmoid.
+        reset_after: apply the reset gate after the product with W_hn, as torch.nn and cuDNN do; False: before it.
+        activation: the name of the candidate's activation.
+        gate_activation: the name of that of the gates r and z.
 
     Raises:
-        TypeError, ValueError: for a size that is not a whole number, or negative.
+        TypeError, ValueError: for a size that is not an integer, or negative; for an unknown activation.
 
     Paper: K. Cho et al., https://arxiv.org/abs/1406.1078; version 1 resets after, version 3 before the product.
     """
@@ -238,8 +262,11 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
 
-    # torch's order of evaluation; r and z share one sum because torch's sigmoid takes each row by itself there, and
-    # vectors that cross rows would round differently.
+    def _is_torchs(self) -> bool:
+        return self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+
+    # In torch's order of evaluation, for equal bits. r and z are split after the sum, so that torch's sigmoid runs
+    # over each row by itself: where its vectors cross rows it rounds differently.
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         parts = (2 * self.hidden_size, self.hidden_size)
@@ -256,7 +283,7 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         z = self.note("z", gate(z))
         n = activation(x_n + (h_n * r if self.reset_after else linear(r * h, w_n, b_n)))
         n = self.note("n", n)
-        h = (h - n) * z + n
+        h = (h - n) * z + n  # as torch computes (1 - z) * n + z * h
         return h, (h,)
 
     def extra_repr(self) -> str:
@@ -264,7 +291,7 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
 
 
 class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes what Cell's takes
-    r"""The long short-term memory: torch.nn.LSTMCell, as a fusecell cell, with torch.nn.LSTM's projection.
+    r"""The long short-term memory: torch.nn.LSTMCell as a fusecell cell, with torch.nn.LSTM's projection.
 
     .. math::
         i &= \sigma(W_{ii} x + b_{ii} + W_{hi} h + b_{hi}) \\
@@ -288,11 +315,12 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         bias: learn ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
         proj_size: features of h and of the output; 0 for hidden_size, without ``weight_hr``.
-        activation, gate_activation: of g and of c in the output, and of i, f and o, by name in place of tanh and
-            sigmoid.
+        activation: the name of the activation of g, and of c in the output.
+        gate_activation: the name of that of the gates i, f and o.
 
     Raises:
-        TypeError, ValueError: for a size that is not a whole number, or negative; a proj_size not below hidden_size.
+        TypeError, ValueError: for a size that is not an integer, or negative; for a proj_size not below hidden_size;
+            for an unknown activation.
 
     Paper: S. Hochreiter, J. Schmidhuber, Long short-term memory, 1997; the projection: https://arxiv.org/abs/1402.1128.
     """
@@ -333,12 +361,15 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         return self.proj_size or self.hidden_size
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, as a one-layer torch.nn.LSTM of the same seed would."""
+        """Draw new values for the parameters, those that a one-layer torch.nn.LSTM draws with the same seed."""
         if self.proj_size and "weight_hr" not in self._parameters:
             like, proj = self.weight_hh, self.proj_size
             self.weight_hh = nn.Parameter(like.new_empty(4 * self.hidden_size, proj))
             self.weight_hr = nn.Parameter(like.new_empty(proj, self.hidden_size))
         nn.LSTMCell.reset_parameters(self)
+
+    def _is_torchs(self) -> bool:
+        return not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
@@ -359,20 +390,21 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         return super().extra_repr() + other_than(self, proj_size=0, activation="tanh", gate_activation="sigmoid")
 
 
-def other_than(module: nn.Module, **usual: Any) -> str:
-    """For a ``repr``, the attributes that are not as usual."""
-    found = ((name, getattr(module, name)) for name, value in usual.items() if getattr(module, name) != value)
-    return "".join(f", {name}={value!r}" for name, value in found)
+def other_than(module: nn.Module, **defaults: Any) -> str:
+    """Format the attributes that differ from their defaults, for a ``repr``: ``", reset_after=False"``."""
+    changed = ((name, getattr(module, name)) for name, value in defaults.items() if getattr(module, name) != value)
+    return "".join(f", {name}={value!r}" for name, value in changed)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as torch's errors spell it: ``Float``, ``Double``, ``BFloat16``."""
+    """Name a dtype as torch's errors do: ``Float``, ``Double``, ``BFloat16``."""
     kind: str = torch.empty(0, dtype=dtype).type()
     return kind.removeprefix("torch.").removesuffix("Tensor")
 
 
 def cell_keys(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """A one-layer layer's state_dict with a cell's keys; any other as it is."""
+    """Rename the keys of a one-layer, one-direction layer's state_dict to a cell's; return any other unchanged."""
+    # With a second layer or direction it is not a cell's: its keys stay, and load_state_dict names them.
     others = ("weight_ih_l1", "weight_ih_l0_reverse")
     if f"{prefix}weight_ih_l0" not in state_dict or any(prefix + name in state_dict for name in others):
         return state_dict
@@ -380,7 +412,7 @@ def cell_keys(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
 
 
 def layer_keys(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """A cell's state_dict with a one-layer layer's keys; any other as it is."""
+    """Rename the keys of a cell's state_dict to a one-layer layer's; return any other unchanged."""
     if f"{prefix}weight_ih" not in state_dict:
         return state_dict
     return _renamed(state_dict, {prefix + name: f"{prefix}{name}_l0" for name in _WEIGHTS})
@@ -391,8 +423,9 @@ def _renamed(state_dict: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
 
 
 def _check_constructor(**sizes: Any) -> None:
+    """Raise TypeError or ValueError unless every size is a non-negative integer, of Python's or NumPy's."""
     for name, value in sizes.items():
-        if not hasattr(value, "__index__"):
+        if not hasattr(value, "__index__"):  # int(3.5) would be accepted
             raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")

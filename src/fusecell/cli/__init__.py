@@ -1,4 +1,4 @@
-"""The command line: ``fusecell --help`` lists the commands."""
+"""The command line of fusecell; ``fusecell --help`` lists its commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRA = {"typer", "rich", "safetensors", "matplotlib"}
+_EXTRA = {"typer", "rich", "matplotlib"}
+"""Packages of the extra ``fusecell[demo]``; without another one, the import error itself is the better message."""
 
 
 def main() -> None:

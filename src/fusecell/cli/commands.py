@@ -1,4 +1,7 @@
-"""The commands; each reads its arguments, calls the library and prints."""
+"""The commands of ``fusecell``: each reads its arguments, calls the library and prints the result.
+
+The library is imported inside the commands, because importing torch takes longer than ``--help`` should.
+"""
 
 from __future__ import annotations
 
@@ -30,41 +33,43 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"fusecell {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Options before any command."""
+    """Options that stand before a command."""
 
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train, all layers together.")] = 80.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of training, all layers together.")] = 80.0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many updates of each, if that is sooner.")
+        int | None, typer.Option(min=1, help="Stop after this number of updates of each layer, if that is sooner.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in the output folder.")] = False,
-    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-output"),
-    layer: Annotated[str, typer.Option(help="Whose GRU to train: fusecell, torch, or both in turns.")] = "both",
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoints in the output folder.")] = False,
+    output: Annotated[Path, typer.Option(help="The folder for all results.")] = Path("demo-output"),
+    layer: Annotated[str, typer.Option(help="The GRU to train: fusecell, torch, or both in turns.")] = "both",
     hidden_size: Annotated[int | None, typer.Option(min=1, help="Features of each layer.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of text read side by side.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights, the order of the files and the sample.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of text in a batch.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the order of the files and the sample.")] = 0,
 ) -> None:
-    """Teach a character model Python from this machine's own standard library: fusecell's GRU races torch's."""
+    """Train a character model on Python's standard library, with fusecell's GRU and with torch's."""
     from fusecell.demo import Settings, run_demo
     from fusecell.demo.model import LAYERS
 
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size}
-    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     try:
         run_demo(
-            Settings(seed=seed, **given),
+            Settings(seed=seed, **overrides),
             layers=tuple(LAYERS) if layer == "both" else (layer,),
             seconds=seconds,
             steps=math.inf if steps is None else steps,
@@ -80,7 +85,7 @@ def demo(
 
 @app.command()
 def cells() -> None:
-    """The cells that come with fusecell."""
+    """List the cells that come with fusecell."""
     from fusecell.cells import CELLS
 
     table = Table("name", "states", "what it is, its step, its paper", show_lines=True)
@@ -95,10 +100,10 @@ def cells() -> None:
 @app.command()
 def count(
     seq_len: Annotated[int, typer.Option(min=0, help="Steps of the sequence.")],
-    layers: Annotated[int, typer.Option(min=1, help="Layers above one another.")] = 1,
+    layers: Annotated[int, typer.Option(min=1, help="Number of stacked layers.")] = 1,
     bidirectional: Annotated[bool, typer.Option(help="A second direction, from the end to the start.")] = False,
 ) -> None:
-    """How many cell calls one sequence takes: seq_len x directions x layers."""
+    """Count the cell calls of one sequence: seq_len x directions x layers."""
     from fusecell.drop_in import GRU
     from fusecell.inspection.summary import count_cells
 
@@ -117,10 +122,10 @@ def summary(
     seq_len: Annotated[int, typer.Option(min=0, help="Steps of the sequence.")] = 35,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
 ) -> None:
-    """Parameters, multiply-accumulates, shapes and cell calls of a layer."""
+    """Print the parameters, multiply-accumulates, shapes and cell calls of a layer."""
     from fusecell.inspection.summary import summary as summarize
 
-    _say(lambda layer: summarize(layer, seq_len, batch_size), module, cell, input_size, hidden_size)
+    _print_report(lambda layer: summarize(layer, seq_len, batch_size), module, cell, input_size, hidden_size)
 
 
 @app.command()
@@ -135,14 +140,14 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; torch's own choice if left out.")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 3.0,
 ) -> None:
-    """How fast a layer is here: compiled, as a Python loop, in torch.nn, and beside what the machine can do."""
+    """Measure how fast a layer is on this machine: compiled, as a Python loop and in torch.nn."""
     import torch
 
     from fusecell.inspection.benchmark import measure
 
     if threads is not None:
         torch.set_num_threads(threads)
-    _say(
+    _print_report(
         lambda layer: measure(layer, seq_len, batch_size, training=training, seconds=seconds),
         module,
         cell,
@@ -162,7 +167,7 @@ def explain(
     ] = None,
     gradients: Annotated[bool, typer.Option(help="With --stage: of forward and backward.")] = False,
 ) -> None:
-    """What was compiled, what left the loop, what it costs, and why the rest runs as a Python loop."""
+    """Print how a layer is compiled: its stages, their cost, and why a part isn't compiled."""
     from fusecell.inspection.explain import explain as describe
 
     if gradients and stage is None:
@@ -174,53 +179,54 @@ def explain(
             return str(explained)
         return "\n".join(each.stage(stage, gradients=gradients) for each in explained.cells)
 
-    _say(shown, module, cell, input_size, hidden_size)
+    _print_report(shown, module, cell, input_size, hidden_size)
 
 
-stream = typer.Typer(no_args_is_help=True, help="Layers run step by step.")
-app.add_typer(stream, name="stream")
+stream_app = typer.Typer(no_args_is_help=True, help="Save and time layers that run step by step.")
+app.add_typer(stream_app, name="stream")
 
 
-@stream.command("save")
+@stream_app.command("save")
 def stream_save(
     module: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function, or a layer.")],
     path: Annotated[Path, typer.Argument(help="The file to write.")],
 ) -> None:
     """Write a layer to a file that fusecell.load_stream reads without torch."""
-    made = _stream(module, 1)
-    made.save(path)
-    typer.echo(f"{path}: {path.stat().st_size:,} bytes, {made}")
+    stream = _stream(module, 1)
+    stream.save(path)
+    typer.echo(f"{path}: {path.stat().st_size:,} bytes, {stream}")
 
 
-@stream.command("bench")
+@stream_app.command("bench")
 def stream_bench(
     model: Annotated[str, typer.Argument(help="A saved stream, or MODULE:FACTORY.")],
-    steps: Annotated[int, typer.Option(min=1, help="How many to time.")] = 100_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows side by side.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps to time.")] = 100_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
 ) -> None:
-    """How long a step takes: median, tail, the longest, and a histogram."""
+    """Time a stream's steps: median, tail, the longest, and a histogram."""
     from rich.progress import Progress
 
     from fusecell.streaming.latency import measure
 
-    made = _stream(model, batch_size)
+    stream = _stream(model, batch_size)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing", total=steps)
-        found = measure(made, steps, progress=lambda done: progress.update(task, completed=done))
-    console.print(f"{made}, {steps:,} steps, microseconds through Python", highlight=False, soft_wrap=True)
+        latency = measure(stream, steps, progress=lambda done: progress.update(task, completed=done))
+    console.print(f"{stream}, {steps:,} steps, microseconds through Python", highlight=False, soft_wrap=True)
     table = Table("p50", "p99", "p99.9", "longest")
-    table.add_row(*(f"{1e6 * found.quantile(share):.2f}" for share in (0.5, 0.99, 0.999)), f"{1e6 * found.longest:.1f}")
+    quantiles = (f"{1e6 * latency.quantile(share):.2f}" for share in (0.5, 0.99, 0.999))
+    table.add_row(*quantiles, f"{1e6 * latency.longest:.1f}")
     console.print(table)
-    most = max(count for *_, count in found.histogram())
-    for low, high, count in found.histogram():
-        # Bars of the logarithm: a tail of one in a million is to be seen beside the rest.
+    most = max(count for *_, count in latency.histogram())
+    for low, high, count in latency.histogram():
+        # On a logarithmic scale, so that a tail of one step in a million is visible.
         bar = "#" * round(40 * math.log1p(count) / math.log1p(most))
         console.print(f"{1e6 * low:9.2f} to {1e6 * high:9.2f} {count:9,} {bar}", highlight=False, soft_wrap=True)
 
 
 def _stream(model: str, batch_size: int) -> Stream:
-    """The stream that an argument names: a file's, or a module's in eval()."""
+    """Open the stream that an argument names: a saved one, or one of MODULE:FACTORY in eval() mode."""
     from fusecell.streaming import Stream, load_stream
 
     try:
@@ -235,9 +241,9 @@ def _stream(model: str, batch_size: int) -> Stream:
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all machine code kept on disk.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all machine code in the cache.")] = False,
 ) -> None:
-    """Where compiled kernels are kept, and how many."""
+    """Print where compiled kernels are cached, and how many."""
     from fusecell.compiler.backend.disk_cache import cache_info, clear_cache
 
     if clear:
@@ -251,16 +257,16 @@ def cache(
 
 @app.command()
 def config() -> None:
-    """Versions, machine and settings, for a report."""
+    """Print versions, machine and settings, for a bug report."""
     from fusecell.inspection.environment import show_config
 
     typer.echo(str(show_config()))
 
 
-def _say(
+def _print_report(
     describe: Callable[[nn.Module], object], module: str | None, cell: str | None, input_size: int, hidden_size: int
 ) -> None:
-    """Print what ``describe`` says of the layer that the arguments name."""
+    """Print the report that ``describe`` makes of the layer named by the arguments."""
     from fusecell.cli.lookup import find_cell, find_module
 
     if (module is None) == (cell is None):

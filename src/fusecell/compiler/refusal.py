@@ -9,9 +9,14 @@ __all__ = ["Refusal", "refusal"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a step has no graph, a sentence each."""
+    """Why a step has no graph, a sentence each.
+
+    Arguments:
+        changes: the attributes, by path, that the step itself changes.
+    """
 
     reasons: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
 
 def refusal(error: Exception) -> Refusal:

@@ -1,6 +1,6 @@
-"""The main job: a character model learns Python from the machine's own standard library, on our GRU and on torch's.
+"""The demo: train a character model on Python's standard library, with fusecell's GRU and with torch.nn's.
 
-corpus → model → train → race → baselines → sample → report, one file each; ``job`` runs them in that order.
+corpus → model → train → comparison → baselines → sample → report, a file each; ``main`` runs them in this order.
 """
 
 from fusecell.demo.main import run_demo

@@ -1,4 +1,4 @@
-"""What the model must beat: letter frequencies, and a 5-gram model with Kneser-Ney smoothing."""
+"""Baselines of the demo: character frequencies, and a 5-gram model with Kneser-Ney smoothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ Floats = NDArray[np.float64]
 
 
 def unigram_bits(training: Ids, held_out: Ids, size: int) -> float:
-    """Bits per character of held-out text under the training text's letter frequencies (add-one smoothed)."""
+    """Return the bits per character of held-out text under the training text's character frequencies.
+
+    Arguments:
+        training, held_out: ids, int64 (length,).
+        size: how many different ids there are; each counts once more than it occurs (add-one smoothing).
+    """
     counts = np.bincount(training, minlength=size) + 1.0
     return float(-np.log2(counts / counts.sum())[held_out].mean())
 
@@ -61,7 +66,10 @@ class KneserNey:
             grams, counts = np.unique(grams % size ** (length - 1), return_counts=True)
 
     def probabilities(self, text: Ids) -> Floats:
-        """The probability of each character after those before it, from the ``order``-th on."""
+        """Return the probability of each character given those before it, float64 (len(text) - order + 1,).
+
+        The first is that of the ``order``-th character.
+        """
         probability = np.full(len(text) - self.order + 1, 1.0 / self.size)
         for length, level in zip(range(1, self.order + 1), reversed(self.levels), strict=True):
             probability = level.refine(_grams(text[self.order - length :], length, self.size), probability)
@@ -69,9 +77,10 @@ class KneserNey:
 
 
 class _Level:
-    """The counts of one order."""
+    """The counts of the n-grams of one length."""
 
     def __init__(self, grams: Ids, counts: Ids, size: int) -> None:
+        # The estimate of Ney, Essen and Kneser (1994); 0.5 where a text is too small for it.
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         self.discount = once / (once + 2.0 * twice) if once and twice else 0.5
         self.size = size
@@ -81,17 +90,17 @@ class _Level:
         self.totals = np.add.reduceat(counts, first)
 
     def refine(self, grams: Ids, below: Floats) -> Floats:
-        """The probability of each gram's last character after the others, from that of one order below."""
+        """Return the probability of each gram's last character, interpolated with ``below``, that of one order less."""
         count = _look_up(self.grams, self.counts, grams)
         total = _look_up(self.contexts, self.totals, grams // self.size)
         followers = _look_up(self.contexts, self.followers, grams // self.size)
-        seen = np.maximum(total, 1)
-        here = (np.maximum(count - self.discount, 0.0) + self.discount * followers * below) / seen
+        denominator = np.maximum(total, 1)
+        here = (np.maximum(count - self.discount, 0.0) + self.discount * followers * below) / denominator
         return np.where(total > 0, here, below)
 
 
 def _grams(text: Ids, length: int, size: int) -> Ids:
-    """Every run of ``length`` ids as one number, the oldest id its highest digit."""
+    """Encode every run of ``length`` ids as one integer, the oldest id as its highest digit."""
     count = len(text) - length + 1
     key = np.zeros(count, np.int64)
     for offset in range(length):
@@ -99,7 +108,7 @@ def _grams(text: Ids, length: int, size: int) -> Ids:
     return key
 
 
-def _look_up(keys: Ids, values: Ids, wanted: Ids) -> Ids:
-    """The value at each wanted key, 0 where there is none; keys are sorted."""
-    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[index] == wanted, values[index], 0)
+def _look_up(keys: Ids, values: Ids, queries: Ids) -> Ids:
+    """Return the value of each query in a table with sorted keys, 0 where it is missing."""
+    index = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[index] == queries, values[index], 0)

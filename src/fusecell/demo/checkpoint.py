@@ -1,34 +1,45 @@
-"""A run on disk: tensors in ``checkpoint.safetensors``, everything else in ``checkpoint.json`` beside it."""
+"""Save and resume a training run: tensors in ``checkpoint.safetensors``, all else in ``checkpoint.json``."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fusecell import __version__
 from fusecell.demo.corpus import Corpus
+from fusecell.demo.model import build_model
 from fusecell.demo.settings import Settings
 from fusecell.demo.train import Point, Trainer
+from fusecell.errors import quoted
+from fusecell.strict_json import parse_json
+from fusecell.tensor_file import read_tensor_file
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _TENSORS, _CONFIG = "checkpoint.safetensors", "checkpoint.json"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
+_MOST_CONFIG = 64 << 20
+_KINDS = {"settings": dict, "vocabulary": str, "step": int, "seconds": float, "curve": list, "versions": dict}
+_POINT = {"seconds": float, "characters": int, "training": float, "held_out": float}
+_SIZES = ("embedding_size", "hidden_size", "num_layers", "batch_size", "window")
 
 
 def save_checkpoint(trainer: Trainer, corpus: Corpus, folder: Path) -> None:
-    """Write all that :func:`load_checkpoint` needs to go on as if nothing had happened."""
+    """Write all that :func:`load_checkpoint` needs to continue with the same numbers as without a stop."""
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.named_parameters():
+        # By the parameters' names: Adam itself numbers them.
         for key, value in trainer.optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
     if trainer.state is not None:
@@ -45,41 +56,108 @@ def save_checkpoint(trainer: Trainer, corpus: Corpus, folder: Path) -> None:
     plain = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     save_file(plain, folder / f"{_TENSORS}.new", {"step": str(trainer.step)})
     (folder / f"{_CONFIG}.new").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    # Renamed only when both are whole, so that an interruption leaves the checkpoint before.
+    # Renamed when both are complete, so that an interruption leaves the previous checkpoint in place.
     for name in (_TENSORS, _CONFIG):
         os.replace(folder / f"{name}.new", folder / name)
 
 
 def load_checkpoint(corpus: Corpus, folder: Path) -> Trainer:
-    """The run that was saved in ``folder``, at the step where it was saved.
+    """Load the run that was saved in ``folder``, at the step where it was saved.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it was made of another text, or its two files are of different steps.
+        ValueError: if it was made of another text, its two files are of different steps, or one is damaged.
     """
     if not (folder / _CONFIG).exists() or not (folder / _TENSORS).exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint to resume; run the demo once without --resume.")
-    config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    try:
+        config = _read_config(folder / _CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{folder / _CONFIG} is damaged: {error}. Start anew without --resume.") from error
     if config["vocabulary"] != corpus.vocabulary.characters:
         raise ValueError(
             f"the checkpoint in {folder} knows other characters than this Python's standard library has: it was made "
             f"by Python {config['versions']['python']}, this is {platform.python_version()}. Resume with that one."
         )
-    with safe_open(folder / _TENSORS, framework="pt") as file:
-        step = file.metadata()["step"]
-        # Cloned, as vector code rounds differently where a file's tensors stand askew in memory.
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    if int(step) != config["step"]:
-        raise ValueError(
-            f"{folder}: {_TENSORS} is of step {step} and {_CONFIG} of step {config['step']}: an interrupted save. "
-            "Start anew without --resume."
-        )
-    trainer = Trainer.new(Settings(**config["settings"]), corpus.training, len(corpus.vocabulary))
+    try:
+        file = read_tensor_file(folder / _TENSORS, ("F32", "F64"))
+        step = file.metadata.get("step", "")
+        if file.metadata.keys() != {"step"} or not re.fullmatch(r"[0-9]{1,18}", step):
+            raise ValueError(f"its metadata are {quoted(file.metadata)}, expected the step")
+        if int(step) == config["step"]:
+            return _resumed(corpus, config, file.tensors())
+    except ValueError as error:
+        raise ValueError(f"{folder / _TENSORS} is damaged: {error}. Start anew without --resume.") from error
+    raise ValueError(
+        f"{folder}: {_TENSORS} is of step {step} and {_CONFIG} of step {config['step']}: an interrupted save. "
+        "Start anew without --resume."
+    )
+
+
+def _resumed(corpus: Corpus, config: dict[str, Any], tensors: dict[str, Tensor]) -> Trainer:
+    settings = Settings(**config["settings"])
+    _check_tensors(settings, len(corpus.vocabulary), tensors)
+    trainer = Trainer.new(settings, corpus.training, len(corpus.vocabulary))
     trainer.model.load_state_dict({name: tensors[f"model.{name}"] for name in trainer.model.state_dict()})
     for name, parameter in trainer.model.named_parameters():
         if f"optimizer.step.{name}" in tensors:
             trainer.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in _ADAM}
     trainer.state = tensors.get("state")
-    trainer.step, trainer.seconds = config["step"], config["seconds"]
+    trainer.step, trainer.seconds = config["step"], float(config["seconds"])
     trainer.curve = [Point(**point) for point in config["curve"]]
     return trainer
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What stands in the config, of the types that it must have."""
+    if path.stat().st_size > _MOST_CONFIG:
+        raise ValueError(f"it has more than {_MOST_CONFIG} bytes")
+    config = parse_json(path.read_text(encoding="utf-8"), 3)
+    _check_fields("it", config, _KINDS)
+    _check_fields("its settings", config["settings"], {name: type(value) for name, value in asdict(Settings()).items()})
+    _check_fields("its versions", config["versions"], dict.fromkeys(("python", "torch", "fusecell"), str))
+    for point in config["curve"]:
+        _check_fields("a point of its curve", point, _POINT)
+    wrong = {name: config[name] for name in ("step", "seconds") if not 0 <= config[name] < 1 << 53}
+    wrong |= {name: size for name in _SIZES if not 0 < (size := config["settings"][name]) < 1 << 31}
+    if not 0 <= config["settings"]["seed"] < 1 << 63:
+        wrong["seed"] = config["settings"]["seed"]
+    if wrong:
+        raise ValueError(f"out of range are {quoted(wrong)}")
+    return dict(config)
+
+
+def _check_fields(subject: str, found: object, kinds: Mapping[str, type]) -> None:
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise ValueError(f"{subject} is {quoted(found)}, expected {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        value = found[name]
+        # A whole number does for a fraction; a truth value for neither.
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name} of {subject} is {quoted(value)}, expected {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value) and found.keys() != _POINT.keys():
+            raise ValueError(f"{name} of {subject} is {value}, expected a finite number")
+
+
+def _check_tensors(settings: Settings, vocabulary: int, tensors: Mapping[str, Tensor]) -> None:
+    """Whether the tensors are those of the settings' model, before memory is taken for one."""
+    if settings.num_layers > len(tensors):
+        raise ValueError(f"{settings.num_layers} layers don't fit {len(tensors)} tensors")
+    with torch.device("meta"):
+        model = build_model(settings, vocabulary)
+    expected = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if f"optimizer.step.{name}" in tensors:
+            like = (torch.empty((), device="meta"), parameter, parameter)
+            expected |= {f"optimizer.{key}.{name}": value for key, value in zip(_ADAM, like, strict=True)}
+    if "state" in tensors:
+        size = (settings.num_layers, settings.batch_size, settings.hidden_size)
+        expected["state"] = torch.empty(size, device="meta")
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"its tensors differ from the model's in {quoted(sorted(tensors.keys() ^ expected.keys()))}")
+    for name, like in expected.items():
+        found = tensors[name]
+        if found.shape != like.shape or found.dtype != like.dtype:
+            raise ValueError(
+                f"{name} is {found.dtype} of shape {tuple(found.shape)}, expected {like.dtype} of {tuple(like.shape)}"
+            )

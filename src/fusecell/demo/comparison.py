@@ -1,4 +1,4 @@
-"""The race: models trained in turns of about a second, so that what else the machine does meets all alike."""
+"""Compare models by training them in turns of about a second, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from rich.console import Console
 from fusecell.demo.checkpoint import save_checkpoint
 from fusecell.demo.corpus import Corpus
 from fusecell.demo.evaluation import Exam
-from fusecell.demo.report import telling
+from fusecell.demo.report import progress_bars
 from fusecell.demo.train import Budget, Point, Trainer
 
 __all__ = ["Lane", "race"]
 
 _SAVE_EVERY = 20.0
+"""Seconds between two saves of the checkpoints."""
 _EVALUATION = 0.1
-"""The largest share of the time that goes into points of the curves: a slow machine draws fewer."""
+"""The largest share of the time spent evaluating: on a slow machine the curves get fewer points."""
 
 
 @dataclass
 class Lane:
-    """A model in the race.
+    """One of the models that are compared, with its budget and its folder.
 
     Arguments:
-        name: what it is called.
-        trainer: where it stands.
-        budget: how far it goes.
+        name: its title in tables and plots.
+        trainer: its training run.
+        budget: when its training ends.
         threads: torch's number of threads while it trains.
-        folder: of its checkpoint.
-        losses: bits per character of the steps since the last point of its curve.
-        evaluating: seconds that went into the points.
+        folder: where its checkpoint goes.
+        losses: bits per character of each step since the last point of its curve.
+        evaluating: seconds spent on the points so far.
     """
 
     name: str
@@ -47,23 +48,23 @@ class Lane:
     evaluating: float = 0.0
 
     def __post_init__(self) -> None:
-        self.begun = self.budget.used(self.trainer)
-        self.before = self.trainer.seconds
+        self.start = self.budget.used(self.trainer)  # above 0 in a run that was resumed
+        self.start_seconds = self.trainer.seconds
 
     def go(self, share: float) -> Iterator[float]:
-        """Train until so much of what was left at the start is used, yielding how much is after each step."""
+        """Train until ``share`` of the budget left at the start is used; yield the share used after each step."""
         torch.set_num_threads(self.threads)
-        # Exactly 1 at the end, whatever the share at the start was.
-        until = 1 - (1 - self.begun) * (1 - share)
+        # In this form, rounding can't keep it from being exactly 1 at the end.
+        until = 1 - (1 - self.start) * (1 - share)
         for bits in self.trainer.run(self.budget, until):
             self.losses.append(bits)
-            yield (self.budget.used(self.trainer) - self.begun) / (1 - self.begun)
+            yield (self.budget.used(self.trainer) - self.start) / (1 - self.start)
 
     def add_point(self, exam: Exam) -> None:
-        """A point of the curve, if there was a step since the last."""
+        """Evaluate the model and add a point to its curve, if there was a step since the last one."""
         if not self.losses:
             return
-        torch.set_num_threads(1)  # a busy machine then delays it least
+        torch.set_num_threads(1)  # the least delayed where other processes use the cores
         began, trainer = time.monotonic(), self.trainer
         held_out = exam.bits(trainer.model)
         self.evaluating += time.monotonic() - began
@@ -73,20 +74,27 @@ class Lane:
 
 
 def race(lanes: Sequence[Lane], corpus: Corpus, exam: Exam, console: Console, points: int = 10) -> None:
-    """Use up every lane's budget in turns, adding ``points`` points to each curve at most and saving as it goes.
+    """Train all models in turns until their budgets are used up, evaluating and saving on the way.
 
-    The checkpoints are saved on the way out too, an interruption included.
+    The checkpoints are also saved at the end, after an interruption too.
+
+    Arguments:
+        lanes: the models.
+        corpus: its vocabulary is saved with each checkpoint.
+        exam: evaluates the points of the curves.
+        console: shows a progress bar for each model.
+        points: the most points that each curve gets.
     """
     longest = max(lane.budget.seconds - lane.trainer.seconds for lane in lanes)
     turns_per_point = max(1, math.ceil(longest / points))
     turns = points * turns_per_point
     saved = time.monotonic()
     try:
-        with telling(console, [lane.name for lane in lanes]) as tell:
+        with progress_bars(console, [lane.name for lane in lanes]) as bars:
             for turn in range(1, turns + 1):
                 for lane in lanes:
                     for used in lane.go(turn / turns):
-                        tell.step(lane.name, used, lane.losses[-1], lane.trainer.speed)
+                        bars.step(lane.name, used, lane.losses[-1], lane.trainer.speed)
                 if turn == turns or (turn % turns_per_point == 0 and _time_for_points(lanes)):
                     for lane in lanes:
                         lane.add_point(exam)
@@ -98,7 +106,7 @@ def race(lanes: Sequence[Lane], corpus: Corpus, exam: Exam, console: Console, po
 
 
 def _time_for_points(lanes: Sequence[Lane]) -> bool:
-    training = sum(lane.trainer.seconds - lane.before for lane in lanes)
+    training = sum(lane.trainer.seconds - lane.start_seconds for lane in lanes)
     return sum(lane.evaluating for lane in lanes) < _EVALUATION * training
 
 

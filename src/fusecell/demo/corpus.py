@@ -1,4 +1,4 @@
-"""The text: the standard library's modules, split by file into training and held-out."""
+"""The demo's text: the modules of the standard library, split by file into a training and a held-out part."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ __all__ = ["Corpus", "Vocabulary", "held_out", "load_corpus"]
 Ids = NDArray[np.int64]
 
 _RARE = 50
-"""A character seen less often than this in training is unknown to every model."""
+"""A character that occurs less often than this in training counts as unknown, for every model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The characters a model knows; id 0 is any other."""
+    """The characters that a model distinguishes, with ids from 1; id 0 is any other character."""
 
     characters: str
     unknown = "\N{REPLACEMENT CHARACTER}"
 
     @classmethod
     def of(cls, text: str, rare: int = _RARE) -> Vocabulary:
-        """The characters that stand at least ``rare`` times in a text, in the order of their code points."""
+        """Collect the characters that occur at least ``rare`` times in a text, in the order of their code points."""
         return cls("".join(sorted(char for char, count in Counter(text).items() if count >= rare)))
 
     def __len__(self) -> int:
         return len(self.characters) + 1
 
     def encode(self, text: str) -> Ids:
-        """The ids of a text, int64 (len(text),)."""
+        """Return the ids of a text, int64 (len(text),)."""
         ids = {char: index for index, char in enumerate(self.characters, 1)}
         return np.fromiter((ids.get(char, 0) for char in text), np.int64, len(text))
 
@@ -47,7 +47,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Training and held-out text as ids, and the names of the files each was made of."""
+    """Training and held-out text as ids, with the names of the files in each."""
 
     vocabulary: Vocabulary
     training: Ids
@@ -57,16 +57,17 @@ class Corpus:
 
 
 def held_out(name: str) -> bool:
-    """Whether a file is kept from training: one in ten, by its name alone, so the same on every machine."""
+    """Return whether a file is held out: about one in ten, by its name alone, so the same on every machine."""
+    # hash() differs from process to process; 26 of 256 is a tenth.
     return hashlib.sha256(name.encode()).digest()[0] < 26
 
 
 def load_corpus(seed: int = 0, folder: Path | None = None) -> Corpus:
-    """Read the top-level modules of the standard library.
+    """Read the top-level modules of the standard library and split them by file.
 
     Arguments:
         seed: of the order of the files.
-        folder: where to read ``*.py`` instead.
+        folder: a folder whose ``*.py`` to read instead.
 
     Raises:
         FileNotFoundError: if the folder holds too few modules for a training and a held-out part.
@@ -76,12 +77,12 @@ def load_corpus(seed: int = 0, folder: Path | None = None) -> Corpus:
     names = sorted(name for name, text in texts.items() if text.strip())
     random.Random(seed).shuffle(names)
     training = tuple(name for name in names if not held_out(name))
-    kept = tuple(name for name in names if held_out(name))
-    if not training or not kept:
+    evaluation = tuple(name for name in names if held_out(name))
+    if not training or not evaluation:
         raise FileNotFoundError(
-            f"{folder} holds {len(names)} Python modules, {len(kept)} of them held out; the demo needs some of both. "
-            "A Python without its library's sources can't be read: use one installed with them."
+            f"{folder} holds {len(names)} Python modules, {len(evaluation)} of them held out; the demo needs some of "
+            "both. Some installations of Python leave out the library's sources: use one that has them."
         )
-    text, rest = ("\n".join(texts[name] for name in part) for part in (training, kept))
+    text, rest = ("\n".join(texts[name] for name in part) for part in (training, evaluation))
     vocabulary = Vocabulary.of(text)
-    return Corpus(vocabulary, vocabulary.encode(text), vocabulary.encode(rest), training, kept)
+    return Corpus(vocabulary, vocabulary.encode(text), vocabulary.encode(rest), training, evaluation)

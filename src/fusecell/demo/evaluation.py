@@ -1,4 +1,4 @@
-"""The held-out characters that every model is scored on: slices from all over the text, the same for all."""
+"""Evaluate models on held-out text: all on the same characters, in slices spread over the whole text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ __all__ = ["Exam"]
 
 
 class Exam:
-    """Slices of a text, each begun with characters that are read but not scored, as a state begins cold.
+    """Slices of held-out text that every model is scored on.
+
+    A slice begins with characters that are read but not scored, because the state starts at zero there.
 
     Arguments:
         held_out: ids, int64 (length,).
-        rows: how many slices, evenly spread.
-        warmup: characters of each slice that are only read.
-        scored: characters of each slice that are scored, or as many as there are.
+        rows: the number of slices, evenly spread.
+        warmup: characters at the beginning of each slice that are only read.
+        scored: characters of each slice that are scored; fewer if the slice is shorter.
 
     Raises:
         ValueError: if a slice would have nothing to score.
@@ -48,22 +50,23 @@ class Exam:
 
     @torch.no_grad()
     def bits(self, model: CharacterModel, window: int = 64) -> float:
-        """Bits per character of a model, its state carried from window to window."""
+        """Return a model's bits per scored character; its state is carried from window to window."""
         total, state = 0.0, None
         for start in range(0, len(self.text) - 1, window):
             targets = self.text[start + 1 : start + window + 1]
             scores, state = model(self.text[start : start + len(targets)], state)
+            # A score belongs to the next character: the warmup's last one predicts the first that counts.
             unscored = max(self.warmup - 1 - start, 0)
             if unscored < len(targets):
-                kept = scores[unscored:].flatten(0, 1), targets[unscored:].flatten()
-                total += nn.functional.cross_entropy(*kept, reduction="sum").item()
+                counted = scores[unscored:].flatten(0, 1), targets[unscored:].flatten()
+                total += nn.functional.cross_entropy(*counted, reduction="sum").item()
         return total / len(self) / math.log(2)
 
     def unigram_bits(self, training: NDArray[np.int64], size: int) -> float:
-        """Bits per character of letter frequencies on the same characters."""
+        """Return the bits per character of the training text's character frequencies, on the same characters."""
         return unigram_bits(training, self.held_out[self.positions], size)
 
     def ngram_bits(self, ngram: KneserNey) -> float:
-        """Bits per character of an n-gram model on the same characters, each after all those before it."""
+        """Return the bits per character of an n-gram model on the same characters, each given all those before it."""
         probabilities = ngram.probabilities(self.held_out)[self.positions - ngram.order + 1]
         return float(-np.log2(probabilities).mean())

@@ -1,4 +1,4 @@
-"""The main job from end to end."""
+"""Run the whole demo: train, compare, evaluate, write samples and a report."""
 
 from __future__ import annotations
 
@@ -44,22 +44,26 @@ def run_demo(
     exam: Exam | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Train, compare with one another and the baselines, write samples, and leave everything in a folder.
+    """Train models in turns, compare them with each other and with the baselines, and write everything to a folder.
 
     Arguments:
-        settings: of the model and its training; a resumed run keeps those it was begun with.
-        layers: keys of :data:`fusecell.demo.model.LAYERS`, each trained as ``settings.layer``, in turns.
-        seconds: to train, all layers together, each as long; on top of what a resumed run has behind it.
-        steps: of each layer, if they are reached first.
+        settings: the model and its training; a resumed run keeps the settings it started with.
+        layers: the recurrent layers to train in turns, keys of :data:`fusecell.demo.model.LAYERS`.
+        seconds: of training, shared equally by the layers; for a resumed run, in addition to those before.
+        steps: updates of each layer after which to stop, if that is sooner.
         output: the folder of ``loss.png``, ``metrics.json``, and for each layer, in a folder of its name,
             ``checkpoint.safetensors``, ``checkpoint.json`` and ``sample.txt``.
-        resume: go on from the checkpoints in ``output``.
-        corpus: another text than the standard library's.
-        exam: other held-out characters to be scored on than slices from all over the corpus.
+        resume: continue from the checkpoints in ``output``.
+        corpus: the text; the standard library if left out.
+        exam: the held-out characters to score; slices of the whole held-out text if left out.
         console: where to print.
 
     Returns:
-        The figures, which ``metrics.json`` holds too.
+        The figures that ``metrics.json`` holds.
+
+    Raises:
+        FileNotFoundError: with ``resume``, if a checkpoint is missing.
+        ValueError: for an unknown layer, a text that is too short, or checkpoints that don't fit.
     """
     settings, console = settings or Settings(), console or Console()
     corpus = corpus or load_corpus(settings.seed)
@@ -69,25 +73,25 @@ def run_demo(
         f"{len(corpus.held_out):,} of {len(corpus.held_out_files)} others held out, {len(exam):,} of them scored; "
         f"{len(corpus.vocabulary)} different characters"
     )
-    trainers = _resume(layers, corpus, output) if resume else _begin(settings, layers, corpus)
+    trainers = _resume(layers, corpus, output) if resume else _start(settings, layers, corpus)
     if resume:
         done = ", ".join(f"step {trainer.step:,} ({trainer.seconds:.0f} seconds)" for trainer in trainers)
         console.print(f"going on from {done}")
     console.print(
         f"{_parameters(trainers[0]):,} parameters, {seconds / len(trainers):g} seconds for each layer, in turns"
     )
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     try:
         lanes = _lanes(trainers, Budget(seconds / len(trainers), steps), corpus, output, console)
         race(lanes, corpus, exam, console)
         results = _results(lanes, corpus, exam)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
     _write_output(lanes, corpus, exam, results, output, console)
     return results
 
 
-def _begin(settings: Settings, layers: Sequence[str], corpus: Corpus) -> list[Trainer]:
+def _start(settings: Settings, layers: Sequence[str], corpus: Corpus) -> list[Trainer]:
     size = len(corpus.vocabulary)
     return [Trainer.new(replace(settings, layer=layer), corpus.training, size) for layer in layers]
 
@@ -103,8 +107,8 @@ def _resume(layers: Sequence[str], corpus: Corpus, output: Path) -> list[Trainer
 
 
 def _lanes(trainers: Sequence[Trainer], more: Budget, corpus: Corpus, output: Path, console: Console) -> list[Lane]:
-    """Every trainer with ``more`` before it and the threads that suit it."""
-    # Ours last, so that what torch loads at the first update of any model isn't put down to it.
+    """Give every trainer ``more`` budget and the number of threads with which it is fastest."""
+    # Ours last: what torch loads at the first update of any model would otherwise be counted as its compile time.
     most = torch.get_num_threads()
     threads = [_threads(trainer.settings, corpus, most, console) for trainer in reversed(trainers)][::-1]
     return [
@@ -120,7 +124,7 @@ def _lanes(trainers: Sequence[Trainer], more: Budget, corpus: Corpus, output: Pa
 
 
 def _threads(settings: Settings, corpus: Corpus, most: int, console: Console) -> int:
-    """Each layer gets the number of threads that suits it best, found on a model that is thrown away."""
+    """Measure the number of threads with which a layer trains fastest, on a model that is thrown away."""
     trial = Trainer.new(settings, corpus.training, len(corpus.vocabulary))
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -172,7 +176,7 @@ def _write_output(
 def _metrics(lanes: Sequence[Lane], corpus: Corpus, exam: Exam, results: Results) -> dict[str, Any]:
     first = lanes[0].trainer
     settings = first.settings.to_dict()
-    del settings["layer"]
+    del settings["layer"]  # the only setting that differs between the layers
     return {
         **results.to_dict(),
         "steps": {lane.name: lane.trainer.step for lane in lanes},

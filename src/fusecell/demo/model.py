@@ -1,4 +1,4 @@
-"""The model: characters in, a stacked GRU, the next character's scores out."""
+"""The demo's model: an embedding of characters, a stacked GRU and scores for the next character."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def _torch_gru(input_size: int, hidden_size: int, num_layers: int) -> nn.GRU:
 
 
 LAYERS: dict[str, Callable[[int, int, int], nn.GRU]] = {"fusecell": _fusecell_gru, "torch": _torch_gru}
-"""The recurrent layers the demo can train: ``(input_size, hidden_size, num_layers)`` to a layer."""
+"""Constructors of the layers that the demo can train, called with (input_size, hidden_size, num_layers)."""
 
 
 class CharacterModel(nn.Module):
-    """An embedding, a recurrent layer and a linear readout.
+    """A language model of characters: an embedding, a recurrent layer and a linear readout.
 
     Arguments:
-        vocabulary_size: how many characters there are.
-        embedding_size: features of a character.
-        layer: maps (T, N, embedding_size) and a state to (T, N, its hidden_size) and a state.
+        vocabulary_size: the number of ids.
+        embedding_size: features of a character's embedding.
+        layer: maps (T, N, embedding_size) and a state to (T, N, hidden_size) and a state.
     """
 
     def __init__(self, vocabulary_size: int, embedding_size: int, layer: nn.GRU) -> None:
@@ -42,13 +42,21 @@ class CharacterModel(nn.Module):
         self.readout = nn.Linear(layer.hidden_size, vocabulary_size)
 
     def forward(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scores of the next character after each, (T, N, vocabulary_size), for ids (T, N), and the state."""
+        """Score the next character at each step.
+
+        Arguments:
+            ids: int64 (T, N).
+            state: the layer's, (num_layers, N, hidden_size); zeros if left out.
+
+        Returns:
+            The scores (logits), (T, N, vocabulary_size), and the state after the last step.
+        """
         output, state = self.layer(self.embedding(ids), state)
         return self.readout(output), state
 
 
 def build_model(settings: Settings, vocabulary_size: int) -> CharacterModel:
-    """The model of some settings; equal seeds give equal weights, whatever the layer."""
+    """Build the model for some settings; equal seeds give equal weights, whichever the layer."""
     if settings.layer not in LAYERS:
         raise ValueError(f"the demo's layer is one of {', '.join(sorted(LAYERS))}; got {settings.layer!r}.")
     torch.manual_seed(settings.seed)

@@ -1,4 +1,4 @@
-"""The picture: held-out bits per character over seconds of training."""
+"""Plot learning curves: held-out bits per character over seconds of training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _COLOURS = ("#0b6e99", "#d9730d", "#4d6461")
 _INK, _FAINT = "#37352f", "#8a8a86"
 _DPI = 160
 _LABEL_HEIGHT = 30.0
-"""Points of two lines and the gap to the next label."""
+"""Height of a label of two lines with a gap, in points."""
 
 
 def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, float], path: Path) -> None:
     """Draw learning curves into a PNG.
 
     Arguments:
-        curves: for each model, its name and its points, one at least.
-        baselines: bits per character of what doesn't learn over time, drawn as level lines.
-        path: the file.
+        curves: the points of each model, at least one, by the model's name.
+        baselines: bits per character of each baseline by its name, drawn as horizontal lines.
+        path: the file to write.
     """
     figure = Figure(figsize=(8, 4.5), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
@@ -39,13 +39,13 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
         label = f"{name}  {level:.2f}"
         axes.annotate(label, (0, level), (6, 4), textcoords="offset points", color=_FAINT, fontsize=9, va="bottom")
     _style(axes, last)
-    figure.draw_without_rendering()  # so that the axes have their place and labels can be kept apart
+    figure.draw_without_rendering()  # lays out the axes, whose positions _label_ends reads
     _label_ends(axes, curves)
     figure.savefig(path, facecolor="white")
 
 
 def _style(axes: Axes, last: float) -> None:
-    """Scales, words and lines, with room for names on the right."""
+    """Set scales, titles, spines and grid; leave room for labels on the right."""
     axes.margins(y=0.1)
     axes.set_xlim(0, last * 1.35)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
@@ -60,8 +60,9 @@ def _style(axes: Axes, last: float) -> None:
 
 
 def _label_ends(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
-    """Each name at the end of its line, with the bits reached and the characters read."""
+    """Label the end of each curve with its name, its last bits per character and the characters read."""
     ends = [(points[-1], name, colour) for (name, points), colour in zip(curves.items(), _COLOURS, strict=False)]
+    # From the bottom up, each label at least a label's height above the one below: two curves may end together.
     below = -math.inf
     for point, name, colour in sorted(ends, key=lambda end: end[0].held_out):
         y = axes.transData.transform((point.seconds, point.held_out))[1] * 72 / _DPI

@@ -1,4 +1,4 @@
-"""What the demo tells: a progress bar while it runs, figures and a verdict at its end."""
+"""The demo's output: progress bars while it trains, a table and a verdict at its end."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Results", "Score", "Telling", "print_results", "telling", "verdict"]
+__all__ = ["Results", "Score", "TrainingProgress", "print_results", "progress_bars", "verdict"]
 
 _LEVEL_SPEED, _LEVEL_BITS = 1.05, 0.01
-"""Differences that the next run may turn round."""
+"""Ratio of speeds and difference in bits up to which two models are level: repeated runs differ by as much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A trained model's figures.
+    """The figures of a trained model.
 
     Arguments:
-        name: what it is called.
+        name: its title.
         bits: per character of held-out text.
-        characters: trained on.
-        seconds: of training.
-        threads: it trained with.
+        characters: how many it was trained on.
+        seconds: how long it was trained.
+        threads: how many it trained with.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Score:
 
     @property
     def speed(self) -> float:
-        """Characters a second in training."""
+        """Characters per second in training."""
         return self.characters / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The figures of a run.
+    """The figures of a run of the demo.
 
     Arguments:
-        scores: of the models; where there are two, the first is compared with the second.
+        scores: one of each model; of two, the first is compared with the second.
         unigram, five_gram: bits per character of the baselines, on the same characters.
     """
 
@@ -57,7 +57,7 @@ class Results:
     five_gram: float
 
     def speed_ratio(self) -> float | None:
-        """How many times as many characters a second the first model read as the second; None without one."""
+        """Return the first model's characters per second over the second's; None unless there are two."""
         return self.scores[0].speed / self.scores[1].speed if len(self.scores) == 2 else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,8 +74,8 @@ class Results:
         }
 
 
-class Telling:
-    """A progress bar for each model, told of each step."""
+class TrainingProgress:
+    """A progress bar for each model, updated by each training step."""
 
     def __init__(self, progress: Progress, names: Sequence[str]) -> None:
         self._progress = progress
@@ -83,7 +83,7 @@ class Telling:
         self._smooth: dict[str, float] = {}
 
     def step(self, name: str, used: float, bits: float, speed: float) -> None:
-        """Show a step: the share of the budget used, its bits per character, and characters a second so far."""
+        """Show a model's step: the share of its budget used, the step's bits per character, characters per second."""
         smooth = self._smooth[name] = 0.95 * self._smooth.get(name, bits) + 0.05 * bits
         self._progress.update(
             self._tasks[name], completed=used, bits=f"{smooth:.3f} bits/char", speed=f"{speed:,.0f} chars/s"
@@ -91,8 +91,8 @@ class Telling:
 
 
 @contextmanager
-def telling(console: Console, names: Sequence[str]) -> Iterator[Telling]:
-    """Progress bars for as long as the block runs."""
+def progress_bars(console: Console, names: Sequence[str]) -> Iterator[TrainingProgress]:
+    """Show a progress bar for each name while the block runs."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
@@ -101,11 +101,11 @@ def telling(console: Console, names: Sequence[str]) -> Iterator[Telling]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield Telling(progress, names)
+        yield TrainingProgress(progress, names)
 
 
 def verdict(results: Results) -> str:
-    """Who won, the models among one another and each against the 5-gram, said plainly."""
+    """Say in a few sentences which model won, and whether each beats the 5-gram baseline."""
     sentences = [_compare(*results.scores)] if len(results.scores) == 2 else []
     for score in results.scores:
         gap = score.bits - results.five_gram
@@ -117,7 +117,7 @@ def verdict(results: Results) -> str:
 
 
 def _compare(one: Score, other: Score) -> str:
-    """The first model's speed and bits beside the second's."""
+    """Compare the first model's speed and bits with the second's, in a sentence."""
     ratio, lead = one.speed / other.speed, other.bits - one.bits
     speed = f"{one.name} read {ratio:.2f} times as many characters a second as {other.name}"
     if 1 / _LEVEL_SPEED <= ratio <= _LEVEL_SPEED:
@@ -131,7 +131,7 @@ def _compare(one: Score, other: Score) -> str:
 
 
 def print_results(console: Console, results: Results, samples: Mapping[str, str]) -> None:
-    """The best model's sample, the table and the verdict."""
+    """Print the best model's sample, the table of figures and the verdict."""
     best = min(results.scores, key=lambda score: score.bits)
     title = f"400 characters that {best.name} wrote"
     console.print(Panel(Text(samples[best.name]), title=title, border_style="dim"))

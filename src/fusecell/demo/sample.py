@@ -1,4 +1,4 @@
-"""Writing: one character at a time, the state carried."""
+"""Sample text from a model, one character at a time."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ def write(
     temperature: float = 0.6,
     seed: int = 0,
 ) -> str:
-    """Let a model go on from a prompt.
+    """Let a model continue a prompt.
 
     Arguments:
-        count: characters to write.
-        prompt: what comes before, at least one character.
-        temperature: scores are divided by it; the lower, the safer the choice.
-        seed: of the choices.
+        model: the model.
+        vocabulary: the characters of its ids.
+        count: the number of characters to write.
+        prompt: the text before, at least one character.
+        temperature: the scores are divided by it; the lower, the likelier the probable characters.
+        seed: of the random choices.
 
     Returns:
-        The characters written, without the prompt.
+        The new characters, without the prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     scores, state = model(torch.from_numpy(vocabulary.encode(prompt))[:, None])
     written: list[int] = []
     for _ in range(count):
         last = scores[-1, 0] / temperature
-        last[0] = -torch.inf  # the unknown character stands for many and can't be written
+        last[0] = -torch.inf  # id 0 is any unknown character, which can't be written
         choice = torch.multinomial(last.softmax(0), 1, generator=generator)
         written.append(int(choice))
         scores, state = model(choice[None], state)

@@ -1,4 +1,4 @@
-"""Everything that decides how the demo's model is made and trained."""
+"""The demo's hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The demo's model and training; the defaults were the best of thirteen tried, at 50 seconds on one core.
+    """Hyperparameters of the demo's model and its training.
+
+    The defaults were the best of thirteen sets, each trained for 50 seconds on one core.
 
     Arguments:
-        layer: whose GRU is trained, a key of :data:`fusecell.demo.model.LAYERS`.
-        embedding_size, hidden_size, num_layers: the model.
-        batch_size: rows of text read side by side.
-        window: characters of each row between two updates; the state is carried from window to window.
-        learning_rate: the peak of the schedule.
+        layer: the implementation of the GRU, a key of :data:`fusecell.demo.model.LAYERS`.
+        embedding_size, hidden_size, num_layers: sizes of the model.
+        batch_size: rows of text in a batch.
+        window: steps of an update; the state is carried from one window to the next.
+        learning_rate: the largest of the schedule.
         warmup: the share of the run in which the learning rate rises.
-        clip: the largest norm of the gradient.
+        clip: the largest norm of the gradient; a larger one is scaled down to it.
         seed: of the weights, the order of the files and the sample.
     """
 

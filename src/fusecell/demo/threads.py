@@ -1,4 +1,4 @@
-"""How many threads to train with: measured, as small products on many threads wait more than they work."""
+"""Measure the number of threads with which training is fastest; for small products that is often one."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ __all__ = ["fastest_threads"]
 
 
 def fastest_threads(work: Callable[[], object], most: int | None = None, repeats: int = 3) -> int:
-    """The number of torch threads that runs ``work`` fastest, of 1, 2, 4 ... ``most``; the smaller where it is close.
+    """Return the number of torch threads with which ``work`` is fastest; where it is close, the smallest.
 
     Arguments:
-        work: run once to warm up and ``repeats`` times to measure, for each number of threads that is not far behind.
-        most: the largest number to try; torch's present number if left out.
+        work: called once to warm up and then ``repeats`` times, for each number of threads.
+        most: the largest number to try, of 1, 2, 4 ... and itself; torch's present number if left out.
+        repeats: the number of calls whose median counts; a number that is hopelessly slow gets fewer.
 
     Returns:
-        The number, which is not put into force.
+        The number of threads. Torch's own is the same after the call as before.
     """
-    before: int = torch.get_num_threads()
-    most = before if most is None else most
+    present: int = torch.get_num_threads()
+    most = present if most is None else most
     candidates: list[int] = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
     try:
         times: dict[int, float] = {}
         for threads in candidates:
             times[threads] = _seconds(work, threads, repeats, 2 * min(times.values(), default=math.inf))
     finally:
-        torch.set_num_threads(before)
-    # The smallest that is nearly the fastest: what else runs on the machine delays many threads more than few.
+        torch.set_num_threads(present)
+    # The smallest that is nearly the fastest: load from other processes delays many threads more than few.
     return next(threads for threads in candidates if times[threads] <= 1.15 * min(times.values()))
 
 
 def _seconds(work: Callable[[], object], threads: int, repeats: int, hopeless: float) -> float:
-    """The median of ``repeats``, or the first that is ``hopeless``: threads that wait for busy cores take very long."""
+    """Return the median time of ``repeats`` calls, or the first time above ``hopeless`` without any more calls."""
     torch.set_num_threads(threads)
     work()
     times = []

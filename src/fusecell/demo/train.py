@@ -1,4 +1,4 @@
-"""Training: truncated backpropagation through time, the state carried from window to window."""
+"""Train a character model by truncated backpropagation through time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Budget", "Point", "Trainer", "in_rows"]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A point of the learning curves.
+    """A point of a learning curve.
 
     Arguments:
-        seconds: of training alone, evaluation left out.
-        characters: trained on so far.
-        training: bits per character since the point before.
+        seconds: of training so far, without evaluation.
+        characters: how many were trained on so far.
+        training: bits per character of the training text since the point before.
         held_out: bits per character of held-out text.
     """
 
@@ -38,19 +38,19 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How far to train: until so many seconds or steps have been spent in all."""
+    """The end of training: a number of seconds or of steps, whichever is reached first."""
 
     seconds: float = math.inf
     steps: float = math.inf
 
     def used(self, trainer: Trainer) -> float:
-        """The share used up, 0 to 1."""
+        """Return the share of the budget that a trainer has used, 0 to 1."""
         return min(max(trainer.seconds / self.seconds, trainer.step / self.steps), 1.0)
 
 
 @dataclass
 class Trainer:
-    """A model in training, with all that going on from here needs."""
+    """A model in training: weights, optimizer, text position, state and learning curve."""
 
     settings: Settings
     text: Tensor
@@ -63,7 +63,7 @@ class Trainer:
 
     @classmethod
     def new(cls, settings: Settings, training: NDArray[np.int64], vocabulary_size: int) -> Trainer:
-        """A trainer at its first step.
+        """Create a trainer at its first step.
 
         Raises:
             ValueError: if the text is too short for one window of each row.
@@ -84,21 +84,21 @@ class Trainer:
 
     @property
     def speed(self) -> float:
-        """Characters a second, 0 before the first step."""
+        """Characters per second, 0 before the first step."""
         return self.characters / self.seconds if self.seconds else 0.0
 
     def learning_rate(self, used: float) -> float:
-        """A short rise, then half a cosine down to a fiftieth."""
+        """Return the learning rate at a share of the budget: a linear warmup, then a cosine to 1/50 of the peak."""
         peak, warmup = self.settings.learning_rate, self.settings.warmup
         if used < warmup:
             return peak * max(used / warmup, 0.05)
         return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup))) / 2)
 
     def advance(self, used: float) -> float:
-        """One update on the next window of every row; returns its bits per character.
+        """Make one update on the next window of every row; return the window's bits per character.
 
         Arguments:
-            used: the share of the budget behind us, for the learning rate.
+            used: the share of the budget used so far, for the learning rate.
         """
         began = time.perf_counter()
         ids, targets = self._next_window()
@@ -110,13 +110,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(used)
         self.optimizer.step()
-        self.state = detach(state)
+        self.state = detach(state)  # truncated here: no gradient flows into the window before
         self.step += 1
         self.seconds += time.perf_counter() - began
         return loss.item() / math.log(2)
 
     def run(self, budget: Budget, share: float = 1.0) -> Iterator[float]:
-        """Advance until a share of the budget is used up, yielding each step's bits per character."""
+        """Make updates until a share of the budget is used; yield the bits per character of each."""
         while (used := budget.used(self)) < share:
             yield self.advance(used)
 
@@ -125,11 +125,12 @@ class Trainer:
         per_pass = (len(self.text) - 1) // window
         start = self.step % per_pass * window
         if start == 0:
+            # A new pass over the text: the rows' ends don't lead on to their beginnings.
             self.state = None
         return self.text[start : start + window], self.text[start + 1 : start + window + 1]
 
 
 def in_rows(ids: NDArray[np.int64], rows: int) -> Tensor:
-    """A text cut into rows of equal length, time-major: (len(ids) // rows, rows)."""
+    """Split a text into rows of equal length; return them time-major, (len(ids) // rows, rows)."""
     length = len(ids) // rows
     return torch.from_numpy(ids[: length * rows].reshape(rows, length).T.copy())

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.drop_in.checks import check_hidden, check_input
 from fusecell.execution.call_cache import cached_call, store_call
 from fusecell.execution.call_form import CallForm, CellFactory
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
-from fusecell.execution.runners import traced_runner
+from fusecell.execution.results import swap_time_and_batch, with_dim, without_dim
+from fusecell.execution.runners import traced_as_operator, traced_runner
+from fusecell.execution.torchscript import is_tracing, refuse_script, refuse_trace
 from fusecell.layers.arguments import Form, Lengths, Packing, check_packed
 from fusecell.layers.scan import scan_cell
 from fusecell.layers.scan_wrappers import PLAIN, Extras, MaskedOutput, check_extras, describe
@@ -41,6 +44,7 @@ _PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)
 _VIEWED = ("training", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
 
+@natively
 def _given(input: Any, hx: Any) -> State:
     """The input and the states, as they were handed over."""
     if hx is None:
@@ -49,6 +53,7 @@ def _given(input: Any, hx: Any) -> State:
 
 
 @functools.cache
+@natively
 def _call_form(batched: bool, batch_first: bool, recompute: bool) -> CallForm:
     return CallForm(True, batched, batch_first, layered=True, recompute=recompute)
 
@@ -92,7 +97,7 @@ class Scanned:
         self,
         input: Tensor | PackedSequence,
         hx: StateLike | None = None,
-        *,
+        *unset: None,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
@@ -106,6 +111,7 @@ class Scanned:
             lengths: (N,) whole numbers, in any order: row n is valid for t < lengths[n], outputs beyond are 0.
             resets: bool, True where a row's state goes back to zeros before the step at t: (T, N), (N, T) if
                 ``batch_first``, (T,) without a batch.
+            unset: None, for the arguments by name: torch's older ONNX exporter writes them all out, in order.
             mask: bool of the shape of ``resets``, False where a row takes no part in a step, as in
                 :func:`fusecell.scan`.
 
@@ -117,6 +123,9 @@ class Scanned:
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size, a dtype or a device doesn't fit.
             TypeError: where an argument is of another kind.
         """
+        if unset:
+            self._check_unset(unset)
+        # Where torch.compile breaks its graph for this frame, what it calls runs natively, mark by mark.
         usual = lengths is None and resets is None and mask is None
         if not usual or torch.compiler.is_compiling() or not self._one_plain_cell(input, hx):
             return self._forward(input, hx, lengths=lengths, resets=resets, mask=mask)
@@ -128,14 +137,23 @@ class Scanned:
             store_call(self, call_form, given, self._view())  # type: ignore[arg-type]
             return result
         outputs: Any = found[0]
-        return outputs.transpose(0, 1) if self.batch_first and given[0].dim() == 3 else outputs, bare(found[1])
+        return outputs, bare(found[1])
 
+    def _check_unset(self, unset: tuple[object, ...]) -> None:
+        if len(unset) > 3 or any(value is not None for value in unset):
+            raise TypeError(
+                f"{type(self).__name__}.forward takes input and hx by position, got {2 + len(unset)} arguments. "
+                "Name the others: lengths=, resets=, mask=."
+            )
+
+    @natively
     def _one_plain_cell(self, input: Any, hx: Any) -> bool:
         """Whether a call is one plain scan of one cell: this is asked in every call."""
         if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional:
             return False
         return (hx is None or isinstance(hx, Tensor | tuple | list)) and self._extras() is PLAIN
 
+    @natively
     def _view(self) -> CellFactory:
         """The one cell, and what it is made of."""
         weights = {name: f"{name}_l0" for name in self._weight_names()}
@@ -146,6 +164,7 @@ class Scanned:
         names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
         return names + (["weight_hr"] if self.proj_size else [])
 
+    @natively
     def _forward(
         self,
         input: Tensor | PackedSequence,
@@ -156,10 +175,12 @@ class Scanned:
         mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """``forward`` with all its checks."""
+        usual = lengths is None and resets is None and mask is None
+        if is_tracing():
+            return self._forward_jit(input, hx, usual)
         weight = self._weight("weight_ih_l0")
         x = check_input(self, input, weight)
         packed = input if isinstance(input, PackedSequence) else None
-        usual = lengths is None and resets is None and mask is None
         if packed is not None and not usual:
             raise ValueError(
                 f"{type(self).__name__}: a PackedSequence carries its own lengths and takes neither lengths nor "
@@ -185,8 +206,20 @@ class Scanned:
             extras = extras if mask is None else replace(extras, mask=form.mask(mask))
         outputs, after = self._scan(x, self._start(weight, given, None, rows), options, None, extras)
         if unbatched:
-            return outputs[:, 0], bare(tuple(value[:, 0] for value in after))
-        return outputs.transpose(0, 1) if self.batch_first else outputs, bare(after)
+            return without_dim(outputs, 1), bare(tuple(without_dim(value, 1) for value in after))
+        return swap_time_and_batch(outputs) if self.batch_first else outputs, bare(after)
+
+    def _forward_jit(self, input: Any, hx: Any, usual: bool) -> tuple[Tensor | PackedSequence, Tensor | State]:
+        """torch.nn's own layer, for torch.jit to record."""
+        name = type(self).__name__
+        if not usual:
+            refuse_trace(name, "torch.nn's layer, which is what is recorded, takes no lengths, resets and mask.")
+        if (self.tbptt is not None or self.clip_state_grad is not None) and torch.is_grad_enabled():
+            refuse_trace(name, "torch.nn's layer, which is what is recorded, has no tbptt and clip_state_grad.")
+        if not self._is_torchs():
+            refuse_trace(name, f"torch.nn can't compute {self}.")
+        result: tuple[Tensor | PackedSequence, Tensor | State] = super().forward(input, hx)  # type: ignore[misc]
+        return result
 
     def _forward_packed(
         self, packing: Packing, data: Tensor, given: State | None, weight: Tensor, extras: Extras
@@ -242,7 +275,7 @@ class Scanned:
 
     def _runners(self, extras: Extras) -> Sequence[Callable[[State, State, Options], tuple[Tensor, State]]]:
         """What scans each cell, in the order of the states."""
-        if torch.compiler.is_compiling() and extras is PLAIN:
+        if torch.compiler.is_compiling() and extras is PLAIN and traced_as_operator():
             run: Any = traced_runner()
             count = self.num_layers * (2 if self.bidirectional else 1)
             return [partial(run, self, leaf=index) for index in range(count)]
@@ -269,7 +302,7 @@ class Scanned:
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = self._drop(x, packing)
         if len(after) == 1:
-            return x, tuple([value[None] for value in after[0]])
+            return x, tuple([with_dim(value) for value in after[0]])
         return x, tuple([torch.stack(values) for values in zip(*after, strict=True)])
 
     def _drop(self, x: Tensor, packing: Packing | None) -> Tensor:
@@ -291,7 +324,15 @@ class Scanned:
 
     def _leave_to_torch(self, x: Tensor) -> bool:
         """Whether torch's own kernels (cuDNN and its like) compute this layer, for want of ours on the device."""
-        return not x.is_cpu and x.numel() > 0
+        return not x.is_cpu and x.numel() > 0 and self._is_torchs()
+
+    def _is_torchs(self) -> bool:
+        """Whether the cells' equation is the one that torch.nn's layer has."""
+        return True
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first."""
+        refuse_script(type(self).__name__)
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]

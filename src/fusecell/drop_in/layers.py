@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fusecell.cells.activations import check_activation
 from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, other_than
@@ -44,8 +44,8 @@ class RNN(Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than tor
         check_activation("RNN", activation=activation or "tanh")
         self.activation = activation
 
-    def _leave_to_torch(self, x: Tensor) -> bool:
-        return self.activation is None and super()._leave_to_torch(x)
+    def _is_torchs(self) -> bool:
+        return self.activation is None
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, activation=None)
@@ -99,9 +99,8 @@ class GRU(Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than tor
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _leave_to_torch(self, x: Tensor) -> bool:
-        usual = (self.activation, self.gate_activation) == ("tanh", "sigmoid")
-        return usual and self.reset_after and super()._leave_to_torch(x)
+    def _is_torchs(self) -> bool:
+        return self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, reset_after=True, activation="tanh", gate_activation="sigmoid")
@@ -144,9 +143,8 @@ class LSTM(Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than t
         check_activation("LSTM", activation=activation, gate_activation=gate_activation)
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _leave_to_torch(self, x: Tensor) -> bool:
-        usual = (self.activation, self.gate_activation) == ("tanh", "sigmoid")
-        return usual and super()._leave_to_torch(x)
+    def _is_torchs(self) -> bool:
+        return (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, activation="tanh", gate_activation="sigmoid")

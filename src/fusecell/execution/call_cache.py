@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import is_compiled
+from fusecell.execution.natively import natively
 from fusecell.execution.options import State
+from fusecell.execution.torchscript import is_tracing
 
 __all__ = ["CallCache", "register_call_cache", "store_call", "cached_call"]
 
@@ -29,6 +31,7 @@ def register_call_cache(memory: CallCache) -> None:
     _memory = memory
 
 
+@natively
 def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
     """Outputs and states of a call that is like one that was remembered, in everything but tensors' values; else None.
 
@@ -41,7 +44,8 @@ def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Te
     return _memory.find(owner, call_form, given)
 
 
+@natively
 def store_call(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None = None) -> None:
     """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
-    if _memory is not None and is_compiled():
+    if _memory is not None and is_compiled() and not is_tracing():
         _memory.keep(owner, call_form, given, view)

@@ -18,7 +18,7 @@ __all__ = ["CallForm", "CellFactory"]
 class CallForm(NamedTuple):
     """How a call without lengths and resets hands over its input and state, as they are given, and takes its results.
 
-    Outputs come time-major, states as they are given.
+    Outputs come as the input does, states as they are given.
 
     Arguments:
         steps: the input has a dimension of steps; else it is one step.
@@ -65,14 +65,22 @@ class CallForm(NamedTuple):
     def output(self, outputs: Tensor) -> Tensor:
         """Outputs as they are returned, of (T, N, size)."""
         outputs = outputs if self.steps else outputs[0]
-        return outputs if self.batched else outputs[..., 0, :]
+        outputs = outputs if self.batched else outputs[..., 0, :]
+        return outputs.transpose(0, 1) if self.rows_first else outputs
 
     def scanned(self, outputs: Tensor) -> Tensor:
         """Outputs as (T, N, size), of what is returned."""
+        outputs = outputs.transpose(0, 1) if self.rows_first else outputs
         outputs = outputs if self.batched else outputs[..., None, :]
         return outputs if self.steps else outputs[None]
 
+    @property
+    def rows_first(self) -> bool:
+        """Whether outputs are (N, T, size)."""
+        return self.steps and self.batched and self.batch_first
+
     def output_shape(self, steps: int, rows: int, size: int) -> tuple[int, ...]:
+        """The shape of outputs in memory, where steps come before rows whichever comes first in what is returned."""
         return (steps,) * self.steps + (rows,) * self.batched + (size,)
 
     def state_shape(self, rows: int, size: int) -> tuple[int, ...]:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fusecell.execution.context import RunnerName, active_runner, chosen_runner, default_runner
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
+from fusecell.execution.torchscript import refuse_trace
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -29,6 +31,7 @@ __all__ = [
     "prepare",
     "register",
     "run",
+    "traced_as_operator",
     "traced_runner",
 ]
 
@@ -49,13 +52,19 @@ def register(name: str, function: Runner) -> None:
     _RUNNERS[name] = function
 
 
+@natively
 def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run ``cell`` over ``inputs``, each (T, N, ...) or (1, N, ...), with the runner in force.
 
     Autocast is switched off: a recurrence in its weights' dtype is what torch.nn's own layers compute.
+
+    Raises:
+        RuntimeError: while torch.jit traces.
     """
     if torch.compiler.is_compiling():
         return traced_runner()(cell, inputs, state, options)
+    if torch._C._get_tracing_state() is not None:
+        refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
     if torch._C._is_any_autocast_enabled():
@@ -69,6 +78,11 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
 def traced_runner() -> Runner:
     """What runs a cell while torch.compile or torch.export traces it."""
     return _RUNNERS[_traced_name(chosen_runner())]
+
+
+def traced_as_operator() -> bool:
+    """Whether that is the operator, which takes a drop-in layer and the place of its cell; else the Python loop."""
+    return _traced_name(chosen_runner()) == "traced"
 
 
 def _traced_name(chosen: RunnerName | None) -> str:

@@ -1,1 +1,1 @@
-"""Looking at cells, models and this machine: explain, summary, environment, benchmark."""
+"""Reports about cells, models and this machine: explain, summary, environment, benchmark."""

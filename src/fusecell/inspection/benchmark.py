@@ -1,4 +1,4 @@
-"""How fast a layer is on this machine: compiled, as a Python loop, in torch.nn, and beside what the machine can do."""
+"""Measure how fast a layer is on this machine: compiled, as a Python loop, in torch.nn, and of the machine's peak."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {GRUCell: nn.GRU, LSTMCell: nn
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured; printed, a line for each.
+    """The times of a layer; ``str()`` has a line for each.
 
     Attributes:
-        seconds: the median time of a call, by who computed it: "fusecell", "Python loop", "torch.nn".
-        steps, rows: of the input.
-        training: whether a backward was part of the call.
-        flops: floating-point operations of the products in a call; 0 where they can't be counted.
-        peak: of this machine in the same number of threads, operations a second, measured with a large product.
-        threads: as torch was set.
+        seconds: the median time of a call with each implementation: "fusecell", "Python loop", "torch.nn".
+        steps, rows: T and N of the input.
+        training: whether a call included the backward.
+        flops: floating-point operations in the matrix products of a call; 0 where they can't be counted.
+        peak: operations per second of a large matrix product here, with the same number of threads.
+        threads: torch's number of threads.
     """
 
     seconds: dict[str, float]
@@ -46,7 +46,7 @@ class Speed:
 
     @property
     def share(self) -> float:
-        """How much of the machine's peak fusecell used."""
+        """The share of the machine's peak that fusecell reached."""
         return self.flops / self.seconds["fusecell"] / self.peak
 
     def __str__(self) -> str:
@@ -56,54 +56,58 @@ class Speed:
             ratio = "" if name == "fusecell" else f"  {seconds / ours:.2f}x fusecell's time"
             lines.append(f"  {name:<12} {1e6 * seconds / self.steps:10.2f}{ratio}")
         if self.flops:
-            reached = f"{self.flops / ours / 1e9:.1f} GFLOP/s in products, {self.share:.0%} of the"
-            lines.append(f"  {reached} {self.peak / 1e9:.0f} that a large product reaches here")
+            rate = f"{self.flops / ours / 1e9:.1f} GFLOP/s in products, {self.share:.0%} of the"
+            lines.append(f"  {rate} {self.peak / 1e9:.0f} that a large product reaches here")
         return "\n".join(lines)
 
 
 def measure(layer: nn.Module, seq_len: int, batch_size: int, *, training: bool = False, seconds: float = 3.0) -> Speed:
-    """Time a layer against its own Python loop and, where there is one, torch.nn's, taking turns.
+    """Time a layer, its own Python loop and torch.nn's layer, if there is one, in turns.
 
     Example:
         >>> import fusecell as fc
         >>> from fusecell.inspection.benchmark import measure
-        >>> found = measure(fc.GRU(5, 10), 7, 3, seconds=0.1)
-        >>> sorted(found.seconds)
+        >>> speed = measure(fc.GRU(5, 10), 7, 3, seconds=0.1)
+        >>> sorted(speed.seconds)
         ['Python loop', 'fusecell', 'torch.nn']
 
     Arguments:
-        layer: any layer that takes (T, N, input_size), or batch-first.
+        layer: any layer that takes (T, N, input_size), or (N, T, input_size) with ``batch_first``.
         seq_len, batch_size: T and N.
         training: time a forward and a backward to all parameters.
-        seconds: for all together, more or less.
+        seconds: roughly how long to measure, all together.
+
+    Returns:
+        A :class:`Speed`; print it.
 
     Raises:
         NotCompilable: if the layer can't be compiled.
         TypeError: for a module that is no layer of fusecell.
     """
-    found = summary(layer, seq_len, batch_size)
+    totals = summary(layer, seq_len, batch_size)
     like = next(layer.parameters(), torch.zeros(()))
     size: int = layer.input_size  # type: ignore[assignment]
     shape = (batch_size, seq_len, size) if getattr(layer, "batch_first", False) else (seq_len, batch_size, size)
     x = torch.randn(shape, dtype=like.dtype)
     calls = {"fusecell": _call(layer, x, training, "compiled"), "Python loop": _call(layer, x, training, "eager")}
-    theirs = _torchs(layer)
-    if theirs is not None:
-        calls["torch.nn"] = _call(theirs, x, training, None)
-    flops = 2 * (found.macs or 0) * (3 if training else 1)
+    reference = _torch_layer(layer)
+    if reference is not None:
+        calls["torch.nn"] = _call(reference, x, training, None)
+    # A backward has two products for each of the forward: one for the inputs' gradient, one for the weights'.
+    flops = 2 * (totals.macs or 0) * (3 if training else 1)
     return Speed(
         _take_turns(calls, seconds), seq_len, batch_size, training, flops, _peak(like.dtype), torch.get_num_threads()
     )
 
 
-def _torchs(layer: nn.Module) -> nn.Module | None:
-    """torch.nn's layer of the same sizes and weights, where it computes the same."""
+def _torch_layer(layer: nn.Module) -> nn.Module | None:
+    """Build torch.nn's layer of the same sizes, or return None where torch.nn has none that computes the same."""
     if isinstance(layer, Recurrent) and not layer.reverse and type(layer.cell) in _LAYERS:
         cell: Any = layer.cell
         names = {"bias": cell.bias, "batch_first": layer.batch_first, "dtype": cell.weight_ih.dtype}
-        made = _LAYERS[type(cell)](cell.input_size, cell.hidden_size, **names)
+        reference = _LAYERS[type(cell)](cell.input_size, cell.hidden_size, **names)
         plain = getattr(cell, "reset_after", True) and not getattr(cell, "proj_size", 0)
-        return made if plain else None
+        return reference if plain else None
     kind = _NAMESAKES.get(type(layer))
     if kind is None or not getattr(layer, "reset_after", True):
         return None
@@ -117,28 +121,33 @@ def _torchs(layer: nn.Module) -> nn.Module | None:
 
 
 def _call(layer: nn.Module, x: Tensor, training: bool, name: Any) -> Callable[[], object]:
+    """Return a function that runs a layer, with its backward if ``training``, in the runner ``name`` if not None."""
     parameters = list(layer.parameters())
 
     def forward() -> Tensor:
-        found = layer(x)
-        y: Tensor = found[0] if isinstance(found, tuple) else found
+        result = layer(x)
+        y: Tensor = result[0] if isinstance(result, tuple) else result
         return y
 
     def call() -> object:
         if not training:
             with torch.no_grad():
                 return forward()
+        # Not backward(), which would add to the .grad of the user's layer.
         return torch.autograd.grad(forward().sum(), parameters, allow_unused=True)
 
-    def chosen() -> object:
+    def call_in_runner() -> object:
         with runner(name):
             return call()
 
-    return call if name is None else chosen
+    return call if name is None else call_in_runner
 
 
 def _take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Medians, the calls one after another until the time is up; five turns at least."""
+    """Time the calls one after another in turns, at least five; return the median of each.
+
+    In turns, so that other load on the machine affects all alike.
+    """
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -148,11 +157,11 @@ def _take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
             began = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(turns) for name, turns in times.items()}
 
 
 def _peak(dtype: torch.dtype) -> float:
-    """Operations a second of a product of two matrices that fills the cores."""
+    """Measure the operations per second of a matrix product large enough to keep the cores busy."""
     a, b = torch.randn(768, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype)
     best = float("inf")
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""``show_config``: what to put into a report."""
+"""``show_config``: versions, machine and settings, for bug reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Config", "show_config"]
 
 @dataclass(frozen=True)
 class Config:
-    """Versions, machine and settings; printed, a table."""
+    """Versions, machine and settings as texts; ``str()`` is a table."""
 
     fusecell: str
     torch: str
@@ -30,6 +30,7 @@ class Config:
     system: str
     target: str
     vectors: str
+    denormals: str
     threads: str
     runner: str
     cache: str
@@ -41,7 +42,7 @@ class Config:
 
 
 def show_config() -> Config:
-    """What fusecell runs on, and how it is set: for reading, and for reports of bugs.
+    """Report the versions, the machine and the settings that fusecell runs with, for bug reports.
 
     Example:
         >>> import fusecell as fc
@@ -49,7 +50,7 @@ def show_config() -> Config:
         'auto'
 
     Returns:
-        A :class:`Config` of texts; print it.
+        A :class:`Config`; print it.
     """
     target = host_target()
     return Config(
@@ -60,6 +61,7 @@ def show_config() -> Config:
         system=f"{platform.system()} {platform.machine()}",
         target=f"{target.name}, {target.triple}" + _set("FUSECELL_TARGET"),
         vectors=f"{target.vector_bits} bits, {target.registers} registers, {'with' if target.fma else 'no'} FMA",
+        denormals=target.isa.about_denormals,
         threads=f"{torch.get_num_threads()} of {os.cpu_count()}",
         runner=active_runner(),
         cache=_cache() + _set("FUSECELL_CACHE"),
@@ -69,12 +71,13 @@ def show_config() -> Config:
 
 
 def _cache() -> str:
-    found = cache_info()
-    if not found.enabled:
-        return f"off: {found.reason}"
-    return f"{found.path}, {found.entries} kernels, {found.bytes / 2**20:.1f} MiB"
+    info = cache_info()
+    if not info.enabled:
+        return f"off: {info.reason}"
+    return f"{info.path}, {info.entries} kernels, {info.bytes / 2**20:.1f} MiB"
 
 
 def _set(variable: str) -> str:
+    """Return `` (VARIABLE=value)`` if an environment variable is set, else nothing."""
     value = os.environ.get(variable)
     return f" ({variable}={value})" if value else ""

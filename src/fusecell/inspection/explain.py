@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
+from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_program, find_trainable
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.programs.training import Training
@@ -18,10 +19,9 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.compiler.runtime.stages import KernelStages, check_stage
 from fusecell.compiler.schedule.plan import Stage
-from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
 from fusecell.execution.context import active_runner, recomputing
-from fusecell.layers.stack import Stack
+from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.validation import weights_dtype
 
 __all__ = ["ExplainedCell", "Explanation", "explain"]
@@ -237,7 +237,7 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 
 def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> ExplainedCell:
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
-    dtype = weights_dtype(cell) or _view_dtype(cell) or torch.get_default_dtype()
+    dtype = weights_dtype(cell) or torch.get_default_dtype()
     if dtype not in (torch.float32, torch.float64):
         reason = f"{type(cell).__name__}: its weights are {dtype}; float32 and float64 are compiled."
         return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
@@ -286,22 +286,15 @@ def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tupl
     return (*(torch.zeros(1, 1, width, dtype=dtype) for width in widths), *drawn)
 
 
-def _leaves(module: nn.Module, name: str = "") -> list[tuple[str, Cell]]:
-    """The cells inside, by the path to them; those of a drop-in layer are its views."""
-    if isinstance(module, GRU | LSTM | RNN):
-        return [(f"{name}[layer {layer}, direction {way}] ", cell) for layer, way, cell in module.leaf_cells()]
-    if isinstance(module, Cell) and not isinstance(module, Stack):
-        return [(f"{name} " if name else "", module)]
-    found: list[tuple[str, Cell]] = []
-    for child, part in module.named_children():
-        found += _leaves(part, f"{name}.{child}" if name else child)
-    return found
-
-
-def _view_dtype(cell: Cell) -> torch.dtype | None:
-    """The dtype of a cell whose weights are a layer's."""
-    tensors = (value for value in vars(cell).values() if isinstance(value, Tensor))
-    return next((value.dtype for value in tensors if value.is_floating_point()), None)
+def _leaves(module: nn.Module) -> list[tuple[str, Cell]]:
+    """List the cells that a step of ``module`` runs, each with a title; a Stack's and a drop-in layer's one by one."""
+    cells: list[tuple[str, Cell]] = []
+    for name, part in named_recurrent_parts(module):
+        if isinstance(part, HasCells):
+            cells += [(f"{name}[layer {layer}, direction {way}] ", cell) for layer, way, cell in part.leaf_cells()]
+        elif isinstance(part, Cell):
+            cells.append((f"{name} " if name else "", part))
+    return cells
 
 
 _WHEN = {
@@ -332,6 +325,8 @@ def _describe(kernel: Kernel) -> list[str]:
     loaded = kernel.loaded
     how = "read from the cache" if loaded.from_cache else "compiled"
     lines.append(f"    {loaded.object_size:,} bytes of machine code for {loaded.target.name}, {how}")
+    if not loaded.target.isa.flushes_denormals:
+        lines.append(f"    {loaded.target.isa.about_denormals}")
     return lines
 
 

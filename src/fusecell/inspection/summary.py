@@ -1,10 +1,10 @@
-"""What a layer is made of: cell calls, parameters, multiply-accumulates, shapes, and what training keeps."""
+"""``summary``: cell calls, parameters, multiply-accumulates, shapes and training memory of a layer."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.cell import Cell
+from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.refusal import Refusal
-from fusecell.layers import Bidirectional, Recurrent, Sequential, Stack
+from fusecell.inspection.recurrent_parts import named_recurrent_parts
+from fusecell.layers import Bidirectional, Recurrent, Sequential
+from fusecell.validation import first_weight
 
 __all__ = ["LayerSummary", "Summary", "count_cells", "summary"]
 
@@ -24,18 +27,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One cell run over the sequence, or one module applied to every step.
+    """One line of a :class:`Summary`: a cell run over the sequence, or a module applied to every step.
 
     Arguments:
-        name: where it stands in the whole.
+        name: the path to it in the layer.
         kind: its class; ``GRU layer`` for one layer and direction of a :class:`torch.nn.GRU`.
-        parameters: how many numbers it learns.
-        macs: multiply-accumulates of its matrix products over all steps and rows; None where they can't be counted
-            because the cell takes inputs whose shapes it doesn't declare.
+        parameters: the number of its parameters' elements.
+        macs: multiply-accumulates of its matrix products over all steps and rows; None for a cell with several inputs,
+            whose shapes are unknown here.
         output: the shape of its output.
-        states: the shape of each of its states, by name.
-        calls: how many times its ``step`` is called; 0 for a module that is no cell.
-        saved: bytes that training keeps for its backward, beside its output; None where it isn't compiled.
+        states: the shape of each of its states by name.
+        calls: how often its ``step`` is called; 0 for a module that is no cell.
+        saved: bytes saved for the backward in training, without its output; None where it isn't compiled.
     """
 
     name: str
@@ -50,7 +53,7 @@ class LayerSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The layers of a model with their totals; printed, a table."""
+    """The layers of a model with their totals; ``str()`` is a table."""
 
     layers: tuple[LayerSummary, ...]
     seq_len: int
@@ -59,22 +62,22 @@ class Summary:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of the whole; None where a layer's can't be counted."""
+        """Multiply-accumulates of all layers; None if a layer's can't be counted."""
         each = [layer.macs for layer in self.layers]
         return None if None in each else sum(cast("list[int]", each))
 
     @property
     def saved(self) -> int:
-        """Bytes that training keeps between forward and backward, of all layers that are compiled."""
+        """Bytes saved between forward and backward in training, of all layers that are compiled."""
         return sum(layer.saved or 0 for layer in self.layers)
 
     @property
     def calls(self) -> int:
-        """Cell calls of the whole, as :func:`count_cells` counts them."""
+        """Cell calls of all layers, as :func:`count_cells` counts them."""
         return sum(layer.calls for layer in self.layers)
 
     def table(self) -> list[tuple[str, ...]]:
-        """The cells of the table as text: a header, a row per layer, the totals."""
+        """Return the table as rows of text: a header, a row per layer, the totals."""
         header = ("layer", "kind", "parameters", "MACs", "cell calls", "saved bytes", "output", "state")
         rows = [
             (
@@ -118,7 +121,7 @@ _NUMBERS = (False, False, True, True, True, True, False, False)
 
 
 def count_cells(layer: nn.Module, seq_len: int) -> int:
-    """How many times a cell's step is called for one sequence: seq_len x directions x layers.
+    """Count how often a cell's step is called for one sequence: seq_len x directions x layers.
 
     Example:
         >>> import fusecell as fc
@@ -128,44 +131,40 @@ def count_cells(layer: nn.Module, seq_len: int) -> int:
         105
 
     Arguments:
-        layer: a cell, a layer, torch.nn's own ones included, or any module that holds some.
+        layer: a cell, a layer (torch.nn's too), or any module that contains some.
         seq_len: steps of the sequence.
 
     Raises:
-        TypeError: if seq_len is no whole number.
+        TypeError: if seq_len is not an integer.
         ValueError: if it is negative.
     """
-    return _whole("seq_len", seq_len, 0) * _cells_per_step(layer)
+    return _integer("seq_len", seq_len, 0) * _cells_per_step(layer)
 
 
 def _cells_per_step(module: nn.Module) -> int:
-    """Leaf cells that one time step goes through; a cell wrapped in another is one."""
-    if isinstance(module, Stack):
-        return sum(map(_cells_per_step, module.layers))
-    if isinstance(module, Cell | nn.RNNCellBase):
-        return 1
-    if isinstance(module, nn.RNNBase):
-        return module.num_layers * (2 if module.bidirectional else 1)
-    # Not children(): that leaves out a module's second appearance.
-    return sum(_cells_per_step(part) for part in module._modules.values() if part is not None)
+    """Count the cell calls of one time step; a wrapper with its inner cell is one call."""
+    calls = 0
+    for _, part in named_recurrent_parts(module):
+        calls += part.num_layers * (2 if part.bidirectional else 1) if isinstance(part, nn.RNNBase) else 1
+    return calls
 
 
 def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
-    """Count what a layer is made of and what one pass over a sequence costs.
+    """Count a layer's parameters, and the operations and the memory of one pass over a sequence.
 
-    Multiply-accumulates are those of matrix products, found by running each cell's step once; pointwise arithmetic is
+    Multiply-accumulates are those of matrix products, counted by running each cell's step once; pointwise arithmetic is
     left out, as is usual. A GRU has 3H(I + H) per step and row.
 
     Example:
         >>> import fusecell as fc
-        >>> counted = fc.summary(fc.Recurrent(fc.GRUCell(5, 10)), seq_len=35, batch_size=3)
-        >>> counted.parameters, counted.macs == 35 * 3 * (3 * 10 * (5 + 10)), counted.calls
+        >>> totals = fc.summary(fc.Recurrent(fc.GRUCell(5, 10)), seq_len=35, batch_size=3)
+        >>> totals.parameters, totals.macs == 35 * 3 * (3 * 10 * (5 + 10)), totals.calls
         (510, True, 35)
-        >>> counted.saved == 35 * 3 * 5 * 16 * 4  # five numbers of each unit, in whole vectors of 16
+        >>> totals.saved == 35 * 3 * 5 * 16 * 4  # 5 float32 numbers per unit, the 10 units padded to a vector of 16
         True
 
     Arguments:
-        layer: a cell, Recurrent, Bidirectional, Sequential, a drop-in or one of torch.nn's recurrent layers.
+        layer: a cell, Recurrent, Bidirectional, Sequential, a drop-in layer or one of torch.nn's recurrent layers.
         seq_len: steps of the sequence.
         batch_size: rows of the batch.
 
@@ -176,7 +175,9 @@ def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
         TypeError: for a module that is none of these.
         ValueError: for a seq_len that is negative, a batch_size below 1, or a Sequential that has no input size.
     """
-    walk = _Walk(_whole("seq_len", seq_len, 0), _whole("batch_size", batch_size, 1))
+    walk = _Walk(_integer("seq_len", seq_len, 0), _integer("batch_size", batch_size, 1))
+    # Cells draw noise here: fork_rng leaves the user's random numbers as they were. Inference mode is off because what
+    # is compiled here serves later calls too.
     with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.no_grad():
         layers, _ = walk.describe(layer)
     return Summary(tuple(layers), seq_len, batch_size, _parameters(layer))
@@ -184,7 +185,7 @@ def summary(layer: nn.Module, seq_len: int, batch_size: int = 1) -> Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """Goes through a layer and describes its parts."""
+    """Describe the parts of a layer for one shape of input."""
 
     seq_len: int
     rows: int
@@ -192,7 +193,7 @@ class _Walk:
     recompute: bool = False
 
     def describe(self, module: nn.Module, name: str = "") -> tuple[list[LayerSummary], int]:
-        """The parts of a module, and the features of its output."""
+        """Describe the parts of a module; return them and the features of its output."""
         if isinstance(module, Sequential):
             return self._sequential(module, name)
         if isinstance(module, Recurrent):
@@ -205,7 +206,7 @@ class _Walk:
             recompute = getattr(module, "recompute", False)
             return replace(self, batch_first=module.batch_first, recompute=recompute)._torch_layers(module, name)
         if isinstance(module, Cell):
-            return list(self._cells(module, name)), module.output_size
+            return self._cells(module, name), module.output_size
         if isinstance(module, nn.RNNCellBase):
             return [self._torch_cell(module, name)], module.hidden_size
         raise TypeError(
@@ -215,7 +216,7 @@ class _Walk:
 
     def _recurrent(self, layer: Recurrent, name: str, *, reverse: bool = False) -> list[LayerSummary]:
         walk = replace(self, batch_first=layer.batch_first, recompute=layer.recompute)
-        return list(walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else ""))
+        return walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else "")
 
     def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], int]:
         walk = replace(self, batch_first=any(getattr(part, "batch_first", False) for part in module))
@@ -226,57 +227,63 @@ class _Walk:
             if part is None:
                 continue
             if _cells_per_step(part):
-                found, features = walk.describe(part, _join(name, label))
-                rows += found
+                lines, features = walk.describe(part, _join(name, label))
+                rows += lines
             else:
                 rows.append(walk._per_step(part, _join(name, label), features, _like(module)))
                 features = rows[-1].output[-1]
         return rows, features
 
     def _per_step(self, module: nn.Module, name: str, features: int, like: dict[str, Any]) -> LayerSummary:
-        """A module that is applied to each step alone."""
-        ids = isinstance(module, nn.Embedding)
-        given = torch.zeros(1, self.rows, dtype=torch.int64, device=like["device"])
-        macs, output = _count_macs(module, given if ids else torch.zeros(1, self.rows, features, **like))
+        """Describe a module that is applied to each step independently, such as a Linear."""
+        if isinstance(module, nn.Embedding):
+            x = torch.zeros(1, self.rows, dtype=torch.int64, device=like["device"])
+        else:
+            x = torch.zeros(1, self.rows, features, **like)
+        macs, output = _count_macs(module, x)
         shape = self._sequence(output.shape[-1])
         return LayerSummary(name, type(module).__name__, _parameters(module), macs * self.seq_len, shape, {}, 0)
 
-    def _cells(self, cell: Cell, name: str, suffix: str = "") -> Iterator[LayerSummary]:
-        if isinstance(cell, Stack):
-            for index, part in enumerate(cell.layers):
-                yield from self._cells(part, _join(name, f"cells.{index}"), suffix)
-            return
+    def _cells(self, cell: Cell, name: str, suffix: str = "") -> list[LayerSummary]:
+        """Describe a cell, or each cell of a Stack."""
+        parts = named_recurrent_parts(cell, name)
+        return [self._cell(part, path, suffix) for path, part in parts if isinstance(part, Cell)]
+
+    def _cell(self, cell: Cell, name: str, suffix: str) -> LayerSummary:
         states: dict[str, Shape] = {
             state: (self.rows, size) for state, size in zip(cell.states, cell.state_sizes, strict=True)
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
         kind, shape, saved = type(cell).__name__ + suffix, self._sequence(cell.output_size), self._saved(cell)
-        yield LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
+        return LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
 
     def _saved(self, cell: Cell) -> int | None:
-        """Bytes kept for the gradients of all parameters."""
+        """Return the bytes saved for the gradients of all parameters; None if the cell can't be compiled."""
         like = _like(cell)
         drawn = cell.draw(1, self.rows, **like)
         if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in (torch.float32, torch.float64):
             return None
         inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
         with torch.enable_grad():
-            learner = find_trainable(cell, inputs)
-            if isinstance(learner, Refusal):
+            trainable = find_trainable(cell, inputs)
+            if isinstance(trainable, Refusal):
                 return None
-            numbers = learner.saved_numbers(cell, [False] * len(inputs), self.recompute)
+            numbers = trainable.saved_numbers(cell, [False] * len(inputs), self.recompute)
         return int(numbers * like["dtype"].itemsize * self.seq_len * self.rows)
 
     def _step_macs(self, cell: Cell) -> int | None:
+        """Return the multiply-accumulates of one step; None for a cell with several inputs."""
         like = _like(cell)
         drawn = cell.draw(1, self.rows, **like)
         if len(cell.inputs) > 1 + len(drawn):
             return None
-        given = (torch.zeros(self.rows, cell.input_size, **like), *(value[0] for value in drawn))
-        return _count_macs(cell.step, given if len(given) > 1 else given[0], cell.initial_state(self.rows, **like))[0]
+        inputs = (torch.zeros(self.rows, cell.input_size, **like), *(value[0] for value in drawn))
+        x = inputs if len(inputs) > 1 else inputs[0]
+        return _count_macs(cell.step, x, cell.initial_state(self.rows, **like))[0]
 
     def _torch_layers(self, module: nn.RNNBase, name: str) -> tuple[list[LayerSummary], int]:
+        """Describe each layer and direction of a torch.nn layer or a drop-in."""
         width = module.proj_size or module.hidden_size
         states: dict[str, Shape] = {"h": (self.rows, width)}
         if module.mode == "LSTM":
@@ -288,9 +295,9 @@ class _Walk:
             tensors = [getattr(module, weight) for weight in names]
             kind = f"{type(module).__name__} layer"
             rows.append(self._of_weights(_join(name, suffix), kind, tensors, self._sequence(width), states))
-        if hasattr(module, "leaf_cells"):
-            leaves: Any = module.leaf_cells
-            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, leaves(), strict=True)]
+        if isinstance(module, HasCells):
+            cells = module.leaf_cells()
+            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, cells, strict=True)]
         return rows, width * len(directions)
 
     def _torch_cell(self, cell: nn.RNNCellBase, name: str) -> LayerSummary:
@@ -303,7 +310,7 @@ class _Walk:
     def _of_weights(
         self, name: str, kind: str, tensors: Sequence[Tensor], output: Shape, states: dict[str, Shape]
     ) -> LayerSummary:
-        """torch's layers use each weight matrix in one product per step and row."""
+        """Describe one of torch.nn's cells or layers, which uses each weight matrix in one product per step and row."""
         macs = sum(value.numel() for value in tensors if value.dim() == 2) * self.seq_len * self.rows
         return LayerSummary(name, kind, sum(value.numel() for value in tensors), macs, output, states, self.seq_len)
 
@@ -316,7 +323,7 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
-    """Adds up the multiply-accumulates of the matrix products that run inside it."""
+    """Add up the multiply-accumulates of the matrix products that run inside the block."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -324,19 +331,20 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        shared = _SHARED_AXIS.get(func.overloadpacket)
-        if shared is not None:
-            # Each element of a product sums over the axis that both operands share.
-            factor, axis = shared
+        contraction = _CONTRACTED_AXIS.get(func.overloadpacket)
+        if contraction is not None:
+            # Each element of a product is a sum over the axis that both operands have in common.
+            factor, axis = contraction
             self.macs += result.numel() * args[factor].shape[axis]
         elif func.overloadpacket is torch.ops.aten.convolution:
             weight = args[1]
             transposed = args[6]
+            # Each output element of a convolution, or input element of a transposed one, meets one filter.
             self.macs += (args[0] if transposed else result).numel() * math.prod(weight.shape[1:])
         return result
 
 
-_SHARED_AXIS = {
+_CONTRACTED_AXIS = {
     torch.ops.aten.mm: (0, -1),
     torch.ops.aten.mv: (0, -1),
     torch.ops.aten.dot: (0, -1),
@@ -347,7 +355,7 @@ _SHARED_AXIS = {
     torch.ops.aten.baddbmm: (1, -1),
     torch.ops.aten.addbmm: (1, -1),
 }
-"""Which argument of a product, and which of its axes, is summed over."""
+"""For each product: an argument, by position, and the axis of it that is summed over."""
 
 
 def _count_macs(function: Any, *args: Any) -> tuple[int, Any]:
@@ -361,23 +369,30 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _like(module: nn.Module) -> dict[str, Any]:
-    """The dtype and device of a module's floating-point tensors."""
-    views = (value for value in vars(module).values() if isinstance(value, Tensor))
-    for value in (*module.parameters(), *module.buffers(), *views):
-        if value.is_floating_point():
-            return {"dtype": value.dtype, "device": value.device}
+    """Return the dtype and device of a module's weights, else of its buffers."""
+    weight = first_weight(module)
+    if weight is None:
+        weight = next((value for value in module.buffers() if value.is_floating_point()), None)
+    if weight is not None:
+        return {"dtype": weight.dtype, "device": weight.device}
     return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
 
 
 def _input_size(module: Sequential) -> int:
-    """The features a Sequential takes: what its first part that knows says, as activations and norms keep them."""
+    """Return the features a Sequential takes: those of the first part that declares them.
+
+    The parts before it, activations and norms, don't change the number of features.
+    """
     for part in module:
         for attribute in ("input_size", "in_features", "embedding_dim"):
             if isinstance(size := getattr(part, attribute, None), int):
                 return size
         if isinstance(part, Sequential):
             return _input_size(part)
-    raise ValueError("summary: no part of this Sequential has an input_size or in_features to start from.")
+    raise ValueError(
+        "summary: no part of this Sequential has an input_size, in_features or embedding_dim, so the features of its "
+        "input are unknown. Pass the recurrent part alone."
+    )
 
 
 def _join(name: str, part: str) -> str:
@@ -392,9 +407,10 @@ def _aligned(text: str, width: int, number: bool) -> str:
     return text.rjust(width) if number else text.ljust(width)
 
 
-def _whole(name: str, value: int, least: int) -> int:
+def _integer(name: str, value: int, least: int) -> int:
+    """Return ``value``, or raise TypeError or ValueError unless it is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
     return value

@@ -14,7 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fusecell.cell import Cell
 from fusecell.execution.call_cache import cached_call, store_call
 from fusecell.execution.call_form import CallForm
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State, steps_of
+from fusecell.execution.results import swap_time_and_batch, without_dim
 from fusecell.execution.runners import run
 from fusecell.layers.arguments import Form, Lengths, Packing, check_inputs, check_packed
 from fusecell.layers.scan_wrappers import PLAIN, Extras, MaskedOutput, check_extras, wrapped
@@ -101,9 +103,10 @@ def scan(
         store_call(cell, call_form, given)
         return result
     outputs: Any = found[0]
-    return (outputs.transpose(0, 1) if batch_first and given[0].dim() == 3 else outputs), bare(found[1])
+    return outputs, bare(found[1])
 
 
+@natively
 def _given(input: Any, state: StateLike | None) -> State:
     """The input and the states, as they were handed over."""
     if state is None:
@@ -112,10 +115,12 @@ def _given(input: Any, state: StateLike | None) -> State:
 
 
 @functools.cache
+@natively
 def _call_form(batched: bool, batch_first: bool, reverse: bool, recompute: bool) -> CallForm:
     return CallForm(True, batched, batch_first, reverse=reverse, recompute=recompute)
 
 
+@natively
 def _scan(
     cell: Cell,
     input: Any,
@@ -138,10 +143,11 @@ def _scan(
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = scan_cell(cell, inputs, start, options, extras=extras)
     if unbatched:
-        return outputs[:, 0], bare(tuple(value[0] for value in after))
-    return (outputs.transpose(0, 1) if batch_first else outputs), bare(after)
+        return without_dim(outputs, 1), bare(tuple(without_dim(value, 0) for value in after))
+    return (swap_time_and_batch(outputs) if batch_first else outputs), bare(after)
 
 
+@natively
 def _scan_packed(
     cell: Cell, packed: PackedSequence, state: StateLike | None, options: Options, extras: Extras
 ) -> tuple[PackedSequence, Tensor | State]:

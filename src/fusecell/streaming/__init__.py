@@ -1,6 +1,7 @@
 """Streams: a layer one step at a time; saved, in a process without torch."""
 
 from fusecell.streaming.file import load_stream
+from fusecell.streaming.limits import Limits
 from fusecell.streaming.stream import Stream
 
-__all__ = ["Stream", "load_stream"]
+__all__ = ["Limits", "Stream", "load_stream"]

@@ -1,7 +1,8 @@
-"""One cell of a stream: its kernel, its weights packed in place, its state. Nothing here needs torch."""
+"""One cell of a stream bound to its memory: kernel, packed weights, state and buffers. Nothing here needs torch."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
@@ -10,27 +11,28 @@ from typing import Any
 
 import numpy as np
 
+from fusecell.compiler.backend import tuning
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.runtime import guard_pages
+from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel
 
-__all__ = ["MOST_STEPS", "Array", "Link", "Part"]
+__all__ = ["MOST_STEPS", "Array", "BoundStep", "Part"]
 
 Array = np.ndarray[Any, Any]
 
 MOST_STEPS = 64
-"""Steps of a chunk that is pushed; more go chunk by chunk."""
-# Multiply-adds of a step that takes about a millisecond: for less Python's lock is not worth letting go.
-_SHORT_STEP = 10_000_000
+"""The most steps of one kernel call in ``push``; scratch memory is allocated for these."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a link is made of.
+    """A compiled cell with its weights and initial states, as streams build it or load it.
 
     Arguments:
         kind: the name of the cell's class.
-        graph: of one step.
-        kernel: compiled from it.
+        graph: the graph of one step.
+        kernel: the kernel compiled from it.
         weights: in the order of the graph's weight leaves.
         start: the initial states, (rows, size) each.
     """
@@ -57,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """NumPy's memory as a kernel takes it."""
+    """A NumPy array with those methods of a tensor that a kernel calls."""
 
     value: Array
 
@@ -75,12 +77,12 @@ class _View:
         return False
 
 
-class Link:
-    """A part that runs: ``input`` is read and ``output`` written by each :meth:`run`.
+class BoundStep:
+    """A step bound to its buffers: ``run(address)`` reads ``input``, updates ``state`` and writes ``output``.
 
     Arguments:
-        part: what it is made of.
-        source: (rows, input_size), where its input will stand: the output of the link below.
+        part: the compiled cell.
+        source: (rows, input_size), the buffer of its input: the output of the cell below.
     """
 
     def __init__(self, part: Part, source: Array) -> None:
@@ -100,31 +102,46 @@ class Link:
         kernel.fill(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
         self._block: array[int] = block
         self.address = block.buffer_info()[0]
-        # The first run packs for all others; the state that it moves on is put back.
+        self.run = kernel.short if kernel.macs * self._rows < tuning.TUNING.short_step_macs else kernel.long
+        self._run_chunk = kernel.long
+        if guard_pages.ENABLED:  # in scratch memory of its own each time, so that every run packs for itself
+            self.run = self._run_chunk = self._run_checked
+            return
+        # The first run packs the weights for all others, and runs a step as well: its effect on the state is undone.
         block[words.positions["packed"]] = 2
         kernel.short(self.address)
         block[words.positions["packed"]] = 1
         for value, first in zip(self.state, self.start, strict=True):
             value[...] = first
-        self.run = kernel.short if kernel.macs * self._rows < _SHORT_STEP else kernel.long
+
+    def _run_checked(self, address: int) -> None:
+        """Run over the block at an address on guarded copies of all that it points to."""
+        kernel, block = self._kernel, self._kernel.block()
+        ctypes.memmove(block.buffer_info()[0], address, 8 * len(block))
+        steps, _, _, chunk, _ = [block[place] for place in kernel.words.sizes]
+        guard_pages.checked_run(
+            kernel.long, block, kernel.emitted, extents(kernel, block, steps, self._rows), kernel.words.positions,
+            rows=self._rows, chunk=chunk,
+        )  # fmt: skip
 
     def _give(self, block: array[int], x: Array, y: Array) -> None:
-        """Inputs and outputs, (T, N, size)."""
+        """Bind the arrays of inputs and outputs, (T, N, size), in an argument block."""
         words = self._kernel.words
         self._kernel.give_sequences(block, words.inputs.values(), [_View(x)] * len(words.inputs))
         self._kernel.give_sequences(block, words.outputs.values(), [_View(y)])
 
     def run_some(self, order: Array, count: Array) -> None:
-        """A step of the first ``count`` rows of an order."""
+        """Run one step of the first ``count`` rows in ``order``; both are int64 arrays, (rows,) and (1,)."""
+        # In a copy of the block: the usual step finds its own unchanged.
         block, offsets = self._block[:], np.zeros(1, np.int64)
         self._kernel.give_ragged(block, _View(order), _View(count), _View(offsets))
         self.run(block.buffer_info()[0])
 
     def run_chunk(self, x: Array) -> Array:
-        """Several steps."""
+        """Run several steps, at most ``MOST_STEPS``: (T, rows, input_size) to (T, rows, output_size)."""
         y = np.empty((x.shape[0], *self.output.shape), x.dtype)
         block = self._block[:]
         self._give(block, x, y)
         block[self._kernel.words.sizes[0]] = x.shape[0]
-        self._kernel.long(block.buffer_info()[0])
+        self._run_chunk(block.buffer_info()[0])
         return y

@@ -1,4 +1,4 @@
-"""From a module to what a stream is made of: its cells in order, each traced and compiled."""
+"""Compile the cells of a module, bottom first, for a stream."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
 from fusecell.layers import Recurrent, Sequential, Stack
+from fusecell.module_snapshot import left_as_it_was
 from fusecell.streaming.bound_step import Part
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
@@ -22,7 +23,7 @@ __all__ = ["parts_of"]
 
 
 class _PerStep(Cell):
-    """A module between or behind cells, such as a readout, as a cell that remembers nothing."""
+    """A module between or after cells, such as a readout, as a cell without states."""
 
     states = ()
 
@@ -30,7 +31,7 @@ class _PerStep(Cell):
         super().__init__(input_size, input_size)
         self.module = module
         like = torch.zeros(1, input_size, dtype=weights_dtype(module))
-        with torch.no_grad():
+        with torch.no_grad(), left_as_it_was(module):
             self.output_size = module(like).shape[-1]
 
     def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -38,26 +39,35 @@ class _PerStep(Cell):
 
 
 def parts_of(module: nn.Module, rows: int) -> list[Part]:
-    """The compiled cells of a module, bottom first, with their weights as they are now.
+    """Compile the cells of a module, bottom first, with copies of their present weights.
+
+    Arguments:
+        module: as :class:`fusecell.Stream` takes it.
+        rows: the number of rows.
 
     Raises:
-        TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream`.
+        TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
     cells = list(_cells(module, None))
     for cell in cells:
         _check(cell, rows)
-    kinds = {dtype for cell in cells if (dtype := _dtype(cell)) is not None} or {torch.get_default_dtype()}
+    kinds = {dtype for cell in cells if (dtype := weights_dtype(cell)) is not None} or {torch.get_default_dtype()}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
-        raise TypeError(f"Stream computes in float32 or float64, the same in all cells, got {sorted(map(str, kinds))}.")
+        raise TypeError(
+            f"Stream computes in float32 or float64, the same in all cells, got {', '.join(sorted(map(str, kinds)))}. "
+            "Convert the module with .float() or .double()."
+        )
     (dtype,) = kinds
     with torch.inference_mode(False), torch.no_grad():
         return [_part(cell, rows, dtype) for cell in cells]
 
 
 def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
+    """Compile one cell."""
     program = compile_step(cell, [(cell.input_size,)], dtype)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
+    # Copies: training may go on with the module while the stream runs.
     weights = [np.array(value.numpy(), order="C") for value in program.traced.weights.values(cell)]
     start = first_state(cell, rows, dtype=dtype, device="cpu")
     return Part(
@@ -70,10 +80,20 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
 
 
 def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
-    """The cells of a module, bottom first."""
+    """Iterate over the cells of a module, bottom first.
+
+    Not ``iter_cells``: the order is that of execution, and what can't run step by step is refused.
+
+    Arguments:
+        module: a part of the module that was passed to Stream.
+        width: features that come from the part below; None at the bottom, where only a cell can tell its input's.
+    """
     if isinstance(module, Stack):
         if module.skip:
-            raise TypeError("Stream runs one cell after the other, and can't take a Stack with skip=True.")
+            raise TypeError(
+                "Stream runs one cell after the other, and can't take a Stack with skip=True, whose "
+                "cells also read the stack's input."
+            )
         for cell in module.layers:
             skips = module.residual and cell.input_size == cell.output_size
             yield from _cells(Residual(cell) if skips else cell, None)
@@ -89,6 +109,7 @@ def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
         yield from (cell for *_, cell in module.leaf_cells())
     elif isinstance(module, Sequential | nn.Sequential):
         for part in module:
+            # Each part's input is as wide as the output of the cell before it, which a readout can't tell itself.
             for cell in _cells(part, width):
                 width = cell.output_size
                 yield cell
@@ -101,13 +122,8 @@ def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
         )
 
 
-def _dtype(cell: Cell) -> torch.dtype | None:
-    """The dtype of a cell's weights, parameters or a drop-in layer's."""
-    views = (value.dtype for value in vars(cell).values() if isinstance(value, Tensor) and value.is_floating_point())
-    return weights_dtype(cell) or next(views, None)
-
-
 def _check(cell: Cell, rows: int) -> None:
+    """Raise TypeError for a cell that needs more than one input in a step."""
     name = type(cell).__name__
     if cell.draw(1, rows):
         raise TypeError(f"Stream: {name} draws random inputs; eval() it first.")

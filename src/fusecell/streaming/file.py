@@ -1,7 +1,7 @@
 """A stream in a file: tensors by safetensors, each step's graph as its canonical text, and a checksum of both.
 
 What is read is checked before it is used: the text is parsed into primitives, types and sizes, and every tensor must
-fit them. A file can't hold code, so a hostile one computes something else at worst.
+fit them, within limits. A file can't hold code, so a hostile one computes something else at worst.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusecell.compiler.ir.contract import GraphLimits, check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
-from fusecell.compiler.runtime.kernel import compile_graph
-from fusecell.errors import CompilerError, FusecellError
-from fusecell.streaming.bound_step import Array, Part
+from fusecell.compiler.ir.primitives import region
+from fusecell.compiler.runtime.kernel import Kernel, compile_graph
+from fusecell.errors import CompilerError, StreamFileError, quoted
+from fusecell.streaming.bound_step import MOST_STEPS, Array, Part
+from fusecell.streaming.limits import Limits
 from fusecell.streaming.stream import Stream
+from fusecell.strict_json import parse_json
+from fusecell.tensor_file import TensorFile, read_tensor_file
 
 __all__ = ["StreamFileError", "digest", "load_stream", "write"]
 
 _FORMAT = "fusecell stream 1"
-_MOST_FEATURES = 1 << 24
-
-
-class StreamFileError(FusecellError, ValueError):
-    """A file is not a stream that was saved, or is damaged."""
+_DEFAULT_LIMITS = Limits()
 
 
 def write(parts: Sequence[Part], path: str | Path) -> None:
@@ -65,7 +66,7 @@ def digest(parts: str, tensors: Mapping[str, Array]) -> str:
     return found.hexdigest()
 
 
-def load_stream(path: str | Path, batch_size: int = 1) -> Stream:
+def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFAULT_LIMITS) -> Stream:
     """A stream that :meth:`fusecell.Stream.save` wrote, in its initial state; torch is not needed, nor imported.
 
     Example:
@@ -78,97 +79,156 @@ def load_stream(path: str | Path, batch_size: int = 1) -> Stream:
     Arguments:
         path: the file.
         batch_size: rows that run side by side.
+        limits: the most that the file may ask for, :class:`fusecell.streaming.Limits`; to be raised for a large
+            model of a source that one trusts.
 
     Raises:
         OSError: if it can't be read.
-        StreamFileError: if it is no such file, or damaged; a ValueError.
+        StreamFileError: if it is no such file, is damaged, or breaks a limit; a ValueError.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"load_stream takes a batch_size of 1 or more, got {batch_size!r}.")
-    described, tensors = _read(Path(path))
-    parts = []
-    for place, entry in enumerate(described):
-        try:
-            parts.append(_part(place, entry, tensors, batch_size))
-        except (CompilerError, LookupError, TypeError, AttributeError) as error:
-            raise StreamFileError(f"{path}: its step {place} can't be read: {error}") from error
-    _check_chain(path, parts)
+    try:
+        file = _read(Path(path), limits)
+        described = _described(file.metadata, limits)
+        # All is checked before anything is compiled.
+        steps = _steps(described, file, limits)
+        _check_chain(steps)
+        parts = [_part(place, step, batch_size, limits) for place, step in enumerate(steps)]
+    except (CompilerError, ValueError) as error:
+        raise StreamFileError(f"{path} is not a saved stream, or is damaged: {error}.") from error
     return Stream.of_parts(parts, batch_size)
 
 
-def _read(path: Path) -> tuple[list[Any], dict[str, Array]]:
-    """The parts' descriptions and all tensors."""
-    from safetensors import SafetensorError, safe_open
+class _Step(NamedTuple):
+    """A part of a stream as its file has it: the cell's class, its step, its weights and first states of one row."""
 
-    with path.open("rb"):  # an OSError of its own words if it isn't there or can't be read
-        pass
-    try:
-        with safe_open(path, framework="np") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except SafetensorError as error:
-        raise StreamFileError(f"{path} is not a saved stream, or is damaged: {error}") from error
+    kind: str
+    graph: Graph
+    weights: list[Array]
+    start: list[Array]
+
+
+def _read(path: Path, limits: Limits) -> TensorFile:
+    file = read_tensor_file(path, ("F32", "F64"), file_bytes=limits.file_bytes, header_bytes=limits.header_bytes)
+    about = file.metadata
     if about.get("format") != _FORMAT:
-        raise StreamFileError(
-            f"{path} is not a stream of this version of fusecell: its format is {about.get('format')!r}, "
-            f"expected {_FORMAT!r}."
-        )
-    if about.get("sha256") != digest(about.get("parts", ""), tensors):
-        raise StreamFileError(f"{path} is damaged: its content is not what its checksum says. Save the stream again.")
-    try:
-        described = json.loads(about.get("parts", ""))
-    except (ValueError, RecursionError) as error:
-        raise StreamFileError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"its format is {quoted(about.get('format'))}, expected {_FORMAT!r}")
+    if about.keys() != {"format", "parts", "sha256"}:
+        raise ValueError(f"its metadata are {quoted(sorted(about))}, expected format, parts and sha256")
+    return file
+
+
+def _described(about: Mapping[str, str], limits: Limits) -> list[Any]:
+    described = parse_json(about["parts"], 2)
     if not isinstance(described, list) or not described:
-        raise StreamFileError(f"{path} is damaged: it describes no steps.")
-    return described, tensors
+        raise ValueError("it describes no steps")
+    if len(described) > limits.parts:
+        raise ValueError(f"it has {len(described)} steps, more than the {limits.parts} that it may have")
+    return described
 
 
-def _part(place: int, entry: Any, tensors: Mapping[str, Array], rows: int) -> Part:
-    graph = Graph.parse(str(entry["graph"]))
+def _steps(described: list[Any], file: TensorFile, limits: Limits) -> list[_Step]:
+    """Each part's graph and tensors, checked."""
+    tensors = file.arrays()
+    if file.metadata["sha256"] != digest(file.metadata["parts"], tensors):
+        raise ValueError("its content is not what its checksum says; save the stream again")
+    steps: list[_Step] = []
+    nodes, features, work = limits.nodes, limits.features, limits.multiply_adds
+    for place, entry in enumerate(described):
+        try:
+            step = _step(place, entry, tensors, GraphLimits(nodes=nodes, features=features))
+            nodes -= len(step.graph.nodes)
+            features -= sum(node.type.shape[0] for _, node in step.graph if node.type.kind in ("row", "mask"))
+            work -= _multiply_adds(step.graph)
+            if work < 0:
+                raise CompilerError(f"a step has more than {limits.multiply_adds:,} multiply-adds")
+        except CompilerError as error:
+            raise CompilerError(f"its step {place} can't be read: {error}") from error
+        steps.append(step)
+    if tensors:
+        raise ValueError(f"no step takes its tensor {quoted(min(tensors))}")
+    return steps
+
+
+def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits) -> _Step:
+    if not isinstance(entry, dict) or entry.keys() != {"kind", "graph"}:
+        raise CompilerError(f"it is {quoted(entry)}, expected an object of kind and graph")
+    kind, text = entry["kind"], entry["graph"]
+    if not isinstance(kind, str) or not kind.isprintable() or not 0 < len(kind) <= 256:
+        raise CompilerError(f"its kind is {quoted(kind)}, expected up to 256 characters that print")
+    if not isinstance(text, str):
+        raise CompilerError(f"its graph is {quoted(text)}, expected a text")
+    if text.count("\n") > 2 * limits.nodes + 1:
+        raise CompilerError(f"its graph has more lines than {max(limits.nodes, 0):,} values and results would take")
+    graph = Graph.parse(text)
+    check_graph(graph, "step", limits)
+    _check_step(graph)
     dtype = np.dtype(np.float32 if graph.dtype == "f32" else np.float64)
-    _check_graph(graph)
     leaves = [graph[index].type.shape for index in graph.leaves("weight")]
     weights = [_tensor(tensors, f"{place}.weight.{i}", shape, dtype) for i, shape in enumerate(leaves)]
     sizes = [graph[index].size for index in graph.leaves("state")]
     start = [_tensor(tensors, f"{place}.start.{i}", (1, size), dtype) for i, size in enumerate(sizes)]
-    return Part(
-        str(entry["kind"]),
-        graph,
-        compile_graph(graph, about=f"{entry['kind']}, saved stream"),
-        weights,
-        [value.repeat(rows, 0) for value in start],
-    )
+    return _Step(kind, graph, weights, start)
 
 
-def _check_graph(graph: Graph) -> None:
-    """Whether it is a step that a stream can run: one input, an output, states, and nothing of a backward."""
-    inputs = graph.leaves("input")
-    if len(inputs) != 1:
-        raise CompilerError(f"a stream's step has one input, this has {len(inputs)}")
-    states = [f"state.{graph[index].name}" for index in graph.leaves("state")]
-    expected = {"output", *states}
-    if set(graph.outputs) != expected:
-        raise CompilerError(f"its results are {sorted(graph.outputs)}, expected {sorted(expected)}")
+def _check_step(graph: Graph) -> None:
+    """Whether it is a step that a stream can run: one input, an output, states, and nothing else."""
+    inputs = [graph[index].name for index in graph.leaves("input")]
+    if len(inputs) != 1 or inputs[0].startswith(SAVED):
+        raise CompilerError(f"a stream's step has one input, this has {quoted(inputs)}")
+    others = sorted(label for label in graph.outputs if label != "output" and not label.startswith("state."))
+    if others:
+        raise CompilerError(f"its results include {quoted(others)}, expected the output and the states alone")
+
+
+def _multiply_adds(graph: Graph) -> int:
+    """Of a step of one row, at the most."""
+    total = 0
     for _, node in graph:
-        size = int(np.prod(node.type.shape, dtype=np.float64))
-        if size > _MOST_FEATURES * (_MOST_FEATURES if node.type.kind == "weight" else 1) or node.name.startswith(SAVED):
-            raise CompilerError(f"{node.name} of type {node.type} has no place in a step")
+        if node.op == "product":
+            depth, width = region(graph[node.args[1]].type, node.attrs)
+            total += depth * width
+        elif node.op == "affine":
+            total += sum((term["rows"][1] - term["rows"][0]) * node.size for term in node.attrs["terms"])
+    return total
 
 
-def _tensor(tensors: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def _tensor(tensors: dict[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if name not in tensors:
         raise CompilerError(f"{name} is missing")
-    found = tensors[name]
+    found = tensors.pop(name)
     if found.shape != shape or found.dtype != dtype:
         raise CompilerError(f"{name} is {found.dtype} of shape {found.shape}, expected {dtype} of shape {shape}")
     return found
 
 
-def _check_chain(path: str | Path, parts: Sequence[Part]) -> None:
-    for below, above in pairwise(parts):
-        if below.output_size != above.input_size or below.dtype != above.dtype:
-            raise StreamFileError(
-                f"{path}: {below.kind} gives {below.output_size} features in {below.dtype}, {above.kind} above it "
-                f"takes {above.input_size} in {above.dtype}."
+def _check_chain(steps: Sequence[_Step]) -> None:
+    for below, above in pairwise(steps):
+        (leaf,) = above.graph.leaves("input")
+        output, taken = below.graph[below.graph.outputs["output"]].size, above.graph[leaf].size
+        if output != taken or below.graph.dtype != above.graph.dtype:
+            raise ValueError(
+                f"{below.kind} gives {output} features in {below.graph.dtype}, {above.kind} above it "
+                f"takes {taken} in {above.graph.dtype}"
             )
+
+
+def _part(place: int, step: _Step, rows: int, limits: Limits) -> Part:
+    try:
+        kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=limits.code_bytes)
+    except (AssertionError, LookupError, RecursionError) as error:
+        # A defect of the compiler's own: a graph that keeps the contract is one that it should take.
+        name = type(error).__name__
+        raise CompilerError(f"the compiler fails on its step {place}, please report it ({name}: {error})") from error
+    _check_scratch(place, kernel, limits)
+    return Part(step.kind, step.graph, kernel, step.weights, [value.repeat(rows, 0) for value in step.start])
+
+
+def _check_scratch(place: int, kernel: Kernel, limits: Limits) -> None:
+    size = kernel.emitted.scratch.bytes(1, kernel.chunk(MOST_STEPS, 1))
+    if size > limits.scratch_bytes:
+        raise CompilerError(
+            f"its step {place} takes {size:,} bytes of memory to run in, more than the {limits.scratch_bytes:,} "
+            "that it may have"
+        )

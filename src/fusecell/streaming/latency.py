@@ -1,4 +1,4 @@
-"""How long a stream's steps take, one by one."""
+"""Measure the latency of a stream's steps."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ __all__ = ["Latency", "measure"]
 
 @dataclass(frozen=True)
 class Latency:
-    """The time of every step of a measurement, in seconds, what reading the clock takes left out.
+    """The times of a stream's steps.
 
     Attributes:
-        seconds: (steps,), in order.
-        clock: what was taken off each.
+        seconds: (steps,), in order, without the time of reading the clock.
+        clock: seconds of reading the clock, already subtracted.
     """
 
     seconds: Array
     clock: float
 
     def quantile(self, share: float) -> float:
-        """The time that ``share`` of the steps stay within."""
+        """Return the time in seconds that a share of the steps, 0 to 1, doesn't exceed."""
         return float(np.quantile(self.seconds, share))
 
     @property
     def longest(self) -> float:
+        """The time of the slowest step, in seconds."""
         return float(self.seconds.max())
 
     def histogram(self, bins: int = 16) -> list[tuple[float, float, int]]:
-        """From, to and how many steps, in bins of equal ratio between the fastest step and the slowest."""
+        """Count steps in bins of equal ratio between the fastest and the slowest: (low, high, count) each."""
         low, high = max(float(self.seconds.min()), 1e-9), max(self.longest, 2e-9)
         edges = np.geomspace(low, max(high, low * 1.001), bins + 1)
         counts, _ = np.histogram(np.clip(self.seconds, low, high), edges)
@@ -44,22 +45,23 @@ class Latency:
 
 
 def measure(stream: Stream, steps: int, *, progress: Callable[[int], object] | None = None) -> Latency:
-    """Time the steps of a stream, on inputs from a normal distribution.
+    """Time the steps of a stream one by one, on normally distributed inputs.
 
     Python's garbage collector is off meanwhile, as it should be in a process that answers in real time.
 
     Arguments:
-        stream: goes on from its state.
-        steps: how many.
-        progress: told how many are done, about a hundred times.
+        stream: any stream; its state advances.
+        steps: the number of steps to time, after up to 1000 to warm up.
+        progress: called about a hundred times with the number of steps done.
     """
     rows = (stream.batch_size, stream.input_size)
     inputs = np.random.default_rng(0).normal(size=(256, *rows)).astype(stream.dtype)
     out = np.empty((stream.batch_size, stream.output_size), stream.dtype)
+    # Local names and 256 inputs made before: the loop is to time steps and nothing else.
     clock, step, ticks = time.perf_counter_ns, stream.step, np.empty(steps, np.int64)
     for index in range(min(steps, 1000)):
         step(inputs[index % 256], out=out)
-    alone = min(_nothing(clock) for _ in range(1000))
+    overhead = min(_clock_ticks(clock) for _ in range(1000))
     every = max(steps // 100, 1)
     collecting = gc.isenabled()
     gc.disable()
@@ -74,9 +76,10 @@ def measure(stream: Stream, steps: int, *, progress: Callable[[int], object] | N
     finally:
         if collecting:
             gc.enable()
-    return Latency(np.maximum(ticks - alone, 1) * 1e-9, alone * 1e-9)
+    return Latency(np.maximum(ticks - overhead, 1) * 1e-9, overhead * 1e-9)
 
 
-def _nothing(clock: Callable[[], int]) -> int:
+def _clock_ticks(clock: Callable[[], int]) -> int:
+    """Return the nanoseconds between two readings of the clock."""
     began = clock()
     return clock() - began

@@ -1,4 +1,4 @@
-"""A tape as one HTML file: numbers packed into it, drawn by the page's own script and by Plotly's."""
+"""Write a tape as one HTML file: its numbers, a script that draws them, and Plotly."""
 
 from __future__ import annotations
 
@@ -19,42 +19,50 @@ from fusecell.tape.tape import Tape, Track
 __all__ = ["page"]
 
 _LEVELS = 65535
-"""Values are stored in 16 bits between their least and their largest."""
+"""The largest of the 16-bit numbers that values are stored as, from their least to their largest."""
 
 
 def page(tape: Tape, rows: Sequence[int], title: str) -> str:
-    """The HTML of :meth:`fusecell.Tape.save_html`."""
-    chosen = [int(row) for row in rows]
-    for row in chosen:
+    """Return the HTML page of :meth:`fusecell.Tape.save_html`.
+
+    Raises:
+        IndexError: for a row that the tape doesn't have.
+        ValueError: for no rows at all.
+        ModuleNotFoundError: without Plotly.
+    """
+    indices = [int(row) for row in rows]
+    for row in indices:
         if not 0 <= row < tape.rows:
             raise IndexError(f"The tape has {tape.rows} row(s), got row {row}.")
-    if not chosen:
-        raise ValueError("save_html needs a row at least.")
+    if not indices:
+        raise ValueError("save_html needs a row at least, got none: its pictures are of one row each.")
     data = {
         "title": title or f"{tape.kinds[0]}{f' and {len(tape.kinds) - 1} above' if len(tape.kinds) > 1 else ''}",
         "steps": tape.steps,
         "layers": len(tape.kinds),
         "directions": tape.directions,
-        "rows": chosen,
-        "lengths": [tape.steps if tape.lengths is None else int(tape.lengths[row]) for row in chosen],
+        "rows": indices,
+        "lengths": [tape.steps if tape.lengths is None else int(tape.lengths[row]) for row in indices],
         "labels": tape.labels,
-        "tracks": [_track(tape, track, layer, direction, chosen) for layer, direction, track in tape.tracks()],
+        "tracks": [_track(tape, track, layer, direction, indices) for layer, direction, track in tape.tracks()],
     }
     parts = {
         "STYLE": _asset("page.css"),
         "WORDS": _asset("words.json").replace("<", "\\u003c"),
-        # A tape may come from elsewhere: no text of its own may end the element that it stands in.
+        # A tape may come from somebody else: none of its texts may close the script element and start another.
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "PLOTLY": _inside(_plotly()),
+        "PLOTLY": _escape_script(_plotly()),
         "SCRIPT": _asset("page.js"),
     }
-    # In one go, for what is put in may hold such a mark too.
+    # All marks in one pass: a text that replaces one may contain another.
     return re.sub(r"/\*([A-Z]+)\*/", lambda mark: parts[mark[1]], _asset("page.html"))
 
 
 def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]) -> dict[str, Any]:
+    """Return what the page's script needs of one layer and direction."""
     values = {}
     for name, value in track.values.items():
+        # An output that is a state, as a GRU's, would be drawn twice.
         if name != "output" or not any(value.equal(track.values[state]) for state in track.states):
             values[name] = _packed(value[:, rows])
     gradients = {}
@@ -74,22 +82,25 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
 
 
 def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[int, list[float]]]:
-    """For each row, the states of those steps that did not go on from the step before: the first, and resets."""
+    """Return, for each row, the states before those steps that didn't continue from the step before.
+
+    These are the first step and the resets; the page draws the jump.
+    """
     after, before = track.values[name], track.before[name]
     shifted = torch.roll(after, -1 if track.reverse else 1, 0)
-    found = []
+    starts = []
     for row in rows:
         length = tape.steps if tape.lengths is None else int(tape.lengths[row])
-        new = (before[:length, row] != shifted[:length, row]).any(-1).nonzero()[:, 0].tolist()
-        found.append({step: [float(f"{number:.6g}") for number in before[step, row].tolist()] for step in new})
-    return found
+        steps = (before[:length, row] != shifted[:length, row]).any(-1).nonzero()[:, 0].tolist()
+        starts.append({step: [float(f"{number:.6g}") for number in before[step, row].tolist()] for step in steps})
+    return starts
 
 
 def _packed(value: Tensor) -> dict[str, Any]:
-    """(T, rows, size) as base64 of 16-bit numbers."""
+    """Encode values of shape (T, rows, size) as base64 of little-endian 16-bit numbers, with their range."""
     numbers = np.nan_to_num(value.double().numpy())
     low, high = float(numbers.min()), float(numbers.max())
-    scale = (high - low) / _LEVELS or 1.0
+    scale = (high - low) / _LEVELS or 1.0  # a constant has no range to divide by
     levels = np.rint((numbers - low) / scale).astype("<u2")
     return {
         "size": value.shape[-1],
@@ -105,13 +116,13 @@ def _asset(name: str) -> str:
 
 
 def _plotly() -> str:
-    """Plotly's script, out of its package."""
+    """Return Plotly's script, which its Python package contains."""
     try:
         return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError('A tape\'s page needs plotly:  pip install "fusecell[tape]"') from missing
 
 
-def _inside(text: str) -> str:
-    """Text that can stand in a script element: nothing in it ends the element."""
+def _escape_script(text: str) -> str:
+    """Escape a script so that nothing in it closes the HTML element around it."""
     return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")

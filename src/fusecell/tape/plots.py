@@ -1,4 +1,4 @@
-"""A tape in a notebook: heatmaps, and a table of what the gates do."""
+"""Show a tape in a notebook: heatmaps, and a table of means and gate saturation."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["is_gate", "plot", "table"]
 
 
 def is_gate(value: Any) -> bool:
-    """Whether all of a value lies between 0 and 1, as a gate's does."""
+    """Return whether all elements of a tensor are between 0 and 1, as a gate's are."""
     return bool(value.numel()) and bool((value >= 0).all()) and bool((value <= 1).all())
 
 
 def plot(tape: Tape, names: Sequence[str] | None, layer: int, direction: int, row: int) -> Any:
-    """The figure of :meth:`fusecell.Tape.plot`."""
+    """Return the figure of :meth:`fusecell.Tape.plot`: a heatmap of units by steps for each name."""
     from matplotlib import pyplot as plt
 
-    known = [name for name in tape.names(layer) if name != "output"]
-    chosen = known if names is None else list(names)
+    if names is None:
+        names = [name for name in tape.names(layer) if name != "output"]
     if not 0 <= row < tape.rows:
         raise IndexError(f"The tape has {tape.rows} row(s), got row {row}.")
     width = max(6.0, min(16.0, 0.12 * tape.steps + 3))
     figure, axes = plt.subplots(
-        len(chosen), 1, figsize=(width, 1.7 * len(chosen) + 0.6), squeeze=False, sharex=True, layout="constrained"
+        len(names), 1, figsize=(width, 1.7 * len(names) + 0.6), squeeze=False, sharex=True, layout="constrained"
     )
-    for axis, name in zip(axes[:, 0], chosen, strict=True):
+    for axis, name in zip(axes[:, 0], names, strict=True):
         value = tape.value(name, layer, direction)[:, row]
         gate, most = is_gate(value), float(value.abs().max()) or 1.0
         image = axis.imshow(
@@ -48,12 +48,12 @@ def plot(tape: Tape, names: Sequence[str] | None, layer: int, direction: int, ro
         bottom.set_xticks(range(tape.steps), tape.labels)
         bottom.set_xlabel("")
     figure.suptitle(f"{tape.kinds[layer]}, layer {layer}" + (", backward" if direction else ""))
-    plt.close(figure)  # a notebook shows the figure that is returned, and not a second time
+    plt.close(figure)  # else a notebook shows it twice: as the result, and as an open figure
     return figure
 
 
 def table(tape: Tape) -> str:
-    """The HTML of a tape in a notebook: of each value its size and mean, of each gate how often it is shut or open."""
+    """Return an HTML table of a tape's values: units and mean, and how often each gate is below 0.1 or above 0.9."""
     cells = ["layer", "direction", "cell", "value", "units", "mean", "&lt; 0.1", "&gt; 0.9"]
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in cells) + "</tr>"]
     for layer, direction, track in tape.tracks():

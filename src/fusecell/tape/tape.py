@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusecell.errors import TapeFileError
+from fusecell.tape.file import FORMAT, read
+from fusecell.tape.track import Track
+from fusecell.tensor_file import FILE_BYTES
+
 __all__ = ["Tape", "Track"]
-
-
-@dataclass(frozen=True)
-class Track:
-    """What one cell did in one direction.
-
-    Attributes:
-        kind: the cell's class.
-        reverse: whether it ran from the end to the start.
-        states: the names of its states.
-        values: (T, N, size) tensors by name.
-        find_before: finds ``before``, which few ask for.
-        probes: what a backward leaves the gradient of each value in, by name.
-        equation: its step, as the zoo writes it; "" for other cells.
-        source: its step, as Python.
-    """
-
-    kind: str
-    reverse: bool
-    states: tuple[str, ...]
-    values: Mapping[str, Tensor]
-    find_before: Callable[[], Mapping[str, Tensor]]
-    probes: Mapping[str, Tensor]
-    equation: str = ""
-    source: str = ""
-
-    @functools.cached_property
-    def before(self) -> Mapping[str, Tensor]:
-        """The states each step began with, (T, N, size) by name."""
-        return self.find_before()
 
 
 class Tape:
@@ -168,34 +141,24 @@ class Tape:
             about.append({**facts, "layer": layer, "names": list(track.values), "gradients": list(gradients)})
         if self.lengths is not None:
             tensors["lengths"] = self.lengths
-        save_file(tensors, path, {"format": _FORMAT, "tracks": json.dumps(about), "labels": json.dumps(self.labels)})
+        save_file(tensors, path, {"format": FORMAT, "tracks": json.dumps(about), "labels": json.dumps(self.labels)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Tape:
+    def load(cls, path: str | Path, *, max_bytes: int = FILE_BYTES) -> Tape:
         """A tape that was saved; it has no ``outputs``.
+
+        Arguments:
+            max_bytes: how long the file may be.
 
         Raises:
             OSError: if the file can't be read.
-            ValueError: if it is no tape, or damaged.
+            TapeFileError: if it is no tape, damaged, or longer; a ValueError.
         """
-        from safetensors import SafetensorError, safe_open
-
-        with Path(path).open("rb"):  # an OSError of its own words
-            pass
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            if about.get("format") != _FORMAT:
-                raise ValueError(f"its format is {about.get('format')!r}, expected {_FORMAT!r}")
-            layers: dict[int, list[Track]] = {}
-            for place, entry in enumerate(json.loads(about["tracks"])):
-                layers.setdefault(entry["layer"], []).append(_loaded(place, entry, tensors))
-            tape = cls(list(layers.values()), None, tensors.get("lengths"), json.loads(about["labels"]))
-            _check(tape)
-            return tape
-        except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a tape that was saved, or is damaged: {error}") from error
+            content = read(Path(path), max_bytes)
+        except ValueError as error:
+            raise TapeFileError(f"{path} is not a tape that was saved, or is damaged: {error}.") from error
+        return cls(content.layers, None, content.lengths, content.labels)
 
     def plot(self, names: Sequence[str] | None = None, layer: int = 0, direction: int = 0, *, row: int = 0) -> Any:
         """A matplotlib figure: a heatmap of each value over time, the labels under it.
@@ -265,48 +228,3 @@ class Tape:
     def valid(self, value: Tensor) -> Tensor:
         """The valid steps of a value: (valid steps of all rows, size)."""
         return value[self._mask(*value.shape[:2])]
-
-
-_FORMAT = "fusecell tape 1"
-
-
-def _loaded(place: int, entry: Any, tensors: Mapping[str, Tensor]) -> Track:
-    kinds = {"kind": str, "reverse": bool, "equation": str, "source": str, "layer": int}
-    wrong = [name for name, kind in kinds.items() if not isinstance(entry[name], kind)]
-    if wrong:
-        raise ValueError(f"the {', '.join(wrong)} of its track {place} cannot be read")
-
-    def found(kind: str, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: tensors[f"{place}.{kind}.{name}"] for name in names}
-
-    values, before = found("value", entry["names"]), found("before", entry["states"])
-    gradients, probes = found("gradient", entry["gradients"]), {}
-    for name, gradient in gradients.items():
-        if gradient.shape != values[name].shape or gradient.dtype != values[name].dtype:
-            raise ValueError(f"the gradient of {name!r} of its track {place} is not like the value")
-        probe = probes[name] = torch.zeros_like(values[name])
-        probe.grad = gradient
-    states = tuple(entry["states"])
-    return Track(
-        entry["kind"], entry["reverse"], states, values, lambda: before, probes, entry["equation"], entry["source"]
-    )
-
-
-def _check(tape: Tape) -> None:
-    """Whether what was read fits together."""
-    shape = tape.steps, tape.rows
-    for _, _, track in tape.tracks():
-        for name, value in (*track.values.items(), *track.before.items()):
-            if value.dim() != 3 or value.shape[:2] != shape or not value.is_floating_point():
-                raise ValueError(f"{name!r} of {track.kind} is {value.dtype} of shape {tuple(value.shape)}")
-        if any(track.before[name].shape != track.values[name].shape for name in track.states):
-            raise ValueError(f"the states of {track.kind} do not fit")
-    lengths, labels = tape.lengths, tape.labels
-    if lengths is not None and (lengths.shape != shape[1:] or lengths.dtype != torch.int64):
-        raise ValueError(f"its lengths are {lengths.dtype} of shape {tuple(lengths.shape)}")
-    if lengths is not None and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= shape[0]:
-        raise ValueError("its lengths are not those of its steps")
-    if labels is not None and (
-        len(labels) != shape[0] or not all(isinstance(label, str | int | float) for label in labels)
-    ):
-        raise ValueError("its labels are not one for each step")

@@ -1,4 +1,4 @@
-"""``check_cell``: does a cell keep the contract? The conformance suite, to run on a cell of your own."""
+"""``check_cell``: a conformance suite for cells, to be run on cells of your own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
+from fusecell.module_snapshot import left_as_it_was
 from fusecell.testing import sequence_checks, step_checks
 from fusecell.testing.harness import Trial, kinds, name_of
 
@@ -19,6 +20,7 @@ Check = Callable[[Trial], Iterator[str]]
 CHECKS: dict[str, Check] = {
     "shapes": step_checks.check_shapes,
     "purity": step_checks.check_purity,
+    "module": step_checks.check_module,
     "branches": step_checks.check_branches,
     "gradients": step_checks.check_gradients,
     "rows": step_checks.check_rows,
@@ -34,11 +36,14 @@ CHECKS: dict[str, Check] = {
     "copies": sequence_checks.check_copies,
     "state_dict": sequence_checks.check_state_dict,
 }
-"""Every check by name: a function of a trial that yields a sentence for each failure."""
+"""The checks by name: each takes a :class:`Trial` and yields a sentence for every failure.
+
+The docstring of a check is the sentence that a report prints for it.
+"""
 
 
 class CellCheckError(AssertionError):
-    """A cell breaks the contract; ``failures`` holds (check, sentence) pairs, all of them."""
+    """Raised by :func:`check_cell`; ``failures`` holds a (check, sentence) pair for every failure."""
 
     def __init__(self, cell: str, failures: Sequence[tuple[str, str]]) -> None:
         self.failures = tuple(failures)
@@ -48,7 +53,7 @@ class CellCheckError(AssertionError):
 
 @dataclass(frozen=True)
 class CellReport:
-    """What :func:`check_cell` looked at; ``str()`` is a line per check."""
+    """The checks that a cell passed, as (name, sentence) pairs; ``str()`` has a line for each."""
 
     cell: str
     checks: tuple[tuple[str, str], ...]
@@ -70,8 +75,8 @@ def check_cell(
 ) -> CellReport:
     """Check a cell against the contract of :class:`fusecell.Cell`, with random inputs and states.
 
-    The sequences go through the runner in force, the loops they are compared with stand here. The cell is checked in
-    the mode it is in, so call it once more after ``eval()`` if it draws in training.
+    Sequences run through the active runner and are compared with plain loops over ``step``. The cell is checked in its
+    present mode: if it behaves differently in training, call this again after ``eval()``.
 
     Example:
         >>> import fusecell as fc
@@ -79,18 +84,19 @@ def check_cell(
         ('shapes', 'output, states and initial state have their declared sizes and the dtype of the input')
 
     Arguments:
-        cell: any cell; one that keeps the contract is left as it is.
+        cell: any cell; it is left as it is.
         steps, batch_size: T and N of the sequences, at least 2 each.
-        seed: of the inputs and states.
+        seed: of the random inputs and states.
         extras: values of the ``inputs`` beyond x that the cell doesn't draw itself, (T, N, ...) or (1, N, ...) each.
         skip: names of checks to leave out, such as "gradients" for a straight-through estimator.
 
     Returns:
-        The checks made; printing it lists them.
+        A :class:`CellReport` of the checks; print it.
 
     Raises:
         CellCheckError: an AssertionError with a sentence for every failure.
-        ValueError: if an argument doesn't fit.
+        TypeError: if ``cell`` is not a cell.
+        ValueError: for too few steps or rows, an unknown check, or ``extras`` that are not the inputs the cell lacks.
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"check_cell takes a fusecell.Cell, got {type(cell).__name__}. Pass layer.cell for a layer.")
@@ -102,20 +108,21 @@ def check_cell(
     failures: list[tuple[str, str]] = []
     trial = Trial(cell, steps, batch_size, seed, tuple(extras))
     device = trial.like.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trial.demand_extras()
-        made = {name: check for name, check in CHECKS.items() if name not in skip}
-        for name, check in made.items():
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generators, left_as_it_was(cell):
+        trial.check_extras()
+        checks = {name: check for name, check in CHECKS.items() if name not in skip}
+        for name, check in checks.items():
             failures += [(name, sentence) for sentence in _run(check, trial)]
             if name == "shapes" and failures:
-                break  # every other check would only repeat it
+                break  # the others would only repeat it
     if failures:
         raise CellCheckError(name_of(cell), failures)
-    return CellReport(name_of(cell), tuple((name, _says(check)) for name, check in made.items()))
+    return CellReport(name_of(cell), tuple((name, _sentence(check)) for name, check in checks.items()))
 
 
 def _run(check: Check, trial: Trial) -> list[str]:
-    """The sentences of a check; an exception inside the cell is one too."""
+    """Run a check and return its sentences; an exception that the cell raises becomes one more."""
     sentences: list[str] = []
     try:
         sentences.extend(check(trial))
@@ -124,5 +131,5 @@ def _run(check: Check, trial: Trial) -> list[str]:
     return sentences
 
 
-def _says(check: Check) -> str:
+def _sentence(check: Check) -> str:
     return (check.__doc__ or "").strip()

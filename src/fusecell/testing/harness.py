@@ -1,4 +1,4 @@
-"""A cell with inputs and states to try it on, and the words for what differs."""
+"""The harness of the cell checks: random inputs, runs over sequences, and comparisons in sentences."""
 
 from __future__ import annotations
 
@@ -23,18 +23,26 @@ Outcome = tuple[Tensor, State]
 
 @dataclass(frozen=True)
 class Trial:
-    """A cell with inputs and states to try it on."""
+    """A cell with random inputs and states, and the ways of running it on them.
+
+    Arguments:
+        cell: the cell under test.
+        steps, batch_size: T and N.
+        seed: of the inputs; ``seed + 1`` is that of the states and ``seed + 2`` that of what the cell draws.
+        extras: values of the inputs beyond x that the cell doesn't draw itself.
+        dtype: for a cell without parameters; torch's default if left out.
+    """
 
     cell: Cell
     steps: int
     batch_size: int
     seed: int
     extras: State = ()
-    dtype: torch.dtype | None = None  # of a cell without parameters
+    dtype: torch.dtype | None = None
 
     @cached_property
     def like(self) -> Tensor:
-        """An empty tensor of the cell's dtype and device."""
+        """An empty tensor with the cell's dtype and device."""
         for value in (*self.cell.parameters(), *self.cell.buffers()):
             if value.is_floating_point():
                 return value.detach().new_empty(0)
@@ -44,52 +52,57 @@ class Trial:
         return torch.randn(*shape, dtype=self.like.dtype, device=self.like.device)
 
     @cached_property
-    def given(self) -> State:
-        """x and the extras, as a caller hands them to a layer."""
+    def caller_inputs(self) -> State:
+        """The inputs that a caller passes to a layer, (T, N, ...) each: x and the extras."""
         torch.manual_seed(self.seed)
         cast = (value.to(self.like) if value.is_floating_point() else value for value in self.extras)
         return (self.random(self.steps, self.batch_size, self.cell.input_size), *cast)
 
     @cached_property
     def state(self) -> State:
+        """A random start state, (N, size) each."""
         torch.manual_seed(self.seed + 1)
+        # Halved: most states are in (-1, 1), where activations aren't saturated and gradients not 0.
         return tuple(self.random(self.batch_size, size) / 2 for size in self.cell.state_sizes)
 
     def draw(self, steps: int, rows: int) -> State:
+        """Draw the cell's own inputs; the same in every call."""
+        # Seeded in every call, so that a layer, which draws by itself, gets the numbers of the plain loop.
         torch.manual_seed(self.seed + 2)
         return self.cell.draw(steps, rows, dtype=self.like.dtype, device=self.like.device)
 
     @cached_property
     def inputs(self) -> State:
-        """All inputs of a sequence, the drawn ones among them."""
-        return self.given + self.draw(self.steps, self.batch_size)
+        """All inputs of a sequence: the caller's and those that the cell draws."""
+        return self.caller_inputs + self.draw(self.steps, self.batch_size)
 
-    def demand_extras(self) -> None:
-        have, names = 1 + len(self.extras), self.cell.inputs
+    def check_extras(self) -> None:
+        """Raise ValueError unless x, the extras and what the cell draws are all its inputs."""
+        passed, names = 1 + len(self.extras), self.cell.inputs
         drawn = len(self.draw(self.steps, self.batch_size))
-        if have + drawn != len(names):
+        if passed + drawn != len(names):
             raise ValueError(
                 f"{name_of(self.cell)} has the inputs ({', '.join(names)}) and draws {drawn} of them; pass the "
                 f"{len(names) - drawn - 1} between as extras=, got {len(self.extras)}."
             )
 
     def at(self, t: int, inputs: State | None = None, rows: slice = slice(None)) -> Any:
-        """The x that ``step`` gets at t."""
+        """Return the x of ``step`` at time t, for all rows or some."""
         values = tuple(v[t if v.shape[0] != 1 else 0, rows] for v in (self.inputs if inputs is None else inputs))
         return values if len(self.cell.inputs) > 1 else values[0]
 
     def scan(self, inputs: State | None = None, state: State | None = None, **options: Any) -> Outcome:
-        """The sequence through the runner in force, drawing what :attr:`inputs` drew."""
-        given, start = self.given if inputs is None else inputs, self.state if state is None else state
+        """Run the sequence through the active runner; the cell draws the same as in :attr:`inputs`."""
+        x, start = self.caller_inputs if inputs is None else inputs, self.state if state is None else state
         torch.manual_seed(self.seed + 2)
         with torch.no_grad():
-            outputs, after = scan(self.cell, given if len(given) > 1 else given[0], start, **options)
+            outputs, after = scan(self.cell, x if len(x) > 1 else x[0], start, **options)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"scan gave {type(outputs).__name__} for a tensor.")
         return outputs, state_tuple(self.cell, after)
 
     def loop(self, inputs: State | None = None, state: State | None = None, rows: slice = slice(None)) -> Outcome:
-        """The plain loop over ``step``, for all rows or some, without a runner."""
+        """Run a plain Python loop over ``step``, for all rows or some, without a runner."""
         outputs, now = [], self.state if state is None else state
         for t in range(self.steps):
             output, now = self.cell.step(self.at(t, inputs, rows), now)
@@ -97,47 +110,51 @@ class Trial:
         return torch.stack(outputs), now
 
     def doubled(self) -> Trial:
-        """The same trial in float64, on a copy of the cell."""
+        """Return the same trial in float64, with a copy of the cell."""
         return Trial(
             copy.deepcopy(self.cell).double(), self.steps, self.batch_size, self.seed, self.extras, torch.float64
         )
 
-    def close(self, found: Tensor, expected: Tensor) -> bool:
+    def close(self, actual: Tensor, expected: Tensor) -> bool:
+        """Return whether two tensors agree to about 3 decimal digits less than the dtype has."""
         tolerance = max(2048 * torch.finfo(self.like.dtype).eps, 1e-12)
-        return found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance, equal_nan=True)
+        return actual.shape == expected.shape and torch.allclose(actual, expected, tolerance, tolerance, equal_nan=True)
 
-    def compare(self, found: Outcome, expected: Outcome, where: str, fix: str) -> list[str]:
-        """A sentence for every output or state that differs."""
+    def compare(self, actual: Outcome, expected: Outcome, where: str, fix: str) -> list[str]:
+        """Return a sentence for the outputs and each state that differ: which, ``where``, by how much, and ``fix``."""
         labels = ("the output", *(f"state {name}" for name in self.cell.states))
-        pairs = zip(labels, (found[0], *found[1]), (expected[0], *expected[1]), strict=True)
+        pairs = zip(labels, (actual[0], *actual[1]), (expected[0], *expected[1]), strict=True)
         return [f"{label} {where} {apart(a, b)}. {fix}" for label, a, b in pairs if not self.close(a, b)]
 
 
 def name_of(cell: Cell) -> str:
+    """Return the name of a cell's class."""
     return type(cell).__name__
 
 
 def kinds(result: object) -> str:
-    """The types in what a function returned, for a sentence."""
+    """Name the types in a function's result, for a sentence: ``(Tensor, list)``."""
     if isinstance(result, tuple):
         return "(" + ", ".join(kinds(value) for value in result) + ")"
     return type(result).__name__
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, with NaN equal to NaN."""
+    """Return whether two tensors are equal bit for bit, NaN being equal to NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and bool(same_number(a, b).all())
 
 
-def apart(found: Tensor, expected: Tensor) -> str:
-    """How two tensors differ, for a sentence."""
-    if found.shape != expected.shape:
-        return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    difference = torch.where(same_number(found, expected), 0, (found.double() - expected.double()).abs())
+def apart(actual: Tensor, expected: Tensor) -> str:
+    """Say how two tensors differ: by their shapes, or where the difference is largest."""
+    if actual.shape != expected.shape:
+        return f"has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    difference = torch.where(same_number(actual, expected), 0, (actual.double() - expected.double()).abs())
+    # NaN against a number is the largest difference there is.
     where = tuple(torch.unravel_index(difference.nan_to_num(torch.inf).argmax(), difference.shape))
-    place = ", ".join(str(int(index)) for index in where)
-    return f"is {found.detach()[where].item():.6g} at [{place}], expected {expected.detach()[where].item():.6g}"
+    index = ", ".join(str(int(axis)) for axis in where)
+    return f"is {actual.detach()[where].item():.6g} at [{index}], expected {expected.detach()[where].item():.6g}"
 
 
 def same_number(a: Tensor, b: Tensor) -> Tensor:
+    """Return where two tensors are equal, elementwise, NaN being equal to NaN."""
     return (a == b) | ((a != a) & (b != b))

@@ -1,4 +1,4 @@
-"""Checks of a cell over sequences, through the runner in force, and of the cell as a module."""
+"""Checks of a cell over sequences, run through the active runner, and of the cell as a module."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def check_reverse(trial: Trial) -> Iterator[str]:
     """a reversed sequence equals a plain loop from each row's last valid step to its first"""
     lengths = _lengths(trial)
     expected = _row_by_row(trial, lengths, None, reverse=True)
-    found = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths, reverse=True)
-    yield from trial.compare(found, expected, f"reversed within lengths {lengths}, against a plain loop,", _KEEPS)
+    actual = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths, reverse=True)
+    yield from trial.compare(actual, expected, f"reversed within lengths {lengths}, against a plain loop,", _KEEPS)
 
 
 def check_lengths(trial: Trial) -> Iterator[str]:
     """with lengths, outputs end and states stop as in a plain loop over each row, whatever the padding holds"""
     lengths = _lengths(trial)
     expected = _row_by_row(trial, lengths, None)
-    found = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths)
-    yield from trial.compare(found, expected, f"with lengths {lengths}, against a plain loop,", _KEEPS)
+    actual = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths)
+    yield from trial.compare(actual, expected, f"with lengths {lengths}, against a plain loop,", _KEEPS)
 
 
 def check_resets(trial: Trial) -> Iterator[str]:
@@ -65,20 +65,22 @@ def check_resets(trial: Trial) -> Iterator[str]:
 
 
 def _lengths(trial: Trial) -> list[int]:
-    """Unsorted, the last row empty, the first whole."""
+    """Return unsorted lengths: the first row is whole, the last one empty."""
     return [trial.steps, *(1 + row % trial.steps for row in range(trial.batch_size - 2)), 0]
 
 
 def _padded_with_nan(trial: Trial, lengths: list[int]) -> State:
-    x = trial.given[0].clone()
+    """Return the caller's inputs with NaN in x beyond each row's length."""
+    # NaN, so that any arithmetic on the padding, even times zero, shows.
+    x = trial.caller_inputs[0].clone()
     for row, length in enumerate(lengths):
         x[length:, row] = torch.nan
-    return (x, *trial.given[1:])
+    return (x, *trial.caller_inputs[1:])
 
 
 @torch.no_grad()
 def _row_by_row(trial: Trial, lengths: list[int], resets: Tensor | None, reverse: bool = False) -> Outcome:
-    """Each row by itself: the meaning of lengths, resets and reverse in a dozen lines."""
+    """Run each row by itself in a plain loop: this defines lengths, resets and reverse."""
     like, cell = trial.like, trial.cell
     outputs = like.new_zeros(trial.steps, trial.batch_size, cell.output_size)
     first = cell.initial_state(trial.batch_size, dtype=like.dtype, device=like.device)
@@ -107,51 +109,52 @@ def check_halves(trial: Trial) -> Iterator[str]:
 
 
 def _times(inputs: State, times: slice) -> State:
+    """Return some steps of the inputs; those with one step are constant over time."""
     return tuple(value if value.shape[0] == 1 else value[times] for value in inputs)
 
 
 def check_empty(trial: Trial) -> Iterator[str]:
     """no steps give an empty output and the given state"""
     expected = trial.like.new_zeros(0, trial.batch_size, trial.cell.output_size), trial.state
-    found = trial.scan(_times(trial.given, slice(0, 0)))
-    yield from trial.compare(found, expected, "of a sequence of no steps", "draw() is called with steps=0 then.")
+    actual = trial.scan(_times(trial.caller_inputs, slice(0, 0)))
+    yield from trial.compare(actual, expected, "of a sequence of no steps", "draw() is called with steps=0 then.")
 
 
 def check_unbatched(trial: Trial) -> Iterator[str]:
     """input and state without a batch dimension give what a batch of one gives, in layers and in cell(x)"""
     cell, fix = trial.cell, "Leave forward to fusecell.Cell, and index from the end in step: x[..., :n], dim=-1."
-    given = tuple(value[:, :1] for value in trial.given)
+    inputs = tuple(value[:, :1] for value in trial.caller_inputs)
     state = tuple(value[:1] for value in trial.state)
-    batched = trial.scan(given, state)
-    outputs, after = trial.scan(tuple(value[:, 0] for value in given), tuple(value[0] for value in state))
-    found = outputs[:, None], tuple(value[None] for value in after)
-    yield from trial.compare(found, batched, "of a sequence without a batch", fix)
-    one = _one(trial, given, state)
-    alone = _one(trial, tuple(value[:, 0] for value in given), tuple(value[0] for value in state))
-    for name, value, expected in zip(cell.states, alone, one, strict=True):
+    row_inputs, row_state = tuple(value[:, 0] for value in inputs), tuple(value[0] for value in state)
+    batched = trial.scan(inputs, state)
+    outputs, after = trial.scan(row_inputs, row_state)
+    unbatched = outputs[:, None], tuple(value[None] for value in after)
+    yield from trial.compare(unbatched, batched, "of a sequence without a batch", fix)
+    pairs = zip(_call(trial, row_inputs, row_state), _call(trial, inputs, state), strict=True)
+    for name, (value, expected) in zip(cell.states, pairs, strict=True):
         if not trial.close(value[None], expected):
             yield f"state {name} of cell(x) without a batch {apart(value[None], expected)}. {fix}"
 
 
-def _one(trial: Trial, given: State, state: State) -> State:
-    """The state after one call of the cell as a module, as torch.nn's cells are called."""
+def _call(trial: Trial, inputs: State, state: State) -> State:
+    """Call the cell as a module on the first step, as torch.nn's cells are called; return the new state."""
     torch.manual_seed(trial.seed + 2)
-    x = tuple(value[0] for value in given)
+    x = tuple(value[0] for value in inputs)
     with torch.no_grad():
         return state_tuple(trial.cell, trial.cell(x if len(x) > 1 else x[0], bare(state)))
 
 
 def check_aliasing(trial: Trial) -> Iterator[str]:
     """what layers and cell(x) return shares memory with nothing they were given, nor with each other"""
-    given = {
-        **{f"input {name}": value for name, value in zip(trial.cell.inputs, trial.given, strict=False)},
+    arguments = {
+        **{f"input {name}": value for name, value in zip(trial.cell.inputs, trial.caller_inputs, strict=False)},
         **{f"state {name}": value for name, value in zip(trial.cell.states, trial.state, strict=True)},
         **{f"parameter {name}": value for name, value in trial.cell.named_parameters()},
         **{f"buffer {name}": value for name, value in trial.cell.named_buffers()},
     }
     for call in ("a layer", "a layer over no steps", "cell(x)"):
         results = _results(trial, call)
-        owners = {_memory(value): name for name, value in given.items() if value.numel()}
+        owners = {_memory(value): name for name, value in arguments.items() if value.numel()}
         for name, value in results.items():
             if value.numel() and _memory(value) in owners:
                 yield (
@@ -162,14 +165,16 @@ def check_aliasing(trial: Trial) -> Iterator[str]:
 
 
 def _results(trial: Trial, call: str) -> dict[str, Tensor]:
+    """Return all that a call returns, by name."""
     names = [f"state {name}" for name in trial.cell.states]
     if call == "cell(x)":
-        return dict(zip(names, _one(trial, trial.given, trial.state), strict=True))
-    outputs, after = trial.scan(trial.given if call == "a layer" else _times(trial.given, slice(0, 0)))
+        return dict(zip(names, _call(trial, trial.caller_inputs, trial.state), strict=True))
+    outputs, after = trial.scan(trial.caller_inputs if call == "a layer" else _times(trial.caller_inputs, slice(0, 0)))
     return {"the output": outputs, **dict(zip(names, after, strict=True))}
 
 
 def _memory(value: Tensor) -> int:
+    """Return the address of a tensor's storage, which all views of it share."""
     return value.untyped_storage().data_ptr()
 
 
@@ -200,6 +205,7 @@ def _pickled(cell: Cell) -> Cell:
 def check_state_dict(trial: Trial) -> Iterator[str]:
     """the state_dict holds the cell's parameters and buffers, nothing else, and loads back"""
     cell = trial.cell
+    # Tied parameters are in the state_dict under each of their names.
     saved = cell.state_dict()
     parameters = {name: value.detach() for name, value in cell.named_parameters(remove_duplicate=False)}
     held = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}

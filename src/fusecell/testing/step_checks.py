@@ -11,9 +11,18 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.execution.options import State
+from fusecell.module_snapshot import Snapshot, changing_line, sentence
 from fusecell.testing.harness import Trial, apart, kinds, same
 
-__all__ = ["check_branches", "check_gradients", "check_notes", "check_purity", "check_rows", "check_shapes"]
+__all__ = [
+    "check_branches",
+    "check_gradients",
+    "check_module",
+    "check_notes",
+    "check_purity",
+    "check_rows",
+    "check_shapes",
+]
 
 
 def check_shapes(trial: Trial) -> Iterator[str]:
@@ -93,6 +102,24 @@ def check_purity(trial: Trial) -> Iterator[str]:
         )
     fix = "Keep nothing from call to call outside of the state, and draw random numbers in draw()."
     yield from trial.compare(second, first, "of a second call with the same arguments", fix)
+
+
+def check_module(trial: Trial) -> Iterator[str]:
+    """step leaves the module as it was: attributes, buffers, parameters, and what lists and objects in it hold"""
+    before = Snapshot(trial.cell, values=True)
+
+    def run() -> None:
+        with torch.no_grad():
+            trial.cell.step(trial.at(0), trial.state)
+
+    try:
+        run()
+        changes = before.changes()
+        before.restore()
+        if changes:
+            yield sentence(changes, changing_line(before, run))
+    finally:
+        before.restore()
 
 
 def check_branches(trial: Trial) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Cells around cells: each takes any cell and is a cell itself, so that they nest, stack, stream and compile."""
+"""Wrappers: each takes any cell and is a cell itself, so that wrappers nest, stack, stream and compile."""
 
 from fusecell.wrappers.base import Wrapper
 from fusecell.wrappers.composition import LearnedState, Projected, Residual, WithReadout

@@ -1,4 +1,4 @@
-"""What wrappers share: the sizes, states, inputs and noise of the cell inside."""
+"""``Wrapper``, the base class of cells around a cell: sizes, states, inputs and noise are the inner cell's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Wrapper", "check_probability"]
 
 
 class Wrapper(Cell):
-    r"""A cell around a cell: a subclass writes :meth:`around`, and what it leaves out is the inner cell's.
+    r"""Base class of cells around a cell: override :meth:`around`; all else is the inner cell's by default.
 
     .. math:: (y_t, s_t) = \mathrm{around}(x_t, s_{t-1}, \mathrm{noise}_t)
 
@@ -30,26 +30,29 @@ class Wrapper(Cell):
         cell: any cell, a wrapper included; kept as ``cell``.
 
     Raises:
-        TypeError: if it is not a cell.
+        TypeError: if ``cell`` is not a cell.
     """
 
     def __init__(self, cell: Cell) -> None:
         name = type(self).__name__
         if not isinstance(cell, Cell):
-            raise TypeError(f"{name} goes around a fusecell cell, got {type(cell).__name__}.")
+            raise TypeError(
+                f"{name} goes around a fusecell cell, got {type(cell).__name__}. Pass layer.cell for a layer."
+            )
         super().__init__(cell.input_size, cell.hidden_size)
         self.cell = cell
 
+    # Properties, not copies made in __init__: the inner cell may change them, with its training mode for example.
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.cell.states
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The cell's inputs, then the wrapper's noise."""
+        """The names of the cell's inputs, then those of the wrapper's noise."""
         names = list(self.cell.inputs)
         for name in self.noise_names():
-            while name in names:  # the same wrapper twice
+            while name in names:  # the cell inside is wrapped in the same class of wrapper
                 name += "_"
             names.append(name)
         return tuple(names)
@@ -63,17 +66,29 @@ class Wrapper(Cell):
         return self.cell.output_size
 
     def noise_names(self) -> tuple[str, ...]:
-        """The names of what :meth:`noise` draws now; none by default."""
+        """Return the names of the tensors that :meth:`noise` draws in the present mode; none by default."""
         return ()
 
     def noise(
         self, steps: int, batch_size: int, *, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> State:
-        """What the wrapper draws for itself, once per call: (steps, batch_size, ...), or (1, batch_size, ...)."""
+        """Draw the wrapper's own random inputs, once per call; none by default.
+
+        Returns:
+            Tensors (steps, batch_size, ...), or (1, batch_size, ...) for one that is constant over time.
+        """
         return ()
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
-        """A step: x and state as the cell takes them, noise as drawn. Without change, by default."""
+        """Compute one time step; by default the inner cell's, unchanged.
+
+        Arguments:
+            x, state: as the inner cell's ``step`` takes them.
+            noise: the step's part of what :meth:`noise` drew, (batch_size, ...) each.
+
+        Returns:
+            The output and the new state, as from ``step``.
+        """
         return self.cell.step(x, state)
 
     def initial_state(
@@ -93,16 +108,16 @@ class Wrapper(Cell):
         return inner + self.noise(steps, batch_size, dtype=dtype, device=device)
 
     def step(self, x: Any, state: State) -> tuple[Tensor, State]:
-        given = tuple(x) if isinstance(x, tuple | list) else (x,)
-        taken = len(self.cell.inputs)
-        return self.around(given[:taken] if taken > 1 else given[0], state, given[taken:])
+        inputs = tuple(x) if isinstance(x, tuple | list) else (x,)
+        count = len(self.cell.inputs)
+        return self.around(inputs[:count] if count > 1 else inputs[0], state, inputs[count:])
 
     def extra_repr(self) -> str:
         return ""
 
 
 def check_probability(where: str, value: float) -> float:
-    """A probability below 1, or ValueError."""
+    """Return ``value`` as a float, or raise ValueError unless it is in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{where} must be a probability in [0, 1), got {value!r}.")
     return float(value)

@@ -1,4 +1,4 @@
-"""Wrappers that add a part: a skip connection, a first state that is learnt, a readout."""
+"""Wrappers that add a part to a cell: a skip connection, a learnt initial state, a readout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LearnedState", "Projected", "Residual", "WithReadout"]
 
 
 class Residual(Wrapper):
-    r"""The cell's input added to its output.
+    r"""Add the cell's input to its output: a residual connection.
 
     .. math:: y_t = x_t + \mathrm{step}(x_t, s_{t-1})
 
@@ -31,6 +31,8 @@ class Residual(Wrapper):
     Raises:
         TypeError: if ``cell`` is not a cell.
         ValueError: if the sizes differ.
+
+    Paper: He et al., "Deep residual learning for image recognition", 2016, arXiv:1512.03385.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -47,7 +49,7 @@ class Residual(Wrapper):
 
 
 class LearnedState(Wrapper):
-    r"""A first state that is learnt: sequences begin with it, and go back to it at a reset.
+    r"""Make the initial state a parameter: sequences begin with it, and a reset goes back to it.
 
     .. math:: s_0 = \theta
 
@@ -59,8 +61,8 @@ class LearnedState(Wrapper):
         torch.Size([10])
 
     Arguments:
-        cell: any cell. Its own first state is where learning starts; the parameters are ``initial_h`` and so on, by
-            the names of its states.
+        cell: any cell. The parameters, (size,) each, are called ``initial_h`` and so on after its states, and start
+            as its own initial state.
 
     Raises:
         TypeError: if ``cell`` is not a cell.
@@ -68,6 +70,7 @@ class LearnedState(Wrapper):
 
     def __init__(self, cell: Cell) -> None:
         super().__init__(cell)
+        # On the cell's device: the wrapper may be built after model.to(...).
         like = next(cell.parameters(), torch.zeros(()))
         start = cell.initial_state(1, dtype=weights_dtype(cell), device=like.device)
         for name, value in zip(cell.states, start, strict=True):
@@ -76,12 +79,13 @@ class LearnedState(Wrapper):
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> State:
-        learnt = [getattr(self, f"initial_{name}") for name in self.states]
-        return tuple([value.to(device, dtype).expand(batch_size, -1).clone() for value in learnt])
+        parameters = [getattr(self, f"initial_{name}") for name in self.states]
+        # Cloned: states must not share memory with a parameter, nor rows with one another.
+        return tuple([value.to(device, dtype).expand(batch_size, -1).clone() for value in parameters])
 
 
 class WithReadout(Wrapper):
-    r"""A module on the cell's output, inside the step.
+    r"""Apply a module to the cell's output, inside the step.
 
     .. math:: y_t = \mathrm{module}(\mathrm{step}(x_t, s_{t-1}))
 
@@ -95,7 +99,7 @@ class WithReadout(Wrapper):
 
     Arguments:
         cell: any cell.
-        module: takes (N, cell.output_size), gives (N, any size), each row by itself.
+        module: maps (N, cell.output_size) to (N, any size), each row independently of the others.
 
     Raises:
         TypeError: if ``cell`` is not a cell or ``module`` not a module.
@@ -105,17 +109,22 @@ class WithReadout(Wrapper):
     def __init__(self, cell: Cell, module: nn.Module) -> None:
         super().__init__(cell)
         if not isinstance(module, nn.Module):
-            raise TypeError(f"{type(self).__name__} takes a module to read the output with, got {type(module)}.")
+            raise TypeError(
+                f"{type(self).__name__} takes a module to read the output with, a torch.nn.Module, got "
+                f"{type(module).__name__}."
+            )
         self.module = module
         self._width = self._output_size()
 
     def _output_size(self) -> int:
+        """Run the module on one row of zeros; return the features of its output."""
         like = next(self.module.parameters(), next(self.cell.parameters(), torch.zeros(())))
         trial = torch.zeros(1, self.cell.output_size, dtype=like.dtype, device=like.device)
+        # In eval(): a BatchNorm refuses a single row in training, and a trial must not move its averages.
         training = self.module.training
         try:
             with torch.no_grad():
-                found: Tensor = self.module.eval()(trial)
+                output: Tensor = self.module.eval()(trial)
         except RuntimeError as error:
             raise ValueError(
                 f"{type(self).__name__}: the module doesn't take {type(self.cell).__name__}'s output of "
@@ -123,12 +132,12 @@ class WithReadout(Wrapper):
             ) from error
         finally:
             self.module.train(training)
-        if found.dim() != 2 or found.shape[0] != 1:
+        if output.dim() != 2 or output.shape[0] != 1:
             raise ValueError(
-                f"{type(self).__name__}: the module made {tuple(found.shape)} of an output of shape "
+                f"{type(self).__name__}: the module made {tuple(output.shape)} of an output of shape "
                 f"(1, {self.cell.output_size}); it must give a row for each row."
             )
-        return found.shape[1]
+        return output.shape[1]
 
     @property
     def output_size(self) -> int:
@@ -140,11 +149,11 @@ class WithReadout(Wrapper):
 
 
 class Projected(WithReadout):
-    r"""The cell's output projected to another size; its state stays as wide as it is.
+    r"""Project the cell's output to another size; the state is left as it is.
 
     .. math:: y_t = W \, \mathrm{step}(x_t, s_{t-1})
 
-    The state is not projected; where the projection shall be fed back, as in LSTMP, use ``LSTMCell(proj_size=...)``.
+    To feed the projection back into the next step, as an LSTMP does, use ``LSTMCell(proj_size=...)``.
 
     Example:
         >>> import torch, fusecell as fc
@@ -155,7 +164,7 @@ class Projected(WithReadout):
     Arguments:
         cell: any cell.
         size: features of the output.
-        bias: add a bias.
+        bias: whether the projection has a bias.
 
     Raises:
         TypeError: if ``cell`` is not a cell.
@@ -163,6 +172,6 @@ class Projected(WithReadout):
 
     def __init__(self, cell: Cell, size: int, *, bias: bool = False) -> None:
         if not isinstance(cell, Cell):
-            super().__init__(cell, nn.Identity())
+            super().__init__(cell, nn.Identity())  # raises the TypeError of every wrapper
         like = next(cell.parameters(), torch.zeros(()))
         super().__init__(cell, nn.Linear(cell.output_size, size, bias, dtype=weights_dtype(cell), device=like.device))

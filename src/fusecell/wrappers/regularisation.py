@@ -1,4 +1,4 @@
-"""Wrappers that regularise. Their noise is drawn before the loop, by torch's generator: a seed fixes it."""
+"""Wrappers that regularise a cell; they draw their noise before the loop with torch's generator, so a seed fixes it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
+from fusecell.module_snapshot import left_as_it_was
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]
 
 
 class Zoneout(Wrapper):
-    r"""Each unit keeps its old state with probability p, drawn anew at each step; in ``eval()``, its expectation.
+    r"""Let each unit keep its old state with probability p, drawn at each step; ``eval()`` uses the expectation.
 
     .. math::
         s_t = \begin{cases} m_t \odot s_{t-1} + (1-m_t) \odot s'_t, \quad m_t \sim \mathrm{Bernoulli}(p)
         & \text{training} \\ p\, s_{t-1} + (1-p)\, s'_t & \text{else} \end{cases}
 
-    s' is the cell's new state. Where the cell's output is one of its states, the output is the state zoned out.
+    s' is the cell's new state. Where the cell returns one of its states as output, the output is that state after
+    zoneout.
 
     Example:
         >>> import torch, fusecell as fc
@@ -35,11 +37,11 @@ class Zoneout(Wrapper):
 
     Arguments:
         cell: any cell.
-        p: the probability, for all states or for each in order.
+        p: the probability: one for all states, or one for each state in order.
 
     Raises:
         TypeError: if ``cell`` is not a cell.
-        ValueError: for a p outside [0, 1), or as many as there are not states.
+        ValueError: for a p outside [0, 1), or a number of them other than that of the states.
 
     Paper: Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", 2017,
     arXiv:1606.01305.
@@ -47,13 +49,13 @@ class Zoneout(Wrapper):
 
     def __init__(self, cell: Cell, p: float | Sequence[float] = 0.1) -> None:
         super().__init__(cell)
-        given = [p] * len(cell.states) if isinstance(p, int | float) else list(p)
-        if len(given) != len(cell.states):
+        each = [p] * len(cell.states) if isinstance(p, int | float) else list(p)
+        if len(each) != len(cell.states):
             raise ValueError(
                 f"Zoneout: {type(cell).__name__} has the states ({', '.join(cell.states)}), "
-                f"got {len(given)} probabilities."
+                f"got {len(each)} probabilities. Pass one for all, or one for each."
             )
-        self.p = tuple(check_probability("Zoneout's p", value) for value in given)
+        self.p = tuple(check_probability("Zoneout's p", value) for value in each)
 
     def noise_names(self) -> tuple[str, ...]:
         if not self.training:
@@ -73,12 +75,13 @@ class Zoneout(Wrapper):
         masks, after = iter(noise), []
         for before, value, p in zip(state, new, self.p, strict=True):
             if p and self.training:
-                kept = torch.where(next(masks) > 0.5, before, value)
+                zoned = torch.where(next(masks) > 0.5, before, value)
             else:
-                kept = p * before + (1 - p) * value if p else value
-            after.append(kept)
+                zoned = p * before + (1 - p) * value if p else value
+            after.append(zoned)
+            # By identity: a GRU returns its new state as output, and must return the state after zoneout.
             if output is value:
-                output = kept
+                output = zoned
         return output, tuple(after)
 
     def extra_repr(self) -> str:
@@ -86,13 +89,14 @@ class Zoneout(Wrapper):
 
 
 class VariationalDropout(Wrapper):
-    r"""Dropout with one mask per sequence and row: on the input, on the state where it enters a product, on the output.
+    r"""Drop features of the input, state and output, with one mask for all steps of a sequence.
 
     .. math:: y_t = m_y \odot \mathrm{step}(m_x \odot x_t, s_{t-1}), \quad W_h h \to W_h (m_h \odot h)
 
-    The first state is dropped where it is multiplied with a weight matrix (``linear``, ``@``, ``matmul``, ``mm``,
-    ``addmm``), not where it is carried past it: an LSTM's memory and a GRU's ``z * h`` stay whole, as in Keras. Masks
-    hold 0 and 1 / (1 - p). In ``eval()`` nothing is dropped.
+    The first state is dropped where a product with a weight matrix (``linear``, ``@``, ``matmul``, ``mm``, ``addmm``)
+    reads it, and nowhere else: an LSTM's memory and a GRU's ``z * h`` stay whole, as in Keras. A product of a tensor
+    computed from the state, such as ``(r * h) @ w``, is left as it is. Each row has its own mask, of 0 and 1 / (1 - p).
+    In ``eval()`` nothing is dropped.
 
     Example:
         >>> import torch, fusecell as fc
@@ -101,12 +105,12 @@ class VariationalDropout(Wrapper):
 
     Arguments:
         cell: any cell.
-        input, state, output: probabilities with which a feature is dropped.
+        input, state, output: the probability with which a feature of each is dropped.
 
     Raises:
         TypeError: if ``cell`` is not a cell.
-        ValueError: for a probability outside [0, 1); for a ``state`` where the cell multiplies its first state with no
-            matrix.
+        ValueError: for a probability outside [0, 1); for a ``state`` if no product in the cell's step reads its first
+            state.
 
     Paper: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016,
     arXiv:1512.05287.
@@ -121,6 +125,7 @@ class VariationalDropout(Wrapper):
             _check_product(cell)
 
     def _parts(self) -> list[tuple[str, float, int]]:
+        """List what is dropped now: name, probability and features."""
         if not self.training:
             return []
         sizes = (self.input_size, self.state_sizes[0] if self.p_state else 0, self.output_size)
@@ -133,7 +138,9 @@ class VariationalDropout(Wrapper):
     def noise(
         self, steps: int, batch_size: int, *, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> State:
-        return tuple([_dropped(p, 1, batch_size, size, dtype=dtype, device=device) for _, p, size in self._parts()])
+        return tuple(
+            [_dropout_mask(p, 1, batch_size, size, dtype=dtype, device=device) for _, p, size in self._parts()]
+        )
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         masks = dict(zip([name for name, *_ in self._parts()], noise, strict=True))
@@ -151,11 +158,11 @@ class VariationalDropout(Wrapper):
 
 
 class RecurrentDropout(Wrapper):
-    r"""Dropout of the candidate that a step adds to its state, drawn anew at each step: the state forgets nothing.
+    r"""Drop units of the candidate that a step adds to its state, drawn at each step; the old state stays whole.
 
     .. math:: c_t = f_t \odot c_{t-1} + i_t \odot \mathrm{dropout}(g_t)
 
-    The candidate is what the step notes under a name: ``g`` of an LSTM, ``n`` of a GRU.
+    The candidate is a value that the step names with ``self.note``: ``g`` in an LSTM, ``n`` in a GRU.
 
     Example:
         >>> import torch, fusecell as fc
@@ -163,13 +170,13 @@ class RecurrentDropout(Wrapper):
         >>> y, (h, c) = layer(torch.randn(7, 3, 5))
 
     Arguments:
-        cell: a cell that notes its candidate, and goes on with what ``self.note(...)`` returns.
-        p: the probability.
-        name: of the candidate; ``"g"`` or ``"n"``, whichever the step notes, if left out.
+        cell: a cell whose step names its candidate and goes on with what ``self.note(...)`` returns.
+        p: the probability with which a unit is dropped.
+        name: the candidate's name; by default ``"g"`` or ``"n"``, whichever the step uses.
 
     Raises:
         TypeError: if ``cell`` is not a cell.
-        ValueError: for a p outside [0, 1), or where the step notes no such name.
+        ValueError: for a p outside [0, 1), or where the step notes no value of that name.
 
     Paper: Semeniuta, Severyn and Barth, "Recurrent dropout without memory loss", 2016, arXiv:1603.05118.
     """
@@ -177,15 +184,15 @@ class RecurrentDropout(Wrapper):
     def __init__(self, cell: Cell, p: float = 0.1, *, name: str | None = None) -> None:
         super().__init__(cell)
         self.p = check_probability("RecurrentDropout's p", p)
-        notes = _noted(cell)
-        found = [each for each in ((name,) if name else ("g", "n")) if each in notes]
-        if not found:
+        sizes = _intermediate_sizes(cell)
+        candidates = [each for each in ((name,) if name else ("g", "n")) if each in sizes]
+        if not candidates:
             raise ValueError(
                 f"RecurrentDropout found no {name or 'g or n'} among what {type(cell).__name__}'s step notes "
-                f"({', '.join(notes) or 'nothing'}). Pass name=, and name the candidate in the step: "
+                f"({', '.join(sizes) or 'nothing'}). Pass name=, and name the candidate in the step: "
                 'n = self.note("n", n).'
             )
-        self.name, self._size = found[0], notes[found[0]]
+        self.name, self._size = candidates[0], sizes[candidates[0]]
 
     def noise_names(self) -> tuple[str, ...]:
         return (f"{self.name}_dropout",) if self.training and self.p else ()
@@ -195,11 +202,12 @@ class RecurrentDropout(Wrapper):
     ) -> State:
         if not self.noise_names():
             return ()
-        return (_dropped(self.p, steps, batch_size, self._size, dtype=dtype, device=device),)
+        return (_dropout_mask(self.p, steps, batch_size, self._size, dtype=dtype, device=device),)
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         if not noise:
             return self.cell.step(x, state)
+        # The step itself goes on with the value returned here, so no cell needs a dropout of its own.
         with rewrite_intermediates(lambda _, name, value: value * noise[0] if name == self.name else value):
             return self.cell.step(x, state)
 
@@ -208,11 +216,11 @@ class RecurrentDropout(Wrapper):
 
 
 class WeightDrop(Wrapper):
-    r"""DropConnect on weights: a mask per call, the same for all steps and rows.
+    r"""Drop single weights (DropConnect), with one mask per call for all steps and rows.
 
     .. math:: W \to m \odot W, \quad m \in \{0, 1 / (1-p)\}
 
-    The parameters keep their names and get the gradient of what was not dropped; in ``eval()`` nothing is.
+    The parameters keep their names; a weight that is dropped gets no gradient. In ``eval()`` nothing is dropped.
 
     Example:
         >>> import torch, fusecell as fc
@@ -221,12 +229,12 @@ class WeightDrop(Wrapper):
 
     Arguments:
         cell: any cell.
-        names: parameters of it, one or several; of a part of it as ``"part.weight"``.
-        p: the probability.
+        names: one or several of its parameters; ``"part.weight"`` for one of a submodule.
+        p: the probability with which a weight is dropped.
 
     Raises:
         TypeError: if ``cell`` is not a cell.
-        ValueError: for a p outside [0, 1), or a name that is none of its parameters.
+        ValueError: for a p outside [0, 1), or a name that is not a parameter of the cell.
 
     Paper: Merity, Keskar and Socher, "Regularizing and optimizing LSTM language models", 2017, arXiv:1708.02182.
     """
@@ -235,13 +243,16 @@ class WeightDrop(Wrapper):
         super().__init__(cell)
         self.names = (names,) if isinstance(names, str) else tuple(names)
         self.p = check_probability("WeightDrop's p", p)
-        known = dict(cell.named_parameters())
+        parameters = dict(cell.named_parameters())
         for name in self.names:
-            if name not in known:
-                raise ValueError(f"WeightDrop: {type(cell).__name__} has no parameter {name!r}; it has {list(known)}.")
-        # Masks are the same for all rows, which noise isn't; as buffers they are read like weights, once per call.
+            if name not in parameters:
+                raise ValueError(
+                    f"WeightDrop: {type(cell).__name__} has no parameter {name!r}; it has {list(parameters)}."
+                )
+        # Not inputs from noise(), which have a row for each row of the batch: these masks are the same for all rows.
+        # A buffer is read as weights are, once per call.
         for index, name in enumerate(self.names):
-            self.register_buffer(f"mask_{index}", torch.ones_like(known[name].detach()), persistent=False)
+            self.register_buffer(f"mask_{index}", torch.ones_like(parameters[name].detach()), persistent=False)
 
     def draw(
         self,
@@ -254,24 +265,26 @@ class WeightDrop(Wrapper):
         if self.training and self.p:
             for index in range(len(self.names)):
                 like: Tensor = getattr(self, f"mask_{index}")
-                mask = _dropped(self.p, *like.shape, dtype=like.dtype, device=like.device)
+                mask = _dropout_mask(self.p, *like.shape, dtype=like.dtype, device=like.device)
+                # A new tensor each time: the backward of an earlier call still reads the old one.
                 setattr(self, f"mask_{index}", mask)
         return super().draw(steps, batch_size, dtype=dtype, device=device)
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         if not (self.training and self.p):
             return self.cell.step(x, state)
-        known = dict(self.cell.named_parameters())
-        dropped = {f"cell.{name}": known[name] * getattr(self, f"mask_{i}") for i, name in enumerate(self.names)}
-        found: tuple[Tensor, State] = functional_call(_Stepper(self.cell), dropped, (x, state))
-        return found
+        weights = dict(self.cell.named_parameters())
+        dropped = {f"cell.{name}": weights[name] * getattr(self, f"mask_{i}") for i, name in enumerate(self.names)}
+        # In a functional call the cell's own parameters stay leaves, and autograd sees the products with the masks.
+        result: tuple[Tensor, State] = functional_call(_Stepper(self.cell), dropped, (x, state))
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.names}, p={self.p}"
 
 
 class _Stepper(nn.Module):
-    """A cell whose forward is its step, which functional_call can call."""
+    """A module whose ``forward`` is a cell's ``step``: torch's functional_call calls ``forward`` only."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
@@ -294,7 +307,10 @@ _PRODUCTS = {
 
 
 class _Products(TorchFunctionMode):
-    """Put ``value * mask`` where ``value`` enters a product."""
+    """Replace ``value`` by ``value * mask`` in the matrix products that run inside; count them.
+
+    The tensor is recognised by identity: one computed from it, even an equal copy, is left alone.
+    """
 
     def __init__(self, value: Tensor, mask: Tensor) -> None:
         super().__init__()
@@ -309,45 +325,47 @@ class _Products(TorchFunctionMode):
 
 
 def _coins(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """1 with probability p, else 0."""
-    # Two coins of each 64 random bits, good to 2**-32: drawing with bernoulli_ takes three times as long.
+    """Draw a tensor of 1 with probability p, else 0."""
+    # Two numbers from each 64 random bits, so p is exact to 2**-32: bernoulli_ takes three times as long.
     count = math.prod(shape)
     bits = torch.empty(-(-count // 2), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int32)
     below = bits[:count] < round(p * 2**32) - 2**31
     return below.reshape(shape).to(torch.get_default_dtype() if dtype is None else dtype)
 
 
-def _dropped(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """0 with probability p, else 1 / (1 - p)."""
+def _dropout_mask(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    """Draw a tensor of 0 with probability p, else 1 / (1 - p)."""
     return _coins(1 - p, *shape, dtype=dtype, device=device) / (1 - p)
 
 
 def _trial(cell: Cell) -> tuple[Any, State]:
-    """One row of zeros for a cell to step on."""
+    """Return an input of one row of zeros and an initial state, for a trial step of a cell."""
     like = next(cell.parameters(), torch.zeros(()))
     x = torch.zeros(1, cell.input_size, dtype=like.dtype, device=like.device)
     drawn = cell.draw(1, 1, dtype=like.dtype, device=like.device)
     if len(cell.inputs) != 1 + len(drawn):
         raise ValueError(
-            f"{type(cell).__name__} has the inputs ({', '.join(cell.inputs)}); what enters its products, and what it "
-            "notes, can only be found of cells with one input."
+            f"{type(cell).__name__} has the inputs ({', '.join(cell.inputs)}), whose widths are known at a call only: "
+            "VariationalDropout of the state and RecurrentDropout need a trial step, so a cell with one input."
         )
     state = cell.initial_state(1, dtype=like.dtype, device=like.device)
     return ((x, *(value[0] for value in drawn)) if drawn else x), state
 
 
-def _noted(cell: Cell) -> dict[str, int]:
-    """What a cell's step notes: names and features."""
-    found: dict[str, int] = {}
+def _intermediate_sizes(cell: Cell) -> dict[str, int]:
+    """Run one step; return the features of each intermediate value that it notes, by name."""
+    sizes: dict[str, int] = {}
     x, state = _trial(cell)
-    with torch.no_grad(), capture_intermediates(lambda _, name, value: found.__setitem__(name, value.shape[-1])):
+    collect = capture_intermediates(lambda _, name, value: sizes.__setitem__(name, value.shape[-1]))
+    with torch.no_grad(), left_as_it_was(cell), collect:
         cell.step(x, state)
-    return found
+    return sizes
 
 
 def _check_product(cell: Cell) -> None:
+    """Raise ValueError if no matrix product in a cell's step reads its first state."""
     x, state = _trial(cell)
-    with torch.no_grad(), _Products(state[0], torch.ones_like(state[0])) as products:
+    with torch.no_grad(), left_as_it_was(cell), _Products(state[0], torch.ones_like(state[0])) as products:
         cell.step(x, state)
     if not products.count:
         raise ValueError(

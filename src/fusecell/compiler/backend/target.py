@@ -7,21 +7,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend import llvm, tuning
+from fusecell.compiler.backend.isa import InstructionSet, instruction_set
+from fusecell.compiler.backend.tuning import Tuning
 
-__all__ = ["Target", "host_target", "l2_bytes"]
+__all__ = ["Target", "host_target", "l2_bytes", "target_of"]
 
 NATIVE = "native"
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _USUAL_L2 = 1 << 20
-
-# The levels of the x86-64 psABI in LLVM's names, each adding to the one before.
-LEVELS: dict[str, tuple[str, ...]] = {
-    "x86-64-v2": ("cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2"),
-    "x86-64-v3": ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"),
-    "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,17 @@ class Target:
     @property
     def name(self) -> str:
         """A short label: the level's name, or ``"host"`` and the CPU's."""
-        return self.cpu if self.cpu in LEVELS else f"host {self.cpu}"
+        return self.cpu if self.cpu in self.isa.levels else f"host {self.cpu}"
+
+    @property
+    def tuning(self) -> Tuning:
+        """Sizes and rates that kernels are fitted to; the same for every CPU so far."""
+        return tuning.TUNING
+
+    @property
+    def isa(self) -> InstructionSet:
+        """The instruction set, by the triple."""
+        return instruction_set(self.triple)
 
 
 def host_target() -> Target:
@@ -70,36 +75,45 @@ def host_target() -> Target:
 def _chosen(choice: str) -> Target:
     host = llvm.host()
     if choice == NATIVE:
-        return _target(host.cpu, host.feature_text, host.triple, host.features)
-    if choice not in LEVELS:
-        raise ValueError(f"FUSECELL_TARGET is {choice!r}; expected one of {', '.join((NATIVE, *LEVELS))}.")
-    needed = _needed(choice)
+        return target_of(host.cpu, host.feature_text, host.triple, host.features)
+    isa = instruction_set(host.triple)
+    if choice not in isa.levels:
+        raise ValueError(
+            f"FUSECELL_TARGET is {choice!r}, but this CPU ({host.cpu}, {host.triple}) has no such level; "
+            f"expected one of {', '.join((NATIVE, *isa.levels))}."
+        )
+    needed = isa.features_of(choice)
     missing = [feature for feature in needed if feature not in host.features]
     if missing:
-        fitting = [level for level in LEVELS if host.features.issuperset(_needed(level))]
+        fitting = [level for level in isa.levels if host.features.issuperset(isa.features_of(level))]
         raise ValueError(
             f"FUSECELL_TARGET is {choice!r}, but this CPU ({host.cpu}, {host.triple}) lacks "
             f"{', '.join(missing)}; here it can be {' or '.join((NATIVE, *fitting))}."
         )
-    return _target(choice, ",".join(f"+{feature}" for feature in needed), host.triple, frozenset(needed))
+    return target_of(choice, ",".join(f"+{feature}" for feature in needed), host.triple, frozenset(needed))
 
 
-def _needed(choice: str) -> tuple[str, ...]:
-    levels = list(LEVELS)
-    return tuple(feature for level in levels[: levels.index(choice) + 1] for feature in LEVELS[level])
+def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Target:
+    """The target of a CPU with these features, which need not be this machine's.
 
-
-def _target(cpu: str, features: str, triple: str, has: frozenset[str]) -> Target:
-    neon = triple.startswith(("aarch64", "arm64"))
+    Arguments:
+        cpu: LLVM's name of the CPU.
+        features: LLVM's feature text.
+        triple: LLVM's target triple.
+        has: the features as a set.
+    """
+    isa = instruction_set(triple)
     avx512 = {"avx512f", "avx512vl"} <= has
     avx2 = {"avx2", "fma"} <= has
+    # The mask registers' extension doubles the vector registers, in 64-bit code alone.
+    registers = 32 if avx512 and isa.name == "x86_64" else isa.vector_registers
     return Target(
         cpu=cpu,
         features=features,
         triple=triple,
         vector_bits=512 if avx512 else 256 if avx2 else 128,
-        fma=neon or avx512 or "fma" in has,
-        registers=32 if neon or avx512 else 16,
+        fma=isa.always_fused or avx512 or bool(isa.fused_features & has),
+        registers=registers,
     )
 
 

@@ -1,4 +1,15 @@
-"""From a plan to LLVM text."""
+"""Code generation: from a plan to LLVM text.
+
+A kernel's functions, callers first; each module's docstring has the loop nest that it writes::
+
+    @run, @team                    work_sharing       one thread, or one of a team that starts together
+    @work                          main_loop          packing, chunks of steps, the loop over time
+    @pack.<panel>                  pack_weights       weights into the order in which microkernels read them
+    @<stage>                       stage              tiles of products, and their epilogue of pointwise values
+    @tile.<rows>x<products>x<groups>    microkernel   multiply-adds in registers
+    @<gradient>, @outer.<...>      weight_gradients   sums over rows and steps
+    @fc.<op>.<dtype>               vector_math        tanh, exp, ... of 16 lanes
+"""
 
 from __future__ import annotations
 
@@ -8,60 +19,65 @@ from dataclasses import dataclass
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.kernel_abi import Layout, Panel, Size, fixed_stride, slack
 from fusecell.compiler.codegen.llvm_builder import Module
-from fusecell.compiler.codegen.main_loop import emit_driver
+from fusecell.compiler.codegen.main_loop import emit_main_loop
 from fusecell.compiler.codegen.microkernel import StaticStrides
 from fusecell.compiler.codegen.pack_weights import emit_packing
-from fusecell.compiler.codegen.stage import Segment, StageEmitter, segments
-from fusecell.compiler.codegen.work_sharing import ROWS_EACH, emit_entries, emit_meet
+from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
+from fusecell.compiler.codegen.work_sharing import MIN_ROWS_PER_THREAD, emit_barrier, emit_entries
 from fusecell.compiler.schedule.plan import Plan
 
-__all__ = ["ROWS_EACH", "Emitted", "Layout", "Panel", "Size", "emit"]
+__all__ = ["MIN_ROWS_PER_THREAD", "Emitted", "Layout", "Panel", "Size", "emit"]
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel's text, and what its caller needs to know: the words of its argument block and its scratch memory."""
+    """A kernel's text, and what its caller needs to know: the slots of its argument block and its scratch memory.
+
+    Attributes:
+        slots: names of the argument block's slots, in order.
+        pointers: the slots that must be filled: addresses of inputs, weights, states and outputs.
+        buffers: what the scratch memory is divided into, each with some slack behind it.
+        slack: bytes behind a buffer that may be read past its end, and are never written.
+        tiles: the tiles of each stage that has products, for people.
+    """
 
     text: str
-    words: tuple[str, ...]
+    slots: tuple[str, ...]
     pointers: tuple[str, ...]
-    """The words that must be given: addresses of inputs, weights, states and outputs."""
     scratch: Size
     buffers: dict[str, Size]
-    """What the scratch memory is cut into, each with some slack behind it."""
     slack: int
-    """Bytes behind a buffer that may be read past its end, and are never written."""
     tiles: dict[str, str]
 
 
 def emit(plan: Plan, target: Target) -> Emitted:
-    """The LLVM text of a plan, for a target; it exports ``run``, and ``crew`` for threads that run a call together."""
+    """Write a plan as LLVM text; it exports ``run``, and ``team`` for threads that run a call together."""
     module = Module(plan.graph.title, plan.graph.dtype, target)
-    products = {stage.name: segments(plan, stage, module) for stage in plan.stages}
-    panels = {segment.panel: stage.phase for stage in plan.stages for segment in products[stage.name]}
+    products = {stage.name: fused_products(plan, stage, module) for stage in plan.stages}
+    panels = {each.panel: stage.phase for stage in plan.stages for each in products[stage.name]}
     layout = Layout(module, plan, list(panels))
-    walks = _known_walks(module, (segment for each in products.values() for segment in each))
+    strides = _static_strides(module, (each for of_stage in products.values() for each in of_stage))
     tiles = {}
     for stage in plan.stages:
-        emitter = StageEmitter(module, layout, plan, stage, products[stage.name], walks)
+        emitter = StageEmitter(module, layout, plan, stage, products[stage.name], strides)
         emitter.emit()
         if stage.affines:
             tiles[stage.name] = emitter.tiling.text
     emit_packing(module, layout, panels)
-    emit_meet(module)
-    emit_driver(module, layout, plan, panels)
+    emit_barrier(module)
+    emit_main_loop(module, layout, plan, panels)
     emit_entries(module)
-    return Emitted(module.text(), layout.words, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
+    return Emitted(module.text(), layout.slots, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
 
 
-def _known_walks(module: Module, segments: Iterable[Segment]) -> dict[int, StaticStrides]:
-    """What is the same wherever a kernel multiplies so many matrices at once: it stands in the tiles as a number."""
-    found: dict[int, tuple[set[int | None], set[int]]] = {}
-    for segment in segments:
-        rows, depths = found.setdefault(segment.count, (set(), set()))
-        rows.add(fixed_stride(module, segment.operand.buffer))
-        depths.add(segment.panel.depth)
+def _static_strides(module: Module, products: Iterable[FusedProducts]) -> dict[int, StaticStrides]:
+    """Return the strides that are constant in a kernel's microkernels, by their number of fused products."""
+    strides: dict[int, tuple[set[int | None], set[int]]] = {}
+    for each in products:
+        rows, depths = strides.setdefault(each.count, (set(), set()))
+        rows.add(fixed_stride(module, each.operand.buffer))
+        depths.add(each.panel.depth)
     return {
-        products: StaticStrides(*(values.pop() if len(values) == 1 else None for values in both))
-        for products, both in found.items()
+        count: StaticStrides(*(values.pop() if len(values) == 1 else None for values in both))
+        for count, both in strides.items()
     }

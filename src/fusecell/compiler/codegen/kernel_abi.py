@@ -1,19 +1,38 @@
-"""What a kernel is called with: a block of 64-bit words, and scratch memory cut into buffers.
+"""Kernel ABI: the argument block that a kernel is called with, and its scratch memory.
 
-The caller fills the words it knows, pointers, strides in bytes, sizes; the kernel fills in the addresses of its
-buffers. Sizes of buffers depend on the rows of a step and of a chunk, which are known at the call only.
+The argument block is an array of 64-bit slots, looked up by name::
+
+    steps, rows, chunk_steps, reverse, scratch, ...      numbers of the call, and optional arrays (0: absent)
+    in.x.ptr, in.x.step, in.x.row                        each input: address, bytes between steps, between rows
+    weight.W.ptr, weight.W.stride0, weight.W.stride1     each weight: address, bytes between rows, between columns
+    first.h.ptr, first.h.row, last.h..., reset.h...      each state: at the start, at the end, after a reset
+    out.y.ptr, out.y.step, out.y.row                     each output, or gradient of a weight
+    saved.v.ptr                                          each value saved for the backward
+    at.<buffer>                                          filled in by the kernel: where its buffers are
+
+A call on several threads has a team block besides (`TeamBlock`), by which they find each other.
+
+The caller fills the slots it knows; the kernel lays out its buffers in the scratch memory, as their sizes depend on the
+rows of a step and of a chunk, which are known at the call only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum, unique
 
-from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
-from fusecell.compiler.codegen.weight_gradients.pack_operand import STRIPS, has_strips, strips_bytes
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i64, ptr
+from fusecell.compiler.codegen.weight_gradients.pack_operand import PACKED, is_packed, packed_bytes
 from fusecell.compiler.ir.graph import SAVED
+from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
+from fusecell.errors import CompilerError
 
-__all__ = ["ALIGNED", "Layout", "Panel", "Size", "fixed_stride", "row_address", "slack"]
+__all__ = [
+    "ARGS", "SLOT_BYTES", "STEP", "STEP_PARAMS", "THREADS", "THREAD_ID", "Layout", "Panel", "RowAddress", "Size",
+    "StepRows", "TeamBlock", "fixed_stride", "row_address", "slack",
+]  # fmt: skip
 
 HEADER = (
     "steps",
@@ -30,10 +49,87 @@ HEADER = (
     "packed",
 )
 
+SLOT_BYTES = 8
+"""Bytes of a slot, of the argument block and of the team block."""
+
+ARGS = ptr("args")
+"""The argument block, the first parameter of every function that needs it."""
+THREAD_ID, THREADS = i64("thread_id"), i64("threads")
+"""Which thread of the team a function runs in, and how many there are."""
+
+
+@unique
+class TeamBlock(IntEnum):
+    """Slots of the block that the threads of one call share, by their positions.
+
+    The runtime writes some before a call and reads others after it; machine code reads, counts and answers in it. The
+    barrier is in another cache line than the slots by which threads arrive.
+    """
+
+    ARRIVED = 0
+    """How many threads have come; each takes the number before its own arrival as its thread_id."""
+    TEAM_SIZE = 1
+    """How many threads work: 0 until the leader has decided."""
+    BARRIER = 8
+    """Raised by each thread that comes to a barrier."""
+    YIELD = 9
+    """The address of the function that gives the core to another thread."""
+    RUNTIME_COUNT = 10
+    """The address of the function that tells how many threads the runtime gave, or 0."""
+    THREADS = 11
+    """How many threads were asked for."""
+    ARGUMENTS = 12
+    """The address of the call's argument block."""
+    ARRIVAL_BUDGET = 13
+    """How many turns the leader waits for the others."""
+    WORKED = 14
+    """Answer: how many threads worked."""
+    YIELDS = 15
+    """Answer: how often one gave its core away."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the block's start."""
+        return SLOT_BYTES * self
+
+    @classmethod
+    def slots(cls) -> int:
+        """Return how many slots the block has."""
+        return max(cls) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Where one step's rows are: in the caller's tensors, the chunk's buffers, what is saved, the states."""
+
+    t: Integer
+    """The step, in the caller's numbering."""
+    base: Integer
+    """Its first row in the buffers of the chunk."""
+    saved_base: Integer
+    """Its first row in what the chunk saves for the backward."""
+    old_state: Integer
+    """Which of the two copies of the states holds the old ones: 0 or 1."""
+
+    def args(self) -> tuple[Integer, ...]:
+        """Return the fields in the order of the parameters that pass them on."""
+        return self.t, self.base, self.saved_base, self.old_state
+
+    def with_state(self, state: Integer) -> StepRows:
+        """Return the same rows, with the other or the same copy of the states."""
+        return replace(self, old_state=state)
+
+
+_T, _BASE, _SAVED_BASE, _OLD_STATE = i64("t"), i64("base"), i64("saved.base"), i64("old_state")
+STEP = StepRows(_T, _BASE, _SAVED_BASE, _OLD_STATE)
+"""The step's rows inside the functions of a stage."""
+STEP_PARAMS = (ARGS, _T, _BASE, _SAVED_BASE, _OLD_STATE)
+"""What every function of a stage takes first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Bytes: fixed, and per row of a step, row of a chunk, step of a chunk, and thread of a crew beyond the first."""
+    """Bytes of a buffer: fixed, and per row of a step, row of a chunk, step of a chunk, and thread beyond the first."""
 
     fixed: int = 0
     per_row: int = 0
@@ -51,13 +147,17 @@ class Size:
         )
 
     def bytes(self, rows: int, chunk_steps: int, threads: int = 1) -> int:
+        """Return the size in a call of so many rows, steps in a chunk, and threads."""
         of_chunk = rows * chunk_steps * self.per_chunk_row + chunk_steps * self.per_chunk_step
         return self.fixed + self.per_row * rows + of_chunk + (threads - 1) * self.per_helper
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Weights as a product reads them: [block of columns][k][product][lane]."""
+    """Packed weights of the products that share an operand, as the microkernel reads them.
+
+    In memory ``[column group][k][product][lane]``: every read is the next one (BLIS's packing of B).
+    """
 
     name: str
     depth: int
@@ -65,174 +165,195 @@ class Panel:
     weights: tuple[tuple[str, bool, tuple[int, int], tuple[int, int]], ...]
     """Per product: the weight, whether it is transposed, its rows and its columns."""
 
-
-ALIGNED = 64
-"""What the addresses of buffers are multiples of."""
-_BETWEEN = 4096
-"""Bytes between what two threads write of a buffer, if each has a place of its own: caches fetch within a page. As many
-stand behind the last, before the next buffer."""
-_HALVED = 2 << 20
-"""Bytes of sums, beyond which a second copy costs more than it brings."""
+    def group_bytes(self, module: Module) -> int:
+        """Return the bytes of one column group."""
+        return self.depth * len(self.weights) * module.vector_bytes
 
 
-def _scoped(scope: str, row: int) -> Size:
-    """A buffer of rows of ``row`` bytes: one, one per row of a step or of a chunk, or the old and the new state."""
+SPLIT_SUM_BYTES = 2 << 20
+"""Bytes of weight gradients up to which there is room for two partial sums; beyond, the second costs more than it
+brings. It decides bits of gradients, so it is the same on every machine."""
+
+
+def _scoped(module: Module, scope: str, row: int) -> Size:
+    """Return the size of a buffer of rows of ``row`` bytes: one per call, step's row or chunk's row, or two states."""
     return {
         "call": Size(fixed=row),
         "step": Size(per_row=row),
         "state": Size(per_row=2 * row),
-        "chunk": Size(per_chunk_row=row, per_helper=2 * _BETWEEN),
+        "chunk": Size(per_chunk_row=row, per_helper=2 * module.target.tuning.thread_gap_bytes),
     }[scope]
 
 
-def sum_halves(module: Module, plan: Plan) -> int:
-    """How many copies of the sums there is room for: two, so that halves of the rows can be summed apart, or one."""
-    bytes_ = sum(found.height * module.padded(found.width) for found in plan.sums)
-    return 2 if bytes_ <= _HALVED else 1
+def partial_sums(module: Module, plan: Plan) -> int:
+    """Count the partial sums of weight gradients there is room for: one, or two, over half of the rows each."""
+    bytes_ = sum(reduction.height * module.row_bytes(reduction.width) for reduction in plan.sums)
+    return 2 if bytes_ <= SPLIT_SUM_BYTES else 1
 
 
 def slack(module: Module) -> int:
-    """Room behind every buffer: a slice reads whole vectors, up to one past its row."""
-    return 64 + module.block
+    """Return the bytes behind every buffer that may be read: a slice reads whole vectors, up to one past its row."""
+    return ALIGNMENT + module.vector_bytes
 
 
 class Layout:
-    """The words of the argument block, by name, and the offsets of the buffers in scratch memory."""
+    """Slots of the argument block by name, and the buffers of the scratch memory.
+
+    Attributes:
+        slots: the names of all slots, in order.
+        sizes: the buffers, in order.
+        saved: what is saved for the backward, or read by it.
+        partial_sums: how many partial sums of each weight gradient there are.
+    """
 
     def __init__(self, module: Module, plan: Plan, panels: list[Panel]) -> None:
-        graph = plan.graph
-        words = list(HEADER)
-        for index in graph.leaves("input"):
-            if not graph[index].name.startswith(SAVED):
-                words += [f"in.{graph[index].name}.{part}" for part in ("ptr", "step", "row")]
-        for index in graph.leaves("weight"):
-            words += [f"weight.{graph[index].name}.{part}" for part in ("ptr", "stride0", "stride1")]
-        for name in plan.states:
-            words += [f"{kind}.{name}.{part}" for kind in ("first", "last", "reset") for part in ("ptr", "row")]
-        for label, index in graph.outputs.items():
-            if graph[index].type.kind in ("row", "mask") and not label.startswith(("state.", SAVED)):
-                words += [f"out.{label}.{part}" for part in ("ptr", "step", "row")]
-            elif graph[index].type.kind == "sum":
-                words += [f"out.{label}.{part}" for part in ("ptr", "stride0", "stride1")]
         self.saved = plan.saved()
-        words += [f"{buffer.name}.ptr" for buffer in self.saved]
-        self.given = tuple(words)
-        self.halves = sum_halves(module, plan)
+        self._caller_slots = (*_caller_slots(plan), *(f"{buffer.name}.ptr" for buffer in self.saved))
+        self.partial_sums = partial_sums(module, plan)
         self.sizes = self._sizes(module, plan, panels)
-        self.words = (*words, *(f"at.{name}" for name in (*self.sizes, *(buffer.name for buffer in self.saved))))
-        self._index = {name: index for index, name in enumerate(self.words)}
+        buffers = (*self.sizes, *(buffer.name for buffer in self.saved))
+        self.slots = (*self._caller_slots, *(f"at.{name}" for name in buffers))
+        self._index = {name: index for index, name in enumerate(self.slots)}
+        if len(self._index) != len(self.slots):
+            raise CompilerError("two slots of a kernel's argument block would have one name")
 
     def _sizes(self, module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
-        sizes = {
-            "order": Size(fixed=64, per_row=8),
-            "starts": Size(fixed=64, per_chunk_step=8),
-        }
+        sizes = [("order", Size(fixed=64, per_row=8)), ("starts", Size(fixed=64, per_chunk_step=8))]
         for stage in plan.stages:
             if stage.reductions:
-                bytes_ = len(stage.reductions) * module.block
-                sizes[f"partials.{stage.name}"] = _scoped(SCOPES[stage.phase], bytes_)
+                bytes_ = len(stage.reductions) * module.vector_bytes
+                sizes.append((f"partials.{stage.name}", _scoped(module, SCOPES[stage.phase], bytes_)))
         for panel in panels:
-            sizes[panel.name] = Size(fixed=module.blocks(panel.width) * panel.depth * len(panel.weights) * module.block)
+            sizes.append((panel.name, Size(fixed=module.groups(panel.width) * panel.group_bytes(module))))
         for buffer in plan.buffers:
-            sizes[buffer.name] = _scoped(buffer.scope, module.padded(buffer.size))
-        for found in plan.sums:
-            for name in (found.part, found.total):
-                sizes[name] = Size(fixed=self.halves * found.height * module.padded(found.width))
-        strips = [strips_bytes(module, found) for found in plan.sums if has_strips(module, plan, found)]
-        if strips:
-            sizes[STRIPS] = Size(fixed=self.halves * max(strips))
-        return {name: size + Size(fixed=slack(module)) for name, size in sizes.items()}
+            sizes.append((buffer.name, _scoped(module, buffer.scope, module.row_bytes(buffer.size))))
+        for reduction in plan.sums:
+            size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
+            sizes += [(reduction.part, size), (reduction.total, size)]
+        packed = [packed_bytes(module, reduction) for reduction in plan.sums if is_packed(module, plan, reduction)]
+        if packed:
+            sizes.append((PACKED, Size(fixed=self.partial_sums * max(packed))))
+        buffers = {name: size + Size(fixed=slack(module)) for name, size in sizes}
+        if len(buffers) != len(sizes):
+            raise CompilerError("two buffers of a kernel would have one name, and one location in memory")
+        return buffers
 
     @property
     def pointers(self) -> tuple[str, ...]:
-        """The words without which a kernel must not be called; the state of resets goes with the resets."""
-        return tuple(name for name in self.given if name.endswith(".ptr") and not name.startswith("reset."))
+        """The slots without which a kernel must not be called; the state of resets goes with the resets."""
+        return tuple(name for name in self._caller_slots if name.endswith(".ptr") and not name.startswith("reset."))
 
     @property
     def scratch(self) -> Size:
         """All scratch memory of a call."""
-        total = Size(fixed=64)
+        total = Size(fixed=ALIGNMENT)
         for size in self.sizes.values():
             total += size
         return total
 
-    def index(self, name: str) -> int:
-        """The position of a word."""
-        return self._index[name]
+    def offset(self, name: str) -> int:
+        """Return the bytes from the argument block's start to a slot."""
+        return SLOT_BYTES * self._index[name]
 
-    def word(self, f: Function, name: str) -> str:
-        """A word of the argument block as a number."""
-        return f.same(name, f"load i64, ptr {self._at(f, name)}")
+    def integer(self, f: Function, name: str) -> Value:
+        """Load a slot as a number."""
+        return f.load_int(self._slot(f, name), name, once=True)
 
-    def pointer(self, f: Function, name: str) -> str:
-        """A word of the argument block as an address."""
-        return f.same(name, f"load ptr, ptr {self._at(f, name)}")
+    def pointer(self, f: Function, name: str) -> Value:
+        """Load a slot as an address."""
+        return f.load_pointer(self._slot(f, name), name, once=True)
 
-    def buffer(self, f: Function, name: str) -> str:
-        """The address of a buffer."""
-        load = f.let if f.moves_buffers else f.same
-        return load(f"at.{name}", f"load ptr, ptr {self._at(f, f'at.{name}')}")
+    def buffer(self, f: Function, name: str) -> Value:
+        """Load the address of a buffer."""
+        return f.load_pointer(self._slot(f, f"at.{name}"), f"at.{name}", once=not f.moves_buffers)
 
-    def _at(self, f: Function, name: str) -> str:
-        return f.at("%args", 8 * self._index[name], "word")
+    def _slot(self, f: Function, name: str) -> Value:
+        return f.at(ARGS, self.offset(name), "slot")
 
-    def place(self, f: Function, name: str, address: str) -> None:
-        """Have a buffer be somewhere else."""
-        f.do(f"store ptr {address}, ptr {self._at(f, f'at.{name}')}")
+    def set_buffer(self, f: Function, name: str, address: Value) -> None:
+        """Set the address of a buffer."""
+        f.store_pointer(address, self._slot(f, f"at.{name}"))
 
-    def place_saved(self, f: Function, module: Module, start: Value) -> None:
-        """Have a chunk find its rows, from ``start`` on, of what is saved."""
+    def set_saved(self, f: Function, module: Module, first_row: Integer) -> None:
+        """Set the addresses of what is saved for the backward to the chunk's rows, from ``first_row`` on."""
         for buffer in self.saved:
             whole = self.pointer(f, f"{buffer.name}.ptr")
-            here = f.at(whole, f.mul(start, module.padded(buffer.size)), buffer.name)
-            self.place(f, buffer.name, here)
+            here = f.at(whole, f.mul(first_row, module.row_bytes(buffer.size)), buffer.name)
+            self.set_buffer(f, buffer.name, here)
 
-    def place_buffers(self, f: Function, rows: Value, chunk_steps: Value, apart: str) -> None:
-        """Work out every buffer's address, unless the caller left it in the argument block and gave no scratch.
+    def assign_buffers(self, f: Function, rows: Integer, chunk_steps: Integer, is_padded: Value) -> None:
+        """Lay out all buffers in the scratch memory; without any, they are where the argument block says already.
 
         Arguments:
-            apart: whether each thread has a place of its own in what belongs to a chunk.
+            is_padded: whether each thread has a part of its own in the buffers of a chunk (no false sharing).
         """
-        scratch, chunk_rows = self.pointer(f, "scratch"), f.mul(rows, chunk_steps, "chunk.rows")
-        helpers = f.sub("%crew", 1, "helpers")
-        before = f.let("threads.before", f"select i1 {apart}, i64 %me, i64 0")
-        with f.when("place", f.let("is.given", f"icmp ne ptr {scratch}, null")):
+        scratch, chunk_rows = self.pointer(f, "scratch"), f.mul(rows, chunk_steps, "chunk_rows")
+        helpers = f.sub(THREADS, 1, "helpers")
+        threads_before = f.select(is_padded, THREAD_ID, 0, "threads_before")
+        # A gap between the parts of any two threads, and another behind the last, before the next buffer.
+        gap = f.module.target.tuning.thread_gap_bytes
+        with f.if_(f.ne(scratch, NULL, "has_scratch"), "assign"):
             here = scratch
             for name, size in self.sizes.items():
-                self.place(f, name, f.at(here, f.mul(before, _BETWEEN if size.per_helper else 0)))
-                total: Value = size.fixed
-                for count, each in (
+                self.set_buffer(f, name, f.at(here, f.mul(threads_before, gap if size.per_helper else 0)))
+                total: Integer = size.fixed
+                for count, bytes_ in (
                     (rows, size.per_row),
                     (chunk_rows, size.per_chunk_row),
                     (chunk_steps, size.per_chunk_step),
                     (helpers, size.per_helper),
                 ):
-                    total = f.add(total, f.mul(count, each))
-                up = f.add(total, 63)
-                aligned = -64 & up if isinstance(up, int) else f.let("aligned", f"and i64 {up}, -64")
-                here = f.at(here, aligned, name)
+                    total = f.add(total, f.mul(count, bytes_))
+                here = f.at(here, f.align_up(total, ALIGNMENT), name)
 
 
-def row_address(
-    f: Function, layout: Layout, module: Module, buffer: Buffer, *, t: str, base: str, kept: str, slot: Value
-) -> tuple[str, Value, bool]:
-    """Where a buffer's rows of this step begin, how far apart they are, and whether they are in the caller's order."""
+def _caller_slots(plan: Plan) -> list[str]:
+    """Name the slots that a caller fills, but for what is saved."""
+    graph = plan.graph
+    slots = list(HEADER)
+    for index in graph.leaves("input"):
+        if not graph[index].name.startswith(SAVED):
+            slots += [f"in.{graph[index].name}.{part}" for part in ("ptr", "step", "row")]
+    for index in graph.leaves("weight"):
+        slots += [f"weight.{graph[index].name}.{part}" for part in ("ptr", "stride0", "stride1")]
+    for name in plan.states:
+        slots += [f"{kind}.{name}.{part}" for kind in ("first", "last", "reset") for part in ("ptr", "row")]
+    for label, index in graph.outputs.items():
+        if graph[index].type.kind in ("row", "mask") and not label.startswith(("state.", SAVED)):
+            slots += [f"out.{label}.{part}" for part in ("ptr", "step", "row")]
+        elif graph[index].type.kind == "sum":
+            slots += [f"out.{label}.{part}" for part in ("ptr", "stride0", "stride1")]
+    return slots
+
+
+@dataclass(frozen=True, slots=True)
+class RowAddress:
+    """Where a buffer's rows of a step begin, the bytes between them, and whether they are in the caller's order."""
+
+    start: Value
+    stride: Integer
+    in_caller_order: bool
+
+
+def row_address(f: Function, layout: Layout, module: Module, buffer: Buffer, at: StepRows) -> RowAddress:
+    """Return the address of a buffer's rows of one step."""
     if buffer.scope == "user":
-        start = f.at(layout.pointer(f, f"{buffer.name}.ptr"), f.mul(t, layout.word(f, f"{buffer.name}.step")))
-        return start, layout.word(f, f"{buffer.name}.row"), True
-    stride = module.padded(buffer.size)
+        tensor = layout.pointer(f, f"{buffer.name}.ptr")
+        start = f.at(tensor, f.mul(at.t, layout.integer(f, f"{buffer.name}.step")))
+        return RowAddress(start, layout.integer(f, f"{buffer.name}.row"), True)
+    row = module.row_bytes(buffer.size)
     start = layout.buffer(f, buffer.name)
     if buffer.scope in ("chunk", "saved"):
-        start = f.at(start, f.mul(base if buffer.scope == "chunk" else kept, stride))
+        start = f.at(start, f.mul(at.base if buffer.scope == "chunk" else at.saved_base, row))
     elif buffer.scope == "state":
-        start = f.at(start, f.mul(f.mul(slot, layout.word(f, "rows")), stride))
-    apart = fixed_stride(module, buffer)
-    assert apart is not None, f"{buffer.name} is the caller's, whose rows are anywhere"
-    return start, apart, False
+        start = f.at(start, f.mul(f.mul(at.old_state, layout.integer(f, "rows")), row))
+    stride = fixed_stride(module, buffer)
+    assert stride is not None, f"{buffer.name} is the caller's, whose rows are anywhere"
+    return RowAddress(start, stride, False)
 
 
 def fixed_stride(module: Module, buffer: Buffer) -> int | None:
-    """The bytes between a buffer's rows, of a caller's buffer None: they are known at the call only."""
+    """Return the bytes between a buffer's rows, if they are known before the call: not in a caller's tensor."""
     if buffer.stride == "caller":
         return None
-    return 0 if buffer.stride == "none" else module.padded(buffer.size)
+    return 0 if buffer.stride == "none" else module.row_bytes(buffer.size)

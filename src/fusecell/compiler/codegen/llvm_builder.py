@@ -1,25 +1,29 @@
-"""A small typed emitter of LLVM text: functions, loops, branches, and the vector type of a kernel."""
+"""Typed builder of a kernel's LLVM text: functions, arithmetic, memory, loops, and the vector type of a kernel.
+
+A method per instruction appends its line and returns its result, whose type is read off its operands. Integers that are
+known while the text is written are Python's, and folded: ``f.mul(row, 0)`` writes nothing. Address arithmetic is
+emitted once per scope: LLVM would find such common values too, but in a pass that takes longer than writing them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from fusecell.compiler.backend.target import Target
-from fusecell.compiler.codegen.vector_math import LANES, declarations, definitions, function_name
-from fusecell.compiler.ir.graph import DType
+from fusecell.compiler.codegen.llvm_text import FALSE, TRUE, Integer, TextBuilder, Value, literal, type_of, typed
+from fusecell.compiler.codegen.vector_math import declarations, definitions, function_name
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import DType, ceil_div, padded
 
-__all__ = ["LANES", "Function", "Module", "Value"]
-
-Value = str | int
-"""An SSA name, or a number known now."""
+__all__ = ["Function", "Module"]
 
 
 @dataclass
 class Module:
-    """The text of one module: its functions, and the vector functions and intrinsics they call."""
+    """Text of one module: its functions, and the vector functions and intrinsics they call."""
 
     title: str
     dtype: DType
@@ -28,47 +32,56 @@ class Module:
     tables: list[str] = field(default_factory=list)
     math: set[str] = field(default_factory=set)
     declares: set[str] = field(default_factory=set)
-    made: set[str] = field(default_factory=set)
+    _emitted: set[str] = field(default_factory=set)
 
     @property
     def scalar(self) -> str:
-        return "float" if self.dtype == "f32" else "double"
+        """LLVM's type of a number."""
+        return self.dtype.llvm
 
     @property
     def vector(self) -> str:
+        """LLVM's type of a vector: 16 lanes on every target, which LLVM splits into the machine's registers."""
         return f"<{LANES} x {self.scalar}>"
 
     @property
-    def bytes(self) -> int:
+    def itemsize(self) -> int:
         """Bytes of a number."""
-        return 4 if self.dtype == "f32" else 8
+        return self.dtype.itemsize
 
     @property
-    def block(self) -> int:
+    def vector_bytes(self) -> int:
         """Bytes of a vector."""
-        return LANES * self.bytes
+        return LANES * self.itemsize
 
-    def padded(self, size: int) -> int:
-        """Bytes of a row of ``size`` numbers in scratch memory: whole vectors."""
-        return -(-size // LANES) * self.block
+    def row_bytes(self, features: int) -> int:
+        """Bytes of a row of ``features`` numbers in the kernel's buffers: whole vectors."""
+        return padded(features) * self.itemsize
 
-    def blocks(self, size: int) -> int:
-        return -(-size // LANES)
+    def groups(self, columns: int) -> int:
+        """Count the column groups, of one vector each, that hold ``columns``."""
+        return ceil_div(columns, LANES)
+
+    def is_new(self, name: str) -> bool:
+        """Whether a function or table that several places use is to be emitted now: true once per name."""
+        new = name not in self._emitted
+        self._emitted.add(name)
+        return new
 
     def table(self, name: str, functions: Sequence[str]) -> None:
-        """Have a constant list of functions."""
+        """Add a constant table of function addresses; an empty name is a null entry."""
         entries = ", ".join(f"ptr @{each}" if each else "ptr null" for each in functions)
         self.tables.append(f"@{name} = internal constant [{len(functions)} x ptr] [{entries}]\n")
 
-    def zeros(self, size: int) -> str:
-        """The address of so many bytes of zeros."""
+    def zeros(self, size: int) -> Value:
+        """Return the address of ``size`` bytes of zeros."""
         name = f"@zeros.{size}"
-        if name not in self.made:
-            self.made.add(name)
+        if self.is_new(name):
             self.tables.append(f"{name} = internal constant [{size} x i8] zeroinitializer, align 64\n")
-        return name
+        return Value(name, "ptr")
 
     def text(self) -> str:
+        """Return the whole module as LLVM reads it."""
         width = self.target.vector_bits
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
         declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
@@ -77,296 +90,483 @@ class Module:
         return "\n".join(part for part in parts if part)
 
 
-class Function:
-    """One function, written line by line."""
+class Function(TextBuilder):
+    """Body of one function, written instruction by instruction; `end` adds it to the module.
+
+    Arguments:
+        noalias: the address parameters through which alone their memory is reached.
+        exported: whether it can be looked up in the linked code.
+        moves_buffers: whether the addresses of buffers change while it runs, so that each use loads them.
+    """
 
     def __init__(
         self,
         module: Module,
         name: str,
-        *params: str,
+        *params: Value,
+        noalias: Iterable[Value] = (),
         exported: bool = False,
         moves_buffers: bool = False,
     ) -> None:
+        super().__init__(params, module.declares)
         self.module, self.moves_buffers = module, moves_buffers
         linkage = "" if exported else "internal "
         kind = "" if exported else "noinline "
-        self._head = f"define {linkage}void @{name}({', '.join(params)}) {kind}#0 {{"
-        self._lines = ["entry:"]
-        self._used = {"entry", *(param.rpartition("%")[2] for param in params)}
-        self._count: dict[str, int] = {}
-        self._known: list[dict[str, Any]] = [{}]
+        noalias = set(noalias)
+        head = ", ".join(f"ptr noalias {param}" if param in noalias else typed(param) for param in params)
+        self._head = f"define {linkage}void @{name}({head}) {kind}#0 {{"
+        self.lines.append("entry:")
+        self._used.add("entry")
+        self._scopes: list[dict[str, Any]] = [{}]
 
     def end(self) -> None:
         """Close the function and add it to its module."""
-        self._lines.append("  ret void")
-        self.module.functions.append("\n".join([self._head, *self._lines, "}\n"]))
+        self.do("ret void")
+        self.module.functions.append("\n".join([self._head, *self.lines, "}\n"]))
 
-    def comment(self, text: str) -> None:
-        self._lines.append(f"  ; {text}")
+    # Emitting once: an instruction without side effects whose result is available needs no second one.
 
-    def do(self, text: str) -> None:
-        """An instruction without a result."""
-        self._lines.append(f"  {text}")
+    def _pure(self, name: str, instruction: str, type: str = "i64", once: bool = True) -> Value:
+        """Append an instruction without side effects; ``once``: unless its result is available already."""
+        if not once:
+            return self.let(name, instruction, type)
+        result: Value = self._once(instruction, lambda: self.let(name, instruction, type))
+        return result
 
-    def raw(self, lines: list[str]) -> None:
-        """Lines as they are: a loop written by hand."""
-        self._lines += lines
-
-    def let(self, name: str, text: str) -> str:
-        """An instruction's result, under a name of its own."""
-        value = self._fresh(name)
-        self._lines.append(f"  %{value} = {text}")
-        return f"%{value}"
-
-    def same(self, name: str, text: str) -> str:
-        """The result of an instruction that gives the same whenever it runs: where it has run, that is taken."""
-        return str(self._once(text, lambda: self.let(name, text)))
-
-    def _once(self, key: str, make: Callable[[], Any]) -> Any:
-        for known in self._known:
-            if key in known:
-                return known[key]
-        made = self._known[-1][key] = make()
-        return made
+    def _once(self, key: str, emit: Callable[[], Any]) -> Any:
+        for scope in self._scopes:
+            if key in scope:
+                return scope[key]
+        result = self._scopes[-1][key] = emit()
+        return result
 
     @contextmanager
-    def _inside(self) -> Iterator[None]:
-        """A part that doesn't always run: what it computes is known in it only."""
-        self._known.append({})
+    def _scope(self) -> Iterator[None]:
+        """Enter code that doesn't always run: its results are available in it only."""
+        self._scopes.append({})
         yield
-        self._known.pop()
+        self._scopes.pop()
 
-    def _fresh(self, name: str) -> str:
-        name = "".join(c if c.isalnum() or c in "._" else "_" for c in name)
-        value, count = name, self._count.get(name, 0)
-        while value in self._used:
-            count += 1
-            value = f"{name}.{count}"
-        self._count[name] = count
-        self._used.add(value)
-        return value
+    # Integer arithmetic, folded where it is known.
 
-    # Integers and addresses; what is known now is folded, so that the text stays readable.
-
-    def add(self, a: Value, b: Value, name: str = "i") -> Value:
+    def add(self, a: Integer, b: Integer, name: str = "i") -> Integer:
         if isinstance(a, int) and isinstance(b, int):
             return a + b
         if a == 0 or b == 0:
             return b if a == 0 else a
-        return self.same(name, f"add nsw i64 {a}, {b}")
+        return self._pure(name, f"add nsw i64 {a}, {b}")
 
-    def sub(self, a: Value, b: Value, name: str = "i") -> Value:
+    def sub(self, a: Integer, b: Integer, name: str = "i") -> Integer:
         if isinstance(a, int) and isinstance(b, int):
             return a - b
-        return a if b == 0 else self.same(name, f"sub nsw i64 {a}, {b}")
+        return a if b == 0 else self._pure(name, f"sub nsw i64 {a}, {b}")
 
-    def mul(self, a: Value, b: Value, name: str = "i") -> Value:
+    def mul(self, a: Integer, b: Integer, name: str = "i") -> Integer:
         if isinstance(a, int) and isinstance(b, int):
             return a * b
         if a == 0 or b == 0:
             return 0
         if a == 1 or b == 1:
             return b if a == 1 else a
-        return self.same(name, f"mul nsw i64 {a}, {b}")
+        return self._pure(name, f"mul nsw i64 {a}, {b}")
 
-    def minimum(self, a: Value, b: Value, name: str = "least") -> Value:
-        less = self.same("less", f"icmp slt i64 {a}, {b}")
-        return self.same(name, f"select i1 {less}, i64 {a}, i64 {b}")
+    def udiv(self, a: Integer, b: Integer, name: str) -> Value:
+        return self.let(name, f"udiv i64 {a}, {b}")
 
-    def maximum(self, a: Value, b: Value, name: str = "most") -> Value:
-        more = self.same("more", f"icmp sgt i64 {a}, {b}")
-        return self.same(name, f"select i1 {more}, i64 {a}, i64 {b}")
+    def urem(self, a: Integer, b: Integer, name: str) -> Value:
+        return self.let(name, f"urem i64 {a}, {b}")
 
-    def quotient(self, a: Value, b: Value, name: str) -> Value:
-        """a / b of numbers that aren't negative, without a division where b is one."""
-        label, before = self._fresh(name), self._here()
-        self.do(f"br i1 {self.same('is.one', f'icmp eq i64 {b}, 1')}, label %{label}.done, label %{label}.divide")
-        self._begin(f"{label}.divide")
-        quotient = self.let(f"{name}.quotient", f"udiv i64 {a}, {b}")
-        self.do(f"br label %{label}.done")
-        self._begin(f"{label}.done")
-        self._lines.append(f"  %{label} = phi i64 [ {a}, %{before} ], [ {quotient}, %{label}.divide ]")
-        return f"%{label}"
+    def exact_div(self, a: Integer, b: int, name: str) -> Value:
+        """Divide by a number that leaves no remainder."""
+        return self.let(name, f"sdiv exact i64 {a}, {b}")
 
-    def choose(self, index: Value, among: Sequence[int], name: str) -> Value:
-        """Of numbers known now the one at an index, the last where there are no more."""
-        found: Value = among[-1]
-        for position in reversed(range(len(among) - 1)):
-            if among[position] != found:
-                here = self.same("is.here", f"icmp eq i64 {index}, {position}")
-                found = self.same(name, f"select i1 {here}, i64 {among[position]}, i64 {found}")
-        return found
+    def lshr(self, a: Integer, bits: int, name: str) -> Value:
+        return self.let(name, f"lshr i64 {a}, {bits}")
 
-    def share(self, count: Value, me: Value, crew: Value) -> tuple[Value, Value]:
-        """Of so many things those that are for one of a crew: from, to. All, without a division, where it is alone."""
-        found: tuple[Value, Value] = self._once(f"share {count}, {me}, {crew}", lambda: self._share(count, me, crew))
-        return found
+    def minimum(self, a: Integer, b: Integer, name: str = "least") -> Value:
+        return self.select(self._icmp("slt", a, b, "is_less", once=True), a, b, name, once=True)
 
-    def _share(self, count: Value, me: Value, crew: Value) -> tuple[Value, Value]:
-        label = self._fresh("share")
-        before = self._here()
-        self.do(f"br i1 {self.same('is.alone', f'icmp eq i64 {crew}, 1')}, label %{label}.all, label %{label}.part")
-        self._begin(f"{label}.part")
-        first = self.let("from", f"udiv i64 {self.let('mine', f'mul i64 {count}, {me}')}, {crew}")
-        following = self.let("following", f"mul i64 {count}, {self.let('next', f'add i64 {me}, 1')}")
-        last = self.let("to", f"udiv i64 {following}, {crew}")
-        self.do(f"br label %{label}.all")
-        self._begin(f"{label}.all")
+    def maximum(self, a: Integer, b: Integer, name: str = "most") -> Value:
+        return self.select(self._icmp("sgt", a, b, "is_more", once=True), a, b, name, once=True)
+
+    def align_up(self, size: Integer, multiple: int, name: str = "aligned") -> Integer:
+        """Round up to a multiple, a power of two."""
+        up = self.add(size, multiple - 1)
+        return up & -multiple if isinstance(up, int) else self.and_(up, -multiple, name)
+
+    def divide(self, a: Integer, b: Integer, name: str) -> Value:
+        """Divide numbers that aren't negative; a divisor of one, the usual one, costs a branch, not a division."""
+        label, before = self.fresh("division"), self.current()
+        is_one = self.eq(b, 1, "is_one", once=True)
+        self.branch_if(is_one, f"{label}.done", f"{label}.divide")
+        self.begin(f"{label}.divide")
+        quotient = self.udiv(a, b, f"{name}.quotient")
+        self.branch(f"{label}.done")
+        self.begin(f"{label}.done")
+        return self.phi([(a, before), (quotient, f"{label}.divide")], name)
+
+    def lookup(self, index: Integer, table: Sequence[int], name: str) -> Integer:
+        """Return ``table[index]``, its last entry beyond its end, by selects."""
+        result: Integer = table[-1]
+        for position in reversed(range(len(table) - 1)):
+            if table[position] != result:
+                here = self.eq(index, position, "is_here", once=True)
+                result = self.select(here, table[position], result, name, once=True)
+        return result
+
+    def partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Integer, Integer]:
+        """Return this thread's range [from, to) of ``count`` items; a team of one takes all without a division."""
+        key = f"partition {count}, {thread_id}, {threads}"
+        bounds: tuple[Integer, Integer] = self._once(key, lambda: self._partition(count, thread_id, threads))
+        return bounds
+
+    def _partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Value, Value]:
+        label, before = self.fresh("range"), self.current()
+        is_alone = self.eq(threads, 1, "is_alone", once=True)
+        self.branch_if(is_alone, f"{label}.all", f"{label}.part")
+        self.begin(f"{label}.part")
+        first = self.udiv(self.let("range.scaled", f"mul i64 {count}, {thread_id}"), threads, "from")
+        next_thread = self.let("next_thread", f"add i64 {thread_id}, 1")
+        last = self.udiv(self.let("range.scaled", f"mul i64 {count}, {next_thread}"), threads, "to")
+        self.branch(f"{label}.all")
+        self.begin(f"{label}.all")
         return (
-            self.let("from", f"phi i64 [ 0, %{before} ], [ {first}, %{label}.part ]"),
-            self.let("to", f"phi i64 [ {count}, %{before} ], [ {last}, %{label}.part ]"),
+            self.phi([(0, before), (first, f"{label}.part")], "from"),
+            self.phi([(count, before), (last, f"{label}.part")], "to"),
         )
 
-    def at(self, pointer: str, offset: Value, name: str = "at") -> str:
-        """A pointer some bytes further."""
+    # Conditions, of integers and addresses.
+
+    def eq(self, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
+        return self._icmp("eq", a, b, name, once)
+
+    def ne(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._icmp("ne", a, b, name)
+
+    def lt(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._icmp("slt", a, b, name)
+
+    def le(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._icmp("sle", a, b, name)
+
+    def gt(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._icmp("sgt", a, b, name)
+
+    def ge(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._icmp("sge", a, b, name)
+
+    def _icmp(self, predicate: str, a: Integer, b: Integer, name: str, once: bool = False) -> Value:
+        return self._pure(name, f"icmp {predicate} {type_of(a, b)} {a}, {b}", "i1", once)
+
+    def select(self, condition: Value, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
+        """Return ``a`` where ``condition`` holds, else ``b``; lane by lane for a mask."""
+        type = type_of(a, b)
+        return self._pure(name, f"select {typed(condition)}, {type} {a}, {type} {b}", type, once)
+
+    def and_(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._bitwise("and", a, b, name)
+
+    def or_(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._bitwise("or", a, b, name)
+
+    def xor(self, a: Integer, b: Integer, name: str) -> Value:
+        return self._bitwise("xor", a, b, name)
+
+    def not_(self, a: Value, name: str) -> Value:
+        """Negate a condition, or every lane of a mask."""
+        return self.xor(a, TRUE if a.type == "i1" else Value("splat (i1 true)", a.type), name)
+
+    def _bitwise(self, opcode: str, a: Integer, b: Integer, name: str) -> Value:
+        type = type_of(a, b)
+        return self.let(name, f"{opcode} {type} {a}, {b}", type)
+
+    def zext(self, condition: Value, name: str) -> Value:
+        """Return 1 for a condition that holds, else 0."""
+        return self.let(name, f"zext {typed(condition)} to i64")
+
+    def sext(self, a: Value, name: str) -> Value:
+        """Return a shorter integer as an i64."""
+        return self.let(name, f"sext {typed(a)} to i64")
+
+    # Memory: addresses, words, numbers, vectors.
+
+    def at(self, pointer: Value, offset: Integer, name: str = "at") -> Value:
+        """Return the address ``offset`` bytes further."""
         if offset == 0:
             return pointer
-        return self.same(name, f"getelementptr i8, ptr {pointer}, i64 {offset}")
+        return self._pure(name, f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr")
 
-    def load_int(self, pointer: str, name: str) -> str:
-        return self.let(name, f"load i64, ptr {pointer}")
+    def alloca(self, name: str, count: int = 1, type: str = "i64") -> Value:
+        """Return the address of ``count`` integers of the stack."""
+        return self.let(name, f"alloca {type}" if count == 1 else f"alloca [{count} x {type}]", "ptr")
 
-    def store_int(self, value: Value, pointer: str) -> None:
-        self.do(f"store i64 {value}, ptr {pointer}")
+    def alloca_bytes(self, size: int, name: str) -> Value:
+        """Return the address of ``size`` bytes of the stack, aligned for any vector."""
+        return self.let(name, f"alloca [{size} x i8], align 64", "ptr")
 
-    def call(self, name: str, *args: str) -> None:
-        """Call a function, by name or by its address."""
-        self.do(f"call void {name if name.startswith('%') else f'@{name}'}({', '.join(args)})")
+    def load_int(self, pointer: Value, name: str, type: str = "i64", *, once: bool = False) -> Value:
+        """Load an integer; ``once``: from memory that doesn't change while the function runs."""
+        return self._pure(name, f"load {type}, ptr {pointer}", type, once)
+
+    def store_int(self, value: Integer, pointer: Value) -> None:
+        self.do(f"store {typed(value)}, ptr {pointer}")
+
+    def load_pointer(self, pointer: Value, name: str, *, once: bool = False) -> Value:
+        """Load an address; ``once``: from memory that doesn't change while the function runs."""
+        return self._pure(name, f"load ptr, ptr {pointer}", "ptr", once)
+
+    def store_pointer(self, value: Value, pointer: Value) -> None:
+        self.do(f"store ptr {value}, ptr {pointer}")
+
+    def load_scalar(self, pointer: Value, name: str) -> Value:
+        """Load one number."""
+        module = self.module
+        return self.let(name, f"load {module.scalar}, ptr {pointer}, align {module.itemsize}", module.scalar)
+
+    def store_scalar(self, value: Value, pointer: Value) -> None:
+        """Store one number."""
+        self.do(f"store {self.module.scalar} {value}, ptr {pointer}, align {self.module.itemsize}")
+
+    def load(self, pointer: Value, name: str, align: int, lanes: int = LANES) -> Value:
+        """Load a vector, of 16 numbers if nothing else is said."""
+        vector = f"<{lanes} x {self.module.scalar}>"
+        return self.let(name, f"load {vector}, ptr {pointer}, align {align}", vector)
+
+    def store(self, value: Value, pointer: Value, align: int) -> None:
+        """Store a vector."""
+        self.do(f"store {typed(value)}, ptr {pointer}, align {align}")
+
+    def load_masked(self, pointer: Value, mask: Value, name: str) -> Value:
+        """Load the lanes that the mask has; memory of the others isn't touched, and they are zero."""
+        align = Value(str(self.module.itemsize), "i32")
+        function = f"masked.load.{self._suffix}.p0"
+        load = self.intrinsic(function, pointer, align, mask, self.zero, result=self.module.vector)
+        return self.let(name, load, self.module.vector)
+
+    def store_masked(self, value: Value, pointer: Value, mask: Value) -> None:
+        """Store the lanes that the mask has."""
+        align = Value(str(self.module.itemsize), "i32")
+        self.do(self.intrinsic(f"masked.store.{self._suffix}.p0", value, pointer, align, mask))
+
+    def copy_bytes(self, target: Value, source: Value, count: Integer) -> None:
+        """Copy memory that doesn't overlap."""
+        size = Value(str(count), "i64")
+        self.do(self.intrinsic("memcpy.p0.p0.i64", target, source, size, FALSE))
+
+    def prefetch(self, pointer: Value) -> None:
+        """Start bringing a cache line into L2 (locality 2); an address that is nobody's does no harm."""
+        read, locality, data = (Value(number, "i32") for number in "021")
+        self.do(self.intrinsic("prefetch.p0", pointer, read, locality, data))
+
+    # Memory that threads share.
+
+    def load_acquire(self, pointer: Value, name: str) -> Value:
+        """Load an i64 that another thread stores: what it wrote before is seen after."""
+        return self.let(name, f"load atomic i64, ptr {pointer} acquire, align 8")
+
+    def store_release(self, value: Integer, pointer: Value) -> None:
+        """Store an i64 for other threads: what was written before is seen by who loads it."""
+        self.do(f"store atomic i64 {value}, ptr {pointer} release, align 8")
+
+    def fetch_add(self, pointer: Value, value: Integer, name: str, ordering: str = "seq_cst") -> Value:
+        """Add to an i64 that threads share; return what it was."""
+        return self.let(name, f"atomicrmw add ptr {pointer}, i64 {value} {ordering}")
+
+    def exchange(self, pointer: Value, value: Integer, name: str) -> Value:
+        """Replace an i64 that threads share; return what it was."""
+        return self.let(name, f"atomicrmw xchg ptr {pointer}, i64 {value} seq_cst")
+
+    # Vectors of the module's number format.
+
+    @property
+    def zero(self) -> Value:
+        """The vector of zeros."""
+        return Value("zeroinitializer", self.module.vector)
+
+    @property
+    def _suffix(self) -> str:
+        """How intrinsics' names spell the vector type."""
+        return f"v{LANES}{self.module.dtype}"
+
+    def constant(self, value: float) -> Value:
+        """Return the vector of one constant."""
+        module = self.module
+        return Value(f"splat ({module.scalar} {literal(value, module.dtype)})", module.vector)
+
+    def fadd(self, a: Value, b: Value, name: str) -> Value:
+        return self._float("fadd", name, a, b)
+
+    def fsub(self, a: Value, b: Value, name: str) -> Value:
+        return self._float("fsub", name, a, b)
+
+    def fmul(self, a: Value, b: Value, name: str) -> Value:
+        return self._float("fmul", name, a, b)
+
+    def fdiv(self, a: Value, b: Value, name: str) -> Value:
+        return self._float("fdiv", name, a, b)
+
+    def fneg(self, a: Value, name: str) -> Value:
+        return self._float("fneg", name, a)
+
+    def _float(self, opcode: str, name: str, *operands: Value) -> Value:
+        type = type_of(*operands)
+        return self.let(name, f"{opcode} {type} {', '.join(operands)}", type)
+
+    def fcmp(self, predicate: str, a: Value, b: Value, name: str) -> Value:
+        """Compare lane by lane, by LLVM's predicate: ``olt`` is less and neither NaN, ``une`` unequal or a NaN."""
+        return self.let(name, f"fcmp {predicate} {typed(a)}, {b}", f"<{LANES} x i1>")
+
+    def fma(self, a: Value, b: Value, c: Value, name: str) -> Value:
+        """Return a*b + c: rounded once where the target has the instruction, else by multiply and add."""
+        if not self.module.target.fma:
+            return self.fadd(self.fmul(a, b, f"{name}.product"), c, name)
+        vector = self.module.vector
+        return self.let(name, self.intrinsic(f"fma.{self._suffix}", a, b, c, result=vector), vector)
+
+    def math(self, op: str, *args: Value, name: str) -> Value:
+        """Call a vector function of the module's number format."""
+        self.module.math.add(op)
+        vector = self.module.vector
+        return self.let(name, self.calling(function_name(op, self.module.dtype), args, vector), vector)
+
+    def splat(self, scalar: Value, name: str) -> Value:
+        """Return a number in every lane."""
+        vector = self.module.vector
+        first = self.let(f"{name}.lane", f"insertelement {vector} poison, {typed(scalar)}, i64 0", vector)
+        instruction = f"shufflevector {vector} {first}, {vector} poison, <{LANES} x i32> zeroinitializer"
+        return self.let(name, instruction, vector)
+
+    def load_splat(self, pointer: Value, name: str) -> Value:
+        """Load one number into every lane."""
+        return self.splat(self.load_scalar(pointer, f"{name}.scalar"), name)
+
+    def first_lane(self, vector: Value, name: str) -> Value:
+        return self.let(name, f"extractelement {typed(vector)}, i64 0", self.module.scalar)
+
+    def shuffle(self, a: Value, b: Value | None, lanes: Sequence[int], name: str) -> Value:
+        """Return lanes of two vectors, ``b``'s numbered from 16 on, or of one."""
+        order = ", ".join(f"i32 {lane}" for lane in lanes)
+        second = f"{a.type} {'poison' if b is None else b}"
+        return self.let(name, f"shufflevector {typed(a)}, {second}, <{LANES} x i32> <{order}>", a.type)
+
+    def first_lanes(self, count: Integer, name: str = "mask") -> Value:
+        """Return the mask of the first ``count`` lanes; all of them where it is larger."""
+        kind = f"<{LANES} x i32>"
+        if isinstance(count, int):
+            lanes = ", ".join(f"i1 {'true' if lane < count else 'false'}" for lane in range(LANES))
+            return Value(f"<{lanes}>", f"<{LANES} x i1>")
+        short = self.let("count", f"trunc i64 {count} to i32", "i32")
+        one = self.let("count.lane", f"insertelement {kind} poison, {typed(short)}, i64 0", kind)
+        every = self.let("count.all", f"shufflevector {kind} {one}, {kind} poison, {kind} zeroinitializer", kind)
+        numbers = ", ".join(f"i32 {lane}" for lane in range(LANES))
+        return self.let(name, f"icmp slt {kind} <{numbers}>, {every}", f"<{LANES} x i1>")
 
     # Control flow.
 
+    def call(self, function: str, *args: Integer) -> None:
+        """Call a function, by name or by its address."""
+        self.do(self.calling(function if isinstance(function, Value) else f"@{function}", args))
+
+    def call_for(self, type: str, function: str, *args: Integer, name: str) -> Value:
+        """Call a function by its address, or by its name as LLVM spells it; return its result."""
+        return self.let(name, self.calling(function, args, type), type)
+
+    def begin(self, label: str) -> None:
+        """Begin a basic block."""
+        self.lines.append(f"{label}:")
+
+    def branch(self, label: str) -> None:
+        self.do(f"br label %{label}")
+
+    def branch_if(self, condition: Value, then: str, otherwise: str) -> None:
+        self.do(f"br i1 {condition}, label %{then}, label %{otherwise}")
+
+    def phi(self, incoming: Sequence[tuple[Integer, str]], name: str) -> Value:
+        """Return the value that belongs to the basic block control came from."""
+        type = type_of(*(value for value, _ in incoming))
+        return self.let(name, f"phi {type} {_incoming(incoming)}", type)
+
+    def forward(self, name: str) -> Value:
+        """Return the name of an i64 that a phi takes from later code, which defines it by `define_sum`."""
+        return Value(f"%{self.fresh(name)}", "i64")
+
+    def define_sum(self, result: Value, a: Integer, b: Integer) -> None:
+        """Define a value that was named by `forward`."""
+        self.do(f"{result} = add i64 {a}, {b}")
+
+    def current(self) -> str:
+        """Return the label of the basic block that is being written."""
+        return next(line[:-1] for line in reversed(self.lines) if line.endswith(":") and not line.startswith(" "))
+
     @contextmanager
-    def loop(self, name: str, start: Value, stop: Value, step: Value = 1, *, some: bool = False) -> Iterator[str]:
-        """Repeat the block for an index from ``start`` below ``stop``; ``some``: there is one at least."""
-        with self.loop_carrying(name, start, stop, [], step=step, some=some) as (index, _):
+    def if_(self, condition: Value, name: str) -> Iterator[None]:
+        """Run the body if ``condition`` holds."""
+        label = self.fresh(name)
+        self.branch_if(condition, f"{label}.then", f"{label}.end")
+        self.begin(f"{label}.then")
+        with self._scope():
+            yield
+        self.branch(f"{label}.end")
+        self.begin(f"{label}.end")
+
+    @contextmanager
+    def unless(self, condition: Value, name: str) -> Iterator[None]:
+        """Run the body if ``condition`` doesn't hold."""
+        with self.if_(self.not_(condition, f"is_{name}"), name):
+            yield
+
+    @contextmanager
+    def for_range(
+        self, name: str, start: Integer, stop: Integer, step: Integer = 1, *, nonempty: bool = False
+    ) -> Iterator[Value]:
+        """Loop with an index from ``start`` below ``stop``; ``nonempty``: start < stop is certain."""
+        with self.for_range_carrying(name, start, stop, [], step=step, nonempty=nonempty) as (index, _):
             yield index
 
     @contextmanager
-    def loop_carrying(
+    def for_range_carrying(
         self,
         name: str,
-        start: Value,
-        stop: Value,
-        vectors: list[str],
+        start: Integer,
+        stop: Integer,
+        vectors: Sequence[Value],
         *,
-        step: Value = 1,
-        some: bool = False,
+        step: Integer = 1,
+        nonempty: bool = False,
         names: Sequence[str] = (),
-    ) -> Iterator[tuple[str, list[str]]]:
-        """A loop whose vectors stay in registers: the block replaces the list's entries by their next values.
+    ) -> Iterator[tuple[Value, list[Value]]]:
+        """Loop that keeps vectors in registers: the body replaces the list's entries by their next values.
 
-        After the loop the list holds the last ones. The condition is at the end, as the processor wants it; so a
-        loop that may be empty is asked for it before, too.
+        After the loop the list holds the last ones. The condition is at the loop's end, one branch per turn; a loop
+        that may be empty is checked before it, too.
         """
-        label, before = self._fresh(name), self._here()
+        label, before = self.fresh(name), self.current()
         self._used |= {f"{label}.more", f"{label}.next"}
-        phis = [f"%{self._fresh(name)}" for name in names or [f"{label}.carried"] * len(vectors)]
-        some = some or (isinstance(start, int) and isinstance(stop, int) and start < stop)
-        if some:
-            self.do(f"br label %{label}.body")
+        phis = [
+            Value(f"%{self.fresh(name)}", self.module.vector) for name in names or [f"{label}.carried"] * len(vectors)
+        ]
+        nonempty = nonempty or (isinstance(start, int) and isinstance(stop, int) and start < stop)
+        if nonempty:
+            self.branch(f"{label}.body")
         else:
-            any_ = self.let(f"{label}.any", f"icmp slt i64 {start}, {stop}")
-            self.do(f"br i1 {any_}, label %{label}.body, label %{label}.done")
-        self._begin(f"{label}.body")
-        at, carried = len(self._lines), list(phis)
-        with self._inside():
-            yield f"%{label}", carried
-        last = self._here()
+            self.branch_if(self.lt(start, stop, f"{label}.any"), f"{label}.body", f"{label}.done")
+        self.begin(f"{label}.body")
+        head, carried = len(self.lines), list(phis)
+        with self._scope():
+            yield Value(f"%{label}", "i64"), carried
+        last = self.current()
         self.do(f"%{label}.next = add nsw i64 %{label}, {step}")
         self.do(f"%{label}.more = icmp slt i64 %{label}.next, {stop}")
-        self.do(f"br i1 %{label}.more, label %{label}.body, label %{label}.done")
-        self._begin(f"{label}.done")
-        # The phis can be written only now that the next values have names.
-        kind = self.module.vector
-        head = [f"  %{label} = phi i64 [ {start}, %{before} ], [ %{label}.next, %{last} ]"]
-        for phi, first, following in zip(phis, vectors, carried, strict=True):
-            head.append(f"  {phi} = phi {kind} [ {first}, %{before} ], [ {following}, %{last} ]")
-        self._lines[at:at] = head
-        if not some:
-            for each, (first, following) in enumerate(zip(vectors, carried, strict=True)):
-                ends = f"[ {first}, %{before} ], [ {following}, %{last} ]"
-                carried[each] = self.let(f"{label}.last", f"phi {kind} {ends}")
+        self.branch_if(Value(f"%{label}.more", "i1"), f"{label}.body", f"{label}.done")
+        self.begin(f"{label}.done")
+        # The phis are inserted at the head only now that the values of the next turn have names.
+        ends = [[(first, before), (following, last)] for first, following in zip(vectors, carried, strict=True)]
+        index_phi = f"  %{label} = phi i64 {_incoming([(start, before), (Value(f'%{label}.next', 'i64'), last)])}"
+        vector_phis = [f"  {phi} = phi {phi.type} {_incoming(end)}" for phi, end in zip(phis, ends, strict=True)]
+        self.lines[head:head] = [index_phi, *vector_phis]
+        if not nonempty:
+            carried[:] = [self.phi(end, f"{label}.last") for end in ends]
 
-    @contextmanager
-    def when(self, name: str, condition: str) -> Iterator[None]:
-        """Run the block if ``condition`` holds."""
-        label = self._fresh(name)
-        self.do(f"br i1 {condition}, label %{label}.then, label %{label}.end")
-        self._begin(f"{label}.then")
-        with self._inside():
-            yield
-        self.do(f"br label %{label}.end")
-        self._begin(f"{label}.end")
 
-    def _begin(self, label: str) -> None:
-        self._lines.append(f"{label}:")
-
-    def _here(self) -> str:
-        return next(line[:-1] for line in reversed(self._lines) if line.endswith(":") and not line.startswith(" "))
-
-    # Vectors.
-
-    def load(self, pointer: str, name: str, align: int) -> str:
-        return self.let(name, f"load {self.module.vector}, ptr {pointer}, align {align}")
-
-    def store(self, value: str, pointer: str, align: int) -> None:
-        self.do(f"store {self.module.vector} {value}, ptr {pointer}, align {align}")
-
-    def prefetch(self, pointer: str) -> None:
-        """Have memory brought into L2 that will be read later; an address that is nobody's does no harm."""
-        self.module.declares.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 2, i32 1)")
-
-    def splat(self, scalar: str, name: str) -> str:
-        """A number in every lane."""
-        vector, kind = self.module.vector, self.module.scalar
-        first = self.let(f"{name}.lane", f"insertelement {vector} poison, {kind} {scalar}, i64 0")
-        return self.let(name, f"shufflevector {vector} {first}, {vector} poison, <{LANES} x i32> zeroinitializer")
-
-    def load_splat(self, pointer: str, name: str) -> str:
-        module = self.module
-        scalar = self.let(f"{name}.scalar", f"load {module.scalar}, ptr {pointer}, align {module.bytes}")
-        return self.splat(scalar, name)
-
-    def first_lanes(self, count: Value, name: str = "mask") -> str:
-        """The mask of the first ``count`` lanes."""
-        ids = ", ".join(f"i32 {lane}" for lane in range(LANES))
-        if isinstance(count, int):
-            return "<" + ", ".join(f"i1 {'true' if lane < count else 'false'}" for lane in range(LANES)) + ">"
-        short = self.let("count", f"trunc i64 {count} to i32")
-        one = self.let("count.lane", f"insertelement <{LANES} x i32> poison, i32 {short}, i64 0")
-        kind = f"<{LANES} x i32>"
-        every = self.let("count.all", f"shufflevector {kind} {one}, {kind} poison, {kind} zeroinitializer")
-        return self.let(name, f"icmp slt {kind} <{ids}>, {every}")
-
-    def load_masked(self, pointer: str, mask: str, name: str) -> str:
-        vector, align = self.module.vector, self.module.bytes
-        kind = f"v{LANES}{self.module.dtype}"
-        self.module.declares.add(f"declare {vector} @llvm.masked.load.{kind}.p0(ptr, i32, <{LANES} x i1>, {vector})")
-        args = f"ptr {pointer}, i32 {align}, <{LANES} x i1> {mask}, {vector} zeroinitializer"
-        return self.let(name, f"call {vector} @llvm.masked.load.{kind}.p0({args})")
-
-    def store_masked(self, value: str, pointer: str, mask: str) -> None:
-        vector, align = self.module.vector, self.module.bytes
-        kind = f"v{LANES}{self.module.dtype}"
-        self.module.declares.add(f"declare void @llvm.masked.store.{kind}.p0({vector}, ptr, i32, <{LANES} x i1>)")
-        args = f"{vector} {value}, ptr {pointer}, i32 {align}, <{LANES} x i1> {mask}"
-        self.do(f"call void @llvm.masked.store.{kind}.p0({args})")
-
-    def fma(self, a: str, b: str, c: str, name: str) -> str:
-        """a*b + c: one rounding where the target has the instruction, else multiply and add."""
-        vector = self.module.vector
-        if not self.module.target.fma:
-            product = self.let(f"{name}.product", f"fmul {vector} {a}, {b}")
-            return self.let(name, f"fadd {vector} {product}, {c}")
-        kind = f"v{LANES}{self.module.dtype}"
-        self.module.declares.add(f"declare {vector} @llvm.fma.{kind}({vector}, {vector}, {vector})")
-        return self.let(name, f"call {vector} @llvm.fma.{kind}({vector} {a}, {vector} {b}, {vector} {c})")
-
-    def math(self, op: str, *args: str, name: str) -> str:
-        """A vector function of the module's number format."""
-        self.module.math.add(op)
-        vector = self.module.vector
-        given = ", ".join(f"{vector} {arg}" for arg in args)
-        return self.let(name, f"call {vector} {function_name(op, self.module.dtype)}({given})")
+def _incoming(values: Sequence[tuple[Integer, str]]) -> str:
+    return ", ".join(f"[ {value}, %{label} ]" for value, label in values)

@@ -1,9 +1,17 @@
-"""The register tile: rows of a value times a panel of weights, added to accumulators.
+"""Microkernels: register tiles that multiply rows of an operand by a panel of packed weights.
 
-The same tile sums over rows: there its "rows" are features of one value, and k counts rows.
+The innermost loops of BLIS (Van Zee and van de Geijn, ACM TOMS 2015; Goto and van de Geijn, ACM TOMS 2008)::
 
-One tile is ``rows`` x ``products`` x ``blocks`` vectors of accumulators. They are loaded, run over all k in order,
-each element by one FMA per k, and stored again: whatever the tile, an element's bits are the same.
+    load acc[row][product][group]                  all of a tile's accumulators, in registers
+    for k in depth:
+        for each (row, product, group) of the tile:
+            acc[row][product][group] += a[row][k] * panel[group][k][product]
+    store acc
+
+A tile is ``rows`` x ``products`` x ``groups`` vectors of accumulators; products that share an operand, as a GRU's
+gates do, share its loads. Every element takes one multiply-add per k, in order: whatever the tile, its bits are the
+same. The same loops sum over rows for the gradients of weights: there a tile's "rows" are features of one value, and k
+counts rows of the batch (`outer_product`).
 """
 
 from __future__ import annotations
@@ -13,243 +21,254 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusecell.compiler.backend.target import Target
-from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import DType, ceil_div
 
-__all__ = ["LINE", "StaticStrides", "Tiling", "budget", "outer_name", "shared_out", "tile_name", "tiling"]
+__all__ = [
+    "StaticStrides", "Tiling", "accumulators", "microkernel", "outer_product", "split_evenly", "tiling",
+]  # fmt: skip
+
+_MAX_ROWS = _MAX_GROUPS = 8
+"""Limits of a tile's rows and column groups, and so of the functions there are to compile."""
 
 
-def budget(target: Target, dtype: str) -> int:
-    """How many 16-lane accumulators the registers hold, beside operands."""
-    registers_each = LANES * (4 if dtype == "f32" else 8) * 8 // target.vector_bits
-    spare = target.registers // 4
-    return max(1, (target.registers - spare) // max(1, registers_each))
-
-
-_Ahead = Callable[[Function, Value], str]
-
-# The rows from which a tile has loads to spare for asking for memory in advance, and the bytes that come with each.
-_ENOUGH_ROWS = 4
-LINE = 64
+def accumulators(target: Target, dtype: DType) -> int:
+    """Count the 16-lane accumulators that the registers hold; a quarter of these is left to operands."""
+    registers_each = LANES * dtype.itemsize * 8 // target.vector_bits
+    operands = target.registers // 4
+    return max(1, (target.registers - operands) // max(1, registers_each))
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The tiles of a stage: each height in rows goes with a width in blocks that fills the registers.
+    """Tiles of a stage: each height in rows goes with a width in column groups that fills the registers.
 
-    Up to ``short`` rows are one tile, the wider the fewer there are. More rows are shared out evenly to tiles of
-    about ``most`` rows, all as wide as the highest: so each panel is read once, whatever is left over.
+    Up to ``short`` rows are one tile, the wider the fewer rows it has. More rows are split evenly into tall tiles of
+    about ``max_rows``, all as wide as the tallest: so each panel is read once, however many rows are left over.
 
     Attributes:
-        most: rows of the highest tile.
+        max_rows: rows of the tallest tile.
         widths: by height, from one row up.
     """
 
-    most: int
+    max_rows: int
     widths: tuple[int, ...]
 
     @property
     def short(self) -> int:
-        return (self.most + 1) // 2 if self.most > 1 else 0
+        """The most rows that are one tile."""
+        return (self.max_rows + 1) // 2 if self.max_rows > 1 else 0
 
     def width(self, height: int) -> int:
-        """The blocks of columns that a tile of so many rows takes at most."""
-        return self.widths[(height if height <= self.short else self.most) - 1]
+        """Return the column groups of a tile of ``height`` rows, at most."""
+        return self.widths[(height if height <= self.short else self.max_rows) - 1]
 
     @property
     def tall(self) -> range:
-        """The heights of the tiles that many rows are shared out to."""
-        return range(max(1, self.short), self.most + 1)
+        """The heights of the tiles that many rows are split into."""
+        return range(max(1, self.short), self.max_rows + 1)
 
     @property
     def kinds(self) -> list[int]:
-        """The widths of the kinds of tiles: of one row, two, up to ``short``; of the tall."""
+        """The widths of the kinds of tiles: of one row, of two, up to ``short``; then of the tall."""
         return [*self.widths[: self.short], self.widths[-1]]
 
     @property
     def text(self) -> str:
-        """The tiles for people, rows x blocks."""
-        heights = dict.fromkeys((self.most, *range(self.short, 0, -1)))
+        """The tiles for people, rows x column groups."""
+        heights = dict.fromkeys((self.max_rows, *range(self.short, 0, -1)))
         return ", ".join(f"{height}x{self.width(height)}" for height in heights)
 
 
-def tiling(target: Target, dtype: str, products: int, blocks: int) -> Tiling:
-    """The tiles for a stage of so many products at once and blocks of columns."""
-    room = max(1, budget(target, dtype) // products)
-    most = min(8, room)
-    return Tiling(most, tuple(max(1, min(room // rows, blocks, 8)) for rows in range(1, most + 1)))
+def tiling(target: Target, dtype: DType, products: int, groups: int) -> Tiling:
+    """Choose the tiles of a stage of ``products`` at once and ``groups`` of columns: they fill the registers."""
+    vectors = max(1, accumulators(target, dtype) // products)
+    max_rows = min(_MAX_ROWS, vectors)
+    return Tiling(max_rows, tuple(max(1, min(vectors // rows, groups, _MAX_GROUPS)) for rows in range(1, max_rows + 1)))
 
 
-def shared_out(count: int, most: int) -> list[tuple[int, int]]:
-    """``count`` in as few portions of at most ``most`` as there can be, all about equal: how many of which size."""
-    portions = -(-count // most)
-    least, more = divmod(count, portions)
-    return [(many, size) for many, size in ((more, least + 1), (portions - more, least)) if many]
+def split_evenly(count: int, most: int) -> list[tuple[int, int]]:
+    """Split ``count`` into as few portions of at most ``most`` as there can be: (portions, size), larger ones first."""
+    portions = ceil_div(count, most)
+    size, larger = divmod(count, portions)
+    return [(number, each) for number, each in ((larger, size + 1), (portions - larger, size)) if number]
 
 
 @dataclass(frozen=True, slots=True)
 class StaticStrides:
-    """What is known of all operands and panels of a kernel's tiles: the bytes between rows, the depth."""
+    """Strides that are the same in all of a kernel's uses of a microkernel, and so constants in it; None: they differ.
+
+    Attributes:
+        row: bytes between the operand's rows.
+        depth: of the panels.
+    """
 
     row: int | None = None
     depth: int | None = None
 
 
-def tile_name(module: Module, rows: int, products: int, blocks: int, known: StaticStrides) -> str:
-    """The tile's function, emitted on first use.
+_ACC, _A, _DEPTH = ptr("acc"), ptr("a"), i64("depth")
 
-    It takes the accumulators and the bytes between their rows, the operand and the bytes between its rows, the panel
-    and the bytes between its blocks, the depth, and memory that will be read later with its bytes for every k.
+
+def microkernel(module: Module, rows: int, products: int, groups: int, strides: StaticStrides) -> str:
+    """Return the name of the microkernel of a tile, emitted on first use.
+
+    It takes the accumulators and the bytes between their rows; the operand and the bytes between its rows; the panel
+    and the bytes between its column groups; the depth; and what to prefetch, with the bytes from one k to the next.
     """
-    name = f"tile.{rows}x{products}x{blocks}"
-    if name not in module.made:
-        module.made.add(name)
-        head = (
-            "ptr noalias %acc",
-            "i64 %acc.row",
-            "ptr %a",
-            "i64 %a.row",
-            "ptr %panel",
-            "i64 %panel.block",
-            "i64 %depth",
-            "ptr %ahead",
-            "i64 %ahead.k",
-        )
-        f = Function(module, name, *head)
-        f.comment(f"{rows} rows x {products} products x {blocks} blocks of {LANES} columns")
-        # A distance that is a number costs no addition.
-        panel_k = products * module.block
-        row: Value = "%a.row" if known.row is None else known.row
-        panel_block: Value = "%panel.block" if known.depth is None else known.depth * panel_k
-        walk = _Walk(row, module.bytes, "%panel", panel_block, panel_k, module.block)
-        _Tile(f, walk, rows, products, blocks, _next_panel if rows >= _ENOUGH_ROWS else None).write()
+    name = f"tile.{rows}x{products}x{groups}"
+    if module.is_new(name):
+        acc_row, a_row, panel, panel_group = i64("acc.row"), i64("a.row"), ptr("panel"), i64("panel.group")
+        prefetch, prefetch_k = ptr("prefetch"), i64("prefetch.k")
+        params = (_ACC, acc_row, _A, a_row, panel, panel_group, _DEPTH, prefetch, prefetch_k)
+        f = Function(module, name, *params, noalias=(_ACC,))
+        f.comment(f"{rows} rows x {products} products x {groups} groups of {LANES} columns")
+        # A distance that is a constant is part of the load's address, and costs no addition.
+        panel_k = products * module.vector_bytes
+        row: Integer = a_row if strides.row is None else strides.row
+        group: Integer = panel_group if strides.depth is None else strides.depth * panel_k
+        operands = _Operands(row, module.itemsize, panel, group, panel_k, module.vector_bytes)
+
+        def next_panel(k: Integer) -> Value:
+            return f.at(prefetch, f.mul(k, prefetch_k), "prefetch.at")
+
+        _Tile(f, operands, rows, products, groups, next_panel).write(acc_row)
     return name
 
 
-def outer_name(module: Module, rows: int, blocks: int) -> str:
-    """The tile of a sum over rows, emitted on first use: ``rows`` features of one value by ``blocks`` of another.
+def outer_product(module: Module, rows: int, groups: int) -> str:
+    """Return the name of the microkernel of a sum over rows, emitted on first use: acc += a^T b.
 
-    It takes the accumulators; from where these begin; and the two values. Then the bytes between rows of all four, how
-    many rows to add; how many such runs of rows there are, and the bytes from one to the next of each value.
+    Its tile is ``rows`` features of a by ``groups`` column groups of b. It takes the accumulators; where to load them
+    from at the start; a and b; the bytes between rows of all four; the rows to add, in runs: the rows of a run, how
+    many runs there are, and the bytes from a run to the next of a and of b.
     """
-    name = f"outer.{rows}x{blocks}"
-    if name not in module.made:
-        module.made.add(name)
-        numbers = ("%acc.row", "%start.row", "%a.k", "%b.k", "%depth", "%runs", "%a.run", "%b.run")
-        head = ("ptr %acc", "ptr %start", "ptr %a", "ptr %b", *(f"i64 {number}" for number in numbers))
-        f = Function(module, name, *head)
-        f.comment(f"{rows} features x {blocks} blocks of {LANES} features")
-        walk = _Walk(module.bytes, "%a.k", "%b", module.block, "%b.k", module.bytes)
-        tile = _Tile(f, walk, rows, 1, blocks, _next_sums(rows) if rows >= _ENOUGH_ROWS else None)
-        tile.write(runs=("%a.run", "%b.run"), start=("%start", "%start.row"))
+    name = f"outer.{rows}x{groups}"
+    if module.is_new(name):
+        start, b, acc_row, start_row = ptr("start"), ptr("b"), i64("acc.row"), i64("start.row")
+        a_k, b_k, runs, a_run, b_run = i64("a.k"), i64("b.k"), i64("runs"), i64("a.run"), i64("b.run")
+        params = (_ACC, start, _A, b, acc_row, start_row, a_k, b_k, _DEPTH, runs, a_run, b_run)
+        f = Function(module, name, *params)
+        f.comment(f"{rows} features x {groups} groups of {LANES} features")
+        operands = _Operands(module.itemsize, a_k, b, module.vector_bytes, b_k, module.itemsize)
+
+        def next_accumulators(k: Integer) -> Value:
+            # Of the tile below, a line for every k: a line of its eight rows each, then what is right of it.
+            row, right = f.and_(k, 7, "row"), f.lshr(k, 3, "right")
+            below = f.at(_ACC, f.mul(acc_row, f.add(row, rows)), "below")
+            return f.at(below, f.mul(right, module.target.tuning.cache_line_bytes), "prefetch.at")
+
+        tile = _Tile(f, operands, rows, 1, groups, next_accumulators)
+        tile.write(acc_row, start=(start, start_row), runs=(runs, a_run, b_run))
     return name
-
-
-def _next_panel(f: Function, turn: Value) -> str:
-    return f.at("%ahead", f.mul(turn, "%ahead.k"), "ahead")
-
-
-def _next_sums(rows: int) -> _Ahead:
-    """The accumulators of the tile below, a line for every k: eight rows of them, then what is right of it."""
-
-    def line(f: Function, turn: Value) -> str:
-        row, right = f.let("row", f"and i64 {turn}, 7"), f.let("right", f"lshr i64 {turn}, 3")
-        below = f.at("%acc", f.mul("%acc.row", f.add(row, rows)), "below")
-        return f.at(below, f.mul(right, LINE), "ahead")
-
-    return line
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """How a tile walks over its operands: bytes between rows and between k of %a; blocks and k of the other."""
+class _Operands:
+    """Bytes between what a tile reads one after the other: rows and k of a; column groups and k of the panel."""
 
-    row: Value
-    k: Value
-    panel: str
-    block: Value
-    panel_k: Value
-    align: int
+    a_row: Integer
+    a_k: Integer
+    panel: Value
+    panel_group: Integer
+    panel_k: Integer
+    panel_align: int
 
 
 @dataclass
 class _Tile:
-    """The body of a tile's function: loads, multiply-adds over all k, stores.
+    """Body of a microkernel: loads, multiply-adds over all k, stores.
 
     Attributes:
-        ahead: memory that is asked for meanwhile, a line for every k.
+        prefetch: the address of what to prefetch at a k, if the tile has loads to spare.
     """
 
     f: Function
-    walk: _Walk
+    operands: _Operands
     rows: int
     products: int
-    blocks: int
-    ahead: _Ahead | None
+    groups: int
+    prefetch: Callable[[Integer], Value]
 
-    def write(self, runs: tuple[Value, Value] | None = None, start: tuple[str, Value] = ("%acc", "%acc.row")) -> None:
-        """All of it.
+    def write(
+        self,
+        acc_row: Value,
+        start: tuple[Value, Value] | None = None,
+        runs: tuple[Value, Value, Value] | None = None,
+    ) -> None:
+        """Write the function to its end.
 
         Arguments:
-            runs: k goes on in runs, so many bytes from one to the next of %a and of the other.
-            start: from where the accumulators begin, and the bytes between its rows.
+            acc_row: the bytes between rows of the accumulators.
+            start: from where they are loaded, if not from where they are stored, and the bytes between its rows.
+            runs: how many runs of ``depth`` there are, and the bytes from one to the next of a and of the panel.
         """
-        f, block = self.f, self.f.module.block
-        axes = (range(self.rows), range(self.products), range(self.blocks))
-        self._keys = list(itertools.product(*axes))
-        where, begin = self._vectors("%acc", "%acc.row"), self._vectors(*start)
-        sums = [f.load(place, f"first.{_label(key)}", block) for key, place in zip(self._keys, begin, strict=True)]
+        f, vector_bytes = self.f, self.f.module.vector_bytes
+        self._keys = list(itertools.product(range(self.rows), range(self.products), range(self.groups)))
+        targets, sources = self._vectors(_ACC, acc_row), self._vectors(*(start or (_ACC, acc_row)))
+        sums = [f.load(at, f"first.{_label(key)}", vector_bytes) for key, at in zip(self._keys, sources, strict=True)]
         if runs is None:
-            sums = self._multiply(sums, "%a", self.walk.panel, 0)
+            sums = self._multiply(sums, _A, self.operands.panel, 0)
         else:
+            count, a_run, panel_run = runs
             names = [f"run.{_label(key)}" for key in self._keys]
-            with f.loop_carrying("run", 0, "%runs", sums, some=True, names=names) as (run, carried):
-                a, other = f.at("%a", f.mul(run, runs[0])), f.at(self.walk.panel, f.mul(run, runs[1]))
-                carried[:] = self._multiply(carried[:], a, other, f.mul(run, "%depth"))
+            with f.for_range_carrying("run", 0, count, sums, nonempty=True, names=names) as (run, carried):
+                a, panel = f.at(_A, f.mul(run, a_run)), f.at(self.operands.panel, f.mul(run, panel_run))
+                carried[:] = self._multiply(carried[:], a, panel, f.mul(run, _DEPTH))
             sums = carried
-        for place, value in zip(where, sums, strict=True):
-            f.store(value, place, block)
+        for at, value in zip(targets, sums, strict=True):
+            f.store(value, at, vector_bytes)
         f.end()
 
-    def _vectors(self, start: str, row: Value) -> list[str]:
-        """Where each accumulator is in memory, rows so many bytes apart."""
+    def _vectors(self, start: Value, row_bytes: Value) -> list[Value]:
+        """Return the address of each accumulator in memory whose rows are ``row_bytes`` apart."""
         f = self.f
-        rows = [f.at(start, f.mul(row, r), f"{start[1:]}.r{r}") for r in range(self.rows)]
-        return [f.at(rows[r], (p * self.blocks + b) * f.module.block) for r, p, b in self._keys]
+        rows = [f.at(start, f.mul(row_bytes, row), f"{start[1:]}.r{row}") for row in range(self.rows)]
+        return [f.at(rows[r], (p * self.groups + g) * f.module.vector_bytes) for r, p, g in self._keys]
 
-    def _multiply(self, sums: list[str], a: str, panel: str, turn: Value) -> list[str]:
-        """The loop over k; ``turn`` counts those before."""
-        f, walk = self.f, self.walk
+    def _multiply(self, sums: list[Value], a: Value, panel: Value, k_before: Integer) -> list[Value]:
+        """Loop over k; ``k_before`` counts those of earlier runs."""
+        f, operands = self.f, self.operands
         names = [f"c.{_label(key)}" for key in self._keys]
-        own_rows = [f.mul(walk.row, r) for r in range(self.rows)]
-        own_blocks = [f.mul(walk.block, b) for b in range(self.blocks)]
-        with f.loop_carrying("k", 0, "%depth", sums, some=True, names=names) as (k, carried):
+        row_offsets = [f.mul(operands.a_row, row) for row in range(self.rows)]
+        group_offsets = [f.mul(operands.panel_group, group) for group in range(self.groups)]
+        with f.for_range_carrying("k", 0, _DEPTH, sums, nonempty=True, names=names) as (k, carried):
             # Constant distances go last: they become part of the instruction's address.
-            a_here, panel_here = f.at(a, f.mul(k, walk.k), "a.k"), f.at(panel, f.mul(k, walk.panel_k), "panel.k")
-            if self.ahead is not None:
-                f.prefetch(self.ahead(f, f.add(k, turn)))
+            a_here = f.at(a, f.mul(k, operands.a_k), "a.k")
+            panel_here = f.at(panel, f.mul(k, operands.panel_k), "panel.k")
+            if self.rows >= f.module.target.tuning.prefetch_min_rows:
+                f.prefetch(self.prefetch(f.add(k, k_before)))
 
-            def weight(p: int, b: int) -> str:
-                row = f.at(panel_here, own_blocks[b], f"panel.b{b}")
-                return f.load(f.at(row, p * f.module.block), f"w{p}.{b}", walk.align)
+            def weight(product: int, group: int) -> Value:
+                start = f.at(panel_here, group_offsets[group], f"panel.g{group}")
+                pointer = f.at(start, product * f.module.vector_bytes)
+                return f.load(pointer, f"w{product}.{group}", operands.panel_align)
 
-            def number(r: int) -> str:
-                return f.load_splat(f.at(a_here, own_rows[r], f"a.r{r}"), f"a{r}")
+            def number(row: int) -> Value:
+                return f.load_splat(f.at(a_here, row_offsets[row], f"a.r{row}"), f"a{row}")
 
-            # The fewer of the two operands stay in registers, the others come one by one.
-            columns = [(p, b) for b in range(self.blocks) for p in range(self.products)]
-            rows = range(self.rows)
-            if self.rows < len(columns):
-                numbers = [number(r) for r in rows]
-                pairs = ((r, p, b, numbers[r], w) for p, b in columns for w in (weight(p, b),) for r in rows)
-            else:
-                vectors = {(p, b): weight(p, b) for p, b in columns}
-                pairs = ((r, p, b, each, vectors[p, b]) for r in rows for each in (number(r),) for p, b in columns)
-            places = {key: place for place, key in enumerate(self._keys)}
-            for r, p, b, value, w in pairs:
-                place = places[r, p, b]
-                carried[place] = f.fma(value, w, carried[place], f"n.{_label((r, p, b))}")
+            self._multiply_add(carried, number, weight)
         return carried
+
+    def _multiply_add(
+        self, sums: list[Value], number: Callable[[int], Value], weight: Callable[[int, int], Value]
+    ) -> None:
+        """Add the products of one k: the fewer of the two operands stay in registers, the others come one by one."""
+        rows = range(self.rows)
+        columns = [(product, group) for group in range(self.groups) for product in range(self.products)]
+        if self.rows < len(columns):
+            numbers = [number(row) for row in rows]
+            pairs = ((r, p, g, numbers[r], vector) for p, g in columns for vector in (weight(p, g),) for r in rows)
+        else:
+            vectors = {(p, g): weight(p, g) for p, g in columns}
+            pairs = ((r, p, g, scalar, vectors[p, g]) for r in rows for scalar in (number(r),) for p, g in columns)
+        positions = {key: position for position, key in enumerate(self._keys)}
+        for r, p, g, scalar, vector in pairs:
+            position = positions[r, p, g]
+            sums[position] = self.f.fma(scalar, vector, sums[position], f"n.{_label((r, p, g))}")
 
 
 def _label(key: tuple[int, int, int]) -> str:
-    return f"r{key[0]}p{key[1]}b{key[2]}"
+    return f"r{key[0]}p{key[1]}g{key[2]}"

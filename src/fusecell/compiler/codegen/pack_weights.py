@@ -1,113 +1,108 @@
-"""Bringing weights into panels, in the order in which tiles read them."""
+"""Packing of weights into panels, in the order in which microkernels read them (BLIS's packing of B)::
+
+    for product in the panel's products:
+        for group in its column groups:            16 columns, those beyond the weight's zero
+            for k in depth:
+                panel[group][k][product] = weight[k, columns of the group]
+
+A weight may lie in memory either way: row by row where columns are contiguous; else column by column, 16 x 16 squares
+at a time transposed in registers where k is contiguous, as in torch's (out, in) weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusecell.compiler.codegen.kernel_abi import Layout, Panel
-from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module
+from fusecell.compiler.codegen.kernel_abi import ARGS, Layout, Panel
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.ir.primitives import LANES
 
 __all__ = ["emit_packing", "pack_panel_name"]
 
 
 def emit_packing(module: Module, layout: Layout, panels: Iterable[Panel]) -> None:
-    """Write the function of every panel that packs some of its column blocks, from one on, to an address."""
+    """Write a function for every panel that packs ``groups`` of its column groups, from one on, to an address."""
+    first_group, groups, to = i64("first_group"), i64("groups"), ptr("to")
     for panel in panels:
-        f = Function(module, pack_panel_name(panel), "ptr %args", "i64 %block0", "i64 %blocks", "ptr %to")
+        f = Function(module, pack_panel_name(panel), ARGS, first_group, groups, to)
         f.comment(", ".join(name for name, *_ in panel.weights))
-        step = len(panel.weights) * module.block
         pack = _pack(module, len(panel.weights))
-        for position, (name, transposed, (k0, _), (f0, _)) in enumerate(panel.weights):
-            strides = [layout.word(f, f"weight.{name}.stride{d}") for d in (0, 1)]
-            column, k = strides if transposed else strides[::-1]
-            source = f.at(layout.pointer(f, f"weight.{name}.ptr"), f.mul(k, k0))
-            source = f.at(source, f.mul(column, f0))
-            with f.loop("b", 0, "%blocks") as b:
-                done = f.mul(f.add("%block0", b), LANES)
-                columns = f.minimum(f.sub(panel.width, done), LANES, "columns")
-                f.call(
-                    pack,
-                    f"ptr {f.at(f.at('%to', f.mul(b, panel.depth * step)), position * module.block)}",
-                    f"ptr {f.at(source, f.mul(column, done))}",
-                    f"i64 {k}",
-                    f"i64 {column}",
-                    f"i64 {columns}",
-                    f"i64 {panel.depth}",
-                )
+        for product, (name, transposed, (k0, _), (column0, _)) in enumerate(panel.weights):
+            strides = [layout.integer(f, f"weight.{name}.stride{dim}") for dim in (0, 1)]
+            column_bytes, k_bytes = strides if transposed else strides[::-1]
+            source = f.at(layout.pointer(f, f"weight.{name}.ptr"), f.mul(k_bytes, k0))
+            source = f.at(source, f.mul(column_bytes, column0))
+            with f.for_range("group", 0, groups) as group:
+                columns_before = f.mul(f.add(first_group, group), LANES)
+                columns = f.minimum(f.sub(panel.width, columns_before), LANES, "columns")
+                target = f.at(f.at(to, f.mul(group, panel.group_bytes(module))), product * module.vector_bytes)
+                first_column = f.at(source, f.mul(column_bytes, columns_before))
+                f.call(pack, target, first_column, k_bytes, column_bytes, columns, panel.depth)
         f.end()
 
 
 def pack_panel_name(panel: Panel) -> str:
-    """The function that packs a panel."""
+    """Name the function that packs a panel."""
     return f"pack.{panel.name}"
 
 
-def _pack(module: Module, products: int) -> str:
-    """The function that packs one of so many products, emitted on first use.
+_TO, _FROM, _FROM_K, _FROM_COLUMN = ptr("to"), ptr("from"), i64("from.k"), i64("from.column")
+_COLUMNS, _DEPTH = i64("columns"), i64("depth")
 
-    Column by column where k is contiguous, row by row where columns are; columns beyond the weight's are zero.
-    """
+
+def _pack(module: Module, products: int) -> str:
+    """Return the name of the function that packs one column group of one of ``products``, emitted on first use."""
     name = f"pack.{products}"
-    if name in module.made:
+    if not module.is_new(name):
         return name
-    module.made.add(name)
-    to_k = products * module.block
-    f = Function(
-        module, name, "ptr noalias %to", "ptr %from", "i64 %from.k", "i64 %from.column", "i64 %columns", "i64 %depth"
-    )
-    scalar, size = module.scalar, module.bytes
-    contiguous = f.let("contiguous", f"icmp eq i64 %from.column, {size}")
-    mask = f.first_lanes("%columns")
-    with f.when("rows", contiguous), f.loop("k", 0, "%depth") as k:
-        value = f.load_masked(f.at("%from", f.mul(k, "%from.k")), mask, "row")
-        f.store(value, f.at("%to", f.mul(k, to_k)), module.block)
-    other = f.let("other", f"xor i1 {contiguous}, true")
-    with f.when("columns", other):
-        by_k = f.let("by.k", f"icmp eq i64 %from.k, {size}")
-        whole = f.let("whole", f"icmp eq i64 %columns, {LANES}")
-        squares = f.let("squares", f"and i1 {by_k}, {whole}")
-        most = f.let("most", f"and i64 %depth, {-LANES}")
-        done = f.let("done", f"select i1 {squares}, i64 {most}, i64 0")
-        _transpose(f, done, to_k)
-        with f.loop("k", done, "%depth") as k:
-            f.store("zeroinitializer", f.at("%to", f.mul(k, to_k)), module.block)
-        with f.loop("column", 0, "%columns") as column:
-            source = f.at("%from", f.mul(column, "%from.column"))
-            target = f.at("%to", f.mul(column, size))
-            with f.loop("k", done, "%depth") as k:
-                pointer = f.at(source, f.mul(k, "%from.k"))
-                value = f.let("value", f"load {scalar}, ptr {pointer}, align {size}")
-                f.do(f"store {scalar} {value}, ptr {f.at(target, f.mul(k, to_k))}, align {size}")
+    to_k = products * module.vector_bytes
+    f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
+    itemsize = module.itemsize
+    by_rows = f.eq(_FROM_COLUMN, itemsize, "columns_contiguous")
+    mask = f.first_lanes(_COLUMNS)
+    with f.if_(by_rows, "by_rows"), f.for_range("k", 0, _DEPTH) as k:
+        row = f.load_masked(f.at(_FROM, f.mul(k, _FROM_K)), mask, "row")
+        f.store(row, f.at(_TO, f.mul(k, to_k)), module.vector_bytes)
+    with f.unless(by_rows, "by_columns"):
+        by_k = f.eq(_FROM_K, itemsize, "k_contiguous")
+        is_whole = f.eq(_COLUMNS, LANES, "is_whole")
+        has_squares = f.and_(by_k, is_whole, "has_squares")
+        whole_squares = f.and_(_DEPTH, -LANES, "whole_squares")
+        in_squares = f.select(has_squares, whole_squares, 0, "k_in_squares")
+        _transpose(f, in_squares, to_k)
+        with f.for_range("k", in_squares, _DEPTH) as k:
+            f.store(f.zero, f.at(_TO, f.mul(k, to_k)), module.vector_bytes)
+        with f.for_range("column", 0, _COLUMNS) as column:
+            source = f.at(_FROM, f.mul(column, _FROM_COLUMN))
+            target = f.at(_TO, f.mul(column, itemsize))
+            with f.for_range("k", in_squares, _DEPTH) as k:
+                value = f.load_scalar(f.at(source, f.mul(k, _FROM_K)), "value")
+                f.store_scalar(value, f.at(target, f.mul(k, to_k)))
     f.end()
     return name
 
 
-def _transpose(f: Function, most: str, to_k: int) -> None:
-    """Sixteen columns of as many k at a time, turned over in registers: pairs of rows 8, 4, 2, 1 apart trade halves."""
-    columns = [f.mul("%from.column", lane) for lane in range(LANES)]
-    below = [row * to_k for row in range(LANES)]
-    with f.loop("square", 0, most, LANES) as k:
-        source = f.at("%from", f.mul(k, f.module.bytes))
-        rows = [f.load(f.at(source, column), "column", f.module.bytes) for column in columns]
-        target = f.at("%to", f.mul(k, to_k))
-        for row, offset in zip(_turned_over(f, rows), below, strict=True):
-            f.store(row, f.at(target, offset), f.module.block)
+def _transpose(f: Function, depth: Integer, to_k: int) -> None:
+    """Pack 16 columns, 16 k at a time: each square is loaded by columns and stored by rows."""
+    column_offsets = [f.mul(_FROM_COLUMN, lane) for lane in range(LANES)]
+    with f.for_range("square", 0, depth, LANES) as k:
+        source = f.at(_FROM, f.mul(k, f.module.itemsize))
+        columns = [f.load(f.at(source, offset), "column", f.module.itemsize) for offset in column_offsets]
+        target = f.at(_TO, f.mul(k, to_k))
+        for row, vector in enumerate(_transposed(f, columns)):
+            f.store(vector, f.at(target, row * to_k), f.module.vector_bytes)
 
 
-def _turned_over(f: Function, rows: list[str]) -> list[str]:
-    apart = LANES // 2
-    while apart:
-        low = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
-        high = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
+def _transposed(f: Function, rows: list[Value]) -> list[Value]:
+    """Transpose a square in registers: rows 8, 4, 2, 1 apart exchange halves, in 64 shuffles (Eklundh 1972)."""
+    distance = LANES // 2
+    while distance:
+        low = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+        high = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
         for row in range(LANES):
-            if not row & apart:
-                a, b = rows[row], rows[row + apart]
-                rows[row], rows[row + apart] = (_shuffle(f, a, b, lanes) for lanes in (low, high))
-        apart //= 2
+            if not row & distance:
+                a, b = rows[row], rows[row + distance]
+                rows[row], rows[row + distance] = (f.shuffle(a, b, lanes, "transposed") for lanes in (low, high))
+        distance //= 2
     return rows
-
-
-def _shuffle(f: Function, a: str, b: str, lanes: list[int]) -> str:
-    vector = f.module.vector
-    chosen = ", ".join(f"i32 {lane}" for lane in lanes)
-    return f.let("turned", f"shufflevector {vector} {a}, {vector} {b}, <{LANES} x i32> <{chosen}>")

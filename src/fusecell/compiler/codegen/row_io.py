@@ -1,167 +1,193 @@
-"""Rows to and from the caller: states, resets, and what is read and made outside the loop.
+"""Rows between the caller's tensors and the kernel's buffers: states, resets, inputs and outputs outside the loop.
 
-Where nothing says otherwise the rows of a chunk's buffers are those of its steps, one step after the other. ``apart``,
-each of a crew has a place of its own in them: with rows of others between its own, a core would fetch those in advance,
-out of the caches of the cores that write them.
+Per chunk of steps, as `main_loop` calls it::
+
+    starts          first row of each step in the chunk, where the number of rows differs from step to step
+    copy_in         for step, row: chunk buffer[row] = input[step, order[row]]
+    per step:
+        move_states "first"    rows that begin: read their state from the caller
+        move_states "last"     rows that have ended: write their state to the caller
+        reset                  rows whose flag is set: state = reset state; in the backward its gradient is cut off
+    copy_out        for step, row: output[step, order[row]] = chunk buffer[row]
+
+Usually the rows of a chunk's buffers are those of its steps, one step after the other. Where the team is *padded*, each
+thread has a part of its own in them: with rows of others between its own, a core would prefetch those, out of the
+caches of the cores that write them (false sharing, by the hardware's prefetcher).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusecell.compiler.codegen.kernel_abi import ALIGNED, Layout
-from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
-from fusecell.compiler.codegen.work_sharing import Crew
+from fusecell.compiler.codegen.kernel_abi import ARGS, Layout
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import FALSE, NULL, Integer, Value
+from fusecell.compiler.codegen.work_sharing import Team
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.schedule.plan import Location, Plan
 
 __all__ = ["CallerRows"]
 
+_INT_BYTES = 8
+"""Bytes of an element of the arrays of row numbers."""
+
 
 class CallerRows:
-    """The parts of ``@work`` that move rows, or say which there are."""
+    """The parts of ``@work`` that copy rows, or say which there are."""
 
-    def __init__(self, module: Module, layout: Layout, plan: Plan, f: Function, crew: Crew, rows: Value) -> None:
-        self.module, self.layout, self.plan, self.f, self.crew, self.rows = module, layout, plan, f, crew, rows
+    def __init__(self, module: Module, layout: Layout, plan: Plan, f: Function, team: Team, rows: Integer) -> None:
+        self.module, self.layout, self.plan, self.f, self.team, self.rows = module, layout, plan, f, team, rows
         self.order = layout.buffer(f, "order")
-        self._total, self._base = f.let("total.at", "alloca i64"), f.let("own.base", "alloca i64")
-        self._in_place: dict[int, tuple[str, str]] = {}
+        self._total, self._regular_base = f.alloca("total.at"), f.alloca("regular_base.at")
+        self._in_place: dict[int, tuple[Value, Value]] = {}
 
-    def alive(self, t: Value) -> str:
-        """How many rows take part in a step."""
+    def taking_part(self, t: Integer) -> Value:
+        """Return how many rows take part in a step."""
         f = self.f
         counts = self.layout.pointer(f, "counts")
-        address = f.let("no.counts", f"icmp eq ptr {counts}, null")
-        offset = f.let("count.offset", f"select i1 {address}, i64 0, i64 {f.mul(t, 8)}")
-        own = f.at("%args", 8 * self.layout.index("rows"), "own.rows")
-        source = f.let("count.at", f"select i1 {address}, ptr {own}, ptr {counts}")
+        is_regular = f.eq(counts, NULL, "no_counts")
+        offset = f.select(is_regular, 0, f.mul(t, _INT_BYTES), "count.offset")
+        rows_slot = f.at(ARGS, self.layout.offset("rows"), "rows.slot")
+        source = f.select(is_regular, rows_slot, counts, "count.at")
         return f.load_int(f.at(source, offset), "rows")
 
     def fill_order(self) -> None:
-        """The caller's order, or one row after another; whoever of a crew writes it writes the same."""
+        """Write the order of rows: the caller's, or as they are. Every thread of a team writes the same."""
         f = self.f
-        given = self.layout.pointer(f, "caller.order")
-        present = f.let("ordered", f"icmp ne ptr {given}, null")
-        with f.when("order", present):
-            self._copy(self.order, given, f.mul(self.rows, 8))
-        with f.when("own.order", f.let("is.own", f"xor i1 {present}, true")), f.loop("n", 0, self.rows) as n:
-            f.store_int(n, f.at(self.order, f.mul(n, 8)))
+        caller_order = self.layout.pointer(f, "caller.order")
+        has_order = f.ne(caller_order, NULL, "has_order")
+        with f.if_(has_order, "order"):
+            f.copy_bytes(self.order, caller_order, f.mul(self.rows, _INT_BYTES))
+        with f.unless(has_order, "unordered"), f.for_range("row", 0, self.rows) as row:
+            f.store_int(row, f.at(self.order, f.mul(row, _INT_BYTES)))
 
-    def starts(self, low: str, steps: Value) -> str:
-        """How many rows a chunk has; where their number differs, note at which of them each of its steps begins."""
+    def starts(self, low: Value, steps: Integer) -> Value:
+        """Return how many rows a chunk has; where their number differs, write at which of them each step begins."""
         f = self.f
         starts = self.layout.buffer(f, "starts")
         f.store_int(f.mul(steps, self.rows), self._total)
-        with f.when("ragged", f.let("is.ragged", f"xor i1 {self.crew.regular}, true")):
+        with f.unless(self.team.is_regular, "ragged"):
             f.store_int(0, self._total)
             f.store_int(0, starts)
-            with f.loop("p", 0, steps) as p:
-                count = self.alive(f.add(low, p))
+            with f.for_range("p", 0, steps) as p:
+                count = self.taking_part(f.add(low, p))
                 after = f.add(f.load_int(self._total, "start"), count)
                 f.store_int(after, self._total)
-                f.store_int(after, f.at(starts, f.mul(f.add(p, 1), 8)))
+                f.store_int(after, f.at(starts, f.mul(f.add(p, 1), _INT_BYTES)))
         return f.load_int(self._total, "total")
 
-    def bases(self, p: Value) -> tuple[str, str]:
-        """Where the rows of a chunk's step ``p``, counted from the call's first, begin.
+    def bases(self, p: Integer) -> tuple[Value, Value]:
+        """Return where the rows of a chunk's step ``p``, in the order of the caller's steps, begin.
 
         Returns:
-            In the chunk's buffers, and in what is saved of the chunk, which lies as the caller's rows do.
+            In the chunk's buffers, and in what the chunk saves for the backward, which has the caller's layout.
         """
-        f, crew = self.f, self.crew
-        f.store_int(f.mul(p, self.rows), self._base)
-        noted = f.at(self.layout.buffer(f, "starts"), f.mul(p, 8))
-        kept = f.load_int(f.let("base.at", f"select i1 {crew.regular}, ptr {self._base}, ptr {noted}"), "kept")
-        # A thread's place is where it would be in the longest chunk: others may still be in the one before.
-        before = f.mul(crew.first, f.sub(self.layout.word(f, "chunk_steps"), 1))
-        apart = f.add(before, f.mul(p, f.sub(crew.last, crew.first, "own")), "apart.base")
-        return f.let("base", f"select i1 {crew.apart}, i64 {apart}, i64 {kept}"), kept
+        f, team = self.f, self.team
+        f.store_int(f.mul(p, self.rows), self._regular_base)
+        start = f.at(self.layout.buffer(f, "starts"), f.mul(p, _INT_BYTES))
+        saved_base = f.load_int(f.select(team.is_regular, self._regular_base, start, "base.at"), "saved.base")
+        # A thread's part begins where it would in the longest chunk: others may still be in the one before.
+        before = f.mul(team.first_row, f.sub(self.layout.integer(f, "chunk_steps"), 1))
+        padded_base = f.add(before, f.mul(p, f.sub(team.last_row, team.first_row, "own_rows")), "padded_base")
+        return f.select(team.is_padded, padded_base, saved_base, "base"), saved_base
 
-    def move_states(self, kind: str, start: Value, stop: Value, slot: Value) -> None:
-        """``first``: read the states of rows that begin; ``last``: hand back those of rows that end."""
+    def move_states(self, kind: str, start: Integer, stop: Integer, copy: Integer) -> None:
+        """``first``: read the states of rows that begin; ``last``: write those of rows that have ended.
+
+        Arguments:
+            copy: which of the two copies of the states.
+        """
         f, module = self.f, self.module
-        start, stop = self.crew.own(start, stop)
-        with self.crew.acting(), f.loop("row", start, stop) as row:
-            caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
+        start, stop = self.team.own_rows(start, stop)
+        with self.team.per_row(), f.for_range("row", start, stop) as row:
+            caller_row = self._caller_row(row)
             for name, (leaf, _) in self.plan.states.items():
                 size = self.plan.graph[leaf].size
-                mine = self._state_row(f"state.{name}", size, slot, row)
-                theirs = self._caller_state(kind, name, caller)
-                source, target = (theirs, mine) if kind == "first" else (mine, theirs)
-                self._copy(target, source, size * module.bytes)
+                own = self._state_row(f"state.{name}", size, copy, row)
+                callers = self._caller_state(kind, name, caller_row)
+                source, target = (callers, own) if kind == "first" else (own, callers)
+                f.copy_bytes(target, source, size * module.itemsize)
 
-    def _state_row(self, buffer: str, size: int, slot: Value, row: Value) -> str:
+    def _caller_row(self, row: Integer) -> Value:
+        return self.f.load_int(self.f.at(self.order, self.f.mul(row, _INT_BYTES)), "caller_row")
+
+    def _state_row(self, buffer: str, size: int, copy: Integer, row: Integer) -> Value:
         f = self.f
-        here = f.add(f.mul(slot, self.rows), row)
-        return f.at(self.layout.buffer(f, buffer), f.mul(here, self.module.padded(size)))
+        index = f.add(f.mul(copy, self.rows), row)
+        return f.at(self.layout.buffer(f, buffer), f.mul(index, self.module.row_bytes(size)))
 
-    def _caller_state(self, kind: str, name: str, row: Value) -> str:
+    def _caller_state(self, kind: str, name: str, row: Integer) -> Value:
         f = self.f
         start = self.layout.pointer(f, f"{kind}.{name}.ptr")
-        return f.at(start, f.mul(row, self.layout.word(f, f"{kind}.{name}.row")))
+        return f.at(start, f.mul(row, self.layout.integer(f, f"{kind}.{name}.row")))
 
-    def skip_rows_without_steps(self) -> None:
-        """The state of a row that takes part in no step is the one it came with."""
+    def copy_unstepped_states(self) -> None:
+        """Copy every first state to the last one: it is the result of a row that takes part in no step."""
         f = self.f
-        start, stop = self.crew.own(0, self.rows)
-        with self.crew.acting(), f.loop("row", start, stop) as row:
-            caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
+        start, stop = self.team.own_rows(0, self.rows)
+        with self.team.per_row(), f.for_range("row", start, stop) as row:
+            caller_row = self._caller_row(row)
             for name, (leaf, _) in self.plan.states.items():
-                bytes_ = self.plan.graph[leaf].size * self.module.bytes
-                self._copy(self._caller_state("last", name, caller), self._caller_state("first", name, caller), bytes_)
+                bytes_ = self.plan.graph[leaf].size * self.module.itemsize
+                last = self._caller_state("last", name, caller_row)
+                f.copy_bytes(last, self._caller_state("first", name, caller_row), bytes_)
 
-    def reset(self, t: Value, rows: Value, slot: Value) -> None:
-        """Rows whose flag is set go back to the reset state before the step; a gradient is cut off after it."""
+    def reset(self, t: Integer, rows: Integer, copy: Integer) -> None:
+        """Reset the rows whose flag is set: their state before the step, or in the backward its gradient after it."""
         f = self.f
         flags = self.layout.pointer(f, "resets")
-        given = f.let("has.resets", f"icmp ne ptr {flags}, null")
-        act: Callable[[str, str, str, int], None] = self._cut_row if self.plan.backward else self._reset_row
-        with f.when("resets", given):
-            here = f.at(flags, f.mul(t, self.layout.word(f, "resets.step")))
-            start, stop = self.crew.own(0, rows)
-            with self.crew.acting(), f.loop("row", start, stop) as row:
-                caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
-                flag = f.let("flag", f"load i8, ptr {f.at(here, f.mul(caller, self.layout.word(f, 'resets.row')))}")
-                is_set = f.let("is.set", f"icmp ne i8 {flag}, 0")
-                with f.when("reset", is_set):
+        has_resets = f.ne(flags, NULL, "has_resets")
+        reset_row: Callable[[Value, Value, int], None] = (
+            self._cut_gradient_row if self.plan.backward else self._reset_row
+        )
+        with f.if_(has_resets, "resets"):
+            flags_of_step = f.at(flags, f.mul(t, self.layout.integer(f, "resets.step")))
+            start, stop = self.team.own_rows(0, rows)
+            with self.team.per_row(), f.for_range("row", start, stop) as row:
+                caller_row = self._caller_row(row)
+                offset = f.mul(caller_row, self.layout.integer(f, "resets.row"))
+                flag = f.load_int(f.at(flags_of_step, offset), "flag", "i8")
+                with f.if_(f.ne(flag, 0, "is_set"), "reset"):
                     for name, (leaf, _) in self.plan.states.items():
                         size = self.plan.graph[leaf].size
-                        mine = self._state_row(f"state.{name}", size, slot, row)
-                        act(mine, self._caller_state("reset", name, caller), f"state.{name}", size)
-            self.crew.meet(self.crew.columns)
+                        own = self._state_row(f"state.{name}", size, copy, row)
+                        reset_row(own, self._caller_state("reset", name, caller_row), size)
+            self.team.barrier(self.team.by_columns)
 
-    def _reset_row(self, mine: str, theirs: str, name: str, size: int) -> None:
-        """Go back to the reset state before the step."""
-        self._copy(mine, theirs, size * self.module.bytes)
+    def _reset_row(self, own: Value, callers: Value, size: int) -> None:
+        """Set a state to the reset state."""
+        self.f.copy_bytes(own, callers, size * self.module.itemsize)
 
-    def _cut_row(self, mine: str, theirs: str, name: str, size: int) -> None:
-        """After the step's backward: its gradient belongs to the reset state, and nothing goes further back."""
+    def _cut_gradient_row(self, own: Value, callers: Value, size: int) -> None:
+        """Add a state's gradient to that of the reset state, from which the state came, and set it to zero."""
         f, module = self.f, self.module
-        with f.loop("j", 0, size) as j:
-            own, other = f.at(mine, f.mul(j, module.bytes)), f.at(theirs, f.mul(j, module.bytes))
-            values = [f.let("value", f"load {module.scalar}, ptr {at}, align {module.bytes}") for at in (own, other)]
-            total = f.let("sum", f"fadd {module.scalar} {values[0]}, {values[1]}")
-            f.do(f"store {module.scalar} {total}, ptr {other}, align {module.bytes}")
-            f.do(f"store {module.scalar} 0.0, ptr {own}, align {module.bytes}")
+        with f.for_range("j", 0, size) as j:
+            own_at, callers_at = f.at(own, f.mul(j, module.itemsize)), f.at(callers, f.mul(j, module.itemsize))
+            gradient, total = f.load_scalar(own_at, "gradient"), f.load_scalar(callers_at, "total")
+            f.store_scalar(f.fadd(gradient, total, "total"), callers_at)
+            f.store_scalar(Value("0.0", module.scalar), own_at)
 
-    def find_in_place(self) -> None:
-        """Which of the inputs outside the loop lie in memory as they would in the chunk's buffers."""
+    def find_inputs_in_place(self) -> None:
+        """Decide which inputs outside the loop are used in place, without a copy: their layout is the packed one."""
         f, layout = self.f, self.layout
-        together = f.let("is.together", f"xor i1 {self.crew.rowwise}, true")
-        regular = f.let("is.regular.whole", f"and i1 {together}, {self.crew.regular}")
+        is_whole = f.not_(self.team.by_rows, "not_by_rows")
+        is_regular = f.and_(is_whole, self.team.is_regular, "is_regular_whole")
         for index, buffer in self.plan.gathered.items():
             if not self._has_whole_vectors(index):
                 continue
-            words, size = f"in.{self.plan.graph[index].name}", buffer.size * self.module.bytes
-            low_bits = f.let("low.bits", f"and i64 {layout.word(f, f'{words}.ptr')}, {ALIGNED - 1}")
-            fits = f.let("fits", f"and i1 {regular}, {f.let('is.aligned', f'icmp eq i64 {low_bits}, 0')}")
+            name, row_bytes = f"in.{self.plan.graph[index].name}", buffer.size * self.module.itemsize
+            low_bits = f.and_(layout.integer(f, f"{name}.ptr"), ALIGNMENT - 1, "low_bits")
+            fits = f.and_(is_regular, f.eq(low_bits, 0, "is_aligned"), "fits")
             strides = (
-                (f"{words}.row", size, self.rows),
-                (f"{words}.step", f.mul(self.rows, size), layout.word(f, "steps")),
+                (f"{name}.row", row_bytes, self.rows),
+                (f"{name}.step", f.mul(self.rows, row_bytes), layout.integer(f, "steps")),
             )
-            for word, wanted, count in strides:
-                same = f.let("is.so", f"icmp eq i64 {layout.word(f, word)}, {wanted}")
-                so = f.let("fits", f"or i1 {same}, {f.let('is.one', f'icmp sle i64 {count}, 1')}")
-                fits = f.let("fits", f"and i1 {fits}, {so}")
+            for slot, stride, count in strides:
+                is_packed = f.eq(layout.integer(f, slot), stride, "is_packed")
+                # The stride between rows, or steps, of which there is one doesn't matter.
+                fits_here = f.or_(is_packed, f.le(count, 1, "is_single"), "fits")
+                fits = f.and_(fits, fits_here, "fits")
             self._in_place[index] = fits, layout.buffer(f, buffer.name)
 
     def _has_whole_vectors(self, index: int) -> bool:
@@ -177,47 +203,47 @@ class CallerRows:
                     return False
         return True
 
-    def gather(self, low: str, steps: Value) -> None:
-        """Inputs of products outside the loop, brought into rows of the chunk, or read where they are."""
+    def copy_in(self, low: Value, steps: Integer) -> None:
+        """Copy the inputs of products outside the loop into the chunk's buffers, unless they are used in place."""
         f, layout = self.f, self.layout
         for index, buffer in self.plan.gathered.items():
-            words = f"in.{self.plan.graph[index].name}"
-            in_place, _ = self._in_place.get(index, ("false", ""))
-            with f.when("in.place", in_place):
-                here = f.mul(low, layout.word(f, f"{words}.step"))
-                layout.place(f, buffer.name, f.at(layout.pointer(f, f"{words}.ptr"), here))
-            with f.when("gather", f.let("is.elsewhere", f"xor i1 {in_place}, true")):
-                self._exchange(words, Location(buffer), buffer.size, low, steps, gather=True)
+            name = f"in.{self.plan.graph[index].name}"
+            in_place, _ = self._in_place.get(index, (FALSE, None))
+            with f.if_(in_place, "in_place"):
+                offset = f.mul(low, layout.integer(f, f"{name}.step"))
+                layout.set_buffer(f, buffer.name, f.at(layout.pointer(f, f"{name}.ptr"), offset))
+            with f.unless(in_place, "copied_in"):
+                self._copy_rows(name, Location(buffer), buffer.size, low, steps, into_buffer=True)
 
-    def leave_in_place(self) -> None:
-        """The buffers are where they were: a caller may have given their places for many calls."""
+    def restore_buffers(self) -> None:
+        """Set the buffers of inputs used in place to their own memory: an argument block may be used again."""
         for index, (_, own) in self._in_place.items():
-            self.layout.place(self.f, self.plan.gathered[index].name, own)
+            self.layout.set_buffer(self.f, self.plan.gathered[index].name, own)
 
-    def scatter(self, low: str, steps: Value) -> None:
-        """Outputs computed outside the loop, brought to the caller's rows."""
+    def copy_out(self, low: Value, steps: Integer) -> None:
+        """Copy the outputs computed outside the loop to the caller's rows."""
         graph = self.plan.graph
-        for label, place in self.plan.scattered.items():
-            self._exchange(f"out.{label}", place, graph[graph.outputs[label]].size, low, steps, gather=False)
+        for label, location in self.plan.scattered.items():
+            size = graph[graph.outputs[label]].size
+            self._copy_rows(f"out.{label}", location, size, low, steps, into_buffer=False)
 
-    def _exchange(self, words: str, place: Location, size: int, low: str, steps: Value, *, gather: bool) -> None:
+    def _copy_rows(
+        self, name: str, location: Location, size: int, low: Value, steps: Integer, *, into_buffer: bool
+    ) -> None:
+        """Copy the rows of a chunk between a tensor of the caller, by its slots' name, and a buffer."""
         f, module = self.f, self.module
-        theirs, mine = self.layout.pointer(f, f"{words}.ptr"), self.layout.buffer(f, place.buffer.name)
-        mine = f.at(mine, place.offset * module.bytes)
-        step, apart = self.layout.word(f, f"{words}.step"), self.layout.word(f, f"{words}.row")
-        # Where rows are parted each takes its own of every step, else all of some steps.
-        first, last = f.share(steps, self.crew.me, self.crew.crew)
-        with f.loop("p", first, last) as p:
+        callers, own = self.layout.pointer(f, f"{name}.ptr"), self.layout.buffer(f, location.buffer.name)
+        own = f.at(own, location.offset * module.itemsize)
+        step_bytes, row_bytes = self.layout.integer(f, f"{name}.step"), self.layout.integer(f, f"{name}.row")
+        # By rows, each thread copies its own rows of every step; else all rows of its share of the steps.
+        first, last = f.partition(steps, self.team.column_thread, self.team.column_threads)
+        with f.for_range("p", first, last) as p:
             t = f.add(low, p)
             base, _ = self.bases(p)
-            start, stop = self.crew.own(0, self.alive(t))
-            with f.loop("row", start, stop) as row:
-                caller = f.load_int(f.at(self.order, f.mul(row, 8)), "caller.row")
-                user = f.at(f.at(theirs, f.mul(t, step)), f.mul(caller, apart))
-                own = f.at(mine, f.mul(f.add(base, row), module.padded(place.buffer.size)))
-                target, source = (own, user) if gather else (user, own)
-                self._copy(target, source, size * module.bytes)
-
-    def _copy(self, target: str, source: str, count: Value) -> None:
-        self.module.declares.add("declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)")
-        self.f.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {source}, i64 {count}, i1 false)")
+            start, stop = self.team.own_rows(0, self.taking_part(t))
+            with f.for_range("row", start, stop) as row:
+                caller_row = self._caller_row(row)
+                callers_at = f.at(f.at(callers, f.mul(t, step_bytes)), f.mul(caller_row, row_bytes))
+                own_at = f.at(own, f.mul(f.add(base, row), module.row_bytes(location.buffer.size)))
+                target, source = (own_at, callers_at) if into_buffer else (callers_at, own_at)
+                f.copy_bytes(target, source, size * module.itemsize)

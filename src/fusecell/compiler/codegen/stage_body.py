@@ -1,41 +1,55 @@
-"""The loops over rows and column blocks of a stage's function, and the values computed inside them."""
+"""Loops over rows and column groups in the functions of a stage, and the values computed inside them::
+
+    for row in rows:                      each row's address in every buffer, once
+        for group in column groups:       16 columns: one vector
+            load, compute, store          each value once per row and group
+
+The pointwise values of a stage are one such nest, fused: between two of them nothing goes through memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
-from fusecell.compiler.codegen.kernel_abi import Layout, row_address
-from fusecell.compiler.codegen.llvm_builder import LANES, Function, Value
-from fusecell.compiler.codegen.pointwise_ops import VALUES, literal
+from fusecell.compiler.codegen.kernel_abi import STEP, Layout, RowAddress, row_address
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
 from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.walk import resolve
 from fusecell.compiler.schedule.plan import Buffer, Location, Plan, Stage
 
-__all__ = ["Body", "epilogue_roots", "join_lanes", "own_rows", "partials", "reads"]
+__all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "reads", "start_values", "step_rows"]
+
+FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC = i64("first_row"), i64("rows"), i64("first_group"), i64("groups"), ptr("acc")
+PART_PARAMS = (FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC)
+"""What the functions of a part of a stage take besides: its rows, its column groups, and the accumulators of a tile."""
 
 
 def partials(stage: Stage) -> str:
-    """The buffer of a stage's partial reductions."""
+    """Name the buffer of a stage's partial reductions."""
     return f"partials.{stage.name}"
 
 
-def own_rows(f: Function, layout: Layout, buffer: Buffer, slot: Value) -> tuple[str, Value, bool]:
-    """Where a buffer's rows are, for a function that takes what every function of a stage takes."""
-    return row_address(f, layout, f.module, buffer, t="%t", base="%base", kept="%kept", slot=slot)
+def step_rows(f: Function, layout: Layout, buffer: Buffer, state: Integer = STEP.old_state) -> RowAddress:
+    """Return a buffer's rows of the step that a stage's function was called for; of a state, those of one copy."""
+    return row_address(f, layout, f.module, buffer, STEP.with_state(state))
 
 
 def epilogue_roots(plan: Plan, stage: Stage) -> list[int]:
-    """The values that the epilogue of a stage stores, or reduces."""
+    """List the values that the epilogue of a stage stores, or reduces."""
     return [*stage.stores, *(plan.graph[index].args[0] for index in stage.reductions)]
 
 
 def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Location]:
-    """Every place that computing ``roots`` reads, in an order that doesn't change from run to run.
+    """List every location that computing ``roots`` reads, in an order that doesn't change from run to run.
 
     Arguments:
         local: values that are computed, not read.
     """
-    found: dict[Location, None] = {}
+    locations: dict[Location, None] = {}
     seen: set[int] = set()
     stack = list(roots)
     while stack:
@@ -43,12 +57,12 @@ def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]
         if index in seen:
             continue
         seen.add(index)
-        place = None if index in local else stage.operands.get(index)
-        if place is not None:
-            found[place] = None
+        location = None if index in local else stage.operands.get(index)
+        if location is not None:
+            locations[location] = None
         elif plan.graph[index].op != "affine":
             stack.extend(plan.graph[index].args)
-    return list(found)
+    return list(locations)
 
 
 class Body:
@@ -56,8 +70,8 @@ class Body:
 
     Arguments:
         local: values computed here; all others are read from memory or are cheap enough to be computed here too.
-        roots: the values that will be asked for.
-        stores: the places that will be written.
+        roots: the values that will be used.
+        stores: the locations that will be written.
     """
 
     def __init__(
@@ -74,175 +88,174 @@ class Body:
         self.f, self.layout, self.plan, self.stage = f, layout, plan, stage
         self.module = f.module
         self.local = set(local)
-        self._known: dict[int, str] = {}
-        self._masks: dict[int, str] = {}
-        self._reads = {place: self._base(place, "%slot") for place in reads(plan, stage, roots, self.local)}
+        self._reads = {
+            location: step_rows(f, layout, location.buffer) for location in reads(plan, stage, roots, self.local)
+        }
         stores = list(stores)
-        after: Value = 0
-        if any(place.buffer.scope == "state" for place in stores):
-            after = f.let("slot.after", "xor i64 %slot, 1")
-        self._writes = {place: self._base(place, after) for place in stores}
-        self._partials = layout.buffer(f, partials(stage)) if stage.reductions else ""
-        self._order = layout.buffer(f, "order") if self._by_order() else ""
-
-    # Where things are.
-
-    def _base(self, place: Location, slot: Value) -> tuple[str, Value, bool]:
-        return own_rows(self.f, self.layout, place.buffer, slot)
-
-    def _by_order(self) -> bool:
-        return any(ordered for _, _, ordered in (*self._reads.values(), *self._writes.values()))
+        new_state: Integer = 0
+        if any(location.buffer.scope == "state" for location in stores):
+            new_state = f.xor(STEP.old_state, 1, "new_state")
+        self._writes = {location: step_rows(f, layout, location.buffer, new_state) for location in stores}
+        self._partials = layout.buffer(f, partials(stage)) if stage.reductions else None
+        ordered = any(rows.in_caller_order for rows in (*self._reads.values(), *self._writes.values()))
+        self._order = layout.buffer(f, "order") if ordered else None
 
     # The loops.
 
     @contextmanager
     def rows(self) -> Iterator[None]:
-        """For each row: where it begins in every place."""
+        """Loop over rows, and work out where each begins in every location."""
         f = self.f
-        # A tile has some of both; a stage without products may be given none.
-        with f.loop("r", 0, "%rows", some=bool(self.stage.affines)) as r:
-            row = f.add("%row0", r, "row")
-            ordered: Value = 0
-            if self._order:
-                ordered = f.load_int(f.at(self._order, f.mul(row, 8)), "caller.row")
-            self._row, self._r = row, r
-            self._read_rows = self._row_pointers(self._reads, row, ordered)
-            self._write_rows = self._row_pointers(self._writes, row, ordered)
+        # A tile has at least one row; a stage without products may be called for none.
+        with f.for_range("r", 0, ROWS, nonempty=bool(self.stage.affines)) as r:
+            row = f.add(FIRST_ROW, r, "row")
+            caller_row: Integer = 0
+            if self._order is not None:
+                caller_row = f.load_int(f.at(self._order, f.mul(row, 8)), "caller_row")
+            self._row, self._row_of_tile = row, r
+            self._read_rows = self._row_pointers(self._reads, row, caller_row)
+            self._write_rows = self._row_pointers(self._writes, row, caller_row)
             yield
 
     def _row_pointers(
-        self, bases: dict[Location, tuple[str, Value, bool]], row: Value, ordered: Value
-    ) -> dict[Location, str]:
-        f = self.f
-        return {
-            place: f.at(f.at(base, f.mul(ordered if by_order else row, stride)), place.offset * self.module.bytes)
-            for place, (base, stride, by_order) in bases.items()
-        }
+        self, addresses: dict[Location, RowAddress], row: Integer, caller_row: Integer
+    ) -> dict[Location, Value]:
+        f, itemsize = self.f, self.module.itemsize
+        pointers = {}
+        for location, rows in addresses.items():
+            start = f.at(rows.start, f.mul(caller_row if rows.in_caller_order else row, rows.stride))
+            pointers[location] = f.at(start, location.offset * itemsize)
+        return pointers
 
     @contextmanager
     def columns(self) -> Iterator[None]:
-        """For each block of columns: how far it is behind the first, the one number that all addresses share."""
-        f, block = self.f, self.module.block
-        self._first = f.mul("%block0", block, "first.column")
-        width = f.mul("%blocks", block, "width")
-        if self.stage.affines:
-            # The tile keeps the sums of its products by [row][product][block][lane].
-            row = f.at("%acc", f.mul(f.mul(self._r, len(self.stage.affines)), width))
-            self._accumulators = [f.at(row, f.mul(width, p), "acc") for p in range(len(self.stage.affines))]
-        with f.loop("column", 0, width, block, some=bool(self.stage.affines)) as self._column:
-            self._known, self._masks = {}, {}
+        """Loop over column groups, by their distance in bytes from the first: the one number all addresses share."""
+        f, vector_bytes = self.f, self.module.vector_bytes
+        self._first = f.mul(FIRST_GROUP, vector_bytes, "first_column")
+        width = f.mul(GROUPS, vector_bytes, "width")
+        products = len(self.stage.affines)
+        if products:
+            # A tile's accumulators are [row][product][group][lane].
+            row = f.at(ACC, f.mul(f.mul(self._row_of_tile, products), width))
+            self._accumulators = [f.at(row, f.mul(width, product), "acc") for product in range(products)]
+        with f.for_range("column", 0, width, vector_bytes, nonempty=bool(products)) as self._column:
+            self._values: dict[int, Value] = {}
+            self._masks: dict[int, Value] = {}
             yield
 
-    def _place(self, row: str) -> str:
-        """Where the columns of this block are in a row."""
+    def _in_group(self, row: Value) -> Value:
+        """Return the address of the current column group in a row."""
         return self.f.at(self.f.at(row, self._first), self._column)
 
     # Values.
 
-    def value(self, index: int) -> str:
-        """The vector of a value at this row and block, loaded or computed once."""
-        if index not in self._known:
-            self._known[index] = self._made(index)
-        return self._known[index]
+    def value(self, index: int) -> Value:
+        """Return the vector of a value at the current row and column group, loaded or computed once."""
+        return resolve(index, self._values, self._registers, self._emit)
 
-    def _made(self, index: int) -> str:
+    def _registers(self, index: int) -> tuple[int, ...]:
+        """What has to be in registers before a value is computed; nothing for one that is loaded."""
+        node = self.plan.graph[index]
+        if index in self.local:
+            return () if node.op == "affine" else node.args
+        return () if index in self.stage.operands else node.args
+
+    def _emit(self, index: int) -> Value:
         node, f = self.plan.graph[index], self.f
         if node.op == "const":
-            return f"splat ({self.module.scalar} {literal(node.attrs['value'], self.module.dtype)})"
+            return f.constant(node.attrs["value"])
         if index in self.local and node.op == "affine":
-            return f.load(self.accumulator(self.stage.affines.index(index)), node.name, self.module.block)
+            return f.load(self.accumulator(self.stage.affines.index(index)), node.name, self.module.vector_bytes)
         if index not in self.local:
-            place = self.stage.operands.get(index)
-            if place is not None:
-                value = self._loaded(place, node.size, node.name)
-                if node.type.kind == "mask":
-                    value = f.let(f"{node.name}.mask", f"fcmp une {self.module.vector} {value}, zeroinitializer")
-                return value
-        return VALUES[node.op](f, [self.value(arg) for arg in node.args], node.name)
+            location = self.stage.operands.get(index)
+            if location is not None:
+                value = self._load(location, node.size, node.name)
+                # Masks are 1.0 and 0.0 in memory.
+                return f.fcmp("une", value, f.zero, f"{node.name}.mask") if node.type.kind == "mask" else value
+        return POINTWISE_OPS[node.op](f, *(self._values[arg] for arg in node.args), name=node.name)
 
-    def accumulator(self, position: int) -> str:
-        """Where the tile keeps the sums of one of the stage's products."""
+    def accumulator(self, position: int) -> Value:
+        """Return the address of a tile's accumulator of one of the stage's products."""
         return self.f.at(self._accumulators[position], self._column, "acc.at")
 
-    def _loaded(self, place: Location, size: int, name: str) -> str:
-        f, pointer = self.f, self._read_rows[place]
+    def _load(self, location: Location, size: int, name: str) -> Value:
+        f, pointer = self.f, self._read_rows[location]
         if size == 1:
             return f.load_splat(pointer, name)
-        pointer = self._place(pointer)
-        if place.buffer.scope == "user" and size % LANES:
+        pointer = self._in_group(pointer)
+        # Behind the last feature of the caller's row is memory of others; our own rows are padded.
+        if location.buffer.scope == "user" and size % LANES:
             return f.load_masked(pointer, self._mask(size), name)
-        return f.load(pointer, name, self._alignment(place))
+        return f.load(pointer, name, self._alignment(location))
 
-    def _alignment(self, place: Location) -> int:
-        aligned = place.buffer.scope != "user" and place.offset % LANES == 0
-        return self.module.block if aligned else self.module.bytes
+    def _alignment(self, location: Location) -> int:
+        is_aligned = location.buffer.scope != "user" and location.offset % LANES == 0
+        return self.module.vector_bytes if is_aligned else self.module.itemsize
 
-    def _mask(self, size: int) -> str:
-        """The lanes of this block that a value of ``size`` features has."""
+    def _mask(self, size: int) -> Value:
+        """Return the mask of this group's lanes that a value of ``size`` features has."""
         if size not in self._masks:
-            bytes_ = self.f.add(self._first, self._column)
-            done = self.f.let("done", f"sdiv exact i64 {bytes_}, {self.module.bytes}")
-            left = self.f.sub(size, done, "left")
-            self._masks[size] = self.f.first_lanes(left)
+            offset = self.f.add(self._first, self._column)
+            features_before = self.f.exact_div(offset, self.module.itemsize, "features_before")
+            self._masks[size] = self.f.first_lanes(self.f.sub(size, features_before, "features_left"))
         return self._masks[size]
 
-    def store(self, index: int, place: Location) -> None:
-        """Write a value to a place; a whole buffer of our own takes its padding too."""
+    def store(self, index: int, location: Location) -> None:
+        """Store a value; in a whole buffer of the kernel's own its padding too."""
         node, f, value = self.plan.graph[index], self.f, self.value(index)
         if node.type.kind == "mask":
-            one = f"splat ({self.module.scalar} 1.0)"
-            vector = self.module.vector
-            value = f.let("number", f"select <{LANES} x i1> {value}, {vector} {one}, {vector} zeroinitializer")
-        pointer = self._write_rows[place]
+            value = f.select(value, f.constant(1.0), f.zero, "number")
+        pointer = self._write_rows[location]
         if node.size == 1:
-            scalar = f.let("first", f"extractelement {self.module.vector} {value}, i64 0")
-            f.do(f"store {self.module.scalar} {scalar}, ptr {pointer}, align {self.module.bytes}")
+            f.store_scalar(f.first_lane(value, "first"), pointer)
             return
-        pointer = self._place(pointer)
-        part = place.buffer.scope == "user" or place.buffer.size != node.size
-        if part and node.size % LANES:
+        pointer = self._in_group(pointer)
+        is_part = location.buffer.scope == "user" or location.buffer.size != node.size
+        if is_part and node.size % LANES:
             f.store_masked(value, pointer, self._mask(node.size))
         else:
-            f.store(value, pointer, self._alignment(place))
+            f.store(value, pointer, self._alignment(location))
 
     def reduce(self, position: int, index: int) -> None:
-        """Add this block to the sixteen partial results of a reduction; lanes beyond the last feature take no part."""
-        f, module, graph = self.f, self.module, self.plan.graph
+        """Add this group to the sixteen partial results of a reduction; lanes beyond the last feature take no part.
+
+        Sixteen of them on every target, joined in one fixed order by `join_lanes`, so that the bits are the same
+        however wide the CPU's vectors are.
+        """
+        f, graph, vector_bytes = self.f, self.plan.graph, self.module.vector_bytes
         node = graph[index]
         count, size = len(self.stage.reductions), graph[node.args[0]].size
-        pointer = f.at(self._partials, f.mul(f.add(f.mul(self._row, count), position), module.block))
-        first = f.let("is.first", f"icmp eq i64 {f.add(self._first, self._column)}, 0")
-        old = f.load(pointer, "partial", module.block)
-        start = f"splat ({module.scalar} {literal(_IDENTITY[node.op], module.dtype)})"
-        old = f.let("so.far", f"select i1 {first}, {module.vector} {start}, {module.vector} {old}")
-        new = combine(f, node.op, old, self.value(node.args[0]), node.name)
+        assert self._partials is not None, f"{self.stage.name} has no buffer for its reductions"
+        pointer = f.at(self._partials, f.mul(f.add(f.mul(self._row, count), position), vector_bytes))
+        is_first = f.eq(f.add(self._first, self._column), 0, "is_first")
+        partial = f.load(pointer, "partial", vector_bytes)
+        partial = f.select(is_first, f.constant(_IDENTITY[node.op]), partial, "partial")
+        total = _combine(f, node.op, partial, self.value(node.args[0]), node.name)
         if size % LANES:
-            mask = f"<{LANES} x i1> {self._mask(size)}"
-            new = f.let("taken", f"select {mask}, {module.vector} {new}, {module.vector} {old}")
-        f.store(new, pointer, module.block)
+            total = f.select(self._mask(size), total, partial, "partial")
+        f.store(total, pointer, vector_bytes)
 
 
 _IDENTITY = {"sum": 0.0, "amax": float("-inf"), "amin": float("inf")}
 
 
-def combine(f: Function, op: str, a: str, b: str, name: str) -> str:
-    """One step of a reduction."""
+def _combine(f: Function, op: str, a: Value, b: Value, name: str) -> Value:
+    """Return one step of a reduction."""
     if op == "sum":
-        return f.let(name, f"fadd {f.module.vector} {a}, {b}")
+        return f.fadd(a, b, name)
     return f.math("maximum" if op == "amax" else "minimum", a, b, name=name)
 
 
-def join_lanes(f: Function, op: str, value: str) -> str:
-    """Sixteen partial results as one number: lanes l and l + 8, then l + 4, l + 2, l + 1."""
-    vector, width = f.module.vector, LANES
+def join_lanes(f: Function, op: str, value: Value) -> Value:
+    """Return sixteen partial results as one number: lanes l and l + 8, then l + 4, l + 2, l + 1."""
+    width = LANES
     while width > 1:
         width //= 2
-        lanes = ", ".join(f"i32 {lane + width if lane < width else lane}" for lane in range(LANES))
-        other = f.let("upper", f"shufflevector {vector} {value}, {vector} poison, <{LANES} x i32> <{lanes}>")
-        value = combine(f, op, value, other, "joined")
-    return f.let("total", f"extractelement {vector} {value}, i64 0")
+        upper = f.shuffle(value, None, [lane + width if lane < width else lane for lane in range(LANES)], "upper")
+        value = _combine(f, op, value, upper, "joined")
+    return f.first_lane(value, "total")
 
 
 def start_values(plan: Plan, stage: Stage) -> list[int | None]:
-    """What each of a stage's accumulations starts from."""
+    """List what each of a stage's accumulations starts from; None is zero."""
     return [affine_parts(plan.graph[index])[0] for index in stage.affines]

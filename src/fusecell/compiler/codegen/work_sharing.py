@@ -1,200 +1,216 @@
-"""A crew: the threads that run one call together, each its share of every stage.
+"""Work sharing: how the threads of a team run one call together, and where they wait for each other.
 
-``@work(args, me, crew, gate)`` is what each of them runs; ``@run`` is a crew of one. Where one needs what another has
-made they meet at a gate: a counter, which each raises when it comes, and waits for the others to raise.
+``@work(args, thread_id, threads, barrier)`` is what each of them runs; ``@run`` is a team of one::
 
-The rows of a call are parted where there are enough: then nobody waits for anybody within the loop over time. Else
-the columns of every stage are, and all meet after each. An element is computed by the same instructions in the same
-order whoever does it, so its bits depend on none of this.
+    @run(args):    @work(args, 0, 1, null)
+    @team(block):  thread_id = block.next_thread++         in every thread that the runtime starts
+                   thread 0: wait a little for the others, then close the team: ``threads`` is who has come
+                   others:   wait until it is closed; who comes later leaves
+                   @work(block.args, thread_id, threads, block.barrier)
+
+The rows of a call are partitioned where there are enough: then no thread waits for another within the loop over time.
+Else the columns of every stage are, with a barrier after each. An element is computed by the same instructions in the
+same order whichever thread does it, so its bits depend on none of this.
+
+The barrier is a counter that only grows: each thread adds one, and waits until it is ``threads`` times the number of
+barriers so far (a centralised barrier without reset; Mellor-Crummey and Scott, ACM TOCS 1991). Threads spin, as a wait
+takes microseconds; after some ten they give their core to others, who may be waiting for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
+from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, TeamBlock
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, ptr
 
-__all__ = ["ROWS_EACH", "WORK", "Crew", "emit_entries", "emit_meet"]
+__all__ = ["CALLER_ARGS", "MIN_ROWS_PER_THREAD", "WORK_PARAMS", "Team", "emit_barrier", "emit_entries"]
 
-WORK = ("ptr %given", "i64 %me", "i64 %crew", "ptr %gate")
-ROWS_EACH = 4
-"""Rows of a thread from which rows are parted: half a tile, but nobody waits for anybody."""
-_ROWS_EACH_LARGE = 32
-"""The same where the weights of the loop exceed a core's cache: columns part them, rows don't."""
-_LARGE = 1 << 20
-_SPINS = 512
-"""Turns at the gate, some ten microseconds, before the others, who may be waiting for this core, get it."""
+CALLER_ARGS, BARRIER = ptr("caller.args"), ptr("barrier")
+WORK_PARAMS = (CALLER_ARGS, THREAD_ID, THREADS, BARRIER)
+"""What ``@work`` takes: the caller's argument block, which thread of how many, the barrier's counter."""
+MIN_ROWS_PER_THREAD = 4
+"""Least rows per thread for partitioning by rows: half a tile, but no barrier in the loop. This and the next two decide
+which sums are split, and so bits of gradients (`weight_gradients.accumulator`): they are the same on every machine."""
+MIN_ROWS_LARGE_LOOP = 32
+"""The same where the weights of the loop exceed `LARGE_LOOP_BYTES`: by columns each core reads a part of them only."""
+LARGE_LOOP_BYTES = 1 << 20
+"""Bytes of the loop's weights that a core's L2 holds."""
 _CLOSED = 1 << 20
-_DECISION, _GATE, _YIELD, _COUNT, _THREADS, _ARGS, _PATIENCE, _WORKED, _GIVEN = 1, 8, 9, 10, 11, 12, 13, 14, 15
-"""The words of a crew's data behind the first, which hands out the threads' numbers. Patience is how many turns the
-first waits for the others; the last two are answers: how many worked, and how often one gave its core away."""
+"""The slot ARRIVED of a closed team: more than any number of threads."""
 
 
-class Crew:
-    """What the driver says in terms of a crew: who acts, who waits, whose share is what.
+class Team:
+    """How the threads of a team share a call, inside ``@work``: by rows where there are enough, else by columns.
 
     Arguments:
         rows: of the call.
-        counts: the address of how many rows take part in each step, if that differs.
+        counts: the address of how many rows take part in each step, if that differs; else null.
         loop_bytes: of the weights that every step reads.
 
     Attributes:
-        regular: whether all rows take part in every step.
-        rows_each: how many rows of a thread it takes for rows to be parted.
-        apart: whether each has a place of its own in the chunk's buffers.
+        is_team: whether there are several threads.
+        is_regular: whether all rows take part in every step.
+        by_rows: whether rows are partitioned: each thread runs all stages on its own.
+        by_columns: whether columns are: each thread runs its columns of every stage, with a barrier after each.
+        min_rows: rows per thread from which rows are partitioned.
+        is_padded: whether each thread has a part of its own in the chunk's buffers.
+        column_thread, column_threads: which of how many threads takes its share of the columns; by rows 0 of 1.
+        first_row, last_row: this thread's own rows; by columns all.
     """
 
-    def __init__(self, f: Function, rows: Value, counts: str, loop_bytes: int) -> None:
+    def __init__(self, f: Function, rows: Integer, counts: Value, loop_bytes: int) -> None:
         self.f, self.rows = f, rows
-        self._met = f.let("met", "alloca i64")
-        f.store_int(0, self._met)
-        self.several = f.let("is.crew", "icmp sgt i64 %crew, 1")
-        self.regular = f.let("is.regular", f"icmp eq ptr {counts}, null")
-        self.rows_each = ROWS_EACH if loop_bytes <= _LARGE else _ROWS_EACH_LARGE
-        enough = f.let("is.enough", f"icmp sge i64 {rows}, {f.mul('%crew', self.rows_each)}")
-        can = f.let("can.part", f"and i1 {self.regular}, {enough}")
-        self.rowwise = f.let("is.rowwise", f"and i1 {self.several}, {can}")
-        self.apart = self.rowwise
-        self.columns = f.let("is.columns", f"xor i1 {self.rowwise}, {self.several}")
-        whole = f.let("is.whole", f"xor i1 {self.rowwise}, true")
-        # The share of the columns that this thread takes, and its own rows.
-        self.me = f.let("column.me", f"select i1 {whole}, i64 %me, i64 0")
-        self.crew = f.let("column.crew", f"select i1 {whole}, i64 %crew, i64 1")
-        first, last = f.share(rows, "%me", "%crew")
-        self.first = f.let("own.first", f"select i1 {whole}, i64 0, i64 {first}")
-        self.last = f.let("own.last", f"select i1 {whole}, i64 {rows}, i64 {last}")
-        leads = f.let("is.first", "icmp eq i64 %me, 0")
-        self._acts = f.let("acts", f"or i1 {self.rowwise}, {leads}")
-        self._leads = leads
+        self._barriers = f.alloca("barrier_count.at")
+        f.store_int(0, self._barriers)
+        self.is_team = f.gt(THREADS, 1, "is_team")
+        self.is_regular = f.eq(counts, NULL, "is_regular")
+        self.min_rows = MIN_ROWS_PER_THREAD if loop_bytes <= LARGE_LOOP_BYTES else MIN_ROWS_LARGE_LOOP
+        is_enough = f.ge(rows, f.mul(THREADS, self.min_rows), "is_enough")
+        can_partition = f.and_(self.is_regular, is_enough, "can_partition")
+        self.by_rows = f.and_(self.is_team, can_partition, "by_rows")
+        self.is_padded = self.by_rows
+        self.by_columns = f.xor(self.by_rows, self.is_team, "by_columns")
+        is_whole = f.not_(self.by_rows, "is_whole")
+        self.column_thread = f.select(is_whole, THREAD_ID, 0, "column.thread_id")
+        self.column_threads = f.select(is_whole, THREADS, 1, "column.threads")
+        first, last = f.partition(rows, THREAD_ID, THREADS)
+        self.first_row = f.select(is_whole, 0, first, "own.first")
+        self.last_row = f.select(is_whole, rows, last, "own.last")
+        self._is_leader = f.eq(THREAD_ID, 0, "is_leader")
+        self._does_rows = f.or_(self.by_rows, self._is_leader, "does_rows")
 
     @contextmanager
     def leader(self) -> Iterator[None]:
-        """What one of them does."""
-        with self.f.when("leader", self._leads):
+        """Code that one thread runs."""
+        with self.f.if_(self._is_leader, "leader"):
             yield
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
-        """What each does for its own rows, or, where columns are parted, one for all rows."""
-        with self.f.when("acts", self._acts):
+    def per_row(self) -> Iterator[None]:
+        """Code for single rows: every thread runs it for its own; by columns the leader for all."""
+        with self.f.if_(self._does_rows, "per_row"):
             yield
 
-    def own(self, start: Value, stop: Value) -> tuple[Value, Value]:
-        """Of some rows those that are one's own."""
-        return self.f.maximum(start, self.first), self.f.minimum(stop, self.last)
+    def own_rows(self, start: Integer, stop: Integer) -> tuple[Value, Value]:
+        """Return this thread's own rows of a range."""
+        return self.f.maximum(start, self.first_row), self.f.minimum(stop, self.last_row)
 
-    def meet(self, condition: str | None = None) -> None:
-        """Wait for the others, if ``condition`` holds; where there are several, if it is left out."""
-        with self.f.when("meet", condition or self.several):
-            self.f.call("meet", "ptr %gate", "i64 %crew", f"ptr {self._met}")
+    def barrier(self, condition: Value | None = None) -> None:
+        """Wait for all threads of the team, if there are several and, where one is passed, ``condition`` holds."""
+        with self.f.if_(condition or self.is_team, "barrier"):
+            self.f.call("barrier", BARRIER, THREADS, self._barriers)
 
 
-def emit_meet(module: Module) -> None:
-    """Write ``@meet``: raise the counter, wait until all have."""
-    f = Function(module, "meet", "ptr %gate", "i64 %crew", "ptr %met")
-    target = f.add(f.load_int("%met", "before"), "%crew", "target")
-    f.store_int(target, "%met")
-    f.do("%came = atomicrmw add ptr %gate, i64 1 seq_cst")
-    _wait(f, "%gate", f"sge i64 %now, {target}", "%gate")
+def emit_barrier(module: Module) -> None:
+    """Write ``@barrier``: raise the counter, wait until all threads have."""
+    count_at = ptr("count.at")
+    f = Function(module, "barrier", BARRIER, THREADS, count_at)
+    target = f.add(f.load_int(count_at, "count"), THREADS, "target")
+    f.store_int(target, count_at)
+    f.fetch_add(BARRIER, 1, "arrived")
+    _spin_until(f, BARRIER, lambda now: f.ge(now, target, "is_open"), BARRIER)
     f.end()
 
 
-def _wait(f: Function, word: str, condition: str, gate: str) -> None:
-    """Look at a word until ``condition`` holds of what is there; after a while others get the core."""
-    f.raw(
-        [
-            "  br label %look",
-            "look:",
-            "  %spins = phi i64 [ 0, %entry ], [ %spins.next, %wait ], [ 0, %give ]",
-            f"  %now = load atomic i64, ptr {word} acquire, align 8",
-            f"  %open = icmp {condition}",
-            "  br i1 %open, label %through, label %stay",
-            "stay:",
-            *_pause(f.module),
-            "  %spins.next = add i64 %spins, 1",
-            f"  %long = icmp sge i64 %spins.next, {_SPINS}",
-            "  br i1 %long, label %give, label %wait",
-            "wait:",
-            "  br label %look",
-            "give:",
-            f"  %given.at = getelementptr i8, ptr {gate}, i64 {8 * (_GIVEN - _GATE)}",
-            "  %given = atomicrmw add ptr %given.at, i64 1 monotonic",
-            f"  %yield.at = getelementptr i8, ptr {gate}, i64 {8 * (_YIELD - _GATE)}",
-            "  %yield = load ptr, ptr %yield.at",
-            "  %done = call i32 %yield()",
-            "  br label %look",
-            "through:",
-        ]
-    )
+def _spin_until(f: Function, slot: Value, is_open: Callable[[Value], Value], barrier: Value) -> None:
+    """Write a loop that reads a slot until ``is_open`` holds of it; once its spin budget is spent, it yields the core.
+
+    Arguments:
+        barrier: the address of the team block's barrier, by which its other slots are found.
+    """
+    entry = f.current()
+    f.branch("look")
+    f.begin("look")
+    next_turn = f.forward("turn.next")
+    turn = f.phi([(0, entry), (next_turn, "wait"), (0, "yield")], "turn")
+    now = f.load_acquire(slot, "now")
+    f.branch_if(is_open(now), "through", "stay")
+    f.begin("stay")
+    _spin_hint(f)
+    f.define_sum(next_turn, turn, 1)
+    f.branch_if(f.ge(next_turn, f.module.target.tuning.spin_budget, "is_long"), "yield", "wait")
+    f.begin("wait")
+    f.branch("look")
+    f.begin("yield")
+    f.fetch_add(f.at(barrier, TeamBlock.YIELDS.offset - TeamBlock.BARRIER.offset), 1, "yields", "monotonic")
+    yield_at = f.at(barrier, TeamBlock.YIELD.offset - TeamBlock.BARRIER.offset)
+    f.call_for("i32", f.load_pointer(yield_at, "yield.function"), name="status")
+    f.branch("look")
+    f.begin("through")
 
 
-def _pause(module: Module) -> list[str]:
-    """Tell the core that it only waits."""
-    triple = module.target.triple
-    if triple.startswith("x86_64"):
-        module.declares.add("declare void @llvm.x86.sse2.pause()")
-        return ["  call void @llvm.x86.sse2.pause()"]
-    if triple.startswith("aarch64"):
-        module.declares.add("declare void @llvm.aarch64.hint(i32)")
-        return ["  call void @llvm.aarch64.hint(i32 1)"]
-    return []
+def _spin_hint(f: Function) -> None:
+    """Tell the core that it only waits, where it can be told: it leaves execution units to its other hyperthread."""
+    hint = f.module.target.isa.spin_hint
+    if hint is not None:
+        declaration, call = hint
+        f.declares.add(declaration)
+        f.do(call)
+
+
+_BLOCK = ptr("block")
 
 
 def emit_entries(module: Module) -> None:
-    """Write ``@run``, a crew of one, and ``@crew``, which each thread of a crew runs with the same data.
+    """Write ``@run``, a team of one, and ``@team``, which every thread of a team runs with the same `TeamBlock`."""
+    f = Function(module, "run", ARGS, exported=True)
+    f.call("work", ARGS, 0, 1, NULL)
+    f.end()
+    _emit_gather(module)
+    size_at = ptr("team_size.at")
+    f = Function(module, "join", size_at, BARRIER)
+    _spin_until(f, size_at, lambda now: f.gt(now, 0, "is_open"), BARRIER)
+    f.end()
+    f = Function(module, "team", _BLOCK, exported=True)
+    thread_id = f.fetch_add(_slot(f, TeamBlock.ARRIVED), 1, "thread_id")
+    barrier, size_at = _slot(f, TeamBlock.BARRIER), _slot(f, TeamBlock.TEAM_SIZE)
+    with f.if_(f.eq(thread_id, 0, "is_leader"), "leader"):
+        f.call("gather", _BLOCK)
+    with f.if_(f.lt(thread_id, _CLOSED, "is_in_time"), "in_time"):
+        f.call("join", size_at, barrier)
+        args = f.load_pointer(_slot(f, TeamBlock.ARGUMENTS), "args")
+        f.call("work", args, thread_id, f.load_int(size_at, "threads"), barrier)
+    f.end()
 
-    The first to come waits a little for the others, then closes the crew: who comes later finds it so and leaves.
+
+def _slot(f: Function, slot: TeamBlock) -> Value:
+    """Return the address of a slot of the team block."""
+    return f.at(_BLOCK, slot.offset, f"{slot.name.lower()}.at")
+
+
+def _emit_gather(module: Module) -> None:
+    """Write ``@gather``: wait until all threads are there, or for some time, and close the team.
+
+    Waiting is bounded: where other programs hold the cores, a call runs on the threads that have come.
     """
-    f = Function(module, "run", "ptr %args", exported=True)
-    f.call("work", "ptr %args", "i64 0", "i64 1", "ptr null")
-    f.end()
-    _gather_crew(module)
-    f = Function(module, "join", "ptr %decision", "ptr %gate")
-    _wait(f, "%decision", "sgt i64 %now, 0", "%gate")
-    f.end()
-    f = Function(module, "crew", "ptr %data", exported=True)
-    me = f.let("me", "atomicrmw add ptr %data, i64 1 seq_cst")
-    gate, decision = f.at("%data", 8 * _GATE, "gate"), f.at("%data", 8 * _DECISION, "decision")
-    with f.when("leader", f.let("is.leader", f"icmp eq i64 {me}, 0")):
-        f.call("gather", "ptr %data")
-    with f.when("in.time", f.let("is.in.time", f"icmp slt i64 {me}, {_CLOSED}")):
-        f.call("join", f"ptr {decision}", f"ptr {gate}")
-        args = f.let("args", f"load ptr, ptr {f.at('%data', 8 * _ARGS)}")
-        f.call("work", f"ptr {args}", f"i64 {me}", f"i64 {f.load_int(decision, 'crew')}", f"ptr {gate}")
-    f.end()
-
-
-def _gather_crew(module: Module) -> None:
-    """Write ``@gather``: wait until all threads are there, or for some time, and decide."""
-    f = Function(module, "gather", "ptr %data")
-    # A runtime may give fewer threads than it was asked for: then it knows how many.
-    wanted = f.let("wanted.at", "alloca i64")
-    f.store_int(f.load_int(f.at("%data", 8 * _THREADS), "threads"), wanted)
-    count = f.let("count", f"load ptr, ptr {f.at('%data', 8 * _COUNT)}")
-    with f.when("counted", f.let("is.counted", f"icmp ne ptr {count}, null")):
-        short = f.let("short", f"call i32 {count}()")
-        f.store_int(f.let("long", f"sext i32 {short} to i64"), wanted)
-    threads = f.load_int(wanted, "wanted")
-    patience = f.load_int(f.at("%data", 8 * _PATIENCE), "patience")
-    f.raw(
-        [
-            "  br label %look",
-            "look:",
-            "  %spins = phi i64 [ 0, %counted.end ], [ %spins.next, %stay ]",
-            "  %here = load atomic i64, ptr %data acquire, align 8",
-            f"  %all = icmp sge i64 %here, {threads}",
-            f"  %late = icmp sge i64 %spins, {patience}",
-            "  %enough = or i1 %all, %late",
-            "  br i1 %enough, label %close, label %stay",
-            "stay:",
-            *_pause(module),
-            "  %spins.next = add i64 %spins, 1",
-            "  br label %look",
-            "close:",
-        ]
-    )
-    crew = f.let("crew", f"atomicrmw xchg ptr %data, i64 {_CLOSED} seq_cst")
-    f.store_int(crew, f.at("%data", 8 * _WORKED))
-    f.do(f"store atomic i64 {crew}, ptr {f.at('%data', 8 * _DECISION)} release, align 8")
+    f = Function(module, "gather", _BLOCK)
+    expected_at = f.alloca("expected.at")
+    f.store_int(f.load_int(_slot(f, TeamBlock.THREADS), "threads"), expected_at)
+    # A runtime may start fewer threads than it was asked for: then it knows how many.
+    count = f.load_pointer(_slot(f, TeamBlock.RUNTIME_COUNT), "count")
+    with f.if_(f.ne(count, NULL, "has_count"), "counted"):
+        f.store_int(f.sext(f.call_for("i32", count, name="runtime_threads"), "threads"), expected_at)
+    expected = f.load_int(expected_at, "expected")
+    budget = f.load_int(_slot(f, TeamBlock.ARRIVAL_BUDGET), "budget")
+    arrived_at = _slot(f, TeamBlock.ARRIVED)
+    entry = f.current()
+    f.branch("look")
+    f.begin("look")
+    next_turn = f.forward("turn.next")
+    turn = f.phi([(0, entry), (next_turn, "stay")], "turn")
+    are_all_here = f.ge(f.load_acquire(arrived_at, "arrived"), expected, "are_all_here")
+    is_late = f.ge(turn, budget, "is_late")
+    f.branch_if(f.or_(are_all_here, is_late, "is_over"), "close", "stay")
+    f.begin("stay")
+    _spin_hint(f)
+    f.define_sum(next_turn, turn, 1)
+    f.branch("look")
+    f.begin("close")
+    # Threads that take their number from here on get one beyond _CLOSED, and leave.
+    size = f.exchange(arrived_at, _CLOSED, "team_size")
+    f.store_int(size, _slot(f, TeamBlock.WORKED))
+    f.store_release(size, _slot(f, TeamBlock.TEAM_SIZE))
     f.end()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import Training
@@ -74,6 +75,7 @@ class Forward:
         size = kernel.output_sizes["output"]
         block[step], block[row] = rows * size * kernel.itemsize, size * kernel.itemsize
         self._output, unread = place, [(place, steps * rows * size * kernel.itemsize)]
+        self._rows_first = call_form.rows_first
         if call_form.outputs:
             self._outputs, unread = call_form.output_shape(steps, rows, size), []
         self.ready = PreparedCall(kernel, block, steps, rows, call_form.reverse, unread)
@@ -90,7 +92,7 @@ class Forward:
             block[place] = made.data_ptr()
             after += (made,)
         if self._outputs is not None:
-            outputs = new_empty(like, *self._outputs)
+            outputs = new_empty(like, *self._outputs, rows_first=self._rows_first)
             block[self._output] = outputs.data_ptr()
         if self.saved_size:
             saved = new_empty(like, self.saved_size)
@@ -226,6 +228,6 @@ def saved_offsets(saved: Sequence[tuple[int, int]], row: int) -> tuple[list[tupl
 
 def give_saved(block: array[int], offsets: Sequence[tuple[int, int]], saved: Tensor) -> None:
     """Write the addresses of what the forward keeps for the backward."""
-    start = -(-saved.data_ptr() // 64) * 64
+    start = align_up(saved.data_ptr())
     for place, offset in offsets:
         block[place] = start + offset

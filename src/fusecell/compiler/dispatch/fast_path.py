@@ -8,7 +8,7 @@ gradients, and the transforms and modes that are active. Where it fails the call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
@@ -22,17 +22,19 @@ from fusecell.compiler.dispatch.bound_kernels import Backward, Forward, NotPrepa
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
 from fusecell.compiler.programs.rebind import bound
 from fusecell.compiler.programs.training import Training
 from fusecell.eager import run_eager
-from fusecell.execution.call_cache import register_call_cache
+from fusecell.execution.call_cache import CallCache
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import recomputing
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 
-__all__ = ["forget"]
+__all__ = ["CACHE", "forget"]
 
 _MOST_KEPT = 64
 """Calls of a module that are remembered at a time."""
@@ -61,8 +63,9 @@ class _Known:
 _KNOWN: dict[int, _Known] = {}
 
 
-def forget() -> None:
-    """Remember no call."""
+@register_cache
+def forget(kinds: Collection[type] | None = None) -> None:
+    """Remember no call, whatever the classes of cells are."""
     _KNOWN.clear()
 
 
@@ -279,6 +282,7 @@ class _Repeated(torch.autograd.Function):
     """A remembered call's forward kernel, and its backward kernel as the gradient."""
 
     @staticmethod
+    @natively
     def forward(ctx: Any, call: _Learning, owner: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.call, ctx.owner = call, owner
@@ -287,6 +291,7 @@ class _Repeated(torch.autograd.Function):
         return after if outputs is None else (outputs, *after)
 
     @staticmethod
+    @natively
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Learning = ctx.call
         found: State = ctx.saved_tensors
@@ -306,9 +311,10 @@ class _Repeated(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _Repeated).apply
 
 
-class _Memory:
+class _FastPath:
     find = staticmethod(find)
     keep = staticmethod(keep)
 
 
-register_call_cache(_Memory())
+CACHE: CallCache = _FastPath()
+"""What the runner registers; see :mod:`fusecell.execution.call_cache`."""

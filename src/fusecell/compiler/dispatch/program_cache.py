@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from fusecell.compiler.frontend.signature import Key, signature, split_numbers
+from fusecell.compiler.frontend.signature import Key, signature, split_numbers, without_attributes
 from fusecell.compiler.locks import new_lock
+from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import compile_trainable
 from fusecell.compiler.programs.inference import compile_step
 from fusecell.compiler.refusal import Refusal
@@ -26,6 +28,8 @@ Made = TypeVar("Made")
 
 _MOST_KEPT = 256
 _MOST_NUMBERS = 3
+_MOST_CHANGES = 3
+"""Traces of a cell that its step has changed: one that makes something at its first call alone is compiled after it."""
 _LOCK = new_lock()
 
 
@@ -41,6 +45,9 @@ class ProgramCache(Generic[Made]):
         self._made: OrderedDict[Key, Made | Refusal] = OrderedDict()
         # Of each cell, the values of each number it was compiled with, by all else that it depends on.
         self._numbers: WeakKeyDictionary[Cell, dict[Key, dict[str, set[Any]]]] = WeakKeyDictionary()
+        # Of each cell that its step changes, why it was refused.
+        self._changing: WeakKeyDictionary[Cell, list[_Changing]] = WeakKeyDictionary()
+        register_cache(self.forget)
 
     def find(self, cell: Cell, inputs: State) -> Made | Refusal:
         """What was made for a cell as it is now; made on first use, for the target of that moment."""
@@ -48,23 +55,48 @@ class ProgramCache(Generic[Made]):
         return self._made.get(key) or self._new(key, cell, inputs)
 
     def forget(self, kinds: Collection[type] | None = None) -> None:
-        """Drop what was made for cells of some classes, or of all."""
+        """Drop what was made for cells of some classes, or that hold one, or for all."""
         with _LOCK:
-            for key in [key for key in self._made if kinds is None or key[0][0] in kinds]:
+            for key in [key for key in self._made if kinds is None or _holds(key[0], kinds)]:
                 del self._made[key]
-            for cell in [cell for cell in self._numbers if kinds is None or type(cell) in kinds]:
-                del self._numbers[cell]
+            for table in (self._numbers, self._changing):
+                for cell in list(table):
+                    if kinds is None or any(type(module) in kinds for module in cell.modules()):
+                        del table[cell]
 
     def _new(self, key: Key, cell: Cell, inputs: State) -> Made | Refusal:
         with _LOCK:
+            changing = self._known_change(key, cell)
+            if changing is not None and changing.count >= _MOST_CHANGES:
+                return self._made.get(key) or changing.refusal
             found = self._made.get(key) or self._too_often(key, cell)
             if found is None:
                 features = [tuple(value.shape[2:]) for value in inputs]
                 with no_collection():
-                    found = self._made[key] = self._build(cell, features, inputs[0].dtype)
+                    found = self._build(cell, features, inputs[0].dtype)
+                if isinstance(found, Refusal):
+                    found = self._refused(key, cell, found, changing)
+                self._made[key] = found
                 if len(self._made) > _MOST_KEPT:
                     self._made.popitem(last=False)
             return found
+
+    def _known_change(self, key: Key, cell: Cell) -> _Changing | None:
+        """The refusal of a cell that its step changes, if it is as it was then in all that the step doesn't change."""
+        for changing in self._changing.get(cell, ()):
+            if (without_attributes(key[0], changing.refusal.changes), *key[1:]) == changing.rest:
+                return changing
+        return None
+
+    def _refused(self, key: Key, cell: Cell, found: Refusal, changing: _Changing | None) -> Refusal:
+        """Why a cell is refused: what its step changes says more than what comes of it at a later call."""
+        if changing is not None:
+            changing.count += 1
+            return changing.refusal
+        if found.changes:
+            rest = (without_attributes(key[0], found.changes), *key[1:])
+            self._changing.setdefault(cell, []).append(_Changing(rest, found))
+        return found
 
     def _too_often(self, key: Key, cell: Cell) -> Refusal | None:
         """Why a cell with a number that keeps changing isn't compiled once more, or None if it is."""
@@ -84,6 +116,24 @@ class ProgramCache(Generic[Made]):
                 f'dimensions, self.register_buffer("{name}", torch.tensor(value)): its value is read at every call.',
             )
         )
+
+
+@dataclass
+class _Changing:
+    """A refusal of a cell that its step changes, all that it depends on beside what changes, and how often it was."""
+
+    rest: Key
+    refusal: Refusal
+    count: int = 1
+
+
+def _holds(key: Key, kinds: Collection[type]) -> bool:
+    """Whether a module of some classes has a part in a signature."""
+    return any(_holds(entry, kinds) if type(entry) is tuple else entry in kinds for entry in key if _nameable(entry))
+
+
+def _nameable(entry: object) -> bool:
+    return isinstance(entry, type | tuple)
 
 
 PROGRAMS = ProgramCache(compile_step)

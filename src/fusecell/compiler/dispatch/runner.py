@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
+from fusecell.cell_tree import iter_cells
 from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.program_registry import forget_programs, register_cache
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
+from fusecell.execution.call_cache import register_call_cache
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
 
@@ -62,7 +64,8 @@ def refresh(module: nn.Module | None = None) -> None:
     """Forget what was compiled for the cells in a module and for others of their classes; for all, without a module.
 
     A compiled step follows every attribute of its cell. It doesn't follow global variables, nor what its functions
-    enclose: after a change of those, call this.
+    enclose: after a change of those, call this. What :func:`fusecell.record` and torch's operator compiled is forgotten
+    too; what torch.compile has traced is torch's, and is forgotten by ``torch.compiler.reset()``.
 
     Example:
         >>> import torch, fusecell as fc
@@ -81,23 +84,18 @@ def refresh(module: nn.Module | None = None) -> None:
     Arguments:
         module: a cell, a layer, or any module that holds some.
     """
-    kinds = None if module is None else {type(cell) for cell in _cells(module)}
-    for kept in (PROGRAMS, TRAINABLE_STEPS):
-        kept.forget(kinds)
-    fast_path.forget()
+    kinds = None if module is None else {type(cell) for cell in iter_cells(module)}
+    forget_programs(kinds)
+
+
+@register_cache
+def _forget_warnings(kinds: Collection[type] | None = None) -> None:
+    """Warn anew of cells that run as a Python loop."""
     for warned in list(_warned):
         if kinds is None or warned[0] in kinds:
             _warned.discard(warned)
 
 
-def _cells(module: nn.Module) -> Iterator[Cell]:
-    for part in module.modules():
-        if isinstance(part, Cell):
-            yield part
-        elif hasattr(part, "leaf_cells"):  # a drop-in layer, whose cells are in no module's tree
-            leaves: Any = part.leaf_cells
-            yield from (cell for *_, cell in leaves())
-
-
 register("compiled", run_compiled)
 register("auto", run_auto)
+register_call_cache(fast_path.CACHE)

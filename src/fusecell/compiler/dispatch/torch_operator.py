@@ -7,9 +7,12 @@ by torch sees of a layer is one call of it; the backward is another operator.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.weight_prologue import Prologue
-from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.contract import check_graph
+from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.inference import run_forward, without_notes
 from fusecell.compiler.programs.rebind import bound
 from fusecell.compiler.programs.training import Call, Training
@@ -26,7 +31,7 @@ from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.compiler.transforms.partition import partition
 from fusecell.eager import run_eager
-from fusecell.errors import CompilerError, EagerWarning
+from fusecell.errors import CompilerError, EagerWarning, quoted
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import register
@@ -44,7 +49,7 @@ class Described(NamedTuple):
     Arguments:
         text: the graph, with its gradient if that is wanted; empty where the step can't be compiled.
         paths: the tensors that it takes, by the paths of their attributes.
-        prologue: which of the prologues makes its weights of them; -1 where they are its weights.
+        prologue: the number of the prologue that makes its weights of them; -1 where they are its weights.
         constants: numbers, flags and names that the step may have read, by path; torch traces again if one changes.
     """
 
@@ -130,18 +135,45 @@ def _described(
         paths = prologue.direct_paths
         if paths is not None:
             return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, _constants(cell, leaf))
-        _PROLOGUES.append(prologue)
         paths = [path + suffix for path, _ in prologue.sources]
-        return Described(traced.graph.text, tuple(paths), len(_PROLOGUES) - 1, _constants(cell, leaf))
+        return Described(traced.graph.text, tuple(paths), _number_of(owner, prologue), _constants(cell, leaf))
 
 
-_PROLOGUES: list[Prologue] = []
+_HELD: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]] = WeakKeyDictionary()
+"""Of each module that torch traces, the numbers of its prologues, each once: what torch has traced is the module's."""
+_PROLOGUES: dict[int, Prologue] = {}
+_NUMBERS = itertools.count()
+
+
+def _number_of(owner: nn.Module, prologue: Prologue) -> int:
+    """The number by which what torch traced of a module finds a prologue again, for as long as the module lives."""
+    if owner not in _HELD:
+        # Not through the table: by then it has lost the module.
+        finalize(owner, _drop, _HELD.setdefault(owner, {}))
+    numbers = _HELD[owner]
+    key = (prologue.describe(), *[step.func for step in prologue.steps])
+    if key not in numbers:
+        numbers[key] = next(_NUMBERS)
+        _PROLOGUES[numbers[key]] = prologue
+    return numbers[key]
+
+
+def _drop(numbers: dict[tuple[object, ...], int]) -> None:
+    for number in numbers.values():
+        del _PROLOGUES[number]
 
 
 @torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]
 def _computed(index: int, *originals: Tensor) -> State:
     """The weights that a step computes, as torch traces them."""
     return _PROLOGUES[index].computed(originals)
+
+
+@register_cache
+def _forget_kernels(kinds: Collection[type] | None = None) -> None:
+    """Drop the kernels of all graphs: a graph doesn't say what cell it is of."""
+    for kept in (_inference, _training, _output_size, _shapes):
+        kept.cache_clear()
 
 
 def _compiled(traced: Traced, cell: Cell, wanted: Sequence[bool] | None, recompute: bool) -> tuple[str, ...]:
@@ -178,8 +210,10 @@ def _tensors(cell: Cell) -> Iterator[tuple[str, Tensor]]:
 
 
 def _solid(value: Tensor) -> Tensor:
-    """A tensor like one that may be fake, with memory; a step is traced for any values."""
+    """A tensor like one that may be fake, with memory; a step is traced for any values but those of kinks."""
     made = torch.zeros([int(size) for size in value.shape], dtype=value.dtype, device="cpu")
+    if made.is_floating_point():
+        made.copy_(torch.linspace(-0.7, 0.8, made.numel()).reshape(made.shape))
     return nn.Parameter(made, requires_grad=value.requires_grad) if made.is_floating_point() else made
 
 
@@ -229,53 +263,128 @@ _SCHEMA = (
 
 
 @functools.lru_cache(256)
+def _graph(text: str, gradients: bool) -> Graph:
+    """The graph of a text, which may come from anywhere.
+
+    Raises:
+        ValueError: if it is none, or not one of the operator's.
+    """
+    try:
+        graph = Graph.parse(text)
+        check_graph(graph, "joint" if gradients else "step")
+        _check_gradients(graph)
+    except CompilerError as error:
+        raise ValueError(f"fusecell::scan was given a graph that it can't run: {error}.") from error
+    return graph
+
+
+def _check_gradients(graph: Graph) -> None:
+    """Whether there is nothing of what the compiler alone gives a graph."""
+    names = [graph[index].name for index in graph.leaves("input")] + list(graph.outputs)
+    saved = [name for name in names if name.startswith(SAVED)]
+    if saved or not [name for name in names if not name.startswith("grad.")]:
+        raise CompilerError(f"it has {quoted(saved)}, values that are kept for a backward")
+
+
+@functools.lru_cache(256)
 def _inference(text: str) -> Kernel:
-    return compile_graph(without_notes(Graph.parse(text)), about="fusecell::scan, without gradient")
+    return compile_graph(without_notes(_graph(text, gradients=False)), about="fusecell::scan, without gradient")
 
 
 @functools.lru_cache(256)
 def _training(text: str, wanted: tuple[bool, ...], recompute: bool) -> Training:
-    graph = Graph.parse(text)
-    inputs = [graph[index].name for index in graph.leaves("input")]
-    inputs = [name for name in inputs if not name.startswith("grad.")]
+    graph = _graph(text, gradients=True)
+    inputs = _inputs(graph)
     weights = [graph[index].name for index in graph.leaves("weight")]
     labels = [f"grad.input.{name}" for name in inputs] + [f"grad.weight.{name}" for name in weights]
+    if len(wanted) != len(labels):
+        raise ValueError(f"fusecell::scan expected wanted to have {len(labels)} flags, got {len(wanted)}.")
     chosen = [label for label, flag in zip(labels, wanted, strict=True) if flag]
     return Training(inputs, weights, partition(graph, chosen, recompute=recompute), "fusecell::scan")
 
 
+def _inputs(graph: Graph) -> list[str]:
+    """The inputs that the operator is given; those of the backward come with the gradient."""
+    inputs = [graph[index].name for index in graph.leaves("input")]
+    return [name for name in inputs if not name.startswith("grad.")]
+
+
 @functools.lru_cache(256)
-def _output_size(text: str) -> int:
-    graph = Graph.parse(text)
+def _output_size(text: str, gradients: bool) -> int:
+    graph = _graph(text, gradients)
     return graph[graph.outputs["output"]].size
 
 
+class _Shapes(NamedTuple):
+    """What a graph reads, by name: features of inputs, sizes of states, shapes of weights; and the dtype."""
+
+    inputs: dict[str, tuple[int, ...]]
+    states: dict[str, tuple[int, ...]]
+    weights: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+
 @functools.lru_cache(256)
-def _shapes(text: str) -> tuple[list[int], list[int], list[tuple[int, ...]], torch.dtype]:
-    """What a graph reads: the features of each input, the sizes of states, the shapes of weights; and the dtype."""
-    graph = Graph.parse(text)
-    inputs = [graph[index].size for index in graph.leaves("input") if not graph[index].name.startswith("grad.")]
-    states = [graph[index].size for index in graph.leaves("state")]
-    weights = [tuple(graph[index].type.shape) for index in graph.leaves("weight")]
-    return inputs, states, weights, torch.float32 if graph.dtype == "f32" else torch.float64
+def _shapes(text: str, gradients: bool) -> _Shapes:
+    graph = _graph(text, gradients)
+    shapes = {op: {graph[i].name: graph[i].type.shape for i in graph.leaves(op)} for op in ("input", "state", "weight")}
+    inputs = {name: shapes["input"][name] for name in _inputs(graph)}
+    dtype = torch.float32 if graph.dtype == "f32" else torch.float64
+    return _Shapes(inputs, shapes["state"], shapes["weight"], dtype)
 
 
 def _check(given: _Given) -> None:
-    """Raise ValueError unless the tensors are what the graph reads: who calls the operator may have made both."""
-    inputs, states, weights, dtype = _shapes(given.graph)
+    """Hold the tensors to what the graph reads: who calls the operator may have made both.
+
+    Raises:
+        ValueError: saying which does not fit, what was given and what is expected.
+    """
+    shapes = _shapes(given.graph, given.wanted is not None)
+    for argument, values, names in (
+        ("inputs", given.inputs, shapes.inputs),
+        ("state", given.state, shapes.states),
+        ("start", given.start, shapes.states if given.resets is not None else {}),
+        ("weights", given.weights, shapes.weights),
+    ):
+        if len(values) != len(names):
+            wanted = ", ".join(map(quoted, list(names)[:8])) or "none"
+            raise _misfit(argument, f"to be {len(names)} tensors ({wanted})", str(len(values)))
+        for name, value in zip(names, values, strict=True):
+            _check_tensor(f"{argument} {quoted(name)}", value, shapes.dtype)
+    for name, value in zip(shapes.inputs, given.inputs, strict=True):
+        if value.dim() < 2 or 0 in value.shape:
+            raise _misfit(f"inputs {quoted(name)}", "to be (T, N, ...), none of them 0", str(tuple(value.shape)))
     steps, rows = steps_of(tuple(given.inputs)), given.inputs[0].shape[1]
-    found = [(value.shape[0] in (1, steps), value.shape[1], value[:1, :1].numel()) for value in given.inputs]
-    fits = found == [(True, rows, size) for size in inputs]
-    fits = fits and [tuple(value.shape) for value in given.weights] == weights
-    shapes = [(rows, size) for size in states]
-    fits = fits and [tuple(value.shape) for value in given.state] == shapes
-    fits = fits and [tuple(value.shape) for value in given.start] == (shapes if given.resets is not None else [])
-    fits = fits and all(value.is_cpu and value.dtype == dtype for value in given.tensors)
-    lengths, resets = given.lengths, given.resets
-    fits = fits and (lengths is None or (lengths.shape == (rows,) and lengths.dtype == torch.int64))
-    fits = fits and (resets is None or (resets.shape == (steps, rows) and resets.dtype == torch.bool))
-    if not fits:
-        raise ValueError("fusecell::scan was given tensors that are not what its graph reads.")
+    for (name, size), value in zip(shapes.inputs.items(), given.inputs, strict=True):
+        if value.shape[0] not in (1, steps) or value.shape[1] != rows or math.prod(value.shape[2:]) != size[0]:
+            expected = f"of shape (1 or {steps}, {rows}, ...) with {size[0]} features"
+            raise _misfit(f"inputs {quoted(name)}", expected, str(tuple(value.shape)))
+    for argument, names, values in (("state", shapes.states, given.state), ("start", shapes.states, given.start)):
+        for (name, size), value in zip(names.items(), values, strict=False):  # start is empty without resets
+            _check_shape(f"{argument} {quoted(name)}", value, (rows, *size))
+    for (name, shape), value in zip(shapes.weights.items(), given.weights, strict=True):
+        _check_shape(f"weights {quoted(name)}", value, shape)
+    if given.lengths is not None:
+        _check_tensor("lengths", given.lengths, torch.int64)
+        _check_shape("lengths", given.lengths, (rows,))
+    if given.resets is not None:
+        _check_tensor("resets", given.resets, torch.bool)
+        _check_shape("resets", given.resets, (steps, rows))
+
+
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if not value.is_cpu or value.layout is not torch.strided or value.dtype != dtype:
+        got = f"{value.dtype} on {value.device}, {value.layout}"
+        raise _misfit(name, f"to be a dense {dtype} on the CPU", got)
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise _misfit(name, f"of shape {shape}", str(tuple(value.shape)))
+
+
+def _misfit(name: str, expected: str, got: str) -> ValueError:
+    return ValueError(f"fusecell::scan expected {name} {expected}, as its graph reads it; got {got}.")
 
 
 @torch.library.custom_op("fusecell::scan", mutates_args=(), device_types="cpu", schema=f"({_SCHEMA}) -> Tensor[]")
@@ -295,7 +404,7 @@ def _scan(*args: Any) -> list[Tensor]:
 def _(*args: Any) -> list[Tensor]:
     given, like = _Given(*args), args[1][0]
     steps, rows = steps_of(tuple(given.inputs)), like.shape[1]
-    made = [like.new_empty(steps, rows, _output_size(given.graph))]
+    made = [like.new_empty(steps, rows, _output_size(given.graph, given.wanted is not None))]
     made += [value.new_empty(value.shape) for value in given.state]
     if given.wanted is not None:
         made.append(like.new_empty(given.training().saved_size(steps * rows)))
@@ -312,11 +421,19 @@ def _scan_backward(saved: Tensor, grads: list[Tensor], *args: Any) -> list[Tenso
     """The gradients of the states, of what resets go back to, and of the inputs and weights that want one."""
     given = _Given(*args)
     _check(given)
+    if given.wanted is None:
+        raise ValueError("fusecell::scan_backward expected wanted, a flag for each input and weight; got None.")
     steps, rows = steps_of(tuple(given.inputs)), given.inputs[0].shape[1]
-    made = [(steps, rows, _output_size(given.graph)), *[tuple(value.shape) for value in given.state]]
-    least = given.training().saved_size(steps * rows)
-    if [tuple(grad.shape) for grad in grads] != made or saved.shape != (least,) or saved.dtype != grads[0].dtype:
-        raise ValueError("fusecell::scan_backward was given what another fusecell::scan has made.")
+    shapes = [(steps, rows, _output_size(given.graph, gradients=True)), *[tuple(value.shape) for value in given.state]]
+    if len(grads) != len(shapes):
+        raise _misfit("grads", f"to be {len(shapes)} tensors, of the output and each state", str(len(grads)))
+    for place, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
+        _check_tensor(f"grads[{place}]", grad, given.inputs[0].dtype)
+        _check_shape(f"grads[{place}]", grad, shape)
+    _check_tensor("saved", saved, given.inputs[0].dtype)
+    _check_shape("saved", saved, (given.training().saved_size(steps * rows),))
+    if not saved.is_contiguous():
+        raise _misfit("saved", "as fusecell::scan has made it", f"one of stride {saved.stride()}")
     if saved.data_ptr() % 64:  # moved since: the forward began at a multiple
         saved = saved.clone()
     found = given.call().gradients(saved, given.tensors, grads)

@@ -192,14 +192,17 @@ class Writer:
     def _part(self, nodes: Sequence[int], starts: Index, first: int, length: int, step: int) -> list[int]:
         """A stretch of features as nodes, one for each node that it reaches into."""
         source = int(np.searchsorted(starts, max(first, 0), side="right")) - 1
-        node, place = nodes[source], first - int(starts[source]) if first >= 0 else -1
-        size = self.builder.size(node)
         if step == 0 or first < 0:
-            one = self.single(node, place)
+            one = self.single(nodes[source], first - int(starts[source]) if first >= 0 else -1)
             return [self.builder.add("broadcast", one, size=length) if length > 1 else one]
-        here = min(length, size - place)
-        cut = self._cut(node, place, here)
-        return cut if here == length else [*cut, *self._part(nodes, starts, first + here, length - here, 1)]
+        parts: list[int] = []
+        while length:
+            place = first - int(starts[source])
+            here = min(length, self.builder.size(nodes[source]) - place)
+            if here:
+                parts += self._cut(nodes[source], place, here)
+            first, length, source = first + here, length - here, source + 1
+        return parts
 
     def _mask(self, node: int) -> bool:
         return self.builder.nodes[node].type.kind == "mask"

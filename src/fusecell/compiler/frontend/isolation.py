@@ -69,11 +69,73 @@ def isolated() -> Iterator[None]:
     """Grad mode on, inference mode, autocast, functorch's transforms and all modes of the caller off."""
     with ExitStack() as stack:
         stack.enter_context(_without_modes())
+        # A user's __torch_function__ may run with torch functions disabled, and values would be read unseen.
+        stack.enter_context(torch._C._EnableTorchFunction())
         stack.enter_context(torch._C._DisableFuncTorch())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(_without_saved_tensor_hooks())
+        stack.enter_context(_without_nan_checks())
+        stack.enter_context(_without_jit())
+        stack.enter_context(_with_computing_default_dtype())
         yield
+
+
+@contextmanager
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """Saved tensors are the trace's own: torch.utils.checkpoint counts those of the call, hooks move or encrypt them.
+
+    The hooks stay where they are, as torch itself lets them while it traces: taken off they can't be put back where
+    the caller has forbidden new ones.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+@contextmanager
+def _without_nan_checks() -> Iterator[None]:
+    """Anomaly mode reads each gradient to look for NaN; the setting is the process's, so only that part goes off."""
+    enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    if not (enabled and checks):
+        yield
+        return
+    torch.set_anomaly_enabled(True, False)
+    try:
+        yield
+    finally:
+        torch.set_anomaly_enabled(enabled, checks)
+
+
+@contextmanager
+def _without_jit() -> Iterator[None]:
+    """torch.jit's trace, in which sizes are tensors, records nothing of this one."""
+    before = torch._C._get_tracing_state()
+    if before is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in its stubs
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(before)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _with_computing_default_dtype() -> Iterator[None]:
+    """Under a default dtype that nothing is compiled in, such as bfloat16, a step's own numbers are float32's."""
+    before = torch.get_default_dtype()
+    if before in (torch.float32, torch.float64):
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

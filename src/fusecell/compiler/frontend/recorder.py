@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.compiler.frontend.aten_arguments import Key, key_of, mapped, tensors_in, values_in
+from fusecell.compiler.frontend.custom_functions import is_custom_node, is_of_operator, plain_arguments, tensor_results
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.rules.backward import BACKWARD, SUMS
@@ -17,7 +18,7 @@ from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, P
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
-from fusecell.compiler.frontend.weight_prologue import Ref, Weights, weight_views
+from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["RULES", "Recorder"]
@@ -25,6 +26,7 @@ __all__ = ["RULES", "Recorder"]
 RULES = {**POINTWISE, **REDUCTIONS, **PRODUCTS, **BACKWARD}
 _NUMBERS = (torch.bool, torch.int64)
 
+_DRAWS = "It draws random numbers; draw them in Cell.draw, which is called once per sequence."
 _STALE = "It changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
 
 
@@ -54,7 +56,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self._by_storage: dict[int, set[Key]] = {}
         self._fixed: set[int] = {tensor.untyped_storage()._cdata for _, tensor in sources.values()}
         self._kept: list[Tensor] = []
-        self._edges: dict[int, list[tuple[Any, int]]] = {}
+        # Of each slot, the tensors that stand for it and have a gradient, by where they are in autograd's graph.
+        self._edges: dict[int, dict[tuple[Any, int], Tensor]] = {}
+        self._own_nodes: set[Any] = set()
+        """The nodes of Functions and operators that the prologue applies as the step did."""
+        self._inside: tuple[frozenset[int], set[int]] | None = None
+        """While a Function is applied that is one step of the prologue: its arguments' memory, and what it made."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -81,11 +88,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         found = self._values.get(key_of(tensor))
         if found is None:
             found = self._source(tensor)
-        if isinstance(found, Weight) and tensor.grad_fn is not None:
-            edge = (tensor.grad_fn, tensor.output_nr)
-            edges = self._edges.setdefault(found.slot, [])
-            if edge not in edges:
-                edges.append(edge)
+        if isinstance(found, Weight) and tensor.grad_fn is not None and not self.backward:
+            self._edges.setdefault(found.slot, {}).setdefault((tensor.grad_fn, tensor.output_nr), tensor)
         return found
 
     def _source(self, tensor: Tensor) -> Value:
@@ -103,14 +107,99 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def is_known(self, tensor: Tensor) -> bool:
         return key_of(tensor) in self._values
 
+    # custom Functions
+
+    def on_apply(self, function: type[Any], args: Sequence[Any], apply: Callable[..., Any]) -> Any:
+        """A Function that the step applies: to weights alone it is one step of the prologue.
+
+        One that sees rows is followed through its operations; its backward, which autograd runs, likewise.
+        """
+        tensors = list(tensors_in(args))
+        if self._inside is not None or not tensors or not all(isinstance(self.value(t), Weight) for t in tensors):
+            return apply(*args)
+        if is_of_operator(function):
+            with self.weights.as_outside():
+                result = apply(*args)
+            self._own_nodes.update(value.grad_fn for value in tensors_in([result]))
+            return result
+        plain_arguments(function, args)
+        refs = [mapped(arg, self._ref_of, "") for arg in args]
+        self._inside = frozenset(tensor.untyped_storage()._cdata for tensor in tensors), set()
+        try:
+            result = apply(*args)
+            results = tensor_results(function, result)
+            self._own_nodes.update(value.grad_fn for value in results if value is not None)
+            # A tensor is known by its memory: what a Function hands on untouched, and yet with a gradient of its own,
+            # gets memory of its own.
+            storages: set[int] = {tensor.untyped_storage()._cdata for tensor in tensors}
+            for index, value in enumerate(results):
+                if value is not None and value.untyped_storage()._cdata in storages:
+                    results[index] = value = value.clone()
+                if value is not None:
+                    storages.add(value.untyped_storage()._cdata)
+        finally:
+            self._inside = None
+        if any(value is not None and self.writer.rows in value.shape for value in results):
+            raise Untraceable(f"{function.__name__} makes rows of a weight{users_line()}.")
+        weights = self.weights.record_function(CustomCall(function), refs, results)
+        for tensor, weight in zip([value for value in results if value is not None], weights, strict=True):
+            self.know(tensor, weight)
+        return tuple(results) if isinstance(result, tuple | list) else results[0]
+
+    def _call_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call inside a Function that is one step of the prologue: made, not recorded."""
+        assert self._inside is not None
+        given, made = self._inside
+        if torch.Tag.nondeterministic_seeded in func.tags and not _certain(func, args, kwargs):
+            raise Untraceable(_DRAWS)
+        tensors = list(tensors_in([*args, *kwargs.values()]))
+        storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+        if not storages <= given | made and not func._schema.name.endswith("::lift_fresh"):
+            raise Untraceable("It applies a custom Function that reads a tensor beside its arguments; hand it over.")
+        if any(target.untyped_storage()._cdata in given for target in _written(func, args, kwargs)):
+            raise Untraceable("It applies a custom Function that changes a weight in place; return a new tensor.")
+        result = func(*args, **kwargs)
+        results = [result] if isinstance(result, Tensor) else result
+        if not isinstance(results, list | tuple):
+            raise Untraceable("It reads the value of a tensor.")
+        for tensor in tensors_in(results):
+            made.add(tensor.untyped_storage()._cdata)
+            self._kept.append(tensor)
+        return result
+
+    def followed(self, tensor: Tensor) -> bool:
+        """Whether the way a weight's value was made is one that the prologue goes too."""
+        return not is_custom_node(tensor.grad_fn) or tensor.grad_fn in self._own_nodes
+
+    def uses(self, slot: int) -> list[Tensor]:
+        """The tensors with a gradient that stand for a slot."""
+        return list(self._edges.get(slot, {}).values())
+
+    def hooked(self) -> str | None:
+        """The name of a computed weight that the step has put a hook on."""
+        for tensor in self._kept:
+            if tensor._backward_hooks:
+                value = self._values.get(key_of(tensor))
+                if isinstance(value, Weight):
+                    return self.weights.slots[value.slot].name
+        return None
+
     # recording
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if self.backward:
+            # The guard against reading values is in force there for the user's code, not for this.
+            with torch._C.DisableTorchFunction():
+                return self._dispatch(func, args, kwargs or {})
+        return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
         try:
+            if self._inside is not None:
+                return self._call_inside(func, args, kwargs)
             target = self._check(func, args, kwargs)
             stale = self._stale(target)
             # Read before the call: what is written in place has its old value here.
@@ -119,7 +208,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             result = func(*args, **kwargs)
             for key in stale:
                 self._values[key] = Unsupported(key[2], _STALE)
-            self._record(func, name, args, values, options, result, target)
+            # Tensors of our own, such as index tables, may be read: only the step may not.
+            with torch._C.DisableTorchFunction():
+                self._record(func, name, args, values, options, result, target)
         except Untraceable as refusal:
             raise Untraceable(self._located(refusal, name)) from None
         return result
@@ -137,23 +228,37 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Refuse an effect before it happens; returns the tensor that the call writes to, if any."""
         if torch.Tag.nondeterministic_seeded in func.tags and not _certain(func, args, kwargs):
-            raise Untraceable("It draws random numbers; draw them in Cell.draw, which is called once per sequence.")
+            raise Untraceable(_DRAWS)
         if not func._schema.is_mutable:
             return None
-        written = [
-            args[place] if place < len(args) else kwargs.get(argument.name)
-            for place, argument in enumerate(func._schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
+        written = _written(func, args, kwargs)
         for target in written:
             if not isinstance(target, Tensor):
                 raise Untraceable("It writes to several tensors at once.")
-            self.value(target)
+            if isinstance(self.value(target), Unsupported) and not self.is_known(target):
+                raise Untraceable(
+                    f"It changes in place a tensor of shape {tuple(target.shape)} that is neither made in the step nor "
+                    "a parameter, buffer or attribute of the cell; compute a new tensor, and return it as a state if "
+                    "it is to be there at the next step."
+                )
             if target.untyped_storage()._cdata in self._fixed:
-                raise Untraceable("It changes an input, a state or a weight of the cell in place.")
+                raise Untraceable(self._fixed_reason(target))
         if len(written) != 1:
             raise Untraceable("It writes to several tensors at once.")
-        return written[0]
+        only: Tensor = written[0]
+        return only
+
+    def _fixed_reason(self, target: Tensor) -> str:
+        """Why a write to an input, a state or a tensor of the cell is refused."""
+        storage = target.untyped_storage()._cdata
+        for path, tensor in self.sources.values():
+            if tensor.untyped_storage()._cdata == storage:
+                name = path.rpartition(".")[2]
+                return (
+                    f"It changes self.{path} in place, which a compiled loop would not. Keep it in the state: name it "
+                    f'in `states = ("h", "{name}")` and return its new value as part of the new state.'
+                )
+        return "It changes an input or a state in place; compute a new tensor instead."
 
     def _stale(self, target: Tensor | None) -> list[Key]:
         """Other tensors over the memory that a call is about to write to: their values are no longer known."""
@@ -297,7 +402,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return made
 
     def _ref(self, value: Weight, tensor: Tensor) -> Ref:
+        if not self.backward and not self.followed(tensor):
+            name = tensor.grad_fn._forward_cls.__name__  # type: ignore[union-attr]  # a Function's node
+            raise Untraceable(
+                f"It computes with a weight that {name}, a custom Function, has made together with rows: the gradient "
+                "would not go back through it."
+            )
         return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
+
+    def _ref_of(self, tensor: Tensor) -> Ref:
+        """The reference to a tensor that is known to stand for a weight."""
+        value = self.value(tensor)
+        assert isinstance(value, Weight)
+        return self._ref(value, tensor)
 
     def _ref_plain(self, value: Weight) -> Ref:
         return Ref(value.slot)
@@ -382,6 +499,15 @@ def _is_view(name: str) -> bool:
     return (name in MOVES and not name.endswith("backward") and name not in ("cat", "stack", "constant_pad_nd")) or (
         name in KEEPS
     )
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What a call writes to."""
+    return [
+        args[place] if place < len(args) else kwargs.get(argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _certain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, MutableSequence, Set
+from collections.abc import Collection, Hashable, Mapping, MutableSequence, Set
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Key", "signature", "split_numbers", "without_tensors"]
+__all__ = ["Key", "signature", "split_numbers", "without_attributes", "without_tensors"]
 
 Key = tuple[Any, ...]
 
@@ -63,6 +63,19 @@ def without_tensors(key: Key) -> Key:
         elif not any(part is Tensor for part in entry[:2]):
             found.append(without_tensors(entry))
     return tuple(found)
+
+
+def without_attributes(key: Key, paths: Collection[str]) -> Key:
+    """A signature without some attributes, by path."""
+    here = {path for path in paths if "." not in path}
+    kept: list[Any] = []
+    for entry in key:
+        name = entry[0] if type(entry) is tuple else None
+        if name in here:
+            continue
+        inner = [path.partition(".")[2] for path in paths if path.partition(".")[0] == name] if name else []
+        kept.append((*entry[:-1], without_attributes(entry[-1], inner)) if any(inner) else entry)
+    return tuple(kept)
 
 
 def split_numbers(key: Key) -> tuple[Key, dict[str, Any]]:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CodeType, FrameType
 from typing import Any
@@ -15,19 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell, capture_intermediates
+from fusecell.compiler.frontend.custom_functions import observed
+from fusecell.compiler.frontend.gradient_check import check_gradients
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.recorder import Recorder
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
-from fusecell.compiler.ir.graph import Builder, DType, Graph
+from fusecell.compiler.ir.graph import Builder, Graph
 from fusecell.compiler.ir.naming import name_values
+from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.locks import new_lock
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
+from fusecell.module_snapshot import Change, Snapshot, changing_line, sentence
 
 __all__ = ["Traced", "trace"]
 
-_DTYPES: dict[torch.dtype, DType] = {torch.float32: "f32", torch.float64: "f64"}
+_DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -79,18 +83,41 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     if reasons:
         return Refusal(reasons)
     runs: list[_Run] = []
-    try:
-        # Names of a step's variables are taken by a profile function, of which a thread has one.
-        with _LOCK, isolated(), _quiet_parameters(cell):
+    # Names of a step's variables are taken by a profile function, of which a thread has one.
+    with _LOCK, isolated(), _quiet_parameters(cell):
+        before = Snapshot(cell)
+        try:
             for rows in _batch_sizes(cell, inputs):
                 runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
                 runs[-1].run()
-        first, second = (run.text() for run in runs)
-    except (Untraceable, CompilerError) as refusal:
-        return Refusal((str(refusal),))
-    except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
-        return Refusal((f"The step raised {type(error).__name__}: {error}",))
+                changed = before.changes()
+                if changed:
+                    return _changing(runs[-1], before, changed)
+            first, second = (run.text() for run in runs)
+        except (Untraceable, CompilerError) as refusal:
+            return _refused(str(refusal), runs, before)
+        except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
+            return _refused(f"The step raised {type(error).__name__}: {error}", runs, before)
+        finally:
+            before.restore()
     return runs[0].traced() if first == second else Refusal((_difference(first, second),))
+
+
+def _refused(reason: str, runs: Sequence[_Run], before: Snapshot) -> Refusal:
+    """Why a step was not traced to its end, and what it had changed of its module by then."""
+    changed = before.changes()
+    if not changed:
+        return Refusal((reason,))
+    refusal = _changing(runs[-1], before, changed)
+    return Refusal((*refusal.reasons, reason), refusal.changes)
+
+
+def _changing(run: _Run, before: Snapshot, changed: list[Change]) -> Refusal:
+    """Why a step that changes its module is refused: run once more, line by line, to name the user's line."""
+    before.restore()
+    again = replace(run, named=False, names={}, outputs={})
+    line = changing_line(before, again.run)
+    return Refusal((sentence(changed, line),), tuple(dict.fromkeys(change.attribute for change in changed)))
 
 
 def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
@@ -201,10 +228,14 @@ class _Run:
             self._leaf("state", name, (size,))
             for name, size in zip(self.cell.states, self.cell.state_sizes, strict=True)
         ]
-        with self.recorder, ValueReadGuard(), capture_intermediates(self._note), self._watched():
+        recorder = self.recorder
+        with (
+            recorder, ValueReadGuard(), observed(recorder.on_apply), capture_intermediates(self._note), self._watched()
+        ):  # fmt: skip
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
         output, after = self._results(result)
         if self.gradients:
+            check_gradients(recorder)
             self._backward(x, state, output, after)
 
     def text(self) -> str:
@@ -307,11 +338,14 @@ class _Run:
             return
         wanted: list[Any] = [*x, *state, *sources.values()]
         recorder.backward = True
-        with recorder:
+        with recorder, ValueReadGuard():
             handles = list(recorder.watch())
             try:
                 number = _Seed.apply(seeds, *results)  # type: ignore[no-untyped-call]
-                found = torch.autograd.grad(number, wanted, allow_unused=True)
+                # torch.autograd.grad would put the guard aside for as long as it runs.
+                found = torch.autograd.graph._engine_run_backward(
+                    (number,), (torch.ones_like(number),), False, False, tuple(wanted), True, False
+                )
             finally:
                 for handle in handles:
                     handle.remove()
@@ -326,14 +360,19 @@ class _Run:
 
     def _weight_gradients(self) -> None:
         recorder = self.recorder
+        for slot, gradient in recorder.gradients.items():
+            if isinstance(gradient, Sum) and slot not in recorder.weights.leaves:
+                # A custom Function multiplies with what it makes of a weight, and has a gradient for the weight itself.
+                matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
+                recorder.weights.leaf(slot, "matrix" if matrix else "vector")
         for slot, (node, _) in recorder.weights.leaves.items():
-            gradient = recorder.gradients.get(slot)
-            if not isinstance(gradient, Sum):
+            total = recorder.gradients.get(slot)
+            if not isinstance(total, Sum):
                 continue
             leaf = self.builder.nodes[node]
-            if self.builder.nodes[gradient.node].type.shape != leaf.type.shape:
+            if self.builder.nodes[total.node].type.shape != leaf.type.shape:
                 raise Untraceable(f"The gradient of {leaf.name} has another shape than {leaf.name}.")
-            self.outputs[f"grad.weight.{leaf.name}"] = gradient.node
+            self.outputs[f"grad.weight.{leaf.name}"] = total.node
 
 
 @contextmanager

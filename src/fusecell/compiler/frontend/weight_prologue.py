@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
 
-__all__ = ["Prologue", "Ref", "Weights"]
+__all__ = ["CustomCall", "Prologue", "Ref", "Weights"]
 
 # Views of a stored weight that the graph says itself, with their gradients; any other is computed by torch.
 _MATRIX_VIEWS = ("t", "transpose", "permute", "slice", "split", "split_with_sizes")
@@ -30,16 +31,47 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One ATen call on weights: what it puts into which slots."""
+    """One call on weights, of an ATen operation or a custom Function: what it puts into which slots.
+
+    Arguments:
+        results: a slot for each result, -1 for one that is no tensor.
+        differentiable: whether the step made the call with gradients on.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: tuple[int, ...]
+    differentiable: bool = True
 
     def __str__(self) -> str:
         given = [_spelled(arg) for arg in self.args] + [f"{key}={_spelled(arg)}" for key, arg in self.kwargs.items()]
-        return f"{', '.join(f'%{slot}' for slot in self.results)} = {self.func}({', '.join(given)})"
+        mode = "" if self.differentiable else " without gradients"
+        return f"{', '.join(f'%{slot}' for slot in self.results)} = {self.func}({', '.join(given)}){mode}"
+
+    def __call__(self, slots: dict[int, Tensor]) -> None:
+        """Make the call again, with what the slots hold now."""
+        args = [_resolved(arg, slots) for arg in self.args]
+        kwargs = {key: _resolved(arg, slots) for key, arg in self.kwargs.items()}
+        if self.differentiable:
+            result = self.func(*args, **kwargs)
+        else:
+            with torch.no_grad():
+                result = self.func(*args, **kwargs)
+        slots.update(zip(self.results, (result,) if isinstance(result, Tensor) else result, strict=True))
+
+
+@dataclass(frozen=True)
+class CustomCall:
+    """A custom Function, to be applied as the step did: its own backward is its gradient."""
+
+    function: type[torch.autograd.Function]
+
+    def __str__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}.apply"
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -106,13 +138,15 @@ class Prologue:
 
     def computed(self, originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights, from what :meth:`originals` gives."""
+        slots = self.slot_values(originals)
+        return tuple(leaf.made(slots[leaf.slot]) for leaf in self.leaves)
+
+    def slot_values(self, originals: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What every slot holds after the steps."""
         slots = {slot: value for (_, slot), value in zip(self.sources, originals, strict=True)}
         for step in self.steps:
-            args = [_resolved(arg, slots) for arg in step.args]
-            result = step.func(*args, **{key: _resolved(arg, slots) for key, arg in step.kwargs.items()})
-            results = (result,) if isinstance(result, Tensor) else result
-            slots.update(zip(step.results, results, strict=True))
-        return tuple(leaf.made(slots[leaf.slot]) for leaf in self.leaves)
+            step(slots)
+        return slots
 
     def originals(self, cell: Cell) -> tuple[Tensor, ...]:
         """What the leaves are computed from; nothing where each leaf is an attribute as it stands."""
@@ -166,6 +200,19 @@ class Weights:
         self.slots: list[_Slot] = []
         self.steps: list[Step] = []
         self.leaves: dict[int, tuple[int, str]] = {}
+        self._gradients: bool | None = None
+
+    @contextmanager
+    def as_outside(self) -> Iterator[None]:
+        """Record what is called inside the block as called with gradients on or off as they are around it."""
+        self._gradients = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._gradients = None
+
+    def _with_gradients(self) -> bool:
+        return torch.is_grad_enabled() if self._gradients is None else self._gradients
 
     def source(self, path: str, tensor: Tensor) -> Weight:
         """A parameter, buffer or attribute as a value."""
@@ -188,22 +235,39 @@ class Weights:
         """A call on weights alone, as a step of the prologue; ``args`` hold Refs for tensors."""
         refs = _refs((args, kwargs))
         base = self.slots[refs[0].slot].name + "_" if refs else ""
-        flows = self._flows(refs)
+        gradients = self._with_gradients()
+        flows = gradients and self._flows(refs)
         first = len(self.slots)
         for result in results:
             self.slots.append(
                 _Slot(tuple(result.shape), result.dtype, base + name.strip("_"), None, None, _storage(result), flows)
             )
         made = tuple(range(first, len(self.slots)))
-        self.steps.append(Step(func, tuple(args), dict(kwargs), made))
+        self.steps.append(Step(func, tuple(args), dict(kwargs), made, gradients))
         return [_own(self.slots[slot].shape, slot) for slot in made]
+
+    def record_function(self, func: CustomCall, args: Sequence[Any], results: Sequence[Tensor | None]) -> list[Weight]:
+        """An application of a custom Function, as one step; ``args`` hold Refs for tensors, results None for None."""
+        base = self.slots[_refs(args)[0].slot].name + "_"
+        places: list[int] = []
+        for result in results:
+            if result is None:
+                places.append(-1)
+                continue
+            places.append(len(self.slots))
+            shape, name = tuple(result.shape), base + func.function.__name__
+            storage = _storage(result)
+            self.slots.append(_Slot(shape, result.dtype, name, None, None, storage, result.requires_grad))
+        self.steps.append(Step(func, tuple(args), {}, tuple(places), torch.is_grad_enabled()))
+        return [_own(self.slots[slot].shape, slot) for slot in places if slot >= 0]
 
     def changed(self, func: Callable[..., Any], args: Any, kwargs: Any, target: Weight) -> None:
         """A call that writes into what an earlier step made."""
         if target.slot in self.leaves:
             raise Untraceable("It changes in place a weight that the step has already used.")
-        self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,)))
-        if self._flows(_refs(args)):
+        gradients = self._with_gradients()
+        self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,), gradients))
+        if gradients and self._flows(_refs(args)):
             for slot in self.slots:
                 slot.differentiable |= slot.storage == self.slots[target.slot].storage
 
@@ -310,7 +374,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _writes(func: Any) -> bool:
-    return bool(func._schema.is_mutable)
+    return not isinstance(func, CustomCall) and bool(func._schema.is_mutable)
 
 
 def _refs(value: Any) -> list[Ref]:
@@ -324,7 +388,11 @@ def _refs(value: Any) -> list[Ref]:
 def _resolved(value: Any, slots: dict[int, Tensor]) -> Any:
     if isinstance(value, Ref):
         return slots[value.slot].detach() if value.detached else slots[value.slot]
-    return [_resolved(item, slots) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_resolved(item, slots) for item in value]
+    if isinstance(value, tuple) and _refs(value):
+        return tuple([_resolved(item, slots) for item in value])
+    return value
 
 
 def _spelled(value: Any) -> str:

@@ -1,7 +1,8 @@
 """A step as a graph of primitives, and its one canonical text.
 
 The text is what people read, the key of the cache, the payload of a saved stream and the argument of the torch
-operator: parsing checks every line, so that what can be parsed can be compiled and nothing in it is executed.
+operator: parsing checks every line, and nothing in it is executed. What a graph must be as a whole to be compiled says
+``ir.contract``.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fusecell.compiler.ir.primitives import ARGUMENTS, PRIMITIVES, Type
-from fusecell.errors import CompilerError
+from fusecell.compiler.ir.sizes import DType
+from fusecell.errors import CompilerError, quoted
+from fusecell.strict_json import parse_json
 
-__all__ = ["SAVED", "Builder", "DType", "Graph", "Node"]
+__all__ = ["NAME", "SAVED", "Builder", "Graph", "Node"]
 
-DType = Literal["f32", "f64"]
 SAVED = "saved."
 """How values kept for the backward are called: outputs of the forward, inputs of the backward."""
-_LINE = re.compile(
-    r"^(?P<name>[\w.]+) = (?P<op>\w+)\((?P<args>[\w., ]*)\)(?: (?P<attrs>\{.*\}))? : (?P<type>\w+\[.*\])$"
-)
+NAME = re.compile(r"[\w.]{1,256}")
+"""What a value may be called: letters, digits, underscores and points, so many at the most."""
+# No part of it can match in more than one way, so that a line is read in one go.
+_VALUE = re.compile(r"(?P<name>[\w.]+) = (?P<op>\w+)\((?P<args>[\w., ]*)\)(?: (?P<attrs>\{.*\}))?")
+_ATTRIBUTE_DEPTH = 4
+"""How deep attributes nest: those of an affine, a dict of lists of dicts of lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +95,7 @@ class Graph:
     def text(self) -> str:
         """The canonical text; equal graphs have equal texts."""
         lines = [f"graph {self.title} {self.dtype}"]
-        for node in self.nodes:
-            args = ", ".join(self.nodes[arg].name for arg in node.args)
-            attrs = " " + json.dumps(node.attrs, sort_keys=True) if node.attrs else ""
-            lines.append(f"{node.name} = {node.op}({args}){attrs} : {node.type}")
+        lines += [_line(self.nodes, index) for index in range(len(self.nodes))]
         lines += [f"return {label} = {self.nodes[index].name}" for label, index in self.outputs.items()]
         return "\n".join(lines) + "\n"
 
@@ -104,37 +106,66 @@ class Graph:
         Raises:
             CompilerError: naming the line, if it is not the text of a valid graph.
         """
-        lines = text.splitlines()
-        head = re.fullmatch(r"graph (\w+) (f32|f64)", lines[0] if lines else "")
+        lines = text.split("\n")
+        head = re.fullmatch(r"graph (\w{1,256}) (f32|f64)", lines[0])
         if head is None:
             raise CompilerError("not a graph: the first line must be 'graph <title> <f32 or f64>'")
-        builder = Builder(head[1], head[2])  # type: ignore[arg-type]  # the pattern admits no other
+        if lines.pop():
+            raise CompilerError("not a graph: it ends in the middle of a line")
+        builder = Builder(head[1], DType(head[2]))
         names: dict[str, int] = {}
         outputs: dict[str, int] = {}
         for number, line in enumerate(lines[1:], 2):
             try:
                 if line.startswith("return "):
-                    label, name = line.removeprefix("return ").split(" = ")
-                    outputs[label] = names[name]
+                    _parse_return(names, outputs, line)
+                elif outputs:
+                    raise CompilerError("values stand before what is returned")
                 else:
                     _parse_line(builder, names, line)
-            except (CompilerError, KeyError, ValueError, TypeError) as error:
-                raise CompilerError(f"line {number} of the graph, {line!r}: {error}") from error
+            except (CompilerError, ValueError) as error:
+                raise CompilerError(f"line {number} of the graph, {quoted(line, 120)}: {error}") from error
         return builder.build(outputs, keep_all=True)
 
 
+def _parse_return(names: Mapping[str, int], outputs: dict[str, int], line: str) -> None:
+    match = re.fullmatch(r"return ([\w.]+) = ([\w.]+)", line)
+    if match is None or not NAME.fullmatch(match[1].partition(".")[2] or match[1]):
+        raise CompilerError("expected return label = name")
+    if match[1] in outputs:
+        raise CompilerError("the label is taken")
+    outputs[match[1]] = _index(names, match[2])
+
+
+def _index(names: Mapping[str, int], name: str) -> int:
+    if name not in names:
+        raise CompilerError(f"there is no value {quoted(name)} before it")
+    return names[name]
+
+
 def _parse_line(builder: Builder, names: dict[str, int], line: str) -> None:
-    match = _LINE.match(line)
-    if match is None:
-        raise CompilerError("expected name = op(arguments) {attributes} : type")
-    args = [names[name] for name in match["args"].split(", ")] if match["args"] else []
-    attrs = json.loads(match["attrs"]) if match["attrs"] else {}
-    index = builder.append(match["op"], args, attrs, match["name"])
-    if str(builder.nodes[index].type) != match["type"]:
-        raise CompilerError(f"the type is {builder.nodes[index].type}")
-    if match["name"] in names or builder.nodes[index].name != match["name"]:
+    value, _, type_ = line.rpartition(" : ")
+    match = _VALUE.fullmatch(value)
+    if match is None or not NAME.fullmatch(match["name"]):
+        raise CompilerError("expected name = op(arguments) {attributes} : type, and names of up to 256 characters")
+    if match["name"] in names:
         raise CompilerError("the name is taken")
+    args = [_index(names, name) for name in match["args"].split(", ")] if match["args"] else []
+    attrs = parse_json(match["attrs"], _ATTRIBUTE_DEPTH) if match["attrs"] else {}
+    index = builder.append(match["op"], args, attrs, match["name"])
+    if str(builder.nodes[index].type) != type_:
+        raise CompilerError(f"the type is {builder.nodes[index].type}")
+    if _line(builder.nodes, index) != line:
+        raise CompilerError(f"expected it spelled as {quoted(_line(builder.nodes, index), 120)}")
     names[match["name"]] = index
+
+
+def _line(nodes: Sequence[Node], index: int) -> str:
+    """A node as it stands in a text."""
+    node = nodes[index]
+    args = ", ".join([nodes[arg].name for arg in node.args])
+    attrs = " " + json.dumps(node.attrs, sort_keys=True) if node.attrs else ""
+    return f"{node.name} = {node.op}({args}){attrs} : {node.type}"
 
 
 @dataclass
@@ -165,10 +196,8 @@ class Builder:
         """A new node, checked."""
         primitive = PRIMITIVES.get(op)
         if primitive is None:
-            raise CompilerError(f"no primitive is called {op!r}")
-        if primitive.arity is not None and primitive.arity != len(args):
-            raise CompilerError(f"{op} takes {primitive.arity} arguments, got {len(args)}")
-        kind = primitive.rule([self.nodes[arg].type for arg in args], attrs)
+            raise CompilerError(f"no primitive is called {quoted(op)}")
+        kind = primitive.result(op, [self.nodes[arg].type for arg in args], attrs)
         self.nodes.append(Node(self._unique(name or primitive.label or op), op, tuple(args), dict(attrs), kind))
         return len(self.nodes) - 1
 
@@ -186,9 +215,11 @@ class Builder:
 
     def _unique(self, name: str) -> str:
         name = re.sub(r"[^\w.]", "_", name)
-        count = self._names.get(name)
-        self._names[name] = 1 if count is None else count + 1
-        return name if count is None else self._unique(f"{name}.{count}")
+        while (count := self._names.get(name)) is not None:
+            self._names[name] = count + 1
+            name = f"{name}.{count}"
+        self._names[name] = 1
+        return name
 
 
 Rewrite = Callable[[Builder, int, tuple[int, ...]], int]

@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fusecell.errors import CompilerError
+from fusecell.errors import CompilerError, quoted
 
-__all__ = ["ARGUMENTS", "LANES", "PRIMITIVES", "Category", "Kind", "Primitive", "Type"]
+__all__ = ["ARGUMENTS", "LANES", "MOST_ELEMENTS", "PRIMITIVES", "Category", "Kind", "Primitive", "Type"]
 
 LANES = 16
 """Features computed together, on every target: reductions keep as many partial results."""
+MOST_ELEMENTS = 1 << 40
+"""Features of a value, and elements of a weight, at the most: addresses, in bytes, are then far from 64 bits."""
 Kind = Literal["row", "mask", "weight", "sum"]
 Category = Literal["argument", "constant", "pointwise", "reduction", "movement", "product", "row sum"]
 """What a primitive does.
@@ -87,6 +89,7 @@ class Primitive:
     fold: Callable[..., float] | None = None
     identities: tuple[tuple[int, float], ...] = ()
     label: str = ""
+    attributes: frozenset[str] = frozenset()
 
     @property
     def leaf(self) -> bool:
@@ -113,13 +116,79 @@ class Primitive:
         """Whether computing its value again costs less than reading it from memory."""
         return self.movement or (self.pointwise and not self.expensive)
 
+    def result(self, op: str, args: Sequence[Type], attrs: Attrs) -> Type:
+        """The type of what it gives.
+
+        Raises:
+            CompilerError: for anything but arguments and attributes that it is defined for.
+        """
+        if self.arity is not None and self.arity != len(args):
+            raise CompilerError(f"{op} takes {self.arity} arguments, got {len(args)}")
+        if attrs.keys() != self.attributes:
+            raise CompilerError(f"{op} has {_names(self.attributes)}, got {_names(attrs)}")
+        return self.rule(args, attrs)
+
 
 def row(size: int) -> Type:
     return Type("row", (size,))
 
 
-def _leaf(kind: Kind) -> Rule:
-    return lambda args, attrs: Type(kind, tuple(attrs["shape"]))
+# What the rules have in common. Each raises CompilerError for whatever a text may hold.
+
+
+def _names(names: Iterable[object]) -> str:
+    listed = sorted(map(quoted, names))
+    return f"the attributes {', '.join(listed[:8])}" if listed else "no attributes"
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    """A size or an offset; True is no number, and 1.0 no whole one."""
+    if type(value) is not int or not least <= value <= MOST_ELEMENTS:
+        raise CompilerError(f"{name} is a whole number from {least} to {MOST_ELEMENTS}, got {quoted(value)}")
+    return value
+
+
+def _wholes(name: str, value: object, least: int, counts: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or len(value) not in counts:
+        expected = " or ".join(map(str, counts))
+        raise CompilerError(f"{name} is a list of {expected} whole numbers, got {quoted(value)}")
+    return tuple([_whole(name, item, least) for item in value])
+
+
+def _shape(attrs: Attrs, ranks: Sequence[int]) -> tuple[int, ...]:
+    shape = _wholes("shape", attrs["shape"], 1, ranks)
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise CompilerError(f"the shape {list(shape)} has more than {MOST_ELEMENTS} elements")
+    return shape
+
+
+def _is(arg: Type, *kinds: Kind) -> None:
+    if arg.kind not in kinds:
+        raise CompilerError(f"{arg} stands where a {' or a '.join(kinds)} is needed")
+
+
+def _features(size: int) -> int:
+    if size > MOST_ELEMENTS:
+        raise CompilerError(f"{size} features are more than {MOST_ELEMENTS}")
+    return size
+
+
+# The rules.
+
+
+def _row_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
+    return Type("row", _shape(attrs, (1,)))
+
+
+def _weight_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
+    return Type("weight", _shape(attrs, (1, 2)))
+
+
+def _const(args: Sequence[Type], attrs: Attrs) -> Type:
+    # Infinity and NaN are numbers too: masks of attention are filled with them.
+    if type(attrs["value"]) is not float:
+        raise CompilerError(f"the value of a const is a number with a point, got {quoted(attrs['value'])}")
+    return row(1)
 
 
 def _common_size(args: Sequence[Type]) -> int:
@@ -132,8 +201,7 @@ def _common_size(args: Sequence[Type]) -> int:
 def _numbers(args: Sequence[Type], attrs: Attrs) -> Type:
     """Numbers in, numbers out; of weights alone, a weight."""
     for arg in args:
-        if arg.kind in ("mask", "sum"):
-            raise CompilerError(f"arithmetic on {arg}")
+        _is(arg, "row", "weight")
     size = _common_size(args)
     if args and all(arg.kind == "weight" for arg in args):
         return Type("weight", (size,))
@@ -145,46 +213,52 @@ def _comparison(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _logic(args: Sequence[Type], attrs: Attrs) -> Type:
-    if any(arg.kind != "mask" for arg in args):
-        raise CompilerError("logic on what is no truth value")
+    for arg in args:
+        _is(arg, "mask")
     return Type("mask", (_common_size(args),))
 
 
 def _where(args: Sequence[Type], attrs: Attrs) -> Type:
-    if args[0].kind != "mask":
-        raise CompilerError("where needs a mask first")
+    _is(args[0], "mask")
     _numbers(args[1:], attrs)
     return row(_common_size(args))
 
 
 def _reduce(args: Sequence[Type], attrs: Attrs) -> Type:
-    if args[0].kind != "row":
-        raise CompilerError(f"a reduction over the features of {args[0]}")
+    _is(args[0], "row")
     return row(1)
 
 
 def _slice(args: Sequence[Type], attrs: Attrs) -> Type:
-    start, stop = attrs["start"], attrs["stop"]
-    if not 0 <= start < stop <= args[0].size:
+    _is(args[0], "row", "mask", "weight")
+    start, stop = _whole("start", attrs["start"], 0), _whole("stop", attrs["stop"], 1)
+    if not start < stop <= args[0].size:
         raise CompilerError(f"slice {start}:{stop} of {args[0]}")
     return Type(args[0].kind, (stop - start,))
 
 
 def _concat(args: Sequence[Type], attrs: Attrs) -> Type:
     if len({arg.kind for arg in args}) != 1:
-        raise CompilerError("concat of different kinds")
-    return Type(args[0].kind, (sum(arg.size for arg in args),))
+        raise CompilerError("concat joins values of one kind, and at least one")
+    _is(args[0], "row", "mask", "weight")
+    return Type(args[0].kind, (_features(sum(arg.size for arg in args)),))
 
 
 def _broadcast(args: Sequence[Type], attrs: Attrs) -> Type:
-    if args[0].size not in (1, attrs["size"]):
-        raise CompilerError(f"{args[0]} doesn't broadcast to {attrs['size']}")
-    return Type("mask" if args[0].kind == "mask" else "row", (attrs["size"],))
+    _is(args[0], "row", "mask", "weight")
+    size = _whole("size", attrs["size"], 1)
+    if args[0].size not in (1, size):
+        raise CompilerError(f"{args[0]} doesn't broadcast to {size}")
+    return Type("mask" if args[0].kind == "mask" else "row", (size,))
 
 
 def region(weight: Type, attrs: Attrs) -> tuple[int, int]:
     """The (K, F) of the part of a weight that a product reads, as it multiplies."""
-    (k0, k1), (f0, f1) = attrs["rows"], attrs["cols"]
+    _is(weight, "weight")
+    k0, k1 = _wholes("rows", attrs["rows"], 0, (2,))
+    f0, f1 = _wholes("cols", attrs["cols"], 0, (2,))
+    if type(attrs["transposed"]) is not bool:
+        raise CompilerError(f"transposed is true or false, got {quoted(attrs['transposed'])}")
     shape = weight.shape[::-1] if attrs["transposed"] else weight.shape
     if len(shape) != 2 or not (0 <= k0 < k1 <= shape[0] and 0 <= f0 < f1 <= shape[1]):
         raise CompilerError(f"product with rows {k0}:{k1} and columns {f0}:{f1} of {weight}")
@@ -200,36 +274,60 @@ def _product(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def _affine(args: Sequence[Type], attrs: Attrs) -> Type:
     """init + sum of products: [init,] row, weight, row, weight ... with attrs["terms"] a product's attrs each."""
-    start = 1 if attrs["init"] else 0
-    sizes = {_product(args[start + 2 * i : start + 2 * i + 2], term).size for i, term in enumerate(attrs["terms"])}
-    if start and args[0].kind in ("row", "weight"):
+    if type(attrs["init"]) is not bool:
+        raise CompilerError(f"init is true or false, got {quoted(attrs['init'])}")
+    terms, start = attrs["terms"], 1 if attrs["init"] else 0
+    if not isinstance(terms, list | tuple) or not terms or len(args) != start + 2 * len(terms):
+        raise CompilerError(f"an affine of {len(args)} arguments with the terms {quoted(terms)}")
+    sizes = set()
+    for place, term in enumerate(terms):
+        if not isinstance(term, Mapping) or term.keys() != _REGION:
+            raise CompilerError(f"a term of an affine has {_names(_REGION)}, got {quoted(term)}")
+        sizes.add(_product(args[start + 2 * place : start + 2 * place + 2], term).size)
+    if start:
+        _is(args[0], "row", "weight")
         sizes.add(args[0].size)
-    if len(sizes) != 1 or len(args) != start + 2 * len(attrs["terms"]):
+    if len(sizes) != 1:
         raise CompilerError(f"an affine of sizes {sorted(sizes)}")
     return row(sizes.pop())
 
 
 def _outer(args: Sequence[Type], attrs: Attrs) -> Type:
+    for arg in args:
+        _is(arg, "row")
+    _features(args[0].size * args[1].size)
     return Type("sum", (args[0].size, args[1].size))
 
 
 def _rowsum(args: Sequence[Type], attrs: Attrs) -> Type:
+    _is(args[0], "row")
     return Type("sum", (args[0].size,))
 
 
 def _transpose(args: Sequence[Type], attrs: Attrs) -> Type:
-    return Type(args[0].kind, args[0].shape[::-1])
+    _is(args[0], "sum")
+    return Type("sum", args[0].shape[::-1])
 
 
 def _total(args: Sequence[Type], attrs: Attrs) -> Type:
     if {arg.kind for arg in args} != {"sum"} or len({arg.shape for arg in args}) != 1:
-        raise CompilerError(f"total of {', '.join(map(str, args))}")
+        raise CompilerError(f"total of {', '.join(map(str, args[:8])) or 'nothing'}: it adds sums of one shape")
     return args[0]
 
 
 def _place(args: Sequence[Type], attrs: Attrs) -> Type:
     """A sum at an offset inside zeros of attrs["shape"]: the gradient of a slice."""
-    return Type("sum", tuple(attrs["shape"]))
+    _is(args[0], "sum")
+    rank = len(args[0].shape)
+    shape, corner = _shape(attrs, (rank,)), _wholes("corner", attrs["corner"], 0, (rank,))
+    for size, offset, whole in zip(args[0].shape, corner, shape, strict=True):
+        if offset + size > whole:
+            raise CompilerError(f"{args[0]} at {list(corner)} doesn't lie inside a sum of shape {list(shape)}")
+    return Type("sum", shape)
+
+
+_SHAPE = frozenset({"shape"})
+_REGION = frozenset({"transposed", "rows", "cols"})
 
 
 def _unary(*, expensive: bool = False, fold: Callable[..., float] | None = None) -> Primitive:
@@ -240,10 +338,10 @@ _COMPARISON = Primitive(2, _comparison, "pointwise")
 _REDUCTION = Primitive(1, _reduce, "reduction")
 
 PRIMITIVES: Mapping[str, Primitive] = {
-    "input": Primitive(0, _leaf("row"), "argument"),
-    "state": Primitive(0, _leaf("row"), "argument"),
-    "weight": Primitive(0, _leaf("weight"), "argument"),
-    "const": Primitive(0, lambda args, attrs: row(1), "constant", label="c"),
+    "input": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
+    "state": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
+    "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE),
+    "const": Primitive(0, _const, "constant", label="c", attributes=frozenset({"value"})),
     # pointwise: x + 0, x - 0, x * 1 and x / 1 are x for every number but -0
     "neg": _unary(fold=operator.neg),
     "abs": _unary(),
@@ -278,19 +376,19 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "or": Primitive(2, _logic, "pointwise", commutes=True),
     "not": Primitive(1, _logic, "pointwise"),
     "where": Primitive(3, _where, "pointwise"),
-    "broadcast": Primitive(1, _broadcast, "pointwise"),
+    "broadcast": Primitive(1, _broadcast, "pointwise", attributes=frozenset({"size"})),
     "sum": _REDUCTION,
     "amax": _REDUCTION,
     "amin": _REDUCTION,
-    "slice": Primitive(1, _slice, "movement", label="part"),
+    "slice": Primitive(1, _slice, "movement", label="part", attributes=frozenset({"start", "stop"})),
     "concat": Primitive(None, _concat, "movement"),
-    "product": Primitive(2, _product, "product", label="p"),
-    "affine": Primitive(None, _affine, "product", label="a"),
+    "product": Primitive(2, _product, "product", label="p", attributes=_REGION),
+    "affine": Primitive(None, _affine, "product", label="a", attributes=frozenset({"init", "terms"})),
     "outer": Primitive(2, _outer, "row sum"),
     "rowsum": Primitive(1, _rowsum, "row sum"),
     "total": Primitive(None, _total, "row sum"),
     "transpose": Primitive(1, _transpose, "row sum"),
-    "place": Primitive(1, _place, "row sum"),
+    "place": Primitive(1, _place, "row sum", attributes=frozenset({"shape", "corner"})),
 }
 ARGUMENTS = frozenset(name for name, primitive in PRIMITIVES.items() if primitive.category == "argument")
 """The primitives whose values a call brings: they stay in a graph even if nothing needs them."""

@@ -16,9 +16,18 @@ _LARGE = 1 << 22
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def new_empty(like: Tensor, *shape: int) -> Tensor:
-    """A tensor of a shape, of the dtype of another on the CPU, its values left as they are found."""
-    size = math.prod(shape)
-    if size * like.element_size() < _LARGE:
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(size, _NUMPY[like.dtype])).view(shape)
+def new_empty(like: Tensor, *shape: int, rows_first: bool = False) -> Tensor:
+    """A tensor of a shape, of the dtype of another on the CPU, its values left as they are found.
+
+    It is no view: its owner may detach and change it in place.
+
+    Arguments:
+        rows_first: hand over what lies in memory as (T, N, size) as (N, T, size).
+    """
+    if math.prod(shape) * like.element_size() < _LARGE:
+        if not rows_first:
+            return like.new_empty(shape)
+        steps, rows, size = shape
+        return like.new_empty_strided((rows, steps, size), (size, rows * size, 1))
+    memory = np.empty(shape, _NUMPY[like.dtype])
+    return torch.from_numpy(memory.transpose(1, 0, 2) if rows_first else memory)

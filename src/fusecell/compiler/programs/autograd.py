@@ -11,7 +11,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
-from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.locks import new_lock
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import bound
@@ -21,6 +21,7 @@ from fusecell.compiler.transforms.partition import ForwardBackward, partition
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.execution.context import recomputing
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
@@ -75,7 +76,7 @@ class TrainableStep:
         """The numbers that a row and step takes of what is kept for the gradients of all weights and some inputs."""
         flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
         halves = self._halves(flags, recompute or recomputing())
-        return sum(-(-size // LANES) * LANES for _, size in halves.saved)
+        return sum(padded(size) for _, size in halves.saved)
 
     def _halves(self, flags: Sequence[bool], recompute: bool) -> ForwardBackward:
         wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
@@ -115,6 +116,7 @@ class _Scan(torch.autograd.Function):
     """The forward kernel, and the backward kernel as its gradient."""
 
     @staticmethod
+    @natively
     def forward(ctx: Any, learner: TrainableStep, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.learner, ctx.cell, ctx.call = learner, cell, call
@@ -123,6 +125,7 @@ class _Scan(torch.autograd.Function):
         return outputs, *after
 
     @staticmethod
+    @natively
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: State = ctx.saved_tensors
         saved, tensors = found[0], found[1:]

@@ -11,24 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusecell.compiler.codegen import ROWS_EACH
+from fusecell.compiler.backend import tuning
+from fusecell.compiler.codegen import MIN_ROWS_PER_THREAD
+from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.compiler.runtime import guard_pages as guard_pages
 from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.compiler.runtime.thread_team import crew_waits, run_crew
+from fusecell.compiler.runtime.thread_team import backs_off, run_team
 
 __all__ = ["RaggedRows", "PreparedCall", "run"]
-
-# Below this many multiply-adds a kernel keeps the GIL: letting it go may cost more than the kernel.
-SHORT_CALL = 1_000_000
-# What a call must take alone, in microseconds, to be worth a crew; and a step, for one that meets in each.
-CREW_CALL, CREW_STEP = 100, 3
-# In a microsecond a core does so many multiply-adds of float32, and reads so many bytes of weights from its cache.
-MACS, BYTES = 75_000, 130_000
-# Scratch memory of a thread is never less than the first, and beyond the second it isn't kept between calls. From the
-# third NumPy asks for huge pages, whose first touch costs a fraction.
-SMALL_SCRATCH, LARGE_SCRATCH, HUGE_SCRATCH = 1 << 16, 1 << 26, 1 << 22
-ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -83,8 +74,8 @@ def run(
 def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
     """Run a kernel over the block at an address."""
     if threads > 1:
-        run_crew(kernel.crew, address, threads, _microseconds(kernel, rows) * steps)
-    elif kernel.macs * steps * rows < SHORT_CALL:
+        run_team(kernel.team, address, threads, _microseconds(kernel, rows) * steps)
+    elif kernel.macs * steps * rows < tuning.TUNING.short_call_macs:
         kernel.short(address)
     else:
         kernel.long(address)
@@ -92,22 +83,25 @@ def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> 
 
 def wants_crew(kernel: Kernel, steps: int, rows: int) -> bool:
     """Whether a call is worth more than one thread, if there are any."""
-    return _microseconds(kernel, rows) * steps >= CREW_CALL
+    return _microseconds(kernel, rows) * steps >= tuning.TUNING.team_call_us
 
 
 def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
     """How many threads a call is worth, of those that torch would take."""
     threads = torch.get_num_threads() if wants_crew(kernel, steps, rows) else 1
-    if threads == 1 or (rows < ROWS_EACH * threads and _microseconds(kernel, rows) < CREW_STEP) or crew_waits():
+    if threads == 1 or backs_off():
+        return 1
+    if rows < MIN_ROWS_PER_THREAD * threads and _microseconds(kernel, rows) < tuning.TUNING.team_step_us:
         return 1
     return threads
 
 
 def _microseconds(kernel: Kernel, rows: int) -> float:
     """What a step takes on one thread, about: its weights are read, or its rows multiplied, whichever takes longer."""
-    item = kernel.itemsize
-    loop = max(kernel.loop_macs * item / BYTES, rows * kernel.loop_macs * item / (4 * MACS))
-    return loop + rows * (kernel.macs - kernel.loop_macs) * item / (4 * MACS)
+    item, rates = kernel.itemsize, tuning.TUNING
+    macs_per_us = 4 * rates.macs_per_us  # times the bytes of a number: of float64 half as many
+    loop = max(kernel.loop_macs * item / rates.bytes_per_us, rows * kernel.loop_macs * item / macs_per_us)
+    return loop + rows * (kernel.macs - kernel.loop_macs) * item / macs_per_us
 
 
 class PreparedCall:
@@ -130,12 +124,12 @@ class PreparedCall:
         self.kernel, self._call = kernel, (steps, rows, reverse)
         kernel.fill(block, steps, rows, reverse, 0)
         self._block, self._place = block, kernel.words.sizes[4]
-        self._alone = kernel.short if kernel.macs * steps * rows < SHORT_CALL else kernel.long
+        self._alone = kernel.short if kernel.macs * steps * rows < tuning.TUNING.short_call_macs else kernel.long
         self._wants_crew = wants_crew(kernel, steps, rows)
         self._unread, here = [], 0
         for place, size in unread:
             self._unread.append((place, here))
-            here += -(-size // ALIGNED) * ALIGNED
+            here += align_up(size)
         self._before, self._size = here, here + kernel.scratch_bytes(steps, rows)
         self._per_helper = kernel.emitted.scratch.per_helper
 
@@ -169,19 +163,20 @@ def _scratch(size: int) -> Tensor:
     """Memory for one call, so many bytes from a multiple of 64 on: a thread's own, kept for the next unless large."""
     kept = _memory.scratch
     if kept is None or _memory.size < size:
-        size = max(size, SMALL_SCRATCH)
-        if size < HUGE_SCRATCH:
-            kept = torch.empty(size + ALIGNED, dtype=torch.uint8, device="cpu")
+        sizes = tuning.TUNING
+        size = max(size, sizes.small_scratch_bytes)
+        if size < sizes.huge_scratch_bytes:
+            kept = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
         else:
-            kept = torch.from_numpy(np.empty(size + ALIGNED, np.uint8))
-        if size <= LARGE_SCRATCH:
+            kept = torch.from_numpy(np.empty(size + ALIGNMENT, np.uint8))
+        if size <= sizes.large_scratch_bytes:
             _memory.scratch, _memory.address, _memory.size = kept, _aligned(kept), size
     return kept
 
 
 def _aligned(memory: Tensor) -> int:
     """The first address in it that a kernel may be given."""
-    return -(-memory.data_ptr() // ALIGNED) * ALIGNED
+    return align_up(memory.data_ptr())
 
 
 class _Memory(threading.local):

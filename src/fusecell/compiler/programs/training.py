@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import align_up, padded
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
@@ -35,7 +36,7 @@ class Half:
         words = kernel.words
         self.input_indices = [inputs.index(name) for name in words.inputs]
         self.weight_indices = [weights.index(name) for name in words.weights]
-        self.saved = [(words.saved.get(name, -1), -(-size // LANES) * LANES) for name, size in halves.saved]
+        self.saved = [(words.saved.get(name, -1), padded(size)) for name, size in halves.saved]
 
     def give(self, block: array[int], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Give what the kernel reads of the inputs and weights; returns what must live until it returns."""
@@ -46,7 +47,7 @@ class Half:
 
     def run(self, call: Call, block: array[int], saved: Tensor, *, reverse: bool) -> None:
         """Run the kernel over a call's block, filled but for what forward and backward have in common."""
-        kernel, here = self.kernel, -(-saved.data_ptr() // 64) * 64
+        kernel, here = self.kernel, align_up(saved.data_ptr())
         if call.options.resets is not None:
             kernel.give_resets(block, call.options.resets)
         # Each value that is saved has a region of its own, a row for every row of every step.

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fusecell.compiler.codegen import Emitted
+from fusecell.compiler.ir.sizes import align_up
 from fusecell.errors import CompilerError
 
 __all__ = ["ENABLED", "Extent", "GuardedScratch", "checked_run"]
@@ -60,7 +61,7 @@ class _Guarded:
     def __init__(self, name: str, size: int, slack: int = 0) -> None:
         self.name, self.size = name, size
         page = mmap.PAGESIZE
-        inside = -(-(size + _ROOM) // page) * page
+        inside = align_up(size + _ROOM, page)
         self._map = mmap.mmap(-1, inside + 2 * page)
         whole: Bytes = np.frombuffer(self._map, np.uint8)
         first = whole.ctypes.data
@@ -91,7 +92,7 @@ class GuardedScratch:
         self._buffers = []
         block[position["scratch"]] = 0
         for name, size in emitted.buffers.items():
-            bytes_ = -(-size.bytes(rows, chunk) // 64) * 64
+            bytes_ = align_up(size.bytes(rows, chunk))
             self._buffers.append(_Guarded(f"its buffer {name}", bytes_, emitted.slack))
             block[position[f"at.{name}"]] = self._buffers[-1].start
 

@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Iterator
 
-from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.runtime.guard_pages import Extent
 from fusecell.compiler.runtime.kernel import Kernel
 
@@ -57,6 +57,6 @@ def _saved(kernel: Kernel, block: array[int], steps: int) -> Iterator[Extent]:
     if block[counts]:
         all_rows = sum((ctypes.c_int64 * steps).from_address(block[counts]))
     for buffer in kernel.plan.saved():
-        row = -(-buffer.size // LANES) * LANES * kernel.itemsize
+        row = padded(buffer.size) * kernel.itemsize
         ptr = kernel.words.saved[buffer.name]
         yield Extent(buffer.name, ptr, (), all_rows * row, not kernel.plan.backward, kernel.emitted.slack)

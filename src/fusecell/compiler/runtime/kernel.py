@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fusecell.compiler.backend import tuning
 from fusecell.compiler.backend.jit import Loaded, load
 from fusecell.compiler.backend.target import host_target, l2_bytes
 from fusecell.compiler.codegen import Emitted, emit
+from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.sizes import ALIGNMENT, align_up, ceil_div
 from fusecell.compiler.runtime.stages import debug_stages, print_stages
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.scheduler import plan
@@ -23,13 +26,6 @@ from fusecell.compiler.transforms.passes import optimise
 from fusecell.errors import CompilerError
 
 __all__ = ["Kernel", "Strided", "compile_graph"]
-
-# What the buffers of a chunk of steps may take, so that hoisted values are still in L2 when the loop reads them. An
-# only chunk may take as much as the weights, which needn't be packed whole then, up to the second. And the rows that a
-# chunk has at least where panels, or sums, larger than L2 are read for each; of sums their operands stay in L2.
-CHUNK_BYTES, ONLY_CHUNK_BYTES = 384 << 10, 1280 << 10
-LARGE, PANEL_ROWS = 4 << 20, 128
-SUM_ROWS, SUM_ROWS_SMALL_L2 = 128, 64
 
 Strided = Any
 """A tensor, or anything else with its ``shape``, ``stride()`` in elements, ``data_ptr()`` and ``is_neg()``."""
@@ -47,7 +43,7 @@ class _Words:
 
     def __init__(self, schedule: Plan, emitted: Emitted) -> None:
         graph = schedule.graph
-        self.positions = {name: position for position, name in enumerate(emitted.words)}
+        self.positions = {name: position for position, name in enumerate(emitted.slots)}
         sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
         leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
         self.sizes = self._all("", "steps", "rows", "reverse", "chunk_steps", "scratch")
@@ -104,8 +100,8 @@ class Kernel:
     itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
-    crew: int
-    """The address of what each thread of a crew runs."""
+    team: int
+    """The address of ``@team``, which each thread of a team runs."""
     loop_macs: int
     """Multiply-adds of a row's step that wait for the step before."""
     _zeros: array[int]
@@ -163,21 +159,20 @@ class Kernel:
         block[ptr], (block[step], block[row]) = resets.data_ptr(), resets.stride()
 
     def chunk(self, steps: int, rows: int) -> int:
-        """The steps of a chunk."""
-        size, rows = self.emitted.scratch, max(rows, 1)
-        step = max(size.per_chunk_row * rows, 1)
-        if step * steps <= min(size.fixed, ONLY_CHUNK_BYTES):
+        """Return the steps of a chunk: as many as fit L2, but enough rows to be worth reading the weights for."""
+        size, rows, sizes = self.emitted.scratch, max(rows, 1), tuning.TUNING
+        step_bytes = max(size.per_chunk_row * rows, 1)
+        if step_bytes * steps <= min(size.fixed, sizes.only_chunk_bytes):
             return max(1, steps)
-        fitting = CHUNK_BYTES // step
         least = 1
-        if size.fixed > LARGE:
-            at_once = SUM_ROWS if l2_bytes() >= 2 << 20 else SUM_ROWS_SMALL_L2
-            least = -(-(at_once if self.words.sums else PANEL_ROWS) // rows)
-        return max(1, min(steps, max(least, fitting)))
+        if size.fixed > sizes.large_panels_bytes:
+            sum_rows = sizes.sum_rows if l2_bytes() >= sizes.large_l2_bytes else sizes.sum_rows_small_l2
+            least = ceil_div(sum_rows if self.words.sums else sizes.panel_rows, rows)
+        return max(1, min(steps, max(least, sizes.chunk_bytes // step_bytes)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
         """What a call needs, and room to align it."""
-        return -(-self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads) // 64) * 64 + 64
+        return align_up(self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads)) + ALIGNMENT
 
     def fill(
         self, block: array[int], steps: int, rows: int, reverse: bool, scratch: int, chunk: int | None = None
@@ -185,27 +180,32 @@ class Kernel:
         """Write the sizes of a call and its scratch memory into a block; returns the steps of a chunk."""
         chunk, places = chunk or self.chunk(steps, rows), self.words.sizes
         block[places[0]], block[places[1]], block[places[2]] = steps, rows, reverse
-        block[places[3]], block[places[4]] = chunk, -(-scratch // 64) * 64
+        block[places[3]], block[places[4]] = chunk, align_up(scratch)
         return chunk
 
 
-def compile_graph(graph: Graph, *, backward: bool = False, about: str = "") -> Kernel:
-    """Optimise, schedule, emit and load a graph.
+def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code_bytes: int | None = None) -> Kernel:
+    """Check, optimise, schedule, emit and load a graph.
 
     Arguments:
         backward: whether it is a gradient's.
         about: what it is of, for the headlines of ``FUSECELL_DEBUG``.
+        code_bytes: the most that its LLVM text may have.
 
     Raises:
+        CompilerError: for a graph that breaks its contract (``ir.contract``), or whose text is longer.
         ValueError: if ``FUSECELL_DEBUG`` names a stage that there is none of.
     """
     shown = debug_stages()
     began = time.perf_counter()
+    check_graph(graph, "gradient" if backward else "step")
     target = host_target()
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
+    if code_bytes is not None and len(emitted.text) > code_bytes:
+        raise CompilerError(f"a step's code has {len(emitted.text):,} bytes, more than the {code_bytes:,} it may have")
     words = _Words(schedule, emitted)
-    loaded = load(emitted.text, ["run", "crew"], target)
+    loaded = load(emitted.text, ["run", "team"], target)
     address = loaded.address("run")
     kernel = Kernel(
         source=graph,
@@ -216,14 +216,14 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "") -> K
         macs=_macs(schedule),
         output_sizes={label: graph[graph.outputs[label]].size for label in words.outputs},
         words=words,
-        itemsize=4 if graph.dtype == "f32" else 8,
+        itemsize=graph.dtype.itemsize,
         short=ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         long=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-        crew=loaded.address("crew"),
+        team=loaded.address("team"),
         loop_macs=sum(
             _macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines
         ),
-        _zeros=array("q", bytes(8 * len(emitted.words))),
+        _zeros=array("q", bytes(8 * len(emitted.slots))),
     )
     print_stages(kernel, about, shown)
     return kernel

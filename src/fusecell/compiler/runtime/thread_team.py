@@ -1,7 +1,7 @@
 """The threads that run a call together: the OpenMP team that torch has already.
 
 torch's operators leave their threads spinning for the next one. Threads of our own would have to share cores with them;
-so where torch brings an OpenMP runtime with GNU's entry, as on Linux, a crew is of that team. Elsewhere it is of
+so where torch brings an OpenMP runtime with GNU's entry, as on Linux, a call's team is that one. Elsewhere it is of
 Python's threads, which kernels let go of the lock for.
 """
 
@@ -19,27 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["crew_waits", "run_crew"]
+from fusecell.compiler.backend import tuning
+from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
+
+__all__ = ["backs_off", "run_team"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
+_EMPTY = array("q", bytes(SLOT_BYTES * TeamBlock.slots()))
 _parent = os.getpid()
-# A crew's data, as ``emit.crew`` lays it out: so many words, from one on what it is given, from another what it found.
-_WORDS, _GIVEN, _FOUND = 16, 9, 14
-# How long the first of a crew waits for the others, in microseconds: what the call takes alone, within bounds. Waking
-# takes some fifty, after a pause several hundred. And the turns in a microsecond, of which CPUs make seven to thirty.
-_LEAST_PATIENCE, _MOST_PATIENCE, _TURNS = 50, 2000, 20
-# In so many microseconds a thread may give its core away once, having waited for some ten, or the call counts as late;
-# and the seconds without a crew that follow.
-_GIVES_WAY = 50
-_LEAST_ASIDE, _MOST_ASIDE = 0.005, 0.5
 
 
-def run_crew(address: int, args: int, threads: int, microseconds: float) -> None:
-    """Call machine code once in each thread of a crew, the caller's own among them; return when all are done.
+def run_team(address: int, args: int, threads: int, microseconds: float) -> None:
+    """Call machine code once in each thread of a team, the caller's own among them; return when all are done.
 
     Arguments:
-        address: of ``@crew``, a C function of the data laid out below, which needs no lock of Python's.
+        address: of ``@team``, a C function of a :class:`TeamBlock`, which needs no lock of Python's.
         args: the address of the call's argument block.
         threads: how many are asked for. A forked child has one: the others are its parent's.
         microseconds: what the call would take on one thread, about.
@@ -47,11 +42,15 @@ def run_crew(address: int, args: int, threads: int, microseconds: float) -> None
     if os.getpid() != _parent:
         threads = 1
     runtime = _openmp() if threads > 1 else None
-    data = array("q", bytes(8 * _WORDS))
-    patience = int(min(max(microseconds, _LEAST_PATIENCE), _MOST_PATIENCE) * _TURNS)
-    count = 0 if runtime is None else runtime.count
-    data[_GIVEN : _GIVEN + 5] = array("q", [_yield(), count, threads, args, patience])
-    here = data.buffer_info()[0]
+    limits = tuning.TUNING
+    arrival_us = min(max(microseconds, limits.least_arrival_us), limits.most_arrival_us)
+    block = _EMPTY[:]
+    block[TeamBlock.YIELD] = _yield()
+    block[TeamBlock.RUNTIME_COUNT] = 0 if runtime is None else runtime.count
+    block[TeamBlock.THREADS] = threads
+    block[TeamBlock.ARGUMENTS] = args
+    block[TeamBlock.ARRIVAL_BUDGET] = int(arrival_us * limits.spins_per_us)
+    here = block.buffer_info()[0]
     began = time.perf_counter()
     if runtime is not None:
         runtime.parallel(address, here, threads, 0)
@@ -62,31 +61,31 @@ def run_crew(address: int, args: int, threads: int, microseconds: float) -> None
         for helper in helpers:
             helper.result()
     now = time.perf_counter()
-    worked, gave_way = data[_FOUND], data[_FOUND + 1]
-    _aside.judge(now, late=worked < threads or gave_way * _GIVES_WAY > (now - began) * 1e6)
+    late = block[TeamBlock.WORKED] < threads or block[TeamBlock.YIELDS] * limits.yields_every_us > (now - began) * 1e6
+    _backoff.judge(now, late=late)
 
 
-def crew_waits() -> bool:
-    """Whether a call should do without a crew, because the last one had to wait for cores that others use."""
-    return _aside.until > time.perf_counter()
+def backs_off() -> bool:
+    """Whether a call should do without a team, because the last one had to wait for cores that others use."""
+    return _backoff.until > time.perf_counter()
 
 
 class _Backoff:
-    """Until when calls do without a crew: after two in a row that waited, for a while, twice as long each time."""
+    """Until when calls do without a team: after two in a row that waited, for a while, twice as long each time."""
 
     def __init__(self) -> None:
-        self.until, self._next, self._was_late = 0.0, _LEAST_ASIDE, False
+        self.until, self._next, self._was_late = 0.0, tuning.TUNING.least_backoff_s, False
 
     def judge(self, now: float, *, late: bool) -> None:
         """Take note of a call that ended now."""
         if late and self._was_late:
-            self.until, self._next = now + self._next, min(2 * self._next, _MOST_ASIDE)
+            self.until, self._next = now + self._next, min(2 * self._next, tuning.TUNING.most_backoff_s)
         elif not late:
-            self._next = _LEAST_ASIDE
+            self._next = tuning.TUNING.least_backoff_s
         self._was_late = late
 
 
-_aside = _Backoff()
+_backoff = _Backoff()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ without computing a product, a reduction or a transcendental function twice: a m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node
-from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
+from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.sizes import padded
 
 __all__ = ["ForwardBackward", "partition"]
 
@@ -95,7 +97,7 @@ class _MinCut:
             if not reached[index] or _free(node):
                 continue
             # Whole vectors count; among sets of as many, numbers do, and then whether they are at hand.
-            width = -(-node.size // LANES) * LANES + (node.size + 0.5 * unfinished[index]) / _MANY
+            width = padded(node.size) + (node.size + 0.5 * unfinished[index]) / _MANY
             # A truth value is worked out again from numbers.
             self._edge(2 * index, 2 * index + 1, float("inf") if node.type.kind == "mask" else width)
             if node.op == "state" or (first[index] and not PRIMITIVES[node.op].cheap):
@@ -112,39 +114,60 @@ class _MinCut:
         self.room.setdefault(stop, {}).setdefault(start, 0.0)
 
     def smallest(self) -> list[int]:
-        """The values to keep, in the order of the graph."""
-        while path := self._path():
-            least = min(self.room[a][b] for a, b in path)
-            for a, b in path:
-                self.room[a][b] -= least
-                self.room[b][a] += least
-        near = set(self._walk())
+        """The values to keep, in the order of the graph: of all smallest cuts the one nearest to the source."""
+        while self.sink in (distances := self._distances()):
+            self._block(distances)
+        near = distances
         return sorted(node // 2 for node in near if node >= 0 and node % 2 == 0 and node + 1 not in near)
 
-    def _path(self) -> list[tuple[int, int]]:
-        """A way from source to sink that still has room; the shortest, so that the search ends."""
-        came = dict(self._walk_edges())
-        path, here = [], self.sink
-        while here in came:
-            path.append((came[here], here))
-            here = came[here]
-        return path
-
-    def _walk(self) -> Iterator[int]:
-        yield self.source
-        for node, _ in self._walk_edges():
-            yield node
-
-    def _walk_edges(self) -> Iterator[tuple[int, int]]:
-        """Every node that flow can still reach, and where from, nearest first."""
-        seen, queue = {self.source}, deque([self.source])
+    def _distances(self) -> dict[int, int]:
+        """Every node that flow can still reach, and over how many edges at least."""
+        found, queue = {self.source: 0}, deque([self.source])
         while queue:
             here = queue.popleft()
             for there, room in self.room.get(here, {}).items():
-                if room > 0 and there not in seen:
-                    seen.add(there)
+                if room > 0 and there not in found:
+                    found[there] = found[here] + 1
                     queue.append(there)
-                    yield there, here
+        return found
+
+    def _block(self, distances: dict[int, int]) -> None:
+        """Send flow along shortest ways until each has a full edge: Dinic's blocking flow.
+
+        Each edge of a way leads one further from the source; one that leads nowhere is left out from then on.
+        """
+        onward = {
+            node: iter([there for there in self.room[node] if distances.get(there) == distance + 1])
+            for node, distance in distances.items()
+            if node in self.room
+        }
+        heads: dict[int, int | None] = {}
+        path = [self.source]
+        while path:
+            here = path[-1]
+            if here == self.sink:
+                path = path[: self._push(path) + 1]
+                continue
+            if here not in heads:
+                heads[here] = next(onward[here], None)
+            there = heads[here]
+            if there is None:
+                path.pop()
+                if path:
+                    heads[path[-1]] = next(onward[path[-1]], None)
+            elif self.room[here][there] > 0:
+                path.append(there)
+            else:
+                heads[here] = next(onward[here], None)
+
+    def _push(self, path: list[int]) -> int:
+        """Send what a way can take along it; returns the position of its first edge that is full now."""
+        edges = list(pairwise(path))
+        least = min(self.room[start][stop] for start, stop in edges)
+        for start, stop in edges:
+            self.room[start][stop] -= least
+            self.room[stop][start] += least
+        return next(place for place, (start, stop) in enumerate(edges) if self.room[start][stop] <= 0)
 
 
 def _unfinished(joint: Graph, first: list[bool]) -> list[bool]:

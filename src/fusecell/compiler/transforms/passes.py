@@ -9,6 +9,7 @@ from fusecell.compiler.ir.affine import Term, affine_parts
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node, rebuild
 from fusecell.compiler.ir.naming import restore_names
 from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.walk import resolve
 
 __all__ = ["PASSES", "optimise"]
 
@@ -73,30 +74,43 @@ def split_concat_products(graph: Graph) -> Graph:
 
 def save_in_parts(graph: Graph) -> Graph:
     """A wide value that is saved, but else used in parts only, is saved as its parts: it isn't computed whole too."""
-    users, only_sliced = graph.users(), _only_sliced(graph)
+    only_sliced, cuts_of = _only_sliced(graph), _Cuts(graph)
     builder = Builder(graph.title, graph.dtype)
     new: list[int] = []
     for _, node in graph:
         new.append(builder.add_like(node, [new[arg] for arg in node.args]))
     outputs = {label: new[index] for label, index in graph.outputs.items()}
     for label, index in graph.outputs.items():
-        cuts = sorted(_cuts(graph, users, index)) if label.startswith(SAVED) and only_sliced[index] else []
+        cuts = sorted(cuts_of(index)) if label.startswith(SAVED) and only_sliced[index] else []
         if len(cuts) > 2:
             parts = [builder.add("slice", new[index], start=start, stop=stop) for start, stop in pairwise(cuts)]
             outputs[label] = builder.add("concat", *parts, name=graph[index].name)
     return builder.build(outputs)
 
 
-def _cuts(graph: Graph, users: list[list[int]], index: int) -> set[int]:
+class _Cuts:
     """The features at which the slices of a value, and of what is made of it element by element, begin and end."""
-    found = {0, graph[index].size}
-    for user in users[index]:
-        node = graph[user]
-        if node.op == "slice":
-            found |= {node.attrs["start"], node.attrs["stop"]}
-        elif node.size == graph[index].size:
-            found |= _cuts(graph, users, user)
-    return found
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._users = graph, graph.users()
+        self._table: dict[int, frozenset[int]] = {}
+
+    def __call__(self, index: int) -> frozenset[int]:
+        return resolve(index, self._table, self._elementwise_users, self._of)
+
+    def _elementwise_users(self, index: int) -> list[int]:
+        graph = self._graph
+        return [
+            user for user in self._users[index] if graph[user].op != "slice" and graph[user].size == graph[index].size
+        ]
+
+    def _of(self, index: int) -> frozenset[int]:
+        cuts = {0, self._graph[index].size}
+        for user in self._users[index]:
+            node = self._graph[user]
+            if node.op == "slice":
+                cuts |= {node.attrs["start"], node.attrs["stop"]}
+        return frozenset(cuts.union(*(self._table[user] for user in self._elementwise_users(index))))
 
 
 def sink_slices(graph: Graph) -> Graph:
@@ -105,14 +119,14 @@ def sink_slices(graph: Graph) -> Graph:
     A value that is also used whole is computed once and stays: what is sliced then is its memory.
     """
     only_sliced = _only_sliced(graph)
-    sinks: dict[int, bool] = {}
+    sinker = _Sinker()
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
         if node.op == "slice":
-            return _sink(builder, args[0], node.attrs["start"], node.attrs["stop"], node.name, sinks)
+            return sinker.sink(builder, (args[0], node.attrs["start"], node.attrs["stop"]), node.name)
         made = builder.add_like(node, args)
-        sinks[made] = sinks.get(made, True) and only_sliced[index]
+        sinker.allow(made, only_sliced[index])
         return made
 
     return rebuild(graph, rewrite)
@@ -145,28 +159,70 @@ def _users(graph: Graph) -> list[list[int]]:
     return [[user for user in users if needed[user]] for users in graph.users()]
 
 
-def _sink(builder: Builder, index: int, start: int, stop: int, name: str, sinks: dict[int, bool]) -> int:
-    node = builder.nodes[index]
-    if start == 0 and stop == node.size:
-        return index
-    if node.op == "slice":
-        offset = node.attrs["start"]
-        return _sink(builder, node.args[0], offset + start, offset + stop, name, sinks)
-    if node.op == "broadcast":
-        return builder.add("broadcast", *node.args, name=name, size=stop - start)
-    if node.op == "product" and sinks.get(index, True):
-        first = node.attrs["cols"][0]
-        return builder.add("product", *node.args, name=name, **{**node.attrs, "cols": [first + start, first + stop]})
-    if node.op == "concat":
-        offset = 0
-        for part in node.args:
-            if offset <= start and stop <= offset + builder.size(part):
-                return _sink(builder, part, start - offset, stop - offset, name, sinks)
-            offset += builder.size(part)
-    if PRIMITIVES[node.op].pointwise and sinks.get(index, True):
-        args = [arg if builder.size(arg) == 1 else _sink(builder, arg, start, stop, name, sinks) for arg in node.args]
-        return builder.add(node.op, *args, name=name, **node.attrs)
-    return builder.add("slice", index, name=name, start=start, stop=stop)
+_Cut = tuple[int, int, int]
+"""A value, and the features from one to another of it."""
+
+
+class _Sinker:
+    """Finds slices further up: each part of a value is made once, however many values it is a part of."""
+
+    def __init__(self) -> None:
+        self._allowed: dict[int, bool] = {}
+        self._table: dict[_Cut, int] = {}
+
+    def allow(self, index: int, only_sliced: bool) -> None:
+        """Say of a value of the new graph whether slices may sink through it: nobody uses it whole."""
+        before = self._allowed.get(index, True)
+        self._allowed[index] = before and only_sliced
+        if before and not only_sliced:
+            self._table.clear()  # slices above it were made as if they might
+
+    def sink(self, builder: Builder, cut: _Cut, name: str) -> int:
+        """The node for a slice."""
+        return resolve(
+            cut, self._table, lambda each: self._needs(builder, each), lambda each: self._made(builder, each, name)
+        )
+
+    def _sinks(self, builder: Builder, index: int) -> bool:
+        return PRIMITIVES[builder.nodes[index].op].pointwise and self._allowed.get(index, True)
+
+    def _needs(self, builder: Builder, cut: _Cut) -> list[_Cut]:
+        """The slices of arguments that make a slice, where it sinks; of a slice or a join, the one that it is."""
+        index, start, stop = cut
+        node = builder.nodes[index]
+        if (start == 0 and stop == node.size) or node.op == "broadcast":
+            return []
+        if node.op == "slice":
+            offset = node.attrs["start"]
+            return [(node.args[0], offset + start, offset + stop)]
+        if node.op == "concat":
+            offset = 0
+            for part in node.args:
+                if offset <= start and stop <= offset + builder.size(part):
+                    return [(part, start - offset, stop - offset)]
+                offset += builder.size(part)
+        if self._sinks(builder, index):
+            return [(arg, start, stop) for arg in node.args if builder.size(arg) != 1]
+        return []
+
+    def _made(self, builder: Builder, cut: _Cut, name: str) -> int:
+        index, start, stop = cut
+        node = builder.nodes[index]
+        if start == 0 and stop == node.size:
+            return index
+        if node.op == "broadcast":
+            return builder.add("broadcast", *node.args, name=name, size=stop - start)
+        if node.op == "product" and self._allowed.get(index, True):
+            first = node.attrs["cols"][0]
+            attrs = {**node.attrs, "cols": [first + start, first + stop]}
+            return builder.add("product", *node.args, name=name, **attrs)
+        needs = self._needs(builder, cut)
+        if node.op in ("slice", "concat") and needs:
+            return self._table[needs[0]]
+        if self._sinks(builder, index):
+            args = [arg if builder.size(arg) == 1 else self._table[arg, start, stop] for arg in node.args]
+            return builder.add(node.op, *args, name=name, **node.attrs)
+        return builder.add("slice", index, name=name, start=start, stop=stop)
 
 
 def gather_affines(graph: Graph) -> Graph:
@@ -235,28 +291,29 @@ def split_affines(graph: Graph) -> Graph:
     return rebuild(graph, rewrite)
 
 
+_HEAVY = frozenset(op for op, row in PRIMITIVES.items() if row.category == "product" or row.reduction)
+
+
 class _Facts:
-    """What is known of the nodes of a growing builder, worked out once each."""
+    """What is known of the nodes of a growing builder, worked out once each: arguments come before their users."""
 
     def __init__(self) -> None:
-        self._late: dict[int, bool] = {}
-        self._heavy: dict[int, bool] = {}
+        self._late: list[bool] = []
+        self._heavy: list[bool] = []
 
     def late(self, builder: Builder, index: int) -> bool:
         """Whether a value depends on a state."""
-        if index not in self._late:
-            node = builder.nodes[index]
-            self._late[index] = node.op == "state" or any(self.late(builder, arg) for arg in node.args)
-        return self._late[index]
+        return self._depends(self._late, builder, index, frozenset({"state"}))
 
     def heavy(self, builder: Builder, index: int) -> bool:
         """Whether a value depends on a product or a reduction."""
-        if index not in self._heavy:
-            node = builder.nodes[index]
-            primitive = PRIMITIVES[node.op]
-            itself = primitive.category == "product" or primitive.reduction
-            self._heavy[index] = itself or any(self.heavy(builder, arg) for arg in node.args)
-        return self._heavy[index]
+        return self._depends(self._heavy, builder, index, _HEAVY)
+
+    @staticmethod
+    def _depends(table: list[bool], builder: Builder, index: int, ops: frozenset[str]) -> bool:
+        for node in builder.nodes[len(table) : index + 1]:
+            table.append(node.op in ops or any(table[arg] for arg in node.args))
+        return table[index]
 
     def can_start(self, builder: Builder, index: int) -> bool:
         """Whether an accumulation may start from a value: a weight, or what is in memory before the loop anyway."""

@@ -1,7 +1,7 @@
-"""Vector maths as LLVM IR text: the functions that kernels call on 16 lanes at a time.
+"""Vector maths as LLVM text: the functions that kernels call on 16 lanes at a time.
 
-Sixteen lanes on every target: LLVM cuts the vector into the machine's registers, and as each lane goes
-through the same operations everywhere, its bits are the same everywhere. Denormals count as zero.
+Sixteen lanes on every target: LLVM splits the vector into the machine's registers, and as each lane goes through the
+same operations everywhere, its bits are the same everywhere. Denormals count as zero.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from fusecell.compiler.codegen.vector_math.constants import PRECISIONS
+from fusecell.compiler.codegen.vector_math.constants import PRECISIONS, Precision
 from fusecell.compiler.codegen.vector_math.double_precision import cos, power, sin
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction, function_name
 from fusecell.compiler.codegen.vector_math.functions import ARITHMETIC, Rule
-from fusecell.compiler.ir.primitives import LANES
 
-__all__ = ["BINARY_OPS", "LANES", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
+__all__ = ["BINARY_OPS", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
 
 RULES: dict[str, Rule] = {**ARITHMETIC, "sin": sin, "cos": cos, "pow": power}
 BINARY_OPS: tuple[str, ...] = ("pow", "maximum", "minimum")
@@ -25,18 +24,19 @@ OPS: tuple[str, ...] = UNARY_OPS + BINARY_OPS
 
 @cache
 def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
-    if dtype not in PRECISIONS:
-        raise ValueError(f"no vector functions for dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}")
+    """Return the text of a function and the declarations it needs."""
+    precisions: dict[str, Precision] = {each.dtype: each for each in PRECISIONS}
+    if dtype not in precisions:
+        raise ValueError(f"no vector functions for dtype {dtype!r}: expected one of {', '.join(precisions)}")
     if op not in OPS:
         raise ValueError(f"no vector function {op!r}: expected one of {', '.join(OPS)}")
-    arguments = ("%x", "%y") if op in BINARY_OPS else ("%x",)
-    function = VectorFunction(PRECISIONS[dtype], arguments)
-    result = RULES[op](function, *arguments)
+    function = VectorFunction(precisions[dtype], ("x", "y") if op in BINARY_OPS else ("x",))
+    result = RULES[op](function, *function.arguments)
     return function.definition(op, result), frozenset(function.declares)
 
 
 def definitions(ops: Iterable[str], dtype: str) -> str:
-    """Return the IR text that defines ``ops`` for ``dtype``, in the order of `OPS`, each once.
+    """Return the text that defines ``ops`` for ``dtype``, in the order of `OPS`, each once.
 
     Example:
         >>> print(definitions(["abs"], "f32"))
@@ -51,7 +51,7 @@ def definitions(ops: Iterable[str], dtype: str) -> str:
         dtype: "f32" or "f64".
 
     Raises:
-        ValueError: an op or dtype that isn't known.
+        ValueError: an op or dtype that doesn't exist.
     """
     return "\n".join(_build(op, dtype)[0] for op in sorted(set(ops), key=_position))
 

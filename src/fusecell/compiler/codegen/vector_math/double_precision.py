@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from math import nan
 
+from fusecell.compiler.codegen.llvm_text import Value
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction
-from fusecell.compiler.codegen.vector_math.functions import exp, log, nearest_integer, reduce
+from fusecell.compiler.codegen.vector_math.functions import exp, log, nearest_integer, subtract_multiple
 from fusecell.compiler.ir.primitives import LANES
 
+__all__ = ["cos", "power", "sin"]
+
 HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
+"""pi / 2 as a sum of two doubles, for Cody and Waite's reduction."""
 TWO_OVER_PI = 0.6366197723675814
 FAR = 2.0**45
 """Up to here two terms of pi / 2 leave float32 its relative precision even next to a zero."""
@@ -30,75 +34,80 @@ COS = (
 )
 
 
-def _by_lane(f: VectorFunction, function: str, *args: str) -> str:
-    """The C library's double function, lane by lane; float32 is widened before and rounded once after."""
+def _by_lane(f: VectorFunction, function: str, *args: Value) -> Value:
+    """Call the C library's double function lane by lane; float32 is extended before and rounded once after."""
     scalar = f.precision.scalar
-    f.declares.add(f"declare double @{function}({', '.join(['double'] * len(args))})")
-    result = "poison"
+    result = Value("poison", f.vector)
     for lane in range(LANES):
-        given = [f.value("lane", f"extractelement {f.vector} {a}, i32 {lane}") for a in args]
+        scalars = [f.lane(arg, lane, "lane") for arg in args]
         if scalar == "float":
-            given = [f.value("wide", f"fpext float {a} to double") for a in given]
-        y = f.value("y", f"call double @{function}({', '.join(f'double {a}' for a in given)})")
+            scalars = [f.extended(each, "double", "wide") for each in scalars]
+        y = f.call_scalar(function, *scalars, name="y")
         if scalar == "float":
-            y = f.value("narrow", f"fptrunc double {y} to float")
-        result = f.value("result", f"insertelement {f.vector} {result}, {scalar} {y}, i32 {lane}")
+            y = f.truncated(y, "float", "narrow")
+        result = f.with_lane(result, lane, y, "result")
     return result
 
 
-def _sine(f: VectorFunction, x: str, quarters: int) -> str:
-    """sin(x + quarters pi / 2), x = n pi / 2 + r: n + quarters mod 4 chooses among +-sin(r), +-cos(r)."""
+def _sine(f: VectorFunction, x: Value, quarters: int) -> Value:
+    """Return sin(x + quarters pi / 2).
+
+    With x = n pi / 2 + r, (n + quarters) mod 4 chooses among +-sin(r), +-cos(r): its lowest bit which of the two, the
+    next the sign.
+    """
     n, turn = nearest_integer(f, x, TWO_OVER_PI, quarters)
-    r = reduce(f, n, x, HALF_PI)
-    z = f.mul("z", r, r)
-    sine = f.mul("sine", r, f.horner("s", z, SIN))
-    cosine = f.horner("c", z, COS)
-    odd = f.value("odd", f"icmp ne {f.ints} {f.int_op('odd.bit', 'and', turn, 1)}, zeroinitializer")
-    magnitude = f.bits("magnitude", f.select("magnitude", odd, cosine, sine))
-    lowest_on_top = f.int_op("turn", "shl", turn, f.precision.bits - 2)
-    sign = f.int_op("sign", "and", lowest_on_top, 1 << (f.precision.bits - 1))
-    return f.from_bits("result", f.int_op("signed", "xor", magnitude, sign))
+    r = subtract_multiple(f, n, x, HALF_PI)
+    z = f.mul(r, r, "z")
+    sine = f.mul(r, f.horner(z, SIN, "s"), "sine")
+    cosine = f.horner(z, COS, "c")
+    odd = f.is_nonzero(f.and_(turn, 1, "odd.bit"), "odd")
+    magnitude = f.bits(f.select(odd, cosine, sine, "magnitude"), "magnitude")
+    lowest_on_top = f.shl(turn, f.precision.bits - 2, "turn")
+    sign = f.and_(lowest_on_top, 1 << (f.precision.bits - 1), "sign")
+    return f.from_bits(f.xor(magnitude, sign, "signed"), "result")
 
 
-def _periodic(f: VectorFunction, function: str, x: str, quarters: int) -> str:
+def _periodic(f: VectorFunction, function: str, x: Value, quarters: int) -> Value:
+    """Return sin or cos: in double near zero, by the C library's ``function`` for lanes beyond `FAR`."""
     if f.precision.scalar == "double":
         return _by_lane(f, function, x)
     wide = f.widened()
-    near = f.narrowed(wide, _sine(wide, wide.widen(f, x), quarters))
-    helper = VectorFunction(f.precision, ("%x",))
+    near = f.truncated(_sine(wide, f.extended(x, wide.vector, "wide"), quarters), f.vector, "narrow")
+    helper = VectorFunction(f.precision, ("x",))
     far_name = f"{function}.far"
-    f.helpers.append(helper.definition(far_name, _by_lane(helper, function, "%x"), "noinline nounwind"))
+    far_result = _by_lane(helper, function, *helper.arguments)
+    f.helpers.append(helper.definition(far_name, far_result, "noinline nounwind"))
     f.declares.update(helper.declares)
-    far = f.compare("far", "ogt", f.intrinsic("magnitude", "fabs", x), FAR)
+    far = f.fcmp("ogt", f.fabs(x, "magnitude"), FAR, "far")
     return f.where_rare(far, far_name, x, near)
 
 
-def sin(f: VectorFunction, x: str) -> str:
+def sin(f: VectorFunction, x: Value) -> Value:
     return _periodic(f, "sin", x, 0)
 
 
-def cos(f: VectorFunction, x: str) -> str:
+def cos(f: VectorFunction, x: Value) -> Value:
     return _periodic(f, "cos", x, 1)
 
 
-def power(f: VectorFunction, x: str, y: str) -> str:
+def power(f: VectorFunction, x: Value, y: Value) -> Value:
     if f.precision.scalar == "double":
         return _by_lane(f, "pow", x, y)
-    f.note("exp(y log |x|); a finite y for an infinite one, so that 1 to its power is 1")
+    f.comment("exp(y log |x|); a finite y for an infinite one, so that 1 to its power is 1")
     wide = f.widened()
-    base, exponent = wide.widen(f, x), wide.widen(f, y)
-    exponent = wide.at_most("exponent", wide.at_least("exponent", exponent, -1e30), 1e30)
-    logarithm = log(wide, wide.intrinsic("base.abs", "fabs", base))
-    result = exp(wide, wide.mul("product", exponent, logarithm))
-    f.note("a negative base: the sign of an odd power, NaN for a fraction")
-    half = wide.mul("half", exponent, 0.5)
-    whole = wide.compare("whole", "oeq", wide.intrinsic("floor", "floor", exponent), exponent)
-    even = wide.compare("even", "oeq", wide.intrinsic("half.floor", "floor", half), half)
-    fraction = wide.select("fraction", wide.compare("negative", "olt", base, 0.0), nan, result)
-    finite = wide.compare("finite", "ogt", base, float("-inf"))
-    fraction = wide.select("fraction", finite, fraction, result)
-    odd = wide.select("odd", whole, wide.intrinsic("odd", "copysign", result, base), fraction)
-    result = wide.select("result", even, result, odd)
-    f.note("x^0 and 1^y are 1, NaN or not")
-    result = wide.select("result", wide.compare("nothing", "oeq", exponent, 0.0), 1.0, result)
-    return f.narrowed(wide, wide.select("result", wide.compare("one", "oeq", base, 1.0), 1.0, result))
+    base, exponent = f.extended(x, wide.vector, "wide"), f.extended(y, wide.vector, "wide")
+    exponent = wide.at_most(wide.at_least(exponent, -1e30, "exponent"), 1e30, "exponent")
+    logarithm = log(wide, wide.fabs(base, "base.abs"))
+    result = exp(wide, wide.mul(exponent, logarithm, "product"))
+    f.comment("a negative base: the sign of an odd power, NaN for a fraction")
+    half = wide.mul(exponent, 0.5, "half")
+    whole = wide.fcmp("oeq", wide.lanewise("floor", exponent, name="floor"), exponent, "whole")
+    even = wide.fcmp("oeq", wide.lanewise("floor", half, name="half.floor"), half, "even")
+    fraction = wide.select(wide.fcmp("olt", base, 0.0, "negative"), nan, result, "fraction")
+    finite = wide.fcmp("ogt", base, float("-inf"), "finite")
+    fraction = wide.select(finite, fraction, result, "fraction")
+    odd = wide.select(whole, wide.copysign(result, base, "odd"), fraction, "odd")
+    result = wide.select(even, result, odd, "result")
+    f.comment("x^0 and 1^y are 1, NaN or not")
+    result = wide.select(wide.fcmp("oeq", exponent, 0.0, "nothing"), 1.0, result, "result")
+    return f.truncated(wide.select(wide.fcmp("oeq", base, 1.0, "one"), 1.0, result, "result"), f.vector, "narrow")

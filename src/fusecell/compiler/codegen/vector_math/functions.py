@@ -1,7 +1,16 @@
-"""How each function is computed: one Python function per op, written once for both formats.
+"""Vector functions, one Python function per primitive, each written once for both number formats.
 
-All divide truly, scale by exponent bits, and limit by compare and select, which let NaN through where
-minnum and maxnum would swallow it. Fused steps say ``fma``, because nothing is contracted later.
+The scheme is the classical one (Muller, "Elementary Functions", 3rd ed. 2016, ch. 11; Tang, ACM TOMS 1989 and 1992):
+reduce the argument to a small interval, evaluate a minimax polynomial there by Horner's rule, undo the reduction::
+
+    exp(x):  n = round(x / ln 2);  r = x - n ln 2  (Cody and Waite);  2^n (1 + r + r^2 p(r))
+    log(x):  x = m 2^k with sqrt(1/2) <= m < sqrt(2);  log(m) by atanh;  + k ln 2
+    sigmoid, tanh, expm1, erf: from exp's n, r and polynomial, arranged so that nothing cancels
+
+No tables: a gather costs more than the two or three multiply-adds that it saves. No branches: every lane takes the same
+way, so its bits don't depend on its neighbours. Divisions are true ones, as approximations of a reciprocal differ
+between CPUs. Limits are compare and select, which pass on NaN, where minnum and maxnum would return the other operand.
+Fused steps say ``fma``: LLVM contracts nothing later.
 """
 
 from __future__ import annotations
@@ -9,201 +18,218 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf, nan
 
+from fusecell.compiler.codegen.llvm_text import Value
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction
 
-Rule = Callable[..., str]
+__all__ = ["ARITHMETIC", "Rule", "exp", "log", "nearest_integer", "subtract_multiple"]
+
+Rule = Callable[..., Value]
+"""Writes a function's body: takes the builder and the arguments, returns the result."""
 
 
-def nearest_integer(f: VectorFunction, x: str, per_unit: float, biased_by: int = 0) -> tuple[str, str]:
-    """n = round(x * per_unit), as a number and as bits whose lowest part is n + biased_by."""
+def nearest_integer(f: VectorFunction, x: Value, per_unit: float, biased_by: int = 0) -> tuple[Value, Value]:
+    """Return n = round(x * per_unit) as a number, and as bits whose lowest part is n + biased_by.
+
+    Adding 1.5 * 2^mantissa leaves the integer in the lowest bits of the sum, rounded to nearest: no conversion
+    instruction, which for 64-bit integers only AVX-512 has.
+    """
     rounder = f.precision.rounder + biased_by
-    shifted = f.fma("shifted", x, per_unit, rounder)
-    return f.sub("n", shifted, rounder), f.bits("n.bits", shifted)
+    shifted = f.fma(x, per_unit, rounder, "shifted")
+    return f.sub(shifted, rounder, "n"), f.bits(shifted, "n.bits")
 
 
-def reduce(f: VectorFunction, n: str, x: str, parts: tuple[float, ...]) -> str:
-    """x - n * (the sum of parts), part by part (Cody and Waite)."""
+def subtract_multiple(f: VectorFunction, n: Value, x: Value, parts: tuple[float, ...]) -> Value:
+    """Return x - n * (the sum of parts), part by part (Cody and Waite 1980).
+
+    The first part has so few bits that n times it is exact; so the difference, in which most digits cancel, is too.
+    """
     for part in parts:
-        x = f.fma("r", n, -part, x)
+        x = f.fma(n, -part, x, "r")
     return x
 
 
-def _power_of_two(f: VectorFunction, n_bits: str) -> str:
-    """2^n from the bits of the biased n."""
-    return f.from_bits("scale", f.int_op("scale.bits", "shl", n_bits, f.precision.mantissa))
+def _power_of_two(f: VectorFunction, n_bits: Value) -> Value:
+    """Return 2^n from the bits of n + bias: they are its exponent field."""
+    return f.from_bits(f.shl(n_bits, f.precision.mantissa, "scale.bits"), "scale")
 
 
 def _scaled(coefficients: tuple[float, ...], first: float, ratio: float) -> list[float]:
-    """The coefficients times first, first * ratio, ...: powers of two, so nothing is rounded."""
+    """Return the coefficients times first, first * ratio, ...: powers of two, so nothing is rounded."""
     return [c * first * ratio**i for i, c in enumerate(coefficients)]
 
 
-def exp(f: VectorFunction, x: str) -> str:
+def exp(f: VectorFunction, x: Value) -> Value:
     p = f.precision
     least, largest = p.exp_range
-    f.note("exp(x) = 2^n exp(r), r = x - n ln 2")
+    f.comment("exp(x) = 2^n exp(r), r = x - n ln 2")
     n, n_bits = nearest_integer(f, x, p.log2e)
-    r = reduce(f, n, x, p.ln2)
-    poly = f.horner("p", r, p.exp)
-    mantissa = f.horner("p", r, (1.0, 1.0), start=poly)
-    f.note("n is added to the exponent bits: right up to the last finite result, where 2^n itself is not")
-    raised = f.int_op("raised.bits", "shl", n_bits, p.mantissa)
-    total = f.int_op("total.bits", "add", f.bits("p.bits", mantissa), raised)
-    result = f.from_bits("result", total)
-    f.note("underflow is 0, overflow inf; NaN takes the second way")
-    result = f.select("result", f.compare("small", "olt", x, least), 0.0, result)
-    return f.select("result", f.compare("large", "ugt", x, largest), f.add("infinite", x, inf), result)
+    r = subtract_multiple(f, n, x, p.ln2)
+    poly = f.horner(r, p.exp, "p")
+    mantissa = f.horner(r, (1.0, 1.0), "p", start=poly)
+    f.comment("n is added to the exponent bits: right up to the last finite result, where 2^n itself is not")
+    raised = f.shl(n_bits, p.mantissa, "raised.bits")
+    total = f.int_add(f.bits(mantissa, "p.bits"), raised, "total.bits")
+    result = f.from_bits(total, "result")
+    f.comment("underflow is 0, overflow inf; NaN takes the second way")
+    result = f.select(f.fcmp("olt", x, least, "small"), 0.0, result, "result")
+    return f.select(f.fcmp("ugt", x, largest, "large"), f.add(x, inf, "infinite"), result, "result")
 
 
-def sigmoid(f: VectorFunction, x: str) -> str:
+def sigmoid(f: VectorFunction, x: Value) -> Value:
     p = f.precision
     lowest, highest = p.sigmoid_range
-    f.note("1 / (1 + exp(-x)); exp(-x) = 2 exp(r) 2^(n-1), which overflows to inf where it should")
-    y = f.at_most("y", f.at_least("y", x, lowest), highest)
+    f.comment("1 / (1 + exp(-x)); exp(-x) = 2 exp(r) 2^(n-1), which overflows to inf where it should")
+    y = f.at_most(f.at_least(x, lowest, "y"), highest, "y")
     n, n_bits = nearest_integer(f, y, -p.log2e, p.bias - 1)
-    r = reduce(f, n, f.neg("minus.y", y), p.ln2)
+    r = subtract_multiple(f, n, f.neg(y, "minus.y"), p.ln2)
     half_scale = _power_of_two(f, n_bits)
-    twice = f.horner("p", r, [2.0, 2.0, *_scaled(p.exp, 2.0, 1.0)])
-    return f.div("result", 1.0, f.fma("bottom", twice, half_scale, 1.0))
+    twice = f.horner(r, [2.0, 2.0, *_scaled(p.exp, 2.0, 1.0)], "p")
+    return f.div(1.0, f.fma(twice, half_scale, 1.0, "bottom"), "result")
 
 
-def tanh(f: VectorFunction, x: str) -> str:
+def tanh(f: VectorFunction, x: Value) -> Value:
     p = f.precision
-    f.note("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
-    a = f.at_most("a", f.intrinsic("a", "fabs", x), p.tanh_limit)
+    f.comment("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
+    a = f.at_most(f.fabs(x, "a"), p.tanh_limit, "a")
     n, n_bits = nearest_integer(f, a, 2.0 * p.log2e, p.bias)
-    r = reduce(f, n, a, tuple(part / 2.0 for part in p.ln2_for_small_n))
+    r = subtract_multiple(f, n, a, tuple(part / 2.0 for part in p.ln2_for_small_n))
     scale = _power_of_two(f, n_bits)
-    poly = f.horner("p", r, _scaled(p.exp, 2.0, 2.0))
-    g = f.fma("g", f.mul("r2", r, r), poly, r)
-    h = f.fma("h", scale, g, f.fma("rest", scale, 0.5, -0.5))
-    magnitude = f.div("magnitude", h, f.add("bottom", h, 1.0))
-    return f.intrinsic("result", "copysign", magnitude, x)
+    poly = f.horner(r, _scaled(p.exp, 2.0, 2.0), "p")
+    g = f.fma(f.mul(r, r, "r2"), poly, r, "g")
+    h = f.fma(scale, g, f.fma(scale, 0.5, -0.5, "rest"), "h")
+    magnitude = f.div(h, f.add(h, 1.0, "bottom"), "magnitude")
+    return f.copysign(magnitude, x, "result")
 
 
-def _itself_if_tiny(f: VectorFunction, x: str, result: str) -> str:
-    f.note("a tiny x is its own result: the halves above could be denormal, and -0 would lose its sign")
-    tiny = f.compare("tiny", "olt", f.intrinsic("magnitude", "fabs", x), 2.0 ** -(f.precision.mantissa + 2))
-    return f.select("result", tiny, x, result)
+def _itself_if_tiny(f: VectorFunction, x: Value, result: Value) -> Value:
+    f.comment("a tiny x is its own result: the halves above could be denormal, and -0 would lose its sign")
+    tiny = f.fcmp("olt", f.fabs(x, "magnitude"), 2.0 ** -(f.precision.mantissa + 2), "tiny")
+    return f.select(tiny, x, result, "result")
 
 
-def expm1(f: VectorFunction, x: str) -> str:
+def expm1(f: VectorFunction, x: Value) -> Value:
     p = f.precision
     lowest, highest = p.expm1_range
-    f.note("2 (2^(n-1) expm1(r) + 2^(n-1) - 1/2), r = x - n ln 2: the doubling overflows where it should")
-    y = f.at_most("y", f.at_least("y", x, lowest), highest)
+    f.comment("2 (2^(n-1) expm1(r) + 2^(n-1) - 1/2), r = x - n ln 2: the doubling overflows where it should")
+    y = f.at_most(f.at_least(x, lowest, "y"), highest, "y")
     n, n_bits = nearest_integer(f, y, p.log2e, p.bias - 1)
-    r = reduce(f, n, y, p.ln2)
+    r = subtract_multiple(f, n, y, p.ln2)
     half_scale = _power_of_two(f, n_bits)
-    q = f.fma("q", f.mul("r2", r, r), f.horner("p", r, p.exp), r)
-    half = f.fma("half", half_scale, q, f.sub("rest", half_scale, 0.5))
-    return _itself_if_tiny(f, x, f.add("doubled", half, half))
+    q = f.fma(f.mul(r, r, "r2"), f.horner(r, p.exp, "p"), r, "q")
+    half = f.fma(half_scale, q, f.sub(half_scale, 0.5, "rest"), "half")
+    return _itself_if_tiny(f, x, f.add(half, half, "doubled"))
 
 
-def _split(f: VectorFunction, x: str) -> tuple[str, str, str]:
-    """x = m 2^k with sqrt(1/2) <= m < sqrt(2): m, k, bits of k + bias. x is a positive normal."""
+def _split(f: VectorFunction, x: Value) -> tuple[Value, Value, Value]:
+    """Return m, k and the bits of k + bias with x = m 2^k, sqrt(1/2) <= m < sqrt(2), for a positive normal x.
+
+    Around 1, so that log(x) near x = 1 is the logarithm of m alone and keeps its relative precision.
+    """
     p = f.precision
     one = p.bias << p.mantissa
-    moved = f.int_op("moved", "add", f.bits("x.bits", x), one - p.sqrt_half_bits)
-    k_bits = f.int_op("k.bits", "lshr", moved, p.mantissa)
-    rest = f.int_op("m.rest", "and", moved, (1 << p.mantissa) - 1)
-    m = f.from_bits("m", f.int_op("m.bits", "add", rest, p.sqrt_half_bits))
-    f.note("k as a number: its bits go under those of 2^mantissa (a conversion from 64 bits needs AVX-512)")
+    shifted_bits = f.int_add(f.bits(x, "x.bits"), one - p.sqrt_half_bits, "shifted.bits")
+    k_bits = f.lshr(shifted_bits, p.mantissa, "k.bits")
+    rest = f.and_(shifted_bits, (1 << p.mantissa) - 1, "m.rest")
+    m = f.from_bits(f.int_add(rest, p.sqrt_half_bits, "m.bits"), "m")
+    f.comment("k as a number: its bits go under those of 2^mantissa (a conversion from 64 bits needs AVX-512)")
     integer = (p.bias + p.mantissa) << p.mantissa
-    shifted = f.from_bits("k.shifted", f.int_op("k.under", "or", k_bits, integer))
-    return m, f.sub("k", shifted, 2.0**p.mantissa + p.bias), k_bits
+    shifted = f.from_bits(f.or_(k_bits, integer, "k.under"), "k.shifted")
+    return m, f.sub(shifted, 2.0**p.mantissa + p.bias, "k"), k_bits
 
 
-def _log_of_parts(f: VectorFunction, m_minus_1: str, k: str) -> str:
-    """log(1 + f) + k ln 2 with log(1 + f) = 2 atanh(s), s = f / (2 + f); f - f^2/2 leads."""
+def _log_of_parts(f: VectorFunction, m_minus_1: Value, k: Value) -> Value:
+    """Return log(1 + f) + k ln 2, by log(1 + f) = 2 atanh(s) with s = f / (2 + f).
+
+    Written as f - (f^2/2 - s (f^2/2 + ...)), as in FDLIBM's e_log.c: f is exact, so only the small rest is rounded.
+    """
     p = f.precision
     high, low = p.ln2
-    s = f.div("s", m_minus_1, f.add("bottom", m_minus_1, 2.0))
-    z = f.mul("z", s, s)
-    half_square = f.mul("half.square", f.mul("half", m_minus_1, 0.5), m_minus_1)
-    tail = f.fma("tail", z, f.horner("p", z, p.log), half_square)
-    small = f.fma("small", s, tail, f.mul("k.low", k, low))
-    near = f.sub("near", m_minus_1, f.sub("drop", half_square, small))
-    return f.fma("result", k, high, near)
+    s = f.div(m_minus_1, f.add(m_minus_1, 2.0, "bottom"), "s")
+    z = f.mul(s, s, "z")
+    half_square = f.mul(f.mul(m_minus_1, 0.5, "half"), m_minus_1, "half.square")
+    tail = f.fma(z, f.horner(z, p.log, "p"), half_square, "tail")
+    small = f.fma(s, tail, f.mul(k, low, "k.low"), "small")
+    near = f.sub(m_minus_1, f.sub(half_square, small, "drop"), "near")
+    return f.fma(k, high, near, "result")
 
 
-def _log_edges(f: VectorFunction, x: str, result: str) -> str:
-    """log of what is no positive normal number; denormals of either sign are zero in every mode."""
+def _log_edges(f: VectorFunction, x: Value, result: Value) -> Value:
+    """Set the logarithm of everything but positive normal numbers; denormals of either sign count as zero."""
     smallest = f.precision.smallest_normal
-    result = f.select("result", f.compare("zero", "olt", x, smallest), -inf, result)
-    result = f.select("result", f.compare("negative", "ole", x, -smallest), nan, result)
-    return f.select("result", f.compare("unbounded", "uge", x, inf), x, result)
+    result = f.select(f.fcmp("olt", x, smallest, "zero"), -inf, result, "result")
+    result = f.select(f.fcmp("ole", x, -smallest, "negative"), nan, result, "result")
+    return f.select(f.fcmp("uge", x, inf, "unbounded"), x, result, "result")
 
 
-def log(f: VectorFunction, x: str) -> str:
+def log(f: VectorFunction, x: Value) -> Value:
     m, k, _ = _split(f, x)
-    return _log_edges(f, x, _log_of_parts(f, f.sub("f", m, 1.0), k))
+    return _log_edges(f, x, _log_of_parts(f, f.sub(m, 1.0, "f"), k))
 
 
-def log1p(f: VectorFunction, x: str) -> str:
+def log1p(f: VectorFunction, x: Value) -> Value:
     p = f.precision
-    f.note("u + c = 1 + x exactly")
-    u = f.add("u", x, 1.0)
-    larger, lesser = f.at_least("larger", x, 1.0), f.at_most("lesser", x, 1.0)
-    c = f.sub("c", lesser, f.sub("u.rest", u, larger))
+    f.comment("u + c = 1 + x exactly")
+    u = f.add(x, 1.0, "u")
+    larger, lesser = f.at_least(x, 1.0, "larger"), f.at_most(x, 1.0, "lesser")
+    c = f.sub(lesser, f.sub(u, larger, "u.rest"), "c")
     m, k, k_bits = _split(f, u)
-    f.note("f = m - 1 + c 2^-k; the scale is 2^(1-k), as 2^-128 would not fit")
-    exponent = f.int_op("scale.bits", "sub", 2 * p.bias + 1, k_bits)
-    scale = f.from_bits("scale", f.int_op("scale.bits", "shl", exponent, p.mantissa))
-    m_minus_1 = f.fma("f", f.mul("half.c", c, 0.5), scale, f.sub("m.minus.1", m, 1.0))
+    f.comment("f = m - 1 + c 2^-k; the scale is 2^(1-k), as 2^-128 would not fit")
+    exponent = f.int_sub(2 * p.bias + 1, k_bits, "scale.bits")
+    scale = f.from_bits(f.shl(exponent, p.mantissa, "scale.bits"), "scale")
+    m_minus_1 = f.fma(f.mul(c, 0.5, "half.c"), scale, f.sub(m, 1.0, "m.minus.1"), "f")
     return _itself_if_tiny(f, x, _log_edges(f, u, _log_of_parts(f, m_minus_1, k)))
 
 
-def erf(f: VectorFunction, x: str) -> str:
+def erf(f: VectorFunction, x: Value) -> Value:
     p = f.precision
-    f.note("-expm1(-g(|x|)) with g = -log(1 - erf): relative precision at both ends, and no division")
-    a = f.at_most("a", f.intrinsic("a", "fabs", x), p.erf_limit)
-    g = f.fma("g", a, f.horner("g", a, p.erf), a)
+    f.comment("-expm1(-g(|x|)) with g = -log(1 - erf): relative precision at both ends, and no division")
+    a = f.at_most(f.fabs(x, "a"), p.erf_limit, "a")
+    g = f.fma(a, f.horner(a, p.erf, "g"), a, "g")
     n, n_bits = nearest_integer(f, g, -p.log2e, p.bias)
-    r = reduce(f, n, f.neg("minus.g", g), p.ln2_for_small_n)
+    r = subtract_multiple(f, n, f.neg(g, "minus.g"), p.ln2_for_small_n)
     scale = _power_of_two(f, n_bits)
-    q = f.fma("q", f.mul("r2", r, r), f.horner("p", r, p.exp), r)
-    return f.intrinsic("result", "copysign", f.fma("negated", scale, q, f.sub("rest", scale, 1.0)), x)
+    q = f.fma(f.mul(r, r, "r2"), f.horner(r, p.exp, "p"), r, "q")
+    return f.copysign(f.fma(scale, q, f.sub(scale, 1.0, "rest"), "negated"), x, "result")
 
 
-def sqrt(f: VectorFunction, x: str) -> str:
-    return f.intrinsic("result", "sqrt", x)
+def sqrt(f: VectorFunction, x: Value) -> Value:
+    return f.lanewise("sqrt", x, name="result")
 
 
-def rsqrt(f: VectorFunction, x: str) -> str:
-    return f.div("result", 1.0, f.intrinsic("root", "sqrt", x))
+def rsqrt(f: VectorFunction, x: Value) -> Value:
+    return f.div(1.0, f.lanewise("sqrt", x, name="root"), "result")
 
 
-def reciprocal(f: VectorFunction, x: str) -> str:
-    return f.div("result", 1.0, x)
+def reciprocal(f: VectorFunction, x: Value) -> Value:
+    return f.div(1.0, x, "result")
 
 
-def absolute(f: VectorFunction, x: str) -> str:
-    return f.intrinsic("result", "fabs", x)
+def absolute(f: VectorFunction, x: Value) -> Value:
+    return f.fabs(x, "result")
 
 
-def neg(f: VectorFunction, x: str) -> str:
-    return f.neg("result", x)
+def neg(f: VectorFunction, x: Value) -> Value:
+    return f.neg(x, "result")
 
 
-def floor(f: VectorFunction, x: str) -> str:
-    return f.intrinsic("result", "floor", x)
+def floor(f: VectorFunction, x: Value) -> Value:
+    return f.lanewise("floor", x, name="result")
 
 
-def sign(f: VectorFunction, x: str) -> str:
-    f.note("0 for NaN, as in torch")
-    positive = f.select("positive", f.compare("above", "ogt", x, 0.0), 1.0, 0.0)
-    return f.select("result", f.compare("below", "olt", x, 0.0), -1.0, positive)
+def sign(f: VectorFunction, x: Value) -> Value:
+    f.comment("0 for NaN, as in torch")
+    positive = f.select(f.fcmp("ogt", x, 0.0, "above"), 1.0, 0.0, "positive")
+    return f.select(f.fcmp("olt", x, 0.0, "below"), -1.0, positive, "result")
 
 
-def maximum(f: VectorFunction, x: str, y: str) -> str:
-    larger = f.select("larger", f.compare("x.wins", "ogt", x, y), x, y)
-    return f.select("result", f.compare("x.nan", "uno", x, x), x, larger)
+def maximum(f: VectorFunction, x: Value, y: Value) -> Value:
+    larger = f.select(f.fcmp("ogt", x, y, "x.wins"), x, y, "larger")
+    return f.select(f.fcmp("uno", x, x, "x.nan"), x, larger, "result")
 
 
-def minimum(f: VectorFunction, x: str, y: str) -> str:
-    lesser = f.select("lesser", f.compare("x.wins", "olt", x, y), x, y)
-    return f.select("result", f.compare("x.nan", "uno", x, x), x, lesser)
+def minimum(f: VectorFunction, x: Value, y: Value) -> Value:
+    lesser = f.select(f.fcmp("olt", x, y, "x.wins"), x, y, "lesser")
+    return f.select(f.fcmp("uno", x, x, "x.nan"), x, lesser, "result")
 
 
 ARITHMETIC: dict[str, Rule] = {

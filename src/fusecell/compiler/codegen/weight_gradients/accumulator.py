@@ -1,209 +1,290 @@
-"""Sums over all rows of all steps, for the gradients of weights.
+"""Accumulation of weight gradients over the chunks of a call: row panels, splits of the rows, the caller's gradient::
 
-Rows are taken in the order in which the steps run, in blocks of 512: a block is added up row by row, then added to
-the total. So a sum has the same bits however the steps are cut into chunks, and long ones stay accurate.
+    for chunk (main_loop):
+        for split of the rows:                         one, or two halves, each with accumulators of its own
+            while rows of the chunk are left:
+                rows = up to the end of the row panel  512 rows
+                for gradient: acc += a^T b over rows   `kernels`
+                if the row panel is full: total += acc
+    for gradient: caller's gradient = total of the splits
 
-Where a crew of two would part the rows of a call, and there are enough, each half of them is summed apart, whoever
-does it, in blocks of as many whole steps as have 512 rows of a half; the halves are added at the end. Then each of two
-threads sums the rows that it has just written, which are in its own cache.
+Row panels: rows are added in the order in which the steps run; each 512 of them are added up from zero, then to the
+total. So a sum has the same bits however the steps are divided into chunks, and long ones stay accurate, as their error
+grows with the number of panels (blocked summation; Higham, "Accuracy and Stability", 2nd ed., 4.1).
+
+Splits (split-K): where a team of two would partition the rows of a call, and there are enough, each half of them is
+summed by itself, whichever thread does it, in row panels of as many whole steps as have 512 rows of a half; the halves
+are added at the end. Then each of two threads sums the rows that it has just written, which are in its own cache.
+Threads of other teams share the accumulators of each split among them. Whether rows are split depends on the call
+alone, not on its threads, so the bits don't either.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
-from fusecell.compiler.codegen.kernel_abi import ALIGNED, Layout
-from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
-from fusecell.compiler.codegen.weight_gradients.kernels import add_to, flush
-from fusecell.compiler.codegen.work_sharing import Crew
+from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layout
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import FALSE, Integer, Value
+from fusecell.compiler.codegen.weight_gradients.kernels import RowRange, add_partial, add_to_caller
+from fusecell.compiler.codegen.work_sharing import Team
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.schedule.plan import Plan, Sum
 
-__all__ = ["BLOCK", "SumEmitter"]
+__all__ = ["ROW_PANEL", "GradientAccumulator"]
 
-BLOCK = 512
-# The rows from which sums by halves cost one thread little.
-_ENOUGH_FOR_HALVES = 16
+ROW_PANEL = 512
+"""Rows that are added up before they are added to the total. Part of the numerical promise: it decides the bits."""
+_MIN_SPLIT_ROWS = 16
+"""Rows of a step from which split sums cost one thread little. Decides the bits, too."""
 
 
-class SumEmitter:
-    """The sums of a plan: what ``@work`` does with them at the start, per chunk, at the end."""
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """What a chunk is counted in: rows; where these are split whole steps, so that both splits fill panels together.
+
+    Attributes:
+        count: in the chunk.
+        per_panel: in a row panel.
+        rows: of a unit, in what is saved for the backward.
+        direction: from a unit to the next: 1, or -1 where steps run backwards.
+        row_step: from a row of a unit to the next.
+    """
+
+    count: Integer
+    per_panel: Integer
+    rows: Integer
+    direction: Integer
+    row_step: Integer
+
+
+class GradientAccumulator:
+    """Writes what ``@work`` does for the gradients of weights: at the start, per chunk, at the end."""
 
     def __init__(self, module: Module, layout: Layout, plan: Plan) -> None:
         self.module, self.layout, self.plan = module, layout, plan
 
     def begin(self, f: Function) -> None:
-        """Begin with nothing."""
+        """Start without any rows, and decide which totals are the caller's gradients themselves."""
         if not self.plan.sums:
             return
-        self._filled, self._closed = (f.let(name, "alloca [2 x i64]") for name in ("filled", "closed"))
-        self._done = f.let("done", "alloca i64")
-        for place in (self._filled, self._closed):
-            f.store_int(0, place)
-            f.store_int(0, f.at(place, 8))
-        self._in_place = {found.name: self._add_in_place(f, found) for found in self._whole_gradients()}
+        # By split: units in the current panel, and full panels so far.
+        self._filled, self._full_panels = (f.alloca(name, 2) for name in ("filled.at", "full_panels.at"))
+        self._done = f.alloca("done.at")
+        for counters in (self._filled, self._full_panels):
+            f.store_int(0, counters)
+            f.store_int(0, f.at(counters, 8))
+        self._in_place = {each.name: self._use_in_place(f, each) for each in self._whole_gradients()}
 
-    def part_halves(self, f: Function, crew: Crew) -> str:
-        """Whether rows are summed by halves; which halves are for this thread; and who else takes part in these.
+    def split_rows(self, f: Function, team: Team) -> Value:
+        """Decide whether rows are split, which splits are this thread's, and with whom it shares them.
 
         Returns:
-            Whether each thread reads nothing but what it has written.
+            Whether each thread reads only rows that it has written, and so can have buffers of its own.
         """
-        many = f.let("are.many", f"icmp sge i64 {f.mul(self.layout.word(f, 'steps'), crew.rows)}, {BLOCK}")
-        can = f.let("can.halve", f"and i1 {crew.regular}, {many if self.layout.halves == 2 else 'false'}")
-        least = max(2 * crew.rows_each, _ENOUGH_FOR_HALVES)
-        self._halved = f.let("is.halved", f"and i1 {can}, {f.let('is.enough', f'icmp sge i64 {crew.rows}, {least}')}")
-        two = f.let("are.two", f"and i1 {f.let('is.pair', 'icmp eq i64 %crew, 2')}, {crew.rowwise}")
-        self._private = private = f.let("is.private", f"and i1 {two}, {self._halved}")
-        self._shared = f.let("is.shared.sum", f"xor i1 {private}, {crew.several}")
-        most = f.let("halves", f"select i1 {self._halved}, i64 2, i64 1")
-        self._from = f.let("half.from", f"select i1 {private}, i64 %me, i64 0")
-        self._to = f.let("half.to", f"select i1 {private}, i64 {f.add('%me', 1)}, i64 {most}")
-        self._me = f.let("sum.me", f"select i1 {private}, i64 0, i64 %me")
-        self._crew = f.let("sum.crew", f"select i1 {private}, i64 1, i64 %crew")
-        return private
+        rows_of_call = f.mul(self.layout.integer(f, "steps"), team.rows)
+        is_long = f.ge(rows_of_call, ROW_PANEL, "is_long")
+        can_split = f.and_(team.is_regular, is_long if self.layout.partial_sums == 2 else FALSE, "can_split")
+        min_rows = max(2 * team.min_rows, _MIN_SPLIT_ROWS)
+        self._is_split = f.and_(can_split, f.ge(team.rows, min_rows, "is_enough"), "is_split")
+        is_two = f.and_(f.eq(THREADS, 2, "is_pair"), team.by_rows, "is_pair_by_rows")
+        self._is_private = f.and_(is_two, self._is_split, "is_private")
+        self._is_shared = f.xor(self._is_private, team.is_team, "is_shared_sum")
+        splits = f.select(self._is_split, 2, 1, "splits")
+        self._first_split = f.select(self._is_private, THREAD_ID, 0, "split.from")
+        self._last_split = f.select(self._is_private, f.add(THREAD_ID, 1), splits, "split.to")
+        self._thread_id = f.select(self._is_private, 0, THREAD_ID, "sum.thread_id")
+        self._threads = f.select(self._is_private, 1, THREADS, "sum.threads")
+        return self._is_private
 
-    def add_chunk(self, f: Function, crew: Crew, steps: Value, total: str, backwards: str) -> None:
-        """Add the rows of a chunk, as many at a time as the open block still takes; a crew parts what they add to."""
+    def add_chunk(self, f: Function, team: Team, steps: Integer, total: Value, is_reverse: Value) -> None:
+        """Add the rows of a chunk to every gradient.
+
+        Arguments:
+            steps: of the chunk.
+            total: its rows.
+        """
         if not self.plan.sums:
             return
-        chunk = self.layout.word(f, "chunk_steps")
-        sharing = f.let("is.sharing", f"and i1 {crew.rowwise}, {self._shared}")
-        crew.meet(sharing)
-        halved = self._halved
-        # What is counted: rows, or of halves the steps, so that both close their blocks together.
-        units = f.let("units", f"select i1 {halved}, i64 {steps}, i64 {total}")
-        whole_steps = f.let("whole.steps", f"udiv i64 {2 * BLOCK}, {f.maximum(crew.rows, 1)}")
-        most = f.let("block.units", f"select i1 {halved}, i64 {f.maximum(whole_steps, 1)}, i64 {BLOCK}")
-        unit = f.let("unit", f"select i1 {halved}, i64 {crew.rows}, i64 1")
-        ahead = f.let("ahead", f"select i1 {backwards}, i64 -1, i64 1")
-        row_step = f.let("row.step", f"select i1 {halved}, i64 1, i64 {ahead}")
-        blocks = f.let("most.blocks", f"udiv i64 {units}, {most}")
-        middle, odd = f.let("middle", f"lshr i64 {crew.rows}, 1"), f.let("odd", f"and i64 {crew.rows}, 1")
-        with f.loop("half", self._from, self._to) as half:
-            filled_at, closed_at = (f.at(place, f.mul(half, 8)) for place in (self._filled, self._closed))
-            begins = f.mul(half, middle)
-            size = f.add(middle, f.mul(half, odd), "half.rows")
+        chunk_steps = self.layout.integer(f, "chunk_steps")
+        # Threads that wrote their own rows now read those of others.
+        is_exchange = f.and_(team.by_rows, self._is_shared, "is_exchange")
+        team.barrier(is_exchange)
+        units = self._units(f, team, steps, total, is_reverse)
+        panels = f.udiv(units.count, units.per_panel, "panels")
+        middle, odd = f.lshr(team.rows, 1, "middle"), f.and_(team.rows, 1, "odd")
+        with f.for_range("split", self._first_split, self._last_split) as split:
+            filled_at, full_panels_at = (f.at(at, f.mul(split, 8)) for at in (self._filled, self._full_panels))
+            split_start = f.mul(split, middle)
+            split_rows = f.add(middle, f.mul(split, odd), "split.rows")
             f.store_int(0, self._done)
-            with f.loop("turn", 0, f.add(blocks, 2)):
+            # A chunk ends at most one panel begun before it, and begins at most one that it doesn't end.
+            with f.for_range("turn", 0, f.add(panels, 2)):
                 done, filled = f.load_int(self._done, "done"), f.load_int(filled_at, "filled")
-                count = f.minimum(f.sub(most, filled), f.sub(units, done), "count")
-                mirrored = f.sub(f.sub(units, 1), done, "mirrored")
-                here = f.let("here", f"select i1 {backwards}, i64 {mirrored}, i64 {done}")
-                kept = f.add(f.mul(here, unit), begins, "first.kept")
-                own = f.add(f.mul(here, size), f.mul(begins, chunk), "first.own")
-                first = f.let("first.row", f"select i1 {crew.apart}, i64 {own}, i64 {kept}")
-                between = f.let("between", f"select i1 {crew.apart}, i64 {size}, i64 {unit}")
-                runs = f.let("runs", f"select i1 {halved}, i64 {count}, i64 1")
-                rows = f.let("run.rows", f"select i1 {halved}, i64 {size}, i64 {count}")
-                to_next = (f.mul(between, ahead), f.mul(unit, ahead))
-                given = (first, kept, runs, *to_next, rows, row_step, half, self._me, self._crew)
-                opens = f.let("opens", f"icmp eq i64 {filled}, 0")
-                begun = f.let("is.first.block", f"icmp eq i64 {f.load_int(closed_at, 'closed')}, 0")
-                for found in self.plan.sums:
-                    acc = self._block_of(f, found, half, begun)
-                    f.call(found.name, "ptr %args", f"ptr {acc}", f"i1 {opens}", *(f"i64 {value}" for value in given))
+                count = f.minimum(f.sub(units.per_panel, filled), f.sub(units.count, done), "count")
+                mirrored = f.sub(f.sub(units.count, 1), done, "mirrored")
+                unit = f.select(is_reverse, mirrored, done, "unit")
+                rows = self._row_range(f, team, units, unit, count, (split, split_start, split_rows, chunk_steps))
+                self._add_range(f, rows, filled, full_panels_at)
                 f.store_int(f.add(done, count), self._done)
-                now = f.add(filled, count, "filled")
-                full = f.let("is.full", f"icmp eq i64 {now}, {most}")
-                f.store_int(f.let("kept", f"select i1 {full}, i64 0, i64 {now}"), filled_at)
-                with f.when("full", full):
-                    self._close(f, crew, half)
-        crew.meet(sharing)
+                self._advance_panel(f, team, units, split, f.add(filled, count, "filled"), filled_at)
+        team.barrier(is_exchange)
 
-    def finish(self, f: Function, crew: Crew) -> None:
-        """Close the last block and bring the sums to the caller's gradients."""
+    def _units(self, f: Function, team: Team, steps: Integer, total: Value, is_reverse: Value) -> _Units:
+        is_split = self._is_split
+        count = f.select(is_split, steps, total, "units")
+        whole_steps = f.udiv(2 * ROW_PANEL, f.maximum(team.rows, 1), "whole_steps")
+        per_panel = f.select(is_split, f.maximum(whole_steps, 1), ROW_PANEL, "panel.units")
+        rows = f.select(is_split, team.rows, 1, "unit.rows")
+        direction = f.select(is_reverse, -1, 1, "direction")
+        # A step's rows are in order in either direction; without a split a step is no unit, and rows run backwards.
+        row_step = f.select(is_split, 1, direction, "row.step")
+        return _Units(count, per_panel, rows, direction, row_step)
+
+    def _row_range(
+        self,
+        f: Function,
+        team: Team,
+        units: _Units,
+        unit: Value,
+        count: Value,
+        split: tuple[Integer, Integer, Integer, Integer],
+    ) -> RowRange:
+        """Return the rows of ``count`` units from ``unit`` on: with splits a run per step, else one run.
+
+        Arguments:
+            split: which it is, its first row in a step, its rows in a step, and the steps of the longest chunk.
+        """
+        index, split_start, split_rows, chunk_steps = split
+        saved_first = f.add(f.mul(unit, units.rows), split_start, "first.saved")
+        # Padded, a thread's rows of all steps are neighbours.
+        padded_first = f.add(f.mul(unit, split_rows), f.mul(split_start, chunk_steps), "first.padded")
+        first = f.select(team.is_padded, padded_first, saved_first, "first")
+        unit_rows = f.select(team.is_padded, split_rows, units.rows, "run.rows")
+        runs = f.select(self._is_split, count, 1, "runs")
+        rows = f.select(self._is_split, split_rows, count, "rows")
+        run_step, saved_run_step = f.mul(unit_rows, units.direction), f.mul(units.rows, units.direction)
+        return RowRange(first, saved_first, runs, run_step, saved_run_step, rows, units.row_step, index)
+
+    def _add_range(self, f: Function, rows: RowRange, filled: Value, full_panels_at: Value) -> None:
+        """Add a range of rows to the current row panel of every gradient."""
+        opens = f.eq(filled, 0, "opens")
+        is_first_panel = f.eq(f.load_int(full_panels_at, "full_panels"), 0, "is_first_panel")
+        for reduction in self.plan.sums:
+            acc = self._panel(f, reduction, rows.split, is_first_panel)
+            f.call(reduction.name, ARGS, acc, opens, *rows.args(), self._thread_id, self._threads)
+
+    def _advance_panel(
+        self, f: Function, team: Team, units: _Units, split: Value, filled: Integer, filled_at: Value
+    ) -> None:
+        """Note how full the row panel is; if it is full, close it."""
+        is_full = f.eq(filled, units.per_panel, "is_full")
+        f.store_int(f.select(is_full, 0, filled, "filled"), filled_at)
+        with f.if_(is_full, "full"):
+            self._close_panel(f, team, split)
+
+    def finish(self, f: Function, team: Team) -> None:
+        """Close the last row panel and bring the totals to the caller's gradients."""
         if not self.plan.sums:
             return
-        open_, closed = (
-            f.let("is.some", f"icmp ne i64 {f.load_int(f.at(place, f.mul(self._from, 8)), 'some')}, 0")
-            for place in (self._filled, self._closed)
+        is_open, has_full = (
+            f.ne(f.load_int(f.at(counters, f.mul(self._first_split, 8)), "count"), 0, "is_some")
+            for counters in (self._filled, self._full_panels)
         )
-        with f.when("rest", open_), f.loop("half", self._from, self._to) as half:
-            self._close(f, crew, half)
-        with f.when("nothing", f.let("is.nothing", f"xor i1 {f.let('is.any', f'or i1 {open_}, {closed}')}, true")):
+        with f.if_(is_open, "rest"), f.for_range("split", self._first_split, self._last_split) as split:
+            self._close_panel(f, team, split)
+        with f.unless(f.or_(is_open, has_full, "is_any"), "nothing"):
             self._clear(f)
-            crew.meet(self._shared)
-        crew.meet(self._private)
-        for found in self.plan.sums:
-            there = self._in_place.get(found.name, "false")
-            with f.when("handed", f.let("is.elsewhere", f"xor i1 {there}, true")):
-                self._hand_over(f, crew, found, self.layout.buffer(f, found.total))
+            team.barrier(self._is_shared)
+        team.barrier(self._is_private)
+        for reduction in self.plan.sums:
+            in_place = self._in_place.get(reduction.name, FALSE)
+            with f.unless(in_place, "elsewhere"):
+                self._add_to_caller(f, team, reduction, self.layout.buffer(f, reduction.total))
 
     def _whole_gradients(self) -> list[Sum]:
-        """The sums that are a whole gradient, its rows whole vectors."""
+        """List the sums that are a whole gradient, with rows of whole vectors."""
         covered = self.plan.covered()
         return [
-            found
-            for found in self.plan.sums
-            if found.label in covered and not found.flipped and not found.width % LANES
+            reduction
+            for reduction in self.plan.sums
+            if reduction.label in covered and not reduction.flipped and not reduction.width % LANES
         ]
 
-    def _add_in_place(self, f: Function, found: Sum) -> str:
-        """Have a sum's total be the caller's gradient, if that lies in memory as the total does and is all there is."""
-        layout, bytes_ = self.layout, self.module.bytes
-        strides = [(0, self.module.padded(found.width)), (1, bytes_)] if found.a is not None else [(0, bytes_)]
-        here = f.let("low.bits", f"and i64 {layout.word(f, f'out.{found.label}.ptr')}, {ALIGNED - 1}")
-        whole = f.let("is.whole", f"xor i1 {self._halved}, true")
-        fits = f.let("fits", f"and i1 {whole}, {f.let('is.aligned', f'icmp eq i64 {here}, 0')}")
+    def _use_in_place(self, f: Function, reduction: Sum) -> Value:
+        """Accumulate directly in the caller's gradient when its layout matches and no second split exists."""
+        layout, itemsize, label = self.layout, self.module.itemsize, reduction.label
+        strides = [(0, self.module.row_bytes(reduction.width)), (1, itemsize)]
+        if reduction.a is None:
+            strides = [(0, itemsize)]
+        low_bits = f.and_(layout.integer(f, f"out.{label}.ptr"), ALIGNMENT - 1, "low_bits")
+        is_whole = f.not_(self._is_split, "is_whole")
+        fits = f.and_(is_whole, f.eq(low_bits, 0, "is_aligned"), "fits")
         for dim, stride in strides:
-            given = layout.word(f, f"out.{found.label}.stride{dim}")
-            fits = f.let("fits", f"and i1 {fits}, {f.let('is.so', f'icmp eq i64 {given}, {stride}')}")
-        with f.when("in.place", fits):
-            layout.place(f, found.total, layout.pointer(f, f"out.{found.label}.ptr"))
+            is_packed = f.eq(layout.integer(f, f"out.{label}.stride{dim}"), stride, "is_packed")
+            fits = f.and_(fits, is_packed, "fits")
+        with f.if_(fits, "in_place"):
+            layout.set_buffer(f, reduction.total, layout.pointer(f, f"out.{label}.ptr"))
         return fits
 
-    def _bytes(self, found: Sum) -> int:
-        return found.height * self.module.padded(found.width)
+    def _bytes(self, reduction: Sum) -> int:
+        """Return the bytes of a gradient's accumulators."""
+        return reduction.height * self.module.row_bytes(reduction.width)
 
-    def _block_of(self, f: Function, found: Sum, half: Value, is_first: str) -> str:
-        """Where a half's open block is: the first begins the total, the others are added to it."""
-        total, part = (self.layout.buffer(f, name) for name in (found.total, found.part))
-        here = f.let("block", f"select i1 {is_first}, ptr {total}, ptr {part}")
-        return f.at(here, f.mul(half, self._bytes(found)), "acc")
+    def _panel(self, f: Function, reduction: Sum, split: Integer, is_first: Value) -> Value:
+        """Return the accumulators of the current row panel: of the first the total, of others memory of their own."""
+        total, part = (self.layout.buffer(f, name) for name in (reduction.total, reduction.part))
+        panel = f.select(is_first, total, part, "panel")
+        return f.at(panel, f.mul(split, self._bytes(reduction)), "acc")
 
-    def _close(self, f: Function, crew: Crew, half: Value) -> None:
-        """Close a block: from the second on it is added to the total."""
-        closed_at = f.at(self._closed, f.mul(half, 8))
-        closed = f.load_int(closed_at, "closed")
-        f.store_int(f.add(closed, 1), closed_at)
-        with f.when("later", f.let("is.later", f"icmp ne i64 {closed}, 0")):
-            crew.meet(self._shared)
-            for found in self.plan.sums:
-                share = f.share(self._bytes(found) // self.module.block, self._me, self._crew)
-                begin, end = (f.mul(vector, self.module.block) for vector in share)
-                offset = f.mul(half, self._bytes(found))
-                places = (f"ptr {f.at(self.layout.buffer(f, name), offset)}" for name in (found.total, found.part))
-                f.call(flush(self.module), *places, f"i64 {begin}", f"i64 {end}")
-            crew.meet(self._shared)
+    def _close_panel(self, f: Function, team: Team, split: Integer) -> None:
+        """Count a row panel as full; from the second on add it to the total."""
+        full_panels_at = f.at(self._full_panels, f.mul(split, 8))
+        full_panels = f.load_int(full_panels_at, "full_panels")
+        f.store_int(f.add(full_panels, 1), full_panels_at)
+        with f.if_(f.ne(full_panels, 0, "is_later"), "later"):
+            team.barrier(self._is_shared)
+            for reduction in self.plan.sums:
+                vectors = self._bytes(reduction) // self.module.vector_bytes
+                share = f.partition(vectors, self._thread_id, self._threads)
+                begin, end = (f.mul(vector, self.module.vector_bytes) for vector in share)
+                offset = f.mul(split, self._bytes(reduction))
+                add = add_partial(self.module)
+                total, part = (f.at(self.layout.buffer(f, name), offset) for name in (reduction.total, reduction.part))
+                f.call(add, total, part, begin, end)
+            team.barrier(self._is_shared)
 
     def _clear(self, f: Function) -> None:
-        """Sums of no rows."""
-        first = f.let("is.first.of.half", f"icmp eq i64 {self._me}, 0")
-        with f.when("clear", first), f.loop("half", self._from, self._to) as half:
-            for found in self.plan.sums:
-                start = f.at(self.layout.buffer(f, found.total), f.mul(half, self._bytes(found)))
-                with f.loop("byte", 0, self._bytes(found), self.module.block) as byte:
-                    f.store("zeroinitializer", f.at(start, byte), self.module.block)
+        """Set the totals of no rows at all to zero."""
+        is_first = f.eq(self._thread_id, 0, "is_first_of_split")
+        with f.if_(is_first, "clear"), f.for_range("split", self._first_split, self._last_split) as split:
+            for reduction in self.plan.sums:
+                start = f.at(self.layout.buffer(f, reduction.total), f.mul(split, self._bytes(reduction)))
+                with f.for_range("byte", 0, self._bytes(reduction), self.module.vector_bytes) as byte:
+                    f.store(f.zero, f.at(start, byte), self.module.vector_bytes)
 
-    def _hand_over(self, f: Function, crew: Crew, found: Sum, source: str) -> None:
-        """Bring a sum to its place in the caller's gradient, whatever its strides.
+    def _add_to_caller(self, f: Function, team: Team, reduction: Sum, source: Value) -> None:
+        """Add a total to its place in the caller's gradient, whatever its strides.
 
-        A crew parts the rows of a gradient that one sum makes whole; where several add up, one thread adds in order.
+        A team partitions the rows of a gradient that is one sum; where several add up, one thread adds them in order.
         """
-        module, layout, label = self.module, self.layout, found.label
-        matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2
-        dims = ("1", "0") if found.flipped else ("0", "1")
-        strides = [layout.word(f, f"out.{label}.stride{dim}") for dim in (dims if matrix else "00")]
+        module, layout, label = self.module, self.layout, reduction.label
+        is_matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2
+        dims = ("1", "0") if reduction.flipped else ("0", "1")
+        strides = [layout.integer(f, f"out.{label}.stride{dim}") for dim in (dims if is_matrix else "00")]
         start = layout.pointer(f, f"out.{label}.ptr")
-        start = f.at(start, f.mul(strides[0], found.corner[0])) if matrix else start
-        start = f.at(start, f.mul(strides[1], found.corner[1]))
-        fresh = label in self.plan.covered()
-        first, last = f.share(found.height, "%me", "%crew") if fresh else (0, found.height)
-        with nullcontext() if fresh else crew.leader():
-            rows = f.mul(first, module.padded(found.width))
-            to = (f"ptr {f.at(start, f.mul(strides[0], first))}", f"i64 {strides[0]}", f"i64 {strides[1]}")
-            size = (f"i64 {module.padded(found.width)}", f"i64 {f.sub(last, first)}", f"i64 {found.width}")
-            f.call(add_to(module, fresh=fresh), *to, f"ptr {f.at(source, rows)}", *size)
-            with f.when("halved", self._halved):
-                other = f.at(f.at(source, self._bytes(found)), rows)
-                f.call(add_to(module, fresh=False), *to, f"ptr {other}", *size)
+        start = f.at(start, f.mul(strides[0], reduction.corner[0])) if is_matrix else start
+        start = f.at(start, f.mul(strides[1], reduction.corner[1]))
+        is_fresh = label in self.plan.covered()
+        first, last = f.partition(reduction.height, THREAD_ID, THREADS) if is_fresh else (0, reduction.height)
+        row_bytes = module.row_bytes(reduction.width)
+        with nullcontext() if is_fresh else team.leader():
+            rows = f.mul(first, row_bytes)
+            to = (f.at(start, f.mul(strides[0], first)), *strides)
+            size = (row_bytes, f.sub(last, first), reduction.width)
+            f.call(add_to_caller(module, is_fresh=is_fresh), *to, f.at(source, rows), *size)
+            with f.if_(self._is_split, "split"):
+                second = f.at(f.at(source, self._bytes(reduction)), rows)
+                f.call(add_to_caller(module, is_fresh=False), *to, second, *size)

@@ -1,45 +1,92 @@
-"""The functions of sums over rows: one for each sum, which adds some rows to what there is, and those they share."""
+"""Functions of the gradients of weights: one per gradient, which adds some rows to its accumulators; and shared ones.
+
+``@<gradient>`` for a^T b, over a range of rows (Goto and van de Geijn's loops, with k running over rows)::
+
+    for row group of the range:                    128 rows: a tile's part of a stays in L1
+        pack a                                     only if its rows are long
+        for portion of b's column groups:          as wide as a tile
+            for tile of a's features:              this thread's share
+                acc += a^T b                       microkernel `outer_product`, over the rows of the group
+
+For b alone, a bias, up to eight column groups of accumulators stay in registers over all rows of the range.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fusecell.compiler.codegen.kernel_abi import Layout, row_address
-from fusecell.compiler.codegen.llvm_builder import LANES, Function, Module, Value
-from fusecell.compiler.codegen.microkernel import outer_name, shared_out, tiling
+from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layout, StepRows, row_address
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import Integer, Value, i1, i64, ptr
+from fusecell.compiler.codegen.microkernel import outer_product, split_evenly, tiling
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
-    PIECE,
-    STRETCH,
-    STRIPS,
-    emit_strips,
-    has_strips,
-    strip_bytes,
-    strips_bytes,
+    PACKED,
+    TILE_FEATURES,
+    emit_pack_operand,
+    is_packed,
+    micro_panel_bytes,
+    packed_bytes,
 )
+from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.schedule.plan import Plan, Sum
 
-__all__ = ["add_to", "emit_sums", "flush"]
+__all__ = ["RowRange", "add_partial", "add_to_caller", "emit_reductions"]
 
-_GIVEN = (
-    "ptr %args", "ptr %acc", "i1 %opens", "i64 %first", "i64 %kept", "i64 %runs", "i64 %run.rows", "i64 %kept.rows",
-    "i64 %rows", "i64 %row.step", "i64 %half", "i64 %me", "i64 %crew",
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows of a chunk that a gradient adds up: runs of rows, each in order, one after the other.
+
+    Without a split of the rows that is one run of neighbours; with it a run per step, of the split's rows of that step.
+
+    Attributes:
+        first: the first row, in the buffers of the chunk.
+        saved_first: the first row, in what the chunk saves for the backward.
+        runs: how many runs.
+        run_step: rows from the start of a run to that of the next, in the buffers of the chunk.
+        saved_run_step: the same in what is saved.
+        rows: of a run.
+        row_step: from a row to the next: 1, or -1 where steps run backwards.
+        split: which part of a step's rows, 0 or 1; each has accumulators of its own.
+    """
+
+    first: Integer
+    saved_first: Integer
+    runs: Integer
+    run_step: Integer
+    saved_run_step: Integer
+    rows: Integer
+    row_step: Integer
+    split: Integer
+
+    def args(self) -> tuple[Integer, ...]:
+        """Return the fields in the order of the parameters that pass them on."""
+        head = (self.first, self.saved_first, self.runs, self.run_step, self.saved_run_step)
+        return *head, self.rows, self.row_step, self.split
+
+
+_ACC, _OPENS = ptr("acc"), i1("opens")
+_RANGE_PARAMS = (
+    i64("first"), i64("saved.first"), i64("runs"), i64("run.step"), i64("saved.run.step"), i64("rows"),
+    i64("row.step"), i64("split"),
 )  # fmt: skip
-"""What the function of a sum takes: to what it adds, and whether that opens, at zero; its first row, in the chunk's
-buffers and in what is saved of the chunk; how many runs of rows there are, and from each to the next in both; the rows
-of a run and from each to the next; which half that is; and which of how many threads takes its share of the columns."""
+_RANGE = RowRange(*_RANGE_PARAMS)
+_PARAMS = (ARGS, _ACC, _OPENS, *_RANGE_PARAMS, THREAD_ID, THREADS)
+"""What the function of a gradient takes: the accumulators, and whether they open a row panel and so count as zero; the
+rows to add; and which of how many threads takes its share of the accumulators."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """Rows of an operand: where they start, the bytes from each to the next, and from a run of them to the next."""
 
-    start: str
-    k: Value
-    run: Value
+    start: Value
+    k: Integer
+    run: Integer
 
-    def beside(self, f: Function, count: Value, bytes_: Value) -> _Rows:
-        """The same so many times ``bytes_`` further on."""
+    def advanced(self, f: Function, count: Integer, bytes_: Integer) -> _Rows:
+        """Return the same ``count`` times ``bytes_`` further on."""
         return replace(self, start=f.at(self.start, f.mul(count, bytes_)))
 
 
@@ -53,189 +100,186 @@ class _Tiles:
     feature: int
 
 
-def emit_sums(module: Module, layout: Layout, plan: Plan) -> None:
-    """Write the function of every sum, under its name."""
-    for found in plan.sums:
-        emitter = _SumFunction(module, layout, plan, found)
-        if found.a is None:
+def emit_reductions(module: Module, layout: Layout, plan: Plan) -> None:
+    """Write the function of every weight gradient, under its name."""
+    for reduction in plan.sums:
+        emitter = _Reduction(module, layout, plan, reduction)
+        if reduction.a is None:
             emitter.row_sum()
         else:
-            emitter.outer(found.a)
+            emitter.outer_sum(reduction.a)
 
 
-class _SumFunction:
-    """The function of one sum."""
+class _Reduction:
+    """Writes the function of one weight gradient."""
 
-    def __init__(self, module: Module, layout: Layout, plan: Plan, found: Sum) -> None:
-        self.module, self.layout, self.plan, self.found = module, layout, plan, found
-        self.tiling = tiling(module.target, module.dtype, 1, module.blocks(found.width))
-        self.f = Function(module, found.name, *_GIVEN)
+    def __init__(self, module: Module, layout: Layout, plan: Plan, reduction: Sum) -> None:
+        self.module, self.layout, self.plan, self.reduction = module, layout, plan, reduction
+        self.tiling = tiling(module.target, module.dtype, 1, module.groups(reduction.width))
+        self.f = Function(module, reduction.name, *_PARAMS)
 
     def row_sum(self) -> None:
-        """Of one value's rows alone."""
+        """Write the sum of b's rows, eight column groups at a time, in turns among the threads."""
         f, module = self.f, self.module
-        b = self._operand(self.found.b, "b")
-        zeros = module.zeros(8 * module.block)
-        for first in range(0, module.blocks(self.found.width), 8):
-            many = min(8, module.blocks(self.found.width) - first)
-            turn = f.let("turn", f"urem i64 {first // 8}, %crew")
-            with f.when("mine", f.let("is.mine", f"icmp eq i64 {turn}, %me")):
-                acc = f.at("%acc", first * module.block)
-                start = f.let("start", f"select i1 %opens, ptr {zeros}, ptr {acc}")
-                self._add_rows(start, acc, b.beside(f, first, module.block), many)
+        b = self._operand(self.reduction.b, "b")
+        zeros = module.zeros(8 * module.vector_bytes)
+        for first in range(0, module.groups(self.reduction.width), 8):
+            groups = min(8, module.groups(self.reduction.width) - first)
+            turn = f.urem(first // 8, THREADS, "turn")
+            with f.if_(f.eq(turn, THREAD_ID, "is_own"), "own"):
+                acc = f.at(_ACC, first * module.vector_bytes)
+                start = f.select(_OPENS, zeros, acc, "start")
+                self._add_rows(start, acc, b.advanced(f, first, module.vector_bytes), groups)
         f.end()
 
-    def _add_rows(self, start: str, acc: str, b: _Rows, many: int) -> None:
-        """Add up so many blocks of columns of all rows, in registers, beginning with what is at ``start``."""
-        f, module = self.f, self.module
-        before, places = ([f.at(here, block * module.block) for block in range(many)] for here in (start, acc))
-        first = [f.load(place, "so.far", module.block) for place in before]
-        with f.loop_carrying("run", 0, "%runs", first) as (run, sums):
-            begin = f.at(b.start, f.mul(run, b.run))
-            with f.loop_carrying("row", 0, "%rows", sums) as (row, carried):
-                here = f.at(begin, f.mul(row, b.k))
-                for block, old in enumerate(carried):
-                    value = f.load(f.at(here, block * module.block), "value", module.bytes)
-                    carried[block] = f.let("sum", f"fadd {module.vector} {old}, {value}")
+    def _add_rows(self, start: Value, acc: Value, b: _Rows, groups: int) -> None:
+        """Add all rows of some column groups, in registers, to what is at ``start``; store the sums at ``acc``."""
+        f, vector_bytes = self.f, self.module.vector_bytes
+        sources, targets = ([f.at(at, group * vector_bytes) for group in range(groups)] for at in (start, acc))
+        first = [f.load(at, "first", vector_bytes) for at in sources]
+        with f.for_range_carrying("run", 0, _RANGE.runs, first) as (run, sums):
+            run_start = f.at(b.start, f.mul(run, b.run))
+            with f.for_range_carrying("row", 0, _RANGE.rows, sums) as (row, carried):
+                here = f.at(run_start, f.mul(row, b.k))
+                for group, so_far in enumerate(carried):
+                    value = f.load(f.at(here, group * vector_bytes), "value", self.module.itemsize)
+                    carried[group] = f.fadd(so_far, value, "sum")
             sums[:] = carried
-        for place, value in zip(places, sums, strict=True):
-            f.store(value, place, module.block)
+        for at, value in zip(targets, sums, strict=True):
+            f.store(value, at, vector_bytes)
 
-    def outer(self, first: int) -> None:
-        """Of the products of all features of one value, ``first``, with all of another, over their rows."""
+    def outer_sum(self, a_index: int) -> None:
+        """Write the sum of a^T b, row group by row group: of long runs a part of one, of short ones several."""
         f = self.f
-        a, b = self._operand(first, "a"), self._operand(self.found.b, "b")
-        few = f.let("few", f"udiv i64 {STRETCH}, {f.maximum('%rows', 1)}")
-        at_once = f.maximum(few, 1, "at.once")
-        with f.loop("run", 0, "%runs", at_once) as run:
-            runs = f.minimum(f.sub("%runs", run), at_once, "runs")
-            a_run, b_run = a.beside(f, run, a.run), b.beside(f, run, b.run)
-            with f.loop("stretch", 0, "%rows", STRETCH) as begun:
-                depth = f.minimum(f.sub("%rows", begun), STRETCH, "depth")
-                is_first = f.let("is.first", f"icmp eq i64 {f.add(run, begun)}, 0")
-                opens = f.let("opens", f"and i1 %opens, {is_first}")
-                self._tiles(opens, a_run.beside(f, begun, a.k), b_run.beside(f, begun, b.k), (depth, runs))
+        a, b = self._operand(a_index, "a"), self._operand(self.reduction.b, "b")
+        group = self.module.target.tuning.pack_row_group
+        runs_per_group = f.maximum(f.udiv(group, f.maximum(_RANGE.rows, 1), "whole_runs"), 1, "runs_per_group")
+        with f.for_range("run", 0, _RANGE.runs, runs_per_group) as run:
+            runs = f.minimum(f.sub(_RANGE.runs, run), runs_per_group, "runs")
+            a_run, b_run = a.advanced(f, run, a.run), b.advanced(f, run, b.run)
+            with f.for_range("row", 0, _RANGE.rows, group) as row:
+                depth = f.minimum(f.sub(_RANGE.rows, row), group, "depth")
+                is_first = f.eq(f.add(run, row), 0, "is_first")
+                opens = f.and_(_OPENS, is_first, "opens")
+                self._tiles(opens, a_run.advanced(f, row, a.k), b_run.advanced(f, row, b.k), (depth, runs))
         f.end()
 
-    def _tiles(self, opens: str, a: _Rows, b: _Rows, size: tuple[Value, Value]) -> None:
-        """All tiles of a stretch of rows, those of one block of columns after the other.
+    def _tiles(self, opens: Value, a: _Rows, b: _Rows, size: tuple[Integer, Integer]) -> None:
+        """Write the tiles of a row group: for each portion of b's columns all of a's features.
 
         Arguments:
-            opens: whether the accumulators begin at zero.
+            opens: whether the accumulators count as zero.
             size: the rows of a run, and how many runs there are.
         """
-        f, module, found = self.f, self.module, self.found
-        stride, width = module.padded(found.width), self.tiling.width(self._most)
-        start_row = f.let("start.row", f"select i1 {opens}, i64 0, i64 {stride}")
-        strips = self._strips(a, size) if has_strips(module, self.plan, found) else None
-        zeros = module.zeros(width * module.block)
-        block = 0
-        for many, wide in shared_out(module.blocks(found.width), width):
-            with f.loop("block", block, block + many * wide, wide) as first:
-                column = f.mul(first, module.block)
+        f, module, reduction = self.f, self.module, self.reduction
+        acc_row, width = module.row_bytes(reduction.width), self.tiling.width(self._max_height)
+        start_row = f.select(opens, 0, acc_row, "start.row")
+        packed = self._pack(a, size) if is_packed(module, self.plan, reduction) else None
+        zeros = module.zeros(width * module.vector_bytes)
+        group = 0
+        for portions, groups in split_evenly(module.groups(reduction.width), width):
+            with f.for_range("group", group, group + portions * groups, groups) as first:
+                column = f.mul(first, module.vector_bytes)
                 for tiles in self._heights():
-                    begin, end = f.share(tiles.count, "%me", "%crew")
-                    with f.loop("tile", begin, end) as turn:
-                        feature = f.add(f.mul(turn, tiles.height), tiles.feature)
-                        here = f.at(f.at("%acc", f.mul(feature, stride)), column)
-                        start = f.let("start", f"select i1 {opens}, ptr {zeros}, ptr {here}")
-                        own = a.beside(f, feature, module.bytes)
-                        if strips is not None:
-                            own = strips.beside(f, f.add(turn, tiles.first), strip_bytes(module))
-                        places = (f"ptr {place}" for place in (here, start, own.start, f.at(b.start, column)))
-                        numbers = (stride, start_row, own.k, b.k, *size, own.run, b.run)
-                        name = outer_name(module, tiles.height, wide)
-                        f.call(name, *places, *(f"i64 {value}" for value in numbers))
-            block += many * wide
+                    begin, end = f.partition(tiles.count, THREAD_ID, THREADS)
+                    with f.for_range("tile", begin, end) as tile:
+                        feature = f.add(f.mul(tile, tiles.height), tiles.feature)
+                        acc = f.at(f.at(_ACC, f.mul(feature, acc_row)), column)
+                        start = f.select(opens, zeros, acc, "start")
+                        if packed is None:
+                            own = a.advanced(f, feature, module.itemsize)
+                        else:
+                            own = packed.advanced(f, f.add(tile, tiles.first), micro_panel_bytes(module))
+                        strides = (acc_row, start_row, own.k, b.k, *size, own.run, b.run)
+                        name = outer_product(module, tiles.height, groups)
+                        f.call(name, acc, start, own.start, f.at(b.start, column), *strides)
+            group += portions * groups
 
-    def _strips(self, a: _Rows, size: tuple[Value, Value]) -> _Rows:
-        """Have the first value's rows in strips, of a crew each thread those of its own tiles."""
+    def _pack(self, a: _Rows, size: tuple[Integer, Integer]) -> _Rows:
+        """Pack the rows of a in micro-panels, of a team each thread those of its own tiles; return where they are."""
         f, module, (depth, runs) = self.f, self.module, size
-        piece = PIECE * module.bytes
-        start = f.at(self.layout.buffer(f, STRIPS), f.mul("%half", strips_bytes(module, self.found)))
-        strips = _Rows(start, piece, f.mul(depth, piece))
-        with f.loop("run", 0, runs) as run:
-            source, target = a.beside(f, run, a.run), strips.beside(f, run, strips.run)
+        row_bytes = TILE_FEATURES * module.itemsize
+        start = f.at(self.layout.buffer(f, PACKED), f.mul(_RANGE.split, packed_bytes(module, self.reduction)))
+        packed = _Rows(start, row_bytes, f.mul(depth, row_bytes))
+        with f.for_range("run", 0, runs) as run:
+            source, target = a.advanced(f, run, a.run), packed.advanced(f, run, packed.run)
             for tiles in self._heights():
-                begin, end = f.share(tiles.count, "%me", "%crew")
-                to = target.beside(f, f.add(begin, tiles.first), strip_bytes(module))
-                own = source.beside(f, f.add(f.mul(begin, tiles.height), tiles.feature), module.bytes)
-                numbers = (a.k, depth, f.sub(end, begin), tiles.height * module.bytes)
-                f.call(
-                    emit_strips(module), f"ptr {to.start}", f"ptr {own.start}", *(f"i64 {value}" for value in numbers)
-                )
-        return strips
+                begin, end = f.partition(tiles.count, THREAD_ID, THREADS)
+                to = target.advanced(f, f.add(begin, tiles.first), micro_panel_bytes(module))
+                own = source.advanced(f, f.add(f.mul(begin, tiles.height), tiles.feature), module.itemsize)
+                tile_bytes = tiles.height * module.itemsize
+                f.call(emit_pack_operand(module), to.start, own.start, a.k, depth, f.sub(end, begin), tile_bytes)
+        return packed
 
     @property
-    def _most(self) -> int:
-        """Features of the highest tile."""
-        return min(self.tiling.most, self.found.height)
+    def _max_height(self) -> int:
+        """Features of the tallest tile."""
+        return min(self.tiling.max_rows, self.reduction.height)
 
     def _heights(self) -> Iterator[_Tiles]:
-        """The features shared out to tiles."""
+        """Split a's features evenly into tiles: those of one height after the other."""
         first, feature = 0, 0
-        for count, height in shared_out(self.found.height, self._most):
+        for count, height in split_evenly(self.reduction.height, self._max_height):
             yield _Tiles(count, height, first, feature)
             first, feature = first + count, feature + count * height
 
     def _operand(self, index: int, name: str) -> _Rows:
-        f, place = self.f, self.found.operands[index]
-        base, stride, _ = row_address(
-            f, self.layout, self.module, place.buffer, t="0", base="%first", kept="%kept", slot="0"
-        )
-        start = f.at(base, place.offset * self.module.bytes, name)
-        run = "%kept.rows" if place.buffer.scope == "saved" else "%run.rows"
-        return _Rows(start, f.mul("%row.step", stride, f"{name}.k"), f.mul(run, stride, f"{name}.run"))
+        """Return the rows of the range in an operand."""
+        f, location = self.f, self.reduction.operands[index]
+        at = StepRows(t=0, base=_RANGE.first, saved_base=_RANGE.saved_first, old_state=0)
+        rows = row_address(f, self.layout, self.module, location.buffer, at)
+        start = f.at(rows.start, location.offset * self.module.itemsize, name)
+        run = _RANGE.saved_run_step if location.buffer.scope == "saved" else _RANGE.run_step
+        return _Rows(start, f.mul(_RANGE.row_step, rows.stride, f"{name}.k"), f.mul(run, rows.stride, f"{name}.run"))
 
 
-def flush(module: Module) -> str:
-    """The function that adds a share of a block to the total, emitted on first use."""
-    name = "sum.flush"
-    if name in module.made:
+def add_partial(module: Module) -> str:
+    """Return the name of the function that adds a thread's share of a row panel to the total, emitted on first use."""
+    name = "gradient.add_partial"
+    if not module.is_new(name):
         return name
-    module.made.add(name)
-    f = Function(module, name, "ptr noalias %total", "ptr noalias %part", "i64 %from", "i64 %to")
-    with f.loop("byte", "%from", "%to", module.block) as byte:
-        total, part = f.at("%total", byte), f.at("%part", byte)
-        old, more = f.load(total, "total", module.block), f.load(part, "part", module.block)
-        f.store(f.let("sum", f"fadd {module.vector} {old}, {more}"), total, module.block)
+    total, partial, first, last = ptr("total"), ptr("partial"), i64("from"), i64("to")
+    f = Function(module, name, total, partial, first, last, noalias=(total, partial))
+    with f.for_range("byte", first, last, module.vector_bytes) as byte:
+        total_at, partial_at = f.at(total, byte), f.at(partial, byte)
+        so_far = f.load(total_at, "so_far", module.vector_bytes)
+        value = f.load(partial_at, "value", module.vector_bytes)
+        f.store(f.fadd(so_far, value, "sum"), total_at, module.vector_bytes)
     f.end()
     return name
 
 
-def add_to(module: Module, *, fresh: bool) -> str:
-    """The function that adds rows of our own to a caller's matrix, or stores them in a ``fresh`` one.
+def add_to_caller(module: Module, *, is_fresh: bool) -> str:
+    """Return the name of the function that adds a total to the caller's gradient, emitted on first use.
 
-    It takes vectors where the matrix's columns are neighbours. Emitted on first use.
+    By vectors where the gradient's columns are contiguous, else number by number.
+
+    Arguments:
+        is_fresh: whether nothing is there yet, so that the total is stored.
     """
-    name = "sum.store" if fresh else "sum.add"
-    if name in module.made:
+    name = "gradient.store" if is_fresh else "gradient.add"
+    if not module.is_new(name):
         return name
-    module.made.add(name)
-    f = Function(
-        module, name, "ptr noalias %to", "i64 %to.row", "i64 %to.column", "ptr noalias %from", "i64 %from.row",
-        "i64 %height", "i64 %width",
-    )  # fmt: skip
-    close = f.let("close", f"icmp eq i64 %to.column, {module.bytes}")
-    with f.loop("row", 0, "%height") as row:
-        to, source = f.at("%to", f.mul(row, "%to.row")), f.at("%from", f.mul(row, "%from.row"))
-        with f.when("near", close), f.loop("first", 0, "%width", LANES) as first:
-            mask = f.first_lanes(f.sub("%width", first))
-            offset = f.mul(first, module.bytes)
-            theirs = f.at(to, offset)
-            value = f.load(f.at(source, offset), "value", module.block)
-            if not fresh:
-                old = f.load_masked(theirs, mask, "old")
-                value = f.let("sum", f"fadd {module.vector} {old}, {value}")
-            f.store_masked(value, theirs, mask)
-        far = f.let("far", f"xor i1 {close}, true")
-        with f.when("far", far), f.loop("column", 0, "%width") as column:
-            theirs = f.at(to, f.mul(column, "%to.column"))
-            mine = f.at(source, f.mul(column, module.bytes))
-            value = f.let("value", f"load {module.scalar}, ptr {mine}, align {module.bytes}")
-            if not fresh:
-                old = f.let("old", f"load {module.scalar}, ptr {theirs}, align {module.bytes}")
-                value = f.let("sum", f"fadd {module.scalar} {old}, {value}")
-            f.do(f"store {module.scalar} {value}, ptr {theirs}, align {module.bytes}")
+    to, to_row, to_column = ptr("to"), i64("to.row"), i64("to.column")
+    source, source_row, height, width = ptr("from"), i64("from.row"), i64("height"), i64("width")
+    params = (to, to_row, to_column, source, source_row, height, width)
+    f = Function(module, name, *params, noalias=(to, source))
+    is_contiguous = f.eq(to_column, module.itemsize, "is_contiguous")
+    with f.for_range("row", 0, height) as row:
+        target_row, total_row = f.at(to, f.mul(row, to_row)), f.at(source, f.mul(row, source_row))
+        with f.if_(is_contiguous, "contiguous"), f.for_range("column", 0, width, LANES) as column:
+            mask = f.first_lanes(f.sub(width, column))
+            offset = f.mul(column, module.itemsize)
+            target = f.at(target_row, offset)
+            value = f.load(f.at(total_row, offset), "value", module.vector_bytes)
+            if not is_fresh:
+                value = f.fadd(f.load_masked(target, mask, "so_far"), value, "sum")
+            f.store_masked(value, target, mask)
+        with f.unless(is_contiguous, "strided"), f.for_range("column", 0, width) as column:
+            target = f.at(target_row, f.mul(column, to_column))
+            value = f.load_scalar(f.at(total_row, f.mul(column, module.itemsize)), "value")
+            if not is_fresh:
+                value = f.fadd(f.load_scalar(target, "so_far"), value, "sum")
+            f.store_scalar(value, target)
     f.end()
     return name

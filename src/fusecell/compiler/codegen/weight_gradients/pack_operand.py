@@ -1,70 +1,82 @@
-"""Strips: an operand of a sum over rows, laid out as its tiles read it.
+"""Packing of one operand of a weight's gradient into micro-panels (BLIS's packing of A)::
 
-A tile reads eight neighbouring features of row after row, and again for every block of columns of the other operand.
-Where rows are long, each of these pieces lies in another line, soon in another page, and all of them in few sets of L1.
-So the pieces of a stretch of rows are first put one behind the other.
+    for row in a row group of 128:
+        for tile of the features:
+            packed[tile][row] = operand[row, the tile's 8 features]
+
+A tile of ``a^T b`` reads eight neighbouring features of row after row, and again for every portion of b's columns.
+Where rows are long, each of these reads is in another cache line, soon in another page, and all of them in few sets of
+L1, from which they evict each other. Packed, they are contiguous: 7 to 12 % of training at H of 512 and 800 on a Xeon,
+nothing on an EPYC; of rows below 2 kB, or with fewer than 256 columns of b, it is no faster (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from fusecell.compiler.codegen.llvm_builder import Function, Module, Value
+from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.microkernel import tiling
+from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.schedule.plan import Plan, Sum
 
-__all__ = ["PIECE", "STRETCH", "STRIPS", "emit_strips", "has_strips", "strip_bytes", "strips_bytes"]
+__all__ = [
+    "PACKED", "TILE_FEATURES", "emit_pack_operand", "is_packed", "micro_panel_bytes", "packed_bytes",
+]  # fmt: skip
 
-STRETCH = 128
-"""So many rows of an operand's tile stay in L1 while it meets all of the other operand."""
-STRIPS = "strips"
-"""Their buffer, which one sum has after the other."""
-PIECE = 8
-"""Features of a piece, as many as the highest tile takes."""
-_LONG, _OFTEN = 2048, 16
-"""Bytes of a row, and blocks of the other operand's columns, from which strips are worth being made."""
-_AT_ONCE = 4
+PACKED = "packed.a"
+"""The buffer of the micro-panels, which one gradient after the other uses."""
+TILE_FEATURES = 8
+"""Features of a micro-panel: as many as the tallest tile has rows."""
+_ROWS_AT_ONCE = 4
+"""Rows copied at a time: the loads of all come before the first store, so that they overlap."""
 
 
-def has_strips(module: Module, plan: Plan, found: Sum) -> bool:
-    """Whether a sum's first operand is read from strips: never a caller's rows, as pieces may go beyond the last."""
-    if found.a is None or found.height * module.bytes < _LONG or module.blocks(found.width) < _OFTEN:
+def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
+    """Whether a gradient's first operand is packed: never a caller's rows, as the last reads may go beyond them."""
+    limits = module.target.tuning
+    if reduction.a is None or reduction.height * module.itemsize < limits.pack_min_row_bytes:
         return False
-    return found.operands[found.a].buffer not in plan.gathered.values()
+    if module.groups(reduction.width) < limits.pack_min_groups:
+        return False
+    return reduction.operands[reduction.a].buffer not in plan.gathered.values()
 
 
-def strip_bytes(module: Module) -> int:
-    """From one tile's strip to the next."""
-    return STRETCH * PIECE * module.bytes
+def micro_panel_bytes(module: Module) -> int:
+    """Return the bytes of a micro-panel: a tile's features of a row group."""
+    return module.target.tuning.pack_row_group * TILE_FEATURES * module.itemsize
 
 
-def strips_bytes(module: Module, found: Sum) -> int:
-    """All strips of a sum."""
-    most = tiling(module.target, module.dtype, 1, module.blocks(found.width)).most
-    return -(-found.height // most) * strip_bytes(module)
+def packed_bytes(module: Module, reduction: Sum) -> int:
+    """Return the bytes of all micro-panels of a gradient's operand."""
+    max_rows = tiling(module.target, module.dtype, 1, module.groups(reduction.width)).max_rows
+    return ceil_div(reduction.height, max_rows) * micro_panel_bytes(module)
 
 
-def emit_strips(module: Module) -> str:
-    """The function that puts the pieces of some rows for some tiles into strips, emitted on first use."""
-    name = "strips"
-    if name in module.made:
+_TO, _FROM, _FROM_K, _ROWS = ptr("to"), ptr("from"), i64("from.k"), i64("rows")
+_TILES, _TILE_BYTES = i64("tiles"), i64("tile.bytes")
+
+
+def emit_pack_operand(module: Module) -> str:
+    """Return the name of the function that packs rows of an operand for some of its tiles, emitted on first use."""
+    name = "pack.operand"
+    if not module.is_new(name):
         return name
-    module.made.add(name)
-    head = ("ptr noalias %to", "ptr %from", "i64 %from.k", "i64 %rows", "i64 %tiles", "i64 %tile.bytes")
-    f = Function(module, name, *head)
-    most = f.let("most", f"and i64 %rows, {-_AT_ONCE}")
-    for start, stop, rows in ((0, most, _AT_ONCE), (most, "%rows", 1)):
-        with f.loop("k", start, stop, rows) as k:
-            source, target = f.at("%from", f.mul(k, "%from.k")), f.at("%to", f.mul(k, PIECE * module.bytes))
-            with f.loop("tile", 0, "%tiles") as tile:
-                _move(f, f.at(source, f.mul(tile, "%tile.bytes")), f.at(target, f.mul(tile, strip_bytes(module))), rows)
+    f = Function(module, name, _TO, _FROM, _FROM_K, _ROWS, _TILES, _TILE_BYTES, noalias=(_TO,))
+    whole = f.and_(_ROWS, -_ROWS_AT_ONCE, "rows_by_four")
+    for start, stop, rows in ((0, whole, _ROWS_AT_ONCE), (whole, _ROWS, 1)):
+        with f.for_range("k", start, stop, rows) as k:
+            source = f.at(_FROM, f.mul(k, _FROM_K))
+            target = f.at(_TO, f.mul(k, TILE_FEATURES * module.itemsize))
+            with f.for_range("tile", 0, _TILES) as tile:
+                tile_source = f.at(source, f.mul(tile, _TILE_BYTES))
+                _copy(f, tile_source, f.at(target, f.mul(tile, micro_panel_bytes(module))), rows)
     f.end()
     return name
 
 
-def _move(f: Function, source: str, target: str, rows: int) -> None:
-    """A tile's pieces of so many rows: all are read before any is written."""
-    piece = f"<{PIECE} x {f.module.scalar}>"
-    offsets: list[Value] = [f.mul("%from.k", row) for row in range(rows)]
-    values = [f.let("piece", f"load {piece}, ptr {f.at(source, o)}, align {f.module.bytes}") for o in offsets]
-    for row, value in enumerate(values):
-        here = f.at(target, row * PIECE * f.module.bytes)
-        f.do(f"store {piece} {value}, ptr {here}, align {PIECE * f.module.bytes}")
+def _copy(f: Function, source: Value, target: Value, rows: int) -> None:
+    """Copy a tile's features of a few rows."""
+    itemsize = f.module.itemsize
+    offsets: list[Integer] = [f.mul(_FROM_K, row) for row in range(rows)]
+    features = [f.load(f.at(source, offset), "features", itemsize, TILE_FEATURES) for offset in offsets]
+    for row, vector in enumerate(features):
+        f.store(vector, f.at(target, row * TILE_FEATURES * itemsize), TILE_FEATURES * itemsize)

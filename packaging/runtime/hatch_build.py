@@ -1,0 +1,27 @@
+"""Hatch's hook for the wheel of ``fusecell-runtime``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Hatch runs this file by its path
+
+from package_files import PACKAGE, write
+
+
+class RuntimeBuildHook(BuildHookInterface):
+    """The package is written where the wheel will be, and taken into the wheel from there."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        self._folder = Path(self.directory) / PACKAGE
+        shutil.rmtree(self._folder, ignore_errors=True)
+        write(self._folder)
+        build_data["force_include"][str(self._folder)] = PACKAGE
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)

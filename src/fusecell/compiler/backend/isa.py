@@ -1,0 +1,147 @@
+"""Instruction sets: what kernels need to know of one beside LLVM, in one record each.
+
+To support another, add a record to ``_KNOWN`` and the spellings of its triples to its ``spellings``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+__all__ = ["DenormalControl", "InstructionSet", "instruction_set"]
+
+
+@dataclass(frozen=True, slots=True)
+class DenormalControl:
+    """The register that says whether denormals count as zero, and how LLVM reads and writes it.
+
+    Attributes:
+        read: the intrinsic that reads the register.
+        write: the intrinsic that writes it.
+        bits: the register's width.
+        flush: the bits that, set, make denormals count as zero.
+        through_memory: whether the intrinsics take the address of the value, as x86's do, not the value.
+    """
+
+    read: str
+    write: str
+    bits: int
+    flush: int
+    through_memory: bool = False
+
+    @property
+    def declarations(self) -> set[str]:
+        """The intrinsics, declared."""
+        if self.through_memory:
+            return {f"declare void {self.read}(ptr)", f"declare void {self.write}(ptr)"}
+        return {f"declare i{self.bits} {self.read}()", f"declare void {self.write}(i{self.bits})"}
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """What kernels use of an instruction set by name.
+
+    Attributes:
+        name: LLVM's name of the architecture.
+        spellings: how triples begin that mean it; its name where none is listed.
+        vector_registers: how many there are, without extensions.
+        always_fused: whether a multiply-add with one rounding is part of the base.
+        fused_features: features each of which brings one.
+        denormals: how denormals are made to count as zero; None where nothing does it.
+        spin_hint: the declaration, and the call, that tell a core that it only waits; None where there is none.
+        levels: the targets one can ask for by name, the features each adds to the one before.
+    """
+
+    name: str
+    spellings: tuple[str, ...] = ()
+    vector_registers: int = 16
+    always_fused: bool = False
+    fused_features: frozenset[str] = frozenset()
+    denormals: DenormalControl | None = None
+    spin_hint: tuple[str, str] | None = None
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def flushes_denormals(self) -> bool:
+        """Whether kernels take denormals for zero here."""
+        return self.denormals is not None
+
+    @property
+    def about_denormals(self) -> str:
+        """What kernels do with denormals here, in words."""
+        if self.flushes_denormals:
+            return "count as zero inside kernels"
+        return f"denormals are kept on {self.name}, which has no switch for them that fusecell knows"
+
+    def features_of(self, level: str) -> tuple[str, ...]:
+        """All features of a level, those of the levels below it included."""
+        names = list(self.levels)
+        return tuple(feature for name in names[: names.index(level) + 1] for feature in self.levels[name])
+
+
+_MXCSR = DenormalControl(  # flush to zero, and denormals are zero
+    "@llvm.x86.sse.stmxcsr", "@llvm.x86.sse.ldmxcsr", 32, 0x8040, through_memory=True
+)
+_X86_PAUSE = ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()")
+
+_KNOWN = (
+    InstructionSet(
+        "x86_64",
+        ("x86_64", "x86_64h", "amd64"),
+        fused_features=frozenset({"fma"}),
+        denormals=_MXCSR,
+        spin_hint=_X86_PAUSE,
+        # The levels of the x86-64 psABI in LLVM's names.
+        levels=MappingProxyType(
+            {
+                "x86-64-v2": ("cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2"),
+                "x86-64-v3": ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"),
+                "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+            }
+        ),
+    ),
+    InstructionSet(
+        "i386",
+        ("i386", "i486", "i586", "i686", "x86"),
+        vector_registers=8,
+        fused_features=frozenset({"fma"}),
+        denormals=_MXCSR,
+        spin_hint=_X86_PAUSE,
+    ),
+    InstructionSet(
+        "aarch64",
+        ("aarch64", "aarch64_be", "arm64", "arm64e", "arm64ec"),
+        vector_registers=32,
+        always_fused=True,
+        denormals=DenormalControl("@llvm.aarch64.get.fpcr", "@llvm.aarch64.set.fpcr", 64, 1 << 24),
+        spin_hint=("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),  # yield
+    ),
+    InstructionSet(
+        "arm",
+        ("arm", "armv6", "armv6l", "armv7", "armv7a", "armv7l", "armv7s", "armv7k", "armv8l", "thumbv7", "thumbv7a"),
+        fused_features=frozenset({"vfp4"}),
+        denormals=DenormalControl("@llvm.arm.get.fpscr", "@llvm.arm.set.fpscr", 32, 1 << 24),
+        spin_hint=("declare void @llvm.arm.hint(i32)", "call void @llvm.arm.hint(i32 1)"),  # yield
+    ),
+    # None of these has a mode that flushes scalar numbers and vectors alike.
+    InstructionSet("riscv64", vector_registers=32, fused_features=frozenset({"d"})),
+    InstructionSet("ppc64le", ("powerpc64le", "ppc64le"), vector_registers=32, fused_features=frozenset({"vsx"})),
+    InstructionSet("s390x", fused_features=frozenset({"vector"})),
+    InstructionSet("loongarch64", fused_features=frozenset({"d"})),
+)
+_BY_SPELLING = {spelling: known for known in _KNOWN for spelling in known.spellings or (known.name,)}
+
+
+@functools.cache
+def instruction_set(triple: str) -> InstructionSet:
+    """The instruction set of a target triple, however that spells it; one that isn't listed has nothing special.
+
+    Example:
+        >>> from fusecell.compiler.backend.isa import instruction_set
+        >>> instruction_set("arm64-apple-darwin23").name
+        'aarch64'
+    """
+    spelling = triple.split("-", 1)[0].lower()
+    return _BY_SPELLING.get(spelling) or InstructionSet(spelling)

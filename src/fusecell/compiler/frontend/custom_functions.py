@@ -1,0 +1,99 @@
+"""Custom autograd Functions in a step: applied to weights alone each is one step of the prologue, backward and all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+
+from fusecell.compiler.frontend.aten_arguments import tensors_in
+from fusecell.compiler.frontend.isolation import users_line
+from fusecell.compiler.frontend.traced_values import Untraceable
+
+__all__ = ["is_custom_node", "is_of_operator", "observed", "plain_arguments", "tensor_results"]
+
+Apply = Callable[..., Any]
+"""A Function's ``apply`` as torch has it."""
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), slice, range, np.generic, Enum, type, BuiltinFunctionType,
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch._ops.OperatorBase,
+)  # fmt: skip
+
+
+@contextmanager
+def observed(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iterator[None]:
+    """Hand every Function that this thread applies inside the block to ``on_apply(function, arguments, apply)``.
+
+    ``Function.apply`` looks its other half up in the class behind it, whichever way it was called or bound: there it
+    is met. The tracer's lock is held meanwhile, and other threads' Functions are applied as ever.
+    """
+    thread = threading.get_ident()
+
+    def apply(function: type[Any], *args: Any, **kwargs: Any) -> Any:
+        rest: Any = super(_SingleLevelFunction, function)
+        if threading.get_ident() != thread or kwargs:
+            return rest.apply(*args, **kwargs)
+        return on_apply(function, args, rest.apply)
+
+    parent: Any = _SingleLevelFunction
+    parent.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        del parent.apply
+
+
+def is_custom_node(node: Any) -> bool:
+    """Whether a node of autograd's graph is a custom Function's."""
+    return hasattr(node, "_forward_cls")
+
+
+def is_of_operator(function: type[Any]) -> bool:
+    """Whether torch made a Function for the gradient of an operator, which is met as an operator too."""
+    return function.__module__ == "torch._library.autograd"
+
+
+def plain_arguments(function: type[Any], args: Sequence[Any]) -> None:
+    """Raise Untraceable unless the arguments beside tensors are values that a later call may be given again."""
+    for arg in args:
+        if not _is_plain(arg):
+            raise Untraceable(
+                f"It applies {function.__name__} to a weight and a {type(arg).__name__}, which may be another at the "
+                f"next call; give it tensors and numbers{users_line()}."
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        # Its tensors would be looked for in vain: a Function doesn't differentiate them either.
+        return not any(True for _ in tensors_in(list(value.values()))) and all(map(_is_plain, value.values()))
+    if isinstance(value, FunctionType):
+        return value.__closure__ is None
+    return isinstance(value, (*_PLAIN, Tensor))
+
+
+def tensor_results(function: type[Any], result: Any) -> list[Tensor | None]:
+    """What a Function returned, as a list.
+
+    Raises:
+        Untraceable: if anything among it is neither a tensor nor None.
+    """
+    results = [result] if not isinstance(result, tuple | list) else list(result)
+    for value in results:
+        if value is not None and not isinstance(value, Tensor):
+            raise Untraceable(
+                f"{function.__name__} makes a {type(value).__name__} of a weight, which would stay what it was at the "
+                f"first call; return tensors{users_line()}."
+            )
+    return results

@@ -1,0 +1,37 @@
+"""TorchScript: what torch.jit.trace and torch.jit.script may do with a cell, and the sentence where they may not."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+__all__ = ["is_tracing", "refuse_script", "refuse_trace"]
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace, or the ONNX exporter that is built on it, records this call."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def refuse_trace(name: str, reason: str) -> NoReturn:
+    """Raise RuntimeError, as torch.jit.trace can't record a call.
+
+    Arguments:
+        name: of the class of the cell or layer.
+        reason: why, a sentence.
+    """
+    raise RuntimeError(
+        f"torch.jit.trace, and torch.onnx.export(dynamo=False), can't record {name}: {reason} "
+        "Use torch.export.export(model, ...) or torch.onnx.export(..., dynamo=True). The drop-ins can be traced where "
+        "they compute what torch.nn computes; fusecell.replace(model, back=True) makes them torch.nn's layers."
+    )
+
+
+def refuse_script(name: str) -> NoReturn:
+    """Raise RuntimeError, as torch.jit.script can't compile a module."""
+    raise RuntimeError(
+        f"torch.jit.script can't compile {name}: it reads source code in a part of Python that fusecell isn't written "
+        "in. Script torch.nn's own layers, fusecell.replace(copy.deepcopy(model), back=True), or use "
+        "torch.export.export(model, ...)."
+    )

@@ -1,0 +1,166 @@
+"""A tape's file: read, and held to what a tape is before one is made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusecell.errors import quoted
+from fusecell.strict_json import parse_json
+from fusecell.tape.track import Track
+from fusecell.tensor_file import is_text, read_tensor_file
+
+__all__ = ["FORMAT", "TapeContent", "read"]
+
+FORMAT = "fusecell tape 1"
+_DTYPES = ("F16", "BF16", "F32", "F64", "I64")
+_MOST_NAME, _MOST_TRACKS, _MOST_DIRECTIONS = 256, 4096, 2
+_FIELDS = frozenset(("kind", "reverse", "states", "equation", "source", "layer", "names", "gradients"))
+
+
+class TapeContent(NamedTuple):
+    """What a tape is made of."""
+
+    layers: list[list[Track]]
+    lengths: Tensor | None
+    labels: list[str] | None
+
+
+def read(path: Path, max_bytes: int) -> TapeContent:
+    """What a file holds.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if it is no tape: what is wrong, without the path.
+    """
+    file = read_tensor_file(path, _DTYPES, file_bytes=max_bytes)
+    about, tensors = file.metadata, file.tensors()
+    if about.get("format") != FORMAT:
+        raise ValueError(f"its format is {quoted(about.get('format'))}, expected {FORMAT!r}")
+    if about.keys() != {"format", "tracks", "labels"}:
+        raise ValueError(f"its metadata are {quoted(sorted(about))}, expected format, tracks and labels")
+    entries = parse_json(about["tracks"], 3)
+    if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_TRACKS:
+        raise ValueError(f"its tracks are {quoted(entries)}, expected a list of 1 to {_MOST_TRACKS}")
+    layers: list[list[Track]] = []
+    for place, entry in enumerate(entries):
+        try:
+            track = _track(place, entry, tensors)
+            _add(layers, entry["layer"], track)
+        except ValueError as error:
+            raise ValueError(f"its track {place} can't be read: {error}") from error
+    first = next(iter(layers[0][0].values.values()))
+    shape = tuple(first.shape[:2])
+    for track in (track for tracks in layers for track in tracks):
+        _check_shapes(track, shape)
+    lengths = _lengths(tensors.pop("lengths", None), shape)
+    if tensors:
+        raise ValueError(f"no track has its tensor {quoted(min(tensors))}")
+    return TapeContent(layers, lengths, _labels(parse_json(about["labels"], 1), shape[0]))
+
+
+def _track(place: int, entry: Any, tensors: dict[str, Tensor]) -> Track:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise ValueError(f"it is {quoted(entry)}, expected an object of {', '.join(sorted(_FIELDS))}")
+    kind, reverse = entry["kind"], entry["reverse"]
+    if not _is_name(kind):
+        raise ValueError(f"its kind is {quoted(kind)}, expected up to {_MOST_NAME} characters that print")
+    if not isinstance(reverse, bool):
+        raise ValueError(f"its reverse is {quoted(reverse)}, expected true or false")
+    for field in ("equation", "source"):
+        if not _is_prose(entry[field]):
+            raise ValueError(f"its {field} is {quoted(entry[field])}, expected a text")
+    names, states, gradients = (_names(field, entry[field]) for field in ("names", "states", "gradients"))
+    if not names or not set(states) | set(gradients) <= set(names):
+        raise ValueError(f"its names, {quoted(names)}, are none, or lack some of its states and gradients")
+    values, before = _taken(place, "value", names, tensors), _taken(place, "before", states, tensors)
+    probes = {}
+    for name, gradient in _taken(place, "gradient", gradients, tensors).items():
+        value = values[name]
+        if gradient.shape != value.shape or gradient.dtype != value.dtype:
+            raise ValueError(f"the gradient of {quoted(name)} is {_spelled(gradient)}, the value {_spelled(value)}")
+        probe = probes[name] = torch.zeros_like(value)
+        if not value.is_floating_point():
+            raise ValueError(f"{quoted(name)} is {_spelled(value)}, which has no gradient")
+        probe.grad = gradient
+    return Track(kind, reverse, tuple(states), values, lambda: before, probes, entry["equation"], entry["source"])
+
+
+def _taken(place: int, kind: str, names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name in names:
+        key = f"{place}.{kind}.{name}"
+        if key not in tensors:
+            raise ValueError(f"the tensor {quoted(key)} is missing")
+        found[name] = tensors.pop(key)
+    return found
+
+
+def _add(layers: list[list[Track]], layer: object, track: Track) -> None:
+    """Put a track where it belongs: tracks come layer by layer, from the bottom."""
+    if type(layer) is not int or layer not in (len(layers) - 1, len(layers)) or layer < 0:
+        raise ValueError(f"its layer is {quoted(layer)}, expected {max(len(layers) - 1, 0)} or {len(layers)}")
+    if layer == len(layers):
+        layers.append([])
+    layers[layer].append(track)
+    if len(layers[layer]) > _MOST_DIRECTIONS:
+        raise ValueError(f"it is the third of layer {layer}, which has {_MOST_DIRECTIONS} directions at most")
+
+
+def _check_shapes(track: Track, shape: tuple[int, ...]) -> None:
+    """Whether its values are (T, N, size) numbers, and states before a step like those after it."""
+    for name, value in (*track.values.items(), *track.before.items()):
+        if value.dim() != 3 or value.shape[:2] != shape or not value.is_floating_point():
+            raise ValueError(f"{quoted(name)} of {track.kind} is {_spelled(value)}, expected numbers of {shape}, size")
+    for name, value in track.before.items():
+        if value.shape != track.values[name].shape or value.dtype != track.values[name].dtype:
+            after = _spelled(track.values[name])
+            raise ValueError(
+                f"state {quoted(name)} of {track.kind} is {_spelled(value)} before a step, {after} after it"
+            )
+
+
+def _lengths(found: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if found is None:
+        return None
+    if found.shape != shape[1:] or found.dtype != torch.int64:
+        raise ValueError(f"its lengths are {_spelled(found)}, expected torch.int64 of shape {shape[1:]}")
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) <= shape[0]:
+        raise ValueError(f"its lengths are from {int(found.min())} to {int(found.max())}, of {shape[0]} steps")
+    return found
+
+
+def _labels(found: Any, steps: int) -> list[str] | None:
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != steps or not all(map(_is_label, found)):
+        raise ValueError(f"its labels are {quoted(found)}, expected a text or number for each of {steps} steps")
+    return found
+
+
+def _is_label(value: object) -> bool:
+    return is_text(value) or type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= _MOST_NAME
+
+
+def _is_prose(value: object) -> bool:
+    """Whether a value is text of printing characters, in lines."""
+    return isinstance(value, str) and all(character.isprintable() or character in "\n\t" for character in value)
+
+
+def _names(field: str, value: object) -> list[str]:
+    if not isinstance(value, list) or not all(map(_is_name, value)) or len(set(value)) != len(value):
+        raise ValueError(f"its {field} are {quoted(value)}, expected names, each once")
+    return value
+
+
+def _spelled(value: Tensor) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}"

@@ -1,0 +1,41 @@
+"""A GRU's kernel, run by the check mode with something done after it."""
+
+import ctypes
+
+import torch
+
+import fusecell as fc
+from fusecell.compiler.dispatch.runner import find_program
+from fusecell.compiler.runtime import guard_pages as check
+from fusecell.compiler.runtime.guarded_extents import extents
+
+__all__ = ["called"]
+
+
+def called(run, given=None):
+    """A GRU's kernel, or what ``run`` makes of it, run by the check over 7 steps of 3 rows."""
+    cell, x = fc.GRUCell(5, 17), torch.randn(7, 3, 5)
+    found = find_program(cell, (x,)).kernel
+    block = found.block()
+    kept = [
+        torch.empty(7, 3, 17),
+        torch.empty(3, 17),
+        torch.zeros(3, 17),
+        *[getattr(cell, name).detach() for name in found.words.weights],
+    ]
+    found.give_sequences(block, found.words.inputs.values(), [x])
+    found.give_matrices(block, found.words.weights.values(), kept[3:])
+    found.give_states(block, found.words.first, kept[2:3])
+    found.give_sequences(block, found.words.outputs.values(), kept[:1])
+    found.give_states(block, found.words.last, kept[1:2])
+    found.fill(block, 7, 3, False, 0, 7)
+    if given:
+        block[found.words.positions[given]] = 0
+
+    def run_and_more(address):
+        found.long(address)
+        words = (ctypes.c_int64 * len(found.emitted.words)).from_address(address)
+        run(dict(zip(found.emitted.words, words, strict=True)))
+
+    theirs = extents(found, block, 7, 3)
+    check.checked_run(run_and_more, block, found.emitted, theirs, found.words.positions, rows=3, chunk=7)

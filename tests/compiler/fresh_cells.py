@@ -1,0 +1,50 @@
+"""Cells that no test has met before, and what the compiled and the eager runner make of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import fusecell as fc
+
+__all__ = ["both", "fresh_layer", "learned"]
+
+
+class Fresh(fc.Cell):
+    """A cell of which a test makes a class of its own, so that it is traced for the first time there."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.inp = nn.Linear(input_size, hidden_size)
+        self.rec = nn.Linear(hidden_size, hidden_size)
+        self.register_buffer("gain", torch.tensor(0.7))
+
+    def step(self, x, state):
+        (h,) = state
+        z = torch.sigmoid(self.rec(h))
+        new = torch.tanh(nn.functional.layer_norm(self.inp(x) * self.gain, (self.hidden_size,)))
+        h = (1 - z) * new + z * h
+        return h, (h,)
+
+
+def fresh_layer():
+    """A layer of a cell whose class is its own."""
+    torch.manual_seed(0)
+    return fc.Recurrent(type("Own", (Fresh,), {})(5, 9))
+
+
+def both(layer, x, **options):
+    """What the compiled and the eager runner give."""
+    found = []
+    for name in ("compiled", "eager"):
+        with fc.runner(name):
+            found.append(layer(x, **options)[0])
+    return found
+
+
+def learned(layer, x):
+    """The gradient of the input weight."""
+    layer.zero_grad()
+    with fc.runner("compiled"):
+        layer(x)[0].square().sum().backward()
+    return layer.cell.inp.weight.grad.clone()

@@ -1,0 +1,36 @@
+"""Programs for a level of CPUs below this one's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusecell as fc
+from fusecell.compiler.backend import llvm
+from fusecell.compiler.backend.target import _needed
+
+
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
+def test_levels_without_and_with_fma(level, monkeypatch, zoo_cell):
+    """Accurate on both, and on each the same bits for a row alone and in pieces."""
+    if not llvm.host().features.issuperset(_needed(level)):
+        pytest.skip(f"this CPU is below {level}")
+    monkeypatch.setenv("FUSECELL_TARGET", level)
+    torch.manual_seed(2)
+    cell = zoo_cell.make(5, 13)
+    x = torch.randn(9, 5, 5)
+    fc.refresh()  # what was compiled for the other level
+    try:
+        with torch.no_grad(), fc.runner("compiled"):
+            y, _ = fc.scan(cell, x)
+            alone, _ = fc.scan(cell, x[:, 2:3])
+            first, state = fc.scan(cell, x[:4])
+            rest, _ = fc.scan(cell, x[4:], state)
+    finally:
+        fc.refresh()
+    assert torch.equal(alone, y[:, 2:3])
+    assert torch.equal(torch.cat((first, rest)), y)
+    with torch.no_grad(), fc.runner("eager"):
+        exact, eager = fc.scan(cell.double(), x.double())[0], fc.scan(cell.float(), x)[0]
+    largest = exact.abs().max()
+    assert (y - exact).abs().max() / largest <= max(4 * (eager - exact).abs().max() / largest, 2e-6)

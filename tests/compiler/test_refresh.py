@@ -1,0 +1,181 @@
+"""``refresh`` reaches every cache of what was compiled, and nothing that is kept grows without end."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusecell as fc
+from fusecell.compiler import program_registry
+from fusecell.compiler.dispatch import torch_operator
+
+GAIN = {"value": 1.0}
+
+
+class Amplifier(fc.Cell):
+    """Reads a global, which only refresh follows."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.w = nn.Parameter(torch.ones(3))
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> Any:
+        h = self.note("gain", GAIN["value"] * x * self.w) + 0 * state[0]
+        return h, (h,)
+
+
+class Other(Amplifier):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def gain() -> Any:
+    yield
+    GAIN["value"] = 1.0
+    fc.refresh()
+
+
+X = torch.ones(2, 1, 3)
+
+
+def _without(layer: Any) -> Tensor:
+    with torch.no_grad():
+        return layer(X)[0].max()  # type: ignore[no-any-return]
+
+
+def _with(layer: Any) -> Tensor:
+    return layer(X)[0].max().detach()  # type: ignore[no-any-return]
+
+
+def _gradient(layer: Any) -> Tensor:
+    (g,) = torch.autograd.grad(layer(X)[0].sum(), [layer.cell.w])
+    return g.max() / 2
+
+
+def _recording(layer: Any) -> Tensor:
+    return fc.record(layer, X).value("gain").max()
+
+
+def _recorded_gradient(layer: Any) -> Tensor:
+    tape = fc.record(layer, X, gradients=True)
+    (g,) = torch.autograd.grad(tape.outputs.sum(), [layer.cell.w])
+    return g.max() / 2
+
+
+def _clipped(layer: Any) -> Tensor:
+    return fc.scan(layer.cell, X, clip_state_grad=1.0)[0].max().detach()
+
+
+def _masked(layer: Any) -> Tensor:
+    with torch.no_grad():
+        return fc.scan(layer.cell, X, mask=torch.ones(2, 1, dtype=torch.bool))[0].max()
+
+
+KINDS = {
+    "no_gradient": _without,
+    "training": _with,
+    "gradient": _gradient,
+    "recording": _recording,
+    "recorded_gradient": _recorded_gradient,
+    "clipped": _clipped,
+    "masked": _masked,
+}
+
+
+@pytest.mark.parametrize("which", ["layer", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_reaches(kind: str, which: str) -> None:
+    layer, look = fc.Recurrent(Amplifier()), KINDS[kind]
+    for _ in range(3):  # the third goes the short way
+        assert look(layer) == 1
+    GAIN["value"] = 2.0
+    assert look(layer) == 1, "a global is not followed by itself"
+    fc.refresh(layer if which == "layer" else None)
+    assert look(layer) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cell_inside_a_wrapper(kind: str) -> None:
+    layer, look = fc.Recurrent(Amplifier()), KINDS[kind]
+    assert look(layer) == 1
+    GAIN["value"] = 2.0
+    fc.refresh(Other())  # another's
+    assert look(layer) == 1
+    fc.refresh(layer.cell)
+    assert look(layer) == 2
+
+
+def test_kernels_of_the_operator() -> None:
+    layer = fc.Recurrent(Amplifier())
+    torch.export.export(layer, (X,))
+    torch.compile(layer, backend="eager", fullgraph=True)(X)
+    caches = (torch_operator._training, torch_operator._output_size, torch_operator._shapes)
+    assert all(cache.cache_info().currsize for cache in caches)
+    fc.refresh()
+    assert not any(cache.cache_info().currsize for cache in caches)
+
+
+def test_warnings_come_again() -> None:
+    class Refused(fc.Cell):
+        def step(self, x: Tensor, state: tuple[Tensor, ...]) -> Any:
+            return x.cumsum(1), state
+
+    cell = Refused(3, 3)
+    for expected in (1, 0):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            fc.scan(cell, X)
+        assert len(warned) == expected
+    fc.refresh(cell)
+    with pytest.warns(fc.EagerWarning, match="cumsum"):
+        fc.scan(cell, X)
+
+
+class Computed(Amplifier):
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> Any:
+        h = torch.tanh(x * self.w.sin() + state[0])
+        return h, (h,)
+
+
+def test_what_torch_has_traced_runs_on_after_a_refresh() -> None:
+    layer = fc.Recurrent(Computed())
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    before = compiled(X)[0]
+    fc.refresh()
+    assert torch.equal(compiled(X)[0], before)
+
+
+def test_prologues_that_torch_s_traces_refer_to_are_kept_once_and_as_long_as_their_module() -> None:
+    count = len(torch_operator._PROLOGUES)
+    layer: Any = fc.Recurrent(Computed())
+    for _ in range(3):
+        torch.compiler.reset()
+        torch.compile(layer, backend="eager", fullgraph=True)(X)
+    assert len(torch_operator._PROLOGUES) == count + 1
+    del layer
+    torch.compiler.reset()
+    gc.collect()
+    assert len(torch_operator._PROLOGUES) <= count
+
+
+def test_a_cache_is_forgotten_with_its_object() -> None:
+    class Cache:
+        calls = 0
+
+        def forget(self, kinds: Any = None) -> None:
+            Cache.calls += 1
+
+    count, cache = len(program_registry._FORGETS), Cache()
+    program_registry.register_cache(cache.forget)
+    fc.refresh()
+    assert Cache.calls == 1
+    del cache
+    gc.collect()
+    fc.refresh()
+    assert Cache.calls == 1
+    assert len(program_registry._FORGETS) == count

@@ -1,0 +1,69 @@
+"""Weights that are shared, copied, pickled, or no plain tensors: as a plain loop has them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fusecell as fc
+from tests.compiler.fresh_cells import both, fresh_layer
+
+
+class Doubled(torch.Tensor):
+    """Twice what it holds; itself without memory, as quantised and distributed weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        plain = [2 * value.inner if isinstance(value, cls) else value for value in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_are_a_subclass_of_tensor(training):
+    """A kernel would have read at address 0."""
+    fc.refresh()  # so that it warns once more
+    layer, x = fc.Recurrent(fc.GRUCell(5, 9)), torch.randn(6, 3, 5)
+    weight = layer.cell.weight_ih.detach()
+    layer.cell.weight_ih = nn.Parameter(Doubled(weight), requires_grad=False)
+    with torch.set_grad_enabled(training):
+        with pytest.warns(fc.EagerWarning, match="weight_ih is a Doubled, a subclass of Tensor"):
+            found = layer(x)[0]
+        layer.cell.weight_ih = nn.Parameter(2 * weight)
+        torch.testing.assert_close(found, layer(x)[0])
+
+
+def test_copied_and_pickled_after_it_ran():
+    torch.manual_seed(1)
+    layer, x = fc.Recurrent(fc.LSTMCell(5, 9)), torch.randn(6, 3, 5)
+    expected = layer(x)[0]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], expected)
+        with torch.no_grad():
+            other.cell.weight_ih.mul_(2)
+        assert not torch.equal(other(x)[0], expected)
+    assert torch.equal(layer(x)[0], expected)
+
+
+def test_cells_that_share_weights():
+    layer = fresh_layer()
+    other = type(layer.cell)(5, 9)
+    other.inp = layer.cell.inp
+    x = torch.randn(6, 3, 5)
+    with torch.no_grad():
+        fc.scan(other, x)
+        layer.cell.inp.weight.mul_(3)
+        for mine, loop in (both(layer, x), both(fc.Recurrent(other), x)):
+            torch.testing.assert_close(mine, loop)

@@ -1,0 +1,202 @@
+"""Results may be detached and changed in place, as torch.nn's may: none is a view, and gradients stay right."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fusecell as fc
+
+LAYERS = {
+    "GRU": lambda first: fc.GRU(5, 8, batch_first=first),
+    "LSTM": lambda first: fc.LSTM(5, 8, batch_first=first, proj_size=3),
+    "two layers, two directions": lambda first: fc.LSTM(5, 8, 2, bidirectional=True, batch_first=first),
+    "Recurrent": lambda first: fc.Recurrent(fc.LSTMCell(5, 8), batch_first=first, reverse=True),
+    "a stack": lambda first: fc.Recurrent(fc.Stack(fc.GRUCell(5, 8), fc.LSTMCell(8, 8)), batch_first=first),
+    "Bidirectional": lambda first: fc.Bidirectional(
+        fc.Recurrent(fc.GRUCell(5, 8), batch_first=first), fc.Recurrent(fc.LSTMCell(5, 8), batch_first=first)
+    ),
+    "Sequential": lambda first: fc.Sequential(
+        fc.Recurrent(fc.GRUCell(5, 8), batch_first=first), fc.LSTM(8, 8, batch_first=first)
+    ),
+    "a learnt state": lambda first: fc.Recurrent(fc.LearnedState(fc.GRUCell(5, 8)), batch_first=first),
+    "tbptt": lambda first: fc.GRU(5, 8, tbptt=2, batch_first=first),
+}
+CELLS = {
+    "GRUCell": lambda: fc.GRUCell(5, 8),
+    "LSTMCell": lambda: fc.LSTMCell(5, 8),
+    "RNNCell": lambda: fc.RNNCell(5, 8),
+    "another": lambda: fc.cells.AntisymmetricRNNCell(5, 8),
+}
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [each for part in ((value.data,) if isinstance(value, PackedSequence) else value) for each in flat(part)]
+
+
+def detached(results):
+    for value in flat(results):
+        assert not value._is_view()
+        value.detach_()
+        assert not value.requires_grad
+        value.zero_()
+
+
+@pytest.mark.parametrize("runner", ["auto", "eager"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("first", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_results_are_no_views(kind, first, grad, runner):
+    layer = LAYERS[kind](first)
+    x = torch.randn(4, 7, 5) if first else torch.randn(7, 4, 5)
+    with fc.runner(runner), torch.set_grad_enabled(grad):
+        for given in (x, x[:, 0] if not first else x[0], x[:, :0] if first else x[:0]):
+            for _ in range(3):  # the first compiles, the second is remembered, the third goes straight to the kernel
+                detached(layer(given))
+        detached(layer(x, lengths=[7, 4, 0, 2]))
+        valid = torch.rand(x.shape[:2]) > 0.5
+        detached(layer(x, mask=valid))
+        detached(layer(pack_padded_sequence(x, [7, 4, 2, 1], batch_first=first)))
+        expected = [value.clone() for value in flat(layer(x))]
+        detached(layer(x))
+        for mine, plain in zip(flat(layer(x)), expected, strict=True):
+            assert torch.equal(mine, plain)
+
+
+@pytest.mark.parametrize("runner", ["auto", "eager"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_results_of_a_step_are_no_views(kind, grad, runner):
+    cell = CELLS[kind]()
+    with fc.runner(runner), torch.set_grad_enabled(grad):
+        for x in (torch.randn(4, 5), torch.randn(5)):
+            for _ in range(3):
+                detached(cell(x))
+                detached(fc.step(cell, x))
+                detached(cell(x, cell(x)))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_large_results_are_no_views(grad, first):
+    """Memory of NumPy's, on huge pages."""
+    layer, x = fc.GRU(3, 64, batch_first=first), torch.randn(300, 64, 3)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            y, h = layer(x)
+            assert y.numel() * 4 >= 1 << 22
+            last = y[:, -1] if first else y[-1]
+            assert torch.equal(last, h[0])
+            detached((y, h))
+
+
+CHANGES = {
+    "y.mul_": lambda y, h: (y.mul_(2), h),
+    "h.zero_": lambda y, h: (y, h.zero_()),
+    "both": lambda y, h: (y.tanh_(), h.add_(y.sum())),
+    "a part": lambda y, h: (y.index_fill_(0, torch.tensor([0]), 3.0), h.clamp_(min=0.01)),
+    "copied": lambda y, h: (y.copy_(y.detach().flip(0)), h),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "remembered call"])
+@pytest.mark.parametrize("first", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_in_place_have_the_loops_gradients(change, first, warm):
+    """What the backward reads is no result's memory."""
+    torch.manual_seed(0)
+    layer, x = fc.GRU(5, 8, batch_first=first).double(), torch.randn(4, 7, 5, dtype=torch.float64)
+    found = []
+    for runner in ("auto", "eager"):
+        mine, given = copy.deepcopy(layer), x.clone().requires_grad_()
+        with fc.runner(runner):
+            for _ in range(3 if warm else 0):
+                mine(given)
+            y, h = CHANGES[change](*mine(given))
+        (y.sin().sum() + h.exp().sum()).backward()
+        found.append([y.detach(), h.detach(), given.grad, *(parameter.grad for parameter in mine.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("changed", ["the input", "the state", "a weight"])
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "remembered call"])
+@pytest.mark.parametrize("library", [torch.nn, fc], ids=["torch.nn", "fusecell"])
+def test_what_the_backward_reads_may_not_change(library, warm, changed):
+    """Torch's own error, not another gradient."""
+    layer = library.GRU(5, 8)
+    x, h = torch.randn(7, 4, 5, requires_grad=True), torch.randn(1, 4, 8, requires_grad=True)
+    for _ in range(3 if warm else 1):
+        given, state = x.clone(), h.clone()
+        y, _ = layer(given, state)
+    with torch.no_grad():
+        {"the input": given, "the state": state, "a weight": layer.weight_hh_l0}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+        y.sum().backward()
+
+
+def test_a_state_carried_on_and_changed_afterwards():
+    layer = fc.GRU(5, 8)
+    x = torch.randn(7, 4, 5)
+    _, h = layer(x)
+    y, _ = layer(x, h)
+    h.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("runner", ["auto", "eager"])
+def test_a_loop_that_detaches_in_place(runner):
+    """Truncated backpropagation as many write it: the gradients are those with fc.detach."""
+    torch.manual_seed(1)
+    layer, x = fc.LSTM(5, 8), torch.randn(4, 7, 3, 5)
+    grads = []
+    for in_place in (False, True):
+        layer.zero_grad()
+        state = None
+        with fc.runner(runner):
+            for chunk in x:
+                y, state = layer(chunk, state)
+                y.square().sum().backward()
+                if in_place:
+                    for value in state:
+                        value.detach_()
+                else:
+                    state = fc.detach(state)
+        grads.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def calls_of(function):
+    """The calls of Python and C functions that one call of a function makes."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_batch_first_call_is_as_short_as_another(grad):
+    """Its outputs are made as they are returned, where they were transposed after."""
+    counts = []
+    for first in (False, True):
+        layer, x = fc.GRU(5, 8, batch_first=first), torch.randn(4, 4, 5)
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                layer(x)
+            counts.append(calls_of(lambda layer=layer, x=x: layer(x)))
+    assert counts[1] <= counts[0]
