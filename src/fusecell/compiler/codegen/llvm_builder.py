@@ -149,7 +149,7 @@ class Function(TextBuilder):
         yield
         self._scopes.pop()
 
-    # Integer arithmetic, folded where it is known. Offsets and counts are signed and never overflow, which LLVM may use.
+    # Integer arithmetic, folded where it is known. Offsets and counts never overflow (nsw), which LLVM may use.
 
     def add(self, a: Integer, b: Integer, name: str = "i") -> Integer:
         if isinstance(a, int) and isinstance(b, int):
