@@ -36,17 +36,17 @@ __all__ = [
 
 HEADER = (
     "steps",
-    "rows",
+    "rows",  # of the longest step: the batch size
     "chunk_steps",
-    "reverse",
-    "scratch",
-    "counts",
-    "caller.order",
-    "resets",
+    "reverse",  # 1: from the last step to the first
+    "scratch",  # address of the scratch memory; 0: the buffers' slots are filled already
+    "counts",  # address of the number of rows that take part in each step; 0: all
+    "caller.order",  # address of the caller's row for each of the kernel's rows; 0: the same
+    "resets",  # address of a flag per step and row; 0: no resets
     "resets.step",
     "resets.row",
-    "offsets",
-    "packed",
+    "offsets",  # address of the rows before each step in what is saved; 0: steps times rows
+    "packed",  # what the panels hold: see main_loop
 )
 
 SLOT_BYTES = 8
@@ -218,6 +218,7 @@ class Layout:
             raise CompilerError("two slots of a kernel's argument block would have one name")
 
     def _sizes(self, module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
+        # Of each row of the kernel the caller's row; of each step of a chunk its first row.
         sizes = [("order", Size(fixed=64, per_row=8)), ("starts", Size(fixed=64, per_chunk_step=8))]
         for stage in plan.stages:
             if stage.reductions:
@@ -230,6 +231,7 @@ class Layout:
         for reduction in plan.sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
+        # One gradient after the other uses the same micro-panels.
         packed = [packed_bytes(module, reduction) for reduction in plan.sums if is_packed(module, plan, reduction)]
         if packed:
             sizes.append((PACKED, Size(fixed=self.partial_sums * max(packed))))
@@ -265,6 +267,7 @@ class Layout:
 
     def buffer(self, f: Function, name: str) -> Value:
         """Load the address of a buffer."""
+        # Inputs used in place, and what is saved, are elsewhere in every chunk.
         return f.load_pointer(self._slot(f, f"at.{name}"), f"at.{name}", once=not f.moves_buffers)
 
     def _slot(self, f: Function, name: str) -> Value:

@@ -82,6 +82,7 @@ class Module:
 
     def text(self) -> str:
         """Return the whole module as LLVM reads it."""
+        # LLVM would prefer 256 bits on CPUs whose clock dropped for 512.
         width = self.target.vector_bits
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
         declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
@@ -110,6 +111,7 @@ class Function(TextBuilder):
     ) -> None:
         super().__init__(params, module.declares)
         self.module, self.moves_buffers = module, moves_buffers
+        # Never inlined: a microkernel is shared by all stages that use its tile, and every copy takes time to compile.
         linkage = "" if exported else "internal "
         kind = "" if exported else "noinline "
         noalias = set(noalias)
@@ -147,7 +149,7 @@ class Function(TextBuilder):
         yield
         self._scopes.pop()
 
-    # Integer arithmetic, folded where it is known.
+    # Integer arithmetic, folded where it is known. Offsets and counts never overflow (nsw), which LLVM may use.
 
     def add(self, a: Integer, b: Integer, name: str = "i") -> Integer:
         if isinstance(a, int) and isinstance(b, int):
@@ -222,6 +224,7 @@ class Function(TextBuilder):
 
     def _partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Value, Value]:
         label, before = self.fresh("range"), self.current()
+        # A division of 64 bits takes tens of cycles on older CPUs, and most calls run on one thread.
         is_alone = self.eq(threads, 1, "is_alone", once=True)
         self.branch_if(is_alone, f"{label}.all", f"{label}.part")
         self.begin(f"{label}.part")
@@ -418,6 +421,7 @@ class Function(TextBuilder):
 
     def fma(self, a: Value, b: Value, c: Value, name: str) -> Value:
         """Return a*b + c: rounded once where the target has the instruction, else by multiply and add."""
+        # Without the instruction LLVM would call the C library's fma for each lane.
         if not self.module.target.fma:
             return self.fadd(self.fmul(a, b, f"{name}.product"), c, name)
         vector = self.module.vector
@@ -455,6 +459,7 @@ class Function(TextBuilder):
         if isinstance(count, int):
             lanes = ", ".join(f"i1 {'true' if lane < count else 'false'}" for lane in range(LANES))
             return Value(f"<{lanes}>", f"<{LANES} x i1>")
+        # Compared as 32-bit lanes: these are no more registers than the numbers themselves.
         short = self.let("count", f"trunc i64 {count} to i32", "i32")
         one = self.let("count.lane", f"insertelement {kind} poison, {typed(short)}, i64 0", kind)
         every = self.let("count.all", f"shufflevector {kind} {one}, {kind} poison, {kind} zeroinitializer", kind)
@@ -540,6 +545,7 @@ class Function(TextBuilder):
         After the loop the list holds the last ones. The condition is at the loop's end, one branch per turn; a loop
         that may be empty is checked before it, too.
         """
+        # Written as LLVM's loop rotation would leave it: that pass isn't run, to save compile time.
         label, before = self.fresh(name), self.current()
         self._used |= {f"{label}.more", f"{label}.next"}
         phis = [

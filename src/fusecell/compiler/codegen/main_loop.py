@@ -81,10 +81,12 @@ class _MainLoop:
         rows_before = f.alloca("rows_before.at")
         f.store_int(0, rows_before)
         self.saved_start = f.alloca("saved_start.at")
+        # Panels and copied weights are complete before another thread reads them.
         self.team.barrier()
         with f.for_range("chunk", 0, self.steps, self.chunk_steps) as first:
             self._chunk(first, rows_before)
         self.gradients.finish(f, self.team)
+        # Steps alternate between the two copies of the states; the last step has written this one.
         last_state = f.and_(self.steps, 1, "last_state")
         self.callers.move_states("last", 0, f.load_int(rows_before, "rows_before"), last_state)
         self.callers.restore_buffers()
@@ -158,10 +160,12 @@ class _MainLoop:
         f, team, callers = self.f, self.team, self.callers
         steps = f.minimum(self.chunk_steps, f.sub(self.steps, first, "steps_left"), "chunk.steps")
         steps_behind = f.sub(f.sub(self.steps, first), steps, "steps_behind")
+        # In reverse the first chunk has the highest steps; ``low`` is the lowest of a chunk in either direction.
         low = f.select(self.is_reverse, steps_behind, first, "low")
         total = callers.starts(low, steps)
         self._find_saved(low)
         callers.copy_in(low, steps)
+        # By columns, a thread's products read rows that others have copied; by rows only its own.
         team.barrier(team.by_columns)
         self._outside("hoisted", low, steps, total)
         with f.for_range("i", 0, steps) as i:
@@ -169,6 +173,7 @@ class _MainLoop:
         self._outside("post", low, steps, total)
         callers.copy_out(low, steps)
         self.gradients.add_chunk(f, team, steps, total, self.is_reverse)
+        # The next chunk overwrites buffers that others may still read.
         team.barrier(team.by_columns)
 
     def _step(self, steps_done: Integer, low: Value, rows_before_at: Value) -> None:
@@ -179,6 +184,7 @@ class _MainLoop:
         old_state = f.and_(steps_done, 1, "old_state")
         base, saved_base = callers.bases(f.sub(t, low))
         rows = callers.taking_part(t)
+        # Where all rows take part in all steps, rows begin in the first step only, and end after the last.
         rows_before = f.load_int(rows_before_at, "rows_before")
         with f.if_(f.ne(rows, rows_before, "rows_change"), "rows_change"):
             callers.move_states("first", rows_before, rows, old_state)
@@ -250,6 +256,7 @@ class _MainLoop:
         offsets = self.layout.pointer(f, "offsets")
         is_regular = f.eq(offsets, NULL, "no_offsets")
         start_at = f.select(is_regular, self.saved_start, offsets, "start.at")
+        # One load from a selected address, in place of a branch.
         offset = f.select(is_regular, 0, f.mul(low, 8), "start.offset")
         f.store_int(f.mul(low, self.rows), self.saved_start)
         self.layout.set_saved(f, self.module, f.load_int(f.at(start_at, offset), "saved_start"))

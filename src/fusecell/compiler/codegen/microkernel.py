@@ -37,6 +37,7 @@ _MAX_ROWS = _MAX_GROUPS = 8
 def accumulators(target: Target, dtype: DType) -> int:
     """Count the 16-lane accumulators that the registers hold; a quarter of these is left to operands."""
     registers_each = LANES * dtype.itemsize * 8 // target.vector_bits
+    # The vectors of one operand, a broadcast number of the other, and what the CPU has in flight.
     operands = target.registers // 4
     return max(1, (target.registers - operands) // max(1, registers_each))
 

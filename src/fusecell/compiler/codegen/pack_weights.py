@@ -60,17 +60,20 @@ def _pack(module: Module, products: int) -> str:
     f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
     itemsize = module.itemsize
     by_rows = f.eq(_FROM_COLUMN, itemsize, "columns_contiguous")
+    # What is behind the weight's last column in memory may not be ours to read.
     mask = f.first_lanes(_COLUMNS)
     with f.if_(by_rows, "by_rows"), f.for_range("k", 0, _DEPTH) as k:
         row = f.load_masked(f.at(_FROM, f.mul(k, _FROM_K)), mask, "row")
         f.store(row, f.at(_TO, f.mul(k, to_k)), module.vector_bytes)
     with f.unless(by_rows, "by_columns"):
+        # Squares take whole vectors in both directions: contiguous k, and 16 columns.
         by_k = f.eq(_FROM_K, itemsize, "k_contiguous")
         is_whole = f.eq(_COLUMNS, LANES, "is_whole")
         has_squares = f.and_(by_k, is_whole, "has_squares")
         whole_squares = f.and_(_DEPTH, -LANES, "whole_squares")
         in_squares = f.select(has_squares, whole_squares, 0, "k_in_squares")
         _transpose(f, in_squares, to_k)
+        # The rest number by number: zeros first, which columns beyond the weight's keep.
         with f.for_range("k", in_squares, _DEPTH) as k:
             f.store(f.zero, f.at(_TO, f.mul(k, to_k)), module.vector_bytes)
         with f.for_range("column", 0, _COLUMNS) as column:

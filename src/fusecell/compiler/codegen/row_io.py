@@ -47,6 +47,7 @@ class CallerRows:
         f = self.f
         counts = self.layout.pointer(f, "counts")
         is_regular = f.eq(counts, NULL, "no_counts")
+        # Without counts every step reads the slot of the batch size: one load from a selected address, no branch.
         offset = f.select(is_regular, 0, f.mul(t, _INT_BYTES), "count.offset")
         rows_slot = f.at(ARGS, self.layout.offset("rows"), "rows.slot")
         source = f.select(is_regular, rows_slot, counts, "count.at")
@@ -84,6 +85,7 @@ class CallerRows:
             In the chunk's buffers, and in what the chunk saves for the backward, which has the caller's layout.
         """
         f, team = self.f, self.team
+        # The computed base goes through memory, so that one load serves both cases without a branch.
         f.store_int(f.mul(p, self.rows), self._regular_base)
         start = f.at(self.layout.buffer(f, "starts"), f.mul(p, _INT_BYTES))
         saved_base = f.load_int(f.select(team.is_regular, self._regular_base, start, "base.at"), "saved.base")
@@ -153,6 +155,7 @@ class CallerRows:
                         size = self.plan.graph[leaf].size
                         own = self._state_row(f"state.{name}", size, copy, row)
                         reset_row(own, self._caller_state("reset", name, caller_row), size)
+            # By columns the leader resets all rows, of which the others read their operands.
             self.team.barrier(self.team.by_columns)
 
     def _reset_row(self, own: Value, callers: Value, size: int) -> None:
@@ -199,6 +202,7 @@ class CallerRows:
         for other, node in graph:
             if node.op == "slice" and node.args[0] in parts:
                 parts.add(other)
+                # A slice from the middle of a vector is read by whole vectors, the last one across the row's end.
                 if node.attrs["start"] % LANES:
                     return False
         return True

@@ -72,6 +72,7 @@ class FusedProducts:
 
 def fused_products(plan: Plan, stage: Stage, module: Module) -> list[FusedProducts]:
     """Fuse the products of a stage, in the order in which they accumulate, as many at once as registers hold."""
+    # An LSTM has four products of one operand; more would leave few accumulators to rows.
     most = max(1, min(4, accumulators(module.target, module.dtype)))
     fused: list[FusedProducts] = []
     terms = [affine_parts(plan.graph[index])[1] for index in stage.affines]
@@ -173,6 +174,7 @@ class StageEmitter:
             part = _Part(FROM, rows, first, f.sub(last, first))
             f.call(f"{self.name}.epilogue", *STEP_PARAMS, *part.args(), NULL)
         else:
+            # Written by the start, added to by microkernels, read by the epilogue: a few kilobytes that never leave L1.
             self._acc = f.alloca_bytes(self._acc_bytes(), "acc")
             with f.if_(f.gt(rows, 0, "has_rows"), "has_rows"):
                 self._tiles(f, rows)
@@ -191,6 +193,7 @@ class StageEmitter:
         tiles = f.udiv(f.add(rows, max_rows - 1, "up"), max_rows, "tiles")
         height_of_most = f.divide(rows, tiles, "tile_rows")
         taller = f.sub(rows, f.mul(height_of_most, tiles), "taller_tiles")
+        # Heights differ by one at most: there is no short rest, whose multiply-adds would wait for its loads.
         # In the table the tall tiles follow the short, whose highest is as high as the lowest of the tall.
         is_tall: Integer = 0
         if short:
@@ -216,6 +219,7 @@ class StageEmitter:
         portions = f.lookup(kind, [sum(count for count, _ in split) for split in splits], "portions")
         first, last = f.partition(portions, THREAD_ID, THREADS)
         with f.for_range("portion", first, last) as portion:
+            # Portions differ by one group at most: the last ones are narrower.
             is_narrow: Integer = 0
             group, groups = f.mul(portion, width), width
             if any(len(split) > 1 for split in splits):

@@ -92,6 +92,7 @@ class Body:
             location: step_rows(f, layout, location.buffer) for location in reads(plan, stage, roots, self.local)
         }
         stores = list(stores)
+        # Two copies of the states: other columns of the step still read the old one while this one is written.
         new_state: Integer = 0
         if any(location.buffer.scope == "state" for location in stores):
             new_state = f.xor(STEP.old_state, 1, "new_state")
@@ -210,6 +211,7 @@ class Body:
             f.store_scalar(f.first_lane(value, "first"), pointer)
             return
         pointer = self._in_group(pointer)
+        # The padding of a whole row may hold anything; behind a part of a row is another value.
         is_part = location.buffer.scope == "user" or location.buffer.size != node.size
         if is_part and node.size % LANES:
             f.store_masked(value, pointer, self._mask(node.size))
@@ -227,6 +229,7 @@ class Body:
         count, size = len(self.stage.reductions), graph[node.args[0]].size
         assert self._partials is not None, f"{self.stage.name} has no buffer for its reductions"
         pointer = f.at(self._partials, f.mul(f.add(f.mul(self._row, count), position), vector_bytes))
+        # The first group starts from the identity, whatever an earlier step left in the buffer.
         is_first = f.eq(f.add(self._first, self._column), 0, "is_first")
         partial = f.load(pointer, "partial", vector_bytes)
         partial = f.select(is_first, f.constant(_IDENTITY[node.op]), partial, "partial")

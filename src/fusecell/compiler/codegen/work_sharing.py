@@ -71,9 +71,11 @@ class Team:
         is_enough = f.ge(rows, f.mul(THREADS, self.min_rows), "is_enough")
         can_partition = f.and_(self.is_regular, is_enough, "can_partition")
         self.by_rows = f.and_(self.is_team, can_partition, "by_rows")
+        # Kernels of gradients set it: there threads may read rows of others, which must be where these expect them.
         self.is_padded = self.by_rows
         self.by_columns = f.xor(self.by_rows, self.is_team, "by_columns")
         is_whole = f.not_(self.by_rows, "is_whole")
+        # By rows a thread does all columns of its rows, as if it were alone; by columns all rows of its columns.
         self.column_thread = f.select(is_whole, THREAD_ID, 0, "column.thread_id")
         self.column_threads = f.select(is_whole, THREADS, 1, "column.threads")
         first, last = f.partition(rows, THREAD_ID, THREADS)
@@ -108,6 +110,7 @@ def emit_barrier(module: Module) -> None:
     """Write ``@barrier``: raise the counter, wait until all threads have."""
     count_at = ptr("count.at")
     f = Function(module, "barrier", BARRIER, THREADS, count_at)
+    # Each thread keeps its own count, so the shared counter is never reset.
     target = f.add(f.load_int(count_at, "count"), THREADS, "target")
     f.store_int(target, count_at)
     f.fetch_add(BARRIER, 1, "arrived")

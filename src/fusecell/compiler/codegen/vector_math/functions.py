@@ -76,6 +76,7 @@ def exp(f: VectorFunction, x: Value) -> Value:
 
 
 def sigmoid(f: VectorFunction, x: Value) -> Value:
+    # The bottom is built from exp's parts by one fma, so that exp's own result is never rounded.
     p = f.precision
     lowest, highest = p.sigmoid_range
     f.comment("1 / (1 + exp(-x)); exp(-x) = 2 exp(r) 2^(n-1), which overflows to inf where it should")
@@ -88,6 +89,7 @@ def sigmoid(f: VectorFunction, x: Value) -> Value:
 
 
 def tanh(f: VectorFunction, x: Value) -> Value:
+    # By expm1, as (e^2x - 1) / (e^2x + 1) cancels near 0.
     p = f.precision
     f.comment("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
     a = f.at_most(f.fabs(x, "a"), p.tanh_limit, "a")
@@ -167,6 +169,7 @@ def log(f: VectorFunction, x: Value) -> Value:
 
 
 def log1p(f: VectorFunction, x: Value) -> Value:
+    # What rounding 1 + x loses is recovered exactly (Fast2Sum, Dekker 1971) and added to the mantissa.
     p = f.precision
     f.comment("u + c = 1 + x exactly")
     u = f.add(x, 1.0, "u")
@@ -223,6 +226,7 @@ def sign(f: VectorFunction, x: Value) -> Value:
 
 
 def maximum(f: VectorFunction, x: Value, y: Value) -> Value:
+    # NaN if either is, as torch.maximum: a NaN y fails the comparison and so is taken, a NaN x is put back.
     larger = f.select(f.fcmp("ogt", x, y, "x.wins"), x, y, "larger")
     return f.select(f.fcmp("uno", x, x, "x.nan"), x, larger, "result")
 

@@ -70,6 +70,7 @@ class GradientAccumulator:
         """Start without any rows, and decide which totals are the caller's gradients themselves."""
         if not self.plan.sums:
             return
+        # Counters are in memory, as loops of the builder carry vectors only.
         # By split: units in the current panel, and full panels so far.
         self._filled, self._full_panels = (f.alloca(name, 2) for name in ("filled.at", "full_panels.at"))
         self._done = f.alloca("done.at")
@@ -195,9 +196,11 @@ class GradientAccumulator:
         )
         with f.if_(is_open, "rest"), f.for_range("split", self._first_split, self._last_split) as split:
             self._close_panel(f, team, split)
+        # Without any row no accumulator has been written.
         with f.unless(f.or_(is_open, has_full, "is_any"), "nothing"):
             self._clear(f)
             team.barrier(self._is_shared)
+        # Below, threads read the splits of others; of shared ones they have waited for each other already.
         team.barrier(self._is_private)
         for reduction in self.plan.sums:
             in_place = self._in_place.get(reduction.name, FALSE)
@@ -244,6 +247,7 @@ class GradientAccumulator:
         full_panels_at = f.at(self._full_panels, f.mul(split, 8))
         full_panels = f.load_int(full_panels_at, "full_panels")
         f.store_int(f.add(full_panels, 1), full_panels_at)
+        # The first row panel was added up in the total itself.
         with f.if_(f.ne(full_panels, 0, "is_later"), "later"):
             team.barrier(self._is_shared)
             for reduction in self.plan.sums:

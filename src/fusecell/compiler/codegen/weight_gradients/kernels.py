@@ -122,6 +122,7 @@ class _Reduction:
         """Write the sum of b's rows, eight column groups at a time, in turns among the threads."""
         f, module = self.f, self.module
         b = self._operand(self.reduction.b, "b")
+        # A row panel opens by loading zeros in place of the accumulators: nothing has to clear them before.
         zeros = module.zeros(8 * module.vector_bytes)
         for first in range(0, module.groups(self.reduction.width), 8):
             groups = min(8, module.groups(self.reduction.width) - first)
@@ -154,6 +155,7 @@ class _Reduction:
         a, b = self._operand(a_index, "a"), self._operand(self.reduction.b, "b")
         group = self.module.target.tuning.pack_row_group
         runs_per_group = f.maximum(f.udiv(group, f.maximum(_RANGE.rows, 1), "whole_runs"), 1, "runs_per_group")
+        # A split's rows of a step are a run; several short ones make a row group together.
         with f.for_range("run", 0, _RANGE.runs, runs_per_group) as run:
             runs = f.minimum(f.sub(_RANGE.runs, run), runs_per_group, "runs")
             a_run, b_run = a.advanced(f, run, a.run), b.advanced(f, run, b.run)

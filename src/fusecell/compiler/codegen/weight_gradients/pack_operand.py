@@ -77,6 +77,7 @@ def _copy(f: Function, source: Value, target: Value, rows: int) -> None:
     """Copy a tile's features of a few rows."""
     itemsize = f.module.itemsize
     offsets: list[Integer] = [f.mul(_FROM_K, row) for row in range(rows)]
+    # All loads before the stores, so that cache misses overlap.
     features = [f.load(f.at(source, offset), "features", itemsize, TILE_FEATURES) for offset in offsets]
     for row, vector in enumerate(features):
         f.store(vector, f.at(target, row * TILE_FEATURES * itemsize), TILE_FEATURES * itemsize)
