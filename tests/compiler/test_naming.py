@@ -103,3 +103,28 @@ def test_a_noted_name_is_no_ones_else(name: str) -> None:
     for graph in (joint(Noting(4, 4)), *both(Noting(4, 4))):
         assert len({node.name for node in graph.nodes}) == len(graph.nodes)
         assert Graph.parse(graph.text) == graph
+
+
+def test_long_names_leave_room_for_what_is_added() -> None:
+    """A graph's names have 256 characters at most, with all that passes and saving add to them."""
+
+    class Long(fc.Cell):
+        def __init__(self, size: int) -> None:
+            super().__init__(size, size)
+            self.of_x, self.of_h = nn.Linear(size, 2 * size), nn.Linear(size, 2 * size)
+            setattr(self, "w" * 180, nn.Parameter(torch.randn(2 * size)))
+
+        def step(self, x, state):
+            (h,) = state
+            gates = self.of_x(x) + self.of_h(h) + getattr(self, "w" * 180)
+            first, second = gates.chunk(2, -1)
+            first = self.note("n" * 300, torch.sigmoid(first))
+            return first, (torch.tanh(torch.tanh(second) * first),)
+
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    with fc.runner("compiled"):
+        y, _ = fc.scan(Long(4), x)
+        y.sum().backward()
+    for graph in both(Long(4)):
+        assert max(len(node.name) for node in graph.nodes) <= 256
+        assert any(node.name == "n" * 120 for node in graph.nodes) or "saved." + "n" * 120 in names(graph)

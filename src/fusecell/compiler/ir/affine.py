@@ -1,4 +1,4 @@
-"""Reading an affine node: its initial value and its products."""
+"""Read an affine node: its initial value and its products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Term = tuple[int, int, Mapping[str, Any]]
 
 
 def affine_parts(node: Node) -> tuple[int | None, list[Term]]:
-    """The init and the terms of an affine."""
+    """Return the init and the terms of an affine."""
     start = 1 if node.attrs["init"] else 0
     rest = node.args[start:]
     terms = [(rest[2 * i], rest[2 * i + 1], attrs) for i, attrs in enumerate(node.attrs["terms"])]

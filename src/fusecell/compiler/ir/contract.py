@@ -1,4 +1,4 @@
-"""What a graph must be as a whole before anything is compiled from it.
+"""Check what a graph must be as a whole before anything is compiled from it.
 
 Generated code checks no bounds as it runs: it reads and writes as much as its graph says. So one checker stands before
 it, for graphs of this process, of files, and of the torch operator alike. A graph that passes is computed within the
@@ -71,14 +71,14 @@ def check_graph(graph: Graph, role: Role = "step", limits: GraphLimits = _OF_THI
     _check_states(types, leaves["state"])
     if role != "gradient" and "output" not in types:
         raise CompilerError("the result 'output' is missing")
-    for label, found in types.items():
-        _check_result(label, found, leaves, role)
+    for label, type_ in types.items():
+        _check_result(label, type_, leaves, role)
     if role == "joint":
         _check_incoming(types["output"], leaves)
 
 
 def _check_nodes(graph: Graph, limits: GraphLimits) -> dict[str, dict[str, Type]]:
-    """Every value for itself; returns the leaves' types by primitive and name."""
+    """Check every value for itself; returns the leaves' types by primitive and name."""
     if max(len(graph.nodes), len(graph.outputs)) > limits.nodes:
         raise CompilerError(f"{len(graph.nodes)} values and {len(graph.outputs)} results are more than {limits.nodes}")
     leaves: dict[str, dict[str, Type]] = {op: {} for op in _LEAVES}
@@ -110,7 +110,7 @@ def _check_size(graph: Graph, limits: GraphLimits) -> None:
 
 
 def _check_states(types: Mapping[str, Type], states: Mapping[str, Type]) -> None:
-    """One new value for each state, of the state's own type: it is written where the state stands."""
+    """Check that each state has one new value, of the state's own type: it is written where the state stands."""
     for name, state in states.items():
         after = types.get(f"state.{name}")
         if after is None:
@@ -119,29 +119,29 @@ def _check_states(types: Mapping[str, Type], states: Mapping[str, Type]) -> None
             raise CompilerError(f"the new value of state {name} is {after}, expected {state}")
 
 
-def _check_result(label: str, found: Type, leaves: Mapping[str, Mapping[str, Type]], role: Role) -> None:
+def _check_result(label: str, result: Type, leaves: Mapping[str, Mapping[str, Type]], role: Role) -> None:
     for prefix, op in (("grad.input.", "input"), ("grad.state.", "state"), ("grad.weight.", "weight")):
         if label.startswith(prefix) and role != "step" and (role == "joint" or op != "state"):
             leaf = leaves[op].get(label.removeprefix(prefix))
             # A gradient need not read what it is the gradient of.
             if leaf is None and role == "joint":
                 raise CompilerError(f"the result {quoted(label)} is the gradient of no {op}")
-            if found.kind != ("sum" if op == "weight" else "row") or (leaf is not None and found.shape != leaf.shape):
-                raise CompilerError(f"the result {quoted(label)} is {found}, the gradient of {leaf or op}")
+            if result.kind != ("sum" if op == "weight" else "row") or (leaf is not None and result.shape != leaf.shape):
+                raise CompilerError(f"the result {quoted(label)} is {result}, the gradient of {leaf or op}")
             return
     if label.startswith("state."):
         if label.removeprefix("state.") not in leaves["state"]:
             raise CompilerError(f"the result {quoted(label)} is the new value of no state")
     elif role == "gradient" or not (label == "output" or label.startswith(_STEP_LABELS)):
         raise CompilerError(f"a {role} has no result {quoted(label)}")
-    if found.kind != "row":
-        raise CompilerError(f"the result {quoted(label)} is {found}, expected a row")
+    if result.kind != "row":
+        raise CompilerError(f"the result {quoted(label)} is {result}, expected a row")
 
 
 def _check_incoming(output: Type, leaves: Mapping[str, Mapping[str, Type]]) -> None:
-    """The inputs of a joint graph that are gradients."""
+    """Check the inputs of a joint graph that are gradients."""
     expected = {"grad.output": output, **{f"grad.{name}": state for name, state in leaves["state"].items()}}
     for name, like in expected.items():
-        found = leaves["input"].get(name)
-        if found != like:
-            raise CompilerError(f"its input {name} is {found or 'missing'}, expected {like}")
+        leaf = leaves["input"].get(name)
+        if leaf != like:
+            raise CompilerError(f"its input {name} is {leaf or 'missing'}, expected {like}")

@@ -1,8 +1,8 @@
-"""A step as a graph of primitives, and its one canonical text.
+"""Represent a step as a graph of primitives with one canonical text.
 
 The text is what people read, the key of the cache, the payload of a saved stream and the argument of the torch
-operator: parsing checks every line, and nothing in it is executed. What a graph must be as a whole to be compiled says
-``ir.contract``.
+operator: parsing checks every line, and nothing in it is executed. What a graph must be as a whole to
+be compiled is in ``ir.contract``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusecell.strict_json import parse_json
 __all__ = ["NAME", "SAVED", "Builder", "Graph", "Node"]
 
 SAVED = "saved."
-"""How values kept for the backward are called: outputs of the forward, inputs of the backward."""
+"""What the names of values saved for the backward begin with: outputs of the forward, inputs of the backward."""
 NAME = re.compile(r"[\w.]{1,256}")
 """What a value may be called: letters, digits, underscores and points, so many at the most."""
 # No part of it can match in more than one way, so that a line is read in one go.
@@ -61,35 +61,35 @@ class Graph:
         return self.nodes[index]
 
     def leaves(self, op: str) -> list[int]:
-        """The nodes of a leaf primitive, ``input``, ``state`` or ``weight``, in order."""
+        """List the nodes of a leaf primitive, ``input``, ``state`` or ``weight``, in order."""
         return [index for index, node in self if node.op == op]
 
     def users(self) -> list[list[int]]:
-        """For each node, the nodes that take it as an argument."""
-        found: list[list[int]] = [[] for _ in self.nodes]
+        """List for each node the nodes that take it as an argument."""
+        users: list[list[int]] = [[] for _ in self.nodes]
         for index, node in self:
             for arg in node.args:
-                found[arg].append(index)
-        return found
+                users[arg].append(index)
+        return users
 
     def reaches(self, start: Iterable[int]) -> list[bool]:
-        """For each node, whether it is or depends on one of ``start``."""
-        found = [False] * len(self.nodes)
-        chosen = set(start)
+        """Tell of each node whether it is or depends on one of ``start``."""
+        reached = [False] * len(self.nodes)
+        sources = set(start)
         for index, node in self:
-            found[index] = index in chosen or any(found[arg] for arg in node.args)
-        return found
+            reached[index] = index in sources or any(reached[arg] for arg in node.args)
+        return reached
 
     def needed(self, results: Iterable[int]) -> list[bool]:
-        """For each node, whether one of ``results`` is it or depends on it."""
-        found = [False] * len(self.nodes)
+        """Tell of each node whether one of ``results`` is it or depends on it."""
+        needed = [False] * len(self.nodes)
         for index in results:
-            found[index] = True
+            needed[index] = True
         for index in range(len(self.nodes) - 1, -1, -1):
-            if found[index]:
+            if needed[index]:
                 for arg in self.nodes[index].args:
-                    found[arg] = True
-        return found
+                    needed[arg] = True
+        return needed
 
     @property
     def text(self) -> str:
@@ -101,7 +101,7 @@ class Graph:
 
     @classmethod
     def parse(cls, text: str) -> Graph:
-        """The graph of a text.
+        """Read the graph of a text.
 
         Raises:
             CompilerError: naming the line, if it is not the text of a valid graph.
@@ -170,30 +170,30 @@ def _line(nodes: Sequence[Node], index: int) -> str:
 
 @dataclass
 class Builder:
-    """Makes a graph node by node; the same primitive of the same arguments is one node."""
+    """Build a graph node by node; the same primitive of the same arguments is one node."""
 
     title: str
     dtype: DType
     nodes: list[Node] = field(default_factory=list)
-    _known: dict[object, int] = field(default_factory=dict)
+    _computed: dict[object, int] = field(default_factory=dict)
     _names: dict[str, int] = field(default_factory=dict)
 
     def add(self, op: str, *args: int, name: str | None = None, **attrs: Any) -> int:
-        """The node for ``op`` of ``args``, made if it isn't there yet."""
+        """Return the node for ``op`` of ``args``, added if it isn't there yet."""
         if PRIMITIVES[op].commutes:
             args = tuple(sorted(args))
         key = (op, args, _frozen(attrs))
-        known = None if op in ARGUMENTS else self._known.get(key)
-        if known is None:
-            known = self._known[key] = self.append(op, args, attrs, name)
-        return known
+        node = None if op in ARGUMENTS else self._computed.get(key)
+        if node is None:
+            node = self._computed[key] = self.append(op, args, attrs, name)
+        return node
 
     def add_like(self, node: Node, args: Sequence[int]) -> int:
-        """The same primitive as ``node``, of other arguments."""
+        """Add the same primitive as ``node``, of other arguments."""
         return self.add(node.op, *args, name=node.name, **node.attrs)
 
     def append(self, op: str, args: Sequence[int], attrs: Mapping[str, Any], name: str | None) -> int:
-        """A new node, checked."""
+        """Add a new node and check it."""
         primitive = PRIMITIVES.get(op)
         if primitive is None:
             raise CompilerError(f"no primitive is called {quoted(op)}")
@@ -202,14 +202,14 @@ class Builder:
         return len(self.nodes) - 1
 
     def const(self, value: float) -> int:
-        """A number."""
+        """Add a number."""
         return self.add("const", value=float(value), name=_const_name(value))
 
     def size(self, index: int) -> int:
         return self.nodes[index].size
 
     def build(self, outputs: Mapping[str, int], *, keep_all: bool = False) -> Graph:
-        """The graph of what ``outputs`` need; inputs, states and weights stay even if unused."""
+        """Return the graph of what ``outputs`` need; inputs, states and weights stay even if unused."""
         graph = Graph(self.title, self.dtype, tuple(self.nodes), dict(outputs))
         return graph if keep_all else rebuild(graph, copy(graph))
 
@@ -226,7 +226,7 @@ Rewrite = Callable[[Builder, int, tuple[int, ...]], int]
 
 
 def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
-    """A graph made anew by ``rewrite(builder, old_index, new_arguments) -> new_index``, without what is not needed."""
+    """Build a graph anew by ``rewrite(builder, old_index, new_arguments) -> new_index``, without what is not needed."""
     builder = Builder(graph.title, graph.dtype)
     needed = graph.needed(graph.outputs.values())
     new: list[int] = []
@@ -236,15 +236,15 @@ def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
         else:
             new.append(-1)
     outputs = {label: new[index] for label, index in graph.outputs.items()}
-    made = Graph(builder.title, builder.dtype, tuple(builder.nodes), outputs)
-    kept = made.needed(outputs.values())
-    if all(kept[index] or node.op in ARGUMENTS for index, node in made):
-        return made
-    return rebuild(made, copy(made))
+    result = Graph(builder.title, builder.dtype, tuple(builder.nodes), outputs)
+    used = result.needed(outputs.values())
+    if all(used[index] or node.op in ARGUMENTS for index, node in result):
+        return result
+    return rebuild(result, copy(result))
 
 
 def copy(graph: Graph) -> Rewrite:
-    """The rewrite that changes nothing."""
+    """Return the rewrite that changes nothing."""
     return lambda builder, index, args: builder.add_like(graph[index], args)
 
 

@@ -30,6 +30,8 @@ __all__ = ["name_values", "restore_names"]
 
 _SUFFIXES = ("new", "pre", "input", "hidden", "bias")
 _GRADIENT = "grad."
+# A graph's names have up to 256 characters: room is left for what passes, saving and numbers add.
+_LONGEST_VARIABLE, _LONGEST = 120, 200
 
 
 def name_values(graph: Graph, variables: Mapping[int, str]) -> Graph:
@@ -42,7 +44,7 @@ def name_values(graph: Graph, variables: Mapping[int, str]) -> Graph:
     taken = set(names.values())
     for index, name in variables.items():
         if index not in names:
-            names[index] = _unique(re.sub(r"[^\w.]", "_", name), taken)
+            names[index] = _unique(re.sub(r"[^\w.]", "_", name)[:_LONGEST_VARIABLE], taken)
             taken.add(names[index])
     others = (index for index, _ in graph if index not in names)
     for index in others:
@@ -71,7 +73,7 @@ def restore_names(graph: Graph, traced: Graph) -> Graph:
 
 
 def _stem(name: str, names: Collection[str]) -> str:
-    """The longest beginning of a name, part by part, that is one of ``names``."""
+    """Return the longest beginning of a name, part by part, that is one of ``names``."""
     while name and name not in names:
         name = name.rpartition(".")[0]
     return name
@@ -83,7 +85,7 @@ def _named(graph: Graph, fixed: Mapping[int, str], otherwise: Mapping[int, str])
     users, parts = graph.users(), _Parts(graph, fixed)
     for index in range(len(graph.nodes) - 1, -1, -1):
         name = parts.name(index, users[index])
-        if index not in names and name and name not in taken:
+        if index not in names and 0 < len(name) <= _LONGEST and name not in taken:
             names[index] = name
             taken.add(name)
     for index, _ in graph:
@@ -94,13 +96,13 @@ def _named(graph: Graph, fixed: Mapping[int, str], otherwise: Mapping[int, str])
 
 
 def _unique(name: str, taken: Collection[str]) -> str:
-    """A name that is not taken yet, with a number behind it if need be."""
+    """Return a name that is not taken yet, with a number behind it if need be."""
     numbered = (f"{name}.{number}" for number in count(1))
     return next(each for each in chain((name,), numbered) if each not in taken)
 
 
 class _Parts:
-    """What each value is to the variable that it is a part of."""
+    """Name values by what they are to the variable that they are a part of."""
 
     def __init__(self, graph: Graph, fixed: Mapping[int, str]) -> None:
         self.graph, self.fixed = graph, fixed
@@ -109,7 +111,7 @@ class _Parts:
         self.variables: dict[int, str] = {}
 
     def name(self, index: int, users: Sequence[int]) -> str:
-        """A name for a value whose users have been asked for before; empty where it is no part of one variable."""
+        """Return a name for a value whose users have had theirs; empty where it is no part of one variable."""
         node = self.graph[index]
         if index in self.fixed:
             self.variables[index] = _variable(self.fixed[index])
@@ -141,13 +143,13 @@ class _Parts:
 
 
 def _variable(name: str) -> str:
-    """The variable that a name belongs to: ``z`` of ``z.pre``."""
+    """Return the variable that a name belongs to: ``z`` of ``z.pre``."""
     stem, _, suffix = name.rpartition(".")
     return stem if stem and suffix in _SUFFIXES else name
 
 
 def _accumulations(graph: Graph) -> list[bool]:
-    """For each node, whether it is a product, or a sum or a slice of products."""
+    """Tell of each node whether it is a product, or a sum or a slice of products."""
     accumulates = [False] * len(graph.nodes)
     for index, node in graph:
         passes_on = node.op in ("add", "slice") and any(accumulates[arg] for arg in node.args)

@@ -79,6 +79,7 @@ class Primitive:
         fold: what it computes of Python's numbers. Done in double precision and rounded once, as torch does it.
         identities: (position, number) of each argument that leaves the other one as it is.
         label: how its values are called where the user gave them no name; by default as the primitive.
+        attributes: the names of the attributes that it has, all of them.
     """
 
     arity: int | None
@@ -117,7 +118,7 @@ class Primitive:
         return self.movement or (self.pointwise and not self.expensive)
 
     def result(self, op: str, args: Sequence[Type], attrs: Attrs) -> Type:
-        """The type of what it gives.
+        """Return the type of its result.
 
         Raises:
             CompilerError: for anything but arguments and attributes that it is defined for.
@@ -253,7 +254,7 @@ def _broadcast(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def region(weight: Type, attrs: Attrs) -> tuple[int, int]:
-    """The (K, F) of the part of a weight that a product reads, as it multiplies."""
+    """Return the (K, F) of the part of a weight that a product reads, as it multiplies."""
     _is(weight, "weight")
     k0, k1 = _wholes("rows", attrs["rows"], 0, (2,))
     f0, f1 = _wholes("cols", attrs["cols"], 0, (2,))

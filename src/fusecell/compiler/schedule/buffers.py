@@ -50,7 +50,7 @@ def assign_buffers(graph: Graph, phases: Phases, stages: Stages) -> Buffers:
 
 
 class _Assignment:
-    """What has been assigned so far.
+    """Assign buffers one by one; what has been assigned so far is in the attributes.
 
     Attributes:
         locations: where each value is, for those that are in memory.
@@ -94,7 +94,7 @@ class _Assignment:
                 self._place_value(index, "chunk" if phase == "loop" and reading - {"loop"} else SCOPES[phase])
 
     def _reading_phases(self, index: int) -> set[Phase]:
-        """The phases of the stages that read a value from memory, by itself, by slices or as a part of a whole."""
+        """Return the phases of the stages that read a value from memory, alone, in slices or as a part of a whole."""
         reading: set[Phase] = set()
         pending, seen = [index], {index}
         while pending:
@@ -188,7 +188,7 @@ class _Assignment:
         return stage.name
 
     def _latest_phase(self, index: int) -> Phase:
-        """The first phase in which all is at hand that a value is computed from on the spot."""
+        """Return the first phase in which all is at hand that a value is computed from on the spot."""
         latest: Phase = "once"
         pending, seen = [index], {index}
         while pending:

@@ -41,7 +41,7 @@ def locate_operands(graph: Graph, buffers: Buffers, *, backward: bool) -> Plan:
 
 
 class _Operands:
-    """Where values are read.
+    """Locate values for those who read them.
 
     Attributes:
         gathered: the inputs that stages outside the loop read, with the chunk's buffers they are copied into.
@@ -68,7 +68,7 @@ class _Operands:
         }
 
     def _inputs_of(self, stage: Stage) -> set[int]:
-        """The inputs that a stage reads, directly or through values that it computes on the spot."""
+        """List the inputs that a stage reads, directly or through values that it computes on the spot."""
         local = set(stage.results())
         pending = [arg for index in (*stage.reductions, *local) for arg in self.graph[index].args]
         pending += [index for index in stage.stores if index not in local]
@@ -84,7 +84,7 @@ class _Operands:
         return inputs
 
     def location(self, index: int, phase: Phase) -> Location | None:
-        """Where a stage of ``phase`` finds a value; None if it is nowhere in memory."""
+        """Return where a stage of ``phase`` finds a value; None if it is nowhere in memory."""
         index, offset = _sliced(self.graph, index)
         node = self.graph[index]
         if node.op == "input" and phase in ("hoisted", "post") and not node.name.startswith(SAVED):
@@ -97,14 +97,14 @@ class _Operands:
         return None if rows is None else Location(rows, offset)
 
     def operand(self, index: int, phase: Phase, user: str) -> Location:
-        """Where a value is that can't be computed on the spot."""
+        """Return where a value is that can't be computed on the spot."""
         location = self.location(index, phase)
         if location is None:
             raise CompilerError(f"{self.graph[index].name}, an operand of {user}, is nowhere in memory")
         return location
 
     def located(self, each: Sum) -> Sum:
-        """A sum with the locations of its operands."""
+        """Complete a sum with the locations of its operands."""
         operands = [operand for operand in (each.a, each.b) if operand is not None]
         return replace(each, operands={index: self.operand(index, "post", each.name) for index in operands})
 
@@ -124,7 +124,7 @@ class _Operands:
         return replace(stage, totals=totals, operands=operands)
 
     def _read(self, phase: Phase, roots: Iterable[int], local: set[int]) -> dict[int, Location]:
-        """The locations that computing ``roots`` reads; ``local`` values are in registers."""
+        """Return the locations that computing ``roots`` reads; ``local`` values are in registers."""
         operands: dict[int, Location] = {}
         pending = list(roots)
         seen = set(pending)
@@ -148,7 +148,7 @@ class _Operands:
 
 
 def _sliced(graph: Graph, index: int) -> tuple[int, int]:
-    """The value that a slice, or a slice of a slice, is a part of, and the feature at which the part begins."""
+    """Return the value that a slice, or a slice of a slice, is a part of, and the feature at which the part begins."""
     offset = 0
     while graph[index].op == "slice":
         offset += graph[index].attrs["start"]

@@ -59,7 +59,7 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
 
 
 def _width(graph: Graph, node: Node) -> int:
-    """The columns that computing a value runs over."""
+    """Return the columns that computing a value runs over."""
     return graph[node.args[0]].size if PRIMITIVES[node.op].reduction else node.size
 
 
@@ -71,7 +71,7 @@ def _stage(graph: Graph, phase: Phase, rank: int, width: int, indices: Sequence[
 
 
 def _latest_ready(ready: Sequence[Mapping[Phase, int]], node: Node) -> Mapping[Phase, int]:
-    """When all is ready that a value is computed from on the spot."""
+    """Return when all is ready that a value is computed from on the spot."""
     latest: dict[Phase, int] = {}
     for arg in node.args:
         for phase, rank in ready[arg].items():
@@ -87,7 +87,7 @@ def _rank(
     sources: Sequence[frozenset[int]],
     index: int,
 ) -> int:
-    """The first rank at which a value can be computed, or moved.
+    """Return the first rank at which a value can be computed, or moved.
 
     Arguments:
         sources: for each node, the values in some phase that it is, or is computed from on the spot.

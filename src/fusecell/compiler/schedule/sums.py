@@ -22,7 +22,7 @@ def sums_over_rows(graph: Graph) -> list[Sum]:
 
 
 def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
-    """A sum whose columns, whole vectors, run over the operand that fills them better."""
+    """Return a sum whose columns, whole vectors, run over the operand that fills them better."""
     height, width = 1 if a is None else graph[a].size, graph[b].size
     if a is not None and height * -(-width // LANES) > width * -(-height // LANES):
         a, b, height, width, corner, flipped = b, a, width, height, corner[::-1], not flipped
@@ -30,7 +30,7 @@ def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bo
 
 
 def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
-    """The outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
+    """List the outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
     pending: list[tuple[int, bool, tuple[int, int]]] = [(index, False, (0, 0))]
     while pending:
         value, flipped, corner = pending.pop()

@@ -1,7 +1,12 @@
-"""A step and its gradient as two graphs, and the values that the first keeps for the second.
+"""Cut a step and its gradient into two graphs, and choose what the forward saves for the backward.
 
-What is kept is the smallest set, in numbers per row and step, from which the backward can work out all it needs
+What is saved is the smallest set, in numbers per row and step, from which the backward can compute all it needs
 without computing a product, a reduction or a transcendental function twice: a minimum cut of the joint graph.
+
+To save less and compute some of it again is Chen et al.'s idea, "Training deep nets with sublinear memory cost"
+(arXiv:1604.06174), which chooses by hand. That the choice is a minimum cut, and a cheap operation free, is functorch's
+``min_cut_rematerialization_partition``. Here memory is all that counts: a loop over time reads what is saved from
+L3 or from memory, and a cheap value is computed again in a register.
 """
 
 from __future__ import annotations
@@ -32,31 +37,31 @@ class ForwardBackward:
     forward: Graph
     backward: Graph
     saved: tuple[tuple[str, int], ...]
-    """Each kept value's name and features."""
+    """Each saved value's name and features."""
 
 
-def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False) -> ForwardBackward:
-    """Part a graph traced with gradients.
+def partition(joint: Graph, gradients: Collection[str], *, recompute: bool = False) -> ForwardBackward:
+    """Cut a graph traced with gradients into the step and its gradient.
 
     Arguments:
         joint: the step and its gradient, before any pass.
-        wanted: the gradients that are asked for, ``grad.input.<name>`` and ``grad.weight.<leaf>``.
-        recompute: keep the states alone; the backward computes everything else again.
+        gradients: the outputs that the backward is to have, ``grad.input.<name>`` and ``grad.weight.<leaf>``.
+        recompute: save the states alone; the backward computes everything else again.
     """
     after = {label: index for label, index in joint.outputs.items() if label.startswith("state.")}
     forward = {"output": joint.outputs["output"], **after}
     backward = {
-        label: index for label, index in joint.outputs.items() if label in wanted or label.startswith("grad.state.")
+        label: index for label, index in joint.outputs.items() if label in gradients or label.startswith("grad.state.")
     }
     late = joint.reaches(index for index in joint.leaves("input") if joint[index].name.startswith("grad."))
     demanded = _demanded(joint, backward.values(), late)
     first = joint.needed(forward.values())
     if recompute:
         reached = joint.needed(demanded)
-        kept = [index for index in joint.leaves("state") if reached[index]]
+        nodes = [index for index in joint.leaves("state") if reached[index]]
     else:
-        kept = _MinCut(joint, first, demanded).smallest()
-    saved = {f"{SAVED}{joint[index].name}": index for index in kept}
+        nodes = _MinCut(joint, first, demanded).smallest()
+    saved = {f"{SAVED}{joint[index].name}": index for index in nodes}
     return ForwardBackward(
         _copied(joint, {**forward, **saved}, {}, "step", keep_states=True),
         _backward(joint, backward, {index: name for name, index in saved.items()}),
@@ -65,32 +70,37 @@ def partition(joint: Graph, wanted: Collection[str], *, recompute: bool = False)
 
 
 def _demanded(joint: Graph, results: Collection[int], late: list[bool]) -> list[int]:
-    """The values independent of the incoming gradient that the gradient's own computations read."""
+    """List the values independent of the incoming gradient that the gradient's own computations read."""
     needed = joint.needed(results)
-    found: dict[int, None] = {}
+    operands: dict[int, None] = {}
     for index, node in joint:
         if needed[index] and (late[index] or node.type.kind == "sum"):
-            found.update(dict.fromkeys(arg for arg in node.args if not late[arg]))
-    found.update(dict.fromkeys(index for index in results if not late[index]))
-    return [index for index in found if joint[index].type.kind != "sum"]
+            operands.update(dict.fromkeys(arg for arg in node.args if not late[arg]))
+    operands.update(dict.fromkeys(index for index in results if not late[index]))
+    return [index for index in operands if joint[index].type.kind != "sum"]
 
 
 def _free(node: Node) -> bool:
-    """What the backward has at hand: inputs, numbers, and whatever needs weights alone."""
+    """Whether the backward has a value without saving it: an input, a number, or a function of the weights."""
     return node.op in ("input", "const") or node.type.kind == "weight"
 
 
 class _MinCut:
-    """The smallest set of values that separates what is dear to compute from what the backward reads.
+    """Find the smallest set of values between what is expensive to compute and what the backward reads.
 
-    Each value is an edge from its ``2i`` to its ``2i + 1``, as wide as the memory it would take; flow that can pass
-    is what would have to be kept.
+    A network of pipes: value i is one from node ``2i`` to node ``2i + 1``, as wide as the memory that it would take.
+    Water flows in where a value is expensive, or a state, and out where the backward reads. Pipes from a value to its
+    users are of endless width, so that a cut goes through values only. By the max-flow min-cut theorem the most that
+    can flow is the width of the narrowest cut, and the full pipes nearest to the source are one.
+
+    Attributes:
+        capacity: what each pipe can still take, by its two ends.
     """
 
     def __init__(self, joint: Graph, first: list[bool], demanded: Collection[int]) -> None:
         self.joint = joint
         self.source, self.sink = -1, -2
-        self.room: dict[int, dict[int, float]] = {}
+        self.capacity: dict[int, dict[int, float]] = {}
         reached = joint.needed(demanded)
         unfinished = _unfinished(joint, first)
         for index, node in joint:
@@ -110,36 +120,36 @@ class _MinCut:
                 self._edge(2 * index + 1, self.sink, float("inf"))
 
     def _edge(self, start: int, stop: int, width: float) -> None:
-        self.room.setdefault(start, {})[stop] = width
-        self.room.setdefault(stop, {}).setdefault(start, 0.0)
+        self.capacity.setdefault(start, {})[stop] = width
+        self.capacity.setdefault(stop, {}).setdefault(start, 0.0)
 
     def smallest(self) -> list[int]:
-        """The values to keep, in the order of the graph: of all smallest cuts the one nearest to the source."""
+        """List the values to save, in the order of the graph: of all smallest cuts the one nearest to the source."""
         while self.sink in (distances := self._distances()):
             self._block(distances)
         near = distances
         return sorted(node // 2 for node in near if node >= 0 and node % 2 == 0 and node + 1 not in near)
 
     def _distances(self) -> dict[int, int]:
-        """Every node that flow can still reach, and over how many edges at least."""
-        found, queue = {self.source: 0}, deque([self.source])
+        """Count for every node that flow can still reach over how many edges it does so at least."""
+        distances, queue = {self.source: 0}, deque([self.source])
         while queue:
             here = queue.popleft()
-            for there, room in self.room.get(here, {}).items():
-                if room > 0 and there not in found:
-                    found[there] = found[here] + 1
+            for there, left in self.capacity.get(here, {}).items():
+                if left > 0 and there not in distances:
+                    distances[there] = distances[here] + 1
                     queue.append(there)
-        return found
+        return distances
 
     def _block(self, distances: dict[int, int]) -> None:
-        """Send flow along shortest ways until each has a full edge: Dinic's blocking flow.
+        """Send flow along shortest paths until each has a full edge: Dinic's blocking flow.
 
-        Each edge of a way leads one further from the source; one that leads nowhere is left out from then on.
+        Each edge of a path leads one further from the source; one that leads nowhere is left out from then on.
         """
         onward = {
-            node: iter([there for there in self.room[node] if distances.get(there) == distance + 1])
+            node: iter([there for there in self.capacity[node] if distances.get(there) == distance + 1])
             for node, distance in distances.items()
-            if node in self.room
+            if node in self.capacity
         }
         heads: dict[int, int | None] = {}
         path = [self.source]
@@ -155,37 +165,37 @@ class _MinCut:
                 path.pop()
                 if path:
                     heads[path[-1]] = next(onward[path[-1]], None)
-            elif self.room[here][there] > 0:
+            elif self.capacity[here][there] > 0:
                 path.append(there)
             else:
                 heads[here] = next(onward[here], None)
 
     def _push(self, path: list[int]) -> int:
-        """Send what a way can take along it; returns the position of its first edge that is full now."""
+        """Send what a path can take along it; returns the position of its first edge that is full now."""
         edges = list(pairwise(path))
-        least = min(self.room[start][stop] for start, stop in edges)
+        least = min(self.capacity[start][stop] for start, stop in edges)
         for start, stop in edges:
-            self.room[start][stop] -= least
-            self.room[stop][start] += least
-        return next(place for place, (start, stop) in enumerate(edges) if self.room[start][stop] <= 0)
+            self.capacity[start][stop] -= least
+            self.capacity[stop][start] += least
+        return next(place for place, (start, stop) in enumerate(edges) if self.capacity[start][stop] <= 0)
 
 
 def _unfinished(joint: Graph, first: list[bool]) -> list[bool]:
     """For each node, whether it is a product to which the step adds more: only the sum is ever at hand."""
     users = joint.users()
-    found = [False] * len(joint.nodes)
+    unfinished = [False] * len(joint.nodes)
     accumulates = [False] * len(joint.nodes)
     for index, node in joint:
         accumulates[index] = node.op == "product" or (node.op == "add" and any(accumulates[arg] for arg in node.args))
         adding = [user for user in users[index] if first[user]]
-        found[index] = accumulates[index] and len(adding) == 1 and joint[adding[0]].op == "add"
-    return found
+        unfinished[index] = accumulates[index] and len(adding) == 1 and joint[adding[0]].op == "add"
+    return unfinished
 
 
 def _copied(
     graph: Graph, outputs: dict[str, int], leaves: dict[int, tuple[str, str]], title: str, *, keep_states: bool
 ) -> Graph:
-    """The part of a graph that ``outputs`` need, with some values turned into leaves: (primitive, name)."""
+    """Copy the part of a graph that ``outputs`` need, with some values turned into leaves: (primitive, name)."""
     builder = Builder(title, graph.dtype)
     needed = _needed_before(graph, outputs.values(), leaves)
     new: dict[int, int] = {}
@@ -202,14 +212,14 @@ def _copied(
 
 def _needed_before(graph: Graph, results: Collection[int], leaves: Collection[int]) -> list[bool]:
     """For each node, whether ``results`` need it once the arguments of ``leaves`` need nothing."""
-    found = [False] * len(graph.nodes)
+    needed = [False] * len(graph.nodes)
     for index in results:
-        found[index] = True
-    for index in range(len(found) - 1, -1, -1):
-        if found[index] and index not in leaves:
+        needed[index] = True
+    for index in range(len(needed) - 1, -1, -1):
+        if needed[index] and index not in leaves:
             for arg in graph[index].args:
-                found[arg] = True
-    return found
+                needed[arg] = True
+    return needed
 
 
 def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> Graph:
@@ -220,26 +230,26 @@ def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> G
     results = {label: index for label, index in outputs.items() if not label.startswith("grad.state.")}
     carried = {f"state.grad.{state}": outputs.get(f"grad.state.{state}") for state in states}
     results |= {label: index for label, index in carried.items() if index is not None}
-    made = _copied(joint, results, leaves, "gradient", keep_states=False)
-    return _with_all_states(made, joint, carried)
+    gradient = _copied(joint, results, leaves, "gradient", keep_states=False)
+    return _with_all_states(gradient, joint, carried)
 
 
-def _with_all_states(made: Graph, joint: Graph, carried: dict[str, int | None]) -> Graph:
-    """Every state in the cell's order; one that no gradient flows back through goes on with zeros."""
-    builder = Builder(made.title, made.dtype)
+def _with_all_states(gradient: Graph, joint: Graph, carried: dict[str, int | None]) -> Graph:
+    """Give a gradient every state in the cell's order; one that no gradient flows back through goes on with zeros."""
+    builder = Builder(gradient.title, gradient.dtype)
     states = [joint[index] for index in joint.leaves("state")]
     leaves = {
         f"grad.{node.name}": builder.append("state", (), {"shape": [node.size]}, f"grad.{node.name}") for node in states
     }
     new: dict[int, int] = {}
-    for index, node in made:
+    for index, node in gradient:
         if node.op == "state":
             new[index] = leaves[node.name]
         else:
             new[index] = builder.append(node.op, [new[arg] for arg in node.args], node.attrs, node.name)
-    outputs = {label: new[index] for label, index in made.outputs.items()}
+    outputs = {label: new[index] for label, index in gradient.outputs.items()}
     for node in states:
         if carried[f"state.grad.{node.name}"] is None:
             zeros = builder.add("broadcast", builder.const(0.0), size=node.size)
             outputs[f"state.grad.{node.name}"] = zeros
-    return Graph(made.title, made.dtype, tuple(builder.nodes), outputs)
+    return Graph(gradient.title, gradient.dtype, tuple(builder.nodes), outputs)

@@ -1,4 +1,4 @@
-"""Passes: what is done to a graph before it becomes stages. Read the tuple ``PASSES`` from top to bottom."""
+"""Bring a graph into the form that is scheduled, pass by pass: read the tuple ``PASSES`` from top to bottom."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pass = Callable[[Graph], Graph]
 
 
 def fold_constants(graph: Graph) -> Graph:
-    """Arithmetic on numbers is done here; x*1, x/1, x-0 and x+0 are x, as they are for every number but -0."""
+    """Compute what needs numbers alone; x*1, x/1, x-0 and x+0 become x, which they are for every number but -0."""
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -38,7 +38,7 @@ def fold_constants(graph: Graph) -> Graph:
 
 
 def spread_constants(graph: Graph) -> Graph:
-    """A number that is an operand of a product, a sum over rows or a join is read from memory: it becomes a row."""
+    """Make a row of a number that is an operand of a product, a sum over rows or a join: these read memory."""
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -54,7 +54,10 @@ def _spread(builder: Builder, index: int) -> int:
 
 
 def split_concat_products(graph: Graph) -> Graph:
-    """A product of a concatenation is the sum of the parts' products, so that the part of x can leave the loop."""
+    """Make a product of a concatenation the sum of its parts' products, so that the part of x can leave the loop.
+
+    cat(x, h) @ W is x @ W[:X] + h @ W[X:]. As one product all of it needs h and has to wait for the step before.
+    """
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -73,7 +76,7 @@ def split_concat_products(graph: Graph) -> Graph:
 
 
 def save_in_parts(graph: Graph) -> Graph:
-    """A wide value that is saved, but else used in parts only, is saved as its parts: it isn't computed whole too."""
+    """Save a wide value that is otherwise used in slices only as these slices: it isn't computed whole too."""
     only_sliced, cuts_of = _only_sliced(graph), _Cuts(graph)
     builder = Builder(graph.title, graph.dtype)
     new: list[int] = []
@@ -89,7 +92,7 @@ def save_in_parts(graph: Graph) -> Graph:
 
 
 class _Cuts:
-    """The features at which the slices of a value, and of what is made of it element by element, begin and end."""
+    """List the features at which the slices of a value, and of what is computed of it pointwise, begin and end."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph, self._users = graph, graph.users()
@@ -114,7 +117,7 @@ class _Cuts:
 
 
 def sink_slices(graph: Graph) -> Graph:
-    """A slice of a product is a product with fewer columns; a slice of a pointwise value, the value of slices.
+    """Make a slice of a product a product with fewer columns, and a slice of a pointwise value the value of slices.
 
     A value that is also used whole is computed once and stays: what is sliced then is its memory.
     """
@@ -125,9 +128,9 @@ def sink_slices(graph: Graph) -> Graph:
         node = graph[index]
         if node.op == "slice":
             return sinker.sink(builder, (args[0], node.attrs["start"], node.attrs["stop"]), node.name)
-        made = builder.add_like(node, args)
-        sinker.allow(made, only_sliced[index])
-        return made
+        copy = builder.add_like(node, args)
+        sinker.allow(copy, only_sliced[index])
+        return copy
 
     return rebuild(graph, rewrite)
 
@@ -135,21 +138,21 @@ def sink_slices(graph: Graph) -> Graph:
 def _only_sliced(graph: Graph) -> list[bool]:
     """For each node, whether slices are all that is ever used of it, once those after it have sunk."""
     users, outputs = _users(graph), _results(graph)
-    found = [False] * len(graph.nodes)
+    only_sliced = [False] * len(graph.nodes)
     for index in range(len(graph.nodes) - 1, -1, -1):
-        found[index] = (
+        only_sliced[index] = (
             bool(users[index])
             and index not in outputs
             and all(
-                graph[user].op == "slice" or (PRIMITIVES[graph[user].op].pointwise and found[user])
+                graph[user].op == "slice" or (PRIMITIVES[graph[user].op].pointwise and only_sliced[user])
                 for user in users[index]
             )
         )
-    return found
+    return only_sliced
 
 
 def _results(graph: Graph) -> set[int]:
-    """The outputs but for what is saved: whether a value is saved must not change how others are computed."""
+    """List the outputs but for what is saved: whether a value is saved must not change how others are computed."""
     return {index for label, index in graph.outputs.items() if not label.startswith(SAVED)}
 
 
@@ -159,36 +162,36 @@ def _users(graph: Graph) -> list[list[int]]:
     return [[user for user in users if needed[user]] for users in graph.users()]
 
 
-_Cut = tuple[int, int, int]
+_Part = tuple[int, int, int]
 """A value, and the features from one to another of it."""
 
 
 class _Sinker:
-    """Finds slices further up: each part of a value is made once, however many values it is a part of."""
+    """Move slices towards the inputs; each part of a value is added once, however many values it is a part of."""
 
     def __init__(self) -> None:
         self._allowed: dict[int, bool] = {}
-        self._table: dict[_Cut, int] = {}
+        self._table: dict[_Part, int] = {}
 
     def allow(self, index: int, only_sliced: bool) -> None:
         """Say of a value of the new graph whether slices may sink through it: nobody uses it whole."""
         before = self._allowed.get(index, True)
         self._allowed[index] = before and only_sliced
         if before and not only_sliced:
-            self._table.clear()  # slices above it were made as if they might
+            self._table.clear()  # slices above it were added as if they might
 
-    def sink(self, builder: Builder, cut: _Cut, name: str) -> int:
+    def sink(self, builder: Builder, part: _Part, name: str) -> int:
         """The node for a slice."""
         return resolve(
-            cut, self._table, lambda each: self._needs(builder, each), lambda each: self._made(builder, each, name)
+            part, self._table, lambda each: self._needs(builder, each), lambda each: self._add(builder, each, name)
         )
 
     def _sinks(self, builder: Builder, index: int) -> bool:
         return PRIMITIVES[builder.nodes[index].op].pointwise and self._allowed.get(index, True)
 
-    def _needs(self, builder: Builder, cut: _Cut) -> list[_Cut]:
+    def _needs(self, builder: Builder, part: _Part) -> list[_Part]:
         """The slices of arguments that make a slice, where it sinks; of a slice or a join, the one that it is."""
-        index, start, stop = cut
+        index, start, stop = part
         node = builder.nodes[index]
         if (start == 0 and stop == node.size) or node.op == "broadcast":
             return []
@@ -197,16 +200,16 @@ class _Sinker:
             return [(node.args[0], offset + start, offset + stop)]
         if node.op == "concat":
             offset = 0
-            for part in node.args:
-                if offset <= start and stop <= offset + builder.size(part):
-                    return [(part, start - offset, stop - offset)]
-                offset += builder.size(part)
+            for arg in node.args:
+                if offset <= start and stop <= offset + builder.size(arg):
+                    return [(arg, start - offset, stop - offset)]
+                offset += builder.size(arg)
         if self._sinks(builder, index):
             return [(arg, start, stop) for arg in node.args if builder.size(arg) != 1]
         return []
 
-    def _made(self, builder: Builder, cut: _Cut, name: str) -> int:
-        index, start, stop = cut
+    def _add(self, builder: Builder, part: _Part, name: str) -> int:
+        index, start, stop = part
         node = builder.nodes[index]
         if start == 0 and stop == node.size:
             return index
@@ -216,7 +219,7 @@ class _Sinker:
             first = node.attrs["cols"][0]
             attrs = {**node.attrs, "cols": [first + start, first + stop]}
             return builder.add("product", *node.args, name=name, **attrs)
-        needs = self._needs(builder, cut)
+        needs = self._needs(builder, part)
         if node.op in ("slice", "concat") and needs:
             return self._table[needs[0]]
         if self._sinks(builder, index):
@@ -226,9 +229,15 @@ class _Sinker:
 
 
 def gather_affines(graph: Graph) -> Graph:
-    """Products and what is added to them become one accumulation: init + sum of products, in one fixed order.
+    """Join products and what is added to them into one accumulation: init + sum of products, in one fixed order.
 
-    First the init, a weight or what needs x only; then the terms that need x only; then the rest as written.
+    First the init, a weight or what needs x only; then the terms that need x only; then the rest as written. A kernel
+    then keeps one set of sums in registers, which begin as the init, and stores none of them before all is added. The
+    order is what makes results have the same bits however the step was written, and lets the terms of x be cut off in
+    front without changing any.
+
+    An affine may take in more only while it is ``open_``: used by the one addition that would take it in, and no
+    output. Another user would need it computed twice.
     """
     users, outputs = _users(graph), _results(graph)
     open_: dict[int, bool] = {}
@@ -236,25 +245,25 @@ def gather_affines(graph: Graph) -> Graph:
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
-        made = -1
+        affine = -1
         if node.op == "product":
-            made = _affine(builder, None, [(args[0], args[1], node.attrs)], node.name)
+            affine = _affine(builder, None, [(args[0], args[1], node.attrs)], node.name)
         elif node.op == "add":
-            made = _merge(builder, args, node, open_, facts)
-        if made < 0:
+            affine = _merge(builder, args, node, open_, facts)
+        if affine < 0:
             return builder.add_like(node, args)
-        open_[made] = made not in open_ and len(users[index]) == 1 and index not in outputs
-        return made
+        open_[affine] = affine not in open_ and len(users[index]) == 1 and index not in outputs
+        return affine
 
     return rebuild(graph, rewrite)
 
 
 def _merge(builder: Builder, args: tuple[int, ...], node: Node, open_: dict[int, bool], facts: _Facts) -> int:
-    """The affine that an addition makes of an affine that is used here alone, or -1."""
-    for mine, other in (args, args[::-1]):
-        if not open_.get(mine, False) or builder.size(mine) != node.size or builder.size(other) != node.size:
+    """Add the affine that an addition becomes if one of its arguments is an affine used here alone; else return -1."""
+    for base, other in (args, args[::-1]):
+        if not open_.get(base, False) or builder.size(base) != node.size or builder.size(other) != node.size:
             continue
-        init, terms = affine_parts(builder.nodes[mine])
+        init, terms = affine_parts(builder.nodes[base])
         inits = [] if init is None else [init]
         if open_.get(other, False):
             second, more = affine_parts(builder.nodes[other])
@@ -273,7 +282,7 @@ def _merge(builder: Builder, args: tuple[int, ...], node: Node, open_: dict[int,
 
 
 def split_affines(graph: Graph) -> Graph:
-    """The part of an accumulation that needs x only becomes one of its own, the init of the rest: it can leave."""
+    """Split off the part of an accumulation that needs x only, as the init of the rest: it can leave the loop."""
     facts = _Facts()
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
@@ -295,7 +304,7 @@ _HEAVY = frozenset(op for op, row in PRIMITIVES.items() if row.category == "prod
 
 
 class _Facts:
-    """What is known of the nodes of a growing builder, worked out once each: arguments come before their users."""
+    """Tell what the nodes of a growing builder depend on, worked out once each: arguments come before their users."""
 
     def __init__(self) -> None:
         self._late: list[bool] = []
@@ -347,7 +356,7 @@ PASSES: tuple[Pass, ...] = (
 
 
 def optimise(graph: Graph) -> list[tuple[str, Graph]]:
-    """The graph as traced and after each pass, by name; the last is what is scheduled."""
+    """Run all passes; returns the graph as traced and after each, by name. The last is what is scheduled."""
     stages = [("traced", graph)]
     for rewrite in PASSES:
         stages.append((rewrite.__name__, rewrite(stages[-1][1])))
@@ -361,7 +370,7 @@ def _number(builder: Builder, index: int) -> float | None:
 
 
 def _folded(fold: Callable[..., float] | None, values: Sequence[float | None]) -> float | None:
-    """What a primitive computes of numbers, None where it is left to the kernel: an argument is no number, or 1/0."""
+    """Compute a primitive of numbers; None where it is left to the kernel: an argument is no number, or it is 1/0."""
     if fold is None or any(value is None for value in values):
         return None
     try:
