@@ -139,7 +139,8 @@ def test_a_change_is_a_sentence():
     assert "17% fewer loads" in complaints("gru,", stored, found)[0]
 
 
-def test_counts_are_exact():
+@pytest.mark.parametrize("level", ["x86-64-v3"], indirect=True)
+def test_counts_are_exact(level):
     """A loop whose counts are known: on the smallest level with fused multiply-add, an innermost one around them."""
     text = """
 define void @run(ptr %p, i64 %n) {

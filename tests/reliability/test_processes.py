@@ -42,7 +42,7 @@ def test_32_threads_call_the_same_and_different_layers():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=300)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
 
