@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,6 +185,58 @@ def test_checkpoints_that_do_not_fit_are_errors(corpus, tmp_path):
     (tmp_path / "checkpoint.json").write_text(json.dumps({**config, "step": 3}))
     with pytest.raises(ValueError, match=r"of step 0 and checkpoint\.json of step 3"):
         load_checkpoint(corpus, tmp_path)
+
+
+DAMAGED_CONFIGS = {
+    "no JSON": (lambda config: "{", "Expecting"),
+    "nested without end": (lambda config: "[" * 100_000, "nests deeper than 3"),
+    "a list": (lambda config: [config], "expected settings, vocabulary"),
+    "a key less": (lambda config: config.pop("curve") and config, "expected settings, vocabulary"),
+    "a step of true": (lambda config: {**config, "step": True}, "step of it is True, expected int"),
+    "a negative step": (lambda config: {**config, "step": -1}, "out of range are {'step': -1}"),
+    "seconds of infinity": (lambda config: {**config, "seconds": float("inf")}, "expected a finite number"),
+    "a setting more": (lambda config: config["settings"].update(more=1) or config, "its settings is"),
+    "a size of a text": (
+        lambda config: config["settings"].update(window="9") or config,
+        "window of its settings is '9'",
+    ),
+    "no layers": (
+        lambda config: config["settings"].update(num_layers=0) or config,
+        "out of range are {'num_layers': 0}",
+    ),
+    "a point that is none": (lambda config: config["curve"].append(3) or config, "a point of its curve is 3"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_CONFIGS)
+def test_damaged_configs_of_checkpoints_are_refused(corpus, tmp_path, kind):
+    change, text = DAMAGED_CONFIGS[kind]
+    save_checkpoint(Trainer.new(TINY, corpus.training, len(corpus.vocabulary)), corpus, tmp_path)
+    path = tmp_path / "checkpoint.json"
+    config = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load_checkpoint(corpus, tmp_path)
+
+
+def test_checkpoints_whose_tensors_do_not_fit_are_refused(corpus, tmp_path):
+    """Before memory is taken for the model that the config asks for."""
+    save_checkpoint(Trainer.new(TINY, corpus.training, len(corpus.vocabulary)), corpus, tmp_path)
+    path, config = tmp_path / "checkpoint.json", json.loads((tmp_path / "checkpoint.json").read_text(encoding="utf-8"))
+    for changes, text in (
+        ({"hidden_size": 10**6}, r"is torch\.float32 of shape .*, expected torch\.float32 of \("),
+        ({"num_layers": 10**6}, r"1000000 layers don't fit \d+ tensors"),
+        ({"num_layers": 3}, "its tensors differ from the model's in"),
+    ):
+        path.write_text(json.dumps({**config, "settings": {**config["settings"], **changes}}), encoding="utf-8")
+        with pytest.raises(ValueError, match=text):
+            load_checkpoint(corpus, tmp_path)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    whole = (tmp_path / "checkpoint.safetensors").read_bytes()
+    for content in (whole[:-1], whole[:20], b"", whole + b"1"):
+        (tmp_path / "checkpoint.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged: .* Start anew without --resume"):
+            load_checkpoint(corpus, tmp_path)
 
 
 def test_the_number_of_threads_is_measured_and_not_kept():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import fusecell as fc
-from fusecell.streaming.file import StreamFileError, digest
+from fusecell.errors import StreamFileError
+from fusecell.streaming import Limits
+from fusecell.streaming.file import digest
 
 
 def model():
@@ -183,7 +187,53 @@ def out_of_order(tensors, parts, about):
     parts.reverse()
 
 
+def another_kind(tensors, parts, about):
+    parts[0]["kind"] = "\x1b]0;owned\x07"
+
+
+def a_long_kind(tensors, parts, about):
+    parts[0]["kind"] = "x" * 100_000
+
+
+def a_number_for_a_graph(tensors, parts, about):
+    parts[0]["graph"] = 3
+
+
+def a_key_more(tensors, parts, about):
+    parts[0]["more"] = 1
+
+
+def a_tensor_more(tensors, parts, about):
+    tensors["9.weight.0"] = np.zeros(3, np.float32)
+
+
+def two_rows_of_first_states(tensors, parts, about):
+    tensors["0.start.0"] = np.zeros((2, 9), np.float32)
+
+
+def mixed_dtypes(tensors, parts, about):
+    parts[1]["graph"] = parts[1]["graph"].replace(" f32", " f64")
+
+
+def in_the_wrong_order(tensors, parts, about):
+    """The parts, with their tensors, so that only the sizes between them don't fit."""
+    parts[0], parts[2] = parts[2], parts[0]
+    for name in list(tensors):
+        if name[0] in "02":
+            tensors[f"moved{2 - int(name[0])}{name[1:]}"] = tensors.pop(name)
+    for name in list(tensors):
+        tensors[name.removeprefix("moved")] = tensors.pop(name)
+
+
 HOSTILE = [
+    (another_kind, r"its kind is '\\x1b\]0;owned\\x07', expected up to 256 characters that print"),
+    (a_long_kind, r"its kind is 'x+\.\.\. \(100002 characters\)"),
+    (a_number_for_a_graph, "its graph is 3, expected a text"),
+    (a_key_more, "expected an object of kind and graph"),
+    (a_tensor_more, "no step takes its tensor '9.weight.0'"),
+    (two_rows_of_first_states, r"0.start.0 is float32 of shape \(2, 9\), expected float32 of shape \(1, 9\)"),
+    (mixed_dtypes, "1.weight.0 is float32 of shape .* expected float64"),
+    (in_the_wrong_order, "GRUCell above it takes 9 in f32"),
     (drop_a_tensor, "0.weight.0 is missing"),
     (another_shape, r"1.weight.0 is float32 of shape \(26, 9\), expected float32 of shape \(27, 9\)"),
     (another_dtype, "0.start.0 is float64"),
@@ -204,6 +254,142 @@ HOSTILE = [
 def test_hostile_files_are_refused(saved, tmp_path, change, text):
     with pytest.raises(StreamFileError, match=text):
         fc.load_stream(changed(saved, tmp_path / "it", change))
+
+
+def rewritten(saved, path, edit, data=None):
+    """A copy of a saved stream whose header, as JSON text or bytes, is another."""
+    whole = saved.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = edit(whole[8:end].decode())
+    header = header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
+    path.write_bytes(len(header).to_bytes(8, "little") + header + (whole[end:] if data is None else data))
+    return path
+
+
+def first(text, name, value):
+    """A header whose tensor 0.weight.0 has another entry."""
+    header = json.loads(text)
+    header["0.weight.0"][name] = value
+    return json.dumps(header)
+
+
+CONTAINERS = {
+    "another magic": (lambda text: b"\x80\x02}q\x00." + text.encode(), "JSON|UTF-8|Expecting"),
+    "not UTF-8": (lambda text: b'{"\xff": 3}', "its header is no UTF-8"),
+    "no JSON": (lambda text: "hello", "Expecting value"),
+    "no object": (lambda text: "[]", r"its header is \[\], expected a JSON object"),
+    "nested without end": (lambda text: text.rstrip()[:-1] + ', "a": ' + "[" * 100_000, "nests deeper than 3"),
+    "a tensor twice": (lambda text: text.rstrip()[:-1] + ', "0.weight.0": {}}', "names '0.weight.0' twice"),
+    "metadata twice": (lambda text: text.rstrip()[:-1] + ', "__metadata__": {}}', "names '__metadata__' twice"),
+    "metadata that are numbers": (lambda text: '{"__metadata__": {"format": 3}}', "expected texts by name"),
+    "half a character": (lambda text: '{"__metadata__": {"format": "\\ud800"}}', "expected texts by name"),
+    "a name that steers terminals": (
+        lambda text: text.replace('"0.weight.0"', '"\\u001b[2J"'),
+        r"a tensor is called '\\x1b\[2J', expected up to 1024 characters that print",
+    ),
+    "a name of half a character": (lambda text: text.replace('"0.weight.0"', '"\\ud800"'), r"is called '\\ud800'"),
+    "bfloat16": (lambda text: first(text, "dtype", "BF16"), "of dtype 'BF16', expected F32 or F64"),
+    "whole numbers": (lambda text: first(text, "dtype", "I64"), "of dtype 'I64', expected F32 or F64"),
+    "a dtype that is a number": (lambda text: first(text, "dtype", 7), "of dtype 7, expected"),
+    "a negative size": (lambda text: first(text, "shape", [-27, -5]), r"has the shape \[-27, -5\]"),
+    "a size of true": (lambda text: first(text, "shape", [True, 135]), r"has the shape \[True, 135\]"),
+    "a size of a fraction": (lambda text: first(text, "shape", [27.0, 5]), r"has the shape \[27.0, 5\]"),
+    "a size of infinity": (lambda text: first(text, "shape", [float("inf")]), r"has the shape \[inf\]"),
+    "a size beyond memory": (lambda text: first(text, "shape", [10**30]), "has the shape"),
+    "another size": (lambda text: first(text, "shape", [27, 6]), "takes 648 bytes, but lies at"),
+    "a shape that is none": (lambda text: first(text, "shape", "27"), "has the shape '27'"),
+    "offsets that are three": (lambda text: first(text, "data_offsets", [0, 1, 2]), "expected two offsets"),
+    "a key more": (lambda text: first(text, "more", 1), "expected dtype, shape, data_offsets"),
+    "no such keys": (lambda text: '{"a": 3}', "tensor 'a' is described by 3"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_that_are_none_are_refused(saved, tmp_path, kind):
+    edit, text = CONTAINERS[kind]
+    with pytest.raises(StreamFileError, match=text) as raised:
+        fc.load_stream(rewritten(saved, tmp_path / "it", edit))
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 600
+
+
+def test_tensors_lie_side_by_side(saved, tmp_path):
+    """One over another, with something between them, and something behind them."""
+
+    def over(text):
+        header = json.loads(text)
+        one, other = [name for name in header if name.endswith(".start.0")][:2]
+        size = header[other]["data_offsets"][1] - header[other]["data_offsets"][0]
+        begin = header[one]["data_offsets"][0]
+        header[other]["data_offsets"] = [begin, begin + size]
+        return json.dumps(header)
+
+    with pytest.raises(StreamFileError, match=r"begins at byte \d+, expected \d+|end at byte"):
+        fc.load_stream(rewritten(saved, tmp_path / "it", over))
+    end = 8 + int.from_bytes(saved.read_bytes()[:8], "little")
+    for data in (saved.read_bytes()[end:] + b"more", saved.read_bytes()[end:-4]):
+        with pytest.raises(StreamFileError, match=r"its tensors end at byte \d+ of \d+"):
+            fc.load_stream(rewritten(saved, tmp_path / "it", lambda text: text, data))
+
+
+LIMITS = {
+    "file_bytes": r"bytes, more than the \d+ that it may have",
+    "header_bytes": "its header has .* bytes, more than",
+    "parts": "it has 5 steps, more than the 4",
+    "nodes": "more lines than .* values|are more than",
+    "features": "features together, more than",
+    "multiply_adds": "more than .* multiply-adds",
+    "code_bytes": "a step's code has .* bytes, more than",
+    "scratch_bytes": "bytes of memory to run in, more than",
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits(saved, name):
+    limits = Limits(**{name: 4})
+    with pytest.raises(StreamFileError, match=LIMITS[name]):
+        fc.load_stream(saved, limits=limits)
+    assert fc.load_stream(saved, limits=Limits(**{name: 1 << 40})).input_size == 5
+
+
+def test_limits_are_whole_numbers():
+    for value in (0, -1, True, 1.5, "many"):
+        with pytest.raises(ValueError, match="Limits takes whole numbers of 1 or more; got parts="):
+            Limits(parts=value)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    """A pipe, which would be waited for; and a device, which has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(StreamFileError, match="it is a pipe or a device, expected a file"):
+            fc.load_stream(path)
+
+
+def test_a_new_state_of_another_size_is_refused(saved, tmp_path):
+    """Generated code read and wrote as many numbers as the state has, of memory that had one."""
+
+    def change(tensors, parts, about):
+        lines = parts[0]["graph"].splitlines()
+        place = next(place for place, line in enumerate(lines) if line.startswith("return state.h"))
+        lines[place] = "return state.h = x"
+        parts[0]["graph"] = "\n".join(lines) + "\n"
+
+    with pytest.raises(StreamFileError, match=r"the new value of state h is row\[5\], expected row\[9\]"):
+        fc.load_stream(changed(saved, tmp_path / "it", change))
+
+
+def test_a_value_called_as_memory_of_the_kernels_own(saved, tmp_path):
+    """Two buffers of one name lay in one place: the order of rows was overwritten, and rows were read from anywhere."""
+
+    def change(tensors, parts, about):
+        for name in ("order", "starts"):
+            for part in parts[:2]:
+                part["graph"] = re.sub(r"\bn\b" if name == "order" else r"\br\b", name, part["graph"])
+
+    x = np.random.default_rng(2).normal(size=(9, 3, 5)).astype(np.float32)
+    expected = fc.load_stream(saved, 3).push(x)
+    assert np.array_equal(fc.load_stream(changed(saved, tmp_path / "it", change), 3).push(x), expected)
 
 
 def test_a_pickle_is_no_stream(tmp_path):

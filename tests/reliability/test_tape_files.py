@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusecell as fc
+from fusecell.errors import TapeFileError
 from tests.reliability.hostile_tapes import SCRIPT, changed, poisoned
 
 REFUSED = "is not a tape that was saved, or is damaged"
@@ -65,14 +66,42 @@ HOSTILE = {
     "lengths beyond the steps": lambda tensors, tracks, about: tensors.update(lengths=torch.tensor([7, 99, 4])),
     "lengths of fractions": lambda tensors, tracks, about: tensors.update(lengths=torch.ones(3)),
     "too few labels": lambda tensors, tracks, about: about.update(labels='["a"]'),
+    "labels that are true": lambda tensors, tracks, about: about.update(labels=json.dumps([True] * 7)),
+    "labels of infinity": lambda tensors, tracks, about: about.update(labels=json.dumps([float("inf")] * 7)),
+    "labels by name": lambda tensors, tracks, about: about.update(labels='{"a": 1}'),
+    "half a character": lambda tensors, tracks, about: about.update(labels=json.dumps(["\ud800"] * 7)),
+    "more metadata": lambda tensors, tracks, about: about.update(more="1"),
+    "a kind that steers terminals": lambda tensors, tracks, about: tracks[0].update(kind="\x1b[2J"),
+    "a kind that is long": lambda tensors, tracks, about: tracks[0].update(kind="x" * 300),
+    "a source of control characters": lambda tensors, tracks, about: tracks[0].update(source="\x1b[2J"),
+    "a layer of true": lambda tensors, tracks, about: tracks[0].update(layer=False),
+    "a layer from below": lambda tensors, tracks, about: tracks[0].update(layer=-1),
+    "a layer left out": lambda tensors, tracks, about: tracks[0].update(layer=1),
+    "reversed by a number": lambda tensors, tracks, about: tracks[0].update(reverse=1),
+    "a name twice": lambda tensors, tracks, about: tracks[0]["names"].append("h"),
+    "no names": lambda tensors, tracks, about: tracks[0].update(names=[], states=[], gradients=[]),
+    "a state that is not named": lambda tensors, tracks, about: tracks[0]["states"].append("more"),
+    "a key more": lambda tensors, tracks, about: tracks[0].update(more=1),
+    "a tensor more": lambda tensors, tracks, about: tensors.update(more=torch.zeros(7, 3, 9)),
+    "states in another dtype": lambda tensors, tracks, about: tensors.update(
+        {"0.before.h": torch.zeros(7, 3, 9).double()}
+    ),
     "labels that are lists": lambda tensors, tracks, about: about.update(labels=json.dumps([["a"]] * 7)),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_tapes_are_refused(saved, tmp_path, kind):
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(TapeFileError, match=REFUSED) as raised:
         fc.Tape.load(changed(saved, tmp_path / "it", HOSTILE[kind]))
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 600
+
+
+def test_a_tape_may_be_as_long_as_its_reader_allows(saved):
+    with pytest.raises(TapeFileError, match=r"it has [\d,]+ bytes, more than the 100 that it may have"):
+        fc.Tape.load(saved, max_bytes=100)
+    assert fc.Tape.load(saved, max_bytes=1 << 40).steps == 7
 
 
 def test_a_page_runs_nothing_of_a_tape(saved, tmp_path):
