@@ -6,14 +6,13 @@ import pytest
 import torch
 
 import fusecell as fc
-from fusecell.compiler.backend import llvm
-from fusecell.compiler.backend.target import _needed
+from tests.compiler.cpu_levels import runs_here
 
 
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
 def test_levels_without_and_with_fma(level, monkeypatch, zoo_cell):
     """Accurate on both, and on each the same bits for a row alone and in pieces."""
-    if not llvm.host().features.issuperset(_needed(level)):
+    if not runs_here(level):
         pytest.skip(f"this CPU is below {level}")
     monkeypatch.setenv("FUSECELL_TARGET", level)
     torch.manual_seed(2)

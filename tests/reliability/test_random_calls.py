@@ -12,8 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import fusecell as fc
-from fusecell.compiler.backend import target
-from fusecell.compiler.backend.llvm import host
+from tests.compiler.cpu_levels import runs_here
 from tests.reliability.random_calls import calls, check
 
 
@@ -75,7 +74,7 @@ def digest(**environment):
 def test_the_same_bits_in_any_process_and_on_every_level():
     """With FMA: any number of threads, compiled or from the disk, any vectors. Without: others, also the same."""
     threads = [digest(FUSECELL_TARGET="native", OMP_NUM_THREADS=str(count)) for count in (1, 2, 4)]
-    wide = [level for level in ("x86-64-v3", "x86-64-v4") if host().features.issuperset(target._needed(level))]
+    wide = [level for level in ("x86-64-v3", "x86-64-v4") if runs_here(level)]
     levels = [digest(FUSECELL_TARGET=level, FUSECELL_CACHE="off", OMP_NUM_THREADS="2") for level in wide]
     assert len(set(threads + levels)) == 1
     without = [digest(FUSECELL_TARGET="x86-64-v2", OMP_NUM_THREADS=str(count)) for count in (1, 4)]
