@@ -114,6 +114,8 @@ ALIGNED = 64
 _BETWEEN = 4096
 """Bytes between what two threads write of a buffer, if each has a place of its own: caches fetch within a page. As many
 stand behind the last, before the next buffer."""
+_UNROLLED = 32
+"""Saved values that are placed one by one; more in a loop. Their words stand one behind the other."""
 _HALVED = 2 << 20
 """Bytes of sums, beyond which a second copy costs more than it brings."""
 _ROWS = {"once": "call", "lift": "chunk", "loop": "step", "post": "chunk"}
@@ -226,10 +228,25 @@ class Layout:
 
     def place_saved(self, f: Function, module: Module, start: Value) -> None:
         """Have a chunk find its rows, from ``start`` on, of what is saved."""
+        if len(self.saved) > _UNROLLED:
+            self._place_many_saved(f, module, start)
+            return
         for buffer in self.saved:
             whole = self.pointer(f, f"{buffer.name}.ptr")
             here = f.at(whole, f.mul(start, module.padded(buffer.size)), buffer.name)
             self.place(f, buffer.name, here)
+
+    def _place_many_saved(self, f: Function, module: Module, start: Value) -> None:
+        """The same in a loop over what is saved: LLVM takes ever longer for so many loads and stores in a row."""
+        rows = module.numbers("saved.row.bytes", [module.padded(buffer.size) for buffer in self.saved])
+        first = self._at(f, f"{self.saved[0].name}.ptr")
+        places = self._at(f, f"at.{self.saved[0].name}")
+        with f.loop("saved", 0, len(self.saved), some=True) as each:
+            offset = f.mul(each, WORD)
+            whole = f.let("whole", f"load ptr, ptr {f.at(first, offset)}")
+            row = f.load_int(f.at(rows, offset), "row.bytes")
+            here = f.at(whole, f.mul(start, row))
+            f.do(f"store ptr {here}, ptr {f.at(places, offset)}")
 
     def place_buffers(self, f: Function, rows: Value, chunk_steps: Value, apart: str) -> None:
         """Work out every buffer's address, unless the caller left it in the argument block and gave no scratch.

@@ -11,7 +11,10 @@ from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.vector_math import LANES, declarations, definitions, function_name
 from fusecell.compiler.ir.graph import DType
 
-__all__ = ["LANES", "Function", "Module", "Value"]
+__all__ = ["LANES", "MOST_INLINED", "Function", "Module", "Value"]
+
+MOST_INLINED = 256
+"""Calls of vector functions in a module, beyond which they stay calls: LLVM would take minutes for so much code."""
 
 Value = str | int
 """An SSA name, or a number known now."""
@@ -29,6 +32,8 @@ class Module:
     math: set[str] = field(default_factory=set)
     declares: set[str] = field(default_factory=set)
     made: set[str] = field(default_factory=set)
+    calls: int = 0
+    """How many calls of vector functions there are."""
 
     @property
     def scalar(self) -> str:
@@ -60,6 +65,12 @@ class Module:
         entries = ", ".join(f"ptr @{each}" if each else "ptr null" for each in functions)
         self.tables.append(f"@{name} = internal constant [{len(functions)} x ptr] [{entries}]\n")
 
+    def numbers(self, name: str, values: Sequence[int]) -> str:
+        """The address of a constant list of 64-bit numbers."""
+        entries = ", ".join(f"i64 {value}" for value in values)
+        self.tables.append(f"@{name} = internal constant [{len(values)} x i64] [{entries}]\n")
+        return f"@{name}"
+
     def zeros(self, size: int) -> str:
         """The address of so many bytes of zeros."""
         name = f"@zeros.{size}"
@@ -73,7 +84,8 @@ class Module:
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
         declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
         attributes = f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" "no-trapping-math"="true" }}\n'
-        parts = [head, declares, definitions(self.math, self.dtype), *self.tables, *self.functions, attributes]
+        maths = definitions(self.math, self.dtype, inline=self.calls <= MOST_INLINED)
+        parts = [head, declares, maths, *self.tables, *self.functions, attributes]
         return "\n".join(part for part in parts if part)
 
 
@@ -367,6 +379,7 @@ class Function:
     def math(self, op: str, *args: str, name: str) -> str:
         """A vector function of the module's number format."""
         self.module.math.add(op)
+        self.module.calls += 1
         vector = self.module.vector
         given = ", ".join(f"{vector} {arg}" for arg in args)
         return self.let(name, f"call {vector} {function_name(op, self.module.dtype)}({given})")

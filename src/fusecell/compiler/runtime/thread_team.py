@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 import time
 from array import array
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fusecell.compiler.codegen.kernel_abi import WORD, TeamBlock
+from fusecell.compiler.locks import in_forked_child
 
 __all__ = ["backs_off", "run_team"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _EMPTY = array("q", bytes(WORD * TeamBlock.slots()))
-_parent = os.getpid()
 # How long the first of a team waits for the others, in microseconds: what the call takes alone, within bounds. Waking
 # takes some fifty, after a pause several hundred. And the turns in a microsecond, of which CPUs make seven to thirty.
 _LEAST_ARRIVAL, _MOST_ARRIVAL, _TURNS = 50, 2000, 20
@@ -45,7 +44,7 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
         threads: how many are asked for. A forked child has one: the others are its parent's.
         microseconds: what the call would take on one thread, about.
     """
-    if os.getpid() != _parent:
+    if in_forked_child():
         threads = 1
     runtime = _openmp() if threads > 1 else None
     block = _EMPTY[:]

@@ -17,15 +17,26 @@ from typing import Literal
 
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import SAVED, Graph
-from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 from fusecell.compiler.ir.walk import resolve
+from fusecell.compiler.refusal import TooLarge
 from fusecell.compiler.schedule.plan import Buffer, Phase, Place, Plan, Stage, Sum
 
-__all__ = ["plan"]
+__all__ = ["MOST_SUMS", "plan"]
 
 PHASES: tuple[Phase, ...] = ("once", "lift", "loop", "post")
 LEAVES = ("input", "state", "weight", "const")
 REDUCTIONS = ("sum", "amax", "amin")
+MOST_SUMS = 1_000
+"""Sums over rows of a gradient: each is a function of its own, some 30 ms of LLVM's time."""
+_STAGE_COST = 640
+"""About how many vector instructions a stage computes its pointwise values with, before the rest goes to the next:
+what LLVM takes for a function grows with the square of that."""
+_COSTS = {
+    **dict.fromkeys(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf"), 20),
+    **dict.fromkeys(("sin", "cos", "pow"), 60),
+}
+"""Of one value, where it isn't an instruction or a few."""
 _MEMORY: dict[Phase, Literal["call", "chunk", "step"]] = {
     "once": "call",
     "lift": "chunk",
@@ -141,6 +152,7 @@ class _Scheduler:
 
     def _make_stages(self) -> list[Stage]:
         stages: dict[tuple[Phase, int, int], Stage] = {}
+        costs: dict[tuple[Phase, int, int], int] = {}
         for index, node in self.graph:
             phase = self.phase.get(index)
             if phase is None:
@@ -149,6 +161,11 @@ class _Scheduler:
             if node.op in ("slice", "concat"):
                 continue
             width = self.graph[node.args[0]].size if node.op in REDUCTIONS else node.size
+            if PRIMITIVES[node.op].pointwise:
+                while costs.get((phase, rank, width), 0) >= _STAGE_COST:
+                    rank += 1
+                self.rank[index] = rank
+                costs[phase, rank, width] = costs.get((phase, rank, width), 0) + _COSTS.get(node.op, 1)
             stage = stages.setdefault((phase, rank, width), Stage(phase, rank, width))
             kind = "affines" if node.op == "affine" else "reductions" if node.op in REDUCTIONS else "pointwise"
             getattr(stage, kind).append(index)
@@ -361,6 +378,11 @@ class _Scheduler:
             if self.graph[index].type.kind == "sum":
                 for a, b, flipped, corner in _contributions(self.graph, index):
                     made.sums.append(self._sum(f"sum.{len(made.sums)}", label, a, b, flipped, corner))
+        if len(made.sums) > MOST_SUMS:
+            raise TooLarge(
+                f"Its weights are used {len(made.sums):,} times in a step, and each use is a sum in the gradient: "
+                f"there may be {MOST_SUMS:,}."
+            )
 
     def _sum(self, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
         """A sum whose columns, whole vectors, run over the operand that fills them better."""
