@@ -4,6 +4,7 @@ import os
 import stat
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -300,3 +301,166 @@ def test_a_sound_cache_warns_of_nothing():
         warnings.simplefilter("error")
         load_and_check()
         load_and_check()
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """How often a directory was listed, by the paths."""
+    seen, scan = [], cache._scan
+    monkeypatch.setattr(cache, "_scan", lambda directory: seen.append(directory) or scan(directory))
+    monkeypatch.setattr(cache, "_unscanned", {})
+    return seen
+
+
+def test_a_thousand_writes_list_the_directory_a_few_times(directory, scans):
+    for number in range(1000):
+        write_entry(cache_key(str(number)), bytes(30_000))
+    assert len(scans) == 2, "at the first, and after a sixteenth of 256 MiB"
+    assert len(list(directory.iterdir())) == 1000
+
+
+def test_a_full_cache_is_not_listed_at_every_write(directory, scans, monkeypatch):
+    monkeypatch.setenv("FUSECELL_CACHE_SIZE", "2")
+    for number in range(2000):
+        write_entry(cache_key(str(number)), bytes(3_000))
+        assert number % 100 or cache_size(directory) <= (2 << 20) * (1 + 1 / cache.SCANNED_AFTER)
+    assert cache_size(directory) > 1.8 * (1 << 20)
+    assert len(scans) < 2000 * 3_200 / ((2 << 20) / cache.SCANNED_AFTER) * 2
+
+
+def cache_size(directory):
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def test_two_that_write_at_once_stay_within_a_little_of_the_bound(directory, scans, monkeypatch):
+    """What another process writes is seen when this one lists the directory again."""
+    monkeypatch.setenv("FUSECELL_CACHE_SIZE", "2")
+    mine: dict[Path, int] = {}
+    theirs: dict[Path, int] = {}
+    for number in range(1600):
+        monkeypatch.setattr(cache, "_unscanned", (mine, theirs)[number % 2])
+        write_entry(cache_key(str(number)), bytes(3_000))
+        assert number % 50 or cache_size(directory) <= (2 << 20) * (1 + 2 / cache.SCANNED_AFTER)
+
+
+def test_many_threads_write_at_once(directory, scans):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: write_entry(cache_key(str(number)), PAYLOAD), range(200)))
+    assert cache_info().entries == 200
+    assert all(read_entry(cache_key(str(number))) == PAYLOAD for number in range(200))
+
+
+root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+
+
+def between(directory: Path, monkeypatch, mode: int = 0o700) -> Path:
+    """A sound cache two directories further down, and the upper of the two."""
+    parent = directory / "parent"
+    path = parent / "child" / "cache"
+    directory.mkdir()
+    monkeypatch.setenv("FUSECELL_CACHE", str(path))
+    assert load_and_check() is False
+    assert load_and_check() is True
+    parent.chmod(mode)
+    return parent
+
+
+@posix_only
+@pytest.mark.parametrize("mode", [0o757, 0o707, 0o777])
+def test_a_parent_that_others_write_to_is_refused(directory, monkeypatch, mode):
+    parent = between(directory, monkeypatch, mode)
+    refused(rf"others may write to {parent}, on the way to it \(mode {mode:04o}\).*chmod go-w.*FUSECELL_CACHE")
+
+
+@posix_only
+def test_a_sticky_parent_is_as_tmp(directory, monkeypatch):
+    between(directory, monkeypatch, 0o1777)
+    assert load_and_check() is True
+
+
+@posix_only
+def test_a_group_that_others_are_in_may_not_write_to_a_parent(directory, monkeypatch):
+    parent = between(directory, monkeypatch, 0o770)
+    monkeypatch.setattr(cache, "_is_private_group", lambda group: True)
+    assert load_and_check() is True
+    monkeypatch.setattr(cache, "_is_private_group", lambda group: False)
+    refused(f"others may write to {parent}, on the way to it")
+
+
+@posix_only
+def test_private_groups(monkeypatch):
+    import grp
+    import pwd
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: SimpleNamespace(pw_name="ada", pw_gid=1234))
+    groups = {1234: ("ada", ["ada"]), 100: ("users", []), 1300: ("ada", ["ada"])}
+
+    def group(number):
+        name, members = groups[number]
+        return SimpleNamespace(gr_name=name, gr_mem=members)
+
+    monkeypatch.setattr(grp, "getgrgid", group)
+    assert [cache._is_private_group(number) for number in (0, 1234, 100, 1300, 77)] == [True, True, False, False, False]
+    groups[1234] = ("ada", ["ada", "bob"])
+    assert not cache._is_private_group(1234)
+
+
+@root_only
+def test_a_parent_of_somebody_else_is_refused(directory, monkeypatch):
+    """A home of another user's while one is root, as under sudo: what lies there is theirs to exchange."""
+    parent = between(directory, monkeypatch)
+    os.chown(parent, 65534, 65534)
+    refused(rf"{parent}, on the way to it, belongs to user 65534, not to you \(0\) or root")
+
+
+@root_only
+def test_a_sticky_directory_holds_only_what_is_ours(directory, monkeypatch):
+    parent = between(directory, monkeypatch, 0o1777)
+    os.chown(parent / "child", 65534, 65534)
+    refused(f"{parent / 'child'}, on the way to it, belongs to user 65534")
+
+
+@posix_only
+def test_links_are_followed_and_checked(directory, monkeypatch, tmp_path):
+    parent = between(directory, monkeypatch)
+    link = tmp_path / "link"
+    link.symlink_to("cache/parent/../parent/child")
+    monkeypatch.setenv("FUSECELL_CACHE", str(link / "cache"))
+    assert load_and_check() is True
+    parent.chmod(0o777)
+    refused(f"others may write to {parent}, on the way to it")
+    assert not cache_info().enabled
+
+
+@root_only
+def test_a_link_of_somebody_else_is_refused(directory, monkeypatch, tmp_path):
+    between(directory, monkeypatch)
+    link = tmp_path / "link"
+    link.symlink_to(directory / "parent" / "child" / "cache")
+    os.lchown(link, 65534, 65534)
+    monkeypatch.setenv("FUSECELL_CACHE", str(link))
+    refused(f"{link}, on the way to it, belongs to user 65534")
+
+
+@posix_only
+def test_links_in_a_circle_are_done_without(directory, monkeypatch, tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    monkeypatch.setenv("FUSECELL_CACHE", str(tmp_path / "a" / "cache"))
+    assert load_and_check() is False
+    assert load_and_check() is False
+
+
+@root_only
+def test_a_directory_that_somebody_else_makes_meanwhile_is_not_written_to(directory, monkeypatch):
+    make = Path.mkdir
+
+    def mkdir(self, *args, **options):
+        make(self, *args, **options)
+        os.chown(self, 65534, 65534)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    write_entry(KEY, PAYLOAD)
+    assert list(directory.iterdir()) == []

@@ -1,11 +1,22 @@
-"""Locks that survive a fork of the process."""
+"""What a fork of the process leaves behind: locks that survive it, and threads that don't."""
 
 from __future__ import annotations
 
 import os
 import threading
 
-__all__ = ["new_lock"]
+__all__ = ["in_forked_child", "new_lock"]
+
+_forked: list[int] = []
+
+
+def in_forked_child() -> bool:
+    """Whether this process was forked after fusecell was imported: it has none of its parent's threads."""
+    return bool(_forked)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
 
 
 def new_lock() -> threading.RLock:

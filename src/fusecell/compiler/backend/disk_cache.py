@@ -1,4 +1,9 @@
-"""Object code on disk: what lies here will be executed, so nothing is read that isn't surely our own."""
+"""Object code on disk: what lies here will be executed, so nothing is read that isn't surely our own.
+
+Listing a directory takes long where it holds hundreds of entries. So a process lists it when it first writes, and then
+whenever it has written a sixteenth of what the cache may hold, and then leaves room for another sixteenth. Only several
+processes that write at once can exceed the bound, by a sixteenth each, until one of them lists it again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,13 @@ DEFAULT_MEBIBYTES = 256
 # magic, format, key, payload's length, SHA-256 of key and payload
 HEADER = struct.Struct(">8sI32sQ32s")
 
+SCANNED_AFTER = 16
+"""What part of the bound a process writes until it looks again how full the cache is."""
+MOST_LINKS = 40
+
 _warned: set[str] = set()
+_unscanned: dict[Path, int] = {}
+"""By directory: the bytes that may be written before it is listed again."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,15 @@ def write_entry(key: str, payload: bytes) -> None:
     header = HEADER.pack(MAGIC, FORMAT, binary_key, len(payload), _digest(binary_key, payload))
     with suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _danger(directory):
+            return  # somebody else was quicker to make it
         _replace(directory / (key + SUFFIX), header + payload)
-        _evict(directory, limit)
+        share = limit // SCANNED_AFTER
+        left = min(_unscanned.get(directory, 0), share) - len(header) - len(payload)
+        if left <= 0:
+            _evict(directory, limit - share)
+            left = share
+        _unscanned[directory] = left
 
 
 def cache_info() -> CacheInfo:
@@ -106,8 +123,8 @@ def cache_info() -> CacheInfo:
     directory, reason = _directory()
     if directory is None or reason:
         return CacheInfo(directory, 0, 0, enabled=False, reason=reason)
-    found = list(_entries(directory))
-    return CacheInfo(directory, len(found), sum(entry.size for entry in found), enabled=True)
+    entries, _ = _scan(directory)
+    return CacheInfo(directory, len(entries), sum(entry.size for entry in entries), enabled=True)
 
 
 def clear_cache() -> int:
@@ -115,9 +132,9 @@ def clear_cache() -> int:
     directory = _usable_directory()
     if directory is None:
         return 0
-    removed = sum(_remove(entry.path) for entry in _entries(directory))
-    _remove_abandoned(directory, older_than=0.0)
-    return removed
+    entries, begun = _scan(directory)
+    _remove_abandoned(begun, older_than=0.0)
+    return sum(_remove(entry.path) for entry in entries)
 
 
 def _limit() -> int:
@@ -154,10 +171,64 @@ def _danger(directory: Path) -> str:
     try:
         status = directory.stat()
     except OSError:
-        return ""  # it isn't there yet, or can't be seen: nothing will be read
+        return _danger_on_the_way(directory)  # it isn't there yet, or can't be seen
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a directory"
-    return _foreign(status)
+    return _foreign(status) or _danger_on_the_way(directory)
+
+
+def _danger_on_the_way(directory: Path) -> str:
+    """Why one of the directories and links that lead to a directory is not to be trusted ("" if all are).
+
+    Who may rename what lies in one of them can put a directory of their own in the cache's place. Where the sticky bit
+    is set, as in /tmp, only what is one's own can be renamed.
+    """
+    if not hasattr(os, "geteuid"):
+        return ""
+    here, ahead, links = Path(directory.anchor), list(reversed(directory.parts[1:])), 0
+    while True:
+        try:
+            status = here.lstat()
+        except OSError:
+            return ""  # nothing is there, or nothing can be reached: nothing will be read
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{here}, on the way to it, belongs to user {status.st_uid}, not to you ({os.geteuid()}) or root"
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > MOST_LINKS:
+                return ""  # the system gives up too
+            target = Path(os.readlink(here))
+            ahead += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+            here = Path(target.anchor) if target.is_absolute() else here.parent
+            continue
+        if not ahead:
+            return ""  # the directory itself, which is held to more
+        if _others_may_write(status):
+            return f"others may write to {here}, on the way to it (mode {stat.S_IMODE(status.st_mode):04o})"
+        part = ahead.pop()
+        here = here.parent if part == ".." else here / part
+
+
+def _others_may_write(status: os.stat_result) -> bool:
+    """Whether others than the user and root may rename what lies in a directory; the user's own group is no other."""
+    if status.st_mode & stat.S_ISVTX:
+        return False
+    by_group = bool(status.st_mode & stat.S_IWGRP) and not _is_private_group(status.st_gid)
+    return bool(status.st_mode & stat.S_IWOTH) or by_group
+
+
+def _is_private_group(group: int) -> bool:
+    """Whether a group is root's, or the one that many systems make for each user alone."""
+    if group == 0:
+        return True
+    import grp
+    import pwd
+
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return group == user.pw_gid and entry.gr_name == user.pw_name and set(entry.gr_mem) <= {user.pw_name}
 
 
 def _foreign(status: os.stat_result) -> str:
@@ -178,8 +249,8 @@ def _usable_directory() -> Path | None:
         _warned.add(str(directory))
         warnings.warn(
             f"fusecell doesn't use its cache of machine code, {directory}: {reason}. Every process compiles "
-            f"its kernels anew. To fix it, make the directory yours alone (chown, chmod 700), set "
-            f"FUSECELL_CACHE to another one, or to 'off'.",
+            f"its kernels anew. To fix it, make the directory yours alone (chown, chmod 700) and those on the way to "
+            f"it yours or root's (chown, chmod go-w), set FUSECELL_CACHE to another one, or to 'off'.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -229,35 +300,38 @@ class _Entry:
     path: Path
 
 
-def _entries(directory: Path) -> Iterator[_Entry]:
-    with suppress(OSError):
-        for path in directory.iterdir():
-            if path.name.endswith(SUFFIX):
+def _scan(directory: Path) -> tuple[list[_Entry], list[_Entry]]:
+    """The entries of a directory, and what writers have begun."""
+    entries: list[_Entry] = []
+    begun: list[_Entry] = []
+    with suppress(OSError), os.scandir(directory) as listing:
+        for item in listing:
+            found = entries if item.name.endswith(SUFFIX) else begun if item.name.startswith(TEMPORARY) else None
+            if found is not None:
                 with suppress(OSError):  # another process may have removed it since
-                    status = path.lstat()
-                    yield _Entry(status.st_mtime_ns, status.st_size, path)
+                    status = item.stat(follow_symlinks=False)
+                    found.append(_Entry(status.st_mtime_ns, status.st_size, directory / item.name))
+    return entries, begun
 
 
 def _evict(directory: Path, limit: int) -> None:
-    _remove_abandoned(directory, ABANDONED_AFTER)
-    found = sorted(_entries(directory), key=lambda entry: entry.used)
-    excess = sum(entry.size for entry in found) - limit
-    for entry in found:
-        if excess <= 0:
+    """Remove what was used least recently until the rest is within the limit, or the newest is all that is left."""
+    entries, begun = _scan(directory)
+    _remove_abandoned(begun, ABANDONED_AFTER)
+    total = sum(entry.size for entry in entries)
+    for entry in sorted(entries, key=lambda entry: entry.used)[:-1]:
+        if total <= limit:
             break
-        excess -= entry.size
+        total -= entry.size
         _remove(entry.path)
 
 
-def _remove_abandoned(directory: Path, older_than: float) -> None:
+def _remove_abandoned(begun: list[_Entry], older_than: float) -> None:
     """Remove what writers that were killed left behind."""
-    now = time.time()
-    with suppress(OSError):
-        for path in directory.iterdir():
-            if path.name.startswith(TEMPORARY):
-                with suppress(OSError):
-                    if now - path.lstat().st_mtime >= older_than:
-                        path.unlink()
+    now = time.time_ns()
+    for entry in begun:
+        if now - entry.used >= older_than * 1e9:
+            _remove(entry.path)
 
 
 def _remove(path: Path) -> bool:

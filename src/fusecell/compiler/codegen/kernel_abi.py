@@ -170,6 +170,8 @@ class Panel:
         return self.depth * len(self.weights) * module.vector_bytes
 
 
+UNROLLED_SAVED = 32
+"""Saved values whose addresses are set one by one; more are set in a loop. Their slots are contiguous."""
 SPLIT_SUM_BYTES = 2 << 20
 """Bytes of weight gradients up to which there is room for two partial sums; beyond, the second costs more than it
 brings. It decides bits of gradients, so it is the same on every machine."""
@@ -279,10 +281,24 @@ class Layout:
 
     def set_saved(self, f: Function, module: Module, first_row: Integer) -> None:
         """Set the addresses of what is saved for the backward to the chunk's rows, from ``first_row`` on."""
+        if len(self.saved) > UNROLLED_SAVED:
+            self._set_many_saved(f, module, first_row)
+            return
         for buffer in self.saved:
             whole = self.pointer(f, f"{buffer.name}.ptr")
             here = f.at(whole, f.mul(first_row, module.row_bytes(buffer.size)), buffer.name)
             self.set_buffer(f, buffer.name, here)
+
+    def _set_many_saved(self, f: Function, module: Module, first_row: Integer) -> None:
+        """Set them in a loop over their slots: LLVM's time for loads and stores in a row grows with their square."""
+        row_bytes = module.integers("saved.row_bytes", [module.row_bytes(buffer.size) for buffer in self.saved])
+        pointers = self._slot(f, f"{self.saved[0].name}.ptr")
+        addresses = self._slot(f, f"at.{self.saved[0].name}")
+        with f.for_range("saved", 0, len(self.saved), nonempty=True) as each:
+            offset = f.mul(each, SLOT_BYTES)
+            whole = f.load_pointer(f.at(pointers, offset), "whole")
+            row = f.load_int(f.at(row_bytes, offset), "row_bytes")
+            f.store_pointer(f.at(whole, f.mul(first_row, row)), f.at(addresses, offset))
 
     def assign_buffers(self, f: Function, rows: Integer, chunk_steps: Integer, is_padded: Value) -> None:
         """Lay out all buffers in the scratch memory; without any, they are where the argument block says already.

@@ -21,6 +21,10 @@ from fusecell.compiler.ir.sizes import DType, ceil_div, padded
 __all__ = ["Function", "Module"]
 
 
+MOST_INLINED = 256
+"""Calls of vector functions in a module, beyond which they stay calls: LLVM would take minutes for so much code."""
+
+
 @dataclass
 class Module:
     """Text of one module: its functions, and the vector functions and intrinsics they call."""
@@ -32,6 +36,7 @@ class Module:
     tables: list[str] = field(default_factory=list)
     math: set[str] = field(default_factory=set)
     declares: set[str] = field(default_factory=set)
+    math_calls: int = 0
     _emitted: set[str] = field(default_factory=set)
 
     @property
@@ -73,6 +78,12 @@ class Module:
         entries = ", ".join(f"ptr @{each}" if each else "ptr null" for each in functions)
         self.tables.append(f"@{name} = internal constant [{len(functions)} x ptr] [{entries}]\n")
 
+    def integers(self, name: str, values: Sequence[int]) -> Value:
+        """Return the address of a constant table of 64-bit integers."""
+        entries = ", ".join(f"i64 {value}" for value in values)
+        self.tables.append(f"@{name} = internal constant [{len(values)} x i64] [{entries}]\n")
+        return Value(f"@{name}", "ptr")
+
     def zeros(self, size: int) -> Value:
         """Return the address of ``size`` bytes of zeros."""
         name = f"@zeros.{size}"
@@ -87,7 +98,8 @@ class Module:
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
         declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
         attributes = f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" "no-trapping-math"="true" }}\n'
-        parts = [head, declares, definitions(self.math, self.dtype), *self.tables, *self.functions, attributes]
+        maths = definitions(self.math, self.dtype, inline=self.math_calls <= MOST_INLINED)
+        parts = [head, declares, maths, *self.tables, *self.functions, attributes]
         return "\n".join(part for part in parts if part)
 
 
@@ -430,6 +442,7 @@ class Function(TextBuilder):
     def math(self, op: str, *args: Value, name: str) -> Value:
         """Call a vector function of the module's number format."""
         self.module.math.add(op)
+        self.module.math_calls += 1
         vector = self.module.vector
         return self.let(name, self.calling(function_name(op, self.module.dtype), args, vector), vector)
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.sizes import align_up
+from fusecell.compiler.locks import in_forked_child
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import Training
@@ -167,6 +169,13 @@ class Backward:
             (self._makes if fills else self._adds).append((places[0], count + index, tuple(made.shape)))
 
     def __call__(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients, in the order of the tensors."""
+        if in_forked_child():
+            with one_thread_after_fork():
+                return self._gradients(saved, tensors, grads)
+        return self._gradients(saved, tensors, grads)
+
+    def _gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the tensors, from those of the outputs (None where nobody wanted them) and of the states."""
         ready = self.ready
         block = ready.block()

@@ -13,6 +13,7 @@ from fusecell.cell_tree import iter_cells
 from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.program_registry import forget_programs, register_cache
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
@@ -26,6 +27,7 @@ __all__ = ["find_trainable", "find_program", "refresh", "run_auto", "run_compile
 _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 
+@one_thread_after_fork()
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code, or raise NotCompilable with the reasons."""
     reasons = call_reasons(inputs, state)
@@ -37,6 +39,7 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
     raise NotCompilable(type(cell).__name__, reasons)
 
 
+@one_thread_after_fork()
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code where it can be, else the Python loop; say so once per class of cells and reason."""
     if torch.compiler.is_compiling() or call_reasons(inputs, state):
@@ -47,7 +50,7 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
     if (type(cell), result.reasons) not in _warned:
         _warned.add((type(cell), result.reasons))
         reasons = " ".join(result.reasons)
-        warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=2)
+        warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=3)
     return run_eager(cell, inputs, state, options)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fusecell.compiler.frontend.traced_values import Untraceable
+from fusecell.compiler.locks import in_forked_child
 
-__all__ = ["ValueReadGuard", "isolated", "users_line"]
+__all__ = ["ValueReadGuard", "isolated", "one_thread_after_fork", "users_line"]
 
 _READS = {
     Tensor.__bool__: "bool()",
@@ -65,9 +66,28 @@ def users_line() -> str:
 
 
 @contextmanager
+def one_thread_after_fork() -> Iterator[None]:
+    """In a forked child torch's operators do without other threads.
+
+    If the parent had an OpenMP team, the child waits for ever for threads that it doesn't have, as soon as an operator
+    asks for them, however small its tensors are.
+    """
+    threads = torch.get_num_threads() if in_forked_child() else 1
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def isolated() -> Iterator[None]:
     """Grad mode on, inference mode, autocast, functorch's transforms and all modes of the caller off."""
     with ExitStack() as stack:
+        stack.enter_context(one_thread_after_fork())
         stack.enter_context(_without_modes())
         # A user's __torch_function__ may run with torch functions disabled, and values would be read unseen.
         stack.enter_context(torch._C._EnableTorchFunction())

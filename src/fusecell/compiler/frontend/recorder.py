@@ -21,10 +21,12 @@ from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Uns
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 
-__all__ = ["RULES", "Recorder"]
+__all__ = ["MOST_NODES", "RULES", "Recorder"]
 
 RULES = {**POINTWISE, **REDUCTIONS, **PRODUCTS, **BACKWARD}
 _NUMBERS = (torch.bool, torch.int64)
+MOST_NODES = 25_000
+"""Values of a step and its gradient, beyond which it isn't compiled: that would take minutes."""
 
 _DRAWS = "It draws random numbers; draw them in Cell.draw, which is called once per sequence."
 _STALE = "It changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
@@ -284,6 +286,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if target is not None and isinstance(found[0], Weight):
             self._changed_weight(func, args, values, found)
             return
+        if len(self.builder.nodes) > MOST_NODES:
+            size = f"{len(self.builder.nodes):,} values in its graph" + (", its gradient's included" * self.backward)
+            raise Untraceable(f"It is too large: {size}, and there may be {MOST_NODES:,}.")
         plain = name.rstrip("_") if target is not None else name
         made = self._made(func, plain, args, values, options, results, found)
         for tensor, value in zip(results, made, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
@@ -59,6 +60,7 @@ def reset_state(cell: Cell, like: Tensor) -> State:
     return found
 
 
+@one_thread_after_fork()
 def run_forward(
     kernel: Kernel, weights: State, inputs: State, state: State, start: State, options: Options
 ) -> tuple[Tensor, State]:

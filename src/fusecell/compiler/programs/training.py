@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import align_up, padded
 from fusecell.compiler.programs.allocation import new_empty
@@ -143,6 +144,7 @@ class Call:
             return new_empty(like, self.steps, self.rows, size)
         return like.new_zeros(self.steps, self.rows, size)
 
+    @one_thread_after_fork()
     def forward(self, tensors: State) -> tuple[Tensor, Tensor, State]:
         """The forward kernel: what it saves, the outputs, and the states after the last step."""
         inputs, state, resets, weights, _ = self.split(tensors)
@@ -160,6 +162,7 @@ class Call:
         half.run(self, block, saved, reverse=self.options.reverse)
         return saved, outputs, after
 
+    @one_thread_after_fork()
     def gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The backward kernel; the gradients in the order of ``tensors``."""
         inputs, state, resets, weights, _ = self.split(tensors)

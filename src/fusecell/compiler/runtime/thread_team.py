@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 import time
 from array import array
@@ -21,13 +20,13 @@ from typing import Any
 
 from fusecell.compiler.backend import tuning
 from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
+from fusecell.compiler.locks import in_forked_child
 
 __all__ = ["backs_off", "run_team"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _EMPTY = array("q", bytes(SLOT_BYTES * TeamBlock.slots()))
-_parent = os.getpid()
 
 
 def run_team(address: int, args: int, threads: int, microseconds: float) -> None:
@@ -39,7 +38,7 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
         threads: how many are asked for. A forked child has one: the others are its parent's.
         microseconds: what the call would take on one thread, about.
     """
-    if os.getpid() != _parent:
+    if in_forked_child():
         threads = 1
     runtime = _openmp() if threads > 1 else None
     limits = tuning.TUNING

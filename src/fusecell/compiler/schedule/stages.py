@@ -16,6 +16,15 @@ from fusecell.compiler.schedule.plan import Phase, Stage
 
 __all__ = ["Stages", "make_stages"]
 
+STAGE_COST = 640
+"""Vector instructions, about, of a stage's pointwise values, from which on the rest goes to the next stage: LLVM's time
+for a function grows with the square of them."""
+_COSTS = {
+    **dict.fromkeys(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf"), 20),
+    **dict.fromkeys(("sin", "cos", "pow"), 60),
+}
+"""Of one value, where it isn't an instruction or a few."""
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -41,14 +50,20 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
     ready: list[Mapping[Phase, int]] = []
     sources: list[frozenset[int]] = []
     values: dict[tuple[Phase, int, int], list[int]] = {}
+    costs: dict[tuple[Phase, int, int], int] = {}
     for index, node in graph:
         phase = phases.of.get(index)
         if phase is None:
             ready.append(_latest_ready(ready, node))
             sources.append(frozenset[int]().union(*(sources[arg] for arg in node.args)))
             continue
-        rank = ranks[index] = _rank(graph, phases, ranks, ready, sources, index)
+        rank = _rank(graph, phases, ranks, ready, sources, index)
         movement = PRIMITIVES[node.op].movement
+        if PRIMITIVES[node.op].pointwise:
+            while costs.get((phase, rank, node.size), 0) >= STAGE_COST:
+                rank += 1
+            costs[phase, rank, node.size] = costs.get((phase, rank, node.size), 0) + _COSTS.get(node.op, 1)
+        ranks[index] = rank
         ready.append({phase: rank if movement else rank + 1})
         sources.append(frozenset((index,)))
         if not movement:

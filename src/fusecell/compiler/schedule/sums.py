@@ -6,18 +6,31 @@ from collections.abc import Iterator
 
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.refusal import TooLarge
 from fusecell.compiler.schedule.plan import Sum
 
-__all__ = ["sums_over_rows"]
+__all__ = ["MOST_SUMS", "sums_over_rows"]
+
+MOST_SUMS = 1_000
+"""Sums over rows of a gradient: each is a function of its own, some 30 ms of LLVM's time."""
 
 
 def sums_over_rows(graph: Graph) -> list[Sum]:
-    """List the sums of a gradient's graph, label by label, without the locations of their operands."""
+    """List the sums of a gradient's graph, label by label, without the locations of their operands.
+
+    Raises:
+        TooLarge: if there are more than `MOST_SUMS`.
+    """
     sums: list[Sum] = []
     for label, index in graph.outputs.items():
         if graph[index].type.kind == "sum":
             for a, b, flipped, corner in _contributions(graph, index):
                 sums.append(_sum(graph, f"sum.{len(sums)}", label, a, b, flipped, corner))
+    if len(sums) > MOST_SUMS:
+        raise TooLarge(
+            f"The step uses its weights {len(sums):,} times, and each use is a sum in the gradient: at most "
+            f"{MOST_SUMS:,} are compiled."
+        )
     return sums
 
 

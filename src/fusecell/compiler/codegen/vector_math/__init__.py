@@ -23,7 +23,7 @@ OPS: tuple[str, ...] = UNARY_OPS + BINARY_OPS
 
 
 @cache
-def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
+def _build(op: str, dtype: str, attributes: str = "alwaysinline nounwind") -> tuple[str, frozenset[str]]:
     """Return the text of a function and the declarations it needs."""
     precisions: dict[str, Precision] = {each.dtype: each for each in PRECISIONS}
     if dtype not in precisions:
@@ -32,10 +32,10 @@ def _build(op: str, dtype: str) -> tuple[str, frozenset[str]]:
         raise ValueError(f"no vector function {op!r}: expected one of {', '.join(OPS)}")
     function = VectorFunction(precisions[dtype], ("x", "y") if op in BINARY_OPS else ("x",))
     result = RULES[op](function, *function.arguments)
-    return function.definition(op, result), frozenset(function.declares)
+    return function.definition(op, result, attributes), frozenset(function.declares)
 
 
-def definitions(ops: Iterable[str], dtype: str) -> str:
+def definitions(ops: Iterable[str], dtype: str, *, inline: bool = True) -> str:
     """Return the text that defines ``ops`` for ``dtype``, in the order of `OPS`, each once.
 
     Example:
@@ -49,11 +49,13 @@ def definitions(ops: Iterable[str], dtype: str) -> str:
     Args:
         ops: names out of `OPS`.
         dtype: "f32" or "f64".
+        inline: whether each call becomes the function's instructions; the bits are the same.
 
     Raises:
         ValueError: an op or dtype that doesn't exist.
     """
-    return "\n".join(_build(op, dtype)[0] for op in sorted(set(ops), key=_position))
+    attributes = "alwaysinline nounwind" if inline else "noinline nounwind"
+    return "\n".join(_build(op, dtype, attributes)[0] for op in sorted(set(ops), key=_position))
 
 
 def declarations(ops: Iterable[str], dtype: str) -> frozenset[str]:

@@ -1,0 +1,214 @@
+"""Steps of hundreds and thousands of operations: compiled with the Python loop's numbers, or refused by their size."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+import torch
+
+import fusecell as fc
+from fusecell.compiler.codegen import emit
+from fusecell.compiler.frontend import recorder, trace
+from fusecell.compiler.ir.graph import Builder, Graph
+from fusecell.compiler.ir.interpreter import interpret
+from fusecell.compiler.ir.walk import resolve
+from fusecell.compiler.runtime.kernel import compile_graph
+from fusecell.compiler.schedule import sums
+from fusecell.compiler.schedule.scheduler import plan
+from fusecell.compiler.transforms.passes import optimise
+
+
+class Deep(fc.Cell):
+    """``count`` pointwise operations, each of the one before; what kind says which."""
+
+    def __init__(self, kind: str, count: int) -> None:
+        super().__init__(4, 4)
+        self.kind, self.count = kind, count
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 0.9, 4))
+
+    def step(self, x, state):
+        u = x * self.weight + state[0]
+        if self.kind == "chain":
+            for _ in range(self.count // 2):
+                u = torch.tanh(u * 1.01)
+        elif self.kind == "shared":  # each value is used three times: a walk that forgets what it has seen takes 3^n
+            for _ in range(self.count // 4):
+                u = u * u * 0.5 + u * 0.5
+        elif self.kind == "inputs":  # the same of x alone, which is computed wherever it is used
+            v = x
+            for _ in range(self.count // 4):
+                v = v * v * 0.5 + v * 0.5
+            u = u + v
+        elif self.kind == "parts":  # slices that sink through what is shared
+            v = torch.cat((u, x), 1) * 0.5
+            for _ in range(self.count // 4):
+                v = v * v * 0.5 + v * 0.5
+            u = v[:, :4] + v[:, 4:]
+        elif self.kind == "wide":  # many values at once, all of them needed at the end
+            values = [u]
+            for place in range(self.count // 2):
+                values.append(torch.sigmoid(values[place // 2] * 0.7))
+            while len(values) > 1:
+                values = [sum(values[i : i + 2]) * 0.5 for i in range(0, len(values), 2)]
+            u = values[0]
+        return u, (u,)
+
+
+def results(cell, x):
+    cell.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y, state = fc.scan(cell, leaf)
+    (y * torch.arange(1.0, 5.0, dtype=y.dtype)).sum().backward()
+    with torch.no_grad():
+        plain, _ = fc.scan(cell, x)
+    return [plain, y.detach(), state.detach(), leaf.grad, cell.weight.grad.clone()]
+
+
+def check(kind, count):
+    torch.manual_seed(0)
+    cell, x = Deep(kind, count).double(), torch.randn(3, 2, 4, dtype=torch.float64) * 0.3
+    with fc.runner("compiled"):
+        found = results(cell, x)
+    with fc.runner("eager"):
+        expected = results(cell, x)
+    for mine, loop in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, loop, rtol=1e-9, atol=1e-12)
+
+
+KINDS = ("chain", "shared", "inputs", "parts", "wide")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_hundred_operations(kind):
+    check(kind, 500)
+
+
+@pytest.mark.parametrize("kind", ["chain", "shared", "wide"])
+def test_five_thousand_operations(kind):
+    check(kind, 5000)
+
+
+def test_explain_and_the_call_of_a_deep_cell():
+    found = fc.explain(fc.Recurrent(Deep("chain", 800)))
+    assert (found.runner, found.training_runner, found.reasons) == ("compiled", "compiled", ())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_walk_is_as_deep_as_the_graph(kind):
+    """With little more of Python's stack than a call of a shallow step takes."""
+    cell = Deep(kind, 1600)
+    traced = trace(cell, [(4,)], torch.float32, gradients=True)
+    frame, depth = sys._getframe(), 0
+    while frame is not None:
+        frame, depth = frame.f_back, depth + 1
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(depth + 60)
+    try:
+        from fusecell.compiler.backend.target import host_target
+        from fusecell.compiler.programs.autograd import TrainableStep
+
+        halves = TrainableStep(traced, ("x",))._halves([True] * 2, recompute=False)
+        for graph, backward in ((halves.forward, False), (halves.backward, True)):
+            assert Graph.parse(graph.text).text == graph.text
+            assert emit(plan(optimise(graph)[-1][1], backward=backward), host_target()).text
+    finally:
+        sys.setrecursionlimit(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twice_the_operations_take_about_twice_as_long(kind):
+    """Of the compiler's own stages, counted in calls of Python functions, whatever else the machine does."""
+
+    def calls(count):
+        seen = 0
+
+        def profile(frame, event, arg):
+            nonlocal seen
+            seen += event == "call"
+
+        from fusecell.compiler.backend.target import host_target
+        from fusecell.compiler.programs.autograd import TrainableStep
+
+        traced = trace(Deep(kind, count), [(4,)], torch.float32, gradients=True)
+        sys.setprofile(profile)
+        try:
+            halves = TrainableStep(traced, ("x",))._halves([True] * 2, recompute=False)
+            for graph, backward in ((halves.forward, False), (halves.backward, True)):
+                emit(plan(optimise(graph)[-1][1], backward=backward), host_target())
+        finally:
+            sys.setprofile(None)
+        return seen
+
+    calls(64)  # what is made once
+    assert calls(1600) < 2.5 * calls(800)
+
+
+def test_a_step_that_is_too_large_is_refused_by_its_size(monkeypatch):
+    monkeypatch.setattr(recorder, "MOST_NODES", 300)
+    found = fc.explain(Deep("chain", 400))
+    assert (found.runner, found.training_runner) == ("eager", "eager")
+    assert "It is too large: 301 values in its graph, and there may be 300 [aten.mul" in found.reasons[0]
+    fc.refresh()
+    found = fc.explain(Deep("chain", 180))
+    assert (found.runner, found.training_runner) == ("compiled", "eager")
+    assert "values in its graph, its gradient's included, and there may be 300" in found.reasons[0]
+    fc.refresh()
+
+
+def test_a_million_operations_are_refused_soon():
+    began = time.process_time()
+    found = fc.explain(Deep("shared", 10**6))
+    assert "and there may be 25,000" in found.reasons[0]
+    assert time.process_time() - began < 120
+
+
+def test_a_weight_used_too_often_is_refused_by_number(monkeypatch):
+    class Often(fc.Cell):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def step(self, x, state):
+            u = x + state[0]
+            for _ in range(40):
+                u = torch.tanh(u * self.weight)
+            return u, (u,)
+
+    monkeypatch.setattr(sums, "MOST_SUMS", 39)
+    found = fc.explain(Often())
+    assert (found.runner, found.training_runner) == ("compiled", "eager")
+    assert found.reasons == (
+        "Its weights are used 40 times in a step, and each use is a sum in the gradient: there may be 39.",
+    )
+
+
+def test_a_saved_graph_of_slices_of_slices():
+    """A stream's file may hold a graph that no trace gives."""
+    builder = Builder("step", "f64")
+    x = builder.append("input", (), {"shape": [3000]}, "x")
+    state = builder.append("state", (), {"shape": [1]}, "h")
+    part = x
+    for start in range(1, 2999):
+        part = builder.append("slice", (part,), {"start": 1, "stop": 3001 - start}, None)
+    graph = builder.build({"output": builder.add("add", part, part), "state.h": state}, keep_all=True)
+    values = {"x": torch.randn(2, 3000, dtype=torch.float64), "h": torch.zeros(2, 1, dtype=torch.float64)}
+    expected = interpret(graph, values)["output"]
+    assert compile_graph(graph).macs == 0
+    torch.testing.assert_close(interpret(optimise(graph)[-1][1], values)["output"], expected)
+
+
+def test_resolve_is_the_recursion_it_stands_for():
+    args = {0: (), 1: (0,), 2: (1, 0), 3: (2, 1, 2)}
+    order = []
+
+    def compute(key):
+        order.append(key)
+        return 1 + sum(table[arg] for arg in args[key])
+
+    table: dict[int, int] = {}
+    assert resolve(3, table, args.__getitem__, compute) == 1 + 4 + 2 + 4
+    assert order == [0, 1, 2, 3]
+    assert resolve(3, table, args.__getitem__, compute) == 11
+    assert len(order) == 4
