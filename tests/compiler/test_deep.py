@@ -180,7 +180,7 @@ def test_a_weight_used_too_often_is_refused_by_number(monkeypatch):
     found = fc.explain(Often())
     assert (found.runner, found.training_runner) == ("compiled", "eager")
     assert found.reasons == (
-        "Its weights are used 40 times in a step, and each use is a sum in the gradient: there may be 39.",
+        "The step uses its weights 40 times, and each use is a sum in the gradient: at most 39 are compiled.",
     )
 
 
