@@ -14,6 +14,7 @@ import fusecell as fc
 from fusecell.compiler.frontend import trace
 from fusecell.compiler.ir.contract import GraphLimits, check_graph
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
 from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.errors import CompilerError
@@ -35,6 +36,26 @@ def test_traced_graphs_pass(zoo_cell, gradients):
     traced = trace(zoo_cell.make(5, 9), [(5,)], torch.float32, gradients=gradients)
     check_graph(traced.graph, "joint" if gradients else "step")
     assert Graph.parse(traced.graph.text).text == traced.graph.text
+
+
+def test_notes_may_be_called_anything_that_prints():
+    """Values are called as they are, as far as names go; labels stay."""
+
+    class Noting(fc.Cell):
+        def __init__(self):
+            super().__init__(3, 4)
+            self.linear = torch.nn.Linear(3, 4)
+
+        def step(self, x, state):
+            (h,) = state
+            h = self.note("the gate / r = 1", torch.tanh(self.linear(x))) + self.note("n" * 300, h * 0.5)
+            return h, (h,)
+
+    graph = trace(Noting(), [(3,)], torch.float32, gradients=True).graph
+    check_graph(graph, "joint")
+    assert "note.the gate / r = 1" in graph.outputs
+    assert Graph.parse(graph.text).text == graph.text
+    assert fc.record(fc.Recurrent(Noting()), torch.randn(2, 1, 3)).value("the gate / r = 1").shape == (2, 1, 4)
 
 
 UNREADABLE = {
@@ -246,8 +267,12 @@ def test_constants_that_a_trace_may_have(value):
     """Masks are filled with infinities; they are spelled as JSON in Python spells them."""
     text = HEAD + f'c = const() {{"value": {value}}} : row[1]\nm = mul(h, c) : row[4]\n'
     text += "return output = m\nreturn state.h = m\n"
-    assert Graph.parse(text).text == text
-    compile_graph(Graph.parse(text))
+    graph = Graph.parse(text)
+    assert graph.text == text
+    compile_graph(graph)
+    h = torch.tensor([[1.0, -1.0, 0.5, 2.0]])
+    found = interpret(graph, {"x": torch.zeros(1, 3), "h": h, "w": torch.zeros(3, 4), "b": torch.zeros(4)})["output"]
+    assert torch.equal(found.nan_to_num(7.0), (h * float(value)).nan_to_num(7.0))
 
 
 LONG = {

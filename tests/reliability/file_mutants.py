@@ -506,7 +506,10 @@ def another_attribute(text: Text, rng: random.Random) -> str:
     if not lines:
         return ""
     line = rng.choice(lines)
-    holder, key = rng.choice(list(_places(line.attrs)))
+    places = list(_places(line.attrs))
+    if not places:
+        return ""
+    holder, key = rng.choice(places)
     old, how = holder[key], rng.random()
     if how < 0.5 and type(old) is int:
         holder[key] = old + rng.choice([-2, -1, 1, 2, 4, 16])
@@ -698,7 +701,7 @@ def a_chain(text: Text, rng: random.Random) -> str:
     rows = [place for place, line in enumerate(text.lines) if line.name in types and types[line.name].kind == "row"]
     if not rows:
         return ""
-    place, count, double = rng.choice(rows), rng.choice([10, 30, 60, 150]), rng.random() < 0.5
+    place, count, double = rng.choice(rows), rng.choice([5, 20, 60]), rng.random() < 0.5
     old = text.lines[place].name
     names = [old, *(f"{old}.c{number}" for number in range(count))]
     op = rng.choice(["add", "maximum", "mul"]) if double else rng.choice(["tanh", "neg", "abs", "sigmoid"])

@@ -66,7 +66,6 @@ HOSTILE = {
     "lengths beyond the steps": lambda tensors, tracks, about: tensors.update(lengths=torch.tensor([7, 99, 4])),
     "lengths of fractions": lambda tensors, tracks, about: tensors.update(lengths=torch.ones(3)),
     "too few labels": lambda tensors, tracks, about: about.update(labels='["a"]'),
-    "labels that are true": lambda tensors, tracks, about: about.update(labels=json.dumps([True] * 7)),
     "labels of infinity": lambda tensors, tracks, about: about.update(labels=json.dumps([float("inf")] * 7)),
     "labels by name": lambda tensors, tracks, about: about.update(labels='{"a": 1}'),
     "half a character": lambda tensors, tracks, about: about.update(labels=json.dumps(["\ud800"] * 7)),

@@ -94,7 +94,11 @@ def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFA
         # All is checked before anything is compiled.
         steps = _steps(described, file, limits)
         _check_chain(steps)
-        parts = [_part(place, step, batch_size, limits) for place, step in enumerate(steps)]
+        parts: list[Part] = []
+        code = limits.code_bytes
+        for place, step in enumerate(steps):
+            parts.append(_part(place, step, batch_size, limits, code))
+            code -= len(parts[-1].kernel.emitted.text)
     except (CompilerError, ValueError) as error:
         raise StreamFileError(f"{path} is not a saved stream, or is damaged: {error}.") from error
     return Stream.of_parts(parts, batch_size)
@@ -214,9 +218,9 @@ def _check_chain(steps: Sequence[_Step]) -> None:
             )
 
 
-def _part(place: int, step: _Step, rows: int, limits: Limits) -> Part:
+def _part(place: int, step: _Step, rows: int, limits: Limits, code_bytes: int) -> Part:
     try:
-        kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=limits.code_bytes)
+        kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=code_bytes)
     except (AssertionError, LookupError, RecursionError) as error:
         # A defect of the compiler's own: a graph that keeps the contract is one that it should take.
         name = type(error).__name__

@@ -26,7 +26,7 @@ class Limits:
         nodes: values of a step, of all parts together.
         features: numbers per row of those values.
         multiply_adds: of a step of one row.
-        code_bytes: of the text that is compiled, of a part.
+        code_bytes: of the text that is compiled, of all parts together: some 5 seconds of compiling for each MiB.
         scratch_bytes: of memory beside weights and states, for each row.
 
     Raises:
@@ -39,7 +39,7 @@ class Limits:
     nodes: int = 4096
     features: int = 1 << 22
     multiply_adds: int = 1 << 31
-    code_bytes: int = 8 << 20
+    code_bytes: int = 4 << 20
     scratch_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:

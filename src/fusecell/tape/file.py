@@ -144,7 +144,7 @@ def _labels(found: Any, steps: int) -> list[str] | None:
 
 
 def _is_label(value: object) -> bool:
-    return is_text(value) or type(value) is int or (type(value) is float and math.isfinite(value))
+    return is_text(value) or isinstance(value, int) or (type(value) is float and math.isfinite(value))
 
 
 def _is_name(value: object) -> bool:

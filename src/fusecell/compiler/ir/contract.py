@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fusecell.compiler.ir.graph import NAME, Graph
+from fusecell.compiler.ir.graph import MOST_LABEL, NAME, Graph
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
 from fusecell.errors import CompilerError, quoted
 
@@ -67,6 +67,10 @@ def check_graph(graph: Graph, role: Role = "step", limits: GraphLimits = _OF_THI
     for label, index in graph.outputs.items():
         if type(index) is not int or not 0 <= index < len(graph.nodes):
             raise CompilerError(f"the result {quoted(label)} is none of the graph's values")
+        if not label.isprintable() or len(label) > MOST_LABEL:
+            raise CompilerError(
+                f"a result is called {quoted(label)}, expected up to {MOST_LABEL} characters that print"
+            )
         types[label] = graph[index].type
     _check_states(types, leaves["state"])
     if role != "gradient" and "output" not in types:

@@ -18,12 +18,14 @@ from fusecell.compiler.ir.sizes import DType
 from fusecell.errors import CompilerError, quoted
 from fusecell.strict_json import parse_json
 
-__all__ = ["NAME", "SAVED", "Builder", "Graph", "Node"]
+__all__ = ["MOST_LABEL", "NAME", "SAVED", "Builder", "Graph", "Node"]
 
 SAVED = "saved."
 """What the names of values saved for the backward begin with: outputs of the forward, inputs of the backward."""
 NAME = re.compile(r"[\w.]{1,256}")
 """What a value may be called: letters, digits, underscores and points, so many at the most."""
+MOST_LABEL = 512
+"""Characters of the label of a result."""
 # No part of it can match in more than one way, so that a line is read in one go.
 _VALUE = re.compile(r"(?P<name>[\w.]+) = (?P<op>\w+)\((?P<args>[\w., ]*)\)(?: (?P<attrs>\{.*\}))?")
 _ATTRIBUTE_DEPTH = 4
@@ -129,12 +131,13 @@ class Graph:
 
 
 def _parse_return(names: Mapping[str, int], outputs: dict[str, int], line: str) -> None:
-    match = re.fullmatch(r"return ([\w.]+) = ([\w.]+)", line)
-    if match is None or not NAME.fullmatch(match[1].partition(".")[2] or match[1]):
-        raise CompilerError("expected return label = name")
-    if match[1] in outputs:
+    # What a cell notes may be called anything that prints.
+    label, equals, name = line.removeprefix("return ").rpartition(" = ")
+    if not equals or not label or not label.isprintable() or len(label) > MOST_LABEL:
+        raise CompilerError("expected return label = name, and a label that prints")
+    if label in outputs:
         raise CompilerError("the label is taken")
-    outputs[match[1]] = _index(names, match[2])
+    outputs[label] = _index(names, name)
 
 
 def _index(names: Mapping[str, int], name: str) -> int:
@@ -215,6 +218,8 @@ class Builder:
 
     def _unique(self, name: str) -> str:
         name = re.sub(r"[^\w.]", "_", name)
+        if not NAME.fullmatch(name):  # longer than a name may be; there is room for a number behind it
+            name = name[:200]
         while (count := self._names.get(name)) is not None:
             self._names[name] = count + 1
             name = f"{name}.{count}"

@@ -53,7 +53,8 @@ def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if node.op in ARGUMENTS:
             results[index] = _leaf(node, values)
         elif node.op == "const":
-            results[index] = torch.full((1, 1), node.attrs["value"], dtype=dtype)
+            # Rounded as a number beside a tensor is: to infinity where it is too large.
+            results[index] = torch.tensor([[node.attrs["value"]]], dtype=torch.float64).to(dtype)
         else:
             args = [results[arg] for arg in node.args]
             if node.op in ("outer", "rowsum"):

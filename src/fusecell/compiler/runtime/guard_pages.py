@@ -8,6 +8,7 @@ stands before it. What is read of scratch before it is written is NaN and spoils
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import os
@@ -178,7 +179,12 @@ class _Copy:
             ours += self.row
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _forbid(address: int, size: int) -> None:
     """Have the system end the process that touches these pages; where it can't, canaries are all there is."""
-    if sys.platform != "win32" and ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0):
+    if sys.platform != "win32" and _libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0):
         raise MemoryError(f"no guard page at {address:#x}: the system has none left.")
