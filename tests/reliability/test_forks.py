@@ -64,7 +64,7 @@ CHILDREN = {
     "large weights of weights": "with torch.no_grad(): fc.Recurrent(Custom(300, 600))(torch.randn(3, 2, 300))",
     "training with large weights": "train(fc.GRU(300, 600), torch.randn(3, 2, 300))",
     "training, weights of weights": "train(fc.Recurrent(Custom(30, 60)), torch.randn(3, 2, 30))",
-    "training with many rows": "train(fc.GRU(8, 64), torch.randn(4, 800, 8))",
+    "training with many rows": "train(fc.GRU(8, 64), torch.randn(4, 400, 8))",
     "gradients of rows that end": """
 layer, x = fc.GRU(8, 64), torch.randn(9, 300, 8)
 x.requires_grad_()
@@ -82,7 +82,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     with torch.no_grad(): fc.Recurrent(Branches(300, 300))(torch.randn(3, 400, 300))
 """,
-    "record": "with fc.record(layer) as tape: layer(x[:, :2])\nassert tape",
+    "record": "assert fc.record(layer, x[:, :2]).outputs is not None",
     "Stream": "fc.Stream(fc.GRU(3, 7)).step(torch.randn(1, 3).numpy())",
     "explain": "assert fc.explain(fc.GRU(30, 70)).training_runner == 'compiled'",
     "the number of threads": "fc.GRU(3, 7)(torch.randn(5, 2, 3))\nassert torch.get_num_threads() == 2",

@@ -18,6 +18,7 @@ from fusecell.cells import CELLS, ZooCell
 from fusecell.compiler.dispatch.program_cache import ProgramCache
 from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
+from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.inference import Program, run_all
 from fusecell.compiler.programs.rebind import bound
@@ -121,6 +122,7 @@ def _partners(tracks: Sequence[Track], inputs: Sequence[int], layers: list[list[
     return 0
 
 
+@one_thread_after_fork()
 def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """The runner inside :func:`record`."""
     begin: State = ()
