@@ -47,7 +47,7 @@ def test_another_s_numbers(name):
     if not installed(peer):
         pytest.skip(f"needs {' and '.join(peer.packages)}: pip install 'fusecell[peers]'")
     command = [sys.executable, "-c", SCRIPT, name, json.dumps(CELLS[name])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) == sum(len(cells) * (1 if mode == "training" else 3) for mode, cells in CELLS[name].items())

@@ -127,7 +127,7 @@ def run_python(script: str, tmp_path: Path) -> subprocess.CompletedProcess:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

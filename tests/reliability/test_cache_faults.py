@@ -47,7 +47,7 @@ def process(directory, *, first="", before=without_privileges, **environment):
         preexec_fn=before,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

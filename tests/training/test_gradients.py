@@ -191,7 +191,7 @@ def test_bits_are_those_of_every_process():
     for seed in ("1", "2"):
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
         done = subprocess.run(
-            [sys.executable, "-c", _DIGEST], check=True, env=settings, capture_output=True, timeout=200
+            [sys.executable, "-c", _DIGEST], check=True, env=settings, capture_output=True, timeout=600
         )
         found.add(done.stdout)
     assert len(found) == 1

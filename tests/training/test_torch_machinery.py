@@ -198,7 +198,7 @@ def test_two_processes_train_as_one(tmp_path):
             [*command, str(tmp_path / name)],
             check=False,
             env=environment,
-            timeout=200,
+            timeout=600,
             capture_output=True,
             text=True,
         )
