@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from torch import nn
 import fusecell as fc
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.backend.target import host_target
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compiler.md"
 TARGET = "x86-64-v3"
 SHOWN = re.compile(r"(<!-- shown: ([\w ]+) -->\n```text\n)(.*?)(```\n<!-- end of shown -->)", re.DOTALL)
