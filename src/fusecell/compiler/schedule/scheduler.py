@@ -343,8 +343,12 @@ def _leaf_inputs(made: Plan, stage: Stage) -> set[int]:
     computed = [*stage.reductions, *local]
     stack = [arg for index in computed for arg in graph[index].args]
     stack += [index for index in stage.stores if index not in local]
+    seen: set[int] = set()
     while stack:
         index = stack.pop()
+        if index in seen:
+            continue
+        seen.add(index)
         node = graph[index]
         if node.op == "input":
             found.add(index)
