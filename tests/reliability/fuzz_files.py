@@ -129,16 +129,21 @@ def fuzz(
 
 
 def _shrunk(folder: Path, question: dict[str, Any], outcome: Outcome) -> Outcome:
-    """The outcome of the fewest mutations that are still a defect."""
-    every = range(4)
-    for count in range(3, 0, -1):
-        for skipped in combinations(every, count):
-            worker = _Worker(folder)
-            less = worker.ask({**question, "skipped": skipped})
-            worker.stop()
-            if less.kind == outcome.kind:
-                return Outcome(less.kind, f"skipped={list(skipped)} {less.detail}", less.mutations)
-    return outcome
+    """The outcome of the fewest mutations that are still a defect; what takes long is not tried again and again."""
+
+    def changes(skipped: Sequence[int]) -> list[str]:
+        return mutant(folder, question["kind"], question["seed"], question["index"], skipped)[1]
+
+    every = range(len(changes(())) - 1)
+    if outcome.kind not in ("hang", "slow", "large"):
+        for count in range(len(every) - 1, 0, -1):
+            for skipped in combinations(every, count):
+                worker = _Worker(folder)
+                less = worker.ask({**question, "skipped": skipped})
+                worker.stop()
+                if less.kind == outcome.kind:
+                    return Outcome(less.kind, f"skipped={list(skipped)} {less.detail}", changes(skipped))
+    return Outcome(outcome.kind, outcome.detail, changes(()))
 
 
 # The worker
@@ -146,15 +151,17 @@ def _shrunk(folder: Path, question: dict[str, Any], outcome: Outcome) -> Outcome
 
 def _answer(folder: Path) -> None:
     from fusecell.compiler.backend import llvm
+    from fusecell.streaming import file
 
     llvm.EFFORT = 0
+    file.compile_graph = _remembered(file.compile_graph)
     path = Path(tempfile.mkdtemp()) / "mutant"
     for line in sys.stdin:
         question = json.loads(line)
         content, mutations = mutant(folder, question["kind"], question["seed"], question["index"], question["skipped"])
         path.write_bytes(content)
         before, began = _megabytes(), time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # counts processor time, and ends the process
+        signal.setitimer(signal.ITIMER_PROF, SECONDS + 10)  # counts processor time, and ends the process
         try:
             kind, detail = (_stream if question["kind"] == "streams" else _tape)(path)
         except Exception as error:  # whatever it is, it is what is looked for
@@ -170,6 +177,38 @@ def _answer(folder: Path) -> None:
         print(json.dumps({"kind": kind, "detail": detail, "mutations": mutations}), flush=True)
     path.unlink(missing_ok=True)
     path.parent.rmdir()
+
+
+def _remembered(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler with a memory: most parts of most mutants are as they were."""
+    kernels: dict[str, Any] = {}
+
+    def remembering(graph: Any, **limits: int) -> Any:
+        text = graph.text
+        if text not in kernels:
+            kernel = compile_graph(graph, **limits)
+            if len(kernels) >= 64:
+                kernels.pop(next(iter(kernels)))
+            kernels[text] = kernel
+        return kernels[text]
+
+    return remembering
+
+
+def _remembered(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler with a memory: most parts of most mutants are as they were."""
+    kernels: dict[str, Any] = {}
+
+    def remembering(graph: Any, **limits: int) -> Any:
+        text = graph.text
+        if text not in kernels:
+            kernel = compile_graph(graph, **limits)
+            if len(kernels) >= 64:
+                kernels.pop(next(iter(kernels)))
+            kernels[text] = kernel
+        return kernels[text]
+
+    return remembering
 
 
 def _megabytes() -> float:
