@@ -34,8 +34,8 @@ def called(run, given=None):
 
     def run_and_more(address):
         found.long(address)
-        words = (ctypes.c_int64 * len(found.emitted.words)).from_address(address)
-        run(dict(zip(found.emitted.words, words, strict=True)))
+        slots = (ctypes.c_int64 * len(found.emitted.slots)).from_address(address)
+        run(dict(zip(found.emitted.slots, slots, strict=True)))
 
     theirs = extents(found, block, 7, 3)
     check.checked_run(run_and_more, block, found.emitted, theirs, found.words.positions, rows=3, chunk=7)

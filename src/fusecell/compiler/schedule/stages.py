@@ -16,6 +16,9 @@ from fusecell.compiler.schedule.plan import Phase, Stage
 
 __all__ = ["Stages", "make_stages"]
 
+Sources = Mapping[tuple[Phase, int], tuple[int, int]]
+"""What a value is, or is computed from on the spot, by phase and width: the latest rank from which a column of it can
+be read, and from which all columns can. By these and not by node, so that a graph's depth costs nothing."""
 STAGE_COST = 640
 """Vector instructions, about, of a stage's pointwise values, from which on the rest goes to the next stage: LLVM's time
 for a function grows with the square of them."""
@@ -48,25 +51,27 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
     """Give each value of a phase a rank, and join those of one rank and width into a stage."""
     ranks: dict[int, int] = {}
     ready: list[Mapping[Phase, int]] = []
-    sources: list[frozenset[int]] = []
+    sources: list[Sources] = []
     values: dict[tuple[Phase, int, int], list[int]] = {}
     costs: dict[tuple[Phase, int, int], int] = {}
     for index, node in graph:
         phase = phases.of.get(index)
         if phase is None:
             ready.append(_latest_ready(ready, node))
-            sources.append(frozenset[int]().union(*(sources[arg] for arg in node.args)))
+            sources.append(_joined(sources, node))
             continue
-        rank = _rank(graph, phases, ranks, ready, sources, index)
-        movement = PRIMITIVES[node.op].movement
-        if PRIMITIVES[node.op].pointwise:
+        primitive = PRIMITIVES[node.op]
+        rank = _rank(graph, phases, ready, sources, index)
+        if primitive.pointwise:
             while costs.get((phase, rank, node.size), 0) >= STAGE_COST:
                 rank += 1
             costs[phase, rank, node.size] = costs.get((phase, rank, node.size), 0) + _COSTS.get(node.op, 1)
         ranks[index] = rank
-        ready.append({phase: rank if movement else rank + 1})
-        sources.append(frozenset((index,)))
-        if not movement:
+        whole = rank if primitive.movement else rank + 1
+        ready.append({phase: whole})
+        in_memory = primitive.reduction or primitive.movement
+        sources.append({(phase, node.size): (whole if in_memory else rank, whole)})
+        if not primitive.movement:
             values.setdefault((phase, rank, _width(graph, node)), []).append(index)
     stages = [_stage(graph, *key, indices) for key, indices in values.items()]
     stage_of = {index: stage.name for stage in stages for index in (*stage.results(), *stage.reductions)}
@@ -94,38 +99,32 @@ def _latest_ready(ready: Sequence[Mapping[Phase, int]], node: Node) -> Mapping[P
     return latest
 
 
-def _rank(
-    graph: Graph,
-    phases: Phases,
-    ranks: Mapping[int, int],
-    ready: Sequence[Mapping[Phase, int]],
-    sources: Sequence[frozenset[int]],
-    index: int,
-) -> int:
-    """Return the first rank at which a value can be computed, or moved.
+def _joined(sources: Sequence[Sources], node: Node) -> Sources:
+    """The sources of all arguments of a node together: the latest of each phase and width."""
+    joined: dict[tuple[Phase, int], tuple[int, int]] = {}
+    for arg in node.args:
+        for key, (rank, whole) in sources[arg].items():
+            latest = joined.get(key, (0, 0))
+            joined[key] = max(rank, latest[0]), max(whole, latest[1])
+    return joined
 
-    Arguments:
-        sources: for each node, the values in some phase that it is, or is computed from on the spot.
-    """
+
+def _rank(
+    graph: Graph, phases: Phases, ready: Sequence[Mapping[Phase, int]], sources: Sequence[Sources], index: int
+) -> int:
+    """Return the first rank at which a value can be computed, or moved."""
     node, phase = graph[index], phases.of[index]
     if node.op == "slice":
         return ready[node.args[0]].get(phase, 0)
     if node.op == "concat":
         return max(ready[arg].get(phase, 0) + (not _is_computed(graph, phases, arg, phase)) for arg in node.args)
-    rank = 0
-    for source in frozenset[int]().union(*(sources[arg] for arg in node.args)):
-        if phases.of[source] == phase:
-            columns = _needs_all_columns(node, graph[source])
-            rank = max(rank, ready[source].get(phase, 0) if columns else ranks[source])
-    return rank
-
-
-def _needs_all_columns(node: Node, source: Node) -> bool:
-    """Whether a value can't be computed column by column along with one that it reads."""
-    user, read = PRIMITIVES[node.op], PRIMITIVES[source.op]
-    if node.op == "affine" or read.reduction or read.movement:
-        return True
-    return not user.reduction and source.size != node.size
+    latest = 0
+    for (source_phase, width), (rank, whole) in _joined(sources, node).items():
+        if source_phase == phase:
+            # A product needs all columns of its operand, and so does a value of another width.
+            columns = node.op == "affine" or (not PRIMITIVES[node.op].reduction and width != node.size)
+            latest = max(latest, whole if columns else rank)
+    return latest
 
 
 def _is_computed(graph: Graph, phases: Phases, index: int, phase: Phase) -> bool:
