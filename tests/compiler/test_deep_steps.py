@@ -13,6 +13,7 @@ from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import recorder, trace
 from fusecell.compiler.ir.graph import Builder, Graph
 from fusecell.compiler.ir.interpreter import interpret
+from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.ir.walk import resolve
 from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.compiler.schedule import sums
@@ -188,7 +189,7 @@ def test_a_weight_used_too_often_is_refused_by_number(monkeypatch):
 
 def test_a_saved_graph_of_slices_of_slices():
     """A stream's file may hold a graph that no trace gives."""
-    builder = Builder("step", "f64")
+    builder = Builder("step", DType("f64"))
     x = builder.append("input", (), {"shape": [3000]}, "x")
     state = builder.append("state", (), {"shape": [1]}, "h")
     part = x

@@ -19,9 +19,8 @@ Names are unique, and say nothing: no pass or kernel depends on them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, count
 
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.ir.primitives import PRIMITIVES
@@ -41,15 +40,13 @@ def name_values(graph: Graph, variables: Mapping[int, str]) -> Graph:
         variables: the names of some nodes; leaves keep their own.
     """
     names = {index: node.name for index, node in graph if PRIMITIVES[node.op].leaf}
-    taken = set(names.values())
+    unique = _UniqueNames(names.values())
     for index, name in variables.items():
         if index not in names:
-            names[index] = _unique(re.sub(r"[^\w.]", "_", name)[:_LONGEST_VARIABLE], taken)
-            taken.add(names[index])
+            names[index] = unique.like(re.sub(r"[^\w.]", "_", name)[:_LONGEST_VARIABLE])
     others = (index for index, _ in graph if index not in names)
     for index in others:
-        names[index] = _unique(graph[index].name, taken)
-        taken.add(names[index])
+        names[index] = unique.like(graph[index].name)
     of_variables = {names[index] for index in variables}
     graph = replace(graph, nodes=tuple(replace(node, name=names[index]) for index, node in graph))
     graph = rebuild(graph, copy(graph))
@@ -81,24 +78,38 @@ def _stem(name: str, names: Collection[str]) -> str:
 
 def _named(graph: Graph, fixed: Mapping[int, str], otherwise: Mapping[int, str]) -> Graph:
     """Name what isn't ``fixed`` by its part in a variable, or ``otherwise``; users come first, then what they use."""
-    names, taken = dict(fixed), set(fixed.values())
+    names, unique = dict(fixed), _UniqueNames(fixed.values())
     users, parts = graph.users(), _Parts(graph, fixed)
     for index in range(len(graph.nodes) - 1, -1, -1):
         name = parts.name(index, users[index])
-        if index not in names and 0 < len(name) <= _LONGEST and name not in taken:
-            names[index] = name
-            taken.add(name)
+        if index not in names and 0 < len(name) <= _LONGEST and name not in unique:
+            names[index] = unique.like(name)
     for index, _ in graph:
         if index not in names:
-            names[index] = _unique(otherwise[index], taken)
-            taken.add(names[index])
+            names[index] = unique.like(otherwise[index])
     return replace(graph, nodes=tuple(replace(node, name=names[index]) for index, node in graph))
 
 
-def _unique(name: str, taken: Collection[str]) -> str:
-    """Return a name that is not taken yet, with a number behind it if need be."""
-    numbered = (f"{name}.{number}" for number in count(1))
-    return next(each for each in chain((name,), numbered) if each not in taken)
+class _UniqueNames:
+    """Names that are taken, and for each the number from which on numbered ones are free."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._next = dict.fromkeys(taken, 1)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._next
+
+    def like(self, name: str) -> str:
+        """Take a name, with the first free number behind it if it is taken already.
+
+        Numbers are not tried again from 1: that would be quadratic in a step of a thousand sums.
+        """
+        free = name
+        while free in self._next:
+            free = f"{name}.{self._next[name]}"
+            self._next[name] += 1
+        self._next[free] = 1
+        return free
 
 
 class _Parts:
