@@ -565,6 +565,8 @@ def another_return(text: Text, rng: random.Random) -> str:
 
 def a_return_alike(text: Text, rng: random.Random) -> str:
     """A result is another value of its type, an input or a number among them."""
+    if not text.returns:
+        return ""
     types = text.types()
     place = rng.randrange(len(text.returns))
     label, name = text.returns[place]
