@@ -135,9 +135,9 @@ def _make(shape: Shape) -> Any:
 
 
 def without_products(text: str) -> str:
-    """Remove all calls of tiles from a kernel's LLVM text."""
-    epilogue, count = re.subn(r"  call void %tile[^\n]*\n", "", text)
-    assert count, "no tile is called in the kernel's text"
+    """Remove all calls of microkernels from a kernel's LLVM text."""
+    epilogue, count = re.subn(r"  call void %microkernel[^\n]*\n", "", text)
+    assert count, "no microkernel is called in the kernel's text"
     return epilogue
 
 

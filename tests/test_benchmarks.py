@@ -216,11 +216,11 @@ def test_limits_of_a_kernel():
     assert 0 < learns.kernels < learns.call
 
 
-def test_a_kernel_without_products_calls_no_tile():
+def test_a_kernel_without_products_calls_no_microkernel():
     from fusecell.compiler.dispatch.runner import find_program
 
     text = find_program(fc.GRUCell(7, 13), (torch.randn(5, 3, 7),)).kernel.emitted.text
     bare = limits.without_products(text)
-    assert "call void %tile" in text
-    assert "call void %tile" not in bare
-    assert len(text.splitlines()) - len(bare.splitlines()) == text.count("call void %tile")
+    assert "call void %microkernel" in text
+    assert "call void %microkernel" not in bare
+    assert len(text.splitlines()) - len(bare.splitlines()) == text.count("call void %microkernel")

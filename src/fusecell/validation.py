@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.natively import natively
 from fusecell.execution.options import State, steps_of
 from fusecell.execution.runners import autocasting
@@ -93,7 +94,8 @@ def first_state(cell: Cell, rows: int, *, dtype: torch.dtype | None, device: tor
     Raises:
         TypeError, ValueError: if it is not (rows, its size) for each state.
     """
-    state = state_tuple(cell, cell.initial_state(rows, dtype=dtype, device=device))
+    with one_thread_after_fork():
+        state = state_tuple(cell, cell.initial_state(rows, dtype=dtype, device=device))
     check_state(cell, state, rows)
     return state
 
@@ -107,7 +109,8 @@ def all_inputs(cell: Cell, inputs: State, start: State) -> State:
     first = inputs[0]
     like = start[0] if start else first
     steps = steps_of(inputs)
-    drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
+    with one_thread_after_fork():
+        drawn = cell.draw(steps, first.shape[1], dtype=like.dtype, device=first.device)
     check_count(cell, len(inputs), len(drawn))
     for value in drawn:
         if value.shape[1:2] != first.shape[1:2] or value.shape[0] not in (1, steps):

@@ -18,7 +18,6 @@ from fusecell.cells import CELLS, ZooCell
 from fusecell.compiler.dispatch.program_cache import ProgramCache
 from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
-from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.inference import Program, run_all
 from fusecell.compiler.programs.rebind import bound
@@ -27,6 +26,7 @@ from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.execution.context import recording, recording_into
+from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
 from fusecell.layers.scan_wrappers import asked_of

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import llvmlite
 import llvmlite.binding as binding
 
-from fusecell.compiler.locks import new_lock
 from fusecell.errors import CompilerError
+from fusecell.forks import new_lock
 
 __all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code"]
 

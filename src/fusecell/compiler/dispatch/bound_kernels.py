@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.sizes import align_up
-from fusecell.compiler.locks import in_forked_child
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.execution.call_form import CallForm
+from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import State
+from fusecell.forks import in_forked_child
 
 __all__ = ["Backward", "Forward", "NotPreparable"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from fusecell.compiler.frontend.signature import Key, signature, split_numbers, without_attributes
-from fusecell.compiler.locks import new_lock
 from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import compile_trainable
 from fusecell.compiler.programs.inference import compile_step
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State
 from fusecell.execution.runners import no_collection
+from fusecell.forks import new_lock
 
 if TYPE_CHECKING:
     import torch

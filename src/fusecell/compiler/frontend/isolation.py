@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fusecell.compiler.frontend.traced_values import Untraceable
-from fusecell.compiler.locks import in_forked_child
+from fusecell.execution.forked_child import one_thread_after_fork
 
-__all__ = ["ValueReadGuard", "isolated", "one_thread_after_fork", "users_line"]
+__all__ = ["ValueReadGuard", "isolated", "users_line"]
 
 _READS = {
     Tensor.__bool__: "bool()",
@@ -63,24 +63,6 @@ def users_line() -> str:
     source = linecache.getline(name, line).strip()
     source = source if len(source) < 100 else source[:97] + "..."
     return f" in {Path(name).name}, line {line}" + (f": `{source}`" if source else "")
-
-
-@contextmanager
-def one_thread_after_fork() -> Iterator[None]:
-    """In a forked child torch's operators do without other threads.
-
-    If the parent had an OpenMP team, the child waits for ever for threads that it doesn't have, as soon as an operator
-    asks for them, however small its tensors are.
-    """
-    threads = torch.get_num_threads() if in_forked_child() else 1
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

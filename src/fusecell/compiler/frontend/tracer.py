@@ -24,9 +24,9 @@ from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.graph import Builder, Graph
 from fusecell.compiler.ir.naming import name_values
 from fusecell.compiler.ir.sizes import DType
-from fusecell.compiler.locks import new_lock
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
+from fusecell.forks import new_lock
 from fusecell.module_snapshot import Change, Snapshot, changing_line, sentence
 
 __all__ = ["Traced", "trace"]

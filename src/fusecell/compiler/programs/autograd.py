@@ -12,7 +12,6 @@ from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
-from fusecell.compiler.locks import new_lock
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import bound
 from fusecell.compiler.programs.training import Call, Training
@@ -23,6 +22,7 @@ from fusecell.errors import CompilerError
 from fusecell.execution.context import recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
+from fusecell.forks import new_lock
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
-from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.errors import CompilerError
+from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.validation import first_state
 

@@ -9,13 +9,13 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fusecell.compiler.frontend.isolation import one_thread_after_fork
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import align_up, padded
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.compiler.transforms.partition import ForwardBackward
+from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
 
 __all__ = ["Call", "Half", "Training"]

@@ -20,7 +20,7 @@ from typing import Any
 
 from fusecell.compiler.backend import tuning
 from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
-from fusecell.compiler.locks import in_forked_child
+from fusecell.forks import in_forked_child
 
 __all__ = ["backs_off", "run_team"]
 
