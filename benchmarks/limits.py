@@ -150,23 +150,19 @@ def _time(kernel: Any, text: str, x: Any, weights: Sequence[object], cell: Any, 
 
     loaded = load(text, ["run"], host_target())
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loaded.address("run"))
-    block, words = kernel.block(), kernel.words
+    block = kernel.block()
     steps, rows = x.shape[:2]
     state = cell.initial_state(rows, dtype=x.dtype, device="cpu")
     after = [value.clone() for value in state]
     outputs = [torch.empty(steps, rows, size) for size in kernel.output_sizes.values()]
-    kernel.give_sequences(block, words.inputs.values(), [x])
-    kernel.give_matrices(block, words.weights.values(), weights)
-    kernel.give_states(block, words.first, state)
-    kernel.give_states(block, words.last, after)
-    kernel.give_sequences(block, words.outputs.values(), outputs)
+    block.bind(inputs=[x], weights=weights, first=state, last=after, outputs=outputs)
     scratch = torch.zeros(kernel.scratch_bytes(steps, rows), dtype=torch.uint8)
-    kernel.fill(block, steps, rows, False, scratch.data_ptr())
-    address, packed = block.buffer_info()[0], words.positions["packed"]
+    kernel.set_sizes(block, steps, rows, False, scratch.data_ptr())
+    address, packed = block.address, kernel.slots.packed
     # 2: pack the weights in this run; 1: they are packed.
-    block[packed] = 2
+    block.values[packed] = 2
     run(address)
-    block[packed] = 1
+    block.values[packed] = 1
     return _median(lambda: run(address), seconds)
 
 

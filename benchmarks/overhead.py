@@ -92,9 +92,9 @@ def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tu
     for _ in range(3):  # the first compiles, the second fills the call cache
         call()
 
-    def timed(self: PreparedCall, block: array[int]) -> None:
+    def timed(self: PreparedCall, values: array[int]) -> None:
         began = time.perf_counter()
-        run(self, block)
+        run(self, values)
         inside[0] += time.perf_counter() - began
 
     with patch.object(PreparedCall, "run", timed):
@@ -113,9 +113,9 @@ def kernels_of(call: Call) -> list[Kernel]:
     for _ in range(2):
         call()
 
-    def recorded(self: PreparedCall, block: array[int]) -> None:
+    def recorded(self: PreparedCall, values: array[int]) -> None:
         kernels.append(self.kernel)
-        run(self, block)
+        run(self, values)
 
     with patch.object(PreparedCall, "run", recorded):
         call()

@@ -21,21 +21,17 @@ def called(run, given=None):
         torch.empty(7, 3, 17),
         torch.empty(3, 17),
         torch.zeros(3, 17),
-        *[getattr(cell, name).detach() for name in found.words.weights],
+        *[getattr(cell, name).detach() for name in found.slots.weights],
     ]
-    found.give_sequences(block, found.words.inputs.values(), [x])
-    found.give_matrices(block, found.words.weights.values(), kept[3:])
-    found.give_states(block, found.words.first, kept[2:3])
-    found.give_sequences(block, found.words.outputs.values(), kept[:1])
-    found.give_states(block, found.words.last, kept[1:2])
-    found.fill(block, 7, 3, False, 0, 7)
+    block.bind(inputs=[x], weights=kept[3:], first=kept[2:3], outputs=kept[:1], last=kept[1:2])
+    found.set_sizes(block, 7, 3, False, 0, 7)
     if given:
-        block[found.words.positions[given]] = 0
+        block.values[found.slots.indices[given]] = 0
 
     def run_and_more(address):
         found.long(address)
         slots = (ctypes.c_int64 * len(found.emitted.slots)).from_address(address)
         run(dict(zip(found.emitted.slots, slots, strict=True)))
 
-    theirs = extents(found, block, 7, 3)
-    check.checked_run(run_and_more, block, found.emitted, theirs, found.words.positions, rows=3, chunk=7)
+    theirs = extents(found, block.values, 7, 3)
+    check.checked_run(run_and_more, block.values, found.emitted, theirs, found.slots.indices, rows=3, chunk=7)

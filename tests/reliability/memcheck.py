@@ -33,9 +33,9 @@ def write_graphs(folder: Path, kinds: Sequence[type[fc.Cell]] = CELLS) -> None:
         cell = kind(5, 17).to(dtype)
         x = torch.randn(7, 3, 5, dtype=dtype)
         learner = find_trainable(cell, (x,))
-        halves = learner.training((True,) * (1 + len(list(cell.parameters()))), recompute=False).halves
+        graphs = learner.training((True,) * (1 + len(list(cell.parameters()))), recompute=False).graphs
         for name in ("forward", "backward"):
-            (folder / f"{kind.__name__}.{str(dtype)[6:]}.{name}.graph").write_text(getattr(halves, name).text)
+            (folder / f"{kind.__name__}.{str(dtype)[6:]}.{name}.graph").write_text(getattr(graphs, name).text)
 
 
 def errors(folder: Path, *, short: int = 0) -> list[str]:

@@ -32,17 +32,18 @@ def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
     Arguments:
         short: bytes by which the outputs are too short.
     """
-    generator, block = np.random.default_rng(0), kernel.block()
+    generator, arguments = np.random.default_rng(0), kernel.block()
+    block = arguments.values
     dtype = np.float32 if kernel.itemsize == 4 else np.float64
-    chunk = kernel.fill(block, STEPS, ROWS, False, 0, 2)
+    chunk = kernel.set_sizes(arguments, STEPS, ROWS, False, 0, 2)
     scratch = np.empty(kernel.emitted.scratch.bytes(ROWS, chunk) + 64, np.uint8)
-    kernel.fill(block, STEPS, ROWS, False, scratch.ctypes.data, chunk)
+    kernel.set_sizes(arguments, STEPS, ROWS, False, scratch.ctypes.data, chunk)
     counts = np.array([3, 2, 2, 1, 0] if ragged else [ROWS] * STEPS, np.int64)
     tables = {"order": np.arange(ROWS), "counts": counts, "offsets": np.cumsum(counts) - counts}
     if ragged:
-        block[kernel.words.ragged[1]] = counts.ctypes.data
+        block[kernel.slots.ragged[1]] = counts.ctypes.data
     # What a kernel adds to, or fills but some of, its caller has zeroed.
-    filled = set(kernel.words.sums) - set(kernel.plan.covered())
+    filled = set(kernel.slots.sums) - set(kernel.plan.covered())
     kept, made = [], []
     for extent in extents(kernel, block, STEPS, ROWS):
         if (extent.name in tables and not ragged) or (extent.name.startswith("reset") and not resets):
@@ -51,7 +52,7 @@ def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
         for word, count in reversed(extent.strides):
             block[word], size = size, size * count
         # Behind it there is nothing: malloc's own bytes, which valgrind guards.
-        saved = extent.name in kernel.words.saved
+        saved = extent.name in kernel.slots.saved
         size -= short if extent.name == "output" else 0
         memory = _aligned(size + extent.slack) if saved else np.empty(size, np.uint8)
         if extent.name in tables:
@@ -64,7 +65,7 @@ def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
             made.append(memory)
         block[extent.pointer] = memory.ctypes.data
         kept.append(memory)
-    kernel.long(block.buffer_info()[0])
+    kernel.long(arguments.address)
     with open(os.devnull, "wb", buffering=0) as sink:
         for memory in made:
             sink.write(memory.data)

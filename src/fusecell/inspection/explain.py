@@ -343,7 +343,7 @@ def _describe_stage(kernel: Kernel, stage: Stage) -> str:
 
 
 def _describe_training(training: Training) -> Iterator[str]:
-    kept = ", ".join(name.removeprefix("saved.") for name, _ in training.halves.saved)
+    kept = ", ".join(name.removeprefix("saved.") for name, _ in training.graphs.saved)
     size = training.saved_numbers * training.forward.kernel.itemsize
     yield f"  with gradients, kept for the backward: {kept}; {size:,} bytes a row and step"
     yield "  the backward, from the last step to the first"

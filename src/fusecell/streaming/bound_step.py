@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from fusecell.compiler.backend import tuning
+from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.runtime import guard_pages
-from fusecell.compiler.runtime.guarded_extents import extents
+from fusecell.compiler.runtime.argument_block import ArgumentBlock
+from fusecell.compiler.runtime.guarded_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
 
 __all__ = ["MOST_STEPS", "Array", "BoundStep", "Part"]
@@ -87,61 +89,55 @@ class BoundStep:
 
     def __init__(self, part: Part, source: Array) -> None:
         kernel = part.kernel
-        self.part, self._kernel, self._rows = part, kernel, source.shape[0]
+        self.part, self._rows = part, source.shape[0]
         self.start = part.start
         self.state = [value.copy() for value in part.start]
         self.input, self.output = source, np.zeros((self._rows, part.output_size), part.dtype)
-        block, words = kernel.block(), kernel.words
-        kernel.give_matrices(block, words.weights.values(), map(_View, part.weights))
         states = [_View(value) for value in self.state]
-        kernel.give_states(block, words.first, states)
-        kernel.give_states(block, words.last, states)
-        self._give(block, self.input[None], self.output[None])
+        self._block = block = kernel.block()
+        # The kernel has read a row's state before it writes it, so one buffer serves for both.
+        block.bind(weights=map(_View, part.weights), first=states, last=states)
+        self._bind(block, self.input[None], self.output[None])
         chunk = kernel.chunk(MOST_STEPS, self._rows)
-        self._scratch = np.empty(kernel.emitted.scratch.bytes(self._rows, chunk) + 64, np.uint8)
-        kernel.fill(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
-        self._block: array[int] = block
-        self.address = block.buffer_info()[0]
+        self._scratch = np.empty(kernel.emitted.scratch.bytes(self._rows, chunk) + ALIGNMENT, np.uint8)
+        kernel.set_sizes(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
+        self.address = block.address
         self.run = kernel.short if kernel.macs * self._rows < tuning.TUNING.short_step_macs else kernel.long
         self._run_chunk = kernel.long
         if guard_pages.ENABLED:  # in scratch memory of its own each time, so that every run packs for itself
             self.run = self._run_chunk = self._run_checked
             return
         # The first run packs the weights for all others, and runs a step as well: its effect on the state is undone.
-        block[words.positions["packed"]] = 2
+        packed = kernel.slots.packed
+        block.values[packed] = 2
         kernel.short(self.address)
-        block[words.positions["packed"]] = 1
+        block.values[packed] = 1
         for value, first in zip(self.state, self.start, strict=True):
             value[...] = first
 
     def _run_checked(self, address: int) -> None:
-        """Run over the block at an address on guarded copies of all that it points to."""
-        kernel, block = self._kernel, self._kernel.block()
-        ctypes.memmove(block.buffer_info()[0], address, 8 * len(block))
-        steps, _, _, chunk, _ = [block[place] for place in kernel.words.sizes]
-        guard_pages.checked_run(
-            kernel.long, block, kernel.emitted, extents(kernel, block, steps, self._rows), kernel.words.positions,
-            rows=self._rows, chunk=chunk,
-        )  # fmt: skip
+        """Run with the arguments at an address, on guarded copies of all that they point to."""
+        kernel = self.part.kernel
+        block = kernel.block()
+        ctypes.memmove(block.address, address, SLOT_BYTES * len(block.values))
+        run_guarded(kernel, block.values, kernel.long)
 
-    def _give(self, block: array[int], x: Array, y: Array) -> None:
-        """Bind the arrays of inputs and outputs, (T, N, size), in an argument block."""
-        words = self._kernel.words
-        self._kernel.give_sequences(block, words.inputs.values(), [_View(x)] * len(words.inputs))
-        self._kernel.give_sequences(block, words.outputs.values(), [_View(y)])
+    def _bind(self, block: ArgumentBlock, x: Array, y: Array) -> None:
+        """Bind the arrays of inputs and outputs, (T, N, size)."""
+        block.bind(inputs=[_View(x)] * len(block.slots.inputs), outputs=[_View(y)])
 
     def run_some(self, order: Array, count: Array) -> None:
         """Run one step of the first ``count`` rows in ``order``; both are int64 arrays, (rows,) and (1,)."""
         # In a copy of the block: the usual step finds its own unchanged.
-        block, offsets = self._block[:], np.zeros(1, np.int64)
-        self._kernel.give_ragged(block, _View(order), _View(count), _View(offsets))
-        self.run(block.buffer_info()[0])
+        block, offsets = self._block.copy(), np.zeros(1, np.int64)
+        block.bind(ragged=(_View(order), _View(count), _View(offsets)))
+        self.run(block.address)
 
     def run_chunk(self, x: Array) -> Array:
         """Run several steps, at most ``MOST_STEPS``: (T, rows, input_size) to (T, rows, output_size)."""
         y = np.empty((x.shape[0], *self.output.shape), x.dtype)
-        block = self._block[:]
-        self._give(block, x, y)
-        block[self._kernel.words.sizes[0]] = x.shape[0]
-        self._run_chunk(block.buffer_info()[0])
+        block = self._block.copy()
+        self._bind(block, x, y)
+        block.values[block.slots.steps] = x.shape[0]
+        self._run_chunk(block.address)
         return y

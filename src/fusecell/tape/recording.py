@@ -20,7 +20,7 @@ from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.inference import Program, run_all
-from fusecell.compiler.programs.rebind import bound
+from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.eager import run_eager
@@ -278,7 +278,7 @@ def _loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[di
             found.setdefault(_AFTER + name, []).append(value)
         return output, after
 
-    watched = bound(cell, {}, ())
+    watched = rebound(cell, {}, ())
     watched.__dict__["step"] = step
     with capture_intermediates(note):
         outputs, after = run_eager(watched, inputs, state, options)

@@ -48,8 +48,8 @@ def text_for(triple: str, backward: bool) -> str:
     torch.manual_seed(0)
     traced = trace(fc.GRUCell(3, 5), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
-    halves = TrainableStep(traced, ("x",))._halves([True] * (1 + len(traced.weight_names)), recompute=False)
-    graph = halves.backward if backward else halves.forward
+    graphs = TrainableStep(traced, ("x",)).forward_backward([True] * (1 + len(traced.weight_names)), recompute=False)
+    graph = graphs.backward if backward else graphs.forward
     return emit(plan(optimise(graph)[-1][1], backward=backward), machine(triple)).text
 
 

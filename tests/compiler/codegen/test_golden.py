@@ -37,9 +37,9 @@ def test_texts(name):
     traced = trace(CELLS[name](), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
     wanted = [True] * (1 + len(traced.weight_names))
-    halves = TrainableStep(traced, ("x",))._halves(wanted, recompute=False)
+    graphs = TrainableStep(traced, ("x",)).forward_backward(wanted, recompute=False)
     texts = {"joint graph": traced.graph.text}
-    for title, graph in (("forward", halves.forward), ("backward", halves.backward)):
+    for title, graph in (("forward", graphs.forward), ("backward", graphs.backward)):
         optimised = optimise(graph)[-1][1]
         schedule = plan(optimised, backward=title == "backward")
         texts |= {f"{title} graph, optimised": optimised.text, f"{title} plan": schedule.text}

@@ -18,6 +18,7 @@ import fusecell as fc
 from fusecell.compiler.backend.tuning import TUNING
 from fusecell.compiler.dispatch import fast_path as repeat
 from fusecell.compiler.dispatch.guards import guards_of
+from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs import launch as call
 
 
@@ -117,7 +118,7 @@ def test_a_change_between_two_calls_is_seen(change):
 def ways(monkeypatch):
     """How many calls went the short way while a test runs."""
     counts = {"short": 0}
-    for kind in (repeat._Answering, repeat._Learning):
+    for kind in (repeat._InferenceCall, repeat._TrainingCall):
         call = kind.__call__
 
         def counted(self, *args, call=call):
@@ -204,7 +205,7 @@ def test_nothing_is_kept_alive():
         fc.scan(cell, x)[0].sum().backward()
         layer(x)[0].sum().backward()
     weights = [weakref.ref(value) for value in (cell.inp.weight, layer.weight_hh_l0, cell, layer)]
-    before = len(repeat._KNOWN)
+    before = len(repeat._CALLS)
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
@@ -213,7 +214,7 @@ def test_nothing_is_kept_alive():
     del cell, layer
     gc.collect()
     assert [weight() for weight in weights] == [None] * 4
-    assert len(repeat._KNOWN) <= before - 2
+    assert len(repeat._CALLS) <= before - 2
 
 
 @pytest.mark.parametrize("value", [[1.0], {"a": 1}, torch.nn.Linear(2, 2).forward], ids=["list", "dict", "method"])
@@ -323,6 +324,24 @@ def test_incoming_gradients(ways, loss):
         torch.testing.assert_close(second, loop, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("state_too", [False, True])
+def test_negated_gradients(state_too, ways):
+    """torch may pass a gradient on as a view with a flag that says it is negated: its memory has the wrong sign."""
+    layer, x = fc.Recurrent(fc.GRUCell(5, 10)), torch.randn(7, 3, 5, requires_grad=True)
+    grads = [torch._neg_view(torch.randn(7, 3, 10)), torch.randn(3, 10, dtype=torch.cfloat).conj().imag]
+    assert all(grad.is_neg() for grad in grads)
+
+    def gradients():
+        results = layer(x)[: 1 + state_too]
+        return torch.autograd.grad(results, x, grads[: 1 + state_too])[0]
+
+    with fc.runner("eager"):
+        expected = gradients()
+    for _ in range(3):
+        torch.testing.assert_close(gradients(), expected)
+    assert ways["short"] == 2
+
+
 def test_results_share_no_memory(ways):
     cell, x = fc.LSTMCell(5, 9), torch.randn(3, 5)
     layer = fc.Recurrent(cell)
@@ -361,9 +380,9 @@ def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
     with torch.no_grad():
         for rows in range(1, 200):
             cell(torch.randn(rows, 5))
-    assert len(repeat._KNOWN[id(cell)].calls) <= repeat._MOST_MISSED
+    assert len(repeat._CALLS[id(cell)].calls) <= repeat._MAX_MISSES
     fc.refresh(cell)
-    assert id(cell) not in repeat._KNOWN
+    assert id(cell) not in repeat._CALLS
 
 
 @pytest.mark.parametrize(
@@ -372,6 +391,6 @@ def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
 def test_scratch_holds_what_was_asked_for(size):
     """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
     memory = call._scratch(size)
-    room = memory.data_ptr() + memory.numel() - call._aligned(memory)
-    assert call._aligned(memory) % 64 == 0
+    room = memory.data_ptr() + memory.numel() - align_up(memory.data_ptr())
+    assert align_up(memory.data_ptr()) % 64 == 0
     assert room >= size

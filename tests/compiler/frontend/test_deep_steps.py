@@ -110,8 +110,8 @@ def test_no_walk_is_as_deep_as_the_graph(kind):
         from fusecell.compiler.backend.target import host_target
         from fusecell.compiler.programs.autograd import TrainableStep
 
-        halves = TrainableStep(traced, ("x",))._halves([True] * 2, recompute=False)
-        for graph, backward in ((halves.forward, False), (halves.backward, True)):
+        graphs = TrainableStep(traced, ("x",)).forward_backward([True] * 2, recompute=False)
+        for graph, backward in ((graphs.forward, False), (graphs.backward, True)):
             assert Graph.parse(graph.text).text == graph.text
             assert emit(plan(optimise(graph)[-1][1], backward=backward), host_target()).text
     finally:
@@ -135,8 +135,8 @@ def test_twice_the_operations_take_about_twice_as_long(kind):
         traced = trace(Deep(kind, count), [(4,)], torch.float32, gradients=True)
         sys.setprofile(profile)
         try:
-            halves = TrainableStep(traced, ("x",))._halves([True] * 2, recompute=False)
-            for graph, backward in ((halves.forward, False), (halves.backward, True)):
+            graphs = TrainableStep(traced, ("x",)).forward_backward([True] * 2, recompute=False)
+            for graph, backward in ((graphs.forward, False), (graphs.backward, True)):
                 emit(plan(optimise(graph)[-1][1], backward=backward), host_target())
         finally:
             sys.setprofile(None)

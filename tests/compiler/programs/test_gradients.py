@@ -165,7 +165,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch, make):
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            monkeypatch.setattr(calls, "crew_size", lambda *_, count=count: count)
+            monkeypatch.setattr(calls, "team_size", lambda *_, count=count: count)
             found.append(call(cell, *given, options, "compiled"))
     finally:
         torch.set_num_threads(threads)

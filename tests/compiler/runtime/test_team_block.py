@@ -88,7 +88,7 @@ def test_a_team_answers_how_many_worked(threads, monkeypatch):
     # Cores that others use are no matter here.
     tuned(monkeypatch, least_arrival_us=1e12, most_arrival_us=1e12, yields_every_us=0)
     monkeypatch.setattr(thread_team._backoff, "judge", lambda now, *, late_=late, late: late_.append(late))
-    monkeypatch.setattr(launch, "crew_size", lambda *_: threads)
+    monkeypatch.setattr(launch, "team_size", lambda *_: threads)
     layer, x = fc.Recurrent(fc.GRUCell(3, 37)), torch.randn(6, 13, 3)
     with torch.no_grad():
         y, _ = layer(x)

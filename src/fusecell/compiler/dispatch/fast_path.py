@@ -1,14 +1,15 @@
-"""Calls that are like an earlier one of the same module: straight from the tensors they were given to their kernel.
+"""Fast path for repeated calls: if all guards of an earlier call of a module hold, launch its kernels directly.
 
-What a call depends on beside its tensors' values is proven unchanged, of the module by
-:mod:`fusecell.compiler.dispatch.guards`,
-of all its tensors by one look of torch's own guards: their classes, dtypes, shapes, strides, whether they want
-gradients, and the transforms and modes that are active. Where it fails the call goes the long way, and is remembered.
+A call depends on its tensors' values, which are read anew, and on everything else, which is guarded:
+:mod:`fusecell.compiler.frontend.guards` compares the module, and one call of torch's own guards compares all tensors:
+their classes, dtypes, shapes, strides, ``requires_grad``, and the active transforms and modes. A call whose guards fail
+takes the slow path, and is then cached too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.bound_kernels import Backward, Forward, NotPreparable, saved_offsets
+from fusecell.compiler.dispatch.bound_kernels import BoundBackward, BoundForward, ExampleCall
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
-from fusecell.compiler.programs.rebind import bound
-from fusecell.compiler.programs.training import Training
+from fusecell.compiler.programs.rebind import rebound
+from fusecell.compiler.programs.training import IndexedKernel, Training
+from fusecell.compiler.runtime.argument_block import NotPreparable
 from fusecell.eager import run_eager
 from fusecell.execution.call_cache import CallCache
 from fusecell.execution.call_form import CallForm, CellFactory
@@ -36,138 +38,142 @@ from fusecell.execution.options import Options, State
 
 __all__ = ["CACHE", "forget"]
 
-_MOST_KEPT = 64
-"""Calls of a module that are remembered at a time."""
-_MOST_MISSED = 32
-"""Calls that are remembered one after another though none of them comes again: after these no more are."""
+_MAX_CALLS = 64
+"""Calls of a module that are cached at a time."""
+_MAX_MISSES = 32
+"""Calls of a module that are cached one after another without a hit; then no more are.
+
+Where every call has another shape, preparing it is in vain.
+"""
 
 
-class _Remembered(NamedTuple):
-    """One call: the proof that another is like it, and its way."""
+class _CachedCall(NamedTuple):
+    """Guards of one call, on its module and on its tensors, and what runs another one for which they hold."""
 
-    facts: ModuleGuards
-    check: Callable[..., bool]
+    guards: ModuleGuards
+    check_tensors: Callable[..., bool]
     run: Callable[[nn.Module, State], tuple[Tensor | None, State] | None]
 
 
-class _Known:
-    """What is remembered of a module; it must not keep the module or a weight of its alive."""
+class _ModuleCalls:
+    """Cached calls of one module; they keep neither it nor its weights alive.
+
+    Attributes:
+        calls: by what is compared before any guard; None for a call that cannot be cached.
+        misses: calls cached since the last hit.
+    """
 
     def __init__(self, owner: nn.Module) -> None:
         key = id(owner)
-        self.owner = ref(owner, lambda _: _KNOWN.pop(key, None))
-        self.calls: dict[tuple[object, ...], _Remembered | None] = {}
-        self.missed = 0
+        self.owner = ref(owner, lambda _: _CALLS.pop(key, None))
+        self.calls: dict[tuple[object, ...], _CachedCall | None] = {}
+        self.misses = 0
 
 
-_KNOWN: dict[int, _Known] = {}
+# By id: a weak dictionary makes a reference at every look-up.
+_CALLS: dict[int, _ModuleCalls] = {}
 
 
 @register_cache
 def forget(kinds: Collection[type] | None = None) -> None:
-    """Remember no call, whatever the classes of cells are."""
-    _KNOWN.clear()
+    """Drop all cached calls, whatever the classes of cells are."""
+    _CALLS.clear()
 
 
-def find(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
-    """See :func:`fusecell.execution.call_cache.cached_call`."""
-    known = _KNOWN.get(id(owner))
-    if known is None or known.owner() is not owner:
+def find(owner: nn.Module, form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
+    """See :func:`fusecell.execution.call_cache.CallCache`."""
+    module_calls = _CALLS.get(id(owner))
+    if module_calls is None or module_calls.owner() is not owner:
         return None
-    call = known.calls.get((call_form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing()))
+    call = module_calls.calls.get((form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing()))
     if call is None or forward_ad._current_level >= 0:
         return None
-    tensors = call.facts.tensors(owner)
+    tensors = call.guards.tensors(owner)
     if tensors is None:
         return None
     tensors = given + tensors
-    if not call.check(*tensors):
+    if not call.check_tensors(*tensors):
         return None
-    known.missed = 0
+    module_calls.misses = 0
     return call.run(owner, tensors)
 
 
-def _keeps_otherwise() -> bool:
-    """Whether what is saved for the backward is counted by hooks: it must be the same whichever way a call goes."""
+def _has_saved_tensor_hooks() -> bool:
+    """Whether hooks see what is saved for the backward.
+
+    torch.utils.checkpoint counts saved tensors to find them again in its second forward, so both must take one path.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def keep(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None) -> None:
-    """See :func:`fusecell.execution.call_cache.store_call`."""
-    known = _KNOWN.get(id(owner))
-    if known is None or known.owner() is not owner:
-        known = _KNOWN[id(owner)] = _Known(owner)
-    key = (call_form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing())
-    refused = key in known.calls and known.calls[key] is None
-    if refused or known.missed >= _MOST_MISSED or not call_form.fits(given):
+def keep(owner: nn.Module, form: CallForm, given: State, factory: CellFactory | None) -> None:
+    """See :func:`fusecell.execution.call_cache.CallCache`."""
+    module_calls = _CALLS.get(id(owner))
+    if module_calls is None or module_calls.owner() is not owner:
+        module_calls = _CALLS[id(owner)] = _ModuleCalls(owner)
+    calls = module_calls.calls
+    key = (form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing())
+    uncacheable = key in calls and calls[key] is None
+    if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(given):
         return
-    if torch._C._is_any_autocast_enabled() or _keeps_otherwise():
+    if torch._C._is_any_autocast_enabled() or _has_saved_tensor_hooks():
         return
-    inputs, state = (call_form.sequence(given[0]),), tuple([call_form.rows_of(value) for value in given[1:]])
+    inputs, state = (form.sequence(given[0]),), tuple([form.rows_of(value) for value in given[1:]])
     if call_reasons(inputs, state):
         return
-    if len(known.calls) >= _MOST_KEPT:
-        known.calls = {}
-    known.missed += 1
-    known.calls[key] = _remembered(owner, call_form, given, inputs, view)
+    if len(calls) >= _MAX_CALLS:
+        calls.clear()
+    module_calls.misses += 1
+    calls[key] = _prepare(owner, form, given, inputs, factory)
 
 
-def _remembered(
-    owner: nn.Module, call_form: CallForm, given: State, inputs: State, view: CellFactory | None
-) -> _Remembered | None:
-    """A call as it is remembered, or None for one that always needs a closer look."""
-    # Before the cell is made: a parametrized weight may change whenever it is looked at.
-    facts = guards_of(owner) if view is None else attribute_guards(owner, view.attributes, view.weights.values())
-    if facts is None:
+def _prepare(
+    owner: nn.Module, form: CallForm, given: State, inputs: State, factory: CellFactory | None
+) -> _CachedCall | None:
+    """Prepare the kernels of a call; None where guards and addresses are not all that it takes."""
+    # Before the cell is built: a parametrized weight may change whenever it is read.
+    guards = (
+        guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
+    )
+    cell: Any = owner if factory is None else factory.cell()
+    if guards is None or not _starts_from_zeros(cell, given):
         return None
-    cell = owner if view is None else view.cell()
-    assert isinstance(cell, Cell)
-    if not _plain(cell, given):
+    trainable = needs_gradient(cell, given)
+    step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
+    leaves = step.traced.weights.stored_leaves if isinstance(step, TrainableStep | Program) else None
+    module_tensors = guards.tensors(owner)
+    if leaves is None or module_tensors is None:
         return None
-    learns = needs_gradient(cell, given)
-    found: Any = (TRAINABLE_STEPS if learns else PROGRAMS).find(cell, inputs)
-    leaves = found.traced.weights.stored_leaves if isinstance(found, TrainableStep | Program) else None
-    tensors = facts.tensors(owner)
-    if leaves is None or tensors is None:
+    indices = {path: index for index, path in enumerate(guards.paths, len(given))}
+    if factory is not None:
+        indices = {path: indices[name] for path, name in factory.weights.items()}
+    weights, tensors = [indices[path] for path, _ in leaves], given + module_tensors
+    matrices = tuple([leaf.made(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
+    check = _tensor_guards(tensors)
+    # A leaf that is a copy of its weight would have to be copied in every call.
+    pairs = zip(matrices, weights, strict=True)
+    if check is None or any(matrix.data_ptr() != tensors[index].data_ptr() for matrix, index in pairs):
         return None
-    names = {path: place for place, path in enumerate(facts.paths)}
-    if view is not None:
-        names = {path: names[name] for path, name in view.weights.items()}
-    places = [len(given) + names[path] for path, _ in leaves]
-    tensors, check = given + tensors, _guard(given + tensors)
-    weights = [
-        _Weight(place, path, leaf.made(tensors[place]).detach())
-        for place, (path, leaf) in zip(places, leaves, strict=True)
-    ]
-    if check is None or any(each.matrix.data_ptr() != tensors[each.place].data_ptr() for each in weights):
-        return None
+    call = ExampleCall(form, tensors, len(given), weights, matrices)
     try:
-        if not learns:
-            return _Remembered(facts, check, _Answering(found, call_form, len(given), tensors, weights))
-        template = None if view is None else _without_weights(cell)
-        return _Remembered(facts, check, _Learning(found, template, call_form, len(given), tensors, weights))
+        if not trainable:
+            return _CachedCall(guards, check, _InferenceCall(step, call))
+        template = None if factory is None else _without_weights(cell)
+        return _CachedCall(guards, check, _TrainingCall(step, template, [path for path, _ in leaves], call))
     except NotPreparable:
         return None
 
 
-class _Weight(NamedTuple):
-    """A weight that a kernel reads: its place among a call's tensors, its path in the cell, and as it is read."""
-
-    place: int
-    path: str
-    matrix: Tensor
-
-
-def _plain(cell: Cell, given: State) -> bool:
+def _starts_from_zeros(cell: Cell, given: State) -> bool:
     """Whether a cell draws nothing, takes one input, and starts from zeros if no state is given."""
-    kind, own = type(cell), vars(cell)
-    if len(cell.inputs) > 1 or "draw" in own or "initial_state" in own:
+    kind, attributes = type(cell), vars(cell)
+    if len(cell.inputs) > 1 or "draw" in attributes or "initial_state" in attributes:
         return False
     return len(given) > 1 or kind.initial_state is Cell.initial_state or not cell.states
 
 
-def _guard(tensors: State) -> Callable[..., bool] | None:
-    """Tells whether other tensors are like these; None where torch's guards don't take them, or two are one."""
+def _tensor_guards(tensors: State) -> Callable[..., bool] | None:
+    """Return a check that other tensors are like these; None where torch's guards don't take them, or two are one."""
     sizes: Any = [list(value.shape) for value in tensors]
     strides: Any = [list(value.stride()) for value in tensors]
     try:
@@ -178,112 +184,88 @@ def _guard(tensors: State) -> Callable[..., bool] | None:
         return None
 
 
-class _Answering:
-    """A call without gradients."""
+class _InferenceCall:
+    """A cached call without gradients."""
 
-    def __init__(
-        self,
-        program: Program,
-        call_form: CallForm,
-        count: int,
-        tensors: State,
-        weights: Sequence[_Weight],
-    ) -> None:
-        kernel = program.kernel
-        places, matrices = [each.place for each in weights], tuple([each.matrix for each in weights])
-        self._forward = Forward(kernel, call_form, [0], places, matrices, tensors, count)
+    def __init__(self, program: Program, call: ExampleCall) -> None:
+        slots = program.kernel.slots
+        everything = IndexedKernel(program.kernel, list(slots.inputs), list(slots.weights))
+        self._forward = BoundForward(everything, call)
 
     def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
         return self._forward(tensors)[1:]
 
 
-class _Learning:
-    """A call whose results have gradients.
+class _TrainingCall:
+    """A cached call with gradients.
 
-    Attributes:
-        template: for a cell that is made in the call, one like it without weights.
+    Arguments:
+        template: a copy of the cell without its weights, where the cell is built anew for each call.
+        paths: of each weight in the cell.
     """
 
-    def __init__(
-        self,
-        learner: TrainableStep,
-        template: Cell | None,
-        call_form: CallForm,
-        count: int,
-        tensors: State,
-        weights: Sequence[_Weight],
-    ) -> None:
-        self.template, self._learner, self._paths = template, learner, [each.path for each in weights]
-        self.call_form, self.count = call_form, count
-        self._taken = _taker([*range(count), *[each.place for each in weights]])
-        matrices, tensors = tuple([each.matrix for each in weights]), self._taken(tensors)
-        due = [value.requires_grad for value in tensors]
-        flags = (due[0], *due[self.count :])
-        training = learner.training(flags, call_form.recompute or recomputing())
-        x = call_form.sequence(tensors[0])
-        steps, rows = x.shape[0], x.shape[1]
+    def __init__(self, step: TrainableStep, template: Cell | None, paths: Sequence[str], call: ExampleCall) -> None:
+        self._template, self._step, self._paths = template, step, paths
+        self.form, self._count = call.form, call.count
+        # Only these go through autograd, which takes time for each tensor.
+        self._select = _selector([*range(call.count), *call.weights])
+        tensors = self._select(call.tensors)
+        call = replace(call, tensors=tensors, weights=range(call.count, len(tensors)))
+        requires_grad = [value.requires_grad for value in tensors]
+        flags = (requires_grad[0], *requires_grad[call.count :])
+        training = step.training(flags, call.form.recompute or recomputing())
         if not isinstance(training, Training):
             raise NotPreparable
-        half = training.forward
-        offsets, _ = saved_offsets(half.saved, steps * rows * half.kernel.itemsize)
-        self.forward = Forward(
-            half.kernel,
-            call_form,
-            half.input_indices,
-            [self.count + index for index in half.weight_indices],
-            tuple([matrices[index] for index in half.weight_indices]),
-            tensors,
-            count,
-            (offsets, training.saved_size(steps * rows)),
-        )
-        self.backward = Backward(training, call_form, matrices, tensors, count, due)
+        steps, rows = call.sizes
+        self.forward = BoundForward(training.forward, call, training.saved_size(steps * rows))
+        self.backward = BoundBackward(training, call, requires_grad)
 
     def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
-        if _keeps_otherwise():
+        if _has_saved_tensor_hooks():
             return None
-        results = _apply(self, owner, *self._taken(tensors))
-        if self.call_form.outputs:
+        results = _apply(self, owner, *self._select(tensors))
+        if self.form.outputs:
             return results[0], results[1:]
         return None, results
 
-    def again(self, owner: nn.Module, tensors: State) -> State:
-        """The results of the Python loop, in torch's autograd."""
-        given, weights, call_form = tensors[: self.count], tensors[self.count :], self.call_form
-        cell: Any = self.template
+    def eager(self, owner: nn.Module, tensors: State) -> State:
+        """Run the Python loop with torch's autograd, for gradients of gradients."""
+        given, weights, form = tensors[: self._count], tensors[self._count :], self.form
+        cell: Any = self._template
         if cell is None:
             cell = owner
-            self._learner.check_unchanged(cell)
-        x, state = call_form.sequence(given[0]), tuple([call_form.rows_of(value) for value in given[1:]])
+            self._step.check_unchanged(cell)
+        x, state = form.sequence(given[0]), tuple([form.rows_of(value) for value in given[1:]])
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
-        cell = bound(cell, dict(zip(self._paths, weights, strict=True)), ())
-        outputs, after = run_eager(cell, (x,), state, Options(reverse=call_form.reverse))
-        states = tuple([call_form.state(value) for value in after])
-        return (call_form.output(outputs), *states) if call_form.outputs else states
+        cell = rebound(cell, dict(zip(self._paths, weights, strict=True)), ())
+        outputs, after = run_eager(cell, (x,), state, Options(reverse=form.reverse))
+        states = tuple([form.state(value) for value in after])
+        return (form.output(outputs), *states) if form.outputs else states
 
 
-def _taker(places: Sequence[int]) -> Callable[[State], State]:
-    """Takes some of a tuple's entries, in another order."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    (place,) = places
-    return lambda tensors: (tensors[place],)
+def _selector(indices: Sequence[int]) -> Callable[[State], State]:
+    """Return a function that takes some entries of a tuple, in an order of its own."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    (index,) = indices
+    return lambda tensors: (tensors[index],)
 
 
 def _without_weights(cell: Cell) -> Cell:
-    """A cell whose tensors are plain attributes, emptied of them."""
+    """Empty a cell whose tensors are plain attributes, so that it keeps no weight alive."""
     for name, value in vars(cell).items():
         if isinstance(value, Tensor):
             vars(cell)[name] = None
     return cell
 
 
-class _Repeated(torch.autograd.Function):
-    """A remembered call's forward kernel, and its backward kernel as the gradient."""
+class _CachedScan(torch.autograd.Function):
+    """A cached call's forward kernel, and its backward kernel as the gradient."""
 
     @staticmethod
     @natively
-    def forward(ctx: Any, call: _Learning, owner: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _TrainingCall, owner: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.call, ctx.owner = call, owner
         ctx.set_materialize_grads(False)
@@ -293,22 +275,22 @@ class _Repeated(torch.autograd.Function):
     @staticmethod
     @natively
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Learning = ctx.call
-        found: State = ctx.saved_tensors
-        saved, tensors = found[0], found[1:]
+        call: _TrainingCall = ctx.call
+        all_saved: State = ctx.saved_tensors
+        saved, tensors = all_saved[0], all_saved[1:]
         if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * (2 + len(tensors))
         if torch.is_grad_enabled() or transformed(grads):
             owner: nn.Module = ctx.owner
             needed = ctx.needs_input_grad[2:]
-            return None, None, *differentiated(lambda again: call.again(owner, again), tensors, needed, grads)
-        if not call.call_form.outputs:
+            return None, None, *differentiated(lambda aliases: call.eager(owner, aliases), tensors, needed, grads)
+        if not call.form.outputs:
             grads = (None, *grads)
         return None, None, *call.backward(saved, tensors, grads)
 
 
-# Past the wrapper that looks for transforms of torch.func: a call under one doesn't come here.
-_apply: Any = super(torch.autograd.Function, _Repeated).apply
+# Past torch's own `apply`, which looks for transforms of torch.func: the tensors' guards have done so.
+_apply: Any = super(torch.autograd.Function, _CachedScan).apply
 
 
 class _FastPath:
@@ -317,4 +299,4 @@ class _FastPath:
 
 
 CACHE: CallCache = _FastPath()
-"""What the runner registers; see :mod:`fusecell.execution.call_cache`."""
+"""The cache that the compiled runner registers; see :mod:`fusecell.execution.call_cache`."""

@@ -25,7 +25,7 @@ from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.inference import run_forward, without_notes
-from fusecell.compiler.programs.rebind import bound
+from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
@@ -125,7 +125,7 @@ def _described(
             layer, direction, cell = owner.leaf_cells()[leaf]  # type: ignore[operator]  # a drop-in layer's method
             suffix = f"_l{layer}_reverse" if direction else f"_l{layer}"
         assert isinstance(cell, Cell)
-        twin = bound(cell, {path: _solid(value) for path, value in list(_tensors(cell))}, ())
+        twin = rebound(cell, {path: _solid(value) for path, value in list(_tensors(cell))}, ())
         traced = trace(twin, features, dtype, gradients=wanted is not None)
         reasons = traced.reasons if isinstance(traced, Refusal) else _compiled(traced, twin, wanted, recompute)
         if isinstance(traced, Refusal) or reasons:

@@ -1,4 +1,4 @@
-"""A cell that learns: kernels for its step and its gradient, joined to torch's autograd."""
+"""Autograd integration: the forward and the backward kernel of a step as one ``autograd.Function``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
-from fusecell.compiler.programs.rebind import bound
+from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.transforms.partition import ForwardBackward, partition
@@ -30,11 +30,11 @@ _LOCK = new_lock()
 
 
 class TrainableStep:
-    """A cell that can learn: its joint graph, and its kernels for each set of wanted gradients that was met.
+    """A step traced with its gradient, and the kernels for each choice of gradients that a call has needed.
 
     Arguments:
-        inputs: the names of a step's inputs.
-        key: what the step was traced with beside tensors, if a gradient of the gradient is to hold it to that.
+        inputs: the names of the step's inputs.
+        key: all of the cell's signature but its tensors, to be checked before the step is run again.
         about: the class of the cell, for ``FUSECELL_DEBUG``.
     """
 
@@ -45,7 +45,7 @@ class TrainableStep:
         self._inputs = tuple(inputs)
         names = traced.weight_names
         self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
-        self._made: dict[tuple[bool, ...], Training | Refusal] = {}
+        self._trainings: dict[tuple[bool, ...], Training | Refusal] = {}
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
@@ -53,18 +53,16 @@ class TrainableStep:
         weights = prologue.values(cell)
         flags = tuple([value.requires_grad for value in (*inputs, *weights)])
         recompute = options.recompute or recomputing()
-        training = self._made.get((recompute, *flags)) or self.training(flags, recompute)
+        training = self._trainings.get((recompute, *flags)) or self.training(flags, recompute)
         if isinstance(training, Refusal):
             return training
-        resets: State = ()
-        if options.resets is not None:
-            resets = reset_state(cell, inputs[0])
-        call = Call.of(training, inputs, state, resets, weights, options)
-        outputs, *after = _apply(self, cell, call, *inputs, *state, *resets, *weights, *prologue.originals(cell))
+        reset = () if options.resets is None else reset_state(cell, inputs[0])
+        call = Call.of(training, inputs, state, reset, weights, options)
+        outputs, *after = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
         return outputs, tuple(after)
 
     def check_unchanged(self, cell: Cell) -> None:
-        """Raise where running the cell's step again would not be running it as it was traced."""
+        """Raise RuntimeError if the cell's step would no longer compute what was traced."""
         if self._key and without_tensors(signature(cell)) != self._key:
             raise RuntimeError(
                 f"An attribute, mode or hook of {type(cell).__name__} has changed since its forward. A gradient that "
@@ -73,38 +71,39 @@ class TrainableStep:
             )
 
     def saved_numbers(self, cell: Cell, inputs: Sequence[bool], recompute: bool) -> int:
-        """The numbers that a row and step takes of what is kept for the gradients of all weights and some inputs."""
+        """Return how many numbers are saved per row and step for the gradients of all weights and of some inputs."""
         flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
-        halves = self._halves(flags, recompute or recomputing())
-        return sum(padded(size) for _, size in halves.saved)
+        graphs = self.forward_backward(flags, recompute or recomputing())
+        return sum(padded(size) for _, size in graphs.saved)
 
-    def _halves(self, flags: Sequence[bool], recompute: bool) -> ForwardBackward:
-        wanted = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
-        return partition(self.traced.graph, wanted, recompute=recompute)
+    def forward_backward(self, flags: Sequence[bool], recompute: bool) -> ForwardBackward:
+        """Partition the joint graph for some gradients; the arguments are those of :meth:`training`."""
+        gradients = [label for label, flag in zip(self._labels, flags, strict=True) if flag]
+        return partition(self.traced.graph, gradients, recompute=recompute)
 
     def training(self, flags: Sequence[bool], recompute: bool) -> Training | Refusal:
-        """The kernels for some gradients, compiled on first use.
+        """Return the kernels for some gradients, compiled on first use.
 
         Arguments:
-            flags: for each input, then each weight, whether its gradient is wanted.
-            recompute: keep the states only, and compute everything else again in the backward.
+            flags: for each input, then each weight, whether it needs a gradient.
+            recompute: save the states only, and compute everything else again in the backward.
         """
         key = (recompute, *flags)
         with _LOCK:
-            if key not in self._made:
+            if key not in self._trainings:
                 try:
-                    halves = self._halves(flags, recompute)
-                    self._made[key] = Training(self._inputs, self.traced.weight_names, halves, self._about)
+                    graphs = self.forward_backward(flags, recompute)
+                    self._trainings[key] = Training(self._inputs, self.traced.weight_names, graphs, self._about)
                 except (CompilerError, AssertionError, LookupError) as error:
-                    self._made[key] = refusal(error)
-            return self._made[key]
+                    self._trainings[key] = refusal(error)
+            return self._trainings[key]
 
 
 def compile_trainable(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> TrainableStep | Refusal:
-    """Trace a cell's step and its gradient.
+    """Trace a cell's step together with its gradient.
 
     Arguments:
-        features: the feature shape of each input, what follows (T, N).
+        features: the shape of each input behind (T, N).
     """
     traced = trace(cell, features, dtype, gradients=True)
     if isinstance(traced, Refusal):
@@ -117,9 +116,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @natively
-    def forward(ctx: Any, learner: TrainableStep, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, step: TrainableStep, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
-        ctx.learner, ctx.cell, ctx.call = learner, cell, call
+        ctx.step, ctx.cell, ctx.call = step, cell, call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *tensors)
         return outputs, *after
@@ -127,8 +126,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @natively
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: State = ctx.saved_tensors
-        saved, tensors = found[0], found[1:]
+        all_saved: State = ctx.saved_tensors
+        saved, tensors = all_saved[0], all_saved[1:]
         if all(grad is None for grad in grads):
             return (None,) * (3 + len(tensors))
         if torch.is_grad_enabled() or transformed(grads):
@@ -137,12 +136,16 @@ class _Scan(torch.autograd.Function):
         return None, None, None, *call.gradients(saved, tensors, grads)
 
 
-# Past the wrapper that looks for transforms of torch.func: a call under one doesn't come here.
+# Past torch's own `apply`, which looks for transforms of torch.func: a call under one does not come here.
 _apply: Any = super(torch.autograd.Function, _Scan).apply
 
 
 def transformed(grads: Sequence[Tensor | None]) -> bool:
-    """Whether these are the gradients of many backwards at once, which have no memory that a kernel could read."""
+    """Whether these are the gradients of many backwards at once (vmap), which have no memory that a kernel could read.
+
+    Such gradients can reach a backward whose forward was under no transform: ``torch.autograd.grad`` batches them
+    itself with ``is_grads_batched=True``.
+    """
     functorch = torch._C._functorch
     if functorch.peek_interpreter_stack() is not None:
         return True
@@ -150,42 +153,47 @@ def transformed(grads: Sequence[Tensor | None]) -> bool:
 
 
 def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that have gradients: torch's own, of the Python loop over the step with the tensors of the forward."""
+    """Compute gradients that have gradients: of the Python loop over the step, with the tensors of the forward."""
     call: Call = ctx.call
-    learner: TrainableStep = ctx.learner
-    learner.check_unchanged(ctx.cell)
+    step: TrainableStep = ctx.step
+    step.check_unchanged(ctx.cell)
 
-    def again(aliases: State) -> State:
-        inputs, state, resets, weights, originals = call.split(aliases)
-        cell = bound(ctx.cell, learner.traced.weights.bindings(weights, originals), resets)
+    def eager(aliases: State) -> State:
+        inputs, state, reset, weights, originals = call.split(aliases)
+        cell = rebound(ctx.cell, step.traced.weights.bindings(weights, originals), reset)
         outputs, after = run_eager(cell, inputs, state, call.options)
         return outputs, *after
 
-    return differentiated(again, tensors, ctx.needs_input_grad[3:], grads)
+    return differentiated(eager, tensors, ctx.needs_input_grad[3:], grads)
 
 
 def differentiated(
     compute: Callable[[State], State], tensors: State, needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of what results are computed from, by torch itself, so that they have gradients too."""
+    """Run a computation again in torch's autograd; return gradients of its tensors that have gradients themselves.
+
+    Arguments:
+        needed: for each tensor, whether its gradient is needed.
+        grads: the gradients of the results.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, so that a tensor that went in twice gets both of its gradients once.
+        # Aliases, so that a tensor that is passed twice gets each of its two gradients once.
         aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
         results = compute(aliases)
     pairs = [
         (value, grad) for value, grad in zip(results, grads, strict=True) if grad is not None and value.requires_grad
     ]
-    # What was frozen after the forward wants none any more.
-    chosen = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
-    found = torch.autograd.grad(
+    # A tensor that was frozen after the forward needs no gradient any more.
+    indices = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
+    gradients = torch.autograd.grad(
         [value for value, _ in pairs],
-        [aliases[index] for index in chosen],
+        [aliases[index] for index in indices],
         [grad for _, grad in pairs],
         create_graph=create_graph,
         allow_unused=True,
     )
     result: list[Tensor | None] = [None] * len(tensors)
-    for index, grad in zip(chosen, found, strict=True):
+    for index, grad in zip(indices, gradients, strict=True):
         result[index] = grad
     return result

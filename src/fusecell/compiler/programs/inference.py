@@ -1,4 +1,4 @@
-"""A program: a cell's step compiled, and its calls without gradient."""
+"""Run a compiled step without gradients."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.validation import first_state
 
-__all__ = ["Program", "compile_step", "run_all", "run_forward", "without_notes"]
+__all__ = ["Program", "compile_step", "reset_state", "run_all", "run_forward", "without_notes"]
 
 
 @dataclass(frozen=True)
 class Program:
-    """Machine code for one cell, input form and dtype; any number of steps and rows.
+    """Machine code for the step of one cell, for inputs of some features and dtype; any number of steps and rows.
 
-    Attributes:
-        seconds: how long it took from the cell to callable code.
+    Arguments:
+        seconds: the time it took from the cell to callable code.
     """
 
     traced: Traced
@@ -38,71 +38,71 @@ class Program:
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
-        start: State = ()
-        if options.resets is not None:
-            start = reset_state(cell, inputs[0])
-        return run_forward(self.kernel, self.traced.weights.values(cell), inputs, state, start, options)
+        reset = () if options.resets is None else reset_state(cell, inputs[0])
+        return run_forward(self.kernel, self.traced.weights.values(cell), inputs, state, reset, options)
 
 
 def reset_state(cell: Cell, like: Tensor) -> State:
-    """The states that resets of (T, N, ...) inputs go back to, as machine code reads them.
+    """Return the states that resets of (T, N, ...) inputs go back to, one row for each of theirs.
 
     Raises:
-        ValueError: if the cell made them in another dtype, or elsewhere.
+        ValueError: if the cell's ``initial_state`` has another dtype or device than it was asked for.
     """
-    found = first_state(cell, like.shape[1], dtype=like.dtype, device=like.device)
-    for name, value in zip(cell.states, found, strict=True):
+    state = first_state(cell, like.shape[1], dtype=like.dtype, device=like.device)
+    for name, value in zip(cell.states, state, strict=True):
         if value.dtype != like.dtype or not value.is_cpu or value.layout is not torch.strided:
             raise ValueError(
                 f"{type(cell).__name__}.initial_state made {name} in {value.dtype} on {value.device}, "
                 f"asked for {like.dtype} on {like.device}."
             )
-    return found
+    return state
 
 
 @one_thread_after_fork()
 def run_forward(
-    kernel: Kernel, weights: State, inputs: State, state: State, start: State, options: Options
+    kernel: Kernel, weights: State, inputs: State, state: State, reset: State, options: Options
 ) -> tuple[Tensor, State]:
-    """Run a forward kernel without gradient; ``start`` is what resets go back to."""
-    outputs, after = run_all(kernel, weights, inputs, state, start, options)
+    """Run a forward kernel without gradient; return the output and the states after the last step.
+
+    Arguments:
+        reset: the states that resets go back to.
+    """
+    outputs, after = run_all(kernel, weights, inputs, state, reset, options)
     return outputs["output"], after
 
 
 def run_all(
-    kernel: Kernel, weights: State, inputs: State, state: State, start: State, options: Options
+    kernel: Kernel, weights: State, inputs: State, state: State, reset: State, options: Options
 ) -> tuple[dict[str, Tensor], State]:
-    """Run a forward kernel of several outputs, each (T, N, size), by name."""
-    words, block, like = kernel.words, kernel.block(), inputs[0]
-    steps, rows = steps_of(inputs), like.shape[1]
-    # Whatever the block points into must live until the kernel returns.
-    kept: list[object] = [
-        kernel.give_sequences(block, words.inputs.values(), inputs),
-        kernel.give_matrices(block, words.weights.values(), weights),
-        kernel.give_states(block, words.first, state),
-    ]
+    """Run a forward kernel of several outputs; return each, (T, N, size), by name, and the states after the last step.
+
+    Arguments:
+        reset: the states that resets go back to.
+    """
+    steps, rows = steps_of(inputs), inputs[0].shape[1]
     after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
-    kernel.give_states(block, words.last, after)
-    outputs = _new_outputs(kernel, like, steps, rows)
+    outputs = _new_outputs(kernel, inputs[0], steps, rows)
+    ragged = None
     if options.lengths is not None:
-        for value in outputs.values():
+        ragged = RaggedRows.of(options.lengths, steps)
+        for value in outputs.values():  # the kernel writes nothing behind a row's end
             value.zero_()
-    kernel.give_sequences(block, words.outputs.values(), outputs.values())
+    block = kernel.block()
+    block.bind(inputs=inputs, weights=weights, first=state, last=after, outputs=outputs.values())
     if options.resets is not None:
-        kept += [start, kernel.give_states(block, words.reset, start)]
-        kernel.give_resets(block, options.resets)
-    ragged = None if options.lengths is None else RaggedRows.of(options.lengths, steps)
+        block.bind(reset=reset, resets=options.resets)
     run(kernel, block, steps, rows, options.reverse, ragged)
     return outputs, after
 
 
 def _new_outputs(kernel: Kernel, like: Tensor, steps: int, rows: int) -> dict[str, Tensor]:
-    """Memory for each output, (T, N, size); of several in one block, as that is large sooner."""
+    """Allocate each output, (T, N, size), by name."""
     sizes = kernel.output_sizes
     if len(sizes) == 1:
         return {label: new_empty(like, steps, rows, size) for label, size in sizes.items()}
-    block = new_empty(like, steps * rows * sum(sizes.values()))
-    parts = torch.split(block, [steps * rows * size for size in sizes.values()])
+    # All in one piece of memory, which is sooner large enough for huge pages than each by itself.
+    memory = new_empty(like, steps * rows * sum(sizes.values()))
+    parts = torch.split(memory, [steps * rows * size for size in sizes.values()])
     return {label: part.view(steps, rows, size) for (label, size), part in zip(sizes.items(), parts, strict=True)}
 
 
@@ -110,7 +110,7 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
     """Trace a cell's step and compile it.
 
     Arguments:
-        features: the feature shape of each input, what follows (T, N).
+        features: the shape of each input behind (T, N).
     """
     began = time.perf_counter()
     traced = trace(cell, features, dtype, gradients=False)
@@ -124,6 +124,6 @@ def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.d
 
 
 def without_notes(graph: Graph) -> Graph:
-    """The graph of the outputs and states alone."""
+    """Return a graph without the intermediate values that the cell records, and whatever only these need."""
     outputs = {label: index for label, index in graph.outputs.items() if not label.startswith("note.")}
     return rebuild(replace(graph, outputs=outputs), copy(graph))

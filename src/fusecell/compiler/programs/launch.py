@@ -1,4 +1,4 @@
-"""Calls of a kernel from torch: scratch memory, rows of different lengths, threads."""
+"""Run a kernel for torch: scratch memory, rows of different lengths, the number of threads."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from torch import Tensor
 from fusecell.compiler.backend import tuning
 from fusecell.compiler.codegen import MIN_ROWS_PER_THREAD
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
-from fusecell.compiler.runtime import guard_pages as guard_pages
-from fusecell.compiler.runtime.guarded_extents import extents
+from fusecell.compiler.runtime import guard_pages
+from fusecell.compiler.runtime.argument_block import ArgumentBlock
+from fusecell.compiler.runtime.guarded_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.compiler.runtime.thread_team import backs_off, run_team
+from fusecell.execution.options import State
 
-__all__ = ["RaggedRows", "PreparedCall", "run"]
+__all__ = ["PreparedCall", "RaggedRows", "run", "team_size"]
 
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """Rows of different lengths, longest first: their order, how many take part in each step, and in all before it."""
+    """Rows of different lengths, longest first, so that the rows of each step are a prefix of this order.
+
+    Arguments:
+        order: (N,), the row at each place.
+        counts: (T,), the rows that take part in each step.
+        offsets: (T,), the rows of all steps before each one.
+    """
 
     order: Tensor
     counts: Tensor
@@ -32,72 +40,73 @@ class RaggedRows:
 
     @classmethod
     def of(cls, lengths: Tensor, steps: int) -> RaggedRows:
-        """The rows of a call, from their lengths."""
+        """Sort the rows of a call by their lengths."""
         longest, order = torch.sort(lengths, descending=True, stable=True)
         counts = (longest > torch.arange(steps, device=longest.device)[:, None]).sum(1)
         return cls(order, counts, torch.cumsum(counts, 0) - counts)
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return self.order.shape[0]
 
     @property
     def all_rows(self) -> int:
-        """The rows of all steps together."""
+        """Number of rows of all steps together."""
         return int(self.counts.sum())
 
 
 def run(
-    kernel: Kernel, block: array[int], steps: int, rows: int, reverse: bool, ragged: RaggedRows | None = None
+    kernel: Kernel, block: ArgumentBlock, steps: int, rows: int, reverse: bool, ragged: RaggedRows | None = None
 ) -> None:
-    """Run a kernel over a filled block, on as many threads as torch would take and the call is worth.
+    """Run a kernel with all its tensors bound, on as many of torch's threads as the call is worth.
 
     Arguments:
-        ragged: the rows' lengths, where they differ.
+        ragged: the rows in order of length, where lengths differ.
     """
     if ragged is not None:
-        kernel.give_ragged(block, ragged.order, ragged.counts, ragged.offsets)
-    threads = crew_size(kernel, steps, rows)
+        block.bind(ragged=(ragged.order, ragged.counts, ragged.offsets))
+    threads = team_size(kernel, steps, rows)
     scratch = _scratch(kernel.scratch_bytes(steps, rows, threads))
-    chunk = kernel.fill(block, steps, rows, reverse, scratch.data_ptr())
+    kernel.set_sizes(block, steps, rows, reverse, scratch.data_ptr())
     if guard_pages.ENABLED:
-        theirs, position = extents(kernel, block, steps, rows), kernel.words.positions
-        guard_pages.checked_run(
-            lambda address: start(kernel, address, steps, rows, threads),
-            block, kernel.emitted, theirs, position, rows=rows, chunk=chunk,
-        )  # fmt: skip
+        run_guarded(kernel, block.values, lambda address: _start(kernel, address, steps, rows, threads))
     else:
-        start(kernel, block.buffer_info()[0], steps, rows, threads)
+        _start(kernel, block.address, steps, rows, threads)
 
 
-def start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
-    """Run a kernel over the block at an address."""
+def _start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
+    """Run a kernel over the argument block at an address."""
     if threads > 1:
-        run_team(kernel.team, address, threads, _microseconds(kernel, rows) * steps)
+        run_team(kernel.team, address, threads, _step_us(kernel, rows) * steps)
     elif kernel.macs * steps * rows < tuning.TUNING.short_call_macs:
         kernel.short(address)
     else:
         kernel.long(address)
 
 
-def wants_crew(kernel: Kernel, steps: int, rows: int) -> bool:
-    """Whether a call is worth more than one thread, if there are any."""
-    return _microseconds(kernel, rows) * steps >= tuning.TUNING.team_call_us
+def _worth_team(kernel: Kernel, steps: int, rows: int) -> bool:
+    """Whether a call is long enough for more than one thread."""
+    return _step_us(kernel, rows) * steps >= tuning.TUNING.team_call_us
 
 
-def crew_size(kernel: Kernel, steps: int, rows: int) -> int:
-    """How many threads a call is worth, of those that torch would take."""
-    threads = torch.get_num_threads() if wants_crew(kernel, steps, rows) else 1
+def team_size(kernel: Kernel, steps: int, rows: int) -> int:
+    """Return how many of the threads that torch would take a call is worth."""
+    threads = torch.get_num_threads() if _worth_team(kernel, steps, rows) else 1
     if threads == 1 or backs_off():
         return 1
-    if rows < MIN_ROWS_PER_THREAD * threads and _microseconds(kernel, rows) < tuning.TUNING.team_step_us:
+    # With few rows each, threads divide the columns of a step, and meet at a barrier in every one of them.
+    if rows < MIN_ROWS_PER_THREAD * threads and _step_us(kernel, rows) < tuning.TUNING.team_step_us:
         return 1
     return threads
 
 
-def _microseconds(kernel: Kernel, rows: int) -> float:
-    """What a step takes on one thread, about: its weights are read, or its rows multiplied, whichever takes longer."""
+def _step_us(kernel: Kernel, rows: int) -> float:
+    """Estimate the microseconds of a step on one thread.
+
+    A roofline: products of the loop take as long as reading their weights or as multiplying by them, whichever is
+    longer. All other products are done for many steps at once, so that reading their weights is shared.
+    """
     item, rates = kernel.itemsize, tuning.TUNING
     macs_per_us = 4 * rates.macs_per_us  # times the bytes of a number: of float64 half as many
     loop = max(kernel.loop_macs * item / rates.bytes_per_us, rows * kernel.loop_macs * item / macs_per_us)
@@ -105,85 +114,91 @@ def _microseconds(kernel: Kernel, rows: int) -> float:
 
 
 class PreparedCall:
-    """A kernel for calls of one size, its block filled but for addresses.
+    """A kernel for calls of one size, whose arguments are all set but for addresses.
 
     Arguments:
-        block: filled with the strides of what calls will give.
-        unread: words of results that nobody wants, with their bytes.
+        block: bound to tensors of the same sizes and strides as the calls' own.
+        reads: slot and index of each of a call's tensors whose address a kernel reads.
+        unread: slots of results that nobody reads, with their bytes: they share a call's scratch memory.
+
+    Raises:
+        NotPreparable: if a tensor had to be copied to be bound.
     """
 
     def __init__(
         self,
         kernel: Kernel,
-        block: array[int],
+        block: ArgumentBlock,
         steps: int,
         rows: int,
         reverse: bool,
+        reads: Sequence[tuple[int, int]],
         unread: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self.kernel, self._call = kernel, (steps, rows, reverse)
-        kernel.fill(block, steps, rows, reverse, 0)
-        self._block, self._place = block, kernel.words.sizes[4]
-        self._alone = kernel.short if kernel.macs * steps * rows < tuning.TUNING.short_call_macs else kernel.long
-        self._wants_crew = wants_crew(kernel, steps, rows)
-        self._unread, here = [], 0
-        for place, size in unread:
-            self._unread.append((place, here))
-            here += align_up(size)
-        self._before, self._size = here, here + kernel.scratch_bytes(steps, rows)
+        self.kernel, self._steps, self._rows, self._reads = kernel, steps, rows, tuple(reads)
+        kernel.set_sizes(block, steps, rows, reverse, 0)
+        self._values, self._scratch_slot = block.freeze(), kernel.slots.scratch
+        self._run_alone = kernel.short if kernel.macs * steps * rows < tuning.TUNING.short_call_macs else kernel.long
+        self._worth_team = _worth_team(kernel, steps, rows)
+        self._unread, offset = [], 0
+        for slot, size in unread:
+            self._unread.append((slot, offset))
+            offset += align_up(size)
+        self._unread_size, self._size = offset, offset + kernel.scratch_bytes(steps, rows)
         self._per_helper = kernel.emitted.scratch.per_helper
 
-    def block(self) -> array[int]:
-        """A block for one call."""
-        return self._block[:]
+    def bind(self, tensors: State) -> array[int]:
+        """Return the arguments of one call, with the addresses of what it reads of its tensors."""
+        values = self._values[:]
+        for slot, index in self._reads:
+            values[slot] = tensors[index].data_ptr()
+        return values
 
-    def run(self, block: array[int]) -> None:
-        """Run the kernel over a block that has all addresses of the caller's tensors."""
-        steps, rows, _ = self._call
-        threads = crew_size(self.kernel, steps, rows) if self._wants_crew else 1
+    def run(self, values: array[int]) -> None:
+        """Run the kernel with arguments that have the addresses of all of the caller's tensors."""
+        kernel, steps, rows = self.kernel, self._steps, self._rows
+        threads = team_size(kernel, steps, rows) if self._worth_team else 1
         size = self._size + (threads - 1) * self._per_helper
-        scratch, kept = _memory.address, None
-        if size > _memory.size:
-            kept = _scratch(size)
-            scratch = _aligned(kept)
-        for place, offset in self._unread:
-            block[place] = scratch + offset
+        address, memory = _thread.address, None
+        if size > _thread.size:
+            memory = _scratch(size)
+            address = align_up(memory.data_ptr())
+        for slot, offset in self._unread:
+            values[slot] = address + offset
+        values[self._scratch_slot] = address + self._unread_size
         if guard_pages.ENABLED:
-            run(self.kernel, block, *self._call)
-            return
-        block[self._place] = scratch + self._before
-        if threads == 1:
-            self._alone(block.buffer_info()[0])
+            run_guarded(kernel, values, lambda block: _start(kernel, block, steps, rows, threads))
+        elif threads == 1:
+            self._run_alone(values.buffer_info()[0])
         else:
-            start(self.kernel, block.buffer_info()[0], steps, rows, threads)
-        del kept
+            _start(kernel, values.buffer_info()[0], steps, rows, threads)
+        del memory
 
 
 def _scratch(size: int) -> Tensor:
-    """Memory for one call, so many bytes from a multiple of 64 on: a thread's own, kept for the next unless large."""
-    kept = _memory.scratch
-    if kept is None or _memory.size < size:
-        sizes = tuning.TUNING
-        size = max(size, sizes.small_scratch_bytes)
-        if size < sizes.huge_scratch_bytes:
-            kept = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
-        else:
-            kept = torch.from_numpy(np.empty(size + ALIGNMENT, np.uint8))
-        if size <= sizes.large_scratch_bytes:
-            _memory.scratch, _memory.address, _memory.size = kept, _aligned(kept), size
-    return kept
+    """Return at least ``size`` bytes from its first aligned address on: the thread's own memory, grown if need be.
+
+    Scratch over ``large_scratch_bytes`` is freed after its call; a thread keeps the rest for the calls to come.
+    """
+    if _thread.scratch is not None and _thread.size >= size:
+        return _thread.scratch
+    sizes = tuning.TUNING
+    size = max(size, sizes.small_scratch_bytes)
+    if size < sizes.huge_scratch_bytes:
+        scratch = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    else:
+        # NumPy asks Linux for huge pages from 4 MB on, torch does not.
+        scratch = torch.from_numpy(np.empty(size + ALIGNMENT, np.uint8))
+    if size <= sizes.large_scratch_bytes:
+        _thread.scratch, _thread.address, _thread.size = scratch, align_up(scratch.data_ptr()), size
+    return scratch
 
 
-def _aligned(memory: Tensor) -> int:
-    """The first address in it that a kernel may be given."""
-    return align_up(memory.data_ptr())
-
-
-class _Memory(threading.local):
-    """A thread's scratch memory, with the first address in it that a kernel may be given, and its size."""
+class _ThreadScratch(threading.local):
+    """A thread's scratch memory, its first aligned address, and its bytes from there."""
 
     scratch: Tensor | None = None
     address = size = 0
 
 
-_memory = _Memory()
+_thread = _ThreadScratch()

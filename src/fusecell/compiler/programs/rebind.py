@@ -1,4 +1,8 @@
-"""A copy of a cell that holds other tensors: what a step is run again with, long after its cell may have changed."""
+"""Copy a module with some of its tensors replaced, to run a step again in the backward as it was in the forward.
+
+``torch.func.functional_call`` swaps the tensors of the module itself, which other threads would see, and knows
+parameters and buffers only.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +14,46 @@ from torch import Tensor, nn
 from fusecell.cell import Cell
 from fusecell.execution.options import State
 
-__all__ = ["bound"]
+__all__ = ["rebound"]
 
 
-def bound(cell: Cell, tensors: Mapping[str, Tensor], start: State) -> Cell:
-    """A cell that computes as ``cell`` does, with some of its tensors replaced.
+def rebound(cell: Cell, tensors: Mapping[str, Tensor], reset: State) -> Cell:
+    """Return a copy of a cell with some of its tensors replaced; it shares everything else with the cell.
 
     Arguments:
-        cell: it stays as it is; the copy shares everything with it but what is replaced.
         tensors: by the path of the attribute, ``"inp.weight"``.
-        start: the state that resets go back to; the cell's own where empty.
+        reset: the initial state of the copy, which resets go back to; the cell's own where empty.
     """
-    made = _copied(cell, {})
-    assert isinstance(made, Cell)
+    result = _copied(cell, {})
+    assert isinstance(result, Cell)
     for path, value in tensors.items():
         owner, _, name = path.rpartition(".")
-        _replace(made.get_submodule(owner), name, value)
-    if start:
-        # An instance's attribute stands before its class's method.
-        made.__dict__["initial_state"] = lambda batch_size, *, dtype=None, device=None: start
-    return made
+        _replace(result.get_submodule(owner), name, value)
+    if reset:
+        # Python finds an instance's attribute before its class's method.
+        result.__dict__["initial_state"] = lambda batch_size, *, dtype=None, device=None: reset
+    return result
 
 
-def _copied(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """The module with tables of its own, and so its submodules; one that is there twice stays one."""
-    if id(module) not in known:
-        made = known[id(module)] = copy.copy(module)
+def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    """Copy a module and its submodules, but no tensor; a submodule that is there twice stays one.
+
+    Arguments:
+        copies: those made so far, by the id of the original.
+    """
+    if id(module) not in copies:
+        result = copies[id(module)] = copy.copy(module)
         # nn.Module's own copy shares these tables with the module it copies.
         for table in ("_parameters", "_buffers", "_modules"):
-            made.__dict__[table] = dict(module.__dict__[table])
-        for name, part in made._modules.items():
+            result.__dict__[table] = dict(module.__dict__[table])
+        for name, part in result._modules.items():
             if part is not None:
-                made._modules[name] = _copied(part, known)
-    return known[id(module)]
+                result._modules[name] = _copied(part, copies)
+    return copies[id(module)]
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a tensor where it is, without asking whether a parameter may become a plain tensor."""
+    """Set a tensor past nn.Module's ``__setattr__``, which wants a parameter in a parameter's place."""
     for table in (module._parameters, module._buffers, module.__dict__):
         if name in table:
             table[name] = value  # type: ignore[assignment]  # a gradient flows through plain tensors too
