@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fusecell as fc
 from fusecell.compiler.backend.tuning import TUNING
 from fusecell.compiler.dispatch import fast_path as repeat
-from fusecell.compiler.dispatch.guards import guards_of
+from fusecell.compiler.frontend.guards import guards_of
 from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs import launch as call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -151,6 +152,23 @@ def test_a_changed_attribute_is_seen():
     x = torch.randn(6, 3, 5)
     for gain in (0.5, 0.75, -1.0):
         layer.cell.gain = gain
+        assert torch.equal(compiled(x)[0], layer(x)[0])
+
+
+def test_a_changed_private_attribute_is_seen():
+    class Private(fc.Cell):
+        def __init__(self):
+            super().__init__(5, 5)
+            self._gain, self.unused = 0.5, math.nan
+
+        def step(self, x, state):
+            return self._gain * x, state
+
+    layer = fc.Recurrent(Private())
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 3, 5)
+    for gain in (0.5, 0.75):
+        layer.cell._gain = gain
         assert torch.equal(compiled(x)[0], layer(x)[0])
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from fusecell.compiler.programs.allocation import new_empty
@@ -70,12 +69,8 @@ class BoundForward:
 
     def __init__(self, indexed: IndexedKernel, call: ExampleCall, saved_size: int = 0) -> None:
         kernel, form, like = indexed.kernel, call.form, call.tensors[0]
-        slots, (steps, rows), sizes, size = (
-            kernel.slots,
-            call.sizes,
-            _state_sizes(kernel),
-            kernel.output_sizes["output"],
-        )
+        slots, (steps, rows) = kernel.slots, call.sizes
+        sizes, size = _state_sizes(kernel), kernel.output_sizes["output"]
         reads, first = call.reads(indexed), list(map(form.rows_of, call.tensors[1 : call.count]))
         # States that start at zero are one row of zeros, with a stride of 0.
         self._zeros = like.new_zeros(max(sizes, default=0))
@@ -87,7 +82,7 @@ class BoundForward:
         block = kernel.block()
         indexed.bind(block, (call.x,), call.matrices)
         block.bind(first=first, last=map(form.rows_of, after), outputs=[like.new_empty(steps, rows, size)])
-        self._after = [(slot, value.shape) for (slot, _), value in zip(slots.last, after, strict=True)]
+        self._after = [(slot, tuple(value.shape)) for (slot, _), value in zip(slots.last, after, strict=True)]
         ((self._output, *_),) = slots.outputs.values()
         self._shape = form.output_shape(steps, rows, size) if form.outputs else None
         self._rows_first = form.rows_first
@@ -152,18 +147,19 @@ class BoundBackward:
         self._strides = [form.output(output).stride(), *[form.state(value).stride() for value in states]]
         self._saved = indexed.saved_offsets(steps * rows)
         # The slot, tensor and shape of each gradient to allocate: the kernel overwrites some and adds to others.
-        self._empty: list[tuple[int, int, torch.Size]] = []
-        self._zeroed: list[tuple[int, int, torch.Size]] = []
+        shapes = [tuple(tensor.shape) for tensor in call.tensors]
+        self._empty: list[tuple[int, int, tuple[int, ...]]] = []
+        self._zeroed: list[tuple[int, int, tuple[int, ...]]] = []
         unread = []
         for index, ((slot, _), size) in enumerate(zip(slots.last, sizes, strict=True), 1):
             if index < call.count and requires_grad[index]:
-                self._empty.append((slot, index, call.tensors[index].shape))
+                self._empty.append((slot, index, shapes[index]))
             else:
                 unread.append((slot, rows * size * kernel.itemsize))
         for (slot, *_), index in zip(slots.outputs.values(), indices.inputs, strict=True):
-            self._empty.append((slot, index, call.tensors[index].shape))
+            self._empty.append((slot, index, shapes[index]))
         for (slot, *_), index, overwritten in zip(slots.sums.values(), weights, indices.overwritten, strict=True):
-            (self._empty if overwritten else self._zeroed).append((slot, index, call.tensors[index].shape))
+            (self._empty if overwritten else self._zeroed).append((slot, index, shapes[index]))
         self.prepared = PreparedCall(kernel, block, steps, rows, not form.reverse, call.reads(indexed), unread)
 
     def __call__(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -178,7 +174,8 @@ class BoundBackward:
         return self._gradients(saved, tensors, grads)
 
     def _gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        values = self.prepared.bind(tensors)
+        prepared = self.prepared
+        values = prepared.bind(tensors)
         copies = self._bind_grads(values, grads)
         write_saved(values, self._saved, saved)
         result: list[Tensor | None] = [None] * self._count
@@ -188,7 +185,7 @@ class BoundBackward:
         for slot, index, shape in self._zeroed:
             result[index] = grad = saved.new_zeros(shape)
             values[slot] = grad.data_ptr()
-        self.prepared.run(values)
+        prepared.run(values)
         del copies
         return result
 

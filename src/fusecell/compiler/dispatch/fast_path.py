@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.bound_kernels import BoundBackward, BoundForward, ExampleCall
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
-from fusecell.compiler.dispatch.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of, tensor_guards
 from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
@@ -149,7 +149,7 @@ def _prepare(
         indices = {path: indices[name] for path, name in factory.weights.items()}
     weights, tensors = [indices[path] for path, _ in leaves], given + module_tensors
     matrices = tuple([leaf.made(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
-    check = _tensor_guards(tensors)
+    check = tensor_guards(tensors)
     # A leaf that is a copy of its weight would have to be copied in every call.
     pairs = zip(matrices, weights, strict=True)
     if check is None or any(matrix.data_ptr() != tensors[index].data_ptr() for matrix, index in pairs):
@@ -170,18 +170,6 @@ def _starts_from_zeros(cell: Cell, given: State) -> bool:
     if len(cell.inputs) > 1 or "draw" in attributes or "initial_state" in attributes:
         return False
     return len(given) > 1 or kind.initial_state is Cell.initial_state or not cell.states
-
-
-def _tensor_guards(tensors: State) -> Callable[..., bool] | None:
-    """Return a check that other tensors are like these; None where torch's guards don't take them, or two are one."""
-    sizes: Any = [list(value.shape) for value in tensors]
-    strides: Any = [list(value.stride()) for value in tensors]
-    try:
-        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        check: Callable[..., bool] = guards.check
-        return check if check(*tensors) else None
-    except (AttributeError, TypeError):  # a torch that has them under another name
-        return None
 
 
 class _InferenceCall:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend.guards import constants
 from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
@@ -70,14 +71,15 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
     # A list has a length that is a number, whatever torch has made of the size.
     features = tuple([tuple([len([0] * size) for size in value.shape[2:]]) for value in inputs])
     recompute = options.recompute or recomputing()
-    text, paths, prologue, constants = _described(owner, leaf, features, inputs[0].dtype, wanted, recompute)
+    text, paths, prologue, values = _described(owner, leaf, features, inputs[0].dtype, wanted, recompute)
     if not text or not _usual((*inputs, *state)):
         if leaf >= 0:
             owner = owner.leaf_cells()[leaf][2]  # type: ignore[operator]  # a drop-in layer's method
         assert isinstance(owner, Cell)
         return run_eager(owner, inputs, state, options)
-    for path, value in constants:
-        if _attribute(owner, path) != value:
+    for path, value in values:
+        # torch guards what it sees read here. A NaN is not equal to itself.
+        if _attribute(owner, path) != value and value == value:
             raise CompilerError(f"{path} has changed while torch traced {type(owner).__name__}")
     weights: State = tuple([_attribute(owner, path) for path in paths])
     if prologue >= 0:
@@ -131,12 +133,12 @@ def _described(
         if isinstance(traced, Refusal) or reasons:
             warnings.warn(f"{type(cell).__name__} is unrolled: {' '.join(reasons)}", EagerWarning, stacklevel=2)
             return Described("", (), -1, ())
-        prologue = traced.weights
+        prologue, values = traced.weights, () if leaf >= 0 else tuple(constants(cell))
         paths = prologue.direct_paths
         if paths is not None:
-            return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, _constants(cell, leaf))
+            return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, values)
         paths = [path + suffix for path, _ in prologue.sources]
-        return Described(traced.graph.text, tuple(paths), _number_of(owner, prologue), _constants(cell, leaf))
+        return Described(traced.graph.text, tuple(paths), _number_of(owner, prologue), values)
 
 
 _HELD: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]] = WeakKeyDictionary()
@@ -187,18 +189,6 @@ def _compiled(traced: Traced, cell: Cell, wanted: Sequence[bool] | None, recompu
     except (CompilerError, AssertionError, LookupError) as error:
         return refusal(error).reasons
     return ()
-
-
-def _constants(cell: Cell, leaf: int) -> Constants:
-    if leaf >= 0:
-        return ()
-    found: list[tuple[str, object]] = []
-    for prefix, module in cell.named_modules():
-        start = prefix + "." if prefix else ""
-        for name, value in vars(module).items():
-            if isinstance(value, bool | int | float | str) and not name.startswith("_"):
-                found.append((start + name, value))
-    return tuple(found)
 
 
 def _tensors(cell: Cell) -> Iterator[tuple[str, Tensor]]:

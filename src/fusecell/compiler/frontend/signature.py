@@ -1,119 +1,188 @@
-"""What a compiled program depends on: everything of a cell that its step may read, but for tensors' values."""
+"""Signature of a cell: all that the trace of its step depends on, except the values of tensors. A key of caches.
+
+What a module consists of, and which of its values cannot change inside, is said here once: identity guards
+(:mod:`fusecell.compiler.frontend.guards`) are built on the same, so that they hold only while the signature is equal.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Hashable, Mapping, MutableSequence, Set
-from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Key", "signature", "split_numbers", "without_attributes", "without_tensors"]
+__all__ = [
+    "HOOKS",
+    "Key",
+    "attribute_names",
+    "is_immutable",
+    "is_plain_tensor",
+    "is_reference",
+    "signature",
+    "split_numbers",
+    "without_attributes",
+    "without_tensors",
+]
 
 Key = tuple[Any, ...]
 
 _ATOMS = frozenset((bool, int, str, type(None), torch.dtype, torch.device))
 _NUMBERS = (int, float)
-_OWN = frozenset(vars(nn.Module()))
+# The tables of nn.Module, read one by one below, the training flag, and its bookkeeping.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The tables of a module's hooks: a step may run them, so with any of them it is another one."""
 _CONSTANT = (type, BuiltinFunctionType, torch._ops.OperatorBase)
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
-def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
-    """A key that changes whenever the module would trace differently.
+class _Seen(NamedTuple):
+    """Numbers of what a walk has met, by id, in the order in which it was met.
 
-    It sees every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
-    objects; functions and classes by identity; the shape, dtype, requires_grad and tying of
-    tensors; the training flag; whether
-    there are hooks; and all submodules. Globals and closures it does not see.
-
-    A value stands as (name, type, content), without the name in a sequence; a container's content is a tuple of such.
+    Tied tensors so have one number in every copy of a module, and an object that contains itself ends the walk.
     """
-    seen = {} if _seen is None else _seen
-    seen.setdefault(id(module), len(seen))
+
+    tensors: dict[int, int]
+    objects: dict[int, int]
+
+
+def attribute_names(module: nn.Module) -> tuple[str, ...]:
+    """Name the attributes of a module besides its parameters, buffers and submodules, those of nn.Module left out.
+
+    Sorted: the order in which they were set is no part of the module. That of parameters, buffers and submodules is,
+    as steps go through them in a loop.
+    """
+    return _attribute_names(tuple(vars(module)))
+
+
+@functools.lru_cache(4096)
+def _attribute_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return "training", *sorted(set(names) - _MODULE_ATTRIBUTES)
+
+
+def is_immutable(value: Any) -> bool:
+    """Whether a value has one signature for as long as it is the same object, and keeps no other object alive."""
+    kind = type(value)
+    if kind is tuple:
+        return all(map(is_immutable, value))
+    if isinstance(value, BuiltinFunctionType):  # not a bound one, such as a list's append
+        return value.__self__ is None or isinstance(value.__self__, ModuleType | type)
+    return kind in _ATOMS or kind is float or isinstance(value, torch._ops.OperatorBase)
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a signature has a value by its identity, though it may keep others alive: a class or a function."""
+    return isinstance(value, type | FunctionType)
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a tensor or parameter, and of no other class, which could compute anything."""
+    return type(value) in _PLAIN_TENSORS
+
+
+def signature(module: nn.Module, _seen: _Seen | None = None) -> Key:
+    """Return a key that changes whenever the module would trace differently.
+
+    It contains every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
+    objects; functions and classes by identity; the shape, dtype, requires_grad and tying of tensors; the training
+    flag; whether there are hooks; and all submodules. It does not contain globals and closures.
+
+    A value is an entry (name, type, content), without the name in a sequence; a container's content is a tuple of
+    entries.
+    """
+    seen = _Seen({}, {}) if _seen is None else _seen
+    seen.objects.setdefault(id(module), len(seen.objects))
     state = vars(module)
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
     hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    found: list[Any] = [type(module), bool(hooks)]
-    for name, value in state.items():
+    entries: list[Any] = [type(module), bool(hooks)]
+    for name in _attribute_names(tuple(state)):
+        value = state[name]
         kind = type(value)
+        # Most attributes are one of the first two kinds; a signature is taken in every call that no guard answers.
         if kind in _ATOMS:
-            found.append((name, kind, value))
+            entries.append((name, kind, value))
         elif kind in _PLAIN_TENSORS:
-            found.append(_tensor(name, value, seen))
-        elif name not in _OWN:
-            found.append((name, *_frozen(value, seen)))
+            entries.append(_tensor(name, value, seen))
+        else:
+            entries.append((name, *_frozen(value, seen)))
     for table in (state["_parameters"], state["_buffers"]):
         for name, tensor in table.items():
-            found.append(_tensor(name, tensor, seen))
+            entries.append(_tensor(name, tensor, seen))
     for name, part in state["_modules"].items():
-        found.append((name, type(part), () if part is None else signature(part, seen)))
-    return tuple(found)
+        entries.append((name, type(part), () if part is None else signature(part, seen)))
+    return tuple(entries)
 
 
 def without_tensors(key: Key) -> Key:
-    """A signature without its tensors: everything else that decides what the module computes from them."""
-    found: list[Any] = []
+    """Return a signature without its tensors: all else that decides what the module computes from them."""
+    entries: list[Any] = []
     for entry in key:
         if type(entry) is not tuple:
-            found.append(entry)
+            entries.append(entry)
         elif not any(part is Tensor for part in entry[:2]):
-            found.append(without_tensors(entry))
-    return tuple(found)
+            entries.append(without_tensors(entry))
+    return tuple(entries)
 
 
 def without_attributes(key: Key, paths: Collection[str]) -> Key:
-    """A signature without some attributes, by path."""
-    here = {path for path in paths if "." not in path}
-    kept: list[Any] = []
+    """Return a signature without some attributes, by path."""
+    dropped = {path for path in paths if "." not in path}
+    entries: list[Any] = []
     for entry in key:
         name = entry[0] if type(entry) is tuple else None
-        if name in here:
+        if name in dropped:
             continue
         inner = [path.partition(".")[2] for path in paths if path.partition(".")[0] == name] if name else []
-        kept.append((*entry[:-1], without_attributes(entry[-1], inner)) if any(inner) else entry)
-    return tuple(kept)
+        entries.append((*entry[:-1], without_attributes(entry[-1], inner)) if any(inner) else entry)
+    return tuple(entries)
 
 
 def split_numbers(key: Key) -> tuple[Key, dict[str, Any]]:
-    """A signature with its numbers blanked out, and the numbers by the path of their attribute."""
+    """Return a signature with its numbers blanked out, and the numbers by the path of their attribute.
+
+    Cells that differ in a number alone are counted by it: a number that changes in every call, such as a schedule's,
+    must not cause a compilation each time (`dispatch.program_cache`).
+    """
     numbers: dict[str, Any] = {}
     return _blanked(key, "", numbers), numbers
 
 
 def _blanked(entries: Key, path: str, numbers: dict[str, Any]) -> Key:
-    found: list[Any] = []
+    blanked: list[Any] = []
     for index, entry in enumerate(entries):
         if type(entry) is not tuple:
-            found.append(entry)
+            blanked.append(entry)
             continue
         named = isinstance(entry[0], str)
-        here = f"{path}.{entry[0]}".strip(".") if named else f"{path}[{index}]"
+        entry_path = f"{path}.{entry[0]}".strip(".") if named else f"{path}[{index}]"
         kind, content = entry[named], entry[-1]
         if kind in _NUMBERS or (isinstance(kind, type) and issubclass(kind, np.number)):
-            numbers[here] = content
+            numbers[entry_path] = content
             content = None
         elif type(content) is tuple:
-            content = _blanked(content, here, numbers)
-        found.append((*entry[:-1], content))
-    return tuple(found)
+            content = _blanked(content, entry_path, numbers)
+        blanked.append((*entry[:-1], content))
+    return tuple(blanked)
 
 
-def _tensor(name: str, value: Tensor | None, seen: dict[int, int]) -> Key:
+def _tensor(name: str, value: Tensor | None, seen: _Seen) -> Key:
     if value is None:
         return name, None
     kind = type(value)
     if kind is nn.Parameter:
         kind = Tensor  # functional_call puts a tensor in a parameter's place
-    place = seen.setdefault(id(value), len(seen))
-    return name, kind, place, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
+    number = seen.tensors.setdefault(id(value), len(seen.tensors))
+    return name, kind, number, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
 
 
-def _frozen(value: Any, seen: dict[int, int]) -> Key:
-    """A value as (its type, its content)."""
+def _frozen(value: Any, seen: _Seen) -> Key:
+    """Return a value as (its type, its content), which can be hashed and compared."""
     kind = type(value)
     if isinstance(value, float):
         return kind, float.hex(value)  # -0.0 differs from 0.0 and nan equals itself
@@ -134,13 +203,13 @@ def _frozen(value: Any, seen: dict[int, int]) -> Key:
     return kind, _object(value, seen)
 
 
-def _object(value: Any, seen: dict[int, int]) -> Any:
-    """Anything else: by its attributes where it has some, by its items, by value where it can be hashed."""
+def _object(value: Any, seen: _Seen) -> Any:
+    """Return the content of any other object: its attributes, else its items, else itself where it can be hashed."""
     fields = _fields(value)
     if fields is not None:
-        if id(value) in seen:
-            return seen[id(value)]
-        seen[id(value)] = len(seen)
+        if id(value) in seen.objects:
+            return seen.objects[id(value)]
+        seen.objects[id(value)] = len(seen.objects)
         return tuple([(name, *_frozen(item, seen)) for name, item in fields.items()])
     if isinstance(value, np.ndarray):
         return *value.shape, value.dtype.str, value.tobytes()
@@ -152,7 +221,8 @@ def _object(value: Any, seen: dict[int, int]) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object, those in slots too where nothing else tells it from another."""
+    """Return the attributes of an object; those in slots too where its class is hashed by identity, so that no content
+    would be left to tell one from another."""
     fields: dict[str, Any] | None = getattr(value, "__dict__", None)
     hashed: object = type(value).__hash__
     if hashed is object.__hash__:

@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,12 +71,12 @@ def run(
     scratch = _scratch(kernel.scratch_bytes(steps, rows, threads))
     kernel.set_sizes(block, steps, rows, reverse, scratch.data_ptr())
     if guard_pages.ENABLED:
-        run_guarded(kernel, block.values, lambda address: _start(kernel, address, steps, rows, threads))
+        run_guarded(kernel, block.values, partial(_start, kernel, steps, rows, threads))
     else:
-        _start(kernel, block.address, steps, rows, threads)
+        _start(kernel, steps, rows, threads, block.address)
 
 
-def _start(kernel: Kernel, address: int, steps: int, rows: int, threads: int) -> None:
+def _start(kernel: Kernel, steps: int, rows: int, threads: int, address: int) -> None:
     """Run a kernel over the argument block at an address."""
     if threads > 1:
         run_team(kernel.team, address, threads, _step_us(kernel, rows) * steps)
@@ -167,11 +168,11 @@ class PreparedCall:
             values[slot] = address + offset
         values[self._scratch_slot] = address + self._unread_size
         if guard_pages.ENABLED:
-            run_guarded(kernel, values, lambda block: _start(kernel, block, steps, rows, threads))
+            run_guarded(kernel, values, partial(_start, kernel, steps, rows, threads))
         elif threads == 1:
             self._run_alone(values.buffer_info()[0])
         else:
-            _start(kernel, values.buffer_info()[0], steps, rows, threads)
+            _start(kernel, steps, rows, threads, values.buffer_info()[0])
         del memory
 
 
