@@ -99,17 +99,18 @@ class Caught(Exception):
 @pytest.fixture(scope="module")
 def arguments():
     """What torch's operator is called with, by name: for inference and for training."""
+    from fusecell.compiler.dispatch import scan_operator
     from fusecell.compiler.dispatch import torch_operator as operator
 
     found = {}
     for training in (False, True):
 
         def catch(*args):
-            found[training] = operator._Given(*args)  # noqa: B023  # called in this turn
+            found[training] = scan_operator.ScanArguments(*args)  # noqa: B023  # called in this turn
             raise Caught
 
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
-            patch.setattr(operator, "_scan", catch)
+            patch.setattr(operator, "scan", catch)
             h = torch.zeros(4, 9)
             with pytest.raises(Caught):
                 operator.run_traced(fc.GRUCell(5, 9), (torch.randn(7, 4, 5),), (h,), _options())
@@ -167,7 +168,7 @@ def test_what_the_operators_backward_is_given(arguments):
     every_other = torch.zeros(2 * len(saved))[::2]
     for wrong, text in (
         ((saved[:-1], grads), r"saved of shape"),
-        ((every_other, grads), r"saved as fusecell::scan has made it.* stride \(2,\)"),
+        ((every_other, grads), r"saved as fusecell::scan has returned it.* stride \(2,\)"),
         ((saved.double(), grads), "saved to be a dense torch.float32"),
         ((saved, grads[:-1]), "grads to be 2 tensors"),
         ((saved, [grads[0][:-1], *grads[1:]]), r"grads\[0\] of shape \(7, 4, 9\).* got \(6, 4, 9\)"),

@@ -1,4 +1,4 @@
-"""The former name of :mod:`fusecell.torch_operator`, which exported programs may still import."""
+"""Former name of :mod:`fusecell.torch_operator`, kept for scripts that load exported programs."""
 
 import fusecell.compiler.dispatch.torch_operator  # noqa: F401  # registers the operator
 

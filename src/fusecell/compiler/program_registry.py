@@ -1,4 +1,4 @@
-"""Every cache of what was compiled, so that one call empties them all."""
+"""Registry of all caches of compiled programs, so that one call empties them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weakref import WeakMethod
 __all__ = ["Forget", "forget_programs", "register_cache"]
 
 Forget = Callable[[Collection[type] | None], None]
-"""Drops what a cache holds for cells of some classes, whatever holds them, or all that it holds."""
+"""Drops from a cache what was compiled for cells of some classes, or everything."""
 
 Function = TypeVar("Function", bound=Forget)
 
@@ -17,9 +17,9 @@ _FORGETS: list[Callable[[], Forget | None]] = []
 
 
 def register_cache(forget: Function) -> Function:
-    """Have ``forget`` called whenever programs are to be forgotten; a decorator too.
+    """Call ``forget`` whenever programs are to be dropped; usable as a decorator.
 
-    A method is called for as long as its object lives.
+    A method is called for as long as its object lives: the registry keeps no cache alive.
     """
     reference: Callable[[], Forget | None] = lambda: forget  # noqa: E731
     if hasattr(forget, "__self__") and not isinstance(forget.__self__, type):

@@ -1,4 +1,4 @@
-"""Why a step is not compiled."""
+"""Refusals: the reasons why a step is not compiled."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["Refusal", "TooLarge", "refusal"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a step has no graph, a sentence each.
+    """A step that cannot be compiled.
 
     Arguments:
-        changes: the attributes, by path, that the step itself changes.
+        reasons: one sentence each.
+        changes: paths of the attributes that the step itself changes.
     """
 
     reasons: tuple[str, ...]
@@ -26,7 +27,7 @@ class TooLarge(CompilerError):
 
 
 def refusal(error: Exception) -> Refusal:
-    """A defect of ours as a reason: it must not stop a user whose cell runs well without the compiler."""
+    """Turn an error inside the compiler into a refusal: the cell can still run as a Python loop."""
     if isinstance(error, TooLarge):
         return Refusal((str(error),))
     kind = type(error).__name__

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fusecell as fc
 from fusecell.compiler import program_registry
-from fusecell.compiler.dispatch import torch_operator
+from fusecell.compiler.dispatch import scan_operator, torch_operator
 
 GAIN = {"value": 1.0}
 
@@ -114,7 +114,7 @@ def test_kernels_of_the_operator() -> None:
     layer = fc.Recurrent(Amplifier())
     torch.export.export(layer, (X,))
     torch.compile(layer, backend="eager", fullgraph=True)(X)
-    caches = (torch_operator._training, torch_operator._output_size, torch_operator._shapes)
+    caches = (scan_operator.training_kernels, scan_operator._output_size, scan_operator._shapes)
     assert all(cache.cache_info().currsize for cache in caches)
     fc.refresh()
     assert not any(cache.cache_info().currsize for cache in caches)

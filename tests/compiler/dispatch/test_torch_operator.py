@@ -13,6 +13,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fusecell as fc
 from fusecell.compiler.dispatch import torch_operator as operator
+from fusecell.compiler.dispatch.scan_operator import scan
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +323,6 @@ def test_the_operator_passes_torchs_own_checks():
         given = (made.text, [x], [h], [], weights, torch.tensor([6, 2, 0]), None, False, False, wanted)
         # What is kept for the backward has gaps that hold anything, which its own comparison would not forgive.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(operator._scan, given, test_utils=checks)
+        torch.library.opcheck(scan, given, test_utils=checks)
         if wanted is None:
-            torch.library.opcheck(operator._scan, given)
+            torch.library.opcheck(scan, given)

@@ -27,7 +27,7 @@ def peak_bytes(call):
 
 def test_a_training_step_takes_no_more_than_torchs(monkeypatch):
     # All blocks are torch's, which tells what it allocates: the large ones are NumPy's otherwise.
-    monkeypatch.setattr(allocation, "_LARGE", 1 << 62)
+    monkeypatch.setattr(allocation, "_HUGE_PAGES_BYTES", 1 << 62)
     tuned(monkeypatch, huge_scratch_bytes=1 << 62)
     torch.manual_seed(0)
     x, peaks = torch.randn(STEPS, ROWS, 64), {}

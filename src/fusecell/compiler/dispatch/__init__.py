@@ -1,1 +1,1 @@
-"""Which program a call gets: compiled, cached, repeated, or the Python loop."""
+"""Choose how a call runs: cached kernels, a compiled program, or the Python loop."""

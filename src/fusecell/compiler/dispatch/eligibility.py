@@ -1,4 +1,4 @@
-"""Which calls, whatever their cell, must run eagerly, and which want gradients."""
+"""Eligibility of a call: why it cannot be compiled, whatever its cell, and whether it needs gradients."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from fusecell.execution.options import State
 
 __all__ = ["call_reasons", "needs_gradient"]
 
+# A subclass may give any operator another meaning.
 _EXACT = (Tensor, nn.Parameter)
 
 
 def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
-    """Why this call, whatever its cell, must run eagerly; empty if it need not."""
+    """Return why a call must run eagerly, whatever its cell; empty if it can be compiled."""
     dtype = inputs[0].dtype
+    # One pass for the usual case: this runs in every call on the slow path.
     usual = dtype is torch.float32 or dtype is torch.float64
     for value in (*inputs, *state):
         usual = usual and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
@@ -31,7 +33,7 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
 
 
 def _tensor_reasons(tensors: State) -> tuple[str, ...]:
-    """What is unusual about one of the tensors of a call."""
+    """Return the reason that a call's tensors give."""
     first = tensors[0]
     if not all(type(value) in _EXACT for value in tensors):
         return ("An input or state is a subclass of Tensor.",)
@@ -42,21 +44,25 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
         return (f"Inputs and states must all be float32 or all float64, got {kinds}.",)
     if any(value.is_neg() for value in tensors):
         return ("An input or state is a lazy negation.",)
-    return ("There is nothing to compute.",)
+    return ("The input is empty: T, N or a size is 0.",)
 
 
 def needs_gradient(cell: Cell, tensors: State) -> bool:
+    """Whether a call of a cell with these tensors has results with gradients."""
     if not torch.is_grad_enabled():
         return False
-    return any(value.requires_grad for value in tensors) or _learns(cell)
+    return any(value.requires_grad for value in tensors) or _has_trainable(cell)
 
 
-def _learns(module: nn.Module) -> bool:
-    """Whether a parameter, or a tensor that stands as an attribute of a drop-in layer's cell, wants a gradient."""
+def _has_trainable(module: nn.Module) -> bool:
+    """Whether a parameter or tensor attribute requires a gradient; ``Module.parameters()`` takes several times as long.
+
+    The cells of drop-in layers have the layer's parameters as plain attributes.
+    """
     for parameter in module._parameters.values():
         if parameter is not None and parameter.requires_grad:
             return True
     for value in vars(module).values():
         if isinstance(value, Tensor) and value.requires_grad:
             return True
-    return any(part is not None and _learns(part) for part in module._modules.values())
+    return any(part is not None and _has_trainable(part) for part in module._modules.values())

@@ -1,4 +1,4 @@
-"""The compiled runner: which calls it takes, the programs it keeps, and what happens to the rest."""
+"""The runners ``auto`` and ``compiled``: run machine code, or the Python loop with a warning, or raise the reasons."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 @one_thread_after_fork()
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
-    """Run machine code, or raise NotCompilable with the reasons."""
+    """Run machine code.
+
+    Raises:
+        NotCompilable: with the reasons, if the cell or the call cannot be compiled.
+    """
     reasons = call_reasons(inputs, state)
     if not reasons:
         result = _run(cell, inputs, state, options)
@@ -41,7 +45,7 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 
 @one_thread_after_fork()
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
-    """Run machine code where it can be, else the Python loop; say so once per class of cells and reason."""
+    """Run machine code if possible, else the Python loop; warn once per class of cells and reason."""
     if torch.compiler.is_compiling() or call_reasons(inputs, state):
         return run_eager(cell, inputs, state, options)
     result = _run(cell, inputs, state, options)
@@ -55,8 +59,9 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
 
 
 def _run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
-    found = (find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program)(cell, inputs)
-    return found if isinstance(found, Refusal) else found(cell, inputs, state, options)
+    find = find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program
+    program = find(cell, inputs)
+    return program if isinstance(program, Refusal) else program(cell, inputs, state, options)
 
 
 find_program = PROGRAMS.find
@@ -66,9 +71,9 @@ find_trainable = TRAINABLE_STEPS.find
 def refresh(module: nn.Module | None = None) -> None:
     """Forget what was compiled for the cells in a module and for others of their classes; for all, without a module.
 
-    A compiled step follows every attribute of its cell. It doesn't follow global variables, nor what its functions
-    enclose: after a change of those, call this. What :func:`fusecell.record` and torch's operator compiled is forgotten
-    too; what torch.compile has traced is torch's, and is forgotten by ``torch.compiler.reset()``.
+    A compiled step follows every attribute of its cell. It does not follow global variables, class attributes and the
+    variables that its functions enclose: call this after a change of one. It also drops what :func:`fusecell.record`
+    and torch's operator have compiled, but not what torch.compile has traced: that is ``torch.compiler.reset()``.
 
     Example:
         >>> import torch, fusecell as fc
@@ -85,7 +90,7 @@ def refresh(module: nn.Module | None = None) -> None:
         (tensor(1.), tensor(2.))
 
     Arguments:
-        module: a cell, a layer, or any module that holds some.
+        module: a cell, a layer, or any module that contains some.
     """
     kinds = None if module is None else {type(cell) for cell in iter_cells(module)}
     forget_programs(kinds)
@@ -93,10 +98,10 @@ def refresh(module: nn.Module | None = None) -> None:
 
 @register_cache
 def _forget_warnings(kinds: Collection[type] | None = None) -> None:
-    """Warn anew of cells that run as a Python loop."""
-    for warned in list(_warned):
-        if kinds is None or warned[0] in kinds:
-            _warned.discard(warned)
+    """Forget which warnings were given, so that they are given again."""
+    for kind, reasons in list(_warned):
+        if kinds is None or kind in kinds:
+            _warned.discard((kind, reasons))
 
 
 register("compiled", run_compiled)

@@ -85,7 +85,7 @@ class ModuleGuards:
         if self._simple and not buffers and not modules:
             return tensors
         if buffers or self._buffers.order:
-            if [*buffers] != self._buffers.order or any([buffers[name] is not None for name in self._buffers.absent]):
+            if [*buffers] != self._buffers.order or any(buffers[name] is not None for name in self._buffers.absent):
                 return None
             tensors += self._buffers.get(buffers)
         for name, function in self._functions:

@@ -1,1 +1,1 @@
-"""A traced cell as something callable on torch tensors, without and with gradients."""
+"""Run traced steps on torch tensors, without and with gradients."""

@@ -1,4 +1,4 @@
-"""New memory for results: large blocks on huge pages, where the system gives them on request."""
+"""Allocate results, large ones on huge pages where the system has them on request."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 __all__ = ["new_empty"]
 
-# From this size NumPy asks Linux for huge pages; torch doesn't. A page is touched first by a fault of the system's,
-# which for pages of 4 kB can take as long as a kernel that fills them.
-_LARGE = 1 << 22
+# From this size on NumPy asks Linux for huge pages (madvise); torch does not. The first touch of each page is a page
+# fault, and with pages of 4 kB these can take as long as the kernel that fills the memory.
+_HUGE_PAGES_BYTES = 1 << 22
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def new_empty(like: Tensor, *shape: int, rows_first: bool = False) -> Tensor:
-    """A tensor of a shape, of the dtype of another on the CPU, its values left as they are found.
+    """Return an uninitialised tensor on the CPU with the dtype of another.
 
-    It is no view: its owner may detach and change it in place.
+    It is no view, which autograd would forbid its owner to detach and change in place.
 
     Arguments:
-        rows_first: hand over what lies in memory as (T, N, size) as (N, T, size).
+        rows_first: for memory as (T, N, size), return a tensor of shape (N, T, size).
     """
-    if math.prod(shape) * like.element_size() < _LARGE:
+    if math.prod(shape) * like.element_size() < _HUGE_PAGES_BYTES:
         if not rows_first:
             return like.new_empty(shape)
         steps, rows, size = shape

@@ -1,1 +1,1 @@
-"""Kernels in this process: compiled, given their arguments, run by a team of threads."""
+"""Kernels in this process: compile them, bind their arguments, run them on a team of threads."""

@@ -1,8 +1,9 @@
-"""The check mode, ``FUSECELL_CHECK=1``: guard pages and canaries round all memory of a kernel, and scratch full of NaN.
+"""The check mode, ``FUSECELL_CHECK=1``: guard pages and canaries around a kernel's memory, scratch full of NaN.
 
-A kernel gets copies of everything the caller gives, and scratch of the check's own. Each piece ends where a page
-begins that nobody may touch, so that reading or writing one number too far ends the process on the spot; a canary
-stands before it. What is read of scratch before it is written is NaN and spoils the result.
+A kernel gets copies of all the caller's memory, and scratch of the check's own. Each piece ends at a page that the
+process may not touch, so that reading or writing one number too far ends the process on the spot; before it there is a
+canary, as only one end of it can be at a page. Scratch that is read before it is written is NaN, and spoils the result.
+It is what Electric Fence does for malloc.
 """
 
 from __future__ import annotations
@@ -29,27 +30,31 @@ __all__ = ["ENABLED", "Extent", "GuardedScratch", "checked_run"]
 ENABLED = os.environ.get("FUSECELL_CHECK", "") not in ("", "0")
 
 _CANARY = 0xFF
-"""Every byte of it: as a number, NaN; as an address, none."""
-_ROOM = 256
-"""Bytes of a canary, at the least."""
+"""Value of all its bytes: NaN as a number, no valid address as a pointer."""
+_CANARY_BYTES = 256
+"""The least size of a canary."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A piece of the caller's memory: its word, and the words of the bytes between its rows, with their counts."""
+    """A piece of the caller's memory: a tensor, of which only the last dimension has to be contiguous.
+
+    Arguments:
+        pointer: the slot of its address.
+        strides: slot of the stride and size of each dimension but the last.
+        row: bytes of the last dimension.
+        written: whether the kernel may write there.
+        slack: bytes behind it that the kernel may read.
+    """
 
     name: str
     pointer: int
     strides: tuple[tuple[int, int], ...]
-    """For each dimension but the last: the word of its stride, and how many there are."""
     row: int
-    """Bytes of the last dimension."""
     written: bool = True
-    """Whether the kernel writes there."""
     slack: int = 0
-    """Bytes behind it that the caller lets the kernel read."""
 
 
 class _Guarded:
@@ -62,15 +67,15 @@ class _Guarded:
     def __init__(self, name: str, size: int, slack: int = 0) -> None:
         self.name, self.size = name, size
         page = mmap.PAGESIZE
-        inside = align_up(size + _ROOM, page)
-        self._map = mmap.mmap(-1, inside + 2 * page)
-        whole: Bytes = np.frombuffer(self._map, np.uint8)
-        first = whole.ctypes.data
-        self._inside = whole[page : page + inside]
-        self._inside[:] = _CANARY
-        self.start = first + page + inside - size
-        self._before, self._behind = self._inside[: inside - size], self._inside[inside - slack :]
-        for guard in (first, first + page + inside):
+        usable = align_up(size + _CANARY_BYTES, page)
+        self._map = mmap.mmap(-1, usable + 2 * page)
+        pages: Bytes = np.frombuffer(self._map, np.uint8)
+        first = pages.ctypes.data
+        inside = pages[page : page + usable]
+        inside[:] = _CANARY
+        self.start = first + page + usable - size
+        self._before, self._behind = inside[: usable - size], inside[usable - slack :]
+        for guard in (first, first + page + usable):
             _forbid(guard, page)
 
     def check(self) -> None:
@@ -81,21 +86,23 @@ class _Guarded:
 
 
 class GuardedScratch:
-    """Scratch memory in which every buffer stands alone between guard pages.
+    """Scratch memory in which every buffer has guard pages of its own.
 
     Arguments:
-        block: of the call; takes the buffers' addresses.
+        values: the slots of the call's argument block, which get the buffers' addresses.
+        indices: of the slots, by name.
     """
 
     def __init__(
-        self, block: array[int], emitted: Emitted, position: Mapping[str, int], *, rows: int, chunk: int
+        self, values: array[int], emitted: Emitted, indices: Mapping[str, int], *, rows: int, chunk: int
     ) -> None:
         self._buffers = []
-        block[position["scratch"]] = 0
+        # Without scratch of the caller's a kernel takes each buffer's address from a slot of its own.
+        values[indices["scratch"]] = 0
         for name, size in emitted.buffers.items():
-            bytes_ = align_up(size.bytes(rows, chunk))
-            self._buffers.append(_Guarded(f"its buffer {name}", bytes_, emitted.slack))
-            block[position[f"at.{name}"]] = self._buffers[-1].start
+            size_bytes = align_up(size.bytes(rows, chunk))
+            self._buffers.append(_Guarded(f"its buffer {name}", size_bytes, emitted.slack))
+            values[indices[f"at.{name}"]] = self._buffers[-1].start
 
     def check(self) -> None:
         """Raise if anything was written outside a buffer.
@@ -109,74 +116,79 @@ class GuardedScratch:
 
 def checked_run(
     run: Callable[[int], None],
-    block: array[int],
+    values: array[int],
     emitted: Emitted,
     extents: list[Extent],
-    position: Mapping[str, int],
+    indices: Mapping[str, int],
     *,
     rows: int,
     chunk: int,
 ) -> None:
-    """Run a kernel on guarded copies of the caller's memory and in guarded scratch, then bring the results home.
+    """Run a kernel on guarded copies of the caller's memory and in guarded scratch, then copy the results back.
+
+    Arguments:
+        values: the slots of the call's argument block.
+        indices: of the slots, by name.
 
     Raises:
         CompilerError: naming the buffer, if anything was written outside one or an address is missing.
     """
     for name in emitted.pointers:
-        if not block[position[name]]:
+        if not values[indices[name]]:
             raise CompilerError(f"a kernel was called without {name}.")
-    scratch = GuardedScratch(block, emitted, position, rows=rows, chunk=chunk)
-    copies = [_Copy(extent, block) for extent in extents if block[extent.pointer]]
+    scratch = GuardedScratch(values, emitted, indices, rows=rows, chunk=chunk)
+    copies = [_Copy(extent, values) for extent in extents if values[extent.pointer]]
     for copy in copies:
-        copy.bring()
-    run(block.buffer_info()[0])
+        copy.copy_in()
+    run(values.buffer_info()[0])
     scratch.check()
     for copy in copies:
         copy.guarded.check()
-        copy.take_home()
+        copy.copy_out()
 
 
 class _Copy:
-    """A piece of the caller's memory, packed row by row into guarded memory for the time of a call."""
+    """A guarded copy of a piece of the caller's memory, its rows one behind the other, for the time of a call."""
 
-    def __init__(self, extent: Extent, block: array[int]) -> None:
-        self.extent, self.block = extent, block
-        self.theirs = block[extent.pointer]
-        # Rows that are one and the same stay so.
-        dims = [(word, block[word], count if block[word] else 1) for word, count in extent.strides]
-        self.words = [word for word, _, _ in dims]
-        self.strides, self.counts = [stride for _, stride, _ in dims], [count for _, _, count in dims]
-        self.row = extent.row
-        while self.strides and self.strides[-1] == self.row:  # rows that touch are moved as one
-            self.strides.pop()
-            self.row *= self.counts.pop()
-        size = math.prod(self.counts) * self.row
+    def __init__(self, extent: Extent, values: array[int]) -> None:
+        self._extent, self._values = extent, values
+        self._original = values[extent.pointer]
+        # A stride of 0 makes all rows one, and so they stay in the copy.
+        dims = [(slot, values[slot], count if values[slot] else 1) for slot, count in extent.strides]
+        self._slots = [slot for slot, _, _ in dims]
+        self._strides, self._counts = [stride for _, stride, _ in dims], [count for _, _, count in dims]
+        self._row = extent.row
+        while self._strides and self._strides[-1] == self._row:  # contiguous rows are copied as one
+            self._strides.pop()
+            self._row *= self._counts.pop()
+        size = math.prod(self._counts) * self._row
         self.guarded = _Guarded(extent.name, size + extent.slack, extent.slack)
 
-    def bring(self) -> None:
-        """Have the kernel work on the copy."""
-        for theirs, ours in self._rows():
-            ctypes.memmove(ours, theirs, self.row)
-        self.block[self.extent.pointer] = self.guarded.start
-        size = self.row
-        for word, stride, count in reversed(list(zip(self.words, self.strides, self.counts, strict=False))):
-            self.block[word] = size if stride else 0
+    def copy_in(self) -> None:
+        """Copy the original, and write address and strides of the copy into the argument block."""
+        for original, copy in self._rows():
+            ctypes.memmove(copy, original, self._row)
+        self._values[self._extent.pointer] = self.guarded.start
+        size = self._row
+        for slot, stride, count in reversed(list(zip(self._slots, self._strides, self._counts, strict=False))):
+            self._values[slot] = size if stride else 0
             size *= count
 
-    def take_home(self) -> None:
-        """Bring the copy's values to the caller, and the addresses back."""
-        for word, stride in zip(self.words, self.strides, strict=False):
-            self.block[word] = stride
-        self.block[self.extent.pointer] = self.theirs
-        if self.extent.written:
-            for theirs, ours in self._rows():
-                ctypes.memmove(theirs, ours, self.row)
+    def copy_out(self) -> None:
+        """Restore address and strides, and copy what the kernel has written to the original."""
+        for slot, stride in zip(self._slots, self._strides, strict=False):
+            self._values[slot] = stride
+        self._values[self._extent.pointer] = self._original
+        if self._extent.written:
+            for original, copy in self._rows():
+                ctypes.memmove(original, copy, self._row)
 
     def _rows(self) -> Iterator[tuple[int, int]]:
-        ours = self.guarded.start
-        for index in np.ndindex(*self.counts):
-            yield self.theirs + sum(i * stride for i, stride in zip(index, self.strides, strict=True)), ours
-            ours += self.row
+        """Yield the addresses of each row in the original and in the copy."""
+        copy = self.guarded.start
+        for index in np.ndindex(*self._counts):
+            yield self._original + sum(i * stride for i, stride in zip(index, self._strides, strict=True)), copy
+            copy += self._row
 
 
 @functools.cache
@@ -185,6 +197,6 @@ def _libc() -> ctypes.CDLL:
 
 
 def _forbid(address: int, size: int) -> None:
-    """Have the system end the process that touches these pages; where it can't, canaries are all there is."""
+    """Have the system end the process if it touches these pages; on Windows canaries have to do."""
     if sys.platform != "win32" and _libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0):
         raise MemoryError(f"no guard page at {address:#x}: the system has none left.")

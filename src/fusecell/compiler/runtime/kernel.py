@@ -1,4 +1,4 @@
-"""A kernel: machine code for one graph, with the sizes that its calls need.
+"""Kernels: compile a graph to machine code, and compute the sizes that its calls need.
 
 Nothing here needs torch: a stream that was saved runs kernels on NumPy's memory.
 """
@@ -32,35 +32,41 @@ __all__ = ["Kernel", "compile_graph"]
 class Kernel:
     """Machine code for one graph; any number of steps and rows.
 
-    Its functions take the address of an :class:`ArgumentBlock`.
+    Arguments:
+        source: the graph before any pass.
+        seconds: the time it took from the graph to callable code.
+        macs: multiply-adds per row and step.
+        loop_macs: those of them that depend on the step before.
+        output_sizes: features of each output that has a row for every step and row of the batch.
+        short, long: run the kernel on one thread; the argument is the address of an :class:`ArgumentBlock`. Only
+            ``long`` lets other Python threads run meanwhile: to take the GIL again can cost more than a short call.
+        team: the address of ``@team``, which each thread of a team runs.
     """
 
     source: Graph
-    """The graph before any pass."""
     plan: Plan
     emitted: Emitted
     loaded: Loaded
     seconds: float
-    """How long it took from the graph to callable code."""
     macs: int
-    """Multiply-adds of a row's step."""
     output_sizes: dict[str, int]
-    """Features of each output that has a row for every step and row of the batch."""
     slots: Slots
     itemsize: int
     short: Callable[[int], None]
     long: Callable[[int], None]
     team: int
-    """The address of ``@team``, which each thread of a team runs."""
     loop_macs: int
-    """Multiply-adds of a row's step that wait for the step before."""
 
     def block(self) -> ArgumentBlock:
         """Return the argument block of a new call, with nothing bound yet."""
         return ArgumentBlock(self.slots)
 
     def chunk(self, steps: int, rows: int) -> int:
-        """Return the steps of a chunk: as many as fit L2, but enough rows to be worth reading the weights for."""
+        """Return the steps of a chunk: as many as fit L2, but enough rows to be worth reading the weights for.
+
+        A chunk's buffers are written by one stage and read by the next, so they should stay in L2. Weights that are
+        larger than L2 come from L3 for every chunk anew, which only pays with many rows to multiply by them.
+        """
         size, rows, sizes = self.emitted.scratch, max(rows, 1), tuning.TUNING
         step_bytes = max(size.per_chunk_row * rows, 1)
         if step_bytes * steps <= min(size.fixed, sizes.only_chunk_bytes):
@@ -72,7 +78,7 @@ class Kernel:
         return max(1, min(steps, max(least, sizes.chunk_bytes // step_bytes)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
-        """What a call needs, and room to align it."""
+        """Return the bytes of scratch memory that a call needs, with room to align it."""
         return align_up(self.emitted.scratch.bytes(rows, self.chunk(steps, rows), threads)) + ALIGNMENT
 
     def set_sizes(
@@ -89,13 +95,13 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code
     """Check, optimise, schedule, emit and load a graph.
 
     Arguments:
-        backward: whether it is a gradient's.
-        about: what it is of, for the headlines of ``FUSECELL_DEBUG``.
-        code_bytes: the most that its LLVM text may have.
+        backward: whether it is the graph of a gradient.
+        about: what is compiled, for the headlines of ``FUSECELL_DEBUG``.
+        code_bytes: the limit of the size of its LLVM text.
 
     Raises:
         CompilerError: for a graph that breaks its contract (``ir.contract``), or whose text is longer.
-        ValueError: if ``FUSECELL_DEBUG`` names a stage that there is none of.
+        ValueError: if ``FUSECELL_DEBUG`` names an unknown stage.
     """
     shown = debug_stages()
     began = time.perf_counter()
@@ -130,14 +136,14 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code
 
 
 def _macs(schedule: Plan) -> int:
-    """Multiply-adds of a row's step."""
+    """Count the multiply-adds per row and step."""
     graph = schedule.graph
-    total = sum(found.height * found.width for found in schedule.sums if found.a is not None)
+    total = sum(each.height * each.width for each in schedule.sums if each.a is not None)
     return total + sum(_macs_of(graph, index) for index, node in graph if node.op == "affine")
 
 
 def _macs_of(graph: Graph, index: int) -> int:
-    """Multiply-adds of a row's products."""
+    """Count the multiply-adds of the products of one node per row."""
     node = graph[index]
     terms: Any = node.attrs["terms"]
     return sum((term["rows"][1] - term["rows"][0]) * node.size for term in terms)

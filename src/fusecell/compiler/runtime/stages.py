@@ -1,7 +1,6 @@
-"""Show what each stage of the compiler made of a kernel: to whoever asks, and to stderr with ``FUSECELL_DEBUG``.
+"""Texts of a kernel at each stage of the compiler, also printed to stderr with ``FUSECELL_DEBUG``.
 
-``FUSECELL_DEBUG=graph,plan`` prints these stages of every kernel when it is compiled. The words are those of
-``STAGES``.
+``FUSECELL_DEBUG=graph,plan`` prints these two of every kernel when it is compiled; ``STAGES`` has all their names.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ _VARIABLE = "FUSECELL_DEBUG"
 
 @dataclass(frozen=True)
 class KernelStages:
-    """The texts of one kernel, stage by stage; printed, the plan.
-
-    Attributes:
-        kernel: the kernel that they became.
-    """
+    """The texts of one kernel, stage by stage; ``str()`` of it is the plan."""
 
     kernel: Kernel = field(repr=False)
 
@@ -61,7 +56,7 @@ class KernelStages:
         return self.kernel.loaded.assembly()
 
     def text(self, stage: str) -> str:
-        """The text of one of ``STAGES``; passes that change nothing are named only."""
+        """Return the text of one of ``STAGES``; of passes that change nothing only the names."""
         check_stage(stage)
         if stage == "passes":
             return self._passes_text()
@@ -78,13 +73,13 @@ class KernelStages:
 
 
 def check_stage(stage: str) -> None:
-    """Raise ValueError unless there is a stage of that name."""
+    """Raise ValueError unless ``stage`` is one of ``STAGES``."""
     if stage not in STAGES:
         raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
 
 
 def debug_stages() -> tuple[str, ...]:
-    """Read from ``FUSECELL_DEBUG`` which stages are to be printed; it is read at every compilation.
+    """Return the stages that ``FUSECELL_DEBUG`` asks for now.
 
     Example:
         >>> import os
@@ -95,7 +90,7 @@ def debug_stages() -> tuple[str, ...]:
         >>> del os.environ["FUSECELL_DEBUG"]
 
     Raises:
-        ValueError: if it names a stage that there is none of.
+        ValueError: if it names an unknown stage.
     """
     words = [word.strip() for word in os.environ.get(_VARIABLE, "").split(",")]
     stages = tuple(dict.fromkeys(word for word in words if word))
@@ -109,7 +104,7 @@ def debug_stages() -> tuple[str, ...]:
 
 
 def print_stages(kernel: Kernel, about: str, stages: tuple[str, ...]) -> None:
-    """Print some stages of a kernel to stderr, each under a headline: what it is of, its dtype and its target."""
+    """Print some stages of a kernel to stderr, each under a headline with its step, dtype and target."""
     texts = KernelStages(kernel)
     about = f"{about or kernel.plan.graph.title}, {kernel.plan.graph.dtype}, {kernel.loaded.target.name}"
     for stage in stages:

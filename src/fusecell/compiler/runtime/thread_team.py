@@ -1,8 +1,8 @@
-"""The threads that run a call together: the OpenMP team that torch has already.
+"""Thread teams: run a kernel on the threads of torch's OpenMP runtime, or else on Python's.
 
-torch's operators leave their threads spinning for the next one. Threads of our own would have to share cores with them;
-so where torch brings an OpenMP runtime with GNU's entry, as on Linux, a call's team is that one. Elsewhere it is of
-Python's threads, which kernels let go of the lock for.
+After an operator of torch, OpenMP's threads keep spinning for the next one (GOMP_SPINCOUNT, KMP_BLOCKTIME), and other
+threads would have to share cores with them. So where torch has loaded an OpenMP runtime with GNU's entry point, as on
+Linux, a team is made of its threads. Elsewhere it is made of Python threads, and the kernel runs without the GIL.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ _EMPTY = array("q", bytes(SLOT_BYTES * TeamBlock.slots()))
 
 
 def run_team(address: int, args: int, threads: int, microseconds: float) -> None:
-    """Call machine code once in each thread of a team, the caller's own among them; return when all are done.
+    """Call machine code once in each thread of a team, including the calling one; return when all are done.
 
     Arguments:
-        address: of ``@team``, a C function of a :class:`TeamBlock`, which needs no lock of Python's.
+        address: of ``@team``, a C function of a :class:`TeamBlock`.
         args: the address of the call's argument block.
-        threads: how many are asked for. A forked child has one: the others are its parent's.
-        microseconds: what the call would take on one thread, about.
+        threads: the size of the team; a runtime may start fewer.
+        microseconds: an estimate of the call on one thread.
     """
-    if in_forked_child():
+    if in_forked_child():  # which has none of its parent's threads: OpenMP would wait for them for ever
         threads = 1
     runtime = _openmp() if threads > 1 else None
     limits = tuning.TUNING
+    # The leader waits for the others about as long as it would take to do their work as well.
     arrival_us = min(max(microseconds, limits.least_arrival_us), limits.most_arrival_us)
     block = _EMPTY[:]
     block[TeamBlock.YIELD] = _yield()
@@ -49,14 +50,14 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
     block[TeamBlock.THREADS] = threads
     block[TeamBlock.ARGUMENTS] = args
     block[TeamBlock.ARRIVAL_BUDGET] = int(arrival_us * limits.spins_per_us)
-    here = block.buffer_info()[0]
+    block_address = block.buffer_info()[0]
     began = time.perf_counter()
     if runtime is not None:
-        runtime.parallel(address, here, threads, 0)
+        runtime.parallel(address, block_address, threads, 0)
     else:
         call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-        helpers = [_pool(threads - 1).submit(call, here) for _ in range(threads - 1)]
-        call(here)
+        helpers = [_pool(threads - 1).submit(call, block_address) for _ in range(threads - 1)]
+        call(block_address)
         for helper in helpers:
             helper.result()
     now = time.perf_counter()
@@ -65,18 +66,22 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
 
 
 def backs_off() -> bool:
-    """Whether a call should do without a team, because the last one had to wait for cores that others use."""
+    """Whether calls are to run on one thread for a while, because the last ones had to wait for busy cores."""
     return _backoff.until > time.perf_counter()
 
 
 class _Backoff:
-    """Until when calls do without a team: after two in a row that waited, for a while, twice as long each time."""
+    """Exponential backoff: no team for a while after two late calls in a row, twice as long each time.
+
+    A team that shares its cores with other processes waits at every barrier for the thread that has none, and is many
+    times slower than one thread.
+    """
 
     def __init__(self) -> None:
         self.until, self._next, self._was_late = 0.0, tuning.TUNING.least_backoff_s, False
 
     def judge(self, now: float, *, late: bool) -> None:
-        """Take note of a call that ended now."""
+        """Record a call that ended now, and start or reset the backoff."""
         if late and self._was_late:
             self.until, self._next = now + self._next, min(2 * self._next, tuning.TUNING.most_backoff_s)
         elif not late:
@@ -89,16 +94,20 @@ _backoff = _Backoff()
 
 @dataclass(frozen=True)
 class _OpenMP:
-    """The runtime that is loaded already: what runs a function in its team, and what tells how many do."""
+    """An OpenMP runtime.
+
+    Arguments:
+        parallel: ``GOMP_parallel(function, argument, threads, flags)``: run a function in a team.
+        count: the address of ``omp_get_num_threads``: a team may be smaller than it was asked to be.
+    """
 
     parallel: Callable[[int, int, int, int], None]
     count: int
-    """The address of ``omp_get_num_threads``: a team may be smaller than it was asked for."""
 
 
 @functools.cache
 def _openmp() -> _OpenMP | None:
-    """The runtime with GNU's entry that is loaded already; another of the same name would be another team."""
+    """Find the runtime that torch has loaded, by its path: a second copy would have threads of its own."""
     if not _MAPS.exists():
         return None
     for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -115,7 +124,7 @@ def _openmp() -> _OpenMP | None:
 
 @functools.cache
 def _yield() -> int:
-    """The address of what gives the core to another thread."""
+    """Return the address of the system's function that lets another thread have the core."""
     library: Any = ctypes.CDLL("kernel32") if sys.platform == "win32" else ctypes.CDLL(None)
     return _address(library.SwitchToThread if sys.platform == "win32" else library.sched_yield)
 
