@@ -80,18 +80,19 @@ def forget(kinds: Collection[type] | None = None) -> None:
     _CALLS.clear()
 
 
-def find(owner: nn.Module, form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
-    """See :func:`fusecell.execution.call_cache.CallCache`."""
+def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, State] | None:
+    """See :class:`fusecell.execution.call_cache.CallCache`; ``args`` are the input and, if passed, the states."""
     module_calls = _CALLS.get(id(owner))
     if module_calls is None or module_calls.owner() is not owner:
         return None
-    call = module_calls.calls.get((form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing()))
+    # What is cheap to compare is in the key, so that calls of other shapes miss before any guard is run.
+    call = module_calls.calls.get((form, len(args), args[0].shape, torch.is_grad_enabled(), recomputing()))
     if call is None or forward_ad._current_level >= 0:
         return None
     tensors = call.guards.tensors(owner)
     if tensors is None:
         return None
-    tensors = given + tensors
+    tensors = args + tensors
     if not call.check_tensors(*tensors):
         return None
     module_calls.misses = 0
@@ -106,29 +107,30 @@ def _has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def keep(owner: nn.Module, form: CallForm, given: State, factory: CellFactory | None) -> None:
-    """See :func:`fusecell.execution.call_cache.CallCache`."""
+def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | None) -> None:
+    """See :class:`fusecell.execution.call_cache.CallCache`; ``args`` are the input and, if passed, the states."""
     module_calls = _CALLS.get(id(owner))
     if module_calls is None or module_calls.owner() is not owner:
         module_calls = _CALLS[id(owner)] = _ModuleCalls(owner)
     calls = module_calls.calls
-    key = (form, len(given), given[0].shape, torch.is_grad_enabled(), recomputing())
+    key = (form, len(args), args[0].shape, torch.is_grad_enabled(), recomputing())
+    # Looked at once: nothing that makes a call uncacheable is likely to change, and preparing it in vain is slow.
     uncacheable = key in calls and calls[key] is None
-    if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(given):
+    if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(args):
         return
     if torch._C._is_any_autocast_enabled() or _has_saved_tensor_hooks():
         return
-    inputs, state = (form.sequence(given[0]),), tuple([form.rows_of(value) for value in given[1:]])
+    inputs, state = (form.sequence(args[0]),), tuple([form.rows_of(value) for value in args[1:]])
     if call_reasons(inputs, state):
         return
     if len(calls) >= _MAX_CALLS:
         calls.clear()
     module_calls.misses += 1
-    calls[key] = _prepare(owner, form, given, inputs, factory)
+    calls[key] = _prepare(owner, form, args, inputs, factory)
 
 
 def _prepare(
-    owner: nn.Module, form: CallForm, given: State, inputs: State, factory: CellFactory | None
+    owner: nn.Module, form: CallForm, args: State, inputs: State, factory: CellFactory | None
 ) -> _CachedCall | None:
     """Prepare the kernels of a call; None where guards and addresses are not all that it takes."""
     # Before the cell is built: a parametrized weight may change whenever it is read.
@@ -136,25 +138,25 @@ def _prepare(
         guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
     )
     cell: Any = owner if factory is None else factory.cell()
-    if guards is None or not _starts_from_zeros(cell, given):
+    if guards is None or not _starts_from_zeros(cell, args):
         return None
-    trainable = needs_gradient(cell, given)
+    trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
     leaves = step.traced.weights.stored_leaves if isinstance(step, TrainableStep | Program) else None
     module_tensors = guards.tensors(owner)
     if leaves is None or module_tensors is None:
         return None
-    indices = {path: index for index, path in enumerate(guards.paths, len(given))}
+    indices = {path: index for index, path in enumerate(guards.paths, len(args))}
     if factory is not None:
         indices = {path: indices[name] for path, name in factory.weights.items()}
-    weights, tensors = [indices[path] for path, _ in leaves], given + module_tensors
+    weights, tensors = [indices[path] for path, _ in leaves], args + module_tensors
     matrices = tuple([leaf.made(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
     check = tensor_guards(tensors)
     # A leaf that is a copy of its weight would have to be copied in every call.
     pairs = zip(matrices, weights, strict=True)
     if check is None or any(matrix.data_ptr() != tensors[index].data_ptr() for matrix, index in pairs):
         return None
-    call = ExampleCall(form, tensors, len(given), weights, matrices)
+    call = ExampleCall(form, tensors, len(args), weights, matrices)
     try:
         if not trainable:
             return _CachedCall(guards, check, _InferenceCall(step, call))
@@ -164,12 +166,12 @@ def _prepare(
         return None
 
 
-def _starts_from_zeros(cell: Cell, given: State) -> bool:
-    """Whether a cell draws nothing, takes one input, and starts from zeros if no state is given."""
+def _starts_from_zeros(cell: Cell, args: State) -> bool:
+    """Whether a cell draws nothing, takes one input, and starts from zeros if no state is passed."""
     kind, attributes = type(cell), vars(cell)
     if len(cell.inputs) > 1 or "draw" in attributes or "initial_state" in attributes:
         return False
-    return len(given) > 1 or kind.initial_state is Cell.initial_state or not cell.states
+    return len(args) > 1 or kind.initial_state is Cell.initial_state or not cell.states
 
 
 class _InferenceCall:
@@ -218,12 +220,12 @@ class _TrainingCall:
 
     def eager(self, owner: nn.Module, tensors: State) -> State:
         """Run the Python loop with torch's autograd, for gradients of gradients."""
-        given, weights, form = tensors[: self._count], tensors[self._count :], self.form
+        args, weights, form = tensors[: self._count], tensors[self._count :], self.form
         cell: Any = self._template
         if cell is None:
             cell = owner
             self._step.check_unchanged(cell)
-        x, state = form.sequence(given[0]), tuple([form.rows_of(value) for value in given[1:]])
+        x, state = form.sequence(args[0]), tuple([form.rows_of(value) for value in args[1:]])
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
         cell = rebound(cell, dict(zip(self._paths, weights, strict=True)), ())
@@ -256,8 +258,8 @@ class _CachedScan(torch.autograd.Function):
     def forward(ctx: Any, call: _TrainingCall, owner: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.call, ctx.owner = call, owner
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, *tensors)
+        ctx.set_materialize_grads(False)  # None for a gradient that there is none of: kernels need no zeros for it
+        ctx.save_for_backward(saved, *tensors)  # which sees if a tensor is changed in place before the backward
         return after if outputs is None else (outputs, *after)
 
     @staticmethod
@@ -272,7 +274,7 @@ class _CachedScan(torch.autograd.Function):
             owner: nn.Module = ctx.owner
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiated(lambda aliases: call.eager(owner, aliases), tensors, needed, grads)
-        if not call.form.outputs:
+        if not call.form.outputs:  # then the states are the only results
             grads = (None, *grads)
         return None, None, *call.backward(saved, tensors, grads)
 
@@ -283,7 +285,7 @@ _apply: Any = super(torch.autograd.Function, _CachedScan).apply
 
 class _FastPath:
     find = staticmethod(find)
-    keep = staticmethod(keep)
+    keep = staticmethod(store)
 
 
 CACHE: CallCache = _FastPath()

@@ -52,6 +52,7 @@ class ProgramCache(Generic[Compiled]):
     def find(self, cell: Cell, inputs: State) -> Compiled | Refusal:
         """Return what was compiled for a cell as it is now, or compile it, for the target that is in force."""
         key = (signature(cell), tuple([value.shape[2:] for value in inputs]), inputs[0].dtype)
+        # Without the lock, as a dict's get is atomic: most calls find their program.
         return self._programs.get(key) or self._new(key, cell, inputs)
 
     def forget(self, kinds: Collection[type] | None = None) -> None:

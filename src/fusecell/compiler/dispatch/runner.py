@@ -46,6 +46,7 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 @one_thread_after_fork()
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code if possible, else the Python loop; warn once per class of cells and reason."""
+    # Neither is worth a warning: torch compiles the loop itself, and another call of the cell may be compiled.
     if torch.compiler.is_compiling() or call_reasons(inputs, state):
         return run_eager(cell, inputs, state, options)
     result = _run(cell, inputs, state, options)

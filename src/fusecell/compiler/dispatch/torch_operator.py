@@ -114,6 +114,7 @@ def _described(
 
     In an export the weights are fake, so the step is traced with real ones of their shapes.
     """
+    # Out of the fake tensors' mode of torch's trace; gradients on, as in the call that it will become.
     with _disable_current_modes(), torch.enable_grad():
         suffix, cell = "", owner
         if leaf >= 0:

@@ -53,6 +53,7 @@ class TrainableStep:
         weights = prologue.values(cell)
         flags = tuple([value.requires_grad for value in (*inputs, *weights)])
         recompute = options.recompute or recomputing()
+        # Without the lock, as a dict's get is atomic: most calls find their kernels.
         training = self._trainings.get((recompute, *flags)) or self.training(flags, recompute)
         if isinstance(training, Refusal):
             return training
@@ -89,7 +90,7 @@ class TrainableStep:
             recompute: save the states only, and compute everything else again in the backward.
         """
         key = (recompute, *flags)
-        with _LOCK:
+        with _LOCK:  # so that two threads do not compile the same
             if key not in self._trainings:
                 try:
                     graphs = self.forward_backward(flags, recompute)
@@ -119,8 +120,8 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, step: TrainableStep, cell: Cell, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         saved, outputs, after = call.forward(tensors)
         ctx.step, ctx.cell, ctx.call = step, cell, call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, *tensors)
+        ctx.set_materialize_grads(False)  # None for a gradient that there is none of, instead of zeros
+        ctx.save_for_backward(saved, *tensors)  # which sees if a tensor is changed in place before the backward
         return outputs, *after
 
     @staticmethod

@@ -146,6 +146,7 @@ class PreparedCall:
             self._unread.append((slot, offset))
             offset += align_up(size)
         self._unread_size, self._size = offset, offset + kernel.scratch_bytes(steps, rows)
+        # Gaps between what two threads write of a buffer, `Tuning.thread_gap_bytes`.
         self._per_helper = kernel.emitted.scratch.per_helper
 
     def bind(self, tensors: State) -> array[int]:
@@ -160,6 +161,7 @@ class PreparedCall:
         kernel, steps, rows = self.kernel, self._steps, self._rows
         threads = team_size(kernel, steps, rows) if self._worth_team else 1
         size = self._size + (threads - 1) * self._per_helper
+        # The usual case without a call: the thread's scratch memory is large enough from the first calls on.
         address, memory = _thread.address, None
         if size > _thread.size:
             memory = _scratch(size)

@@ -83,7 +83,7 @@ class Training:
         self, inputs: Sequence[str], weights: Sequence[str], graphs: ForwardBackward, about: str = "step"
     ) -> None:
         self.graphs = graphs
-        # The backward reads the gradient of the output like an input, one row for every row of every step.
+        # To the backward the gradient of the output is another input, with a row for every row of every step.
         self._inputs, self._weights = (*inputs, "grad.output"), tuple(weights)
         self.forward = self._indexed(compile_graph(graphs.forward, about=f"{about}, forward"))
         self.backward = self._indexed(compile_graph(graphs.backward, backward=True, about=f"{about}, backward"))

@@ -67,6 +67,7 @@ class Slots:
             elif not label.startswith(("state.", SAVED)):
                 self.outputs[label] = self._find(f"out.{label}", *sequence)
         self._check(emitted)
+        # Copied for each call: a slice of an array is one memcpy.
         self.empty = array("q", bytes(SLOT_BYTES * len(emitted.slots)))
 
     def _find(self, name: str, *parts: str) -> _Indices:
@@ -162,6 +163,7 @@ class ArgumentBlock:
                 strides = tensor.stride()
                 self.copies.append(tensor)
             values[address], values[row] = tensor.data_ptr(), strides[1] * itemsize
+            # A stride of 0 repeats the only step of an input that is the same at all of them.
             values[step] = strides[0] * itemsize if tensor.shape[0] > 1 else 0
 
     def bind_states(self, table: Iterable[_Indices], tensors: Iterable[Strided]) -> None:

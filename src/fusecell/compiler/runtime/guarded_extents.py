@@ -56,6 +56,7 @@ def _tensors(kernel: Kernel, steps: int, rows: int) -> Iterator[Extent]:
 
 def _tables(kernel: Kernel, values: array[int], steps: int) -> Iterator[Extent]:
     """Yield the tables of rows that differ in length: their order, and their number in each step."""
+    # The kernel writes none of them, but an index beyond their end would read another table's numbers unseen.
     sizes = (("order", values[kernel.slots.rows]), ("counts", steps), ("offsets", steps))
     for (name, size), address in zip(sizes, kernel.slots.ragged, strict=True):
         yield Extent(name, address, (), 8 * size, written=False)
@@ -65,7 +66,7 @@ def _saved(kernel: Kernel, values: array[int], steps: int) -> Iterator[Extent]:
     """Yield the values saved for the backward, each with a row for every row of every step."""
     _, counts, _ = kernel.slots.ragged
     all_rows = steps * values[kernel.slots.rows]
-    if values[counts]:
+    if values[counts]:  # with lengths only the rows that take part in a step have memory
         all_rows = sum((ctypes.c_int64 * steps).from_address(values[counts]))
     for buffer in kernel.plan.saved():
         row = padded(buffer.size) * kernel.itemsize

@@ -124,6 +124,7 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code
         output_sizes={label: graph[graph.outputs[label]].size for label in slots.outputs},
         slots=slots,
         itemsize=graph.dtype.itemsize,
+        # PYFUNCTYPE holds the GIL during the call, CFUNCTYPE releases it.
         short=ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address),
         long=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
         team=loaded.address("team"),

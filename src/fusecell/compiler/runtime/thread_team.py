@@ -61,6 +61,7 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
         for helper in helpers:
             helper.result()
     now = time.perf_counter()
+    # A team that starts short of threads, or yields all the time, shares its cores with somebody.
     late = block[TeamBlock.WORKED] < threads or block[TeamBlock.YIELDS] * limits.yields_every_us > (now - began) * 1e6
     _backoff.judge(now, late=late)
 
@@ -110,6 +111,7 @@ def _openmp() -> _OpenMP | None:
     """Find the runtime that torch has loaded, by its path: a second copy would have threads of its own."""
     if not _MAPS.exists():
         return None
+    # By path: torch's wheels have a libgomp of their own, for whose name the system's might be loaded as well.
     for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         path = line.split(maxsplit=5)[-1]
         if Path(path).name.startswith(_RUNTIMES):

@@ -1,0 +1,95 @@
+"""Every private name of torch that fusecell uses, each with what it is, and why nothing public does.
+
+All were checked against torch 2.13. The tests use each of them, so that a torch which has renamed one fails them; only
+what loses speed alone falls back at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "OPERATOR_TYPE",
+    "any_autocast",
+    "apply_directly",
+    "disable_current_modes",
+    "has_saved_tensor_hooks",
+    "in_dispatch_mode",
+    "in_forward_mode",
+    "in_functorch_transform",
+    "is_batched_gradient",
+    "tensor_guards",
+]
+
+OPERATOR_TYPE: type = torch._ops.OperatorBase
+"""The class of ``torch.ops.aten.add.Tensor`` and of higher-order operators; `torch._ops.OpOverload` has only the first."""
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` is active: it must see ATen calls, of which a kernel makes none."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def in_functorch_transform() -> bool:
+    """Whether a transform of torch.func is active: tensors may be wrappers without memory then.
+
+    There is no public question; :func:`torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter` raises.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Whether a tensor is many: ``torch.autograd.grad(..., is_grads_batched=True)`` makes these without torch.func."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(grad))
+
+
+def in_forward_mode() -> bool:
+    """Whether a ``dual_level`` is entered; the module's counter, -1 outside."""
+    return forward_ad._current_level >= 0
+
+
+def any_autocast() -> bool:
+    """Whether autocast is on for any device type; ``torch.is_autocast_enabled`` asks for one."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether ``torch.autograd.graph.saved_tensors_hooks`` are set; True: those that a tracer ignores count too."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def tensor_guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Return a check that other tensors are like these: class, dtype, sizes, strides, ``requires_grad``, transforms.
+
+    torch.compile's own guards, in C++: one call for all tensors takes less time than Python does for one. They are
+    built with all sizes and strides, of which none is dynamic. None where they do not take the tensors, or where two of
+    these are one, which they would not tell from two that are equal; and for a torch that has them no more.
+    """
+    sizes: Any = [list(value.shape) for value in tensors]
+    strides: Any = [list(value.stride()) for value in tensors]
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: Callable[..., bool] = guards.check
+        return check if check(*tensors) else None
+    except (AttributeError, TypeError):
+        return None
+
+
+def apply_directly(function: type[torch.autograd.Function]) -> Any:
+    """Return the ``apply`` of a Function's C++ base, past the Python one that looks for transforms of torch.func.
+
+    Only for calls that have made sure that there are none.
+    """
+    return super(torch.autograd.Function, function).apply
+
+
+def disable_current_modes() -> AbstractContextManager[Any]:
+    """Leave all dispatch modes for a ``with`` block, such as the one of fake tensors in a trace of torch."""
+    return _disable_current_modes()
