@@ -1,7 +1,7 @@
-"""Every private name of torch that fusecell uses, each with what it is, and why nothing public does.
+"""Private names of torch under public ones: what each of them is, and why nothing public does.
 
-All were checked against torch 2.13. The tests use each of them, so that a torch which has renamed one fails them; only
-what loses speed alone falls back at run time.
+Checked against torch 2.13. A torch that has renamed one fails the tests at once, as calls and traces use all of them.
+Only ``tensor_guards`` does without, as nothing but speed depends on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 OPERATOR_TYPE: type = torch._ops.OperatorBase
-"""The class of ``torch.ops.aten.add.Tensor`` and of higher-order operators; `torch._ops.OpOverload` has only the first."""
+"""Base class of ``torch.ops.aten.add.Tensor`` and of higher-order operators."""
 
 
 def in_dispatch_mode() -> bool:
@@ -40,7 +40,7 @@ def in_dispatch_mode() -> bool:
 def in_functorch_transform() -> bool:
     """Whether a transform of torch.func is active: tensors may be wrappers without memory then.
 
-    There is no public question; :func:`torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter` raises.
+    No public function says so.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -87,7 +87,7 @@ def apply_directly(function: type[torch.autograd.Function]) -> Any:
 
     Only for calls that have made sure that there are none.
     """
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # its stub has no C++ base
 
 
 def disable_current_modes() -> AbstractContextManager[Any]:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fusecell.compiler.frontend.guards import guards_of, tensor_guards
+from fusecell.compiler.frontend.guards import guards_of
 from fusecell.compiler.frontend.signature import signature
+from fusecell.torch_internals import tensor_guards
 
 NAMES = ("a", "b", "c", "d")
 VALUES = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
+from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
 
 __all__ = ["call_reasons", "needs_gradient"]
 
@@ -25,9 +25,9 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
         usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
     if not usual:
         return _tensor_reasons((*inputs, *state))
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_dispatch_mode() or in_functorch_transform():
         return ("A transform of torch.func or a dispatch mode is active.",)
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return ("Forward-mode differentiation is active.",)
     return ()
 

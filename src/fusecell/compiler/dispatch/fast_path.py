@@ -16,13 +16,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.bound_kernels import BoundBackward, BoundForward, ExampleCall
 from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
-from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of, tensor_guards
+from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
@@ -35,6 +34,13 @@ from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
+from fusecell.torch_internals import (
+    any_autocast,
+    apply_directly,
+    has_saved_tensor_hooks,
+    in_forward_mode,
+    tensor_guards,
+)
 
 __all__ = ["CACHE", "forget"]
 
@@ -87,7 +93,7 @@ def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, 
         return None
     # What is cheap to compare is in the key, so that calls of other shapes miss before any guard is run.
     call = module_calls.calls.get((form, len(args), args[0].shape, torch.is_grad_enabled(), recomputing()))
-    if call is None or forward_ad._current_level >= 0:
+    if call is None or in_forward_mode():
         return None
     tensors = call.guards.tensors(owner)
     if tensors is None:
@@ -97,14 +103,6 @@ def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, 
         return None
     module_calls.misses = 0
     return call.run(owner, tensors)
-
-
-def _has_saved_tensor_hooks() -> bool:
-    """Whether hooks see what is saved for the backward.
-
-    torch.utils.checkpoint counts saved tensors to find them again in its second forward, so both must take one path.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | None) -> None:
@@ -118,7 +116,7 @@ def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | 
     uncacheable = key in calls and calls[key] is None
     if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(args):
         return
-    if torch._C._is_any_autocast_enabled() or _has_saved_tensor_hooks():
+    if any_autocast() or has_saved_tensor_hooks():
         return
     inputs, state = (form.sequence(args[0]),), tuple([form.rows_of(value) for value in args[1:]])
     if call_reasons(inputs, state):
@@ -211,7 +209,8 @@ class _TrainingCall:
         self.backward = BoundBackward(training, call, requires_grad)
 
     def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
-        if _has_saved_tensor_hooks():
+        # torch.utils.checkpoint counts saved tensors to find them again in its second forward: both take the slow path.
+        if has_saved_tensor_hooks():
             return None
         results = _apply(self, owner, *self._select(tensors))
         if self.form.outputs:
@@ -280,7 +279,7 @@ class _CachedScan(torch.autograd.Function):
 
 
 # Past torch's own `apply`, which looks for transforms of torch.func: the tensors' guards have done so.
-_apply: Any = super(torch.autograd.Function, _CachedScan).apply
+_apply: Any = apply_directly(_CachedScan)
 
 
 class _FastPath:

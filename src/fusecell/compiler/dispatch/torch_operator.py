@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.scan_operator import inference_kernel, scan, training_kernels
@@ -28,6 +27,7 @@ from fusecell.errors import CompilerError, EagerWarning
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
+from fusecell.torch_internals import disable_current_modes
 from fusecell.validation import first_state
 
 __all__ = ["run_traced"]
@@ -115,7 +115,7 @@ def _described(
     In an export the weights are fake, so the step is traced with real ones of their shapes.
     """
     # Out of the fake tensors' mode of torch's trace; gradients on, as in the call that it will become.
-    with _disable_current_modes(), torch.enable_grad():
+    with disable_current_modes(), torch.enable_grad():
         suffix, cell = "", owner
         if leaf >= 0:
             layer, direction, cell = owner.leaf_cells()[leaf]  # type: ignore[operator]  # a drop-in layer's method

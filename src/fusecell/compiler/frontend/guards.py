@@ -13,12 +13,11 @@ from operator import is_, itemgetter
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from fusecell.compiler.frontend.signature import HOOKS, attribute_names, is_immutable, is_plain_tensor, is_reference
 
-__all__ = ["ModuleGuards", "attribute_guards", "constants", "guards_of", "tensor_guards"]
+__all__ = ["ModuleGuards", "attribute_guards", "constants", "guards_of"]
 
 _TABLES = itemgetter("_parameters", "_buffers", "_modules", *HOOKS)
 
@@ -157,22 +156,6 @@ def attribute_guards(module: nn.Module, names: Iterable[str], parameters: Iterab
     if not all(map(is_immutable, atoms.values())) or any(value is None for value in table.values()):
         return None
     return ModuleGuards(type(module), None, atoms, {}, (_Table(table), _Table({})), (), {})
-
-
-def tensor_guards(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
-    """Return a check that other tensors are like these: class, dtype, sizes, strides, ``requires_grad``, transforms.
-
-    None where torch's guards don't take them, or where two of them are one, which torch's guards would not tell from
-    two that are equal.
-    """
-    sizes: Any = [list(value.shape) for value in tensors]
-    strides: Any = [list(value.stride()) for value in tensors]
-    try:
-        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        check: Callable[..., bool] = guards.check
-        return check if check(*tensors) else None
-    except (AttributeError, TypeError):  # a torch that has them under another name
-        return None
 
 
 def constants(module: nn.Module) -> Iterator[tuple[str, object]]:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusecell.torch_internals import OPERATOR_TYPE
+
 __all__ = [
     "HOOKS",
     "Key",
@@ -37,7 +39,7 @@ _NUMBERS = (int, float)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The tables of a module's hooks: a step may run them, so with any of them it is another one."""
-_CONSTANT = (type, BuiltinFunctionType, torch._ops.OperatorBase)
+_CONSTANT = (type, BuiltinFunctionType, OPERATOR_TYPE)
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
@@ -72,7 +74,7 @@ def is_immutable(value: Any) -> bool:
         return all(map(is_immutable, value))
     if isinstance(value, BuiltinFunctionType):  # not a bound one, such as a list's append
         return value.__self__ is None or isinstance(value.__self__, ModuleType | type)
-    return kind in _ATOMS or kind is float or isinstance(value, torch._ops.OperatorBase)
+    return kind in _ATOMS or kind is float or isinstance(value, OPERATOR_TYPE)
 
 
 def is_reference(value: Any) -> bool:

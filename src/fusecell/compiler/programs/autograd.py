@@ -23,6 +23,7 @@ from fusecell.execution.context import recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.forks import new_lock
+from fusecell.torch_internals import apply_directly, in_functorch_transform, is_batched_gradient
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
 
@@ -138,7 +139,7 @@ class _Scan(torch.autograd.Function):
 
 
 # Past torch's own `apply`, which looks for transforms of torch.func: a call under one does not come here.
-_apply: Any = super(torch.autograd.Function, _Scan).apply
+_apply: Any = apply_directly(_Scan)
 
 
 def transformed(grads: Sequence[Tensor | None]) -> bool:
@@ -147,10 +148,7 @@ def transformed(grads: Sequence[Tensor | None]) -> bool:
     Such gradients can reach a backward whose forward was under no transform: ``torch.autograd.grad`` batches them
     itself with ``is_grads_batched=True``.
     """
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None:
-        return True
-    return any(grad is not None and functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return in_functorch_transform() or any(grad is not None and is_batched_gradient(grad) for grad in grads)
 
 
 def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -183,7 +183,7 @@ class Call:
         inputs, state, reset, weights, _ = self.split(tensors)
         training = self.training
         # A gradient may be lazily negated, which its memory does not show.
-        grads = [None if grad is None else grad.resolve_neg() for grad in grads]
+        grads = [grad if grad is None or not grad.is_neg() else grad.resolve_neg() for grad in grads]
         grad_output = saved.new_zeros(1, self.rows, training.output_size) if grads[0] is None else grads[0]
         grad_after = [
             saved.new_zeros(value.shape) if grad is None else grad for grad, value in zip(grads[1:], state, strict=True)
