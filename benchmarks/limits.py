@@ -25,7 +25,7 @@ from benchmarks.shapes import SHAPES, Shape
 __all__ = ["Bound", "Trained", "bound", "machine_limits", "main", "trained", "without_products"]
 
 OWN = "own"
-"""The name, in shapes, of a cell that no part of the compiler was written for."""
+"""The name, in shapes, of a cell that the compiler was not written with in mind: :mod:`benchmarks.own_cell`."""
 CELLS_AT_ONE_SIZE = tuple(Shape(cell, 100, 32, 128, 256) for cell in ("gru", "leaky", "ligru", "gru_layer_norm", OWN))
 
 
@@ -211,9 +211,9 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
     f = Function(module, "run", accumulators, operand, all_panels, repeats, exported=True)
     size = depth * products * module.vector_bytes
     with f.for_range("time", 0, repeats), f.for_range("panel", 0, panels) as panel:
-        here = f.at(all_panels, f.mul(panel, size * groups))
+        first_panel = f.at(all_panels, f.mul(panel, size * groups))
         row = products * groups * module.vector_bytes
-        f.call(name, accumulators, row, operand, 4 * depth, here, size, depth, accumulators, 0)
+        f.call(name, accumulators, row, operand, 4 * depth, first_panel, size, depth, accumulators, 0)
     f.end()
     loaded = load(module.text(), ["run"], host_target())
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(loaded.address("run"))

@@ -33,7 +33,7 @@ print(time.process_time() - began)
 
 
 class _Empty(torch.autograd.Function):
-    """An autograd function with as many tensors as a GRU that computes nothing: the least that any costs."""
+    """An autograd function with as many tensors as a GRU that computes nothing: the lower bound of any's cost."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *weights: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def main() -> None:
     print("| call | us | above its kernels |\n|---|---:|---:|")
     for name, call in calls().items():
         whole, above = above_kernels(call, options.seconds)
-        own = f"{above * 1e6:.1f}" if "fusecell" in name else ""
-        print(f"| {name} | {whole * 1e6:.1f} | {own} |")
+        overhead = f"{above * 1e6:.1f}" if "fusecell" in name else ""
+        print(f"| {name} | {whole * 1e6:.1f} | {overhead} |")
     print(f"\nImport and a first layer, above torch's import: {import_seconds() * 1e3:.0f} ms.")
 
 

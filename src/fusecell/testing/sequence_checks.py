@@ -58,6 +58,7 @@ def check_resets(trial: Trial) -> Iterator[str]:
     """with resets, rows begin again from initial_state as in a plain loop over each row"""
     lengths = [trial.steps] * trial.batch_size
     resets = torch.zeros(trial.steps, trial.batch_size, dtype=torch.bool)
+    # At the first, second and last step, and in no row at the same steps as in another.
     resets[1, 0] = resets[-1, 1:] = resets[0, -1] = True
     expected = _row_by_row(trial, lengths, resets)
     fix = "initial_state must give the same at every call, and all memory must be in the state."
@@ -152,6 +153,7 @@ def check_aliasing(trial: Trial) -> Iterator[str]:
         **{f"parameter {name}": value for name, value in trial.cell.named_parameters()},
         **{f"buffer {name}": value for name, value in trial.cell.named_buffers()},
     }
+    # No steps: there the new state is the given one, which a careless implementation returns as it is.
     for call in ("a layer", "a layer over no steps", "cell(x)"):
         results = _results(trial, call)
         owners = {_memory(value): name for name, value in arguments.items() if value.numel()}
@@ -208,14 +210,14 @@ def check_state_dict(trial: Trial) -> Iterator[str]:
     # Tied parameters are in the state_dict under each of their names.
     saved = cell.state_dict()
     parameters = {name: value.detach() for name, value in cell.named_parameters(remove_duplicate=False)}
-    held = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}
-    for name in saved.keys() - held.keys():
+    tensors = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}
+    for name in saved.keys() - tensors.keys():
         yield f"state_dict holds {name!r}, which is neither parameter nor buffer. Leave get_extra_state unwritten."
     for name in parameters.keys() - saved.keys():
         yield f"state_dict lacks the parameter {name!r}, so saving a model would lose it."
-    for name in saved.keys() & held.keys():
-        if not same(saved[name], held[name]):
-            yield f"{name!r} in the state_dict {apart(saved[name], held[name])}, which is what the cell holds."
+    for name in saved.keys() & tensors.keys():
+        if not same(saved[name], tensors[name]):
+            yield f"{name!r} in the state_dict {apart(saved[name], tensors[name])}, which is what the cell holds."
     problems = copy.deepcopy(cell).load_state_dict(saved, strict=False)
     for name in (*problems.missing_keys, *problems.unexpected_keys):
         yield f"load_state_dict doesn't take {name!r} from the cell's own state_dict."
