@@ -74,7 +74,7 @@ class Tape:
             raise RuntimeError("The tape was recorded without gradients: record(layer, ..., gradients=True).")
         if probe.grad is None:
             raise RuntimeError(
-                "The tape has no gradient yet: compute a loss from tape.outputs and call its backward() first."
+                "There is no gradient yet: call backward on a loss computed from tape.outputs first."
             )
         return probe.grad
 
