@@ -37,5 +37,5 @@ def loop(cell: fc.Cell, x: Tensor, state: tuple[Tensor, ...], lengths=None, rese
     return outputs, tuple(torch.cat(column) for column in zip(*after, strict=True))
 
 
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

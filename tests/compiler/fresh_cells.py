@@ -7,7 +7,7 @@ from torch import nn
 
 import fusecell as fc
 
-__all__ = ["both", "fresh_layer", "learned"]
+__all__ = ["both", "fresh_layer", "weight_gradient"]
 
 
 class Fresh(fc.Cell):
@@ -35,14 +35,14 @@ def fresh_layer():
 
 def both(layer, x, **options):
     """What the compiled and the eager runner give."""
-    found = []
+    outputs = []
     for name in ("compiled", "eager"):
         with fc.runner(name):
-            found.append(layer(x, **options)[0])
-    return found
+            outputs.append(layer(x, **options)[0])
+    return outputs
 
 
-def learned(layer, x):
+def weight_gradient(layer, x):
     """The gradient of the input weight."""
     layer.zero_grad()
     with fc.runner("compiled"):

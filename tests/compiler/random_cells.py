@@ -71,8 +71,8 @@ class _Writer:
     ops: list[Op] = field(default_factory=list)
 
     def draw(self, strategy: st.SearchStrategy[Drawn]) -> Drawn:
-        found: Drawn = self.draw_(strategy)
-        return found
+        value: Drawn = self.draw_(strategy)
+        return value
 
     def choice(self, options: Any) -> Any:
         return self.draw(st.sampled_from(list(options)))
@@ -90,8 +90,8 @@ class _Writer:
 
     def value(self, fits: Callable[[int], bool] = lambda width: True) -> _Value | None:
         """A value whose width fits, the latest more often; None where there is none."""
-        found = [value for value in self.rows if fits(value.width)]
-        return self.choice([*found, *found[-2:]]) if found else None
+        candidates = [value for value in self.rows if fits(value.width)]
+        return self.choice([*candidates, *candidates[-2:]]) if candidates else None
 
     def any_value(self) -> _Value:
         value = self.value()
@@ -138,14 +138,14 @@ class _Writer:
         return f"self.{name}[{row}:{row + rows}{across}]"
 
     def _computed(self, rows: int, cols: int) -> str:
-        made = self.matrix(rows, cols, ("turned",))
-        forms = [f"torch.tanh({made})", f"({made} / ({made}.norm() + 1))"]
-        forms += [f"({made} * torch.sigmoid(self.{self.weight('v', f'torch.randn({rows})')})[:, None])"]
-        forms += [f"({made} * self.{self.weight('m', f'torch.rand({rows}, {cols}) > 0.4', buffer=True)})"]
+        matrix = self.matrix(rows, cols, ("turned",))
+        forms = [f"torch.tanh({matrix})", f"({matrix} / ({matrix}.norm() + 1))"]
+        forms += [f"({matrix} * torch.sigmoid(self.{self.weight('v', f'torch.randn({rows})')})[:, None])"]
+        forms += [f"({matrix} * self.{self.weight('m', f'torch.rand({rows}, {cols}) > 0.4', buffer=True)})"]
         if rows == cols:
-            forms += [f"({made} - {made}.t())", f"torch.matrix_exp({made} - {made}.t())"]
+            forms += [f"({matrix} - {matrix}.t())", f"torch.matrix_exp({matrix} - {matrix}.t())"]
         if rows > 1:
-            forms += [f"torch.cat(({made}[1:], {made}[:1]), 0)"]
+            forms += [f"torch.cat(({matrix}[1:], {matrix}[:1]), 0)"]
         return str(self.choice(forms))
 
     def vector(self, width: int) -> str:
@@ -153,9 +153,9 @@ class _Writer:
         kind = self.choice(
             ["vector", "vector", "known", "scalar", "one", "line", "long", "buffer", "count", "computed"]
         )
-        known = [name for name, shape in self.vectors.items() if shape in ((width,), ())]
-        if kind == "known" and known:
-            return f"self.{self.choice(known)}"
+        shared = [name for name, shape in self.vectors.items() if shape in ((width,), ())]
+        if kind == "known" and shared:
+            return f"self.{self.choice(shared)}"
         if kind == "long":
             start = self.choice([0, 1, width])
             return f"self.{self._new_vector((2 * width,))}[{start}:{start + width}]"
@@ -347,8 +347,8 @@ def recipes(draw: Any) -> Recipe:
     starts: tuple[str, ...] = ()
     if draw(st.sampled_from([False, False, True])):
         starts = tuple(writer.weight("s", f"torch.randn({size})") for size in sizes)
-    made = tuple(writer.weights.values())
-    recipe = Recipe(width, tuple(sizes), output.width, made, starts, tuple(writer.ops), output.name, after)
+    weights = tuple(writer.weights.values())
+    recipe = Recipe(width, tuple(sizes), output.width, weights, starts, tuple(writer.ops), output.name, after)
     return _pruned(recipe)
 
 
@@ -361,7 +361,7 @@ def _pruned(recipe: Recipe) -> Recipe:
             needed.update(op.args)
             ops.insert(0, op)
     named = set(re.findall(r"self\.(\w+)", " ".join(op.source for op in ops))) | set(recipe.starts)
-    return replace(recipe, ops=tuple(ops), weights=tuple(made for made in recipe.weights if made.name in named))
+    return replace(recipe, ops=tuple(ops), weights=tuple(weight for weight in recipe.weights if weight.name in named))
 
 
 @st.composite
@@ -388,26 +388,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backward", action="store_true", help="compare gradients too")
     parser.add_argument("--quick", action="store_true", help="LLVM doesn't optimise: three times as many in the time")
     parser.add_argument("--threads", type=int, default=1, help="every call is run by so many, a few steps at a time")
-    given_ = parser.parse_args(arguments)
-    if given_.quick:
+    options = parser.parse_args(arguments)
+    if options.quick:
         llvm.EFFORT = 0
         os.environ["FUSECELL_CACHE"] = "off"  # where nobody should find such code
     os.environ.setdefault("FUSECELL_CACHE", "off")
     # In the check mode buffers are where it puts them, threads' parts not pages apart.
-    check_memory.ENABLED = given_.threads == 1
-    if given_.threads > 1:
+    check_memory.ENABLED = options.threads == 1
+    if options.threads > 1:
         patch = pytest.MonkeyPatch()
         force_threads.always(patch)
         tuned(patch, chunk_bytes=1 << 13)
-    torch.set_num_threads(given_.threads)
+    torch.set_num_threads(options.threads)
     # Machine code that kills the process leaves its cell here.
     last = Path(tempfile.mkdtemp()) / "last.py"
     print(f"the cell in hand is written to {last}", flush=True)
     counts: Counter[str] = Counter()
 
-    @hypothesis.seed(given_.seed)
+    @hypothesis.seed(options.seed)
     @settings(
-        max_examples=given_.examples,
+        max_examples=options.examples,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -417,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
     def check(recipe: Recipe, call: Call) -> None:
         last.write_text(source(recipe, call))
         counts[outcome(check_forward, recipe, call)] += 1
-        if given_.backward:
+        if options.backward:
             counts["backward: " + outcome(check_backward, recipe, call)] += 1
         if sum(counts.values()) % 100 == 0:
             print(dict(counts), flush=True)

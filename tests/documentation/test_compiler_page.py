@@ -27,7 +27,7 @@ CLASS = re.compile(r"^class LeakyCell.*?^        return [^\n]*\n", re.MULTILINE 
 WIDE = 112
 
 
-def cut(text: str) -> str:
+def truncated(text: str) -> str:
     """Lines no wider than the page."""
     lines = (line if len(line) <= WIDE else line[: WIDE - 4] + " ..." for line in text.splitlines())
     return "\n".join(lines) + "\n"
@@ -97,10 +97,10 @@ def explained() -> Iterator[fc.inspection.explain.Explanation]:
         except ValueError as error:
             pytest.skip(str(error))
         fc.refresh()
-        found = CLASS.search((ROOT / "README.md").read_text(encoding="utf-8"))
-        assert found is not None
+        match = CLASS.search((ROOT / "README.md").read_text(encoding="utf-8"))
+        assert match is not None
         namespace = {"fc": fc, "nn": nn, "torch": torch}
-        exec(found[0], namespace)
+        exec(match[0], namespace)
         result = fc.explain(namespace["LeakyCell"](5, 10))  # type: ignore[operator]
         _ = result.assembly, result.passes
         yield result
@@ -114,7 +114,7 @@ def test_the_page_shows_what_the_compiler_prints(explained: fc.inspection.explai
     def fresh(match: re.Match[str]) -> str:
         if match[2] in ("asm", "explain") and llvm.VERSIONS not in text:
             return match[0]  # another LLVM makes other machine code
-        return match[1] + cut(SECTIONS[match[2]](explained)) + match[4]
+        return match[1] + truncated(SECTIONS[match[2]](explained)) + match[4]
 
     if os.environ.get("UPDATE_DOCS"):
         text = re.sub(r"(?<=<!-- versions: ).*(?= -->)", llvm.VERSIONS, text)
@@ -126,9 +126,9 @@ def test_the_page_shows_what_the_compiler_prints(explained: fc.inspection.explai
 
 def test_the_page_walks_with_the_cell_of_the_readme() -> None:
     classes = [CLASS.search(page.read_text(encoding="utf-8")) for page in (ROOT / "README.md", PAGE)]
-    mine, shown = (found[0] if found else "" for found in classes)
-    assert mine
-    assert mine == shown
+    readme, shown = (match[0] if match else "" for match in classes)
+    assert readme
+    assert readme == shown
 
 
 def test_lines_fit_a_screen() -> None:

@@ -18,8 +18,8 @@ class Branches(fc.Cell):
 
 
 def test_every_zoo_cell_is_compiled(zoo_cell):
-    found = fc.explain(fc.Recurrent(zoo_cell.make(5, 8)))
-    assert (found.runner, found.training_runner, found.reasons) == ("compiled", "compiled", ())
+    explanation = fc.explain(fc.Recurrent(zoo_cell.make(5, 8)))
+    assert (explanation.runner, explanation.training_runner, explanation.reasons) == ("compiled", "compiled", ())
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_every_zoo_cell_is_compiled(zoo_cell):
     ids=lambda module: type(module).__name__,
 )
 def test_layers_are_walked_to_their_cells(module):
-    found = fc.explain(module)
-    assert found.runner == "compiled"
-    assert "in the loop" in str(found)
-    assert "FLOPs" in str(found)
-    assert "kept for the backward" in str(found)
+    explanation = fc.explain(module)
+    assert explanation.runner == "compiled"
+    assert "in the loop" in str(explanation)
+    assert "FLOPs" in str(explanation)
+    assert "kept for the backward" in str(explanation)
 
 
 def test_the_input_product_leaves_the_loop():
@@ -80,7 +80,7 @@ class Attending(fc.Cell):
 
 def test_several_inputs_need_their_widths():
     layer = fc.Recurrent(Attending(5, 10, 3))
-    with pytest.raises(ValueError, match=r"Attending is given 2 inputs \(x, context\), .*input_sizes"):
+    with pytest.raises(ValueError, match=r"Attending takes 2 inputs \(x, context\), .*input_sizes"):
         fc.explain(layer)
     with pytest.raises(ValueError, match="got 1 input_sizes"):
         fc.explain(layer, input_sizes=(5,))
@@ -88,18 +88,18 @@ def test_several_inputs_need_their_widths():
 
 
 def test_reasons_carry_the_users_line():
-    found = fc.explain(fc.Recurrent(fc.Stack(fc.GRUCell(4, 4), Branches(4, 4))))
-    assert found.runner == "eager"
-    assert any("if h.sum() > 0" in reason for reason in found.reasons)
+    explanation = fc.explain(fc.Recurrent(fc.Stack(fc.GRUCell(4, 4), Branches(4, 4))))
+    assert explanation.runner == "eager"
+    assert any("if h.sum() > 0" in reason for reason in explanation.reasons)
     with torch.no_grad(), fc.runner("compiled"), pytest.raises(fc.NotCompilable):
         fc.scan(Branches(4, 4), torch.randn(2, 3, 4))
 
 
-def test_the_runner_in_force_is_said():
+def test_the_eager_runner_is_reported():
     with fc.runner("eager"):
-        found = fc.explain(fc.GRU(5, 10))
-    assert found.runner == found.training_runner == "eager"
-    assert found.reasons == ("The eager runner is in force.",)
+        explanation = fc.explain(fc.GRU(5, 10))
+    assert explanation.runner == explanation.training_runner == "eager"
+    assert explanation.reasons == ("The eager runner is in force.",)
 
 
 def test_no_cell_is_an_error():

@@ -26,15 +26,15 @@ def loop_of(parts, skip, residual):
 
     def loop(x, state):
         h0, h1, c1, h2 = state
-        found = []
+        outputs = []
         for x_t in x:
             h0 = gru(x_t, h0)
             below = torch.cat((h0, x_t), -1) if skip else h0
             h1, c1 = lstm(below, (h1, c1))
             y1 = h1 + h0 if residual else h1
             h2 = leaky(torch.cat((h1, x_t), -1) if skip else y1, h2)
-            found.append(torch.cat((h0, h1, h2), -1) if skip else h2)
-        return torch.stack(found), (h0, h1, c1, h2)
+            outputs.append(torch.cat((h0, h1, h2), -1) if skip else h2)
+        return torch.stack(outputs), (h0, h1, c1, h2)
 
     return loop
 

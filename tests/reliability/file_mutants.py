@@ -155,14 +155,14 @@ def mutant(folder: Path, kind: str, seed: int, index: int, skipped: Sequence[int
     rng = random.Random(f"{kind} {seed} {index}")
     paths = sorted(folder.glob(f"{kind}.*"))
     path, count = rng.choice(paths), rng.choice([1, 1, 1, 2, 2, 3, 4])
-    draft, done = _draft(path, kind), [path.name]
+    draft, log = _draft(path, kind), [path.name]
     mutations = _STREAMS if kind == "streams" else _TAPES
     for place in range(count):
         each = random.Random(f"{kind} {seed} {index} {place}")
         mutation = each.choices([pair[0] for pair in mutations], [pair[1] for pair in mutations])[0]
         if place not in skipped:
-            done.append(f"{place}: {mutation.__name__} {mutation(draft, each) or ''}")
-    return draft.content(), done
+            log.append(f"{place}: {mutation.__name__} {mutation(draft, each) or ''}")
+    return draft.content(), log
 
 
 # The container
@@ -398,13 +398,13 @@ class Text:
 
     def types(self) -> dict[str, Type]:
         """The types of all values that have one."""
-        found: dict[str, Type] = {}
+        types: dict[str, Type] = {}
         for line in self.lines:
             try:
-                found[line.name] = PRIMITIVES[line.op].result(line.op, [found[arg] for arg in line.args], line.attrs)
+                types[line.name] = PRIMITIVES[line.op].result(line.op, [types[arg] for arg in line.args], line.attrs)
             except (CompilerError, KeyError, TypeError, AttributeError):
                 continue
-        return found
+        return types
 
     def fit(self) -> None:
         """Write the types that the rules give."""
@@ -430,17 +430,17 @@ def change_graph(draft: Draft, rng: random.Random) -> str:
         text = Text.of(part["graph"])
     except (CompilerError, KeyError, TypeError, AttributeError, IndexError):
         return ""
-    done = []
+    log = []
     for _ in range(rng.choice([1, 1, 2, 3])):
         edit = rng.choices([pair[0] for pair in _EDITS], [pair[1] for pair in _EDITS])[0]
         if text.lines:
-            done.append(f"{edit.__name__} {edit(text, rng) or ''}")
+            log.append(f"{edit.__name__} {edit(text, rng) or ''}")
     if rng.random() < 0.75:
         text.fit()
     if rng.random() < 0.85:
         _fit_tensors(draft, place, text, rng)
     part["graph"] = str(text)
-    return "; ".join(done)
+    return "; ".join(log)
 
 
 def grow_graph(draft: Draft, rng: random.Random) -> str:
@@ -452,17 +452,17 @@ def grow_graph(draft: Draft, rng: random.Random) -> str:
         text = Text.of(draft.parts[place]["graph"])
     except (CompilerError, KeyError, TypeError, AttributeError, IndexError):
         return ""
-    done = [a_new_value(text, rng)]
+    log = [a_new_value(text, rng)]
     if rng.random() < 0.2:
-        done.append(a_chain(text, rng))
+        log.append(a_chain(text, rng))
     if rng.random() < 0.4:
-        done.append(a_return_alike(text, rng))
+        log.append(a_return_alike(text, rng))
     if rng.random() < 0.2:
-        done.append(another_name(text, rng))
+        log.append(another_name(text, rng))
     text.fit()
     _fit_tensors(draft, place, text, rng)
     draft.parts[place]["graph"] = str(text)
-    return "; ".join(done)
+    return "; ".join(log)
 
 
 def _fit_tensors(draft: Draft, place: int, text: Text, rng: random.Random) -> None:
@@ -626,32 +626,36 @@ def _new_value(text: Text, rng: random.Random) -> str:
         args = [rng.choice(names) for _ in range(rng.choice([1, 2, 3]) if count is None else count)]
         attrs = _attributes(op, [types[arg] for arg in args], rng)
         try:
-            found = PRIMITIVES[op].result(op, [types[arg] for arg in args], attrs)
+            result_type = PRIMITIVES[op].result(op, [types[arg] for arg in args], attrs)
         except CompilerError:
             continue
         name = f"new{len(text.lines)}"
-        text.lines.insert(place, Line(name, op, args, attrs, str(found)))
-        _use(text, name, found, args, place + 1, types, rng)
+        text.lines.insert(place, Line(name, op, args, attrs, str(result_type)))
+        _use(text, name, result_type, args, place + 1, types, rng)
         return f"{name} = {op}"
     return ""
 
 
 def _use(
-    text: Text, name: str, found: Type, args: list[str], after: int, types: dict[str, Type], rng: random.Random
+    text: Text, name: str, new_type: Type, args: list[str], after: int, types: dict[str, Type], rng: random.Random
 ) -> None:
     """Have others read a new value: in the place of one of its type, or added to one that it broadcasts to."""
-    alike = [other for other in types if types[other] == found and other in {line.name for line in text.lines[:after]}]
-    chosen = [arg for arg in args if types[arg] == found] or alike
-    if chosen and rng.random() < 0.6:
-        text.rename_uses(rng.choice(chosen), name, after, rng)
+    alike = [
+        other for other in types if types[other] == new_type and other in {line.name for line in text.lines[:after]}
+    ]
+    replaceable = [arg for arg in args if types[arg] == new_type] or alike
+    if replaceable and rng.random() < 0.6:
+        text.rename_uses(rng.choice(replaceable), name, after, rng)
         return
     # Joined with a value that keeps its size.
     rows = [line.name for line in text.lines[: after - 1] if line.name in types and types[line.name].kind == "row"]
-    rows = [other for other in rows if found.size in (1, types[other].size)] if found.kind in ("row", "mask") else []
-    if found.kind == "mask" and rows:
+    rows = (
+        [other for other in rows if new_type.size in (1, types[other].size)] if new_type.kind in ("row", "mask") else []
+    )
+    if new_type.kind == "mask" and rows:
         other = rng.choice(rows)
         joined = Line(f"{name}.w", "where", [name, other, other], {}, "")
-    elif found.kind == "row" and rows:
+    elif new_type.kind == "row" and rows:
         other = rng.choice(rows)
         joined = Line(f"{name}.j", rng.choice(["add", "mul", "sub", "maximum"]), [other, name], {}, "")
     else:
@@ -688,13 +692,13 @@ def _attributes(op: str, types: list[Type], rng: random.Random) -> dict[str, Any
 
 
 def _region(types: list[Type], rng: random.Random, part: Callable[[int], list[int]]) -> dict[str, Any]:
-    shape, turned = (types + [Type("weight", (1, 1))] * 2)[1].shape, rng.random() < 0.5
-    shape = shape[::-1] if turned else shape
+    shape, transposed = (types + [Type("weight", (1, 1))] * 2)[1].shape, rng.random() < 0.5
+    shape = shape[::-1] if transposed else shape
     if len(shape) != 2:
-        return {"transposed": turned, "rows": [0, 1], "cols": [0, 1]}
+        return {"transposed": transposed, "rows": [0, 1], "cols": [0, 1]}
     depth = min(types[0].shape[0], shape[0])
     start = rng.randrange(shape[0] - depth + 1)
-    return {"transposed": turned, "rows": [start, start + depth], "cols": part(shape[1])}
+    return {"transposed": transposed, "rows": [start, start + depth], "cols": part(shape[1])}
 
 
 def a_chain(text: Text, rng: random.Random) -> str:

@@ -229,15 +229,15 @@ class _Data:
         return nn.utils.rnn.pack_padded_sequence(self.x, lengths, enforce_sorted=False)
 
     def keywords(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        keywords: dict[str, Any] = {}
         if self.call.form == "packed":
-            return found
+            return keywords
         if self.call.lengths is not None:
-            found["lengths"] = _given(torch.tensor(self.call.lengths, dtype=torch.int64), self.call.given_as)
+            keywords["lengths"] = _given(torch.tensor(self.call.lengths, dtype=torch.int64), self.call.given_as)
         for name, values in self.call.flags.items():
             flags = torch.tensor(values, dtype=torch.bool).reshape(self.shape)
-            found[name] = LAYOUTS["transposed"](flags) if self.call.given_as == "strided" else flags
-        return found
+            keywords[name] = LAYOUTS["transposed"](flags) if self.call.given_as == "strided" else flags
+        return keywords
 
 
 def _given(lengths: Tensor, how: str) -> Any:
@@ -271,13 +271,13 @@ def run(call: Call, runner: str, dtype: torch.dtype, nudge: float = 0.0) -> list
     data = _Data(call, dtype, nudge)
     modes = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
     with fc.runner(runner), modes[call.mode]():
-        found = _flat(data.layer(data.input(), data.state(), **data.keywords()))
-    wanted = [leaf for leaf in data.leaves if leaf.requires_grad]
-    chosen = {"output": found[:1], "state": found[1:]}.get(call.loss, found)
-    if call.mode == "grad" and wanted and any(value.requires_grad for value in chosen):
-        losses = [_loss(value, call.loss) for value in chosen if value.requires_grad]
-        found += torch.autograd.grad(sum(losses), wanted, allow_unused=True, materialize_grads=True)
-    return [value.detach() for value in found]
+        results = _flat(data.layer(data.input(), data.state(), **data.keywords()))
+    required = [leaf for leaf in data.leaves if leaf.requires_grad]
+    targets = {"output": results[:1], "state": results[1:]}.get(call.loss, results)
+    if call.mode == "grad" and required and any(value.requires_grad for value in targets):
+        losses = [_loss(value, call.loss) for value in targets if value.requires_grad]
+        results += torch.autograd.grad(sum(losses), required, allow_unused=True, materialize_grads=True)
+    return [value.detach() for value in results]
 
 
 def _loss(value: Tensor, kind: str) -> Tensor:
@@ -302,8 +302,8 @@ def check(call: Call) -> str:
     off, most = furthest(run(call, runner, call.dtype), truth), DOUBLE
     if call.dtype is torch.float32:
         single = furthest(run(call, "eager", torch.float32), truth)
-        moved = furthest(run(call, "eager", torch.float64, 2.0**-23), truth)
-        most = max(4 * single, 4 * moved, SINGLE)
+        sensitivity = furthest(run(call, "eager", torch.float64, 2.0**-23), truth)
+        most = max(4 * single, 4 * sensitivity, SINGLE)
     assert off <= most, f"off by {off:.1e}, at most {most:.1e} expected: {call}"
     return "equal"
 
@@ -314,16 +314,16 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="LLVM doesn't optimise")
-    asked = parser.parse_args()
-    if asked.quick:
+    options = parser.parse_args()
+    if options.quick:
         llvm.EFFORT = 0
         os.environ["FUSECELL_CACHE"] = "off"  # where nobody should find such code
     check_memory.ENABLED = True
     counts: Counter[str] = Counter()
 
-    @hypothesis.seed(asked.seed)
+    @hypothesis.seed(options.seed)
     @settings(
-        max_examples=asked.examples,
+        max_examples=options.examples,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],

@@ -143,7 +143,7 @@ def test_packed_sequences_that_contradict_themselves(layer, kind):
 
 
 @pytest.mark.parametrize("index", [[0, 1, 7], [0, 1, -7], [0, 0, 1], [0], []], ids=str)
-def test_packed_sequences_in_an_order_that_there_is_not(layer, index):
+def test_packed_sequences_with_invalid_indices(layer, index):
     """Indices of too few rows made a state of too few, and the kernel read beyond it."""
     order = torch.tensor(index, dtype=torch.int64)
     packed = nn.utils.rnn.PackedSequence(torch.randn(5, 5), torch.tensor([3, 2]), order, order)
@@ -168,14 +168,14 @@ def test_gradients_that_come_in(layer, kind):
         y.backward(gradient)
 
 
-def test_whole_numbers_want_no_gradient():
+def test_integer_inputs_have_no_gradient():
     with pytest.raises(RuntimeError, match="floating point"):
         X.long().requires_grad_()
 
 
 @pytest.mark.parametrize("sizes", [(5, 2**40), (2**31, 2**33), (2**63, 2), (5, 2**70)], ids=str)
 @pytest.mark.parametrize("make", [fc.GRU, fc.GRUCell, fc.cells.MGUCell])
-def test_weights_beyond_memory(make, sizes):
+def test_weights_larger_than_memory(make, sizes):
     with pytest.raises((RuntimeError, MemoryError, TypeError), match=r"memory|allocat|overflow|Overflow"):
         make(*sizes)
 

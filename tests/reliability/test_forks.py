@@ -13,8 +13,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 PARENT = """
 import faulthandler, os, sys, numpy as np, torch, fusecell as fc
-from fusecell.compiler.programs import launch
-launch.CREW_CALL = launch.CREW_STEP = 0  # any call is worth threads
+from dataclasses import replace
+from fusecell.compiler.backend import tuning
+tuning.TUNING = replace(tuning.TUNING, team_call_us=0, team_step_us=0)  # any call is worth threads
 torch.set_num_threads(2)
 (torch.randn(700, 700) @ torch.randn(700, 700) + 1).sum()  # torch's own team
 layer, x = fc.LSTM(5, 40), torch.randn(7, 64, 5)
@@ -101,7 +102,7 @@ def test_a_child_compiles_new_cells(name, tmp_path):
     script = PARENT + CHILDREN[name] + "\nos._exit(0)\n"
     environment = os.environ | {"FUSECELL_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     began = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    assert done.returncode == 0, f"after {time.perf_counter() - began:.0f} s: {done.stderr[-3000:]}"
+    assert process.returncode == 0, f"after {time.perf_counter() - began:.0f} s: {process.stderr[-3000:]}"

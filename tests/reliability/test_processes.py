@@ -71,10 +71,10 @@ def test_20_processes_fill_one_cache_at_once(tmp_path):
         )
         for number in range(20)
     ]
-    said = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0] * 20, said
-    assert len({out for out, _ in said[::2]}) == len({out for out, _ in said[1::2]}) == 1
-    assert not [line for _, error in said for line in error.splitlines() if "arning" in line]
+    outputs = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0] * 20, outputs
+    assert len({out for out, _ in outputs[::2]}) == len({out for out, _ in outputs[1::2]}) == 1
+    assert not [line for _, error in outputs for line in error.splitlines() if "arning" in line]
     entries = [path for path in cache.rglob("*") if path.is_file()]
     assert entries
     assert not [path for path in entries if "tmp" in path.suffix or "part" in path.suffix]
@@ -103,8 +103,8 @@ def test_workers_of_a_data_loader(start):
     layer(torch.zeros(4, 1, 5))  # compiled before they start
     data = Set(layer)
     loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=start)
-    found = torch.cat(list(loader))
-    assert torch.equal(found, torch.stack([data[index] for index in range(6)]))
+    items = torch.cat(list(loader))
+    assert torch.equal(items, torch.stack([data[index] for index in range(6)]))
 
 
 def test_shared_memory():
@@ -184,9 +184,9 @@ for name, call in calls.items():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is Linux's")
 def test_a_process_whose_memory_runs_out():
     """Results, what training keeps, scratch: an error that says so, and the process goes on."""
-    done = alone(_BOUNDED)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split("\n")[:-1] == ["inference", "training", "scratch", "chunk", "stream"]
+    process = alone(_BOUNDED)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.split("\n")[:-1] == ["inference", "training", "scratch", "chunk", "stream"]
 
 
 _FORKS = """
@@ -210,11 +210,11 @@ for size in range(40, 44):
         y.sum().backward()
         os._exit(0 if y.isfinite().all() else 1)
     deadline = time.monotonic() + 300
-    while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
+    while (ended_child := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.kill(child, 9)
         time.sleep(0.02)
-    print(os.waitstatus_to_exitcode(found[1]), flush=True)
+    print(os.waitstatus_to_exitcode(ended_child[1]), flush=True)
 ended.set()
 thread.join()
 """
@@ -223,8 +223,8 @@ thread.join()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_while_another_thread_compiles():
     """The child, which has none of its parent's threads, compiles and trains: no lock is left shut."""
-    done = alone(_FORKS, FUSECELL_CACHE="off")
-    assert (done.returncode, done.stdout) == (0, "0\n" * 4), done.stderr
+    process = alone(_FORKS, FUSECELL_CACHE="off")
+    assert (process.returncode, process.stdout) == (0, "0\n" * 4), process.stderr
 
 
 def test_compiling_in_a_thread_while_another_runs():
@@ -279,9 +279,9 @@ print(threading.active_count())
 @pytest.mark.parametrize("compiled", [0, 1, 3])
 def test_the_end_while_threads_wait_for_the_compiler(compiled):
     """One compiles, the others wait their turn as the interpreter ends; some have had it."""
-    done = alone(_WAITING, str(compiled), FUSECELL_CACHE="off")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) > 2, "nobody waited"
+    process = alone(_WAITING, str(compiled), FUSECELL_CACHE="off")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert int(process.stdout) > 2, "nobody waited"
 
 
 _HELD = """
@@ -310,5 +310,5 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.parametrize("name", ["program_cache", "autograd", "tracer", "llvm"])
 def test_a_fork_waits_for_locks(name):
     """What a thread of the parent holds is open in the child, which has no such thread."""
-    done = alone(_HELD, name)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = alone(_HELD, name)
+    assert (process.returncode, process.stderr) == (0, "")

@@ -22,9 +22,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        chosen = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chosen
-        chosen.close()
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def shot(page, name):
     page.screenshot(path=ARTEFACTS / f"{name}.png")
 
 
-def test_it_is_small_and_asks_for_nothing_else(large, visit, tmp_path):
+def test_a_page_is_one_small_file(large, visit, tmp_path):
     """Six megabytes, five of them a script that is text to the browser until the page is there."""
     path = tmp_path / "page.html"
     large.save_html(path)
@@ -218,7 +218,7 @@ def test_it_fits_a_phone_and_a_dark_room(large_path, visit):
     shot(page, "phone")
 
 
-def test_a_move_on_a_long_and_wide_tape_does_little(tmp_path, visit):
+def test_moving_on_a_long_tape_redraws_little(tmp_path, visit):
     """It reads one step's numbers, draws the overview's boxes and one step's bars, and no picture or chart anew."""
     steps, layers, size = 2000, 4, 256
     tape = fc.record(fc.GRU(3, size, num_layers=layers), torch.randn(steps, 1, 3))

@@ -117,7 +117,7 @@ class ExplainedCell:
 
     def _training_kernels(self) -> tuple[KernelStages, KernelStages]:
         if self._training is None:
-            raise NotCompilable(self.name, self.training_reasons or ("No parameter wants a gradient.",))
+            raise NotCompilable(self.name, self.training_reasons or ("No parameter requires a gradient.",))
         return self._training
 
 
@@ -284,12 +284,12 @@ def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tupl
     names = ", ".join(cell.inputs[:count])
     if sizes is None and count != 1:
         raise ValueError(
-            f"{type(cell).__name__} is given {count} inputs ({names}), whose numbers of features are unknown before a "
+            f"{type(cell).__name__} takes {count} inputs ({names}), whose numbers of features are unknown before a "
             "call: pass explain(..., input_sizes=(...)), the features of each."
         )
     if sizes is not None and len(sizes) != count:
         raise ValueError(
-            f"{type(cell).__name__} is given {count} inputs ({names}), got {len(sizes)} input_sizes: pass one for each."
+            f"{type(cell).__name__} takes {count} inputs ({names}), got {len(sizes)} input_sizes: pass one for each."
         )
     widths = (cell.input_size,) if sizes is None else tuple(sizes)
     return (*(torch.zeros(1, 1, width, dtype=dtype) for width in widths), *drawn)

@@ -58,7 +58,7 @@ class Tape:
         """
         values = self.track(layer, direction).values
         if name not in values:
-            raise KeyError(f"{self.kinds[layer]} has {', '.join(values)}; no {name!r}.")
+            raise KeyError(f"{self.kinds[layer]} in layer {layer} has no {name!r}; it has {', '.join(values)}.")
         return values[name]
 
     def gradient(self, name: str, layer: int = 0, direction: int = 0) -> Tensor:
@@ -73,9 +73,7 @@ class Tape:
         if probe is None:
             raise RuntimeError("The tape was recorded without gradients: record(layer, ..., gradients=True).")
         if probe.grad is None:
-            raise RuntimeError(
-                "There is no gradient yet: call backward on a loss computed from tape.outputs first."
-            )
+            raise RuntimeError("There is no gradient yet: call backward on a loss computed from tape.outputs first.")
         return probe.grad
 
     @property

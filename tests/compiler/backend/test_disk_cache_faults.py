@@ -134,13 +134,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_cache_that_is(tmp_path, fault):
+def test_cache_directories_in_every_state(tmp_path, fault):
     """The right result, from the disk where that is safe, and a warning where the user should act."""
     expected, warning = FAULTS[fault]
-    done = process(fault(tmp_path / "cache"))
-    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
-    assert warning in done.stderr
-    assert bool(done.stderr) == bool(warning), done.stderr
+    result = process(fault(tmp_path / "cache"))
+    assert (result.returncode, result.stdout) == (0, f"{expected}\n"), result.stderr
+    assert warning in result.stderr
+    assert bool(result.stderr) == bool(warning), result.stderr
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() != 0, reason="only root can give files away")
@@ -151,16 +151,16 @@ def test_a_cache_of_another_user(tmp_path):
     assert process(path).stdout == "compiled\n"  # and replaced, the directory being ours
     assert process(path).stdout == "from disk\n"
     os.chown(path, NOBODY, NOBODY)
-    done = process(path)
-    assert done.stdout == "compiled\n"
-    assert f"belongs to user {NOBODY}" in done.stderr
+    result = process(path)
+    assert result.stdout == "compiled\n"
+    assert f"belongs to user {NOBODY}" in result.stderr
 
 
 def test_a_disk_that_becomes_full_in_mid_write(tmp_path):
     path = tmp_path / "cache"
     path.mkdir(mode=0o700)
-    done = process(path, before=small_files)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "compiled\n", "")
+    result = process(path, before=small_files)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "compiled\n", "")
     assert entries(path) == []
 
 
@@ -174,8 +174,8 @@ def test_a_writer_killed_in_mid_write(tmp_path, call):
     else:
         kill = f"from fusecell.compiler.backend import disk_cache; {call} = lambda *_: os.kill(os.getpid(), 9)"
     path = tmp_path / "cache"
-    done = process(path, first=kill)
-    assert done.returncode in (-signal.SIGKILL, -signal.SIGXFSZ)
+    result = process(path, first=kill)
+    assert result.returncode in (-signal.SIGKILL, -signal.SIGXFSZ)
     left = [name for name in entries(path) if name.startswith(TEMPORARY)]
     assert len(left) == (call != "disk_cache._evict")
     assert process(path).stdout == ("from disk\n" if call == "disk_cache._evict" else "compiled\n")
@@ -185,18 +185,18 @@ def test_a_writer_killed_in_mid_write(tmp_path, call):
 def test_code_for_another_cpu_or_version_is_never_taken(tmp_path):
     """What was compiled for another level, or by another LLVM, stands under another name."""
     path = filled(tmp_path / "cache")
-    [mine] = entries(path)
+    [native] = entries(path)
     other = {"FUSECELL_TARGET": "x86-64-v2"}
     assert process(path, **other).stdout == "compiled\n"
     stale = "from fusecell.compiler.backend import llvm; llvm.VERSIONS = 'llvmlite 0, LLVM 0'"
     assert process(path, first=stale).stdout == "compiled\n"
     assert len(entries(path)) == 3
     for name in entries(path):  # each in the place of the other
-        (path / mine).write_bytes((path / name).read_bytes())
-        assert process(path).stdout == ("from disk\n" if name == mine else "compiled\n")
+        (path / native).write_bytes((path / name).read_bytes())
+        assert process(path).stdout == ("from disk\n" if name == native else "compiled\n")
 
 
 def test_off_writes_nothing_anywhere(tmp_path):
-    done = process("off", XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path), TMPDIR=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "compiled\n", "")
+    result = process("off", XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "compiled\n", "")
     assert list(tmp_path.rglob("*")) == []

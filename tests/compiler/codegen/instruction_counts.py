@@ -60,10 +60,10 @@ def _of_vector(name: str, operands: Sequence[str]) -> list[str]:
     """The kinds of a vector instruction; its last operand is where its result goes."""
     *sources, result = [operand for operand in operands if operand.strip()] or [""]
     loads = any("(" in operand for operand in sources)
-    found = ["stores"] * ("(" in result) + ["loads"] * loads
-    found += ["broadcasts"] * (loads and (name.startswith("vbroadcast") or "{1to" in "".join(sources)))
-    found += ["fma"] * bool(re.match(r"vfn?m(add|sub)", name)) + ["divisions"] * name.startswith("vdiv")
-    return found
+    kinds = ["stores"] * ("(" in result) + ["loads"] * loads
+    kinds += ["broadcasts"] * (loads and (name.startswith("vbroadcast") or "{1to" in "".join(sources)))
+    kinds += ["fma"] * bool(re.match(r"vfn?m(add|sub)", name)) + ["divisions"] * name.startswith("vdiv")
+    return kinds
 
 
 def blocks_of(assembly: str) -> tuple[list[Block], str]:
@@ -117,5 +117,5 @@ class Counted:
 
     def spilling_loops(self) -> list[str]:
         """The innermost loops around fused multiply-adds that move registers to the stack or back."""
-        found = [block for block in self.blocks if block.repeats and block.kinds["fma"] and block.kinds["spills"]]
-        return [f"{block.label}: {dict(block.kinds)}" for block in found]
+        loops = [block for block in self.blocks if block.repeats and block.kinds["fma"] and block.kinds["spills"]]
+        return [f"{block.label}: {dict(block.kinds)}" for block in loops]

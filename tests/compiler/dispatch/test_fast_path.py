@@ -87,7 +87,7 @@ def in_a_loop(call):
         return call()
 
 
-def found(cell, x, state):
+def results_of(cell, x, state):
     """What a step, a sequence and their gradients are."""
     cell.zero_grad()
     results = [cell(x[0], state), *fc.step(cell, x[0])[1], *fc.scan(cell, x, state), *fc.Recurrent(cell)(x)]
@@ -104,12 +104,12 @@ def test_a_change_between_two_calls_is_seen(change):
     cell, x, state = Scaled().double(), torch.randn(4, 3, 5).double(), torch.randn(3, 9).double()
     cell.shift = cell.shift.double()
     for _ in range(2):
-        found(cell, x, state)
+        results_of(cell, x, state)
     change(cell)
     for _ in range(2):
-        mine, loop = found(cell, x, state), in_a_loop(lambda: found(cell, x, state))
-        assert mine.keys() == loop.keys()
-        for name, value in mine.items():
+        actual, loop = results_of(cell, x, state), in_a_loop(lambda: results_of(cell, x, state))
+        assert actual.keys() == loop.keys()
+        for name, value in actual.items():
             torch.testing.assert_close(value, loop[name], rtol=1e-10, atol=1e-11)
 
 
@@ -129,7 +129,7 @@ def ways(monkeypatch):
     return counts
 
 
-def test_the_second_call_goes_the_short_way(ways, zoo_cell):
+def test_the_second_call_takes_the_fast_path(ways, zoo_cell):
     cell, x = zoo_cell.make(5, 9).eval(), torch.randn(4, 3, 5)
     layer = fc.Recurrent(cell)
     if type(cell).__name__ in ("FastGRNNCell", "AntisymmetricRNNCell"):
@@ -145,24 +145,24 @@ def test_the_second_call_goes_the_short_way(ways, zoo_cell):
 
 @pytest.mark.parametrize("kind", [fc.RNN, fc.GRU, fc.LSTM])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
-def test_layers_go_the_short_way_and_see_changes(ways, kind, options):
-    theirs = getattr(nn, kind.__name__)(5, 9, **options).double()
-    mine = kind(5, 9, **options).double()
+def test_layers_take_the_fast_path_and_see_changes(ways, kind, options):
+    reference = getattr(nn, kind.__name__)(5, 9, **options).double()
+    drop_in = kind(5, 9, **options).double()
     x = torch.randn(3, 3, 5, dtype=torch.float64)
     state = torch.randn(1, 3, 9, dtype=torch.float64)
     state = (state, state.clone()) if kind is fc.LSTM else state
 
     def check(short):
         ways["short"] = 0
-        mine.load_state_dict(theirs.state_dict())
-        for given in ((x,), (x, state), (x[0],)):
+        drop_in.load_state_dict(reference.state_dict())
+        for arguments in ((x,), (x, state), (x[0],)):
             results = []
-            for layer in (mine, theirs):
+            for layer in (drop_in, reference):
                 layer.zero_grad()
-                y, after = layer(*given)
+                y, after = layer(*arguments)
                 (y.square().sum() + (after if kind is not fc.LSTM else after[1]).sum()).backward()
                 with torch.no_grad():
-                    results.append([y, layer(*given)[0], *(parameter.grad for parameter in layer.parameters())])
+                    results.append([y, layer(*arguments)[0], *(parameter.grad for parameter in layer.parameters())])
             for value, expected in zip(*results, strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
         assert ways["short"] == short
@@ -170,10 +170,10 @@ def test_layers_go_the_short_way_and_see_changes(ways, kind, options):
     check(0)
     check(6)
     with torch.no_grad():
-        theirs.weight_hh_l0.mul_(2)
+        reference.weight_hh_l0.mul_(2)
     check(6)
-    theirs.train(False)
-    mine.train(False)
+    reference.train(False)
+    drop_in.train(False)
     check(0)
     check(6)
 
@@ -197,7 +197,7 @@ def enclosing(cell):
     return lambda value: torch.tanh(value) * cell.rate
 
 
-def test_nothing_is_kept_alive():
+def test_caches_keep_no_cell_or_weight_alive():
     cell, layer, x = Scaled(), fc.GRU(5, 9), torch.randn(4, 3, 5)
     cell.function = enclosing(cell)
     for _ in range(2):
@@ -208,8 +208,8 @@ def test_nothing_is_kept_alive():
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
-    for kept in (repeat.PROGRAMS, repeat.TRAINABLE_STEPS):
-        kept.forget({Scaled})  # their keys hold functions
+    for cache in (repeat.PROGRAMS, repeat.TRAINABLE_STEPS):
+        cache.forget({Scaled})  # their keys hold functions
     del cell, layer
     gc.collect()
     assert [weight() for weight in weights] == [None] * 4
@@ -217,7 +217,7 @@ def test_nothing_is_kept_alive():
 
 
 @pytest.mark.parametrize("value", [[1.0], {"a": 1}, torch.nn.Linear(2, 2).forward], ids=["list", "dict", "method"])
-def test_what_may_change_inside_is_not_taken_for_a_fact(value):
+def test_mutable_attributes_have_no_guards(value):
     cell = Scaled()
     assert guards_of(cell) is not None
     cell.more = value
@@ -241,12 +241,12 @@ def test_a_hook_that_comes_later():
         fc.scan(cell, x)
     cell.norm.register_forward_hook(lambda module, args, output: output + 1)
     with pytest.warns(fc.EagerWarning, match="hook"):
-        mine = fc.scan(cell, x)[0]
-    torch.testing.assert_close(mine, in_a_loop(lambda: fc.scan(cell, x)[0]))
+        actual = fc.scan(cell, x)[0]
+    torch.testing.assert_close(actual, in_a_loop(lambda: fc.scan(cell, x)[0]))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
-def test_modes_around_a_remembered_call(ways):
+def test_modes_around_a_cached_call(ways):
     cell, x = fc.GRUCell(5, 9), torch.randn(3, 5)
     with torch.no_grad():
         for _ in range(2):
@@ -268,7 +268,7 @@ def test_modes_around_a_remembered_call(ways):
             assert torch.autograd.forward_ad.unpack_dual(cell(tangent)).tangent is not None
 
 
-def test_gradients_of_gradients_of_a_remembered_call(ways):
+def test_gradients_of_gradients_of_a_cached_call(ways):
     cell, x = fc.LSTMCell(5, 9).double(), torch.randn(3, 5, dtype=torch.float64)
     layer = fc.GRU(5, 9).double()
 
@@ -279,14 +279,14 @@ def test_gradients_of_gradients_of_a_remembered_call(ways):
         return torch.autograd.grad(first.square().sum(), [leaf, *cell.parameters(), *layer.parameters()])
 
     for _ in range(2):
-        mine = penalty()
+        actual = penalty()
     assert ways["short"] >= 2
-    for value, expected in zip(mine, in_a_loop(penalty), strict=True):
+    for value, expected in zip(actual, in_a_loop(penalty), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_checkpointing_before_and_after_a_call_is_remembered(early):
+def test_checkpointing_before_and_after_a_call_is_cached(early):
     layer, x = fc.GRU(5, 9), torch.randn(4, 3, 5, requires_grad=True)
     if early:
         for _ in range(2):
@@ -356,7 +356,7 @@ def test_many_threads():
     assert not wrong
 
 
-def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
+def test_calls_that_never_repeat_leave_the_cache(ways):
     cell = fc.GRUCell(5, 9)
     with torch.no_grad():
         for rows in range(1, 200):
@@ -369,7 +369,7 @@ def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
 @pytest.mark.parametrize(
     "size", [100, TUNING.small_scratch_bytes, TUNING.huge_scratch_bytes + 1, TUNING.large_scratch_bytes + 1]
 )
-def test_scratch_holds_what_was_asked_for(size):
+def test_scratch_is_aligned_and_large_enough(size):
     """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
     memory = call._scratch(size)
     room = memory.data_ptr() + memory.numel() - call._aligned(memory)

@@ -37,8 +37,10 @@ print(json.dumps({
 def measure(cache) -> dict:
     """What one process counted."""
     environment = os.environ | {"FUSECELL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "FUSECELL_CHECK": "0"}
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=True)
-    return json.loads(done.stdout)
+    process = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=True
+    )
+    return json.loads(process.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,9 @@ def test_the_import_brings_in_little_beside_the_library(runs):
             "llvmlite",
             "numpy",
         }
-        own = [name for name in run["imported"] if name.startswith("fusecell")]
+        submodules = [name for name in run["imported"] if name.startswith("fusecell")]
         for unused in ("cli", "convert", "demo", "inspection", "streaming", "tape", "testing"):
-            assert f"fusecell.{unused}" not in own
+            assert f"fusecell.{unused}" not in submodules
         assert len(run["imported"]) < 200
 
 

@@ -25,8 +25,8 @@ def joint(cell: fc.Cell) -> Graph:
 def both(cell: fc.Cell) -> list[Graph]:
     """The optimised forward and backward for all gradients."""
     graph = joint(cell)
-    halves = partition(graph, [label for label in graph.outputs if label.startswith(("grad.input", "grad.weight"))])
-    return [optimise(half)[-1][1] for half in (halves.forward, halves.backward)]
+    graphs = partition(graph, [label for label in graph.outputs if label.startswith(("grad.input", "grad.weight"))])
+    return [optimise(half)[-1][1] for half in (graphs.forward, graphs.backward)]
 
 
 def names(graph: Graph) -> dict[str, str]:
@@ -94,7 +94,7 @@ def test_a_variable_keeps_its_name_whatever_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["c2", "x", "grad.x", "h.new"])
-def test_a_noted_name_is_no_ones_else(name: str) -> None:
+def test_noted_names_stay_unique(name: str) -> None:
     class Noting(fc.Cell):
         def step(self, x, state):
             (h,) = state

@@ -77,7 +77,7 @@ def test_an_identity_leaves_the_other_argument(name: str) -> None:
             assert result == value or (math.isnan(value) and math.isnan(result))
 
 
-def test_a_row_says_one_thing_of_a_primitive() -> None:
+def test_the_table_of_primitives_is_consistent() -> None:
     for name, primitive in PRIMITIVES.items():
         assert primitive.leaf == (primitive.arity == 0), name
         assert primitive.pointwise or not (primitive.expensive or primitive.fold or primitive.identities), name

@@ -40,9 +40,9 @@ def test_weights_that_are_a_subclass_of_tensor(training):
     layer.cell.weight_ih = nn.Parameter(Doubled(weight), requires_grad=False)
     with torch.set_grad_enabled(training):
         with pytest.warns(fc.EagerWarning, match="weight_ih is a Doubled, a subclass of Tensor"):
-            found = layer(x)[0]
+            output = layer(x)[0]
         layer.cell.weight_ih = nn.Parameter(2 * weight)
-        torch.testing.assert_close(found, layer(x)[0])
+        torch.testing.assert_close(output, layer(x)[0])
 
 
 def test_copied_and_pickled_after_it_ran():
@@ -65,5 +65,5 @@ def test_cells_that_share_weights():
     with torch.no_grad():
         fc.scan(other, x)
         layer.cell.inp.weight.mul_(3)
-        for mine, loop in (both(layer, x), both(fc.Recurrent(other), x)):
-            torch.testing.assert_close(mine, loop)
+        for compiled, loop in (both(layer, x), both(fc.Recurrent(other), x)):
+            torch.testing.assert_close(compiled, loop)
