@@ -37,7 +37,7 @@ def test_layers_are_walked_to_their_cells(module):
     assert explanation.runner == "compiled"
     assert "in the loop" in str(explanation)
     assert "FLOPs" in str(explanation)
-    assert "kept for the backward" in str(explanation)
+    assert "with gradients, the forward also saves" in str(explanation)
 
 
 def test_the_input_product_leaves_the_loop():
@@ -47,14 +47,14 @@ def test_the_input_product_leaves_the_loop():
     assert all(f"{gate}.input" in before for gate in "rzn")
     assert ".input" not in inside
     assert all(f" {gate}," in inside for gate in ("r", "z", "n"))
-    assert "kept for the backward: h, r, z, n.hidden, n; 320 bytes a row and step" in backward
+    assert ", the forward also saves h, r, z, n.hidden, n: 320 bytes per row and step" in backward
     assert "summed over all rows and steps: weight_ih, bias_ih, weight_hh, bias_hh" in backward
 
 
 def test_the_figures_of_a_plain_gru():
     text = str(fc.explain(fc.GRUCell(64, 128)))
     flops = 2 * 3 * 128 * (64 + 128)
-    assert f"{flops:,} FLOPs of products a row and step" in text
+    assert f"{flops:,} FLOPs in matrix products per row and step" in text
     assert f"{4 * (3 * 128 * (64 + 128) + 6 * 128):,} bytes of weights" in text
 
 

@@ -226,7 +226,11 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
     if not cells:
         raise TypeError(f"explain takes a layer or a cell of fusecell, got {type(module).__name__}, which has none.")
     explained = tuple(_explain_cell(name, cell, input_sizes) for name, cell in cells)
-    reasons = [reason for each in explained for reason in (*each.reasons, *each.training_reasons)]
+    reasons = []
+    for (_, cell), each in zip(cells, explained, strict=True):
+        kind = type(cell).__name__
+        reasons += [f"{kind}: {reason}" for reason in each.reasons]
+        reasons += [f"{kind}, with gradients: {reason}" for reason in each.training_reasons]
     inference = not any(each.reasons for each in explained)
     training = not any(each.training_reasons for each in explained)
     if active_runner() == "eager":
@@ -245,7 +249,7 @@ def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> E
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
     dtype = weights_dtype(cell) or torch.get_default_dtype()
     if dtype not in (torch.float32, torch.float64):
-        reason = f"{type(cell).__name__}: its weights are {dtype}; float32 and float64 are compiled."
+        reason = f"Its weights are {dtype}; only float32 and float64 are compiled."
         return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
     inputs = _inputs(cell, input_sizes, dtype)
     lines = [title]
@@ -257,14 +261,14 @@ def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> E
     with torch.inference_mode(False), torch.enable_grad():
         program, trainable = find_program(cell, inputs), find_trainable(cell, inputs)
     if isinstance(program, Refusal):
-        reasons = tuple(f"{type(cell).__name__}: {reason}" for reason in program.reasons)
+        reasons = program.reasons
         lines += ["  eager", *(f"    {reason}" for reason in program.reasons)]
     else:
         inference = KernelStages(program.kernel)
         lines += [f"  compiled in {program.seconds * 1e3:.0f} ms", *_describe(program.kernel)]
     if isinstance(trainable, Refusal):
-        training_reasons = tuple(f"{type(cell).__name__}, with gradients: {reason}" for reason in trainable.reasons)
-        lines += ["  with gradients: eager", *(f"    {reason}" for reason in trainable.reasons)]
+        training_reasons = trainable.reasons
+        lines += _describe_refusal(program, trainable)
     elif not isinstance(program, Refusal):
         requires_grad = [False] * len(inputs) + [each.requires_grad for each in trainable.traced.weights.values(cell)]
         training = trainable.training(requires_grad, recomputing())
@@ -330,9 +334,10 @@ def _describe(kernel: Kernel) -> list[str]:
         lines.append(f"    after the loop, summed over all rows and steps: {', '.join(sums)}")
     weights = sum(math.prod(graph[index].type.shape) for index in graph.leaves("weight")) * kernel.itemsize
     scratch = emitted.scratch
+    lines.append(f"    {2 * kernel.macs:,} FLOPs in matrix products per row and step; {weights:,} bytes of weights")
     lines.append(
-        f"    {2 * kernel.macs:,} FLOPs of products a row and step; {weights:,} bytes of weights; scratch "
-        f"{scratch.fixed:,} bytes, {scratch.per_row:,} a row, {scratch.per_chunk_row:,} a row and step of a chunk"
+        f"    scratch memory: {scratch.fixed:,} bytes, {scratch.per_row:,} per row, "
+        f"{scratch.per_chunk_row:,} per row and step of a chunk"
     )
     loaded = kernel.loaded
     how = "read from the cache" if loaded.from_cache else "compiled"
@@ -347,16 +352,26 @@ def _describe_stage(kernel: Kernel, stage: Stage) -> str:
     parts = []
     products = [graph[index].name for index in stage.affines]
     if products:
-        parts.append(f"products {', '.join(products)} in tiles of rows x blocks {kernel.emitted.tiles[stage.name]}")
+        # The innermost dimension of a microkernel is a vector of 16 numbers, whatever the CPU's own vectors.
+        parts.append(
+            f"products {', '.join(products)} by microkernels of rows x vectors {kernel.emitted.tiles[stage.name]}"
+        )
     for what, indices in (("", stage.pointwise), ("reductions ", stage.reductions)):
         if indices:
             parts.append(what + ", ".join(graph[index].name for index in indices))
-    return f"{stage.width} wide: {'; '.join(parts) or 'copies'}"
+    return f"{stage.width} features: {'; '.join(parts) or 'copies'}"
+
+
+def _describe_refusal(program: object, trainable: Refusal) -> list[str]:
+    """Describe why a cell is eager with gradients, without repeating the reasons that it has anyway."""
+    if isinstance(program, Refusal) and program.reasons == trainable.reasons:
+        return ["  with gradients: eager, for the same reasons"]
+    return ["  with gradients: eager", *(f"    {reason}" for reason in trainable.reasons)]
 
 
 def _describe_training(training: Training) -> Iterator[str]:
     saved = ", ".join(name.removeprefix("saved.") for name, _ in training.halves.saved)
     size = training.saved_numbers * training.forward.kernel.itemsize
-    yield f"  with gradients, kept for the backward: {saved}; {size:,} bytes a row and step"
-    yield "  the backward, from the last step to the first"
+    yield f"  with gradients, the forward also saves {saved}: {size:,} bytes per row and step"
+    yield "  the backward kernel, from the last step to the first"
     yield from _describe(training.backward.kernel)

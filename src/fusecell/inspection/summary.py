@@ -78,7 +78,7 @@ class Summary:
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the table as rows of text: a header, a row per layer, the totals."""
-        header = ("layer", "kind", "parameters", "MACs", "cell calls", "saved bytes", "output", "state")
+        header = ("layer", "kind", "parameters", "MACs", "cell calls", "bytes saved for backward", "output", "state")
         rows = [
             (
                 layer.name,

@@ -47,8 +47,15 @@ class CellCheckError(AssertionError):
 
     def __init__(self, cell: str, failures: Sequence[tuple[str, str]]) -> None:
         self.failures = tuple(failures)
-        count = f"{len(failures)} check" + ("s" if len(failures) > 1 else "")
-        super().__init__("\n".join([f"{cell} fails {count}:", *(f"  {name}: {text}" for name, text in failures)]))
+        count = len({name for name, _ in failures})
+        # In the order of CHECKS, in which causes come before what follows from them: a step that draws random numbers
+        # fails half of the checks.
+        title = (
+            "1 check:"
+            if count == 1
+            else f"{count} checks; mend the first one first, as later ones often follow from it:"
+        )
+        super().__init__("\n".join([f"{cell} fails {title}", *(f"  {name}: {text}" for name, text in failures)]))
 
 
 @dataclass(frozen=True)

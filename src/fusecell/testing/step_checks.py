@@ -75,7 +75,7 @@ def _misshapen(
 
 
 def check_purity(trial: Trial) -> Iterator[str]:
-    """step gives the same twice, changes nothing it was given, and draws no random numbers"""
+    """step returns the same twice, changes none of its arguments, and draws no random numbers"""
     cell = trial.cell
     x, state = trial.at(0), trial.state
     inputs = x if isinstance(x, tuple) else (x,)
@@ -100,7 +100,7 @@ def check_purity(trial: Trial) -> Iterator[str]:
     if drew:
         yield (
             "step uses the global random generator. Draw in draw(), which is called once per call, and take the "
-            "result as one of `inputs`; dropout between the cells of a Stack is for scan, so check a Stack in eval()."
+            "result as one of `inputs`. A Stack draws its dropout in scan, not in step: check a Stack in eval()."
         )
     fix = "Keep nothing from call to call outside of the state, and draw random numbers in draw()."
     yield from trial.compare(second, first, "of a second call with the same arguments", fix)
@@ -167,11 +167,13 @@ def check_gradients(trial: Trial) -> Iterator[str]:
             # The full Jacobian takes two runs per number; past a thousand a random projection of it has to do.
             torch.autograd.gradcheck(wrapper.of(name), (tested,), fast_mode=leaf.numel() > 1000)
         except RuntimeError as problem:
-            lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+            # Without the two Jacobians that gradcheck prints, which fill the screen.
+            lines = [line.strip() for line in str(problem).partition("numerical:")[0].splitlines() if line.strip()]
+            reason = " ".join(lines)[:400].rstrip(",.")
             yield (
-                f"the gradient of {name} is not that of the values: {' '.join(lines)[:400]}. Look for detach(), "
-                ".data, no_grad() and a custom backward in step. A cell with kinks (relu, abs, clamp) can differ at "
-                "the kink itself: try another seed. If the gradient is meant to differ, skip=('gradients',)."
+                f"the gradient of {name} is not that of the values: {reason}. Look for detach(), .data, no_grad() and "
+                "a custom backward in step. A cell with kinks (relu, abs, clamp) can differ at the kink itself: try "
+                "another seed. If the gradient is meant to differ, skip=('gradients',)."
             )
 
 
@@ -210,7 +212,7 @@ class _TwoSteps(nn.Module):
 
 
 def check_rows(trial: Trial) -> Iterator[str]:
-    """rows of a batch are independent: alone or together, whatever the others hold"""
+    """rows of a batch are independent: the same alone and together, whatever the other rows are"""
     whole = trial.loop()
     for row in (0, trial.batch_size - 1):
         rows = slice(row, row + 1)
@@ -233,7 +235,7 @@ def check_rows(trial: Trial) -> Iterator[str]:
 
 
 def check_notes(trial: Trial) -> Iterator[str]:
-    """names given by note are unique in a step, a state's only where it is the new state, and name a row per row"""
+    """notes have unique names, a state's name only for the new state, and one row for each row of the input"""
     seen: dict[tuple[int, str], Cell] = {}
     notes: list[tuple[Cell, str, Tensor]] = []
     with capture_intermediates(lambda cell, name, value: notes.append((cell, name, value))), torch.no_grad():
