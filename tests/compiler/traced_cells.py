@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fusecell as fc
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.ir.interpreter import interpret
+from fusecell.compiler.transforms.partition import ForwardBackward, partition
 
 Body = Callable[[Any, Tensor, Tensor], Tensor]
 Function = Callable[[Tensor], Tensor]
@@ -62,6 +63,12 @@ def traced(cell: fc.Cell, **options: Any) -> Traced:
     )
     assert isinstance(step_trace, Traced), step_trace
     return step_trace
+
+
+def partitioned(step_trace: Traced) -> ForwardBackward:
+    """The forward and backward graphs for the gradients of all inputs and weights."""
+    labels = [label for label in step_trace.graph.outputs if label.startswith(("grad.input.", "grad.weight."))]
+    return partition(step_trace.graph, labels)
 
 
 def values_of(step_trace: Traced, cell: fc.Cell, leaves: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:

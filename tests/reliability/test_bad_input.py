@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import fusecell as fc
+from tests.compiler.tuned import tuned
 
 X = torch.randn(7, 3, 5)
 
@@ -242,19 +244,20 @@ def test_sizes_beyond_memory(layer, shape, training):
 
 
 def test_scratch_beyond_memory(monkeypatch):
-    """Memory that runs out inside a call."""
-    from fusecell.compiler.programs import launch as call
-
-    def none(size):
-        raise RuntimeError(f"can't allocate memory: you tried to allocate {size} bytes")
-
+    """Scratch memory that the system refuses inside a call: in a new thread, which has none from earlier calls."""
     layer = fc.GRU(5, 9)
     expected, _ = layer(X)
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(call, "_scratch", none)
-        with pytest.raises(RuntimeError, match="can't allocate memory"):
-            layer(X)
-    assert torch.equal(layer(X)[0], expected)
+
+    def call():
+        with torch.no_grad():
+            return layer(X)[0]
+
+    with ThreadPoolExecutor(1) as thread:
+        with monkeypatch.context() as patch:
+            tuned(patch, small_scratch_bytes=1 << 62, huge_scratch_bytes=1 << 63)
+            with pytest.raises((MemoryError, RuntimeError), match="allocate"):
+                thread.submit(call).result()
+        assert torch.equal(thread.submit(call).result(), expected)
 
 
 def test_parameters_that_are_not_numbers_go_through(layer):

@@ -15,9 +15,9 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import Target, target_of
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
-from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
+from tests.compiler.traced_cells import partitioned
 
 MACHINES = {
     "x86_64-apple-darwin": ("haswell", {"avx2", "fma"}),
@@ -48,7 +48,7 @@ def text_for(triple: str, backward: bool) -> str:
     torch.manual_seed(0)
     traced = trace(fc.GRUCell(3, 5), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
-    graphs = TrainableStep(traced, ("x",))._halves([True] * (1 + len(traced.weight_names)), recompute=False)
+    graphs = partitioned(traced)
     graph = graphs.backward if backward else graphs.forward
     return emit(plan(optimise(graph)[-1][1], backward=backward), machine(triple)).text
 

@@ -16,9 +16,9 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import target_of
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
-from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
+from tests.compiler.traced_cells import partitioned
 
 GOLDEN = Path(__file__).parent / "golden"
 TRIPLE = "x86_64-unknown-linux-gnu"
@@ -36,8 +36,7 @@ CELLS = {
 def test_texts(name):
     traced = trace(CELLS[name](), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
-    flags = [True] * (1 + len(traced.weight_names))
-    graphs = TrainableStep(traced, ("x",))._halves(flags, recompute=False)
+    graphs = partitioned(traced)
     texts = {"joint graph": traced.graph.text}
     for title, graph in (("forward", graphs.forward), ("backward", graphs.backward)):
         optimised = optimise(graph)[-1][1]

@@ -1,4 +1,4 @@
-"""Calls that are remembered: whatever changes between two of them is seen by the second."""
+"""The fast path of repeated calls: whatever changes between two calls is seen by the second."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
 from fusecell.compiler.backend.tuning import TUNING
-from fusecell.compiler.dispatch import fast_path as repeat
+from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.guards import guards_of
-from fusecell.compiler.programs import launch as call
+from fusecell.compiler.programs import launch
+from fusecell.execution.call_cache import register_call_cache
 
 
 class Scaled(fc.Cell):
@@ -114,22 +115,26 @@ def test_a_change_between_two_calls_is_seen(change):
 
 
 @pytest.fixture
-def ways(monkeypatch):
-    """How many calls went the short way while a test runs."""
-    counts = {"short": 0}
-    for kind in (repeat._Answering, repeat._Learning):
-        call = kind.__call__
+def hits():
+    """The number of calls that the fast path takes while a test runs."""
+    counts = {"calls": 0}
 
-        def counted(self, *args, call=call):
-            counts["short"] += 1
-            return call(self, *args)
+    class CountingCache:
+        keep = staticmethod(fast_path.CACHE.keep)
 
-        monkeypatch.setattr(kind, "__call__", counted)
-    repeat.forget()
-    return counts
+        @staticmethod
+        def find(*arguments):
+            result = fast_path.CACHE.find(*arguments)
+            counts["calls"] += result is not None
+            return result
+
+    fast_path.forget()
+    register_call_cache(CountingCache())
+    yield counts
+    register_call_cache(fast_path.CACHE)
 
 
-def test_the_second_call_takes_the_fast_path(ways, zoo_cell):
+def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
     cell, x = zoo_cell.make(5, 9).eval(), torch.randn(4, 3, 5)
     layer = fc.Recurrent(cell)
     if type(cell).__name__ in ("FastGRNNCell", "AntisymmetricRNNCell"):
@@ -140,20 +145,20 @@ def test_the_second_call_takes_the_fast_path(ways, zoo_cell):
             layer(x)
         layer(x)[0].sum().backward()
         cell(x[0])
-        assert ways["short"] == 4 * calls
+        assert hits["calls"] == 4 * calls
 
 
 @pytest.mark.parametrize("kind", [fc.RNN, fc.GRU, fc.LSTM])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
-def test_layers_take_the_fast_path_and_see_changes(ways, kind, options):
+def test_layers_take_the_fast_path_and_see_changes(hits, kind, options):
     reference = getattr(nn, kind.__name__)(5, 9, **options).double()
     drop_in = kind(5, 9, **options).double()
     x = torch.randn(3, 3, 5, dtype=torch.float64)
     state = torch.randn(1, 3, 9, dtype=torch.float64)
     state = (state, state.clone()) if kind is fc.LSTM else state
 
-    def check(short):
-        ways["short"] = 0
+    def check(count):
+        hits["calls"] = 0
         drop_in.load_state_dict(reference.state_dict())
         for arguments in ((x,), (x, state), (x[0],)):
             results = []
@@ -165,7 +170,7 @@ def test_layers_take_the_fast_path_and_see_changes(ways, kind, options):
                     results.append([y, layer(*arguments)[0], *(parameter.grad for parameter in layer.parameters())])
             for value, expected in zip(*results, strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
-        assert ways["short"] == short
+        assert hits["calls"] == count
 
     check(0)
     check(6)
@@ -178,7 +183,7 @@ def test_layers_take_the_fast_path_and_see_changes(ways, kind, options):
     check(6)
 
 
-def test_weights_from_outside_and_copies(ways):
+def test_weights_from_outside_and_copies(hits):
     layer, x = fc.GRU(5, 9), torch.randn(4, 3, 5)
     with torch.no_grad():
         for _ in range(2):
@@ -204,16 +209,16 @@ def test_caches_keep_no_cell_or_weight_alive():
         fc.scan(cell, x)[0].sum().backward()
         layer(x)[0].sum().backward()
     weights = [weakref.ref(value) for value in (cell.inp.weight, layer.weight_hh_l0, cell, layer)]
-    before = len(repeat._KNOWN)
+    before = len(fast_path._KNOWN)
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
-    for cache in (repeat.PROGRAMS, repeat.TRAINABLE_STEPS):
+    for cache in (fast_path.PROGRAMS, fast_path.TRAINABLE_STEPS):
         cache.forget({Scaled})  # their keys hold functions
     del cell, layer
     gc.collect()
     assert [weight() for weight in weights] == [None] * 4
-    assert len(repeat._KNOWN) <= before - 2
+    assert len(fast_path._KNOWN) <= before - 2
 
 
 @pytest.mark.parametrize("value", [[1.0], {"a": 1}, torch.nn.Linear(2, 2).forward], ids=["list", "dict", "method"])
@@ -246,12 +251,12 @@ def test_a_hook_that_comes_later():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
-def test_modes_around_a_cached_call(ways):
+def test_modes_around_a_cached_call(hits):
     cell, x = fc.GRUCell(5, 9), torch.randn(3, 5)
     with torch.no_grad():
         for _ in range(2):
             expected = cell(x)
-        assert ways["short"] == 1
+        assert hits["calls"] == 1
         mapped = torch.func.vmap(cell)(x)
         torch.testing.assert_close(mapped, expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -260,7 +265,7 @@ def test_modes_around_a_cached_call(ways):
             torch.testing.assert_close(cell(x), expected)
         with torch.inference_mode():
             assert torch.equal(cell(x), expected)
-        assert ways["short"] == 1
+        assert hits["calls"] == 1
         with torch.device("meta"):
             assert torch.equal(cell(x), expected)
         with torch.autograd.forward_ad.dual_level():
@@ -268,7 +273,7 @@ def test_modes_around_a_cached_call(ways):
             assert torch.autograd.forward_ad.unpack_dual(cell(tangent)).tangent is not None
 
 
-def test_gradients_of_gradients_of_a_cached_call(ways):
+def test_gradients_of_gradients_of_a_cached_call(hits):
     cell, x = fc.LSTMCell(5, 9).double(), torch.randn(3, 5, dtype=torch.float64)
     layer = fc.GRU(5, 9).double()
 
@@ -280,7 +285,7 @@ def test_gradients_of_gradients_of_a_cached_call(ways):
 
     for _ in range(2):
         actual = penalty()
-    assert ways["short"] >= 2
+    assert hits["calls"] >= 2
     for value, expected in zip(actual, in_a_loop(penalty), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-11)
 
@@ -308,7 +313,7 @@ def test_checkpointing_before_and_after_a_call_is_cached(early):
     ],
     ids=["outputs alone", "the state alone", "some steps", "transposed", "every second feature"],
 )
-def test_incoming_gradients(ways, loss):
+def test_incoming_gradients(hits, loss):
     cell, x, state = Scaled(), torch.randn(4, 3, 5), torch.randn(3, 9, requires_grad=True)
     results = []
     for name in ("auto", "auto", "eager"):
@@ -317,18 +322,18 @@ def test_incoming_gradients(ways, loss):
         with fc.runner(name):
             loss(*fc.scan(cell, x, state)).backward()
         results.append([state.grad, *(parameter.grad for parameter in cell.parameters())])
-    assert ways["short"] == 1
+    assert hits["calls"] == 1
     for first, second, loop in zip(*results, strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(second, loop, rtol=2e-5, atol=2e-5)
 
 
-def test_results_share_no_memory(ways):
+def test_results_share_no_memory(hits):
     cell, x = fc.LSTMCell(5, 9), torch.randn(3, 5)
     layer = fc.Recurrent(cell)
     for _ in range(2):
         first, second = [[*cell(x), layer(x[None])[0], *layer(x[None])[1]] for _ in range(2)]
-    assert ways["short"] > 0
+    assert hits["calls"] > 0
     tensors = [x, *cell.parameters(), *first, *second]
     assert len({value.untyped_storage().data_ptr() for value in tensors}) == len(tensors)
     first[0].mul_(2)
@@ -356,14 +361,19 @@ def test_many_threads():
     assert not wrong
 
 
-def test_calls_that_never_repeat_leave_the_cache(ways):
+def test_calls_that_never_repeat_leave_the_cache(hits):
+    """After some dozens of sizes that none came again of, no more are cached, until ``refresh`` or a hit."""
     cell = fc.GRUCell(5, 9)
     with torch.no_grad():
         for rows in range(1, 200):
             cell(torch.randn(rows, 5))
-    assert len(repeat._KNOWN[id(cell)].calls) <= repeat._MOST_MISSED
-    fc.refresh(cell)
-    assert id(cell) not in repeat._KNOWN
+        for _ in range(2):
+            cell(torch.randn(199, 5))
+        assert hits["calls"] == 0
+        fc.refresh(cell)
+        for _ in range(2):
+            cell(torch.randn(199, 5))
+        assert hits["calls"] == 1
 
 
 @pytest.mark.parametrize(
@@ -371,7 +381,7 @@ def test_calls_that_never_repeat_leave_the_cache(ways):
 )
 def test_scratch_is_aligned_and_large_enough(size):
     """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
-    memory = call._scratch(size)
-    room = memory.data_ptr() + memory.numel() - call._aligned(memory)
-    assert call._aligned(memory) % 64 == 0
+    memory = launch._scratch(size)
+    room = memory.data_ptr() + memory.numel() - launch._aligned(memory)
+    assert launch._aligned(memory) % 64 == 0
     assert room >= size

@@ -19,6 +19,7 @@ from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.compiler.schedule import sums
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
+from tests.compiler.traced_cells import partitioned
 
 
 class Deep(fc.Cell):
@@ -108,9 +109,8 @@ def test_no_stage_recurses_as_deep_as_the_graph(kind):
     sys.setrecursionlimit(depth + 60)
     try:
         from fusecell.compiler.backend.target import host_target
-        from fusecell.compiler.programs.autograd import TrainableStep
 
-        graphs = TrainableStep(traced, ("x",))._halves([True] * 2, recompute=False)
+        graphs = partitioned(traced)
         for graph, backward in ((graphs.forward, False), (graphs.backward, True)):
             assert Graph.parse(graph.text).text == graph.text
             assert emit(plan(optimise(graph)[-1][1], backward=backward), host_target()).text
@@ -130,12 +130,11 @@ def test_twice_the_operations_take_about_twice_as_long(kind):
             seen += event == "call"
 
         from fusecell.compiler.backend.target import host_target
-        from fusecell.compiler.programs.autograd import TrainableStep
 
         traced = trace(Deep(kind, count), [(4,)], torch.float32, gradients=True)
         sys.setprofile(profile)
         try:
-            graphs = TrainableStep(traced, ("x",))._halves([True] * 2, recompute=False)
+            graphs = partitioned(traced)
             for graph, backward in ((graphs.forward, False), (graphs.backward, True)):
                 emit(plan(optimise(graph)[-1][1], backward=backward), host_target())
         finally:

@@ -19,6 +19,8 @@ import fusecell as fc
 import fusecell.compiler.dispatch.runner as compiled
 from fusecell.cells import CELLS
 from fusecell.compiler.backend import tuning
+from fusecell.compiler.frontend import trace
+from fusecell.compiler.programs import inference
 from tests.compiler.traced_cells import FUNCTIONS, WEIGHTS, BodyCell, both
 from tests.compiler.tuned import tuned
 
@@ -435,13 +437,12 @@ def test_an_unfrozen_weight_gets_a_gradient():
 def compilations(monkeypatch) -> list[fc.Cell]:
     """The cells that are compiled while a test runs."""
     cells: list[fc.Cell] = []
-    build = compiled.PROGRAMS._build
 
-    def counted(cell, *rest):
+    def counted(cell, *arguments, **options):
         cells.append(cell)
-        return build(cell, *rest)
+        return trace(cell, *arguments, **options)
 
-    monkeypatch.setattr(compiled.PROGRAMS, "_build", counted)
+    monkeypatch.setattr(inference, "trace", counted)
     fc.refresh()
     return cells
 
