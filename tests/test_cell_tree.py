@@ -1,4 +1,4 @@
-"""The cells in a module: which are found, in what order, and the dtype each computes in."""
+"""Iterating over the cells in a module: which, in what order, and in which dtype they compute."""
 
 import pytest
 import torch

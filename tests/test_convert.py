@@ -1,4 +1,4 @@
-"""torch.nn's layers in a model become ours and go back, with nothing else noticing."""
+"""torch.nn's layers in a model are replaced by fusecell's and back; nothing else changes."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_chrono():
 
 @pytest.mark.parametrize("entry", CELLS, ids=[entry.name for entry in CELLS])
 def test_a_gate_that_keeps_keeps(entry):
-    """Whatever the cell: with a large forget bias the state stays as it was, and with its negative it doesn't."""
+    """With a large forget bias every cell's state stays the same; with its negative it doesn't."""
     cell = entry.make(5, H).double().eval()
     if not (cell.keeps or cell.updates):
         with pytest.raises(ValueError, match="found no gate with a bias"):

@@ -93,7 +93,7 @@ CASES = [
 
 
 def solve(problem):
-    """What torch's own layer, or else the loop over the step, finds in float32."""
+    """Return the float32 results of torch's layer, or of the Python loop for a cell that torch lacks."""
     peer = TORCH if problem.in_torch else EAGER
     return peer.arrays(problem, peer.build(problem, 1)())
 
@@ -202,7 +202,7 @@ def test_overhead_is_what_kernels_leave_of_a_call():
 
 
 def test_limits_of_a_kernel():
-    """The arithmetic on what is timed; a cell of one's own is measured like a built-in one."""
+    """Check the arithmetic on the times, for a built-in cell and for a user's cell."""
     flops, l2 = limits.machine_limits(seconds=0.0)
     assert min(flops, l2) > 0
     for cell in ("gru", limits.OWN):

@@ -117,7 +117,7 @@ def test_kerass_mask_of_padding():
 
 
 def onnx_layer(op, w, r, b, **options):
-    """Our layer with ONNX's weights; W (D, GH, I), R (D, GH, H), B (D, 2GH) or None."""
+    """Build a layer with ONNX's weights: W (D, GH, I), R (D, GH, H), B (D, 2GH) or None."""
     order = ONNX_BLOCKS[op]
     layer = getattr(fc, op)(w.shape[2], r.shape[2], bias=b is not None, bidirectional=len(w) == 2, **options)
     layer.to(torch.from_numpy(w).dtype)
@@ -137,7 +137,7 @@ def onnx_layer(op, w, r, b, **options):
 
 
 def run_like_onnx(layer, x, hx=None, *, layout=0, direction="forward"):
-    """Y and the last states in ONNX's form, (T, D, N, H) and (D, N, H); batch first with layout 1."""
+    """Return Y and the last states in ONNX's layout, (T, D, N, H) and (D, N, H); batch first with layout 1."""
     x = torch.from_numpy(x.copy())
     x = x.transpose(0, 1) if layout else x
     with torch.no_grad():

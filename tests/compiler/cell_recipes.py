@@ -193,7 +193,7 @@ class Data:
         return self.changed(Tensor.double)
 
     def nudged(self, size: float) -> Data:
-        """Every number off by about a part ``size`` of it."""
+        """Return a copy with a relative perturbation of about ``size`` in every number."""
         return self.changed(lambda value: value * (1 + size * torch.randn_like(value)))
 
     def run(self, runner: str) -> list[Tensor]:
@@ -203,7 +203,7 @@ class Data:
         return [y, *(after if isinstance(after, tuple) else (after,))]
 
     def gradients(self, runner: str) -> dict[str, Tensor]:
-        """The gradients of a random weighting of all results, by what they are of; zeros where there are none."""
+        """Return the gradients of a random weighting of all results, by name; zeros where there are none."""
         data = self.changed(Tensor.clone)
         leaves = {"x": data.x.requires_grad_(), **dict(data.cell.named_parameters())}
         for name, value in zip(data.cell.states, data.state or (), strict=False):
@@ -294,7 +294,7 @@ def _compiled(data: Data, recipe: Recipe, call: Call, dtype: str) -> list[Tensor
 
 
 def _judged(error: FusecellError, program: str) -> Exception:
-    """A refusal as it is; a failure of the compiler, confessed or caught, with the program that shows it."""
+    """Return a refusal unchanged, and a compiler error with the program that shows it."""
     if isinstance(error, fc.NotCompilable) and not any("report" in reason for reason in error.reasons):
         return error
     return AssertionError(f"{error}\n\n{program}")

@@ -106,7 +106,7 @@ class _Writer:
         return name
 
     def matrix(self, rows: int, cols: int, kinds: tuple[str, ...] = ("turned", "computed")) -> str:
-        """An expression of a (rows, cols) weight: new, shared, a part of a larger one, turned or computed."""
+        """An expression of a (rows, cols) weight: new, shared, a part of a larger one, transposed or computed."""
         kind = self.choice(["new", "new", "known", "known", "larger", *kinds])
         if kind == "known":
             fits = [name for name, (r, c) in self.matrices.items() if r >= rows and c >= cols]
@@ -308,7 +308,7 @@ class _Writer:
     # What a step returns.
 
     def state(self, width: int) -> str:
-        """What a state of some width becomes: any value, even another state; else a product made for it."""
+        """Return the new value of a state: any value of its width, even another state, else a new product."""
         value = self.value(lambda size: size == width)
         if value is None or self.choice([True, True, False]):
             value = self.product(width)
@@ -335,7 +335,7 @@ KINDS += ("reduction", "norm", "grouped", "part", "join", "order", "small")
 
 @st.composite
 def recipes(draw: Any) -> Recipe:
-    """Cells of every kind that the tracer's tables can say."""
+    """Draw cells of every kind that the tracer has rules for."""
     sizes = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=3))
     width = draw(st.sampled_from(SIZES))
     states = [_Value(f"h{place}", size, 3.0) for place, size in enumerate(sizes)]
@@ -381,7 +381,7 @@ def calls(draw: Any) -> Call:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check so many random cells, each in a process that has compiled the ones before; stop at the first failure."""
+    """Check random cells, all in one process; stop at the first failure."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -427,7 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def outcome(check: Callable[[Recipe, Call], None], recipe: Recipe, call: Call) -> str:
-    """What a check came to: equal, ill-conditioned, or why the cell was refused."""
+    """Return the outcome of a check: equal, ill-conditioned, or the reasons of a refusal."""
     try:
         check(recipe, call)
     except IllConditioned:

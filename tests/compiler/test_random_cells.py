@@ -1,4 +1,4 @@
-"""Cells that nobody wrote, 75 here and another 75 in the check mode.
+"""Random cells against the Python loop, 75 here and another 75 in the check mode.
 
 ``python -m tests.compiler.random_cells`` tries any number of others.
 """
@@ -20,7 +20,7 @@ from tests.compiler.tuned import tuned
 
 @pytest.mark.parametrize("part", [*range(4), "two threads"])
 def test_random_cells_equal_the_python_loop(part, monkeypatch):
-    """A part of them as users have it, the others without LLVM's optimiser, which takes most of the time."""
+    """Some as users run them, the others without LLVM's optimiser, which takes most of the time."""
     if part:
         monkeypatch.setattr(llvm, "EFFORT", 0)
         monkeypatch.setenv("FUSECELL_CACHE", "off")  # where nobody should find such code
@@ -73,7 +73,7 @@ def test_a_failure_prints_a_program(monkeypatch):
 
 
 class Nothing(fc.Cell):
-    """States that need x alone, through products that are lifted out of the loop."""
+    """States that need x alone, through products hoisted out of the loop."""
 
     states = ("a", "b")
 
@@ -88,7 +88,7 @@ class Nothing(fc.Cell):
 
 
 class Joined(fc.Cell):
-    """Joins of cheap values, of what a reduction reads, of joins, and of what is lifted."""
+    """Concatenations of cheap values, of a reduction's operand, of concatenations, and of hoisted values."""
 
     def __init__(self):
         super().__init__(2, 3)
@@ -160,7 +160,7 @@ class Normed(fc.Cell):
 
 
 class Grouped(fc.Cell):
-    """Numbers that are saved in parts, each worked out where it is stored, of what the loop computes."""
+    """Values saved for backward in parts, computed where they are stored."""
 
     def __init__(self):
         super().__init__(6, 1)

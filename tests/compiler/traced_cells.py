@@ -51,7 +51,7 @@ class BodyCell(fc.Cell):
 
 
 def both(cell: BodyCell, x: Tensor, h: Tensor) -> Tensor:
-    """What most steps begin with."""
+    """Return the sum of products that most steps begin with."""
     total: Tensor = cell.inp(x) + cell.rec(h)
     return total
 

@@ -220,7 +220,7 @@ def test_damaged_configs_of_checkpoints_are_refused(corpus, tmp_path, kind):
 
 
 def test_checkpoints_whose_tensors_do_not_fit_are_refused(corpus, tmp_path):
-    """Before memory is taken for the model that the config asks for."""
+    """Tensors are checked before the configured model is allocated."""
     save_checkpoint(Trainer.new(TINY, corpus.training, len(corpus.vocabulary)), corpus, tmp_path)
     path, config = tmp_path / "checkpoint.json", json.loads((tmp_path / "checkpoint.json").read_text(encoding="utf-8"))
     for changes, text in (
@@ -393,7 +393,7 @@ def test_models_of_different_sizes_do_not_race(corpus, tmp_path):
 
 
 def test_two_seconds_of_the_real_thing(tmp_path, monkeypatch):
-    """By a clock that gives each update a fiftieth of a second, on any machine."""
+    """With a clock that counts a fiftieth of a second per update, on any machine."""
     clock = itertools.count()
     monkeypatch.setattr("fusecell.demo.train.time", SimpleNamespace(perf_counter=lambda: next(clock) / 50))
     settings = dataclasses.replace(TINY, hidden_size=48)

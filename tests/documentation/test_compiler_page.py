@@ -28,7 +28,7 @@ WIDE = 112
 
 
 def truncated(text: str) -> str:
-    """Lines no wider than the page."""
+    """Truncate lines to the page's width."""
     lines = (line if len(line) <= WIDE else line[: WIDE - 4] + " ..." for line in text.splitlines())
     return "\n".join(lines) + "\n"
 
@@ -43,7 +43,7 @@ def changes(explained: fc.inspection.explain.Explanation) -> str:
 
 
 def only(text: str, *beginnings: str) -> str:
-    """The lines that begin so, and a mark where others are left out."""
+    """Return the lines with one of these beginnings, and "..." for those left out."""
     lines: list[str] = []
     for line in text.splitlines():
         if line.startswith(beginnings):
@@ -54,7 +54,7 @@ def only(text: str, *beginnings: str) -> str:
 
 
 def between(text: str, *marks: str) -> str:
-    """From the last of ``marks`` but one, each looked for behind the one before, up to the last."""
+    """Return the text from the second to last of ``marks`` to the last, each searched after the one before."""
     start = 0
     for mark in marks[:-1]:
         start = text.index(mark, start)

@@ -42,7 +42,7 @@ print(json.dumps(figures))
 
 @pytest.mark.parametrize("name", CELLS)
 def test_peers_compute_the_same(name):
-    """In a process of its own, whose threads don't go well with the forks of other tests."""
+    """In a new process, because the peers' threads don't survive the forks of other tests."""
     [peer] = [peer for peer in PEERS if peer.name == name]
     if not installed(peer):
         pytest.skip(f"needs {' and '.join(peer.packages)}: pip install 'fusecell[peers]'")

@@ -1,4 +1,4 @@
-"""What torch builds around modules: the same numbers as without, or as with torch.nn's layers."""
+"""Torch's machinery around modules gives the same numbers as without it, or as with torch.nn's layers."""
 
 from __future__ import annotations
 

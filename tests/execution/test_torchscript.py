@@ -119,7 +119,7 @@ def test_what_a_trace_cannot_hold_is_a_sentence(kind, runner):
 
 
 def test_a_cell_is_compiled_in_the_middle_of_a_trace():
-    """Torch's trace records nothing of ours, in which sizes are numbers."""
+    """Torch's trace records nothing of the compiler's trace."""
     traces = []
 
     def function(value):

@@ -41,7 +41,7 @@ def test_a_module_that_is_no_layer_is_refused():
 
 
 def python_calls(call):
-    """How many functions Python calls, its own and others' such as torch's operators."""
+    """Count the calls of Python and C functions, torch's operators included."""
     events = []
     sys.setprofile(lambda frame, event, value: events.append(event))
     try:
@@ -53,7 +53,7 @@ def python_calls(call):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_long_sequence_takes_no_more_python_than_a_short_one(training):
-    """Compiled, where the loop takes so much for each step."""
+    """Compiled, the number of Python calls doesn't depend on the steps; in the loop it does."""
     layer, counts = fc.GRU(16, 32), {}
     for name in ("compiled", "eager"):
         for steps in (20, 200):

@@ -1,4 +1,4 @@
-"""What is in force: fusecell's own configuration, and which tests the check mode runs."""
+"""``show_config``, and the tests that the check mode runs."""
 
 import platform
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``explain`` says what a call does, and a call does what it says."""
+"""``explain`` agrees with what a call does."""
 
 from __future__ import annotations
 

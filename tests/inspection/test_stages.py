@@ -1,4 +1,4 @@
-"""What every stage of the compiler made of a cell can be seen, in Python and with FUSECELL_DEBUG."""
+"""The stages of the compiler are shown in Python and by FUSECELL_DEBUG."""
 
 from __future__ import annotations
 

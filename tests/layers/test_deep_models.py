@@ -81,7 +81,7 @@ def test_errors():
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked_output", ["hold", "zero"])
 def test_residuals_under_a_mask(x, masked_output, reverse):
-    """Layer by layer, as all cells step by step; what is masked is never seen, the skipped input neither."""
+    """Running layer by layer equals running all cells step by step; masked inputs are never read."""
     stack = fc.Stack(fc.GRUCell(4, 4), fc.LSTMCell(4, 4), residual=True).double()
     mask = torch.rand(T, N) < 0.5
     mask[:2, 0] = False

@@ -28,7 +28,7 @@ def state_of(kind):
 
 
 def rows_loop(kind, cell, mask, *, hold=True, lengths=None, resets=None, reverse=False):
-    """Row by row, step by step: what mask, lengths and resets mean together."""
+    """Define mask, lengths and resets by a loop over rows and steps."""
 
     def loop(x, state):
         ends, outputs = [], []

@@ -1,4 +1,4 @@
-"""Files made to harm, by the thousand: each is refused with a sentence, or does what its graph says and no more.
+"""Fuzz hostile files by the thousand: each is refused with a sentence, or does exactly what its graph says.
 
 ``python -m tests.reliability.fuzz_files --streams 10000 --tapes 2000 --seed 0``
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: ``ran``, ``refused``, or whatever is a defect, with what was said."""
+    """The outcome of a mutant: ``ran``, ``refused``, or the kind of defect, with its message."""
 
     kind: str
     detail: str
@@ -71,7 +71,7 @@ class _Worker:
         self.answered = 0
 
     def ask(self, question: dict[str, Any]) -> Outcome:
-        """What becomes of a mutant; the end of the process is an outcome too."""
+        """Return the outcome of a mutant; a crash of the process is one too."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -129,7 +129,7 @@ def fuzz(
 
 
 def _shrunk(folder: Path, question: dict[str, Any], outcome: Outcome) -> Outcome:
-    """The outcome of the fewest mutations that are still a defect; what takes long is not tried again and again."""
+    """Return the defect with the fewest mutations; slow defects are not retried."""
 
     def changes(skipped: Sequence[int]) -> list[str]:
         return mutant(folder, question["kind"], question["seed"], question["index"], skipped)[1]
@@ -237,7 +237,7 @@ def _stream(path: Path) -> tuple[str, str]:
 
 
 def _sentence(text: str, beginning: str) -> tuple[str, str]:
-    """A refusal, if it is one to read: a line of characters that print, of some length, and not too long."""
+    """Classify a refusal: readable if it is one printable line of moderate length."""
     reads = beginning in text and text.isprintable() and text.endswith(".") and len(text) < 1500
     return "refused" if reads else "unreadable", text
 
@@ -245,7 +245,7 @@ def _sentence(text: str, beginning: str) -> tuple[str, str]:
 def _difference(
     parts: Sequence[Any], x: np.ndarray[Any, Any], state: Sequence[np.ndarray[Any, Any]], step_results: list[Any]
 ) -> str:
-    """Where a step differs from the interpreter by more than rounding could do, as the interpreter itself shows it."""
+    """Say where a step differs from the interpreter by more than rounding can explain."""
     runs = [_interpreted(parts, x, state, dtype, nudge) for dtype, nudge in _WAYS]
     for place, values in enumerate(zip(*runs, strict=True)):
         exact, others, actual = values[0], values[1:], torch.from_numpy(np.asarray(step_results[place], np.float64))
@@ -283,7 +283,7 @@ def _interpreted(
     dtype: torch.dtype,
     nudge: float,
 ) -> list[torch.Tensor]:
-    """A step of a stream by its graphs, in some precision, of values that are a little different."""
+    """Interpret a stream's step by its graphs, in some precision, with slightly perturbed values."""
     from fusecell.compiler.ir.interpreter import interpret
 
     states, after = iter(state), []
@@ -334,7 +334,7 @@ def _tape(path: Path) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Try as many as asked for, and say what became of them."""
+    """Try the requested number of mutants and print their outcomes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--tapes", type=int, default=200)

@@ -39,7 +39,7 @@ def write_graphs(folder: Path, kinds: Sequence[type[fc.Cell]] = CELLS) -> None:
 
 
 def errors(folder: Path, *, short: int = 0) -> list[str]:
-    """What memcheck has against generated code that runs the graphs in a folder.
+    """Return memcheck's errors in generated code that runs the graphs in a folder.
 
     Arguments:
         short: bytes by which outputs are made too short in one call more, to see it found.
@@ -60,7 +60,7 @@ def errors(folder: Path, *, short: int = 0) -> list[str]:
 
 
 def _of_ours(error: ElementTree.Element) -> str:
-    """An error as a line, if generated code made it: its innermost frame is in no file. Else nothing."""
+    """Return an error as a line if it is in generated code, whose innermost frame is in no file; else ""."""
     kind = error.findtext("kind") or ""
     frame = error.find("stack/frame")
     unfinished = kind == "SyscallParam" and "write(buf)" in (error.findtext("what") or "")

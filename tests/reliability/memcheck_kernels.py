@@ -1,4 +1,4 @@
-"""What ``memcheck`` runs under valgrind: kernels of graphs in a folder, on memory of malloc's, without torch."""
+"""The program that ``memcheck`` runs under valgrind: kernels on memory from malloc, without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def kernels(folder: Path) -> Iterator[Kernel]:
 
 
 def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
-    """Run a kernel with every piece of memory as long as the compiler says; write what it made, for valgrind to see.
+    """Run a kernel on memory of exactly the declared sizes, and write its results so that valgrind checks them.
 
     Arguments:
         short: bytes by which the outputs are too short.

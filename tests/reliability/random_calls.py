@@ -74,7 +74,7 @@ def _windows(value: Tensor) -> Tensor:
 
 
 def _within(value: Tensor, sizes: Sequence[int], index: tuple[slice, ...]) -> Tensor:
-    """In the midst of memory that is not a number."""
+    """Embed a tensor in memory full of NaN."""
     around = value.new_full(tuple(sizes), float("nan"))
     around[index] = value
     return around[index]
@@ -178,7 +178,7 @@ def _in_turns(choices: Sequence[Any], count: int) -> list[Any]:
 
 @dataclass
 class _Data:
-    """What a call hands over: everything drawn anew from the seed, each number off by a part ``nudge`` of it."""
+    """The tensors of a call, drawn from its seed, each number with a relative perturbation of ``nudge``."""
 
     call: Call
     dtype: torch.dtype
@@ -267,7 +267,7 @@ def _flat(value: Any) -> list[Tensor]:
 
 
 def run(call: Call, runner: str, dtype: torch.dtype, nudge: float = 0.0) -> list[Tensor]:
-    """Outputs, states, and the gradients of what is wanted."""
+    """Return outputs, states, and the gradients of all leaves that require one."""
     data = _Data(call, dtype, nudge)
     modes = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
     with fc.runner(runner), modes[call.mode]():
@@ -289,7 +289,7 @@ def _loss(value: Tensor, kind: str) -> Tensor:
 
 
 def check(call: Call) -> str:
-    """Hold compiled code against the Python loop in float64; what it came to.
+    """Compare compiled code with the Python loop in float64; return the outcome.
 
     Raises:
         AssertionError: where they differ.
@@ -309,7 +309,7 @@ def check(call: Call) -> str:
 
 
 def main() -> None:
-    """Check so many random calls; stop at the first failure."""
+    """Check random calls; stop at the first failure."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What must not be computed on: each a sentence at the boundary, and the process goes on."""
+"""Invalid arguments: each raises an error with a sentence, and later calls work."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_packed_sequences_that_contradict_themselves(layer, kind):
 
 @pytest.mark.parametrize("index", [[0, 1, 7], [0, 1, -7], [0, 0, 1], [0], []], ids=str)
 def test_packed_sequences_with_invalid_indices(layer, index):
-    """Indices of too few rows made a state of too few, and the kernel read beyond it."""
+    """Regression: too few indices made a state of too few rows, and the kernel read beyond it."""
     order = torch.tensor(index, dtype=torch.int64)
     packed = nn.utils.rnn.PackedSequence(torch.randn(5, 5), torch.tensor([3, 2]), order, order)
     h = torch.zeros((1, 3, 9) if isinstance(layer, fc.GRU) else (3, 9))
@@ -236,7 +236,7 @@ def test_streams(kind):
 @pytest.mark.parametrize("shape", [(2**31 + 5, 1, 5), (1, 2**40, 5), (2**40, 2**22, 5)], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_sizes_beyond_memory(layer, shape, training):
-    """Of an expanded tensor that itself is small: the results are refused, and nothing has been written."""
+    """The input is a small expanded tensor: allocating the results fails, and nothing has been written."""
     with torch.set_grad_enabled(training), pytest.raises((MemoryError, RuntimeError)) as caught:
         layer(torch.zeros(1, 1, 5).expand(shape))
     assert any(word in str(caught.value).lower() for word in ("memory", "allocate", "overflow"))

@@ -1,4 +1,4 @@
-"""Machine code reads as much as it was told: what a cell or a caller hands over is held to that before it runs."""
+"""Tensors from cells and callers are checked before machine code, which checks nothing, reads them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RESETS = torch.rand(7, 300) < 0.3
 @pytest.mark.parametrize("start", ["nothing", "a state"])
 @pytest.mark.parametrize("kind", STARTS)
 def test_first_states(kind, start, training, runner):
-    """Those that are started from, and those that resets go back to; the compiler read beyond them."""
+    """Initial states and those of resets are checked; kernels once read beyond them."""
     cell = Starting(STARTS[kind])
     state = {"nothing": None, "a state": torch.zeros(300, 9)}[start]
     with torch.set_grad_enabled(training), fc.runner(runner), pytest.raises((TypeError, ValueError), match="state"):
@@ -59,7 +59,7 @@ def test_first_states(kind, start, training, runner):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_first_states_of_another_dtype(training):
-    """A reset to them would have read other bytes than they have."""
+    """Regression: a reset would have read bytes of another dtype."""
     cell = Starting((torch.zeros(300, 9, dtype=torch.float64),))
     with (
         torch.set_grad_enabled(training),
@@ -83,7 +83,7 @@ def test_tensors_from_draw_are_checked(shape, training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_weight_moved_off_the_cpu(training):
-    """There is nothing at the address of a weight on ``meta``."""
+    """A weight on ``meta`` has no memory to read."""
     cell = Starting()
     with torch.set_grad_enabled(training), fc.runner("compiled"):
         fc.scan(cell, X)
@@ -98,7 +98,7 @@ class Caught(Exception):
 
 @pytest.fixture(scope="module")
 def arguments():
-    """What torch's operator is called with, by name: for inference and for training."""
+    """The arguments of torch's operator, for inference and for training."""
     from fusecell.compiler.dispatch import torch_operator as operator
 
     calls = {}
@@ -183,7 +183,7 @@ def test_arguments_of_the_operators_backward_are_checked(arguments):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_operators_graph_has_the_types_of_its_states(arguments, training):
-    """A new state narrower than the state was read and written beyond."""
+    """Regression: a new state narrower than the state was read and written out of bounds."""
     call = arguments[training]
     lines = call.graph.splitlines()
     (state,) = (place for place, line in enumerate(lines) if line.startswith("return state.h"))
@@ -194,7 +194,7 @@ def test_the_operators_graph_has_the_types_of_its_states(arguments, training):
 
 @pytest.mark.parametrize("name", ["order", "starts", "strips", "h_rows", "state_h"])
 def test_notes_may_have_the_names_of_kernel_buffers(name):
-    """A value is called as its variable, and so was its buffer: two of one name lay in one place."""
+    """Regression: two buffers of one name shared memory."""
     cell = Named(name)
     x, lengths = torch.randn(7, 6, 5), [7, 3, 5, 1, 0, 7]
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_notes_may_have_the_names_of_kernel_buffers(name):
 
 
 class Named(fc.Cell):
-    """A step whose value between two products, which is kept in memory, has any name."""
+    """A step whose value between two products, stored in a buffer, has any name."""
 
     def __init__(self, name):
         super().__init__(5, 9)

@@ -1,4 +1,4 @@
-"""A child that is forked after its parent used several threads: it has none of them, and nothing waits for them."""
+"""A child forked after its parent used several threads has none of them, and never waits for them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valg
 
 
 def test_memcheck_finds_only_the_write_out_of_bounds(tmp_path):
-    """Calls that are right, and one whose output is 8 bytes shorter than its kernel writes."""
+    """Valid calls, and one whose output is 8 bytes shorter than its kernel writes."""
     write_graphs(tmp_path, [fc.GRUCell])
     messages = errors(tmp_path, short=8)
     assert messages

@@ -117,7 +117,7 @@ def test_shared_memory():
 
 @pytest.fixture
 def interruptible():
-    """Interrupts are heard, which a shell that starts a process in the background has it ignore."""
+    """Handle SIGINT, which shells make background processes ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -141,7 +141,7 @@ def _again_and_again(layer, x):
 
 
 def alone(script, *arguments, **environment):
-    """What a process of its own says."""
+    """Run a script in a new process and return its output."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**os.environ, **environment},
@@ -183,7 +183,7 @@ for name, call in calls.items():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is Linux's")
 def test_a_process_whose_memory_runs_out():
-    """Results, what training keeps, scratch: an error that says so, and the process goes on."""
+    """Allocating results, saved values or scratch fails with an error, and later calls work."""
     process = alone(_BOUNDED)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.split("\n")[:-1] == ["inference", "training", "scratch", "chunk", "stream"]
@@ -222,7 +222,7 @@ thread.join()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_while_another_thread_compiles():
-    """The child, which has none of its parent's threads, compiles and trains: no lock is left shut."""
+    """The child compiles and trains: no lock held by the parent's threads stays locked."""
     process = alone(_FORKS, FUSECELL_CACHE="off")
     assert (process.returncode, process.stdout) == (0, "0\n" * 4), process.stderr
 
@@ -278,7 +278,7 @@ print(threading.active_count())
 
 @pytest.mark.parametrize("compiled", [0, 1, 3])
 def test_the_end_while_threads_wait_for_the_compiler(compiled):
-    """One compiles, the others wait their turn as the interpreter ends; some have had it."""
+    """One thread compiles and others wait for the lock while the interpreter exits."""
     process = alone(_WAITING, str(compiled), FUSECELL_CACHE="off")
     assert (process.returncode, process.stderr) == (0, "")
     assert int(process.stdout) > 2, "nobody waited"
@@ -309,6 +309,6 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("name", ["program_cache", "autograd", "tracer", "llvm"])
 def test_a_fork_waits_for_locks(name):
-    """What a thread of the parent holds is open in the child, which has no such thread."""
+    """A lock held by a thread of the parent is free in the child."""
     process = alone(_HELD, name)
     assert (process.returncode, process.stderr) == (0, "")

@@ -63,7 +63,7 @@ print(digest.hexdigest())
 
 
 def digest(**environment):
-    """Of outputs and gradients, in a process of its own."""
+    """Return a digest of outputs and gradients, computed in a new process."""
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
@@ -72,7 +72,7 @@ def digest(**environment):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are x86-64's")
 def test_the_same_bits_in_any_process_and_on_every_level():
-    """With FMA: any number of threads, compiled or from the disk, any vectors. Without: others, also the same."""
+    """Bits don't depend on threads, cache or vector width; levels without FMA have other bits, also fixed."""
     threads = [digest(FUSECELL_TARGET="native", OMP_NUM_THREADS=str(count)) for count in (1, 2, 4)]
     wide = [level for level in ("x86-64-v3", "x86-64-v4") if runs_here(level)]
     levels = [digest(FUSECELL_TARGET=level, FUSECELL_CACHE="off", OMP_NUM_THREADS="2") for level in wide]

@@ -52,7 +52,7 @@ def sequence():
 
 
 def gradients(layer, x):
-    """Outputs, last state and all gradients of a call; in no grad mode without the last."""
+    """Return outputs, last state and, unless grad mode is off, all gradients of a call."""
     leaf = x.clone()
     if torch.is_grad_enabled():
         leaf.requires_grad_()
@@ -86,7 +86,7 @@ class FunctionLog(TorchFunctionMode):
 
 @contextlib.contextmanager
 def changed(read, write, value):
-    """A setting of the process with another value; whoever changes it inside fails the test."""
+    """Set a process-wide value for the block, and check that nothing inside changes it."""
     before = read()
     write(value)
     try:
@@ -120,7 +120,7 @@ def anomaly():
 
 @contextlib.contextmanager
 def saved_hooks():
-    """Hooks that see what is saved, as many times as it is given back."""
+    """Use hooks that record the shapes of saved tensors."""
     packed = []
 
     def pack(value):
@@ -375,7 +375,7 @@ _LOOPS = ("module hooks", "a dispatch mode", "flops", "mutation allowed")
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in _LOOPS])
 def test_a_first_call_in_a_mode_is_compiled(mode):
-    """The trace succeeds: nothing of the mode is a reason against it."""
+    """No mode prevents compilation."""
     layer, x = fresh_layer(), sequence()
     with MODES[mode](), fc.runner("compiled"):
         gradients(layer, x)
@@ -429,7 +429,7 @@ def test_a_first_call_in_a_transform(transform):
 
 @pytest.mark.parametrize("mode", ["nothing", "saved-tensor hooks", "no grad", "device meta"])
 def test_a_first_call_in_a_thread(mode):
-    """A thread of its own has none of the modes of the one that began it."""
+    """A new thread has none of the modes of the thread that started it."""
     layer, x, results = fresh_layer(), sequence(), []
     with fc.runner("eager"):
         expected = gradients(layer, x)
@@ -442,7 +442,7 @@ def test_a_first_call_in_a_thread(mode):
 
 
 def test_a_mode_sees_nothing_of_a_trace():
-    """A logging mode of functions has the same entries for a cell that is traced as for another of its class."""
+    """A function mode logs the same for a first call, which traces, as for a second cell of the class."""
     layer, x, seen = fresh_layer(), sequence(), []
     for each in (layer, fc.Recurrent(type(layer.cell)())):
         with FunctionLog() as log:

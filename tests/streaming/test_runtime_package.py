@@ -1,4 +1,4 @@
-"""fusecell-runtime: the modules that need no torch, as a package of their own; and what an installation declares."""
+"""The package fusecell-runtime, of the modules that need no torch, and declared dependencies."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_runtime_package_computes_the_same_bits(package, tmp_path):
 
 
 def test_the_runtime_package_imports_only_declared_dependencies(package_files, package):
-    """Torch in functions at most, which a stream never calls."""
+    """Torch is imported inside functions only, which a stream never calls."""
     declared = re.search(r"^dependencies = \[(.*)\]$", (PACKAGING / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
     allowed = {*re.findall(r'"(\w+)', declared[1]), *sys.stdlib_module_names, package_files.PACKAGE}
     without = {name.replace("fusecell", package_files.PACKAGE, 1) for name in package_files.WITHOUT}

@@ -156,7 +156,7 @@ def test_forms_of_inputs_and_outputs():
 
 
 def allocated_by(steps, call):
-    """Bytes that Python and NumPy hold more after so many calls than before them, when what they reuse is there."""
+    """Return the growth in bytes of Python's and NumPy's memory over ``steps`` calls, after a warmup."""
     tracemalloc.start()
     try:
         for _ in range(steps):
@@ -173,7 +173,7 @@ def allocated_by(steps, call):
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
 def test_streaming_allocates_no_memory_per_step(loaded, tmp_path):
-    """Not a byte a step, and the machine code calls nothing that could take some."""
+    """No memory grows per step, and the machine code calls no function that could allocate."""
     stream = fc.Stream(fc.Sequential(fc.GRU(1, 16), nn.Linear(16, 2)))
     if loaded:
         stream.save(tmp_path / "it")

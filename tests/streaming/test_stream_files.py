@@ -216,7 +216,7 @@ def mixed_dtypes(tensors, parts, about):
 
 
 def in_the_wrong_order(tensors, parts, about):
-    """The parts, with their tensors, so that only the sizes between them don't fit."""
+    """Swap parts and their tensors, so that only the sizes between them don't fit."""
     parts[0], parts[2] = parts[2], parts[0]
     for name in list(tensors):
         if name[0] in "02":
@@ -257,7 +257,7 @@ def test_hostile_files_are_refused(saved, tmp_path, change, text):
 
 
 def rewritten(saved, path, edit, data=None):
-    """A copy of a saved stream whose header, as JSON text or bytes, is another."""
+    """Copy a saved stream with an edited header, JSON text or bytes."""
     whole = saved.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     header = edit(whole[8:end].decode())
@@ -267,7 +267,7 @@ def rewritten(saved, path, edit, data=None):
 
 
 def first(text, name, value):
-    """A header whose tensor 0.weight.0 has another entry."""
+    """Return a header with one field of tensor 0.weight.0 changed."""
     header = json.loads(text)
     header["0.weight.0"][name] = value
     return json.dumps(header)
@@ -314,7 +314,7 @@ def test_invalid_safetensors_files_are_refused(saved, tmp_path, kind):
 
 
 def test_overlapping_or_spaced_tensors_are_refused(saved, tmp_path):
-    """One over another, with something between them, and something behind them."""
+    """Tensors overlap, have a gap between them, or bytes behind them."""
 
     def over(text):
         header = json.loads(text)
@@ -367,7 +367,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
 
 
 def test_a_new_state_of_another_size_is_refused(saved, tmp_path):
-    """Generated code read and wrote as many numbers as the state has, of memory that had one."""
+    """Regression: generated code read and wrote out of bounds."""
 
     def change(tensors, parts, about):
         lines = parts[0]["graph"].splitlines()
@@ -380,7 +380,7 @@ def test_a_new_state_of_another_size_is_refused(saved, tmp_path):
 
 
 def test_a_value_called_as_memory_of_the_kernels_own(saved, tmp_path):
-    """Two buffers of one name lay in one place: the order of rows was overwritten, and rows were read from anywhere."""
+    """Regression: two buffers of one name shared memory, so the order of rows was overwritten."""
 
     def change(tensors, parts, about):
         for name in ("order", "starts"):

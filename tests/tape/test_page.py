@@ -29,7 +29,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Open a page with the network off; every message of its console is an error."""
+    """Return a function that opens a page offline; any console message fails the test."""
     contexts, messages = [], []
 
     def open_page(path, **options):
@@ -87,7 +87,7 @@ def at(page, step, track, tracks):
 
 
 def numbers(page, name):
-    """The numbers that are shown for a value, opened first."""
+    """Return the numbers shown for a value."""
     details = page.locator(f'details[data-name="{name}"]')
     if details.get_attribute("open") is None:
         details.locator("summary").click()
@@ -101,7 +101,7 @@ def shot(page, name):
 
 
 def test_a_page_is_one_small_file(large, visit, tmp_path):
-    """Six megabytes, five of them a script that is text to the browser until the page is there."""
+    """Below six megabytes, five of them Plotly, which the browser runs only after the page is shown."""
     path = tmp_path / "page.html"
     large.save_html(path)
     assert path.stat().st_size < 6_000_000
@@ -219,7 +219,7 @@ def test_it_fits_a_phone_and_a_dark_room(large_path, visit):
 
 
 def test_moving_on_a_long_tape_redraws_little(tmp_path, visit):
-    """It reads one step's numbers, draws the overview's boxes and one step's bars, and no picture or chart anew."""
+    """Moving reads and draws one step, redraws the overview, and no heatmap or chart."""
     steps, layers, size = 2000, 4, 256
     tape = fc.record(fc.GRU(3, size, num_layers=layers), torch.randn(steps, 1, 3))
     tape.save_html(tmp_path / "long.html")

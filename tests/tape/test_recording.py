@@ -1,4 +1,4 @@
-"""What is recorded, against loops that compute the gates."""
+"""Recorded values against loops that compute the gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusecell.tape import recording
 
 
 def gru(cell, x, h):
-    """The gates of torch.nn's documentation."""
+    """Compute a GRU's values by the equations in torch.nn's documentation."""
     values = {name: [] for name in ("r", "z", "n", "h", "output")}
     w_ih, w_hh = cell.weight_ih.chunk(3), cell.weight_hh.chunk(3)
     b_ih, b_hh = cell.bias_ih.chunk(3), cell.bias_hh.chunk(3)
@@ -77,7 +77,7 @@ def test_every_cell_as_in_the_python_loop(zoo_cell, reverse, monkeypatch):
 
 
 class Noting(fc.Cell):
-    """A cell of a user's that names what it does."""
+    """A user's cell that notes intermediate values."""
 
     def __init__(self):
         super().__init__(5, 5)

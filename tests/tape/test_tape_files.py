@@ -1,4 +1,4 @@
-"""Tapes in files that are damaged or made to harm: refused with a sentence, and their pages run nothing of theirs."""
+"""Damaged and hostile tape files are refused with a sentence, and pages run no script of a tape."""
 
 from __future__ import annotations
 

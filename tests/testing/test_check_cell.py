@@ -82,7 +82,7 @@ class InPlaceOnBuffer(Healthy):
 
 
 class Remembering(Healthy):
-    """Keeps something of its own from call to call."""
+    """A cell that keeps a value on the module between calls."""
 
     before = 0.0
 
@@ -180,7 +180,7 @@ class NotedScalar(Healthy):
 
 
 class Counting(Healthy):
-    """Its steps differ by how often it was called."""
+    """A cell whose step depends on the number of calls."""
 
     calls = 0
 
@@ -192,7 +192,7 @@ class Counting(Healthy):
 
 
 class MovingStart(Healthy):
-    """Begins elsewhere each time."""
+    """A cell whose initial state differs from call to call."""
 
     calls = 0
 
@@ -459,7 +459,7 @@ def test_a_state_may_be_noted_where_it_is_new():
 
 
 def test_failures_are_reported_without_torch_warnings():
-    """torch warns once per process where a number is read of a tensor that wants a gradient."""
+    """torch warns once per process when a number is read from a tensor that requires grad."""
     cell = MixedRows()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Plain loops over three cells, written out with torch's own functions: what every feature is compared with."""
+"""Plain loops over three cells in torch's own functions, the reference for every feature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ KINDS = {"GRU": Kind(fc.GRUCell, gru), "LSTM": Kind(fc.LSTMCell, lstm, 2), "Leak
 
 
 def compare(layer, loop, x, state=(), *, parameters=(), tolerance=1e-11, **data):
-    """Outputs, last states and every gradient of a layer, compiled, against those of ``loop(x, state)``."""
+    """Compare a compiled layer's outputs, last states and gradients with those of ``loop(x, state)``."""
     results = []
     for run in ("compiled", "loop"):
         leaf = x.clone().requires_grad_()

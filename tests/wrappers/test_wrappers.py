@@ -27,7 +27,7 @@ def state_of(kind):
 
 
 def masks_of(cell):
-    """What the next call under the same seed will draw."""
+    """Return the masks that the next call under the same seed draws."""
     torch.manual_seed(7)
     return cell.draw(T, N, dtype=torch.float64)
 
@@ -270,7 +270,7 @@ def test_a_seed_gives_the_same_noise_on_both_runners(x):
 
 
 class Silent(fc.Cell):
-    """Notes nothing, multiplies its state with no matrix."""
+    """A cell without notes and without a product of its state."""
 
     def step(self, x, state):
         (h,) = state

@@ -37,7 +37,7 @@ def entry_path(directory: Path, key: str = KEY) -> Path:
 
 
 def load_and_check() -> bool:
-    """Loads a kernel afresh, checks that it is right, says whether it came from the disk."""
+    """Load a kernel, check its result, and return whether it came from the disk."""
     loaded = load(TEXT, ["add"], host_target())
     assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(loaded.address("add"))(1) == 8
     return loaded.from_cache
@@ -305,7 +305,7 @@ def test_a_sound_cache_warns_of_nothing():
 
 @pytest.fixture
 def scans(monkeypatch):
-    """How often a directory was listed, by the paths."""
+    """The directories listed so far, one entry for each listing."""
     seen, scan = [], cache._scan
     monkeypatch.setattr(cache, "_scan", lambda directory: seen.append(directory) or scan(directory))
     monkeypatch.setattr(cache, "_unscanned", {})
@@ -354,7 +354,7 @@ root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, 
 
 
 def between(directory: Path, monkeypatch, mode: int = 0o700) -> Path:
-    """A sound cache two directories further down, and the upper of the two."""
+    """Create a valid cache two directories below ``directory``; return the directory between."""
     parent = directory / "parent"
     path = parent / "child" / "cache"
     directory.mkdir()
@@ -409,7 +409,7 @@ def test_private_groups(monkeypatch):
 
 @root_only
 def test_a_parent_of_somebody_else_is_refused(directory, monkeypatch):
-    """A home of another user's while one is root, as under sudo: what lies there is theirs to exchange."""
+    """Under sudo, HOME may be another user's, who could replace any file in it."""
     parent = between(directory, monkeypatch)
     os.chown(parent, 65534, 65534)
     refused(rf"{parent}, on the way to it, belongs to user 65534, not to you \(0\) or root")

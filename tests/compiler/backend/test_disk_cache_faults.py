@@ -1,4 +1,4 @@
-"""A cache on disk in every bad state that a system really has, each met by a process of its own, without torch."""
+"""The disk cache in every bad state that occurs on real systems, each met by a new process without torch."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ NOBODY = 65534
 
 
 def without_privileges():
-    """Modes hold for root too; for anybody else this does nothing."""
+    """Drop root's right to ignore file modes; no effect for other users."""
     for capability in (1, 2):  # to write to and to read from whatever there is
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 def small_files():
-    """Writing fails in mid-file, as on a disk that becomes full."""
+    """Limit the size of files, so that writing fails midway, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
 def process(directory, *, first="", before=without_privileges, **environment):
-    """What a process says, that takes its kernel from a cache in ``directory`` or compiles it."""
+    """Run a process that loads a kernel from the cache in ``directory`` or compiles it; return its output."""
     return subprocess.run(
         [sys.executable, "-c", CODE, first],
         env={**os.environ, "FUSECELL_CACHE": str(directory), "PYTHONDONTWRITEBYTECODE": "1", **environment},
@@ -57,7 +57,7 @@ def entries(directory):
 
 
 def filled(path):
-    """A sound cache with the kernel in it."""
+    """Create a valid cache that holds the kernel."""
     assert process(path).stdout == "compiled\n"
     assert process(path).stdout == "from disk\n"
     return path
@@ -183,7 +183,7 @@ def test_a_writer_killed_in_mid_write(tmp_path, call):
 
 
 def test_code_for_another_cpu_or_version_is_never_taken(tmp_path):
-    """What was compiled for another level, or by another LLVM, stands under another name."""
+    """Code for another CPU level, or of another LLVM, has another file name."""
     path = filled(tmp_path / "cache")
     [native] = entries(path)
     other = {"FUSECELL_TARGET": "x86-64-v2"}

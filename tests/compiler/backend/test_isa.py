@@ -62,7 +62,7 @@ def _all_targets():
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("triple", MACHINES)
 def test_object_code(triple, backward):
-    """LLVM makes object code of the text; it sets and restores the mode, and waits politely, where there is a way."""
+    """LLVM compiles the text; denormals are flushed, the mode restored and spins hinted where the CPU can."""
     target, text = machine(triple), text_for(triple, backward)
     names = ("run", "team")
     if not backward:

@@ -12,7 +12,7 @@ SKYLAKE = HASWELL | set(LEVELS["x86-64-v4"])
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Gives a function that makes this process believe in another CPU."""
+    """Return a function that makes llvm.host() report another CPU."""
 
     def believe(cpu, features, triple="x86_64-unknown-linux-gnu", choice=""):
         text = ",".join(f"+{feature}" for feature in sorted(features))

@@ -1,4 +1,4 @@
-"""What the kernels of a few cells execute, against stored figures: work added to a kernel is seen without a clock.
+"""Executed instructions of a few cells' kernels against stored counts: added work is seen without a clock.
 
 ``UPDATE_GOLDEN=1 make test ARGS="-k golden"`` writes the figures anew.
 """
@@ -42,7 +42,7 @@ Figures = dict[str, Counter[str]]
 
 @pytest.fixture
 def level(request, monkeypatch):
-    """Programs for one level of CPUs, forgotten before and afterwards."""
+    """Compile for one CPU level; forget programs before and after."""
     monkeypatch.setenv("FUSECELL_TARGET", request.param)
     try:
         host_target()
@@ -57,7 +57,7 @@ def level(request, monkeypatch):
 
 
 def measured(cell, monkeypatch) -> Figures:
-    """What forward and backward execute at each shape, by name."""
+    """Return the instruction counts of forward and backward at each shape, by name."""
     programs: list[Counted] = []
 
     def load(*args):
@@ -94,7 +94,7 @@ def from_text(text: str) -> Figures:
 
 
 def complaints(where: str, actual: Figures, stored: Figures) -> list[str]:
-    """A sentence for every figure that is no longer what it was."""
+    """Return a sentence for every figure that has changed."""
     messages = [f"{where} a call changed its name: {sorted(actual)}, stored {sorted(stored)}."] * (
         actual.keys() != stored.keys()
     )
@@ -141,7 +141,7 @@ def test_a_changed_count_is_reported():
 
 @pytest.mark.parametrize("level", ["x86-64-v3"], indirect=True)
 def test_counts_are_exact(level):
-    """A loop whose counts are known: on the smallest level with fused multiply-add, an innermost one around them."""
+    """Count a loop with known counts, on the lowest CPU level with fused multiply-add."""
     text = """
 define void @run(ptr %p, i64 %n) {
 entry:

@@ -1,4 +1,4 @@
-"""What a process may have set, or does, around a compiled call: each as a plain loop has it."""
+"""Process-wide settings around a compiled call: modes, forks, profilers, threads; results equal a plain loop's."""
 
 from __future__ import annotations
 

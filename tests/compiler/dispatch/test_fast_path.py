@@ -23,7 +23,7 @@ from fusecell.execution.call_cache import register_call_cache
 
 
 class Scaled(fc.Cell):
-    """One of everything that is proven by identity."""
+    """A cell with one attribute of every kind that guards compare by identity."""
 
     def __init__(self, input_size=5, hidden_size=9):
         super().__init__(input_size, hidden_size)
@@ -89,7 +89,7 @@ def in_a_loop(call):
 
 
 def results_of(cell, x, state):
-    """What a step, a sequence and their gradients are."""
+    """Return the results of steps and sequences, and all gradients."""
     cell.zero_grad()
     results = [cell(x[0], state), *fc.step(cell, x[0])[1], *fc.scan(cell, x, state), *fc.Recurrent(cell)(x)]
     sum(value.square().sum() for value in results).backward()
@@ -362,7 +362,7 @@ def test_many_threads():
 
 
 def test_calls_that_never_repeat_leave_the_cache(hits):
-    """After some dozens of sizes that none came again of, no more are cached, until ``refresh`` or a hit."""
+    """After some dozens of sizes that never repeat, no more calls are cached until ``refresh``."""
     cell = fc.GRUCell(5, 9)
     with torch.no_grad():
         for rows in range(1, 200):
@@ -380,7 +380,7 @@ def test_calls_that_never_repeat_leave_the_cache(hits):
     "size", [100, TUNING.small_scratch_bytes, TUNING.huge_scratch_bytes + 1, TUNING.large_scratch_bytes + 1]
 )
 def test_scratch_is_aligned_and_large_enough(size):
-    """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
+    """Large blocks are NumPy's, which don't begin at a multiple of 64."""
     memory = launch._scratch(size)
     room = memory.data_ptr() + memory.numel() - launch._aligned(memory)
     assert launch._aligned(memory) % 64 == 0

@@ -1,4 +1,4 @@
-"""``refresh`` reaches every cache of what was compiled, and nothing that is kept grows without end."""
+"""``refresh`` reaches every cache of compiled code, and no cache grows without bound."""
 
 from __future__ import annotations
 

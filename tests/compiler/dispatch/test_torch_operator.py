@@ -16,7 +16,7 @@ from fusecell.compiler.dispatch import torch_operator as operator
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Every test is the first; and torch lets its compiler see subclasses of its recurrent layers."""
+    """Reset dynamo before each test, and let it trace subclasses of torch's recurrent layers."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
         yield
@@ -181,7 +181,7 @@ def test_the_eager_runner_is_unrolled_by_torch():
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "the original GRU"])
 @pytest.mark.parametrize("how", ["export", "strict export", "compile", "one graph"])
 def test_the_eager_runner_takes_the_drop_ins(kind, how):
-    """What they are unrolled to computes what they compute."""
+    """The unrolled graph computes the same as the layer."""
     layer = LAYERS[kind][0]()
     x = torch.randn(3, 4, 5)
     with fc.runner("eager"), torch.no_grad():
@@ -215,7 +215,7 @@ OURS = ("fusecell/compiler", "fusecell/execution", "fusecell/eager")
 
 
 def _compiled_frames(library, make):
-    """What plain torch.compile, and a step of training, make frames of."""
+    """Return the number of frames that torch.compile compiles for a model and a step of training."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     fc.refresh()
@@ -233,7 +233,7 @@ def _compiled_frames(library, make):
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_torch_compile_skips_the_frames_of_fusecell(kind):
-    """Each was compiled, the tracer's and the code generator's too: 42 s and 984 frames for one GRU."""
+    """Regression: dynamo compiled the tracer and code generator too, 42 s and 984 frames for one GRU."""
     torch_frames, frames = _compiled_frames(nn, DEFAULTS[kind]), _compiled_frames(fc, DEFAULTS[kind])
     seen = {code().co_filename for code in torch._dynamo.convert_frame.input_codes.seen if code() is not None}
     assert any("drop_in" in name for name in seen)

@@ -23,7 +23,7 @@ from tests.compiler.traced_cells import partitioned
 
 
 class Deep(fc.Cell):
-    """``count`` pointwise operations, each of the one before; what kind says which."""
+    """A step of ``count`` pointwise operations in a chain, of several kinds."""
 
     def __init__(self, kind: str, count: int) -> None:
         super().__init__(4, 4)
@@ -99,7 +99,7 @@ def test_explain_and_the_call_of_a_deep_cell():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_stage_recurses_as_deep_as_the_graph(kind):
-    """With little more of Python's stack than a call of a shallow step takes."""
+    """The recursion limit is little more than a shallow step needs."""
     cell = Deep(kind, 1200)
     traced = trace(cell, [(4,)], torch.float32, gradients=True)
     frame, depth = sys._getframe(), 0
@@ -120,7 +120,7 @@ def test_no_stage_recurses_as_deep_as_the_graph(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_twice_the_operations_take_about_twice_as_long(kind):
-    """Of the compiler's own stages, counted in calls of Python functions, whatever else the machine does."""
+    """Time is counted in Python calls of the compiler's stages, so that other load doesn't matter."""
 
     def calls(count):
         seen = 0
@@ -158,7 +158,7 @@ def test_a_step_that_is_too_large_is_refused_by_its_size(monkeypatch):
 
 
 def test_a_million_operations_are_refused_at_the_limit(monkeypatch):
-    """Not when all of them have been traced."""
+    """The tracer stops at the limit, not after tracing all operations."""
     monkeypatch.setattr(recorder, "MOST_NODES", 2000)
     began = time.process_time()
     explanation = fc.explain(Deep("shared", 10**6))

@@ -1,4 +1,4 @@
-"""A step that changes its module is refused by name and line and runs as the Python loop; a trace leaves nothing."""
+"""A step that changes its module is refused by attribute and line, and runs as the loop; tracing changes nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Slotted:
 
 
 class Changing(fc.Cell):
-    """A cell with one of everything that a step could change."""
+    """A cell with one attribute of every kind that a step could change."""
 
     def __init__(self, change: Callable[[Any, Tensor], Any]) -> None:
         super().__init__(3, 3)
@@ -134,7 +134,7 @@ def make(name: str) -> Changing:
 
 
 def contents(value: Any) -> Any:
-    """All that a module holds, in comparable form, made without the code under test."""
+    """Return everything a module holds in comparable form, without using the code under test."""
     if isinstance(value, Tensor):
         return (
             "tensor", value.detach().tolist(), value.requires_grad, value.data_ptr(), len(value._backward_hooks or ()),
@@ -174,7 +174,7 @@ def test_the_reason_names_attribute_and_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "raising"])
 def test_results_equal_those_of_the_loop(name: str) -> None:
-    """Call after call, in the order and from the state that the loop alone would leave."""
+    """Results of repeated calls equal the loop's, changes of the module included."""
     x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 2, 3)
     fc.refresh()  # warnings of other tests
     results = []

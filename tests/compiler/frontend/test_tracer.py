@@ -1,4 +1,4 @@
-"""The tracer: graphs that equal torch, forward and backward; sentences for what has no graph."""
+"""The tracer: graphs compute what torch does, forward and backward, or a sentence says why there is none."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_weights(name: str) -> None:
 
 
 def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that no cell above meets is a rule that nothing compares with torch."""
+    """Every rule is used by a cell above, and so compared with torch."""
     met: set[str] = set()
 
     class Seen(dict[str, Any]):
@@ -78,7 +78,7 @@ def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Straight(torch.autograd.Function):
-    """Forward a threshold, backward what its author says."""
+    """A threshold with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

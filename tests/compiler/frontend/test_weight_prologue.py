@@ -1,4 +1,4 @@
-"""What a step computes of its weights alone has the user's own gradients, or the step runs as the Python loop."""
+"""Computations on weights alone keep the user's custom gradients, or the step runs as the Python loop."""
 
 from __future__ import annotations
 

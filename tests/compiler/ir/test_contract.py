@@ -1,4 +1,4 @@
-"""What may be compiled: each primitive's rule answers for anything, and a graph is held to its contract as a whole."""
+"""The contract of graphs: primitive rules accept or reject any arguments, and whole graphs are checked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_traced_graphs_pass(zoo_cell, gradients):
 
 
 def test_notes_may_be_called_anything_that_prints():
-    """Values are called as they are, as far as names go; labels stay."""
+    """Labels of notes may hold any printable text; names of values are adapted."""
 
     class Noting(fc.Cell):
         def __init__(self):
@@ -239,7 +239,7 @@ TYPES += [Type(kind, shape) for kind in ("weight", "sum") for shape in ((1,), (4
 
 @pytest.mark.parametrize("op", PRIMITIVES)
 def test_primitive_rules_return_a_type_or_raise(op):
-    """A type, or a CompilerError; and no type of no features."""
+    """For any arguments a rule returns a type with features, or raises CompilerError."""
     rng, primitive = random.Random(op), PRIMITIVES[op]
     names = ["shape", "value", "size", "start", "stop", "rows", "cols", "transposed", "init", "terms", "corner", "more"]
     answered, messages = 0, []

@@ -1,4 +1,4 @@
-"""Values are called after the user's variables, through all passes; names are unique and change nothing else."""
+"""Values have the names of the user's variables through all passes; names are unique."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_names_are_all_that_changes(zoo_cell) -> None:
 
 
 class Shadowing(fc.Cell):
-    """Variables that are called as primitives, as the input and as each other's parts would be."""
+    """A step whose variables have the names of primitives, of the input, and of parts of other values."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size)

@@ -1,4 +1,4 @@
-"""What users of autograd do around a backward, held against torch.nn or the Python loop."""
+"""Uses of autograd around a backward, compared with torch.nn or the Python loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fusecell as fc
 
 @pytest.fixture
 def pair():
-    """Our layer and torch's, with the same weights."""
+    """A drop-in GRU and torch.nn's with the same weights."""
     torch.manual_seed(0)
     reference = nn.GRU(5, 9).double()
     layer = fc.GRU(5, 9).double()
@@ -27,7 +27,7 @@ def x():
 
 
 def grads(layer, loss):
-    """The gradients of a loss of the layer's, whatever was accumulated before."""
+    """Return the gradients of a loss of the layer, from zero."""
     layer.zero_grad()
     loss(layer).backward()
     return [None if p.grad is None else p.grad.clone() for p in layer.parameters()]
@@ -205,7 +205,7 @@ def test_layers_of_every_form(options, x):
 
 
 class Learned(fc.GRUCell):
-    """A GRU that begins where it has learned to."""
+    """A GRU with a trainable initial state."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size)
@@ -234,7 +234,7 @@ def test_a_learned_state_that_resets_go_back_to(x):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_loop_of_the_users_own(rows, x):
-    """One step at a time through the cell, as torch's cell is used."""
+    """A user's loop over single steps of the cell, as torch's cells are used."""
     torch.manual_seed(7)
     reference, drop_in = nn.GRUCell(5, 9).double(), fc.GRUCell(5, 9).double()
     drop_in.load_state_dict(reference.state_dict())

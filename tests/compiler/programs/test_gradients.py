@@ -96,7 +96,7 @@ def test_gradcheck(zoo_cell):
 
 
 def rms(actual, exact):
-    """The root of the mean square of what each gradient is away from float64's."""
+    """Return the root mean square error of each gradient against float64."""
     return [(value.double() - true).pow(2).mean().sqrt() for value, true in zip(actual, exact, strict=True)]
 
 
@@ -155,7 +155,7 @@ def test_bits_do_not_depend_on_chunks_or_runs(monkeypatch, zoo_cell):
 
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LeakyCell, fc.cells.LayerNormGRUCell])
 def test_bits_do_not_depend_on_threads(monkeypatch, make):
-    """Threads share a call here that is too short for them."""
+    """A call that would be too short for several threads is forced onto them."""
     torch.manual_seed(4)
     cell = make(5, 37)
     arguments = drawn(cell, 31, 19, torch.float32)  # more rows than a block of a sum takes

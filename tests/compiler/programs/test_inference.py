@@ -85,7 +85,7 @@ def test_bits_do_not_depend_on_batch_chunks_or_layout(name, monkeypatch):
 
 
 class PartsCell(fc.Cell):
-    """Reads its input whole, a part that begins at a whole vector, and, asked to, one that doesn't."""
+    """A cell that reads its whole input and a slice of it, at a multiple of 16 or, with ``odd``, not."""
 
     def __init__(self, odd: bool) -> None:
         super().__init__(32, 40)
@@ -105,7 +105,7 @@ class PartsCell(fc.Cell):
     "cell", [fc.GRUCell(32, 19), PartsCell(odd=False), PartsCell(odd=True)], ids=["gru", "", "odd"]
 )
 def test_inputs_in_place_match_gathered_inputs(cell, dtype, rows, monkeypatch):
-    """Rows that follow one another are not copied before they are multiplied: the bits are those of any others."""
+    """Contiguous rows are multiplied in place, others copied first: the bits are the same."""
     cell = copy.deepcopy(cell).to(dtype)
     x = torch.randn(9, rows, 32, dtype=dtype)
     weight = torch.randn_like(x[..., :1])
@@ -309,7 +309,7 @@ def test_a_state_that_becomes_another_state():
 
 
 class Reads(fc.Cell):
-    """An output read off the state by a product, which leaves the loop, and a softmax, which follows it."""
+    """An output computed from the state by a product and a softmax, both of which run after the loop."""
 
     def __init__(self):
         super().__init__(3, 17)
@@ -375,7 +375,7 @@ def test_the_callers_denormal_mode_is_restored():
 
 
 class PartOfAState(fc.Cell):
-    """A state of which a part stands beside the whole in the next."""
+    """A state that is a value concatenated with a slice of it."""
 
     def step(self, x, state):
         (h,) = state
@@ -561,7 +561,7 @@ def test_refresh_forgets_the_programs_of_the_cells_inside(compilations, monkeypa
 
 
 class NamedAsBuffers(fc.Cell):
-    """A step whose variables are called as a kernel's own buffers and words are."""
+    """A step whose variables have the names of a kernel's buffers and slots."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size)
@@ -578,7 +578,7 @@ class NamedAsBuffers(fc.Cell):
 
 @pytest.mark.parametrize("lengths", [None, [7, 3, 5, 7, 1, 2]])
 def test_variables_may_have_the_names_of_kernel_buffers(lengths):
-    """It once took the place of the buffer: wrong memory was read and written."""
+    """Regression: such a value took the buffer's place, so wrong memory was read and written."""
     cell, x = NamedAsBuffers(5, 40), torch.randn(7, 6, 5)
     results = {}
     for name in ("compiled", "eager"):

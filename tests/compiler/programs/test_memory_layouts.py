@@ -1,4 +1,4 @@
-"""Inputs and states wherever and however they lie in memory: as their dense copies."""
+"""Inputs and states in any memory layout give the results of their dense copies."""
 
 from __future__ import annotations
 

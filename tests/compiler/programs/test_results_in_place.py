@@ -84,7 +84,7 @@ def test_results_of_a_step_are_no_views(kind, grad, runner):
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_large_results_are_no_views(grad, first):
-    """Memory of NumPy's, on huge pages."""
+    """Large results are NumPy's memory, on huge pages."""
     layer, x = fc.GRU(3, 64, batch_first=first), torch.randn(300, 64, 3)
     with torch.set_grad_enabled(grad):
         for _ in range(3):
@@ -108,7 +108,7 @@ CHANGES = {
 @pytest.mark.parametrize("first", [False, True], ids=["time first", "batch first"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_in_place_have_the_loops_gradients(change, first, warm):
-    """What the backward reads is no result's memory."""
+    """The backward reads no memory that was returned as a result."""
     torch.manual_seed(0)
     layer, x = fc.GRU(5, 8, batch_first=first).double(), torch.randn(4, 7, 5, dtype=torch.float64)
     results = []
@@ -128,7 +128,7 @@ def test_changes_in_place_have_the_loops_gradients(change, first, warm):
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "remembered call"])
 @pytest.mark.parametrize("library", [torch.nn, fc], ids=["torch.nn", "fusecell"])
 def test_in_place_changes_of_saved_tensors_raise(library, warm, changed):
-    """Torch's own error, not another gradient."""
+    """Torch's own error is raised, instead of a wrong gradient."""
     layer = library.GRU(5, 8)
     x, h = torch.randn(7, 4, 5, requires_grad=True), torch.randn(1, 4, 8, requires_grad=True)
     for _ in range(3 if warm else 1):

@@ -1,4 +1,4 @@
-"""What training computes and keeps: on the plan of the backward, in the summary, and in memory."""
+"""What training computes and saves for the backward: in the plan, the summary and memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_unneeded_gradients_are_not_computed(required):
 
 
 def saved_numbers(layer, x):
-    """Numbers that autograd holds for a backward, beside what the layer has and was given."""
+    """Count the numbers that autograd saves for a backward, without parameters and arguments."""
     owned = {value.untyped_storage().data_ptr() for value in (x, *layer.parameters())}
     saved = {}
 

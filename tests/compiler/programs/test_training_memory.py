@@ -13,7 +13,7 @@ STEPS, ROWS, HIDDEN = 120, 32, 256
 
 
 def peak_bytes(call):
-    """The most bytes that torch's allocator has given out at once in a call, beside what it had before."""
+    """Return the peak of the bytes that torch allocates in a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     held = highest = 0

@@ -51,7 +51,7 @@ def test_transforms_are_exact(x):
 
 
 def test_many_backwards_at_once(x):
-    """The forward was compiled; a batch of incoming gradients is torch's to take."""
+    """After a compiled forward, a batch of incoming gradients is handled by torch."""
     torch.manual_seed(6)
     layer, leaf = fc.GRU(5, 4).double(), x[:2, :1].clone().requires_grad_()
     y = layer(leaf)[0]

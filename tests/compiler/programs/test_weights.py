@@ -1,4 +1,4 @@
-"""Weights that are shared, copied, pickled, or no plain tensors: as a plain loop has them."""
+"""Weights that are shared, copied, pickled or tensor subclasses give the results of a plain loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.compiler.fresh_cells import both, fresh_layer
 
 
 class Doubled(torch.Tensor):
-    """Twice what it holds; itself without memory, as quantised and distributed weights are."""
+    """A tensor subclass without memory of its own, as quantised and distributed weights are; twice its inner tensor."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -33,7 +33,7 @@ class Doubled(torch.Tensor):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_weights_that_are_a_subclass_of_tensor(training):
-    """A kernel would have read at address 0."""
+    """Regression: a kernel would have read at address 0."""
     fc.refresh()  # so that it warns once more
     layer, x = fc.Recurrent(fc.GRUCell(5, 9)), torch.randn(6, 3, 5)
     weight = layer.cell.weight_ih.detach()

@@ -1,4 +1,4 @@
-"""The check mode finds what it is there to find, and changes no result."""
+"""The check mode detects out-of-bounds accesses and changes no result."""
 
 import ctypes
 import os
@@ -65,7 +65,7 @@ def test_a_kernel_without_an_address_is_not_run():
     [("out.output.ptr", 7 * 3 * 17 * 4), ("in.x.ptr", 7 * 3 * 5 * 4), ("weight.weight_hh.ptr", 3 * 17 * 17 * 4)],
 )
 def test_a_read_past_an_argument_ends_the_process(word, behind):
-    """Reading the byte before is fine, and what is behind it ends the process."""
+    """Reading the last byte is fine; reading the next one ends the process."""
     code = f"""if True:
         import ctypes, sys
         from tests.compiler.checked_kernel import run_checked

@@ -1,4 +1,4 @@
-"""The block that the threads of a call share: laid out once, for the runtime and for machine code."""
+"""The team block that the threads of a call share: one layout for the runtime and for machine code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_machine_code_touches_slots_only():
 
 
 def test_the_runtime_writes_what_machine_code_reads(monkeypatch):
-    """A function in the kernel's place sees each slot as the runtime filled it, and its answers are read back."""
+    """A function in place of the kernel sees each slot as filled, and its answers are read back."""
     seen = {}
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -82,7 +82,7 @@ def test_the_runtime_writes_what_machine_code_reads(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_team_reports_how_many_threads_worked(threads, monkeypatch):
-    """The kernel itself, on threads of Python's that wait for all: as many work as were asked for."""
+    """The kernel runs on Python threads that wait for all: as many work as requested."""
     monkeypatch.setattr(thread_team, "_openmp", lambda: None)
     late = []
     # Cores that others use are no matter here.

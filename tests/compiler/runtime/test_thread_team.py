@@ -60,7 +60,7 @@ def options(kind, rows):
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell])
 @pytest.mark.usefixtures("team")
 def test_any_number_of_threads_gives_the_same_bits(make, kind, monkeypatch):
-    """Seven rows are too few to part for two threads, thirteen for four; chunks of a few steps."""
+    """Seven rows are too few to split among two threads, thirteen among four; chunks have a few steps."""
     tuned(monkeypatch, chunk_bytes=16 << 10)
     torch.manual_seed(2)
     cell = make(5, 37).double()
@@ -80,7 +80,7 @@ def test_any_number_of_threads_gives_the_same_bits(make, kind, monkeypatch):
 @pytest.mark.parametrize("rows", [15, 16, 61])
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell])
 def test_weight_gradients_split_by_rows(make, rows, reverse, monkeypatch):
-    """From 16 rows on each half is summed apart, in blocks of its own: of these there are several here, and a rest."""
+    """From 16 rows on, each half of the rows is summed separately, in several row blocks and a rest."""
     torch.manual_seed(5)
     cell, x = make(5, 19), torch.randn(83, rows, 5)
     torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def test_weight_gradients_split_by_rows(make, rows, reverse, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", [{}, {"lengths": [11, 0, *range(1, 11), 3, 11, 9, 2, 4]}], ids=["", "lengths"])
 def test_weight_gradients_with_packed_operands(lengths, dtype, monkeypatch):
-    """Operands of two kilobytes and more a row are put in strips, here of eight features and of seven.
+    """Operands of 2 kB and more per row are packed into micro-panels, here of eight features and of seven.
 
     With lengths the rows of all steps are one run, and no half of them is summed apart.
     """
@@ -129,7 +129,7 @@ def test_weight_gradients_of_no_rows(count):
 
 
 def test_threads_in_different_chunks_do_not_share_buffers():
-    """Nobody waits in the loop: one may be in the last chunk, a shorter one, while another is in the one before."""
+    """Without barriers in the loop, one thread may be in the last, shorter chunk while another is in the one before."""
     torch.manual_seed(7)
     cell, x = fc.GRUCell(32, 128), torch.randn(32, 64, 32)
     parameters = list(cell.parameters())
@@ -147,7 +147,7 @@ def test_threads_in_different_chunks_do_not_share_buffers():
 
 
 def test_late_threads_are_not_waited_for(monkeypatch):
-    """The call is done by who is there, and the next ones do without the others, for longer each time."""
+    """Threads that have arrived do the call; later calls use one thread, for longer each time."""
     tuned(monkeypatch, most_arrival_us=0)
     cell, x = fc.GRUCell(5, 11), torch.randn(9, 7, 5)
     torch.set_num_threads(1)
