@@ -69,7 +69,7 @@ def of_cell(member: fc.cells.ZooCell) -> tuple[float, float]:
 def of_gradients(kind: str, steps: int) -> tuple[float, float]:
     """Return the largest error of a gradient over its norm: of fusecell's layer, and of torch's."""
     torch.manual_seed(0)
-    reference = getattr(nn, kind)(64, 128)
+    reference = getattr(nn, kind)(64, 128)  # all three layers get its weights
     x, weight = torch.randn(steps, 8, 64), torch.randn(steps, 8, 128)
     gradients = []
     for module, dtype in ((nn, torch.float64), (fc, torch.float32), (nn, torch.float32)):

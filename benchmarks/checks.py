@@ -80,6 +80,7 @@ class Check:
 
 def _process(script: str, *arguments: str, **environment: str) -> object:
     """Run a script in a new process and return what it prints, parsed as JSON."""
+    # One thread and no guard pages: both change time and memory.
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "FUSECELL_CHECK": "", **environment}
     process = subprocess.run([sys.executable, "-c", script, *arguments], env=settings, capture_output=True, check=True)
     return json.loads(process.stdout)
@@ -88,6 +89,7 @@ def _process(script: str, *arguments: str, **environment: str) -> object:
 def first_call() -> Iterator[Check]:
     """Check the seconds of the import, torch's excluded, and of the first call with a cold and a warm disk cache."""
     runs: dict[str, list[list[float]]] = {"cold": [], "warm": []}
+    # Three fresh caches: the first process of each compiles, the second reads what it stored.
     for _ in range(3):
         with tempfile.TemporaryDirectory() as cache:
             for each in runs.values():

@@ -97,6 +97,7 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     assert not isinstance(program, Refusal)
     kernel, loop = program.kernel, program.kernel.loop_macs
     weights = [value.detach() for value in program.traced.weights.values(cell)]
+    # Compiled from the text both times, so that the two kernels differ in their products alone.
     whole = _time(kernel, kernel.emitted.text, x, weights, cell, seconds)
     epilogue = _time(kernel, without_products(kernel.emitted.text), x, weights, cell, seconds)
     macs = kernel.macs - loop if shape.batch == 1 else kernel.macs
@@ -224,6 +225,7 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
     a = acc + sizes[0]
     weights = -(-(a + sizes[1]) // 64) * 64
     flops = 2 * rows * products * groups * 16 * depth * panels
+    # About a millisecond in machine code, so that the call from Python doesn't count.
     times = max(1, int(1e8 / flops))
     return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
 
@@ -264,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each of a shape's two kernels")
     options = parser.parse_args(arguments)
-    bind(1)
+    bind(1)  # a process that changes cores finds its weights in no cache
     flops, l2 = machine_limits()
     print(f"A tile in L1: {flops / 1e9:.0f} GFLOP/s; one row's tile from L2: {l2 / 1e9:.0f} GB/s\n")
     shapes, seconds = pick_inference(options.only), options.seconds

@@ -23,6 +23,7 @@ __all__ = ["above_kernels", "calls", "import_seconds", "inside_kernels", "kernel
 
 Call = Callable[[], object]
 
+# Processor time: on a busy machine the wall time of an import is mostly other processes'.
 _IMPORT = """
 import time, torch
 began = time.process_time()
@@ -97,6 +98,7 @@ def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tu
         run(self, block)
         inside[0] += time.perf_counter() - began
 
+    # Patched on the class: every kernel of a call goes through PreparedCall.run, forward and backward.
     with patch.object(PreparedCall, "run", timed):
         first = time.perf_counter()
         while len(times) < least or time.perf_counter() - first < seconds:

@@ -71,6 +71,7 @@ def demo(
     from fusecell.demo import Settings, run_demo
     from fusecell.demo.model import LAYERS
 
+    # Only what the user set: the defaults are those of Settings.
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size}
     overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     try:
@@ -85,6 +86,7 @@ def demo(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
+        # 130 is the shell's exit status for SIGINT; race() has saved the checkpoints by now.
         typer.echo("Stopped. Go on with the same command and --resume.")
         raise typer.Exit(130) from None
 
@@ -151,6 +153,7 @@ def bench(
 
     from fusecell.inspection.benchmark import measure
 
+    # fusecell's threads follow torch's number, and so does the peak that it is compared with.
     if threads is not None:
         torch.set_num_threads(threads)
     _print_report(
@@ -229,6 +232,7 @@ def stream_bench(
     table.add_row(*quantiles, f"{1e6 * latency.longest:.1f}")
     console.print(table)
     most = max(count for *_, count in latency.histogram())
+    # soft_wrap: else rich breaks a long line into two.
     for low, high, count in latency.histogram():
         # On a logarithmic scale, so that a tail of one step in a million is visible.
         bar = "#" * round(40 * math.log1p(count) / math.log1p(most))

@@ -152,6 +152,7 @@ def _take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
         call()  # compiles, and fills the call cache
     times: dict[str, list[float]] = {name: [] for name in calls}
     until = time.perf_counter() + seconds
+    # Five at least: the median of fewer is decided by one disturbed call.
     while len(times["fusecell"]) < 5 or time.perf_counter() < until:
         for name, call in calls.items():
             began = time.perf_counter()

@@ -239,7 +239,7 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
     return Explanation(
         "compiled" if inference else "eager",
         "compiled" if training else "eager",
-        tuple(dict.fromkeys(reasons)),
+        tuple(dict.fromkeys(reasons)),  # each sentence once: the layers of a GRU are eager for the same reason
         "\n".join(each.text for each in explained),
         explained,
     )
@@ -248,6 +248,7 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> ExplainedCell:
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
     dtype = weights_dtype(cell) or torch.get_default_dtype()
+    # Refused here, before anything is traced: kernels exist for two dtypes.
     if dtype not in (torch.float32, torch.float64):
         reason = f"Its weights are {dtype}; only float32 and float64 are compiled."
         return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
@@ -296,6 +297,7 @@ def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tupl
             f"{type(cell).__name__} takes {count} inputs ({names}), got {len(sizes)} input_sizes: pass one for each."
         )
     widths = (cell.input_size,) if sizes is None else tuple(sizes)
+    # One of each will do: a program serves any number of steps and rows.
     return (*(torch.zeros(1, 1, width, dtype=dtype) for width in widths), *drawn)
 
 

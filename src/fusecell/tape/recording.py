@@ -84,6 +84,7 @@ def record(
         kind = type(asked_of(cell)).__name__
         track = Track(kind, options.reverse, tuple(cell.states), **values, equation=equation, source=source)
         tracks.append(track)
+        # The same for all cells of one call: a layer hands its lengths to each.
         all_lengths.append(options.lengths)
 
     with torch.set_grad_enabled(gradients), recording(add):
@@ -188,6 +189,8 @@ def _before(after: Tensor, first: Tensor, reset: Tensor, options: Options) -> Te
         reset: the state after a reset, (N, size).
     """
     steps, first = after.shape[0], first.detach()
+    # The state before step t is the one after t - 1, or t + 1 in reverse. What the roll wraps around is overwritten: a
+    # reversed row starts at its own last valid step.
     before = torch.roll(after, -1 if options.reverse else 1, 0)
     last = torch.full((after.shape[1],), steps) if options.lengths is None else options.lengths
     start = (last - 1).clamp(min=0) if options.reverse else torch.zeros_like(last)
@@ -205,6 +208,7 @@ def _names(notes: Sequence[str], states: Sequence[str]) -> dict[str, str]:
 
     A state that the cell itself notes is left out: it is recorded as a state.
     """
+    # Wrappers keep the inner cell in "cell", so a note of a wrapped GRU is "cell.r": the user knows it as r.
     names = {label: label for label in notes if label not in states}
     for label in names:
         short = re.sub(r"^(cell\.)+", "", label)
@@ -232,6 +236,7 @@ class _Probed(Wrapper):
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         probes = dict(zip(self.probes, noise, strict=True))
+        # By identity: a note comes with the cell that made it, and the same class may be inside twice.
         paths = {id(module): path for path, module in self.cell.named_modules()}
 
         def add(cell: Cell, name: str, value: Tensor) -> Tensor:
@@ -257,6 +262,7 @@ def _equation(cell: Cell) -> str:
     return _equation_of(kind, options, bool(getattr(cell, "proj_size", 0)))
 
 
+# Cached, because each lookup builds every member of the class.
 @functools.cache
 def _equation_of(kind: Any, options: tuple[tuple[str, Any], ...], projected: bool) -> str:
     def matches(member: ZooCell) -> int:
@@ -304,6 +310,7 @@ def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tupl
     watched.__dict__["step"] = step
     with capture_intermediates(note):
         outputs, after = run_eager(watched, inputs, state, options)
+    # A reversed loop appends the last step first; values are in input time.
     values = {name: torch.stack(each[::-1] if options.reverse else each) for name, each in steps.items()}
     if options.lengths is not None:
         valid = torch.arange(outputs.shape[0], device=outputs.device)[:, None, None] < options.lengths[:, None]

@@ -206,6 +206,7 @@ class Tape:
 
         Path(path).write_text(page(self, rows, title), encoding="utf-8")
 
+    # Imported on use, here and above: plots and pages need packages that recording doesn't.
     def _repr_html_(self) -> str:
         from fusecell.tape.plots import table
 
