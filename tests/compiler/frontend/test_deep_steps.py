@@ -182,7 +182,8 @@ def test_a_weight_used_too_often_is_refused_by_number(monkeypatch):
     explanation = fc.explain(Often())
     assert (explanation.runner, explanation.training_runner) == ("compiled", "eager")
     assert explanation.reasons == (
-        "The step uses its weights 40 times, and each use is a sum in the gradient: at most 39 are compiled.",
+        "Often, with gradients: The step uses its weights 40 times, and each use is a sum in the gradient: at most 39 are "
+        "compiled.",
     )
 
 
