@@ -181,10 +181,9 @@ def test_a_weight_used_too_often_is_refused_by_number(monkeypatch):
     monkeypatch.setattr(sums, "MOST_SUMS", 39)
     explanation = fc.explain(Often())
     assert (explanation.runner, explanation.training_runner) == ("compiled", "eager")
-    assert explanation.reasons == (
-        "Often, with gradients: The step uses its weights 40 times, and each use is a sum in the gradient: at most 39 are "
-        "compiled.",
-    )
+    (reason,) = explanation.reasons
+    assert reason.startswith("Often, with gradients: The step uses its weights 40 times, and each use is a sum")
+    assert reason.endswith("at most 39 are compiled.")
 
 
 def test_a_saved_graph_of_slices_of_slices():
