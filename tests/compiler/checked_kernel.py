@@ -1,4 +1,4 @@
-"""A GRU's kernel, run by the check mode with something done after it."""
+"""Run a GRU's kernel in the check mode, and something more right after it."""
 
 import ctypes
 
@@ -9,29 +9,33 @@ from fusecell.compiler.dispatch.runner import find_program
 from fusecell.compiler.runtime import guard_pages as check
 from fusecell.compiler.runtime.guarded_extents import extents
 
-__all__ = ["called"]
+__all__ = ["run_checked"]
 
 
-def called(run, given=None):
-    """A GRU's kernel, or what ``run`` makes of it, run by the check over 7 steps of 3 rows."""
+def run_checked(run, missing_slot=None):
+    """Run a GRU's kernel under the checks over 7 steps of 3 rows, then ``run`` with the argument block's slots by name.
+
+    Arguments:
+        missing_slot: a slot to leave 0.
+    """
     cell, x = fc.GRUCell(5, 17), torch.randn(7, 3, 5)
-    found = find_program(cell, (x,)).kernel
-    block = found.block()
-    kept = [
+    kernel = find_program(cell, (x,)).kernel
+    block = kernel.block()
+    tensors = [
         torch.empty(7, 3, 17),
         torch.empty(3, 17),
         torch.zeros(3, 17),
-        *[getattr(cell, name).detach() for name in found.slots.weights],
+        *[getattr(cell, name).detach() for name in kernel.slots.weights],
     ]
-    block.bind(inputs=[x], weights=kept[3:], first=kept[2:3], outputs=kept[:1], last=kept[1:2])
-    found.set_sizes(block, 7, 3, False, 0, 7)
-    if given:
-        block.values[found.slots.indices[given]] = 0
+    block.bind(inputs=[x], weights=tensors[3:], first=tensors[2:3], outputs=tensors[:1], last=tensors[1:2])
+    kernel.set_sizes(block, 7, 3, False, 0, 7)
+    if missing_slot:
+        block.values[kernel.slots.indices[missing_slot]] = 0
 
     def run_and_more(address):
-        found.long(address)
-        slots = (ctypes.c_int64 * len(found.emitted.slots)).from_address(address)
-        run(dict(zip(found.emitted.slots, slots, strict=True)))
+        kernel.long(address)
+        slots = (ctypes.c_int64 * len(kernel.emitted.slots)).from_address(address)
+        run(dict(zip(kernel.emitted.slots, slots, strict=True)))
 
-    theirs = extents(found, block.values, 7, 3)
-    check.checked_run(run_and_more, block.values, found.emitted, theirs, found.slots.indices, rows=3, chunk=7)
+    memory = extents(kernel, block.values, 7, 3)
+    check.checked_run(run_and_more, block.values, kernel.emitted, memory, kernel.slots.indices, rows=3, chunk=7)
