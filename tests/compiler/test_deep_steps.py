@@ -150,7 +150,7 @@ def test_a_step_that_is_too_large_is_refused_by_its_size(monkeypatch):
     monkeypatch.setattr(recorder, "MOST_NODES", 300)
     found = fc.explain(Deep("chain", 400))
     assert (found.runner, found.training_runner) == ("eager", "eager")
-    assert "It is too large: 301 values in its graph, and there may be 300 [aten.tanh" in found.reasons[0]
+    assert "The step is too large: 301 values in its graph, and there may be 300 [aten.tanh" in found.reasons[0]
     fc.refresh()
     found = fc.explain(Deep("chain", 180))
     assert (found.runner, found.training_runner) == ("compiled", "eager")

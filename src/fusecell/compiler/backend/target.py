@@ -1,4 +1,4 @@
-"""The CPU that kernels are made for."""
+"""Target: the CPU that kernels are compiled for, this machine's or one that is asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _USUAL_L2 = 1 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU as the emitter and LLVM need to know it.
+    """CPU as code generation and LLVM need to know it.
 
     Attributes:
         cpu: LLVM's name of the CPU, which also chooses its scheduling model.
@@ -56,7 +56,7 @@ class Target:
 
 
 def host_target() -> Target:
-    """The target that ``FUSECELL_TARGET`` asks for: ``native`` (the default) or an x86-64 level.
+    """Return the target that ``FUSECELL_TARGET`` names: ``native`` (the default) or an x86-64 level.
 
     The variable is read at every call.
 
@@ -68,11 +68,11 @@ def host_target() -> Target:
     Raises:
         ValueError: the value is unknown, or names a level above what this CPU has.
     """
-    return _chosen(os.environ.get("FUSECELL_TARGET", "") or NATIVE)
+    return _target_named(os.environ.get("FUSECELL_TARGET", "") or NATIVE)
 
 
 @functools.cache
-def _chosen(choice: str) -> Target:
+def _target_named(choice: str) -> Target:
     host = llvm.host()
     if choice == NATIVE:
         return target_of(host.cpu, host.feature_text, host.triple, host.features)
@@ -94,7 +94,7 @@ def _chosen(choice: str) -> Target:
 
 
 def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Target:
-    """The target of a CPU with these features, which need not be this machine's.
+    """Return the target of a CPU with these features, which need not be this machine's.
 
     Arguments:
         cpu: LLVM's name of the CPU.
@@ -119,7 +119,7 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
 
 @functools.cache
 def l2_bytes() -> int:
-    """Bytes of a core's second cache, as Linux has it; a megabyte where nobody says."""
+    """Return the bytes of a core's L2, as Linux reports them; a megabyte where no system file does."""
     try:
         for cache in sorted(_CACHES.glob("index*")):
             if (cache / "level").read_text().strip() == "2":

@@ -98,7 +98,6 @@ class _MinCut:
     """
 
     def __init__(self, joint: Graph, first: list[bool], demanded: Collection[int]) -> None:
-        self.joint = joint
         self.source, self.sink = -1, -2
         self.capacity: dict[int, dict[int, float]] = {}
         reached = joint.needed(demanded)
