@@ -89,7 +89,8 @@ def sigmoid(f: VectorFunction, x: Value) -> Value:
 
 
 def tanh(f: VectorFunction, x: Value) -> Value:
-    # By expm1, as (e^2x - 1) / (e^2x + 1) cancels near 0.
+    # By expm1, as (e^2x - 1) / (e^2x + 1) cancels near 0, and so does 2 sigmoid(2x) - 1. A rational approximation of
+    # degrees 13 and 6 needs no exponential, but is off by up to 4.5 ulp in float32, where this is by 2.3.
     p = f.precision
     f.comment("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
     a = f.at_most(f.fabs(x, "a"), p.tanh_limit, "a")
