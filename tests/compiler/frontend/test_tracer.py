@@ -193,13 +193,16 @@ def _part_changed(h: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Body, str]] = {
-    "branch": (lambda c, x, h: h if c.scalar > 0 else -h, r"reads the value of a tensor \(bool\(\)\) in test_trace.py"),
+    "branch": (
+        lambda c, x, h: h if c.scalar > 0 else -h,
+        r"reads the value of a tensor \(bool\(\)\) in test_tracer.py",
+    ),
     "float": (lambda c, x, h: h * float(c.scalar), r"float\(\)"),
     "item": (lambda c, x, h: h * c.scalar.item(), r"\.item\(\)"),
     "numpy": (lambda c, x, h: h * float(h.detach().numpy().sum()), r"\.numpy\(\)"),
     "tolist": (lambda c, x, h: h * h.detach().tolist()[0][0], r"\.tolist\(\)"),
     "print": (lambda c, x, h: h * len(str(h)), "print"),
-    "closure": (lambda c, x, h: h * OUTSIDE, r"neither an input.*register_buffer.*test_trace.py"),
+    "closure": (lambda c, x, h: h * OUTSIDE, r"neither an input.*register_buffer.*test_tracer.py"),
     "literal": (lambda c, x, h: h * torch.tensor([1.0, 2, 3, 4, 5, 6]), "neither an input"),
     "random": (lambda c, x, h: h + torch.randn_like(h), "Cell.draw"),
     "dropout": (lambda c, x, h: F.dropout(h, 0.5, True), "Cell.draw"),
@@ -218,7 +221,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "in_place_while_viewed": (lambda c, x, h: _changed_while_viewed(h), "in place"),
     "other_format": (lambda c, x, h: h.float().double(), "float32 where the cell is torch.float64"),
     "gradient_of_max": (lambda c, x, h: h * h.max(1, keepdim=True)[0], "max"),
-    "cumsum": (lambda c, x, h: h.cumsum(1), r"cumsum has no rule.*test_trace.py"),
+    "cumsum": (lambda c, x, h: h.cumsum(1), r"cumsum has no rule.*test_tracer.py"),
     "error": (lambda c, x, h: h.missing, "AttributeError"),
     "shape": (lambda c, x, h: h[:, :3], "expected"),
 }

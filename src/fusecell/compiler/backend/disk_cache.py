@@ -28,6 +28,7 @@ FORMAT = 1
 MAGIC = b"fusecell"
 SUFFIX = ".object"
 TEMPORARY = ".writing-"
+# Seconds after which a temporary file is that of a writer that was killed: none takes so long.
 ABANDONED_AFTER = 3600.0
 DEFAULT_MEBIBYTES = 256
 
@@ -286,6 +287,7 @@ def _payload(key: str, data: bytes) -> bytes | None:
 
 
 def _digest(binary_key: bytes, payload: bytes) -> bytes:
+    # Against damage, and entries under another's name; against forgery there are the permissions of the directory.
     return hashlib.sha256(binary_key + payload).digest()
 
 

@@ -31,6 +31,7 @@ lock = new_lock()
 EFFORT = 3
 """LLVM's optimisation level; a search for defects in the text itself sets it to 0, with the cache off."""
 
+# LLJIT accepts each name of a library only once.
 _library_numbers = itertools.count()
 
 
@@ -168,6 +169,7 @@ def _unload(tracker: Any) -> None:
 @functools.cache
 def _linker() -> Any:
     _initialise()
+    # LLJIT as a linker alone: it neither optimises nor has a cache on disk. JITLink, as aarch64 needs it.
     target = binding.Target.from_triple(binding.get_process_triple())
     machine = target.create_target_machine(opt=3, reloc="pic", codemodel="small")
     return binding.create_lljit_compiler(machine, use_jit_link=True, suppress_errors=True)

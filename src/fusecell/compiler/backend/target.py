@@ -82,6 +82,7 @@ def _target_named(choice: str) -> Target:
             f"FUSECELL_TARGET is {choice!r}, but this CPU ({host.cpu}, {host.triple}) has no such level; "
             f"expected one of {', '.join((NATIVE, *isa.levels))}."
         )
+    # A text compiled for features that the CPU lacks would end the process with an illegal instruction.
     needed = isa.features_of(choice)
     missing = [feature for feature in needed if feature not in host.features]
     if missing:
@@ -105,7 +106,7 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
     isa = instruction_set(triple)
     avx512 = {"avx512f", "avx512vl"} <= has
     avx2 = {"avx2", "fma"} <= has
-    # The mask registers' extension doubles the vector registers, in 64-bit code alone.
+    # AVX-512 doubles the vector registers, in 64-bit code alone.
     registers = 32 if avx512 and isa.name == "x86_64" else isa.vector_registers
     return Target(
         cpu=cpu,

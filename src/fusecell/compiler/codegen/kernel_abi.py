@@ -237,10 +237,11 @@ class Layout:
         for reduction in plan.sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
-        # One gradient after the other uses the same micro-panels.
+        # One gradient after the other uses the same micro-panels, so that they stay in L1 and L2.
         packed = [packed_bytes(module, reduction) for reduction in plan.sums if is_packed(module, plan, reduction)]
         if packed:
             sizes.append((PACKED, Size(fixed=self.partial_sums * max(packed))))
+        # Slack behind each: a slice that begins in the middle of a vector is read by whole vectors.
         buffers = {name: size + Size(fixed=slack(module)) for name, size in sizes}
         if len(buffers) != len(sizes):
             raise CompilerError("two buffers of a kernel would have one name, and one location in memory")
@@ -366,6 +367,7 @@ def row_address(f: Function, layout: Layout, module: Module, buffer: Buffer, at:
         return RowAddress(start, layout.integer(f, f"{buffer.name}.row"), True)
     row = module.row_bytes(buffer.size)
     start = layout.buffer(f, buffer.name)
+    # The rows of a chunk's steps follow each other; a step's buffer has one step's rows, and a call's one row.
     if buffer.scope in ("chunk", "saved"):
         start = f.at(start, f.mul(at.base if buffer.scope == "chunk" else at.saved_base, row))
     elif buffer.scope == "state":

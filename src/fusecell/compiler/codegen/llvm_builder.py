@@ -60,7 +60,7 @@ class Module:
         return LANES * self.itemsize
 
     def row_bytes(self, features: int) -> int:
-        """Bytes of a row of ``features`` numbers in the kernel's buffers: whole vectors."""
+        """Return the bytes of a row of ``features`` numbers in the kernel's buffers: whole vectors."""
         return padded(features) * self.itemsize
 
     def groups(self, columns: int) -> int:
@@ -477,7 +477,7 @@ class Function(TextBuilder):
         if isinstance(count, int):
             lanes = ", ".join(f"i1 {'true' if lane < count else 'false'}" for lane in range(LANES))
             return Value(f"<{lanes}>", f"<{LANES} x i1>")
-        # Compared as 32-bit lanes: these are no more registers than the numbers themselves.
+        # Compared as 32-bit lanes: of 64 bits they would take twice the registers of float32 numbers.
         short = self.let("count", f"trunc i64 {count} to i32", "i32")
         one = self.let("count.lane", f"insertelement {kind} poison, {typed(short)}, i64 0", kind)
         every = self.let("count.all", f"shufflevector {kind} {one}, {kind} poison, {kind} zeroinitializer", kind)
@@ -563,7 +563,8 @@ class Function(TextBuilder):
         After the loop the list holds the last ones. The condition is at the loop's end, one branch per turn; a loop
         that may be empty is checked before it, too.
         """
-        # Written as LLVM's loop rotation would leave it: that pass isn't run, to save compile time.
+        # Written as LLVM's loop rotation would leave it: that pass isn't run, to save compile time. The body's end is
+        # the only branch of a turn, and what is carried is in phis, not in memory that mem2reg would have to promote.
         label, before = self.fresh(name), self.current()
         self._used |= {f"{label}.more", f"{label}.next"}
         phis = [

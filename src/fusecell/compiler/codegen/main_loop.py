@@ -75,15 +75,19 @@ class _MainLoop:
             panel.depth * len(panel.weights) * self.module.row_bytes(panel.width) for panel in self._panels("loop")
         )
         self.team = Team(f, self.rows, layout.pointer(f, "counts"), loop_bytes)
+        # Padded, threads have separate parts of the chunk's buffers; a gradient whose sums are shared reads all parts.
         if self.plan.sums:
             self.team.is_padded = self.gradients.split_rows(f, self.team)
         layout.assign_buffers(f, self.rows, self.chunk_steps, self.team.is_padded)
         self.callers = CallerRows(self.module, layout, self.plan, f, self.team, self.rows)
         self.callers.fill_order()
         self._prepare()
+        # Before the loop, in which the last states of rows that do take part are written.
         self.callers.copy_unstepped_states()
         self.gradients.begin(f)
         self.callers.find_inputs_in_place()
+        # Counters that change in loops are in memory, as the builder's loops carry vectors only; LLVM's pass that would
+        # put them into registers is not run, and once per step it doesn't matter.
         rows_before = f.alloca("rows_before.at")
         f.store_int(0, rows_before)
         self.saved_start = f.alloca("saved_start.at")
@@ -106,6 +110,7 @@ class _MainLoop:
         is_shared = f.gt(THREADS, 1, "is_shared")
         with f.if_(is_shared, "copy"):
             f.copy_bytes(copy, CALLER_ARGS, size)
+        # The value is called %args, as the parameter is in every other function: what addresses slots works in all.
         args = f.select(is_shared, copy, CALLER_ARGS, "args")
         assert args == ARGS, f"the argument block is {args}, expected {ARGS}"
 
@@ -134,6 +139,7 @@ class _MainLoop:
             for panel, phase in self.panels.items():
                 with f.unless(self.pack_on_use[phase], "panel"):
                     self._pack(panel)
+            # Vectors and their functions are small: partitioned, they would need a barrier after each stage.
             with self.team.leader():
                 self._copy_vectors()
                 for stage in self.plan.stages_of("once"):
@@ -148,6 +154,7 @@ class _MainLoop:
 
     def _copy_vectors(self) -> None:
         """Copy weights that aren't operands of products, such as biases, into rows of whole vectors."""
+        # Stages then read them as they read any row: contiguous, and padded to whole vectors.
         f, module, graph = self.f, self.module, self.plan.graph
         for index in graph.leaves("weight"):
             node = graph[index]
@@ -169,7 +176,7 @@ class _MainLoop:
         steps_after = f.sub(f.sub(self.steps, first), steps, "steps_after")
         # In reverse the first chunk has the highest steps: of a chunk the lowest is the first in memory.
         lowest_step = f.select(self.is_reverse, steps_after, first, "lowest_step")
-        total = callers.starts(lowest_step, steps)
+        total = callers.write_starts(lowest_step, steps)
         self._find_saved(lowest_step)
         callers.copy_in(lowest_step, steps)
         # By columns, a thread's products read rows that others have copied; by rows only its own.
@@ -189,8 +196,8 @@ class _MainLoop:
         reverse_step = f.sub(f.sub(self.steps, 1), steps_done, "reverse_step")
         t = f.select(self.is_reverse, reverse_step, steps_done, "t")
         old_state = f.and_(steps_done, 1, "old_state")
-        base, saved_base = callers.bases(f.sub(t, lowest_step))
-        rows = callers.taking_part(t)
+        base, saved_base = callers.first_rows(f.sub(t, lowest_step))
+        rows = callers.rows_of_step(t)
         # Where all rows take part in all steps, rows begin in the first step only, and end after the last.
         rows_before = f.load_int(rows_before_at, "rows_before")
         with f.if_(f.ne(rows, rows_before, "rows_change"), "rows_change"):
@@ -230,7 +237,7 @@ class _MainLoop:
                 calls = f.select(team.is_padded, 1, steps, "calls")
                 last = f.select(team.is_padded, last_of_all, team.last_row, "last")
             with f.for_range("chunk_step", 0, calls) as chunk_step:
-                base, saved_base = self.callers.bases(chunk_step)
+                base, saved_base = self.callers.first_rows(chunk_step)
                 for stage in stages:
                     self._call(stage, StepRows(lowest_step, base, saved_base, 0), (team.first_row, last), (0, 1))
         with f.unless(team.by_rows, "shared_rows"):

@@ -244,6 +244,7 @@ class _Tile:
             # Constant distances go last: they become part of the instruction's address.
             a_at = f.at(a, f.mul(k, operands.a_k), "a.k")
             panel_at = f.at(panel, f.mul(k, operands.panel_k), "panel.k")
+            # Smaller tiles are bound by loads, with which a prefetch would compete.
             if self.rows >= f.module.target.tuning.prefetch_min_rows:
                 f.prefetch(self.prefetch(f.add(k, k_before)))
 
@@ -262,6 +263,8 @@ class _Tile:
         self, sums: list[Value], number: Callable[[int], Value], weight: Callable[[int, int], Value]
     ) -> None:
         """Add the products of one k: the fewer of the two operands stay in registers, the others come one by one."""
+        # A broadcast number of a row is used for every vector of columns, and each vector for every row. Of the kind
+        # that stays, all are live at once: the fewer, the more registers for accumulators.
         rows = range(self.rows)
         columns = [(product, group) for group in range(self.groups) for product in range(self.products)]
         if self.rows < len(columns):

@@ -2,7 +2,7 @@
 
 Per chunk of steps, as `main_loop` calls it::
 
-    starts          first row of each step in the chunk, where the number of rows differs from step to step
+    write_starts    first row of each step in the chunk, where the number of rows differs from step to step
     copy_in         for step, row: chunk buffer[row] = input[step, order[row]]
     per step:
         move_states "first"    rows that begin: read their state from the caller
@@ -42,7 +42,7 @@ class CallerRows:
         self._total, self._regular_base = f.alloca("total.at"), f.alloca("regular_base.at")
         self._in_place: dict[int, tuple[Value, Value]] = {}
 
-    def taking_part(self, t: Integer) -> Value:
+    def rows_of_step(self, t: Integer) -> Value:
         """Return how many rows take part in a step."""
         f = self.f
         counts = self.layout.pointer(f, "counts")
@@ -63,7 +63,7 @@ class CallerRows:
         with f.unless(has_order, "unordered"), f.for_range("row", 0, self.rows) as row:
             f.store_int(row, f.at(self.order, f.mul(row, _INT_BYTES)))
 
-    def starts(self, lowest_step: Value, steps: Integer) -> Value:
+    def write_starts(self, lowest_step: Value, steps: Integer) -> Value:
         """Return how many rows a chunk has; where steps differ in their number of rows, write the first row of each."""
         f = self.f
         starts = self.layout.buffer(f, "starts")
@@ -72,13 +72,13 @@ class CallerRows:
             f.store_int(0, self._total)
             f.store_int(0, starts)
             with f.for_range("chunk_step", 0, steps) as chunk_step:
-                count = self.taking_part(f.add(lowest_step, chunk_step))
+                count = self.rows_of_step(f.add(lowest_step, chunk_step))
                 after = f.add(f.load_int(self._total, "start"), count)
                 f.store_int(after, self._total)
                 f.store_int(after, f.at(starts, f.mul(f.add(chunk_step, 1), _INT_BYTES)))
         return f.load_int(self._total, "chunk.total")
 
-    def bases(self, chunk_step: Integer) -> tuple[Value, Value]:
+    def first_rows(self, chunk_step: Integer) -> tuple[Value, Value]:
         """Return the first row of a step of the chunk, counted from the lowest step.
 
         Returns:
@@ -103,6 +103,7 @@ class CallerRows:
         """
         f, module = self.f, self.module
         start, stop = self.team.thread_rows(start, stop)
+        # By columns the leader copies all rows, which the columns of every thread will read, and a barrier follows.
         with self.team.per_row(), f.for_range("row", start, stop) as row:
             caller_row = self._caller_row(row)
             for name, (leaf, _) in self.plan.states.items():
@@ -177,6 +178,8 @@ class CallerRows:
         """Decide which inputs outside the loop are used in place, without a copy: those with the layout of a buffer."""
         f, layout = self.f, self.layout
         not_by_rows = f.not_(self.team.by_rows, "not_by_rows")
+        # By rows, each thread's products take its own rows of all steps, which are neighbours in a buffer only; and
+        # with counts, rows that have ended lie between those of a step and the next.
         is_regular = f.and_(not_by_rows, self.team.is_regular, "is_regular_not_by_rows")
         for index, buffer in self.plan.gathered.items():
             if not self._has_whole_vectors(index):
@@ -245,8 +248,8 @@ class CallerRows:
         first, last = f.partition(steps, self.team.column_thread, self.team.column_threads)
         with f.for_range("chunk_step", first, last) as chunk_step:
             t = f.add(lowest_step, chunk_step)
-            base, _ = self.bases(chunk_step)
-            start, stop = self.team.thread_rows(0, self.taking_part(t))
+            base, _ = self.first_rows(chunk_step)
+            start, stop = self.team.thread_rows(0, self.rows_of_step(t))
             with f.for_range("row", start, stop) as row:
                 caller_row = self._caller_row(row)
                 callers_at = f.at(f.at(callers, f.mul(t, step_bytes)), f.mul(caller_row, row_bytes))

@@ -89,6 +89,7 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> list[FusedProduc
             (k0, k1), (column0, column1) = attrs["rows"], attrs["cols"]
             source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (column0, column1))
             fits = last is not None and last.operand == operand and last.count < most
+            # A panel has one depth: its products share a loop over k.
             if last is not None and fits and last.panel.depth == k1 - k0:
                 fused.pop()
                 panel = Panel(last.panel.name, k1 - k0, stage.width, (*last.panel.weights, source))
@@ -180,6 +181,7 @@ class StageEmitter:
             self._acc = f.alloca_bytes(self._acc_bytes(), "acc")
             with f.if_(f.gt(rows, 0, "has_rows"), "has_rows"):
                 self._tiles(f, rows)
+        # Only here are all columns of a row done: a tile has but some of them.
         if self.stage.reductions:
             self._finish_reductions(f)
         f.end()
@@ -195,7 +197,8 @@ class StageEmitter:
         tiles = f.udiv(f.add(rows, max_rows - 1, "rounded_up"), max_rows, "tiles")
         height_of_most = f.divide(rows, tiles, "tile_rows")
         taller = f.sub(rows, f.mul(height_of_most, tiles), "taller_tiles")
-        # Heights differ by one at most: there is no short rest, whose multiply-adds would wait for its loads.
+        # Heights differ by one at most: there is no short rest, whose few accumulators would not hide the latency of
+        # its multiply-adds, and which would read the whole panel again.
         # In the table the tall tiles follow the short, whose highest is as high as the lowest of the tall.
         is_tall: Integer = 0
         if short:
@@ -253,7 +256,7 @@ class StageEmitter:
         """Write one tile: start, products, epilogue.
 
         Arguments:
-            entry: of the tables of microkernels: a call through a table takes the place of a branch for each shape.
+            entry: of the tables of microkernels.
             turn: the number of the tile among those over these columns.
         """
         vector_bytes = self.module.vector_bytes
@@ -263,6 +266,7 @@ class StageEmitter:
         for each, (base, stride, panel) in zip(self.products, operands, strict=True):
             group_bytes = each.panel.group_bytes(self.module)
             panel = f.at(panel, f.mul(portion.panel_group, group_bytes))
+            # A table, as the shape of a tile depends on the rows of the call: a switch would be a branch per shape.
             table = Value(f"@{self._table(each.count)}", "ptr")
             tile = f.load_pointer(f.at(table, f.mul(entry, 8)), "microkernel", once=True)
             f.call(
@@ -310,6 +314,7 @@ class StageEmitter:
 
     def _start(self) -> None:
         """Write the start of a tile's accumulators: a bias, or a value computed before the loop; else zero."""
+        # The sum begins with it, and is not added to it at the end: hoisted or not, the order of additions is the same.
         f = Function(self.module, f"{self.name}.start", *STEP_PARAMS, *PART_PARAMS)
         starts = start_values(self.plan, self.stage)
         body = Body(f, self.layout, self.plan, self.stage, roots=[start for start in starts if start is not None])

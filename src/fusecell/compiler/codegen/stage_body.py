@@ -140,6 +140,7 @@ class Body:
             # A tile's accumulators are [row][product][group][lane].
             row = f.at(ACC, f.mul(f.mul(self._row_of_tile, products), width))
             self._accumulators = [f.at(row, f.mul(width, product), "acc") for product in range(products)]
+        # Rows outside, columns inside: neighbouring columns are contiguous, and a row's addresses are computed once.
         with f.for_range("column", 0, width, vector_bytes, nonempty=bool(products)) as self._column:
             self._values: dict[int, Value] = {}
             self._masks: dict[int, Value] = {}
@@ -172,7 +173,7 @@ class Body:
             location = self.stage.operands.get(index)
             if location is not None:
                 value = self._load(location, node.size, node.name)
-                # Masks are 1.0 and 0.0 in memory.
+                # Masks are 1.0 and 0.0 in memory, so that buffers have one format.
                 return f.fcmp("une", value, f.zero, f"{node.name}.mask") if node.type.kind == "mask" else value
         return POINTWISE_OPS[node.op](f, *(self._values[arg] for arg in node.args), name=node.name)
 

@@ -47,6 +47,7 @@ def mapped(value: Any, change: Callable[[Any], Any], name: str, kind: type = Ten
 
 def _literal(tensor: Tensor, change: Callable[[Any], Any]) -> Any:
     """Return the argument of ``lift_fresh``, by which torch.tensor(...) wraps data: a number is a constant."""
+    # Data of more elements may come from a list outside the step, which can change unseen.
     if tensor.dim() == 0:
         return Weight((), -1, None, float(tensor))
     return change(tensor)

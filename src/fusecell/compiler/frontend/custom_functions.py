@@ -21,7 +21,7 @@ from fusecell.compiler.frontend.aten_arguments import tensors_in
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.traced_values import Untraceable
 
-__all__ = ["is_custom_node", "is_of_operator", "observed", "plain_arguments", "tensor_results"]
+__all__ = ["is_custom_node", "is_of_operator", "intercepted", "plain_arguments", "tensor_results"]
 
 Apply = Callable[..., Any]
 """A Function's ``apply`` as torch has it."""
@@ -34,7 +34,7 @@ _PLAIN = (
 
 
 @contextmanager
-def observed(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iterator[None]:
+def intercepted(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iterator[None]:
     """Call ``on_apply(function, arguments, apply)`` in place of every Function that this thread applies in the block.
 
     ``Function.apply`` looks ``apply`` up in its base `_SingleLevelFunction`, whichever way it was called or bound: so

@@ -255,9 +255,9 @@ class Writer:
             numbers = np.where(numbers > 0, numbers + per_row, 0)
         return torch.from_numpy(np.ascontiguousarray(numbers))
 
-    def _row_of_numbers(self, moved: torch.Tensor, nodes: Sequence[int], total: int, is_batched: bool) -> Row:
+    def _row_of_numbers(self, result: torch.Tensor, nodes: Sequence[int], total: int, is_batched: bool) -> Row:
         """Read a value off its elements' numbers after a move, and find which dimension is the batch now."""
-        numbers, shape = moved.numpy(), tuple(moved.shape)
+        numbers, shape = result.numpy(), tuple(result.shape)
         # The batch is the dimension along which every element moves on by one row. Its size alone would not prove it.
         for axis in (dim for dim, size in enumerate(shape) if size == self.rows):
             first = numbers.take(0, axis)
@@ -340,6 +340,7 @@ class Writer:
         view = weight.view
         if not isinstance(view, Matrix):
             view = Matrix(weight.slot, (0, weight.shape[-2]), (0, weight.shape[-1]))
+        # A transposed view is no transposed copy: packing reads the stored matrix either way round.
         rows, cols = (view.cols, view.rows) if view.flipped else (view.rows, view.cols)
         node = self.builder.add(
             "product",

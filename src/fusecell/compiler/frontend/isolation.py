@@ -18,6 +18,8 @@ from fusecell.execution.forked_child import one_thread_after_fork
 
 __all__ = ["ValueReadGuard", "isolated", "users_line"]
 
+# The functions that return the value of a tensor, or its memory, to Python. Some, such as numpy() and data_ptr(), never
+# reach the dispatcher; others would only be seen there as _local_scalar_dense, without the name of what was called.
 _READS = {
     Tensor.__bool__: "bool()",
     Tensor.__float__: "float()",
@@ -37,6 +39,7 @@ _READS = {
     torch.allclose: "torch.allclose",
     torch.is_nonzero: "torch.is_nonzero",
 }
+# Frames of torch, of the tracer itself and of code without a file are not the user's.
 _HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 
 

@@ -71,7 +71,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch would import torch._dynamo, a second's work, to guard a compilation that doesn't happen here.
+        # torch would import torch._dynamo and sympy, 1.0 s in a fresh process, to guard a compilation that doesn't
+        # happen here. The method is private: where torch drops it the first trace is slower, and nothing else.
         return False
 
     # values of tensors
@@ -235,6 +236,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Refuse a side effect before it happens; return the tensor that the call writes to, if any."""
+        # torch tags the operations that draw from a generator: drawn once in a trace, the numbers would be constants.
         if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
             raise Untraceable(_RANDOM)
         if not func._schema.is_mutable:
@@ -293,6 +295,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if target is not None and isinstance(operands[0], Weight):
             self._change_weight(func, args, values, operands)
             return
+        # Counted as the graph grows: a step that unrolls a long loop is not traced to its end before it is refused.
         if len(self.builder.nodes) > MOST_NODES:
             size = f"{len(self.builder.nodes):,} values in its graph" + (", its gradient's included" * self.backward)
             raise Untraceable(f"The step is too large: {size}, and there may be {MOST_NODES:,}.")
@@ -333,6 +336,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return [filled(self.writer, name, values, results[0])]
         if name in KEEPS:
             return [operands[0]]
+        # A weight meets rows as a row, too: `Writer.row` turns operands into rows.
         try:
             return self._of_rows(func, name, values, options, results)
         except Untraceable as refusal:
@@ -457,7 +461,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if isinstance(value, Sum) and not self.backward:
             raise Untraceable("The step mixes the rows of the batch: it sums over them.")
         if isinstance(value, Row):
-            # A factory's numbers take the dtype of what they meet.
+            # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
             if tensor.dtype not in (self.dtype, *_NUMBERS) and not constant:
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")

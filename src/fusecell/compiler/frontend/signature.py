@@ -165,6 +165,7 @@ def _fields(value: Any) -> dict[str, Any] | None:
     fields: dict[str, Any] | None = getattr(value, "__dict__", None)
     hashed: object = type(value).__hash__
     if hashed is object.__hash__:
+        # Of a class that hashes by content, equality is what tells objects apart; others have their attributes alone.
         names = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
         slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
         return {**slots, **(fields or {})} if slots else fields

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell, capture_intermediates
-from fusecell.compiler.frontend.custom_functions import observed
+from fusecell.compiler.frontend.custom_functions import intercepted
 from fusecell.compiler.frontend.gradient_check import check_gradients
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.recorder import Recorder
@@ -36,7 +36,7 @@ _DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# One trace at a time: `observed` patches a class of torch's, and `isolated` changes settings of the whole process.
+# One trace at a time: `intercepted` patches a class of torch's, and `isolated` changes settings of the whole process.
 _LOCK = new_lock()
 
 
@@ -132,7 +132,7 @@ def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         for name, module in cell.named_modules()
         if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
     ]
-    # A kernel reads memory, which a subclass may not have, or mean something else by.
+    # A kernel reads memory: a subclass may have none, or give its elements another meaning.
     reasons += [
         f"{path} is a {type(value).__name__}, a subclass of Tensor."
         for path, value in _attributes(cell)
@@ -244,7 +244,8 @@ class _Run:
         ]
         recorder = self.recorder
         with (
-            recorder, ValueReadGuard(), observed(recorder.on_apply), capture_intermediates(self._note), self._watched()
+            recorder, ValueReadGuard(), intercepted(recorder.on_apply),
+            capture_intermediates(self._note), self._watched(),
         ):  # fmt: skip
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
         output, after = self._results(result)
@@ -309,6 +310,7 @@ class _Run:
 
     def _results(self, result: Any) -> tuple[Tensor, list[Tensor]]:
         name = type(self.cell).__name__
+        # Checked here, not left to a later failure, as the message can name the contract.
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple | list)):
             raise Untraceable(f"{name}.step doesn't return (output, state) with state a tuple.")
         output, after = result[0], list(result[1])

@@ -61,6 +61,7 @@ class Step:
         """Make the call again, with the present values of the slots."""
         args = [_resolved(arg, slots) for arg in self.args]
         kwargs = {key: _resolved(arg, slots) for key, arg in self.kwargs.items()}
+        # As in the step: under no_grad it has frozen what it computes of a weight.
         if self.differentiable:
             result = self.func(*args, **kwargs)
         else:
@@ -251,6 +252,7 @@ class Weights:
     ) -> list[Weight]:
         """Record a call on weights alone as a step of the prologue; ``args`` hold Refs for tensors."""
         refs = _refs((args, kwargs))
+        # Named after the weight that it begins with and the operation, such as w_relu: names appear in messages.
         base = self.slots[refs[0].slot].name + "_" if refs else ""
         gradients = self._with_gradients()
         flows = gradients and self._flows(refs)
@@ -297,6 +299,7 @@ class Weights:
         leaf = self.leaves.get(slot)
         weight = self.slots[slot]
         if leaf is not None:
+            # One leaf has one shape, and one gradient of that shape.
             if leaf[1] != form:
                 raise Untraceable(f"The step uses {weight.name} both in a product and element by element.")
             return leaf[0]

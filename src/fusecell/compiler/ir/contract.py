@@ -109,6 +109,7 @@ def _check_nodes(graph: Graph, limits: GraphLimits) -> dict[str, dict[str, Type]
 
 
 def _check_size(graph: Graph, limits: GraphLimits) -> None:
+    # A chunk has memory for some of the values, row by row, and a gradient for each weight: the sums bound both.
     features = sum(node.type.shape[0] for _, node in graph if node.type.kind in ("row", "mask"))
     elements = sum(math.prod(node.type.shape) for _, node in graph if node.type.kind in ("weight", "sum"))
     if features > limits.features:

@@ -86,6 +86,7 @@ class Graph:
         needed = [False] * len(self.nodes)
         for index in results:
             needed[index] = True
+        # Arguments come before their users: one pass from the end visits a node after all that may need it.
         for index in range(len(self.nodes) - 1, -1, -1):
             if needed[index]:
                 for arg in self.nodes[index].args:
@@ -187,6 +188,7 @@ class Builder:
         if PRIMITIVES[op].commutes:
             args = tuple(sorted(args))
         key = (op, args, _frozen(attrs))
+        # Two inputs of one shape, or two weights, are two values.
         node = None if op in ARGUMENTS else self._computed.get(key)
         if node is None:
             node = self._computed[key] = self.append(op, args, attrs, name)
@@ -221,6 +223,7 @@ class Builder:
         name = re.sub(r"[^\w.]", "_", name)
         if not NAME.fullmatch(name):  # longer than a name may be; there is room for a number behind it
             name = name[:200]
+        # Each name remembers its next number: to try them from 1 again would be quadratic.
         while (count := self._names.get(name)) is not None:
             self._names[name] = count + 1
             name = f"{name}.{count}"

@@ -200,7 +200,7 @@ def _common_size(args: Sequence[Type]) -> int:
 
 
 def _numbers(args: Sequence[Type], attrs: Attrs) -> Type:
-    """Numbers to numbers; the result is a weight if all arguments are."""
+    """Return the type of arithmetic on numbers: a weight if all arguments are weights, else a row."""
     for arg in args:
         _is(arg, "row", "weight")
     size = _common_size(args)
@@ -274,7 +274,7 @@ def _product(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _affine(args: Sequence[Type], attrs: Attrs) -> Type:
-    """init + sum of products: arguments [init,] row, weight, row, weight ...; attrs["terms"] has each product's."""
+    """Return the type of init + sum of products, of [init,] row, weight, row, weight ...; terms has each product's."""
     if type(attrs["init"]) is not bool:
         raise CompilerError(f"init is true or false, got {quoted(attrs['init'])}")
     terms, start = attrs["terms"], 1 if attrs["init"] else 0
@@ -317,7 +317,7 @@ def _total(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _place(args: Sequence[Type], attrs: Attrs) -> Type:
-    """A sum at an offset inside zeros of attrs["shape"]: the gradient of a slice."""
+    """Return the type of a sum at an offset inside zeros of attrs["shape"]: the gradient of a slice."""
     _is(args[0], "sum")
     rank = len(args[0].shape)
     shape, corner = _shape(attrs, (rank,)), _integers("corner", attrs["corner"], 0, (rank,))
@@ -343,7 +343,9 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "state": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
     "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE),
     "const": Primitive(0, _const, "constant", label="c", attributes=frozenset({"value"})),
-    # pointwise: x + 0, x - 0, x * 1 and x / 1 are x for every number but -0
+    # Expensive are functions of some twenty vector instructions and more, and square roots. Only what Python computes
+    # exactly as torch does is folded: of the others the last bit may differ, and a constant would not be the kernel's.
+    # x + 0, x - 0, x * 1 and x / 1 are x for every number but -0.
     "neg": _unary(fold=operator.neg),
     "abs": _unary(),
     "sign": _unary(),

@@ -90,6 +90,7 @@ class _Assignment:
             if phase is None or node.op == "slice":
                 continue
             reading = self._reading_phases(index)
+            # A step's memory is overwritten by the next step: what is read after the loop has a chunk's.
             if reading:
                 self._place_value(index, "chunk" if phase == "loop" and reading - {"loop"} else SCOPES[phase])
 
@@ -115,6 +116,7 @@ class _Assignment:
     def _is_register(self, index: int, user: int) -> bool:
         """Whether a value is still in a register when a user of it is computed."""
         primitive = PRIMITIVES[self.graph[index].op]
+        # An epilogue goes through a tile row by row and column by column: of a value it has just these in registers.
         if primitive.reduction or primitive.movement or self.graph[user].op == "affine":
             return False
         return self.schedule.stage_of[user] == self.schedule.stage_of[index]
@@ -158,6 +160,7 @@ class _Assignment:
     def _storing_stage(self, index: int, location: Location, before: int | None) -> str:
         """Return the name of the stage that stores a value; it loads the value first if it doesn't compute it."""
         phase = self.phases.of.get(index)
+        # States and the caller's rows are addressed step by step, so that only a stage of the loop can write them.
         by_step = location.buffer.scope in ("state", "user", "step")
         primitive = PRIMITIVES[self.graph[index].op]
         if phase is not None and not (primitive.movement or primitive.reduction) and (phase == "loop" or not by_step):

@@ -94,6 +94,7 @@ class _Operands:
         if node.op == "input" and phase in ("hoisted", "post") and not node.name.startswith(SAVED):
             rows = self.gathered.get(index)
         elif node.op == "state" and phase == "post":
+            # After the loop the states' own memory holds those of the last step alone.
             rows = self.buffers.state_copies.get(index)
         else:
             location = self.buffers.locations.get(index)

@@ -94,6 +94,7 @@ def _add_cheap_values(graph: Graph, phases: dict[int, Phase]) -> list[frozenset[
         readers[index] = _readers(graph, phases, readers, users[index])
         if index in phases or PRIMITIVES[node.op].leaf or node.type.kind == "sum":
             continue
+        # An output is stored step by step, unless a stage before the loop reads the value from memory, too.
         candidates: set[Phase] = {"loop"} if index in outputs else set()
         candidates |= readers[index]
         in_memory = node.op == "concat" or index in outputs or _is_read_whole(graph, users[index], index)
@@ -108,6 +109,7 @@ def _readers(
     reading: set[Phase] = set()
     for user in users:
         op = graph[user].op
+        # Gradients of weights are summed over the rows of a chunk, after its steps.
         if op in ("outer", "rowsum"):
             reading.add("post")
         elif user in phases and op != "slice":

@@ -64,15 +64,18 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
             continue
         primitive = PRIMITIVES[node.op]
         rank = _rank(graph, phases, ready, sources, index)
+        # Later is always possible: a value may be computed in any rank from its first one on.
         if primitive.pointwise:
             while costs.get((phase, rank, node.size), 0) >= STAGE_COST:
                 rank += 1
             costs[phase, rank, node.size] = costs.get((phase, rank, node.size), 0) + _COSTS.get(node.op, 1)
         ranks[index] = rank
+        # Within its stage a column of a value can be used at once; all its columns are there in the next rank.
         whole = rank if primitive.movement else rank + 1
         ready.append({phase: whole})
         in_memory = primitive.reduction or primitive.movement
         sources.append({(phase, node.size): (whole if in_memory else rank, whole)})
+        # One stage for each width, as the values of a stage share a loop over its columns.
         if not primitive.movement:
             values.setdefault((phase, rank, _width(graph, node)), []).append(index)
     stages = [_stage(graph, *key, indices) for key, indices in values.items()]
@@ -81,7 +84,7 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
 
 
 def _width(graph: Graph, node: Node) -> int:
-    """Return the columns that computing a value runs over."""
+    """Return the columns that computing a value runs over: of a reduction those of its argument."""
     return graph[node.args[0]].size if PRIMITIVES[node.op].reduction else node.size
 
 

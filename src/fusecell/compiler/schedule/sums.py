@@ -24,6 +24,7 @@ def sums_over_rows(graph: Graph) -> list[Sum]:
     """
     sums: list[Sum] = []
     for label, index in graph.outputs.items():
+        # One gradient may be several sums: of a weight that is used twice, or of parts of a concatenation.
         if graph[index].type.kind == "sum":
             for a, b, flipped, corner in _contributions(graph, index):
                 sums.append(_sum(graph, f"sum.{len(sums)}", label, a, b, flipped, corner))

@@ -49,6 +49,8 @@ def partition(joint: Graph, gradients: Collection[str], *, recompute: bool = Fal
         gradients: the outputs of the backward, ``grad.input.<name>`` and ``grad.weight.<leaf>``.
         recompute: save the states alone; the backward recomputes everything else.
     """
+    # Before any pass, what the step and its gradient both compute is one node. Afterwards each graph has passes of its
+    # own, so that what is saved changes no bit of the forward.
     after = {label: index for label, index in joint.outputs.items() if label.startswith("state.")}
     forward = {"output": joint.outputs["output"], **after}
     backward = {
@@ -61,7 +63,7 @@ def partition(joint: Graph, gradients: Collection[str], *, recompute: bool = Fal
         reached = joint.needed(demanded)
         nodes = [index for index in joint.leaves("state") if reached[index]]
     else:
-        nodes = _MinCut(joint, first, demanded).smallest()
+        nodes = _MinCut(joint, first, demanded).values_to_save()
     saved = {f"{SAVED}{joint[index].name}": index for index in nodes}
     return ForwardBackward(
         _copied(joint, {**forward, **saved}, {}, "step", keep_states=True),
@@ -112,6 +114,7 @@ class _MinCut:
             width = padded(node.size) + (node.size + 0.5 * unfinished[index]) / _MANY
             # Masks are never saved: the comparison is one instruction, and its operands are numbers.
             self._edge(2 * index, 2 * index + 1, float("inf") if node.type.kind == "mask" else width)
+            # The state before a step exists in the forward alone: to have it again means to run all steps again.
             if node.op == "state" or (first[index] and not PRIMITIVES[node.op].cheap):
                 self._edge(self.source, 2 * index, float("inf"))
             for arg in node.args:
@@ -125,12 +128,12 @@ class _MinCut:
         self.capacity.setdefault(start, {})[stop] = width
         self.capacity.setdefault(stop, {}).setdefault(start, 0.0)
 
-    def smallest(self) -> list[int]:
+    def values_to_save(self) -> list[int]:
         """List the values to save, in the order of the graph: of all smallest cuts the one nearest to the source."""
         # Dinic's algorithm (1970): each turn sends flow along all shortest paths at once, as steps may have thousands
         # of values.
         while self.sink in (distances := self._distances()):
-            self._block(distances)
+            self._send_flow(distances)
         reached = distances
         return sorted(node // 2 for node in reached if node >= 0 and node % 2 == 0 and node + 1 not in reached)
 
@@ -145,7 +148,7 @@ class _MinCut:
                     queue.append(stop)
         return distances
 
-    def _block(self, distances: dict[int, int]) -> None:
+    def _send_flow(self, distances: dict[int, int]) -> None:
         """Send flow along shortest paths until each has a full edge: Dinic's blocking flow.
 
         Each edge of a path leads one further from the source; a dead end is not entered again.

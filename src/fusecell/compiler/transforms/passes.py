@@ -89,6 +89,7 @@ def save_in_parts(graph: Graph) -> Graph:
     outputs = {label: new[index] for label, index in graph.outputs.items()}
     for label, index in graph.outputs.items():
         cuts = sorted(cuts_of(index)) if label.startswith(SAVED) and only_sliced[index] else []
+        # The concat is no computation: each part is stored at its offset in what is saved.
         if len(cuts) > 2:
             parts = [builder.add("slice", new[index], start=start, stop=stop) for start, stop in pairwise(cuts)]
             outputs[label] = builder.add("concat", *parts, name=graph[index].name)
@@ -286,6 +287,7 @@ def _merge(
             inits.append(other)
         else:
             continue
+        # An accumulation starts from one value: two are added before, of weights once in a call, of x once in a chunk.
         if len(inits) == 2:
             inits = [builder.add("add", *inits, name=f"{node.name}.bias")]
         early = [term for term in terms if not dependences.on_state(builder, term[0])]
@@ -361,8 +363,8 @@ PASSES: tuple[Pass, ...] = (
     fold_constants,
     spread_constants,
     split_concat_products,
-    save_in_parts,
-    sink_slices,
+    save_in_parts,  # adds slices, which sink next
+    sink_slices,  # before products are gathered: of an affine there are no slices
     gather_affines,
     split_affines,
 )

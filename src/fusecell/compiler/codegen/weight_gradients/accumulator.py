@@ -90,6 +90,7 @@ class GradientAccumulator:
         is_long = f.ge(rows_of_call, ROW_PANEL, "is_long")
         can_split = f.and_(team.is_regular, is_long if self.layout.partial_sums == 2 else FALSE, "can_split")
         min_rows = max(2 * team.min_rows, _MIN_SPLIT_ROWS)
+        # None of it asks for the threads of the call: a sum has the same bits on any number.
         self._is_split = f.and_(can_split, f.ge(team.rows, min_rows, "is_enough"), "is_split")
         is_pair = f.and_(f.eq(THREADS, 2, "is_pair"), team.by_rows, "is_pair_by_rows")
         self._is_private = f.and_(is_pair, self._is_split, "is_private")
@@ -137,6 +138,7 @@ class GradientAccumulator:
     def _units(self, f: Function, team: Team, steps: Integer, total: Value, is_reverse: Value) -> _Units:
         is_split = self._is_split
         count = f.select(is_split, steps, total, "units")
+        # A half of a step has half of its rows: 2 * 512 rows of both are 512 of each.
         whole_steps = f.udiv(2 * ROW_PANEL, f.maximum(team.rows, 1), "whole_steps")
         per_panel = f.select(is_split, f.maximum(whole_steps, 1), ROW_PANEL, "panel.units")
         rows = f.select(is_split, team.rows, 1, "unit.rows")

@@ -130,6 +130,7 @@ class _Reduction:
         for first in range(0, module.groups(self.reduction.width), 8):
             groups = min(8, module.groups(self.reduction.width) - first)
             turn = f.urem(first // 8, THREADS, "turn")
+            # Whole groups per thread: a group's sum has one order of additions, whichever thread does it.
             with f.if_(f.eq(turn, THREAD_ID, "is_this_thread"), "this_thread"):
                 acc = f.at(_ACC, first * module.vector_bytes)
                 start = f.select(_OPENS, zeros, acc, "start")
@@ -180,6 +181,7 @@ class _Reduction:
         acc_row, width = module.row_bytes(reduction.width), self.tiling.width(self._max_height)
         start_row = f.select(opens, 0, acc_row, "start.row")
         packed = self._pack(a, size) if is_packed(module, self.plan, reduction) else None
+        # Where accumulators open, they are loaded from zeros, at a stride of 0: no pass has to clear them.
         zeros = module.zeros(width * module.vector_bytes)
         group = 0
         for portions, groups in split_evenly(module.groups(reduction.width), width):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
-from fusecell.compiler.frontend.rules.pointwise import halves
+from fusecell.compiler.frontend.rules.pointwise import split_halves
 from fusecell.compiler.frontend.rules.reduction import centred, mean, total
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Untraceable, Value
 
@@ -122,7 +122,7 @@ def _shrink(w: Writer, g: Row, x: Row, lambd: float) -> Row:
 
 
 def _glu(w: Writer, g: Row, x: Row, dim: int) -> Row:
-    a, b = halves(w, x, dim)
+    a, b = split_halves(w, x, dim)
     s = w.point("sigmoid", b)
     first = w.point("mul", g, s)
     second = w.point("mul", w.point("mul", first, w.point("sub", 1.0, s)), a)
@@ -191,6 +191,7 @@ BACKWARD: Mapping[str, Rule] = {
 
 
 def _accumulate(w: Writer, left: Value, right: Value, alpha: float = 1) -> Value:
+    # What torch adds to an external gradient is torch's to add again, when it runs the prologue's backward.
     if isinstance(left, ExternalGrad) or isinstance(right, ExternalGrad):
         return right if isinstance(left, ExternalGrad) else left
     return w.total(_sum(left), w.scaled(_sum(right), alpha) if alpha != 1 else _sum(right))

@@ -54,6 +54,7 @@ def _mm(w: Writer, left: Value, right: Value) -> Row | Sum:
         raise Untraceable("The step multiplies two values of the step with one another across rows or features.")
     if isinstance(right, Weight):
         return w.product(left, right)
+    # W x for x of shape (features, N) is the transpose of x W: a graph has rows first.
     if isinstance(left, Weight) and isinstance(right, Row) and right.axis == 1:
         product = w.product(_transposed(w, right), _transposed_weight(left))
         return Row(product.shape[::-1], product.node, 1)

@@ -163,11 +163,11 @@ def _threshold(w: Writer, x: Operand, threshold: float, value: float) -> Row:
 
 
 def _glu(w: Writer, x: Row, dim: int = -1) -> Row:
-    a, b = halves(w, x, dim)
+    a, b = split_halves(w, x, dim)
     return w.point("mul", a, w.point("sigmoid", b))
 
 
-def halves(w: Writer, x: Row, dim: int) -> list[Row]:
+def split_halves(w: Writer, x: Row, dim: int) -> list[Row]:
     """Split a dimension in two halves."""
     both: list[Row] = w.move(lambda numbers: numbers.chunk(2, dim), x)
     return both
