@@ -168,7 +168,7 @@ def test_a_trace_leaves_the_module_as_it_was(name: str, gradients: bool) -> None
 def test_it_is_refused_by_name_and_line(name: str) -> None:
     with pytest.raises(fc.NotCompilable, match=CHANGES[name][1]) as raised, fc.runner("compiled"):
         fc.scan(make(name), torch.ones(4, 2, 3, dtype=torch.float64))
-    assert re.search(r"test_mutation\.py, line \d+: `.+`", str(raised.value)), raised.value
+    assert re.search(r"test_module_mutation\.py, line \d+: `.+`", str(raised.value)), raised.value
     assert 'states = ("h", "' in str(raised.value) or "as a state" in str(raised.value)
 
 
@@ -206,7 +206,7 @@ def test_the_line_is_the_statements() -> None:
     made = trace(Counter(), [(3,)], torch.float32, gradients=False)
     assert isinstance(made, Refusal)
     line = Counter.step.__code__.co_firstlineno + 1
-    assert f"it sets self.t in test_mutation.py, line {line}: `self.t += 1`" in made.reasons[0]
+    assert f"it sets self.t in test_module_mutation.py, line {line}: `self.t += 1`" in made.reasons[0]
     assert made.changes == ("t",)
 
 
@@ -289,7 +289,7 @@ def test_a_debuggers_trace_function_stays() -> None:
 
 
 def test_streams() -> None:
-    with pytest.raises(fc.NotCompilable, match=r"sets self.t in test_mutation.py, line \d+"):
+    with pytest.raises(fc.NotCompilable, match=r"sets self.t in test_module_mutation.py, line \d+"):
         fc.Stream(Counter())
 
 
@@ -311,7 +311,9 @@ def test_torchs_operator() -> None:
     cell = Counter()
     layer = fc.Recurrent(cell)
     x = torch.ones(8, 2, 3)
-    with pytest.warns(fc.EagerWarning, match=r"is unrolled: Its step changes the module: it sets self.t in test_mut"):
+    with pytest.warns(
+        fc.EagerWarning, match=r"is unrolled: Its step changes the module: it sets self.t in test_module_mutation"
+    ):
         torch.export.export(layer, (x,))
 
 
@@ -344,7 +346,7 @@ def test_check_cell(name: str) -> None:
     assert check == "module"
     pattern = CHANGES[name][1].replace(" in place", "").replace("changes a tensor of shape", "changes self.tensors")
     assert re.search(pattern, sentence), sentence
-    assert re.search(r"test_mutation\.py, line \d+: `.+`", sentence), sentence
+    assert re.search(r"test_module_mutation\.py, line \d+: `.+`", sentence), sentence
 
 
 def test_check_cell_leaves_the_cell_as_it_was() -> None:
