@@ -38,7 +38,7 @@ from fusecell.compiler.codegen.stage_body import (
     start_values,
     step_rows,
 )
-from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, split_evenly
+from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, cheapest, cheapest_tiling, split_evenly
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
@@ -79,10 +79,10 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[Fused
         fused = _fuse(plan, stage, most)
         products = [Product(each.count, each.panel.depth) for each in fused] or [Product(1, 1)]
         if most == 1 or cost.fits(1, max(product.fused for product in products)):
-            candidates.append((*cost.best(products, groups), fused))
+            cycles, tiling = cheapest_tiling(module.target, module.dtype, tuple(products), groups)
+            candidates.append((cycles, (fused, tiling)))
     # Of equals the first: fewer calls.
-    _, tiling, fused = min(candidates, key=lambda candidate: round(candidate[0], 9))
-    return fused, tiling
+    return cheapest(candidates)[1]
 
 
 def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
