@@ -1,4 +1,4 @@
-"""What a tile of a matrix product costs, and the tiles that cost least: a small model of a core.
+"""Cost model of the tiles of a matrix product on one core, by which the cheapest are chosen.
 
 A tile of ``rows`` x ``columns`` vectors of 16 lanes, each ``v`` registers wide, takes for one k the longest of::
 
@@ -28,7 +28,7 @@ from fusecell.compiler.ir.sizes import DType, ceil_div
 __all__ = ["MAX_GROUPS", "MAX_ROWS", "Product", "TileCost", "Tiling", "cheapest", "cheapest_tiling", "split_evenly"]
 
 MAX_ROWS = MAX_GROUPS = 8
-"""Limits of a tile's rows and column groups, and so of the functions there are to compile."""
+"""Limits of a tile's rows and column groups, and so of the number of functions to compile."""
 
 _TYPICAL_ROWS = (1, 2, 4, 16)
 """A kernel is compiled once for any number of rows: what it costs is the geometric mean over these."""
@@ -81,7 +81,7 @@ class Tiling:
 
     @property
     def text(self) -> str:
-        """The tiles for people, rows x column groups."""
+        """The tiles as text, rows x column groups."""
         heights = dict.fromkeys((self.max_rows, *range(self.short, 0, -1)))
         return ", ".join(f"{height}x{self.width(height)}" for height in heights)
 
@@ -162,8 +162,8 @@ class TileCost:
             per_k = from_l2 * self.per_k(height, columns, from_l2=True)
             if tiles > from_l2:
                 per_k += (tiles - from_l2) * self.per_k(height, columns, from_l2=False)
-            moved = 2 * height * registers / rates.load_units
-            cycles += product.depth * per_k + tiles * (rates.call_cycles + moved)
+            transfer = 2 * height * registers / rates.load_units
+            cycles += product.depth * per_k + tiles * (rates.call_cycles + transfer)
         return cycles
 
     def best(self, products: Sequence[Product], groups: int, rows: Sequence[int]) -> tuple[float, Tiling]:
@@ -226,7 +226,7 @@ def cheapest_tiling(
 
 
 def split_evenly(count: int, most: int) -> list[tuple[int, int]]:
-    """Split ``count`` into as few portions of at most ``most`` as there can be: (portions, size), larger ones first."""
+    """Split ``count`` evenly into as few portions of at most ``most`` as possible: (portions, size), larger first."""
     portions = ceil_div(count, most)
     size, larger = divmod(count, portions)
     return [(number, each) for number, each in ((larger, size + 1), (portions - larger, size)) if number]

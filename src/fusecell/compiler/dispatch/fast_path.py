@@ -135,8 +135,10 @@ def _prepare(
     guards = (
         guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
     )
+    if guards is None:
+        return None
     cell: Any = owner if factory is None else factory.cell()
-    if guards is None or not _starts_from_zeros(cell, args):
+    if not _starts_from_zeros(cell, args):
         return None
     trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
@@ -148,7 +150,7 @@ def _prepare(
     if factory is not None:
         indices = {path: indices[name] for path, name in factory.weights.items()}
     weights, tensors = [indices[path] for path, _ in leaves], args + module_tensors
-    matrices = tuple([leaf.made(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
+    matrices = tuple([leaf.of(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
     check = tensor_guards(tensors)
     # A leaf that is a copy of its weight would have to be copied in every call.
     pairs = zip(matrices, weights, strict=True)
