@@ -1,6 +1,6 @@
 """The contract: a cell is one time step, written in plain PyTorch.
 
-Everything else, layers, stacks, streams, the compiler, needs nothing of a cell but what stands here.
+Layers, stacks, streams and the compiler use a cell through the attributes and methods of ``Cell`` alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.execution.call_cache import cached_call, store_call
-from fusecell.execution.call_form import CallForm
+from fusecell.execution.call_cache import SlowPath, call
+from fusecell.execution.call_form import step_form
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
-from fusecell.execution.results import without_dim
+from fusecell.execution.results import bare, without_dim
 from fusecell.execution.runners import run
 from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
-from fusecell.validation import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
+from fusecell.validation import StateLike, all_inputs, check_dtype, check_step_input, start_state
 
 __all__ = ["Cell", "capture_intermediates", "one_step", "rewrite_intermediates", "step"]
 
@@ -161,7 +161,8 @@ class Cell(nn.Module):
         Returns:
             The new state: the tensor where there is one, else a tuple.
         """
-        return bare(one_step(self, input, hx, False, _checked_step)[1])
+        after: Tensor | State = one_step(self, input, hx, False, _checked_step)[1]
+        return after
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for first."""
@@ -192,52 +193,36 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
         ValueError: where a shape doesn't fit, naming it.
     """
     output, after = one_step(cell, input, state, True, _checked_step)
-    assert output is not None
-    return output, after
-
-
-_BOTH = (False, True)
-_STEP = {(1 + batched, wanted): CallForm(batched=batched, outputs=wanted) for batched in _BOTH for wanted in _BOTH}
-LongWay = Callable[["Cell", Any, Any], tuple[Tensor | None, State]]
+    return output, (after,) if isinstance(after, Tensor) else after
 
 
 @natively
-def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWay) -> tuple[Tensor | None, State]:
-    """One step by the way of an earlier one that was like it, if there is one, else by ``long_way``.
+def one_step(cell: Cell, input: Any, state: Any, outputs: bool, slow_path: SlowPath) -> tuple[Any, Any]:
+    """Run one step of a cell, through the cache of calls where that is possible.
 
     Arguments:
-        input, state: as a user hands them over.
-        outputs: whether the output is wanted; where it isn't, None may take its place.
-        long_way: checks what it is given, and runs the step.
+        input, state: as the user passed them.
+        outputs: whether the caller reads the output; where not, None may take its place.
+        slow_path: checks the arguments and runs the step.
+
+    Returns:
+        The output and the new state as users see it.
     """
+    # A trace by torch.compile has no addresses that a prepared kernel could be launched with.
     if torch.compiler.is_compiling() or not isinstance(input, Tensor):
-        return long_way(cell, input, state)
-    call_form = _STEP.get((input.dim(), outputs))
-    if state is None:
-        given: State = (input,)
-    elif isinstance(state, Tensor):
-        given = (input, state)
-    elif isinstance(state, tuple | list):
-        given = (input, *state)
-    else:
-        call_form = None
-    if call_form is None:
-        return long_way(cell, input, state)
-    found = cached_call(cell, call_form, given)
-    if found is None:
-        found = long_way(cell, input, state)
-        store_call(cell, call_form, given)
-    return found
+        return slow_path(cell, input, state)
+    return call(cell, input, state, step_form(input.dim() == 2, outputs), slow_path)
 
 
-def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Tensor | None, State]:
-    given = (input,) if isinstance(input, Tensor) else tuple(input)
-    unbatched = check_step_input(cell, given)
-    inputs = tuple(value[None, None] if unbatched else value[None] for value in given)
+def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Tensor, Tensor | State]:
+    """Check the arguments of one step and run it."""
+    inputs = (input,) if isinstance(input, Tensor) else tuple(input)
+    unbatched = check_step_input(cell, inputs)
+    inputs = tuple(value[None, None] if unbatched else value[None] for value in inputs)
     check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
     outputs = without_dim(outputs, 0)
     if unbatched:
-        return without_dim(outputs, 0), tuple(without_dim(value, 0) for value in after)
-    return outputs, after
+        return without_dim(outputs, 0), bare(tuple(without_dim(value, 0) for value in after))
+    return outputs, bare(after)

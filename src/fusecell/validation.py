@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.execution.forked_child import one_thread_after_fork
-from fusecell.execution.natively import natively
 from fusecell.execution.options import State, steps_of
+from fusecell.execution.results import bare
 from fusecell.execution.runners import autocasting
 
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ __all__ = [
 
 StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
-
-
-@natively
-def bare(state: State) -> Tensor | State:
-    """Return the state as users see it: the tensor where there is one, else the tuple."""
-    return state[0] if len(state) == 1 else state
 
 
 def state_tuple(cell: Cell, state: StateLike) -> State:
