@@ -311,7 +311,7 @@ def test_torchs_operator() -> None:
     cell = Counter()
     layer = fc.Recurrent(cell)
     x = torch.ones(8, 2, 3)
-    with pytest.warns(fc.EagerWarning, match=r"is unrolled: Its step changes the module: it sets self.t in test_mut"):
+    with pytest.warns(fc.EagerWarning, match=r"is unrolled: The step changes the module: it sets self.t in test_mut"):
         torch.export.export(layer, (x,))
 
 
