@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from fusecell.cells import CELLS, ZooCell
 from fusecell.compiler.runtime import guard_pages
 from tests.check_mode import RUN_NO_KERNELS
 
+TESTS = Path(__file__).parent
+
 # No deadline: the first example of a test may compile a cell. "ci" looks longer than "dev".
 settings.register_profile("dev", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -23,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the check mode, the tests that run kernels; a test that is asked for by name always."""
     if guard_pages.ENABLED and not any("::" in argument for argument in config.args):
-        unneeded = [item for item in items if item.path.stem.removeprefix("test_") in RUN_NO_KERNELS]
+        unneeded = [item for item in items if item.path.relative_to(TESTS).with_suffix("").as_posix() in RUN_NO_KERNELS]
         config.hook.pytest_deselected(items=unneeded)
         items[:] = [item for item in items if item not in set(unneeded)]
 

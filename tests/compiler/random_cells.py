@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 import fusecell as fc
 import fusecell.compiler.runtime.guard_pages as check_memory
 from fusecell.compiler.backend import llvm
-from tests.compiler import crews
-from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
-from tests.compiler.recipes import (
+from tests.compiler import force_threads
+from tests.compiler.cell_recipes import (
     Call,
     IllConditioned,
     Op,
@@ -37,6 +36,7 @@ from tests.compiler.recipes import (
     check_forward,
     source,
 )
+from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
 from tests.compiler.tuned import tuned
 
 __all__ = ["SIZES", "calls", "recipes"]
@@ -397,7 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_memory.ENABLED = given_.threads == 1
     if given_.threads > 1:
         patch = pytest.MonkeyPatch()
-        crews.always(patch)
+        force_threads.always(patch)
         tuned(patch, chunk_bytes=1 << 13)
     torch.set_num_threads(given_.threads)
     # Machine code that kills the process leaves its cell here.

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import fusecell as fc
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.runtime import guard_pages as check
-from tests.compiler import crews
+from tests.compiler import force_threads
+from tests.compiler.cell_recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source
 from tests.compiler.random_cells import calls, outcome, recipes
-from tests.compiler.recipes import Call, Op, Recipe, Weight, check_backward, check_forward, source
 from tests.compiler.tuned import tuned
 
 
@@ -26,7 +26,7 @@ def test_random_cells_equal_the_python_loop(part, monkeypatch):
         monkeypatch.setenv("FUSECELL_CACHE", "off")  # where nobody should find such code
     threads, before = 1 + (part == "two threads"), torch.get_num_threads()
     if threads > 1:
-        crews.always(monkeypatch)
+        force_threads.always(monkeypatch)
         tuned(monkeypatch, chunk_bytes=1 << 13)
 
     @seed((4 if threads > 1 else part) + 5 * check.ENABLED)
@@ -59,7 +59,9 @@ def test_a_failure_prints_a_program(monkeypatch):
     found: dict = {}
     exec(source(recipe, call), found)
     seen = []
-    monkeypatch.setattr("tests.compiler.recipes._compiled", lambda data, *_: seen.append(data.run("compiled")) or [])
+    monkeypatch.setattr(
+        "tests.compiler.cell_recipes._compiled", lambda data, *_: seen.append(data.run("compiled")) or []
+    )
     with pytest.raises(ValueError, match="zip"):
         check_forward(recipe, call)
     y, after = seen[0]

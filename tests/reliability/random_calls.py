@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fusecell as fc
 import fusecell.compiler.runtime.guard_pages as check_memory
 from fusecell.compiler.backend import llvm
-from tests.compiler.recipes import CONDITION, DOUBLE, NUDGE, SINGLE, furthest
+from tests.compiler.cell_recipes import CONDITION, DOUBLE, NUDGE, SINGLE, furthest
 
 __all__ = ["Call", "calls", "check", "run"]
 

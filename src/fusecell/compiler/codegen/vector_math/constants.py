@@ -4,7 +4,7 @@ The coefficients are minimax fits made for this file: least squares at Chebyshev
 reweighted until the error is level (Lawson 1961); they are rounded to the format from the lowest order up, with the
 rest fitted again after each rounding (as Brisebarre and Chevillard's fpminimax does by lattices). "Error" is the
 largest relative error of the function that the coefficients cause, without that of the arithmetic; an ulp is 1.2e-7 or
-2.2e-16. What comes of both together is measured in tests/compiler/test_simd.py.
+2.2e-16. What comes of both together is measured in tests/compiler/codegen/test_vector_math.py.
 """
 
 from __future__ import annotations

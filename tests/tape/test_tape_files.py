@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fusecell as fc
 from fusecell.errors import TapeFileError
-from tests.reliability.hostile_tapes import SCRIPT, changed, poisoned
+from tests.tape.hostile_tapes import SCRIPT, changed, poisoned
 
 REFUSED = "is not a tape that was saved, or is damaged"
 

@@ -17,7 +17,7 @@ import fusecell as fc
 from fusecell.compiler.backend import llvm
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.runtime import kernel
-from tests.compiler.cost import KINDS, Counted
+from tests.compiler.codegen.instruction_counts import KINDS, Counted
 
 GOLDEN = Path(__file__).parent / "golden"
 CELLS = {

@@ -10,7 +10,7 @@ import torch
 
 import fusecell as fc
 from tests.paths import ROOT
-from tests.reliability.hostile_tapes import changed, poisoned
+from tests.tape.hostile_tapes import changed, poisoned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARTEFACTS = ROOT / "test-artefacts"

@@ -12,14 +12,14 @@ import torch
 
 import fusecell as fc
 from fusecell.compiler.runtime import thread_team as threads
-from tests.compiler.crews import always as crews_always
+from tests.compiler import force_threads
 from tests.compiler.tuned import tuned
 
 
 @pytest.fixture(autouse=True)
-def crews(monkeypatch):
-    """Calls of any size have a crew, which waits for all of its threads."""
-    crews_always(monkeypatch)
+def team_for_every_call(monkeypatch):
+    """Calls of any size have a thread team, which waits for all of its threads."""
+    force_threads.always(monkeypatch)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
