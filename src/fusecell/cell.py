@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 
 class _Default(Generic[T]):
-    """A computed attribute that a subclass may override by property, or an instance by plain assignment."""
+    """A computed attribute that a subclass may override by a property, or an instance by plain assignment."""
+
+    # Not a property: that would make ``self.output_size = 3`` in a user's __init__ an error. A descriptor without
+    # __set__ gives way to the instance's attribute of the same name.
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
         self.compute = compute
@@ -72,9 +75,9 @@ class Cell(nn.Module):
         inputs: the names of the inputs, in order; with more than one, ``step`` gets x as a tuple.
         state_sizes: the features of each state; override by property or assign in ``__init__``.
         output_size: the features of the output; likewise.
-        gates: what the blocks of rows of ``weight_ih``, ``weight_hh`` and the biases belong to, in order.
-        keeps, updates: the gate that keeps the old state as it opens, and the one that lets the new in; "" for none.
-            :mod:`fusecell.init` goes by these three.
+        gates: the names of the blocks of rows in ``weight_ih``, ``weight_hh`` and the biases, in order.
+        keeps, updates: the gate that keeps the old state where it is 1, and the one that lets the new one in; "" for
+            none. :mod:`fusecell.init` uses these three.
     """
 
     states: ClassVar[tuple[str, ...]] = ("h",)
@@ -122,7 +125,7 @@ class Cell(nn.Module):
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> State:
-        """The state a sequence begins with, and goes back to at a reset: zeros, (batch_size, size) each."""
+        """Return the state with which a sequence begins, and to which a reset goes back: zeros, (batch_size, size)."""
         return tuple([torch.zeros(batch_size, size, dtype=dtype, device=device) for size in self.state_sizes])
 
     def draw(
@@ -133,26 +136,34 @@ class Cell(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> State:
-        """Random inputs of a call, such as dropout masks and noise: appended to the inputs, once per call.
+        """Draw the random inputs of a call, such as dropout masks and noise; they are appended to the user's inputs.
+
+        It is called once per sequence, so a step itself is deterministic: it can be compiled, run again in the backward
+        and compared with a reference.
 
         Returns:
-            Tensors (steps, batch_size, ...), or (1, batch_size, ...) for what is constant over time. None by default.
+            Tensors (steps, batch_size, ...), or (1, batch_size, ...) for one that is constant over time; by default no
+            tensors.
         """
         return ()
 
     def note(self, name: str, value: Tensor) -> Tensor:
         """Name an intermediate value of ``step``, for :func:`fusecell.record` and wrappers such as RecurrentDropout.
 
-        Note a new state that the same step uses further, such as an LSTM's c, under the state's own name: then its
-        gradient on a tape includes the paths through the rest of the step.
+        Note a new state that the same step reads again, such as an LSTM's c, under the state's own name: its gradient
+        on a tape then includes the paths through the rest of the step.
+
+        Arguments:
+            name: unique within a step.
+            value: a tensor of N rows.
 
         Returns:
-            ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
+            ``value``, or its replacement by a wrapper. Continue with that: ``n = self.note("n", n)``.
         """
         return record_intermediate(self, name, value)
 
     def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
-        """One step, as torch.nn's cells do it.
+        """Run one step and return the new state, as torch.nn's cells do.
 
         Arguments:
             input: (N, input_size) or (input_size,); a tuple of such where the cell has several inputs.
@@ -160,12 +171,15 @@ class Cell(nn.Module):
 
         Returns:
             The new state: the tensor where there is one, else a tuple.
+
+        Raises:
+            TypeError, ValueError: where an argument doesn't fit, naming it.
         """
         after: Tensor | State = one_step(self, input, hx, False, _checked_step)[1]
         return after
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks for first."""
+        """Refuse torch.jit.script, which calls this first."""
         refuse_script(type(self).__name__)
 
     def extra_repr(self) -> str:
@@ -173,7 +187,9 @@ class Cell(nn.Module):
 
 
 def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> tuple[Tensor, State]:
-    """Run one step of a cell and return its output beside its state.
+    r"""Run one step of a cell and return its output and its new state.
+
+    .. math:: (y, s') = \mathrm{step}(x, s)
 
     Example:
         >>> import torch, fusecell as fc
@@ -190,7 +206,7 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
         The output, (N, output_size), and the new state, always a tuple; without N if the input had none.
 
     Raises:
-        ValueError: where a shape doesn't fit, naming it.
+        TypeError, ValueError: where an argument doesn't fit, naming it.
     """
     output, after = one_step(cell, input, state, True, _checked_step)
     return output, (after,) if isinstance(after, Tensor) else after

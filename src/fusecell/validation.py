@@ -123,7 +123,7 @@ def check_count(cell: Cell, passed: int, drawn: int) -> None:
         raise ValueError(
             f"{_name(cell)} takes the inputs ({', '.join(names)}) and draws {drawn} of them: it must be given "
             f"{len(names) - drawn}, got {passed}. Several go in as a tuple; in a Stack only the bottom cell is given "
-            "any, those above must draw theirs."
+            "any, those above must draw their own."
         )
 
 

@@ -77,14 +77,14 @@ class _TorchCell(Cell):
         return tuple([without_dim(value, 0) for value in after]) if unbatched else after
 
     def _traced_step(self, input: Tensor, hx: StateLike | None) -> State:
-        """torch.nn's own cell, for torch.jit to record."""
+        """Run torch.nn's own cell for torch.jit to record."""
         if not self._is_torchs():
             refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
         after: Any = super(Cell, self).forward(input, hx)
         return (after,) if isinstance(after, Tensor) else after
 
     def _is_torchs(self) -> bool:
-        """Whether the cell's equation is the one that torch.nn's has."""
+        """Return whether the cell has the equation of torch.nn's cell."""
         return True
 
     def _state_of(self, hx: StateLike, rank: int) -> State:

@@ -35,6 +35,7 @@ from fusecell.validation import StateLike
 
 __all__ = ["Scanned"]
 
+# The attributes of an nn.Module as its constructor makes them, for cells that are built without calling it.
 _CONTAINERS = tuple((name, type(value)) for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not isinstance(value, dict | set)}
 _PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)}
@@ -289,7 +290,7 @@ class Scanned:
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = self._drop(x, packing)
-        if len(after) == 1:
+        if len(after) == 1:  # torch.stack would copy
             return x, tuple([with_dim(value) for value in after[0]])
         return x, tuple([torch.stack(values) for values in zip(*after, strict=True)])
 

@@ -74,6 +74,7 @@ def call(
     Returns:
         The outputs, or None where ``form`` has none, and the state as users see it.
     """
+    # Options are passed on, not closed over: building a closure in every call would add 2 % to a cell's step.
     tensors: State
     if state is None:
         tensors = (input,)

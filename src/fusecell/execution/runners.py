@@ -67,7 +67,7 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
         refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled():  # one look for all types of device; a context manager takes longer
         device = inputs[0].device.type
         if autocasting(device):
             with torch.autocast(device, enabled=False):

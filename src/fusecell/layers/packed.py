@@ -29,6 +29,7 @@ class Packing:
     @classmethod
     def open(cls, packed: PackedSequence) -> Packing:
         """Derive the lengths and indices of a PackedSequence from its batch sizes."""
+        # Rows stay in the packed order until the end: only states are reordered then, never a whole sequence.
         sizes = packed.batch_sizes.to(packed.data.device)
         valid = torch.arange(int(packed.batch_sizes[0]), device=sizes.device) < sizes[:, None]
         return cls(packed, valid.sum(0), valid.flatten().nonzero()[:, 0])
@@ -68,7 +69,7 @@ def check_packed(packed: PackedSequence) -> None:
         ValueError: if its batch sizes don't fit its data, or its indices are no permutation of its rows.
     """
     if torch.compiler.is_compiling() or packed.batch_sizes.device.type == "meta":
-        return
+        return  # there are no values to look at
     sizes, count = [int(size) for size in packed.batch_sizes.tolist()], packed.data.shape[0]
     falling = all(above >= below for above, below in pairwise(sizes))
     if not sizes or sizes[-1] < 0 or not falling or sum(sizes) != count:

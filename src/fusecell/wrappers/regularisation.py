@@ -68,7 +68,7 @@ class Zoneout(Wrapper):
         if not self.training:
             return ()
         sizes = zip(self.state_sizes, self.p, strict=True)
-        return tuple([_coins(p, steps, batch_size, size, dtype=dtype, device=device) for size, p in sizes if p])
+        return tuple([_bernoulli(p, steps, batch_size, size, dtype=dtype, device=device) for size, p in sizes if p])
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         output, new = self.cell.step(x, state)
@@ -324,7 +324,7 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _coins(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+def _bernoulli(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     """Draw a tensor of 1 with probability p, else 0."""
     # Two numbers from each 64 random bits, so p is exact to 2**-32: bernoulli_ takes three times as long.
     count = math.prod(shape)
@@ -335,7 +335,7 @@ def _coins(p: float, *shape: int, dtype: torch.dtype | None, device: torch.devic
 
 def _dropout_mask(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     """Draw a tensor of 0 with probability p, else 1 / (1 - p)."""
-    return _coins(1 - p, *shape, dtype=dtype, device=device) / (1 - p)
+    return _bernoulli(1 - p, *shape, dtype=dtype, device=device) / (1 - p)
 
 
 def _trial(cell: Cell) -> tuple[Any, State]:
