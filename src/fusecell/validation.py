@@ -50,7 +50,7 @@ def state_tuple(cell: Cell, state: StateLike) -> State:
     if len(tensors) != len(cell.state_sizes):
         raise ValueError(
             f"{_name(cell)} has {len(cell.state_sizes)} states ({names}), got {len(tensors)}. "
-            "One state comes and goes bare, several as a tuple in that order."
+            "Pass one state as the tensor itself, several as a tuple in that order."
         )
     return tensors
 
@@ -111,7 +111,7 @@ def all_inputs(cell: Cell, inputs: State, start: State) -> State:
             raise ValueError(
                 f"{_name(cell)}.draw returned a tensor of shape {tuple(value.shape)} for {steps} steps of "
                 f"{first.shape[1]} rows, expected ({steps}, {first.shape[1]}, ...), or (1, {first.shape[1]}, ...) for "
-                "what is constant over time."
+                "one that is constant over time."
             )
     return _cast(inputs + drawn, like.dtype)
 

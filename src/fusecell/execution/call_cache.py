@@ -1,4 +1,7 @@
-"""The one path of a call that may repeat an earlier one: through the cache of prepared calls, else the slow path."""
+"""The one path of every call that may repeat an earlier one: through the cache of prepared calls, or the slow path.
+
+A step of a small GRU takes some 70 us on the slow path, for all its checks, and 11 us by a prepared call.
+"""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class SequenceShape:
                 f"lengths must be whole numbers, got {result.dtype}. For a (T, N) mask of valid steps that end "
                 "each row, pass lengths=mask.sum(0)."
             )
-        result = result.reshape(-1) if result.dim() == 0 else result
+        result = result.reshape(-1) if result.dim() == 0 else result  # one number, for a single row
         if tuple(result.shape) != (self.rows,):
             raise ValueError(f"lengths must have one entry per row, shape ({self.rows},), got {tuple(result.shape)}.")
         result = result.to(device=self.device, dtype=torch.int64)

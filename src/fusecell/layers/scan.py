@@ -157,7 +157,7 @@ def scan_time_major(
     """Run a cell over validated inputs (T, N, ...), a Stack layer by layer.
 
     Arguments:
-        packing: where the user passed a PackedSequence, how; a Stack's dropout is drawn over packed data.
+        packing: the layout of the PackedSequence that the user passed, None for padded input.
     """
     if isinstance(cell, Stack):
         return _scan_stack(cell, inputs, state, options, wrap, packing)
@@ -165,7 +165,8 @@ def scan_time_major(
     if wrap is PLAIN:
         return run(cell, inputs, state, options)
     if torch.compiler.is_compiling():
-        # Its graph breaks here: it can't take a cell that is created in the call, and machine code runs as ever.
+        # torch's graph breaks here, as it can't contain a module that is created in the call; between two of its graphs
+        # the scan runs as without torch.compile.
         return torch.compiler.disable(run_wrapped)(cell, inputs, state, options, wrap)  # type: ignore[no-any-return, no-untyped-call]
     return run_wrapped(cell, inputs, state, options, wrap)
 
@@ -183,7 +184,7 @@ def _scan_stack(
     layer_outputs: list[Tensor] = []
     dropout: Callable[[Tensor], Tensor] = stack.drop
     if packing is not None:
-        # torch.nn draws the dropout of packed data entry by entry; so equal seeds give equal masks.
+        # As torch.nn draws it, over the packed entries: equal seeds then give equal masks.
         dropout = lambda value: packing.padded(stack.drop(packing.data(value)))  # noqa: E731
     for index, (cell, part) in enumerate(zip(stack.layers, stack.split(state), strict=True)):
         layer_inputs = inputs if index == 0 else (stack.feed(outputs, first),)
@@ -194,6 +195,7 @@ def _scan_stack(
         if index + 1 < len(stack.cells):
             outputs = dropout(outputs)
         if index == 0 and stack.residual and (options.lengths is not None or wrap.mask is not None):
+            # Unlike outputs, the stack's input isn't 0 in the padding, nor held where it is masked.
             below = _as_output(below, options, wrap)
         outputs = stack.join(outputs, below)
     return stack.result(outputs, layer_outputs), after

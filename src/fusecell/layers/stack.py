@@ -79,6 +79,7 @@ class Stack(Cell):
         return self.layers[-1].output_size
 
     def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+        # As in `inputs`: those of the bottom cell, then what each cell above has drawn, its first input excepted.
         inputs = list(x) if len(self.inputs) > 1 else [x]
         count = len(self.layers[0].inputs)
         cell_inputs, drawn = inputs[:count], inputs[count:]
