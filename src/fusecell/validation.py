@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,8 @@ def state_tuple(cell: Cell, state: StateLike) -> State:
     Raises:
         TypeError, ValueError: if it is not one tensor for each of the cell's states.
     """
-    tensors = (state,) if isinstance(state, Tensor) else tuple(state)
+    several = not isinstance(state, Tensor) and isinstance(state, Iterable)
+    tensors = tuple(state) if several else (state,)
     names = ", ".join(cell.states)
     if not all(isinstance(value, Tensor) for value in tensors):
         kinds = ", ".join(type(value).__name__ for value in tensors)
