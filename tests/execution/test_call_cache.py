@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fusecell as fc
+from fusecell.compiler.dispatch import fast_path
 from fusecell.execution import call_cache
 from fusecell.execution.call_form import CellFactory, sequence_form, step_form
 
@@ -28,13 +29,14 @@ class Cache:
 
 
 @pytest.fixture
-def register(monkeypatch):
+def register():
     def register(result=None):
         cache = Cache(result)
-        monkeypatch.setattr(call_cache, "_cache", cache)
+        call_cache.register_call_cache(cache)
         return cache
 
-    return register
+    yield register
+    call_cache.register_call_cache(fast_path.CACHE)
 
 
 def refuse(*args):

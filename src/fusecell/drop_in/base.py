@@ -1,9 +1,9 @@
 """The base class of RNN, GRU and LSTM: torch.nn's arguments, computed by scans of cells.
 
-Constructor, parameters, initialisation, repr and attributes are inherited from torch.nn; only ``forward`` is ours. A
-layer owns its parameters under torch's names. Its cells are built anew in every call, around the weights the layer has
-at that moment, so that functional_call, parametrizations, replicas and ``.data`` take effect and nothing refers to a
-weight afterwards.
+Constructor, parameters, initialisation, repr and attributes are inherited from torch.nn; only ``forward`` is
+fusecell's. A layer owns its parameters under torch's names. Its cells are built anew in every call, around the weights
+the layer has at that moment, so that functional_call, parametrizations, replicas and ``.data`` take effect and nothing
+refers to a weight afterwards.
 """
 
 from __future__ import annotations

@@ -171,10 +171,15 @@ class SequenceShape:
 
 
 def _tensor(name: str, expected: str, value: Any, device: torch.device) -> Tensor:
-    """Convert an argument to a dense tensor that has values where the input has.
+    """Convert an argument to a dense tensor, not on the meta device unless the input is.
+
+    Arguments:
+        name, expected: the argument's name and what it should be, for the message.
+        value: as the user passed it.
+        device: that of the input.
 
     Raises:
-        TypeError, ValueError: if that is impossible; ``expected`` says what of, for the message.
+        TypeError, ValueError: if that is impossible.
     """
     if not isinstance(value, Tensor):
         try:
