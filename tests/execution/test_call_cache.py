@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fusecell as fc
+import fusecell.compiler.dispatch.runner  # the first import registers a cache: here, not within a test
 from fusecell.compiler.dispatch import fast_path
 from fusecell.execution import call_cache
 from fusecell.execution.call_form import CellFactory, sequence_form, step_form
@@ -64,7 +65,7 @@ def test_a_hit_takes_no_slow_path_and_returns_the_state_as_users_see_it(register
 )
 def test_a_miss_is_looked_up_and_stored_by_its_tensors(register, state, tensors):
     cache, cell = register(), fc.GRUCell(5, 4)
-    _, (owner, x, state_passed, *options) = call_cache.call(cell, X, state, FORM, echo, "first", "second")
+    _, (owner, x, state_passed, *options) = call_cache.call(cell, X, state, FORM, echo, ("first", "second"))
     assert (owner, x, state_passed, options) == (cell, X, state, ["first", "second"])
     (looked_up,), (stored,) = cache.looked_up, cache.stored
     assert looked_up == stored[:3]

@@ -14,7 +14,6 @@ from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import is_compiled
 from fusecell.execution.natively import natively
 from fusecell.execution.options import State
-from fusecell.execution.results import bare
 from fusecell.execution.torchscript import is_tracing
 
 __all__ = ["CallCache", "SlowPath", "call", "register_call_cache"]
@@ -61,7 +60,7 @@ def call(
     state: Any,
     form: CallForm,
     slow_path: SlowPath,
-    *options: Any,
+    options: tuple[Any, ...] = (),
     factory: Callable[[Any], CellFactory] | None = None,
 ) -> tuple[Any, Any]:
     """Launch the prepared kernel of an earlier call like this one, else take ``slow_path`` and prepare the next.
@@ -77,7 +76,7 @@ def call(
     Returns:
         The outputs, or None where ``form`` has none, and the state as users see it.
     """
-    # Options are passed on, not closed over: building a closure in every call would add 2 % to a cell's step.
+    # Positional parameters, and options in place of a closure: a hit takes 11 us in all, a closure 0.2 of them.
     tensors: State
     if state is None:
         tensors = (input,)
@@ -90,7 +89,8 @@ def call(
     if _cache is not None and is_compiled():
         result = _cache.find(owner, form, tensors)
         if result is not None:
-            return result[0], bare(result[1])
+            outputs, after = result
+            return outputs, after[0] if len(after) == 1 else after  # `bare`, without another call
     result = slow_path(owner, input, state, *options)
     # Looked at anew: the first slow path of a process imports the compiled runner, which registers the cache.
     if _cache is not None and is_compiled() and not is_tracing():

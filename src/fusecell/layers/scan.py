@@ -99,7 +99,7 @@ def scan(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
         )
     form = sequence_form(input.dim() == 3, bool(batch_first), False, bool(reverse), bool(recompute))
-    return call(cell, input, state, form, _scan_padded, reverse, recompute, batch_first)
+    return call(cell, input, state, form, _scan_padded, (reverse, recompute, batch_first))
 
 
 @natively
