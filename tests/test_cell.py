@@ -274,7 +274,7 @@ X = torch.zeros(5, 2, 3)
         (lambda c: fc.scan(c, X, torch.zeros(1, 4)), ValueError, r"state h of shape \(2, 4\), got \(1, 4\)"),
         (lambda c: fc.scan(c, X, ("h",)), TypeError, r"takes a state of tensors \(h\), got \(str\)"),
         (lambda c: fc.scan(c, X, 5), TypeError, r"takes a state of tensors \(h\), got \(int\)"),
-        (lambda c: fc.scan(c, X, lengths=[5.0, 2.0]), TypeError, r"lengths must be whole numbers, got torch.float"),
+        (lambda c: fc.scan(c, X, lengths=[5.0, 2.0]), TypeError, r"lengths must be integers, got torch.float"),
         (lambda c: fc.scan(c, X, lengths=[5]), ValueError, r"one entry per row, shape \(2,\), got \(1,\)"),
         (lambda c: fc.scan(c, X, lengths=[6, 1]), ValueError, r"between 0 and the 5 steps of the input, got 1 to 6"),
         (lambda c: fc.scan(c, X, lengths=[-1, 1]), ValueError, r"got -1 to 1"),

@@ -106,12 +106,12 @@ class SequenceShape:
         """
         if lengths is None:
             return None
-        result = _tensor("lengths", "whole numbers", lengths, self.device)
+        result = _tensor("lengths", "integers", lengths, self.device)
         if result.numel() == 0 and not isinstance(lengths, Tensor):
             result = result.long()  # torch.as_tensor([]) is float32
         if result.dtype == torch.bool or result.is_floating_point() or result.is_complex():
             raise TypeError(
-                f"lengths must be whole numbers, got {result.dtype}. For a (T, N) mask of valid steps that end "
+                f"lengths must be integers, got {result.dtype}. For a (T, N) mask of valid steps that end "
                 "each row, pass lengths=mask.sum(0)."
             )
         result = result.reshape(-1) if result.dim() == 0 else result  # one number, for a single row

@@ -45,4 +45,4 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not int or value < 1:
-                raise ValueError(f"Limits takes whole numbers of 1 or more; got {name}={quoted(value)}.")
+                raise ValueError(f"Limits takes integers of 1 or more; got {name}={quoted(value)}.")
