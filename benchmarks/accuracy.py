@@ -41,6 +41,7 @@ class _Applied(fc.Cell):
 def of_activation(function: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
     """Return an activation's largest errors over 200,000 numbers: in ulp, torch's in ulp, and absolute."""
     generator = torch.Generator().manual_seed(0)
+    # Half of the inputs wide, where activations saturate, half near 0, where they cancel.
     x = torch.cat((torch.randn(400, 256, generator=generator) * 4, torch.randn(400, 256, generator=generator) * 0.01))
     with torch.no_grad(), fc.runner("compiled"):
         outputs = fc.scan(_Applied(256, function), x[:, None])[0][:, 0].double()
@@ -68,7 +69,7 @@ def of_cell(member: fc.cells.ZooCell) -> tuple[float, float]:
 def of_gradients(kind: str, steps: int) -> tuple[float, float]:
     """Return the largest error of a gradient over its norm: of fusecell's layer, and of torch's."""
     torch.manual_seed(0)
-    reference = getattr(nn, kind)(64, 128)
+    reference = getattr(nn, kind)(64, 128)  # all three layers get its weights
     x, weight = torch.randn(steps, 8, 64), torch.randn(steps, 8, 128)
     gradients = []
     for module, dtype in ((nn, torch.float64), (fc, torch.float32), (nn, torch.float32)):
@@ -78,11 +79,11 @@ def of_gradients(kind: str, steps: int) -> tuple[float, float]:
         (layer(leaf)[0] * weight.to(dtype)).sum().backward()
         gradients.append([value.grad.double() for value in (leaf, *layer.parameters())])
     exact = gradients[0]
-    ours, torch_error = (
+    error, torch_error = (
         max(float((one - true).norm() / true.norm()) for one, true in zip(each, exact, strict=True))
         for each in gradients[1:]
     )
-    return ours, torch_error
+    return error, torch_error
 
 
 def loss_curve(module: Any, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
@@ -108,11 +109,11 @@ def of_training(kind: str) -> tuple[float, float, float, float]:
     """
     differences = []
     for seed in range(5):
-        exact, ours, torch_curve = (
+        exact, curve, torch_curve = (
             loss_curve(module, kind, dtype, seed)
             for module, dtype in ((nn, torch.float64), (fc, torch.float32), (nn, torch.float32))
         )
-        differences.append([float((curve - exact).abs().max()) for curve in (ours, torch_curve)])
+        differences.append([float((each - exact).abs().max()) for each in (curve, torch_curve)])
     median = torch.tensor(differences).median(0).values
     return float(exact[0]), float(exact[-1]), float(median[0]), float(median[1])
 
@@ -127,17 +128,17 @@ def main() -> None:
             print(f"| {name} | {ulp:.4g} | {torch_error:.4g} | {absolute:.1e} |")
     print("\n| cell | compiled | torch, float32 |\n|---|---:|---:|")
     for member in fc.CELLS:
-        ours, torch_error = of_cell(member)
-        print(f"| {member.name} | {ours:.1e} | {torch_error:.1e} |")
+        error, torch_error = of_cell(member)
+        print(f"| {member.name} | {error:.1e} | {torch_error:.1e} |")
     print("\n| layer | steps | fusecell | torch, float32 |\n|---|---:|---:|---:|")
     for kind in ("RNN", "GRU", "LSTM"):
         for steps in (35, 1000):
-            ours, torch_error = of_gradients(kind, steps)
-            print(f"| {kind} | {steps} | {ours:.1e} | {torch_error:.1e} |")
+            error, torch_error = of_gradients(kind, steps)
+            print(f"| {kind} | {steps} | {error:.1e} | {torch_error:.1e} |")
     print("\n| layer | first loss | last loss | fusecell | torch, float32 |\n|---|---:|---:|---:|---:|")
     for kind in ("RNN", "GRU", "LSTM"):
-        first, last, ours, torch_error = of_training(kind)
-        print(f"| {kind} | {first:.4f} | {last:.4f} | {ours:.1e} | {torch_error:.1e} |")
+        first, last, error, torch_error = of_training(kind)
+        print(f"| {kind} | {first:.4f} | {last:.4f} | {error:.1e} | {torch_error:.1e} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""``python -m benchmarks.checks``: what is promised of time and of resident memory, measured here and judged.
+"""Measure what is promised of time and resident memory; fail if a limit is exceeded: ``python -m benchmarks.checks``.
 
-A busy machine fails it, so it is no part of ``make test``, which counts instead: calls, compilations, allocations.
+It is not part of ``make test``, because it fails on a busy machine; the tests count calls, compilations and allocations
+instead.
 """
 
 from __future__ import annotations
@@ -61,71 +62,74 @@ print(json.dumps((resident() - before) / 1024))
 
 @dataclass(frozen=True)
 class Check:
-    """A figure, and the most that it may be."""
+    """A measured figure and its limit."""
 
     name: str
-    found: float
-    most: float
+    value: float
+    limit: float
     unit: str
 
     @property
     def passed(self) -> bool:
-        return self.found <= self.most
+        return self.value <= self.limit
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "TOO MUCH"
-        return f"{self.name:<58} {self.found:10.3g} {self.unit:<4} of {self.most:8.3g}   {verdict}"
+        return f"{self.name:<66} {self.value:10.3g} {self.unit:<4} of {self.limit:8.3g}   {verdict}"
 
 
 def _process(script: str, *arguments: str, **environment: str) -> object:
-    """What a process of its own prints, in JSON."""
+    """Run a script in a new process and return what it prints, parsed as JSON."""
+    # One thread and no guard pages: both change time and memory.
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "FUSECELL_CHECK": "", **environment}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], env=settings, capture_output=True, check=True)
-    return json.loads(done.stdout)
+    process = subprocess.run([sys.executable, "-c", script, *arguments], env=settings, capture_output=True, check=True)
+    return json.loads(process.stdout)
 
 
 def first_call() -> Iterator[Check]:
-    """The import beside torch's, and the first call with a cold and a warm cache."""
+    """Check the seconds of the import, torch's excluded, and of the first call with a cold and a warm disk cache."""
     runs: dict[str, list[list[float]]] = {"cold": [], "warm": []}
+    # Three fresh caches: the first process of each compiles, the second reads what it stored.
     for _ in range(3):
         with tempfile.TemporaryDirectory() as cache:
             for each in runs.values():
-                found = _process(_FIRST_CALL, FUSECELL_CACHE=cache)
-                assert isinstance(found, list)
-                each.append(found)
+                seconds = _process(_FIRST_CALL, FUSECELL_CACHE=cache)
+                assert isinstance(seconds, list)
+                each.append(seconds)
     median = {
         name: [1e3 * statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in runs.items()
     }
-    yield Check("import of fusecell and a first layer, beside torch", median["warm"][0], 150, "ms")
+    yield Check("import of fusecell and a first layer, without torch's", median["warm"][0], 150, "ms")
     yield Check("first call of a GRU, nothing in the cache", median["cold"][1], 400, "ms")
     yield Check("first call of a GRU, from the cache", median["warm"][1], 40, "ms")
 
 
 def long_sequence() -> Iterator[Check]:
-    """200 steps, compiled, in parts of the Python loop's time."""
+    """Check the time of 200 steps compiled, relative to the Python loop."""
     import fusecell as fc
     from fusecell.inspection.benchmark import measure
 
-    found = measure(fc.GRU(16, 32), 200, 4, seconds=1.0).seconds
-    yield Check("a GRU over 200 steps, in the Python loop's time", found["fusecell"] / found["Python loop"], 0.2, "")
+    seconds = measure(fc.GRU(16, 32), 200, 4, seconds=1.0).seconds
+    ratio = seconds["fusecell"] / seconds["Python loop"]
+    yield Check("a GRU over 200 steps, relative to the Python loop", ratio, 0.2, "")
 
 
 def memory() -> Iterator[Check]:
-    """Resident memory: the peak of a training step in torch.nn's, and the growth by steps of a stream."""
-    mine, theirs = (_process(_PEAK, name) for name in ("fusecell", "torch.nn"))
-    assert isinstance(mine, float)
-    assert isinstance(theirs, float)
-    yield Check("peak of a training step, GRU T500 N64 I64 H256, in torch's", mine / theirs, 1.0, "")
-    grown = _process(_STREAM)
-    assert isinstance(grown, float)
-    yield Check("growth by 200,000 steps of a stream", grown, 256, "KiB")
+    """Check resident memory: the peak of a training step relative to torch.nn, and the growth over a stream's steps."""
+    peak, torch_peak = (_process(_PEAK, name) for name in ("fusecell", "torch.nn"))
+    assert isinstance(peak, float)
+    assert isinstance(torch_peak, float)
+    yield Check("peak of a training step, GRU T500 N64 I64 H256, relative to torch", peak / torch_peak, 1.0, "")
+    growth = _process(_STREAM)
+    assert isinstance(growth, float)
+    yield Check("growth over 200,000 steps of a stream", growth, 256, "KiB")
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (first_call, long_sequence, memory)
 
 
 def main() -> None:
-    """Print each figure as it is known; exit with 1 if one is too much."""
+    """Print each figure as soon as it is measured; exit with 1 if one exceeds its limit."""
     failed = 0
     for group in CHECKS:
         for check in group():

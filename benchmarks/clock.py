@@ -53,6 +53,7 @@ def take_turns(
     calls = {name: _calls_per_turn(call, turn) for name, call in contestants.items()}
     turns: dict[str, list[float]] = {name: [] for name in contestants}
     began, rounds = time.perf_counter(), 0
+    # A collection of garbage would be counted as the time of whichever contestant triggers it.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -79,5 +80,6 @@ def _mean_seconds(call: Callable[[], object], calls: int) -> float:
 
 def _calls_per_turn(call: Callable[[], object], turn: float) -> int:
     """Choose the calls of a turn so that it takes about ``turn`` seconds."""
+    # The least of three: a single call may be the one that another process interrupts.
     once = min(_mean_seconds(call, 1) for _ in range(3))
     return max(1, min(_MOST_CALLS, round(turn / once)))

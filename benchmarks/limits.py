@@ -25,7 +25,7 @@ from benchmarks.shapes import SHAPES, Shape
 __all__ = ["Bound", "Trained", "bound", "machine_limits", "main", "trained", "without_products"]
 
 OWN = "own"
-"""The name, in shapes, of a cell that no part of the compiler was written for."""
+"""The name, in shapes, of a cell that the compiler was not written with in mind: :mod:`benchmarks.own_cell`."""
 CELLS_AT_ONE_SIZE = tuple(Shape(cell, 100, 32, 128, 256) for cell in ("gru", "leaky", "ligru", "gru_layer_norm", OWN))
 
 
@@ -97,6 +97,7 @@ def bound(shape: Shape, flops: float, l2: float, seconds: float) -> Bound:
     assert not isinstance(program, Refusal)
     kernel, loop = program.kernel, program.kernel.loop_macs
     weights = [value.detach() for value in program.traced.weights.values(cell)]
+    # Compiled from the text both times, so that the two kernels differ in their products alone.
     whole = _time(kernel, kernel.emitted.text, x, weights, cell, seconds)
     epilogue = _time(kernel, without_products(kernel.emitted.text), x, weights, cell, seconds)
     macs = kernel.macs - loop if shape.batch == 1 else kernel.macs
@@ -211,9 +212,9 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
     f = Function(module, "run", accumulators, operand, all_panels, repeats, exported=True)
     size = depth * products * module.vector_bytes
     with f.for_range("time", 0, repeats), f.for_range("panel", 0, panels) as panel:
-        here = f.at(all_panels, f.mul(panel, size * groups))
+        first_panel = f.at(all_panels, f.mul(panel, size * groups))
         row = products * groups * module.vector_bytes
-        f.call(name, accumulators, row, operand, 4 * depth, here, size, depth, accumulators, 0)
+        f.call(name, accumulators, row, operand, 4 * depth, first_panel, size, depth, accumulators, 0)
     f.end()
     loaded = load(module.text(), ["run"], host_target())
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(loaded.address("run"))
@@ -224,6 +225,7 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
     a = acc + sizes[0]
     weights = -(-(a + sizes[1]) // 64) * 64
     flops = 2 * rows * products * groups * 16 * depth * panels
+    # About a millisecond in machine code, so that the call from Python doesn't count.
     times = max(1, int(1e8 / flops))
     return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
 
@@ -264,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each of a shape's two kernels")
     options = parser.parse_args(arguments)
-    bind(1)
+    bind(1)  # a process that changes cores finds its weights in no cache
     flops, l2 = machine_limits()
     print(f"A tile in L1: {flops / 1e9:.0f} GFLOP/s; one row's tile from L2: {l2 / 1e9:.0f} GB/s\n")
     shapes, seconds = pick_inference(options.only), options.seconds

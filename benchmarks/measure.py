@@ -53,9 +53,9 @@ class Row:
 
     def ratio(self) -> float | None:
         """Return the best peer's time over ours: above 1 ours is faster."""
-        ours, best = self.microseconds(OURS.name), self.best_peer()
-        other = self.microseconds(best) if best else None
-        return other / ours if ours and other else None
+        fusecell, best = self.microseconds(OURS.name), self.best_peer()
+        peer = self.microseconds(best) if best else None
+        return peer / fusecell if fusecell and peer else None
 
 
 def measure(shape: Shape, mode: Mode, peers: Sequence[Peer], threads: int, seconds: float) -> Row:

@@ -23,6 +23,7 @@ __all__ = ["above_kernels", "calls", "import_seconds", "inside_kernels", "kernel
 
 Call = Callable[[], object]
 
+# Processor time: on a busy machine the wall time of an import is mostly other processes'.
 _IMPORT = """
 import time, torch
 began = time.process_time()
@@ -33,7 +34,7 @@ print(time.process_time() - began)
 
 
 class _Empty(torch.autograd.Function):
-    """An autograd function with as many tensors as a GRU that computes nothing: the least that any costs."""
+    """An autograd function with as many tensors as a GRU that computes nothing: the lower bound of any's cost."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *weights: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ def inside_kernels(call: Call, seconds: float = 0.0, least: int = 20) -> list[tu
         run(self, block)
         inside[0] += time.perf_counter() - began
 
+    # Patched on the class: every kernel of a call goes through PreparedCall.run, forward and backward.
     with patch.object(PreparedCall, "run", timed):
         first = time.perf_counter()
         while len(times) < least or time.perf_counter() - first < seconds:
@@ -146,8 +148,8 @@ def main() -> None:
     print("| call | us | above its kernels |\n|---|---:|---:|")
     for name, call in calls().items():
         whole, above = above_kernels(call, options.seconds)
-        own = f"{above * 1e6:.1f}" if "fusecell" in name else ""
-        print(f"| {name} | {whole * 1e6:.1f} | {own} |")
+        overhead = f"{above * 1e6:.1f}" if "fusecell" in name else ""
+        print(f"| {name} | {whole * 1e6:.1f} | {overhead} |")
     print(f"\nImport and a first layer, above torch's import: {import_seconds() * 1e3:.0f} ms.")
 
 

@@ -1,4 +1,4 @@
-"""A cell as a user might write it, that the compiler was not written with in mind."""
+"""A cell as a user might write it, which the compiler was not written with in mind."""
 
 from __future__ import annotations
 

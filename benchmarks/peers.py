@@ -37,7 +37,7 @@ def installed(peer: Peer) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in peer.packages)
 
 
-def _ours(problem: Problem, threads: int) -> Call:
+def _fusecell(problem: Problem, threads: int) -> Call:
     if problem.mode is Mode.STREAM:
         stream, x = fc.Stream(problem.layer), problem.inputs[0][0].numpy()
         return lambda: stream.step(x)
@@ -113,7 +113,7 @@ def _jax_arrays(problem: Problem, returned: object) -> dict[str, Array]:
     return jax_peer.arrays(problem, returned)
 
 
-OURS = Peer("fusecell", (), _ours, Problem.arrays)
+OURS = Peer("fusecell", (), _fusecell, Problem.arrays)
 TORCH = Peer("torch.nn", (), _torch_nn, Problem.arrays)
 EAGER = Peer("eager loop", (), _eager_loop, Problem.arrays)
 PEERS: tuple[Peer, ...] = (

@@ -67,7 +67,7 @@ def _draw_mode(axes: Axes, shapes: Sequence[dict[str, Any]], names: Sequence[str
     ]
     axes.set_yticks(range(len(shapes)), labels)
     axes.set_ylim(-0.5, len(shapes) - 0.5)
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log", base=2)  # twice as fast and twice as slow are equally far from 1
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

@@ -43,6 +43,7 @@ def _turn(choose: random.Random) -> float:
         data["lengths"] = torch.randint(0, steps + 1, (rows,))
     if choose.random() < 0.5:
         data["resets"] = torch.rand(steps, rows) < 0.1
+    # A stream can't run backwards.
     if choose.random() < 0.3 and not layer.reverse:
         return _streamed(layer.eval(), x)
     results = []

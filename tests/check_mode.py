@@ -1,4 +1,4 @@
-"""Which tests the check mode, ``make check``, leaves out."""
+"""The tests that the check mode, ``make check``, skips."""
 
 __all__ = ["RUN_NO_KERNELS"]
 

@@ -24,7 +24,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the check mode, the tests that run kernels; a test that is asked for by name always."""
+    """In the check mode, deselect tests that run no kernels, unless a test is named on the command line."""
     if guard_pages.ENABLED and not any("::" in argument for argument in config.args):
         unneeded = [item for item in items if item.path.relative_to(TESTS).with_suffix("").as_posix() in RUN_NO_KERNELS]
         config.hook.pytest_deselected(items=unneeded)

@@ -58,7 +58,7 @@ def build(project: Path, folder: Path) -> Path:
 
 
 def required(wheel: Path) -> Sequence[str]:
-    """What a wheel declares it needs, its extras left out."""
+    """Return the dependencies that a wheel declares, without extras."""
     with zipfile.ZipFile(wheel) as file:
         [name] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
         lines = file.read(name).decode().splitlines()

@@ -1,4 +1,4 @@
-"""Where things are, wherever a test stands."""
+"""Paths of the project, for tests in any folder."""
 
 from __future__ import annotations
 

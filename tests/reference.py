@@ -1,4 +1,4 @@
-"""What lengths, resets and reverse mean, as a loop in Python, for the tests to compare with."""
+"""The reference for lengths, resets and reverse: a Python loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import fusecell as fc
 
 
 class LearnedStart(fc.GRUCell):
-    """Begins at a learned state."""
+    """A GRU with a trainable initial state."""
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__(input_size, hidden_size)
@@ -20,7 +20,7 @@ class LearnedStart(fc.GRUCell):
 
 
 def loop(cell: fc.Cell, x: Tensor, state: tuple[Tensor, ...], lengths=None, resets=None, reverse=False):
-    """Each row by itself, in Python: what lengths, resets and reverse mean."""
+    """Run each row by itself in Python, which defines lengths, resets and reverse."""
     steps, rows = x.shape[:2]
     outputs = x.new_zeros(steps, rows, cell.output_size)
     begin = cell.initial_state(rows, dtype=x.dtype)
@@ -37,5 +37,5 @@ def loop(cell: fc.Cell, x: Tensor, state: tuple[Tensor, ...], lengths=None, rese
     return outputs, tuple(torch.cat(column) for column in zip(*after, strict=True))
 
 
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

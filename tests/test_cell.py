@@ -1,4 +1,4 @@
-"""The contract of cells their inputs, dtypes and errors, and of the package, on the reference runner."""
+"""The contract of cells (inputs, dtypes, errors) and of the package, on the reference runner."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Stateless(fc.Cell):
 
 
 class Token(fc.Cell):
-    """Takes whole numbers."""
+    """A cell whose input is integers."""
 
     def __init__(self, hidden_size: int = 4):
         super().__init__(1, hidden_size)

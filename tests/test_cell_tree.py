@@ -1,4 +1,4 @@
-"""The cells in a module: which are found, in what order, and the dtype each computes in."""
+"""Iterating over the cells in a module: which, in what order, and in which dtype they compute."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_cells_come_with_those_they_wrap_and_those_of_drop_in_layers():
     assert not list(iter_cells(nn.GRU(3, 4)))
 
 
-def test_recurrent_parts_are_what_a_step_goes_through():
+def test_named_recurrent_parts():
     cell = fc.GRUCell(4, 4)
     model = nn.ModuleDict(
         {"ours": fc.Recurrent(fc.Stack(fc.Zoneout(cell), cell)), "theirs": nn.Sequential(nn.GRU(4, 4), nn.Linear(4, 2))}

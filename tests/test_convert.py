@@ -1,4 +1,4 @@
-"""torch.nn's layers in a model become ours and go back, with nothing else noticing."""
+"""torch.nn's layers in a model are replaced by fusecell's and back; nothing else changes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def model():
     return Model().double()
 
 
-def test_there_and_back(model):
+def test_replace_and_back(model):
     x = torch.randn(4, 6, 5, dtype=torch.float64)
     before, names, ids = model(x), list(model.state_dict()), [id(p) for p in model.parameters()]
     kinds = {name: type(module) for name, module in model.named_modules()}
-    done = fc.replace(model)
-    assert len(done.changed) == 6
-    assert "parts.0: torch.nn.GRU -> fusecell.GRU" in str(done).splitlines()
+    replaced = fc.replace(model)
+    assert len(replaced.changed) == 6
+    assert "parts.0: torch.nn.GRU -> fusecell.GRU" in str(replaced).splitlines()
     assert type(model.encoder) is fc.LSTM
     assert type(model.tied) is fc.GRUCell
     assert list(model.state_dict()) == names
@@ -68,11 +68,11 @@ def test_an_optimizer_goes_on(model):
             optimizer.zero_grad()
             each(x).square().sum().backward()
             optimizer.step()
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+    for actual, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_a_replaced_layer_has_what_ours_have():
+def test_a_replaced_layer_has_the_features_of_fusecell():
     layer = nn.GRU(5, 9)
     seen = []
     layer.register_forward_hook(lambda module, args, result: seen.append(type(module)))
@@ -83,13 +83,13 @@ def test_a_replaced_layer_has_what_ours_have():
     assert repr(layer) == repr(nn.GRU(5, 9))
 
 
-def test_what_is_left_alone():
+def test_subclasses_are_not_replaced():
     model = nn.ModuleDict({"plain": nn.GRU(5, 9), "normed": nn.GRU(5, 9)})
     parametrizations.weight_norm(model["normed"], "weight_hh_l0")
-    done = fc.replace(model)
-    assert [path for path, *_ in done.changed] == ["plain"]
-    assert done.left == (("normed", "a subclass, ParametrizedGRU"),)
-    assert "normed: left alone" in str(done)
+    replaced = fc.replace(model)
+    assert [path for path, *_ in replaced.changed] == ["plain"]
+    assert replaced.left == (("normed", "a subclass, ParametrizedGRU"),)
+    assert "normed: left alone" in str(replaced)
 
 
 def test_what_torch_cannot_compute_does_not_go_back():

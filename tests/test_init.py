@@ -19,8 +19,8 @@ def test_orthogonal_blocks():
         (fc.cells.LeakyCell(5, H), 1),
     ):
         assert fc.init.orthogonal_(module, 2.0) is module
-        found = [value for name, value in module.named_parameters() if name.startswith("weight_hh")]
-        for block in (block for value in found for block in value.detach().chunk(blocks)):
+        matrices = [value for name, value in module.named_parameters() if name.startswith("weight_hh")]
+        for block in (block for value in matrices for block in value.detach().chunk(blocks)):
             torch.testing.assert_close(block @ block.T, 4 * torch.eye(H), atol=1e-5, rtol=1e-5)
 
 
@@ -59,21 +59,21 @@ def test_chrono():
 
 @pytest.mark.parametrize("entry", CELLS, ids=[entry.name for entry in CELLS])
 def test_a_gate_that_keeps_keeps(entry):
-    """Whatever the cell: with a large forget bias the state stays as it was, and with its negative it doesn't."""
+    """With a large forget bias every cell's state stays the same; with its negative it doesn't."""
     cell = entry.make(5, H).double().eval()
     if not (cell.keeps or cell.updates):
         with pytest.raises(ValueError, match="found no gate with a bias"):
             fc.init.forget_bias_(cell, 1.0)
         return
     state = tuple(torch.rand(3, size, dtype=torch.float64) for size in cell.state_sizes)
-    kept = []
+    changes = []
     for bias in (30.0, -30.0):
         fc.init.forget_bias_(cell, bias)
         if "f" in cell.gates and cell.updates == "i":
             fc.init.gate_bias_(cell, "i", -30.0)
         _, after = fc.step(cell, torch.zeros(3, 5, dtype=torch.float64), state)
-        kept.append((after[-1] - state[-1]).abs().max().item())
-    assert kept[0] < 0.05 * max(kept[1], 1e-3) or kept[0] < 1e-6
+        changes.append((after[-1] - state[-1]).abs().max().item())
+    assert changes[0] < 0.05 * max(changes[1], 1e-3) or changes[0] < 1e-6
 
 
 def test_errors():
@@ -97,15 +97,15 @@ def test_activations_compile_and_agree_with_the_loop(name):
     ]
     for layer in layers:
         layer.double()
-        found = []
+        results = []
         for runner in ("compiled", "eager"):
             layer.zero_grad()
             with fc.runner(runner):
                 y, _ = layer(x)
             y.square().sum().backward()
-            found.append([y, *(parameter.grad for parameter in layer.parameters())])
-        for mine, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)
+            results.append([y, *(parameter.grad for parameter in layer.parameters())])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
         assert name == "tanh" or f"activation={name!r}" in repr(layer)
 
 

@@ -1,4 +1,4 @@
-"""Hatch's hook for the wheel of ``fusecell-runtime``."""
+"""The build hook of the wheel ``fusecell-runtime``: Hatch calls it before and after building."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from package_files import PACKAGE, write
 
 
 class RuntimeBuildHook(BuildHookInterface):
-    """The package is written where the wheel will be, and taken into the wheel from there."""
+    """Write the package beside the wheel, include it in the wheel, and remove it again."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         self._folder = Path(self.directory) / PACKAGE

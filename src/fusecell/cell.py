@@ -15,7 +15,7 @@ from fusecell.execution.call_cache import SlowPath, call
 from fusecell.execution.call_form import step_form
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
-from fusecell.execution.results import bare, without_dim
+from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import run
 from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
@@ -240,5 +240,5 @@ def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) ->
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
     outputs = without_dim(outputs, 0)
     if unbatched:
-        return without_dim(outputs, 0), bare(tuple(without_dim(value, 0) for value in after))
-    return outputs, bare(after)
+        return without_dim(outputs, 0), public_state(tuple(without_dim(value, 0) for value in after))
+    return outputs, public_state(after)

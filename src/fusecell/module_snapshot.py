@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Change", "Snapshot", "changing_line", "left_as_it_was", "sentence"]
+__all__ = ["Change", "Snapshot", "changing_line", "preserved", "sentence"]
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _LEAVES = (*_ATOMS, type, FunctionType, BuiltinFunctionType, ModuleType, torch._ops.OperatorBase, torch.Generator)
@@ -383,7 +383,7 @@ def _slots(kind: type) -> list[str]:
 
 
 @contextmanager
-def left_as_it_was(module: nn.Module) -> Iterator[Snapshot]:
+def preserved(module: nn.Module) -> Iterator[Snapshot]:
     """Undo whatever changes in a module inside a ``with`` block, its tensors' values too."""
     before = Snapshot(module, values=True)
     try:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import State, steps_of
-from fusecell.execution.results import bare
 from fusecell.execution.runners import autocasting
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "StateLike",
     "all_inputs",
-    "bare",
     "check_count",
     "check_dtype",
     "check_state",

@@ -32,27 +32,27 @@ def test_a_run_prints_and_writes_its_figures(tmp_path):
     written = tmp_path / "deep" / "run.json"
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--only", "lstm", "--peers", "torch.nn"]
     command += ["--mode", "training", "--mode", "inference"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--seconds", "0", "--json", str(written)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(written.read_text(encoding="utf-8"))
-    assert len(found["machine"]["bound_to"]) == found["threads"] == 1
-    assert found["versions"]["torch"] == torch.__version__
-    assert "--quick" in found["command"]
-    assert found["revision"]
-    inference, training = found["shapes"]
+    assert process.returncode == 0, process.stderr
+    figures = json.loads(written.read_text(encoding="utf-8"))
+    assert len(figures["machine"]["bound_to"]) == figures["threads"] == 1
+    assert figures["versions"]["torch"] == torch.__version__
+    assert "--quick" in figures["command"]
+    assert figures["revision"]
+    inference, training = figures["shapes"]
     assert [inference["mode"], training["mode"]] == ["inference", "training"]
     times = inference["us_per_step"]
     assert set(times) == {"fusecell", "torch.nn"}
     assert inference["ratio_to_best_peer"] == pytest.approx(times["torch.nn"] / times["fusecell"])
-    assert found["geometric_mean_ratio"]["inference"] == pytest.approx(inference["ratio_to_best_peer"])
+    assert figures["geometric_mean_ratio"]["inference"] == pytest.approx(inference["ratio_to_best_peer"])
     assert set(training["us_per_step"]) == {"fusecell", "torch.nn"}
-    for shape in found["shapes"]:
+    for shape in figures["shapes"]:
         assert max(shape["max_error"].values()) < 1e-6
         assert shape["core_share"] > 0
-    assert "Inference, 1 thread(s)" in done.stdout
-    assert "Training: forward and backward, 1 thread(s)" in done.stdout
+    assert "Inference, 1 thread(s)" in process.stdout
+    assert "Training: forward and backward, 1 thread(s)" in process.stdout
 
 
 def test_the_chart_marks_every_peer_once_per_shape(tmp_path, monkeypatch):
@@ -80,10 +80,10 @@ def test_the_chart_marks_every_peer_once_per_shape(tmp_path, monkeypatch):
 )
 def test_an_option_that_fits_nothing_says_so(options):
     command = [sys.executable, "-m", "benchmarks.run", "--quick", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in (1, 2)
-    assert options[0] in done.stderr
-    assert "Traceback" not in done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode in (1, 2)
+    assert options[0] in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 CASES = [
@@ -93,7 +93,7 @@ CASES = [
 
 
 def solve(problem):
-    """What torch's own layer, or else the loop over the step, finds in float32."""
+    """Return the float32 results of torch's layer, or of the Python loop for a cell that torch lacks."""
     peer = TORCH if problem.in_torch else EAGER
     return peer.arrays(problem, peer.build(problem, 1)())
 
@@ -101,9 +101,9 @@ def solve(problem):
 @pytest.mark.parametrize(("shape", "mode"), CASES, ids=str)
 def test_the_answer_is_torchs_own(shape, mode):
     problem = make_problem(shape, mode)
-    found = solve(problem)
-    assert found.keys() == problem.answer.keys()
-    for name, value in found.items():
+    arrays = solve(problem)
+    assert arrays.keys() == problem.answer.keys()
+    for name, value in arrays.items():
         assert value.dtype == np.float32
         np.testing.assert_allclose(value, problem.answer[name], rtol=0, atol=2e-6 * max(1, np.abs(value).max()))
 
@@ -117,8 +117,8 @@ def test_the_gradients_are_the_slope_of_the_loss(shape, mode):
     direction = [torch.randn_like(value) for value in parameters]
 
     def loss(distance):
-        moved = [value + distance * way for value, way in zip(parameters, direction, strict=True)]
-        named = dict(zip(dict(layer.named_parameters()), moved, strict=True))
+        shifted = [value + distance * way for value, way in zip(parameters, direction, strict=True)]
+        named = dict(zip(dict(layer.named_parameters()), shifted, strict=True))
         with torch.no_grad(), fc.runner("eager"):
             returned = torch.func.functional_call(layer, named, tuple(value.double() for value in problem.inputs))
         y = returned if mode.single else returned[0]
@@ -171,13 +171,13 @@ def test_contestants_take_turns():
 
 
 def test_ratios_are_to_the_fastest_peer():
-    found = row(fusecell=2e-4, slow=9e-4, fast=3e-4)
-    assert found.best_peer() == "fast"
-    assert found.ratio() == pytest.approx(1.5)
-    assert found.microseconds("slow") == pytest.approx(90)
-    assert found.microseconds("absent") is None
+    result = row(fusecell=2e-4, slow=9e-4, fast=3e-4)
+    assert result.best_peer() == "fast"
+    assert result.ratio() == pytest.approx(1.5)
+    assert result.microseconds("slow") == pytest.approx(90)
+    assert result.microseconds("absent") is None
     assert row(fusecell=1.0).ratio() is None
-    assert report.geometric_mean([found, row(fusecell=1.0, fast=6.0), row(fast=1.0)]) == pytest.approx(3.0)
+    assert report.geometric_mean([result, row(fusecell=1.0, fast=6.0), row(fast=1.0)]) == pytest.approx(3.0)
 
 
 def test_the_page_shows_losses_too():
@@ -202,14 +202,14 @@ def test_overhead_is_what_kernels_leave_of_a_call():
 
 
 def test_limits_of_a_kernel():
-    """The arithmetic on what is timed; a cell of one's own is measured like a built-in one."""
+    """Check the arithmetic on the times, for a built-in cell and for a user's cell."""
     flops, l2 = limits.machine_limits(seconds=0.0)
     assert min(flops, l2) > 0
     for cell in ("gru", limits.OWN):
-        found = limits.bound(Shape(cell, 20, 24, 70, 130), flops, l2, seconds=0.0)
-        assert min(found.epilogue, found.kernel) > 0
-        assert found.rate == pytest.approx(2e-3 * found.macs * 24 / found.kernel)
-    assert found.macs == 70 * 2 * 130 + 3 * 130 * 130
+        bound = limits.bound(Shape(cell, 20, 24, 70, 130), flops, l2, seconds=0.0)
+        assert min(bound.epilogue, bound.kernel) > 0
+        assert bound.rate == pytest.approx(2e-3 * bound.macs * 24 / bound.kernel)
+    assert bound.macs == 70 * 2 * 130 + 3 * 130 * 130
     learns = limits.trained(Shape("gru", 20, 24, 70, 130), flops, seconds=0.0)
     # A GRU's products once forward, and again for the gradients of the weights and of the state.
     assert learns.multiply_adds == pytest.approx(2e6 * 24 * 3 * 130 * (2 * 70 + 3 * 130) / flops)

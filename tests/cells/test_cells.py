@@ -237,8 +237,8 @@ def test_the_equation_in_numpy(zoo_cell: ZooCell, input_size: int, hidden_size: 
     for t in range(6):
         output, now = EQUATIONS[zoo_cell.name](p, x[t].numpy(), now)
         np.testing.assert_allclose(outputs[t].numpy(), output, rtol=1e-12, atol=1e-12)
-    for found, expected in zip((after,) if len(state) == 1 else after, now, strict=True):
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip((after,) if len(state) == 1 else after, now, strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_keeps_the_contract(zoo_cell: ZooCell):

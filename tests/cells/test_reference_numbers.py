@@ -71,8 +71,8 @@ KERAS_CORRECTNESS = [
 @pytest.mark.parametrize(("name", "options", "go_backwards", "expected"), KERAS_CORRECTNESS)
 def test_kerass_last_outputs(name, options, go_backwards, expected):
     x, units = (counting(2, 3, 4), 4) if name == "RNN" else (counting(3, 6, 4), 3)
-    found = last_state(keras(name, 4, units, **options)(x.flip(1) if go_backwards else x))
-    np.testing.assert_allclose(found, np.repeat(np.array(expected)[:, None], units, 1), rtol=1e-5, atol=1e-5)
+    actual = last_state(keras(name, 4, units, **options)(x.flip(1) if go_backwards else x))
+    np.testing.assert_allclose(actual, np.repeat(np.array(expected)[:, None], units, 1), rtol=1e-5, atol=1e-5)
 
 
 KERAS_CARRIED = [
@@ -85,8 +85,8 @@ KERAS_CARRIED = [
 @pytest.mark.parametrize(("name", "expected"), KERAS_CARRIED)
 def test_kerass_state_carried_over(name, expected):
     x, layer = counting(2, 3, 4), keras(name, 4, 4)
-    found = last_state(layer(x, layer(x)[1]))
-    np.testing.assert_allclose(found, np.repeat(np.array(expected)[:, None], 4, 1), rtol=1e-5, atol=1e-5)
+    actual = last_state(layer(x, layer(x)[1]))
+    np.testing.assert_allclose(actual, np.repeat(np.array(expected)[:, None], 4, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_kerass_state_carried_over(name, expected):
 )
 def test_kerass_initial_state(name, go_backwards, expected):
     x, h = counting(2, 4, 3), counting(1, 2, 2)
-    found = last_state(keras(name, 3, 2)(x.flip(1) if go_backwards else x, h if name == "GRU" else (h, h)))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    actual = last_state(keras(name, 3, 2)(x.flip(1) if go_backwards else x, h if name == "GRU" else (h, h)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kerass_mask_of_padding():
@@ -117,7 +117,7 @@ def test_kerass_mask_of_padding():
 
 
 def onnx_layer(op, w, r, b, **options):
-    """Our layer with ONNX's weights; W (D, GH, I), R (D, GH, H), B (D, 2GH) or None."""
+    """Build a layer with ONNX's weights: W (D, GH, I), R (D, GH, H), B (D, 2GH) or None."""
     order = ONNX_BLOCKS[op]
     layer = getattr(fc, op)(w.shape[2], r.shape[2], bias=b is not None, bidirectional=len(w) == 2, **options)
     layer.to(torch.from_numpy(w).dtype)
@@ -137,7 +137,7 @@ def onnx_layer(op, w, r, b, **options):
 
 
 def run_like_onnx(layer, x, hx=None, *, layout=0, direction="forward"):
-    """Y and the last states in ONNX's form, (T, D, N, H) and (D, N, H); batch first with layout 1."""
+    """Return Y and the last states in ONNX's layout, (T, D, N, H) and (D, N, H); batch first with layout 1."""
     x = torch.from_numpy(x.copy())
     x = x.transpose(0, 1) if layout else x
     with torch.no_grad():
@@ -164,22 +164,22 @@ def node_tests():
 def test_onnxs_published_vectors(node_tests, name):
     case = node_tests[name]
     (node,) = case.model.graph.node
-    attributes = {found.name: onnx.helper.get_attribute_value(found) for found in node.attribute}
+    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     (inputs, expected), *_ = case.data_sets
-    given = dict(zip(node.input, inputs, strict=True))
+    tensors = dict(zip(node.input, inputs, strict=True))
     # What the helper leaves out it computes as reset before the product: linear_before_reset is 0 by default.
     options = {"reset_after": False} if node.op_type == "GRU" else {}
-    layer = onnx_layer(node.op_type, given["W"], given["R"], given.get("B"), **options)
-    found = run_like_onnx(
+    layer = onnx_layer(node.op_type, tensors["W"], tensors["R"], tensors.get("B"), **options)
+    outputs = run_like_onnx(
         layer,
-        given["X"],
+        tensors["X"],
         layout=attributes.get("layout", 0),
         direction=attributes.get("direction", b"forward").decode(),
     )
-    wanted = [value for value, label in zip(found, node.output, strict=False) if label]
-    assert len(wanted) == len(expected)
-    for mine, theirs in zip(wanted, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    returned = [value for value, label in zip(outputs, node.output, strict=False) if label]
+    assert len(returned) == len(expected)
+    for actual, expected_value in zip(returned, expected, strict=True):
+        np.testing.assert_allclose(actual, expected_value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -204,18 +204,18 @@ def test_onnxs_reference_evaluator(op, attributes, options, directions, bias):
         "initial_h": (directions, rows, hidden),
         "initial_c": (directions, rows, hidden),
     }
-    given = {name: rng.standard_normal(shape) * 0.5 for name, shape in shapes.items()}
+    tensors = {name: rng.standard_normal(shape) * 0.5 for name, shape in shapes.items()}
     inputs = ["X", "W", "R", "B" if bias else "", "", "initial_h", "initial_c"][: 5 + states]
     outputs = ["Y", "Y_h", "Y_c"][: 1 + states]
     direction = ("forward", "bidirectional")[directions - 1]
     node = onnx.helper.make_node(op, inputs, outputs, hidden_size=hidden, direction=direction, **attributes)
-    values = {name: given[name] for name in inputs if name}
+    values = {name: tensors[name] for name in inputs if name}
     expected = reference(node, values, outputs)
-    layer = onnx_layer(op, given["W"], given["R"], given["B"] if bias else None, **options)
-    hx = [torch.from_numpy(given[name]) for name in ("initial_h", "initial_c")[:states]]
-    found = run_like_onnx(layer, given["X"], hx if states > 1 else hx[0])
-    for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+    layer = onnx_layer(op, tensors["W"], tensors["R"], tensors["B"] if bias else None, **options)
+    hx = [torch.from_numpy(tensors[name]) for name in ("initial_h", "initial_c")[:states]]
+    results = run_like_onnx(layer, tensors["X"], hx if states > 1 else hx[0])
+    for actual, expected_value in zip(results, expected, strict=True):
+        np.testing.assert_allclose(actual, expected_value, rtol=1e-12, atol=1e-12)
 
 
 def reference(node, values, outputs):

@@ -12,7 +12,7 @@ from fusecell.cli.commands import app
 
 
 def build():
-    """A factory for `fusecell summary`."""
+    """Build a layer, as a factory for `fusecell summary`."""
     return fc.Sequential(fc.Recurrent(fc.GRUCell(3, 4)), nn.Linear(4, 2))
 
 

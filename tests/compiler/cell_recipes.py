@@ -137,19 +137,19 @@ def source(recipe: Recipe, call: Call, *, dtype: str = "float64", runner: str = 
     lines += [f"    states = {recipe.states!r}", "", "    def __init__(self):"]
     lines += [f"        super().__init__({recipe.input_size}, {recipe.state_sizes[0]})"]
     lines += [f"        self.state_sizes, self.output_size = {recipe.state_sizes}, {recipe.output_size}"]
-    for made in recipe.weights:
-        buffer = f"        self.register_buffer({made.name!r}, {made.source})"
-        lines.append(buffer if made.buffer else f"        self.{made.name} = {made.source}")
+    for weight in recipe.weights:
+        buffer = f"        self.register_buffer({weight.name!r}, {weight.source})"
+        lines.append(buffer if weight.buffer else f"        self.{weight.name} = {weight.source}")
     lines += ["", "    def step(self, x, state):", f"        {names}, = state"]
     lines += [f"        {op.name} = {op.source}" for op in recipe.ops]
     lines += [f"        return {recipe.output}, ({', '.join(recipe.after)},)", ""]
     if recipe.starts:
-        found = ", ".join(f"self.{name}.expand(batch_size, -1)" for name in recipe.starts)
-        lines += ["    def initial_state(self, batch_size, **options):", f"        return ({found},)", ""]
+        expanded = ", ".join(f"self.{name}.expand(batch_size, -1)" for name in recipe.starts)
+        lines += ["    def initial_state(self, batch_size, **options):", f"        return ({expanded},)", ""]
     lines += ["", f"torch.manual_seed({call.seed})", f"cell = Found().to(torch.{dtype})"]
     lines += [f"x = torch.randn({call.steps}, {call.rows}, {recipe.input_size}).to(torch.{dtype})"]
-    given = [f"torch.randn({call.rows}, {size}).tanh().to(torch.{dtype})" for size in recipe.state_sizes]
-    lines += [f"state = ({', '.join(given)},)" if call.state else "state = None"]
+    initial = [f"torch.randn({call.rows}, {size}).tanh().to(torch.{dtype})" for size in recipe.state_sizes]
+    lines += [f"state = ({', '.join(initial)},)" if call.state else "state = None"]
     lines += [f"lengths = {None if call.lengths is None else list(call.lengths)}"]
     lines += [f"resets = torch.rand({call.steps}, {call.rows}) < 0.3" if call.resets else "resets = None"]
     lines += [f"with torch.no_grad(), fc.runner({runner!r}):"]
@@ -193,7 +193,7 @@ class Data:
         return self.changed(Tensor.double)
 
     def nudged(self, size: float) -> Data:
-        """Every number off by about a part ``size`` of it."""
+        """Return a copy with a relative perturbation of about ``size`` in every number."""
         return self.changed(lambda value: value * (1 + size * torch.randn_like(value)))
 
     def run(self, runner: str) -> list[Tensor]:
@@ -203,7 +203,7 @@ class Data:
         return [y, *(after if isinstance(after, tuple) else (after,))]
 
     def gradients(self, runner: str) -> dict[str, Tensor]:
-        """The gradients of a random weighting of all results, by what they are of; zeros where there are none."""
+        """Return the gradients of a random weighting of all results, by name; zeros where there are none."""
         data = self.changed(Tensor.clone)
         leaves = {"x": data.x.requires_grad_(), **dict(data.cell.named_parameters())}
         for name, value in zip(data.cell.states, data.state or (), strict=False):
@@ -216,8 +216,8 @@ class Data:
         total = torch.stack([(value * seed).sum() for value, seed in zip(results, seeds, strict=True)]).sum()
         if not total.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        pairs = zip(leaves.items(), found, strict=True)
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        pairs = zip(leaves.items(), gradients, strict=True)
         return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in pairs}
 
 
@@ -244,10 +244,10 @@ def check_forward(recipe: Recipe, call: Call) -> None:
     assert off <= DOUBLE, f"float64 is off by {off:.1e}:\n\n{source(recipe, call)}"
     # Eager float32 may be lucky; so what float32's rounding of the numbers alone moves is a measure too.
     single = furthest(data.run("eager"), truth)
-    moved = furthest(exact.nudged(2**-23).run("eager"), truth)
-    off, most = furthest(_compiled(data, recipe, call, "float32"), truth), max(4 * single, 4 * moved, SINGLE)
-    said = f"float32 is off by {off:.1e}, eager by {single:.1e}"
-    assert off <= most, f"{said}:\n\n{source(recipe, call, dtype='float32')}"
+    sensitivity = furthest(exact.nudged(2**-23).run("eager"), truth)
+    off, most = furthest(_compiled(data, recipe, call, "float32"), truth), max(4 * single, 4 * sensitivity, SINGLE)
+    message = f"float32 is off by {off:.1e}, eager by {single:.1e}"
+    assert off <= most, f"{message}:\n\n{source(recipe, call, dtype='float32')}"
 
 
 def check_backward(recipe: Recipe, call: Call, runner: str = "compiled") -> None:
@@ -259,18 +259,18 @@ def check_backward(recipe: Recipe, call: Call, runner: str = "compiled") -> None
         raise IllConditioned from error
     _well_conditioned(list(exact.nudged(NUDGE).gradients("eager").values()), list(truth.values()))
     try:
-        found = exact.gradients(runner)
+        gradients = exact.gradients(runner)
     except FusecellError as error:
         raise _judged(error, source(recipe, call)) from error
     for name, expected in truth.items():
-        off = furthest([found[name]], [expected])
+        off = furthest([gradients[name]], [expected])
         assert off <= DOUBLE, f"the gradient of {name} is off by {off:.1e}:\n\n{source(recipe, call)}"
 
 
-def furthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def furthest(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference, relative to each tensor's largest value; infinite where NaN meets a number."""
     most = 0.0
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         one, other = one.double(), other.double()
         if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
             return float("inf")
@@ -294,7 +294,7 @@ def _compiled(data: Data, recipe: Recipe, call: Call, dtype: str) -> list[Tensor
 
 
 def _judged(error: FusecellError, program: str) -> Exception:
-    """A refusal as it is; a failure of the compiler, confessed or caught, with the program that shows it."""
+    """Return a refusal unchanged, and a compiler error with the program that shows it."""
     if isinstance(error, fc.NotCompilable) and not any("report" in reason for reason in error.reasons):
         return error
     return AssertionError(f"{error}\n\n{program}")

@@ -1,4 +1,4 @@
-"""A GRU's kernel, run by the check mode with something done after it."""
+"""Run a GRU's kernel in the check mode, and something more right after it."""
 
 import ctypes
 
@@ -9,33 +9,37 @@ from fusecell.compiler.dispatch.runner import find_program
 from fusecell.compiler.runtime import guard_pages as check
 from fusecell.compiler.runtime.guarded_extents import extents
 
-__all__ = ["called"]
+__all__ = ["run_checked"]
 
 
-def called(run, given=None):
-    """A GRU's kernel, or what ``run`` makes of it, run by the check over 7 steps of 3 rows."""
+def run_checked(run, missing_slot=None):
+    """Run a GRU's kernel under the checks over 7 steps of 3 rows, then ``run`` with the argument block's slots by name.
+
+    Arguments:
+        missing_slot: a slot to leave 0.
+    """
     cell, x = fc.GRUCell(5, 17), torch.randn(7, 3, 5)
-    found = find_program(cell, (x,)).kernel
-    block = found.block()
-    kept = [
+    kernel = find_program(cell, (x,)).kernel
+    block = kernel.block()
+    tensors = [
         torch.empty(7, 3, 17),
         torch.empty(3, 17),
         torch.zeros(3, 17),
-        *[getattr(cell, name).detach() for name in found.words.weights],
+        *[getattr(cell, name).detach() for name in kernel.words.weights],
     ]
-    found.give_sequences(block, found.words.inputs.values(), [x])
-    found.give_matrices(block, found.words.weights.values(), kept[3:])
-    found.give_states(block, found.words.first, kept[2:3])
-    found.give_sequences(block, found.words.outputs.values(), kept[:1])
-    found.give_states(block, found.words.last, kept[1:2])
-    found.fill(block, 7, 3, False, 0, 7)
-    if given:
-        block[found.words.positions[given]] = 0
+    kernel.give_sequences(block, kernel.words.inputs.values(), [x])
+    kernel.give_matrices(block, kernel.words.weights.values(), tensors[3:])
+    kernel.give_states(block, kernel.words.first, tensors[2:3])
+    kernel.give_sequences(block, kernel.words.outputs.values(), tensors[:1])
+    kernel.give_states(block, kernel.words.last, tensors[1:2])
+    kernel.fill(block, 7, 3, False, 0, 7)
+    if missing_slot:
+        block[kernel.words.positions[missing_slot]] = 0
 
     def run_and_more(address):
-        found.long(address)
-        slots = (ctypes.c_int64 * len(found.emitted.slots)).from_address(address)
-        run(dict(zip(found.emitted.slots, slots, strict=True)))
+        kernel.long(address)
+        slots = (ctypes.c_int64 * len(kernel.emitted.slots)).from_address(address)
+        run(dict(zip(kernel.emitted.slots, slots, strict=True)))
 
-    theirs = extents(found, block, 7, 3)
-    check.checked_run(run_and_more, block, found.emitted, theirs, found.words.positions, rows=3, chunk=7)
+    memory = extents(kernel, block, 7, 3)
+    check.checked_run(run_and_more, block, kernel.emitted, memory, kernel.words.positions, rows=3, chunk=7)

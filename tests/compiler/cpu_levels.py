@@ -1,4 +1,4 @@
-"""Which of the x86-64 levels the CPU of this machine has."""
+"""The x86-64 levels that this machine's CPU supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the lines of random cells are made of: ``{a}`` and ``{b}`` stand for values of a step."""
+"""Expressions for the lines of random cells; ``{a}`` and ``{b}`` are values of the step."""
 
 __all__ = ["BINARY", "GROUPED", "NORMS", "ORDERS", "POWERS", "REDUCTIONS", "TENSORS", "UNARY"]
 

@@ -1,4 +1,4 @@
-"""Calls of any size on threads, for tests that are about them."""
+"""Run calls of any size on several threads, for tests of threading."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ __all__ = ["always"]
 
 
 def always(patch: pytest.MonkeyPatch) -> None:
-    """Have every call run by as many threads as torch would take, and wait for all of them."""
+    """Have every call use all of torch's threads, and wait for each of them."""
     tuned(patch, team_call_us=0, team_step_us=0, least_arrival_us=1e12, most_arrival_us=1e12)
     patch.setattr(call, "backs_off", lambda: False)

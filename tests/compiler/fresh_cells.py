@@ -1,4 +1,4 @@
-"""Cells that no test has met before, and what the compiled and the eager runner make of them."""
+"""Cells of a new class for each test, run by the compiled and the eager runner."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import nn
 
 import fusecell as fc
 
-__all__ = ["both", "fresh_layer", "learned"]
+__all__ = ["both", "fresh_layer", "weight_gradient"]
 
 
 class Fresh(fc.Cell):
-    """A cell of which a test makes a class of its own, so that it is traced for the first time there."""
+    """A base for classes made inside a test, which are traced there for the first time."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size)
@@ -28,21 +28,21 @@ class Fresh(fc.Cell):
 
 
 def fresh_layer():
-    """A layer of a cell whose class is its own."""
+    """Build a layer of a cell of a new class."""
     torch.manual_seed(0)
     return fc.Recurrent(type("Own", (Fresh,), {})(5, 9))
 
 
 def both(layer, x, **options):
-    """What the compiled and the eager runner give."""
-    found = []
+    """Return the outputs of the compiled and the eager runner."""
+    outputs = []
     for name in ("compiled", "eager"):
         with fc.runner(name):
-            found.append(layer(x, **options)[0])
-    return found
+            outputs.append(layer(x, **options)[0])
+    return outputs
 
 
-def learned(layer, x):
+def weight_gradient(layer, x):
     """The gradient of the input weight."""
     layer.zero_grad()
     with fc.runner("compiled"):

@@ -71,8 +71,8 @@ class _Writer:
     ops: list[Op] = field(default_factory=list)
 
     def draw(self, strategy: st.SearchStrategy[Drawn]) -> Drawn:
-        found: Drawn = self.draw_(strategy)
-        return found
+        value: Drawn = self.draw_(strategy)
+        return value
 
     def choice(self, options: Any) -> Any:
         return self.draw(st.sampled_from(list(options)))
@@ -90,8 +90,8 @@ class _Writer:
 
     def value(self, fits: Callable[[int], bool] = lambda width: True) -> _Value | None:
         """A value whose width fits, the latest more often; None where there is none."""
-        found = [value for value in self.rows if fits(value.width)]
-        return self.choice([*found, *found[-2:]]) if found else None
+        candidates = [value for value in self.rows if fits(value.width)]
+        return self.choice([*candidates, *candidates[-2:]]) if candidates else None
 
     def any_value(self) -> _Value:
         value = self.value()
@@ -106,7 +106,7 @@ class _Writer:
         return name
 
     def matrix(self, rows: int, cols: int, kinds: tuple[str, ...] = ("turned", "computed")) -> str:
-        """An expression of a (rows, cols) weight: new, shared, a part of a larger one, turned or computed."""
+        """An expression of a (rows, cols) weight: new, shared, a part of a larger one, transposed or computed."""
         kind = self.choice(["new", "new", "known", "known", "larger", *kinds])
         if kind == "known":
             fits = [name for name, (r, c) in self.matrices.items() if r >= rows and c >= cols]
@@ -138,14 +138,14 @@ class _Writer:
         return f"self.{name}[{row}:{row + rows}{across}]"
 
     def _computed(self, rows: int, cols: int) -> str:
-        made = self.matrix(rows, cols, ("turned",))
-        forms = [f"torch.tanh({made})", f"({made} / ({made}.norm() + 1))"]
-        forms += [f"({made} * torch.sigmoid(self.{self.weight('v', f'torch.randn({rows})')})[:, None])"]
-        forms += [f"({made} * self.{self.weight('m', f'torch.rand({rows}, {cols}) > 0.4', buffer=True)})"]
+        matrix = self.matrix(rows, cols, ("turned",))
+        forms = [f"torch.tanh({matrix})", f"({matrix} / ({matrix}.norm() + 1))"]
+        forms += [f"({matrix} * torch.sigmoid(self.{self.weight('v', f'torch.randn({rows})')})[:, None])"]
+        forms += [f"({matrix} * self.{self.weight('m', f'torch.rand({rows}, {cols}) > 0.4', buffer=True)})"]
         if rows == cols:
-            forms += [f"({made} - {made}.t())", f"torch.matrix_exp({made} - {made}.t())"]
+            forms += [f"({matrix} - {matrix}.t())", f"torch.matrix_exp({matrix} - {matrix}.t())"]
         if rows > 1:
-            forms += [f"torch.cat(({made}[1:], {made}[:1]), 0)"]
+            forms += [f"torch.cat(({matrix}[1:], {matrix}[:1]), 0)"]
         return str(self.choice(forms))
 
     def vector(self, width: int) -> str:
@@ -153,9 +153,9 @@ class _Writer:
         kind = self.choice(
             ["vector", "vector", "known", "scalar", "one", "line", "long", "buffer", "count", "computed"]
         )
-        known = [name for name, shape in self.vectors.items() if shape in ((width,), ())]
-        if kind == "known" and known:
-            return f"self.{self.choice(known)}"
+        shared = [name for name, shape in self.vectors.items() if shape in ((width,), ())]
+        if kind == "known" and shared:
+            return f"self.{self.choice(shared)}"
         if kind == "long":
             start = self.choice([0, 1, width])
             return f"self.{self._new_vector((2 * width,))}[{start}:{start + width}]"
@@ -308,7 +308,7 @@ class _Writer:
     # What a step returns.
 
     def state(self, width: int) -> str:
-        """What a state of some width becomes: any value, even another state; else a product made for it."""
+        """Return the new value of a state: any value of its width, even another state, else a new product."""
         value = self.value(lambda size: size == width)
         if value is None or self.choice([True, True, False]):
             value = self.product(width)
@@ -335,7 +335,7 @@ KINDS += ("reduction", "norm", "grouped", "part", "join", "order", "small")
 
 @st.composite
 def recipes(draw: Any) -> Recipe:
-    """Cells of every kind that the tracer's tables can say."""
+    """Draw cells of every kind that the tracer has rules for."""
     sizes = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=3))
     width = draw(st.sampled_from(SIZES))
     states = [_Value(f"h{place}", size, 3.0) for place, size in enumerate(sizes)]
@@ -347,8 +347,8 @@ def recipes(draw: Any) -> Recipe:
     starts: tuple[str, ...] = ()
     if draw(st.sampled_from([False, False, True])):
         starts = tuple(writer.weight("s", f"torch.randn({size})") for size in sizes)
-    made = tuple(writer.weights.values())
-    recipe = Recipe(width, tuple(sizes), output.width, made, starts, tuple(writer.ops), output.name, after)
+    weights = tuple(writer.weights.values())
+    recipe = Recipe(width, tuple(sizes), output.width, weights, starts, tuple(writer.ops), output.name, after)
     return _pruned(recipe)
 
 
@@ -361,7 +361,7 @@ def _pruned(recipe: Recipe) -> Recipe:
             needed.update(op.args)
             ops.insert(0, op)
     named = set(re.findall(r"self\.(\w+)", " ".join(op.source for op in ops))) | set(recipe.starts)
-    return replace(recipe, ops=tuple(ops), weights=tuple(made for made in recipe.weights if made.name in named))
+    return replace(recipe, ops=tuple(ops), weights=tuple(weight for weight in recipe.weights if weight.name in named))
 
 
 @st.composite
@@ -381,33 +381,33 @@ def calls(draw: Any) -> Call:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check so many random cells, each in a process that has compiled the ones before; stop at the first failure."""
+    """Check random cells, all in one process; stop at the first failure."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backward", action="store_true", help="compare gradients too")
     parser.add_argument("--quick", action="store_true", help="LLVM doesn't optimise: three times as many in the time")
     parser.add_argument("--threads", type=int, default=1, help="every call is run by so many, a few steps at a time")
-    given_ = parser.parse_args(arguments)
-    if given_.quick:
+    options = parser.parse_args(arguments)
+    if options.quick:
         llvm.EFFORT = 0
         os.environ["FUSECELL_CACHE"] = "off"  # where nobody should find such code
     os.environ.setdefault("FUSECELL_CACHE", "off")
     # In the check mode buffers are where it puts them, threads' parts not pages apart.
-    check_memory.ENABLED = given_.threads == 1
-    if given_.threads > 1:
+    check_memory.ENABLED = options.threads == 1
+    if options.threads > 1:
         patch = pytest.MonkeyPatch()
         force_threads.always(patch)
         tuned(patch, chunk_bytes=1 << 13)
-    torch.set_num_threads(given_.threads)
+    torch.set_num_threads(options.threads)
     # Machine code that kills the process leaves its cell here.
     last = Path(tempfile.mkdtemp()) / "last.py"
     print(f"the cell in hand is written to {last}", flush=True)
     counts: Counter[str] = Counter()
 
-    @hypothesis.seed(given_.seed)
+    @hypothesis.seed(options.seed)
     @settings(
-        max_examples=given_.examples,
+        max_examples=options.examples,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -417,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
     def check(recipe: Recipe, call: Call) -> None:
         last.write_text(source(recipe, call))
         counts[outcome(check_forward, recipe, call)] += 1
-        if given_.backward:
+        if options.backward:
             counts["backward: " + outcome(check_backward, recipe, call)] += 1
         if sum(counts.values()) % 100 == 0:
             print(dict(counts), flush=True)
@@ -427,7 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def outcome(check: Callable[[Recipe, Call], None], recipe: Recipe, call: Call) -> str:
-    """What a check came to: equal, ill-conditioned, or why the cell was refused."""
+    """Return the outcome of a check: equal, ill-conditioned, or the reasons of a refusal."""
     try:
         check(recipe, call)
     except IllConditioned:

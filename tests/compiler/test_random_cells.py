@@ -1,4 +1,4 @@
-"""Cells that nobody wrote, 75 here and another 75 in the check mode.
+"""Random cells against the Python loop, 75 here and another 75 in the check mode.
 
 ``python -m tests.compiler.random_cells`` tries any number of others.
 """
@@ -20,7 +20,7 @@ from tests.compiler.tuned import tuned
 
 @pytest.mark.parametrize("part", [*range(4), "two threads"])
 def test_random_cells_equal_the_python_loop(part, monkeypatch):
-    """A part of them as users have it, the others without LLVM's optimiser, which takes most of the time."""
+    """Some as users run them, the others without LLVM's optimiser, which takes most of the time."""
     if part:
         monkeypatch.setattr(llvm, "EFFORT", 0)
         monkeypatch.setenv("FUSECELL_CACHE", "off")  # where nobody should find such code
@@ -56,8 +56,8 @@ def test_a_failure_prints_a_program(monkeypatch):
         (Op("v0", "torch.tanh(torch.cat((x, h0), 1) @ self.w0.t())", ("x", "h0")),), "v0", ("v0",),
     )  # fmt: skip
     call = Call(4, 3, 5, state=True, lengths=(4, 0, 2), reverse=True)
-    found: dict = {}
-    exec(source(recipe, call), found)
+    namespace: dict = {}
+    exec(source(recipe, call), namespace)
     seen = []
     monkeypatch.setattr(
         "tests.compiler.cell_recipes._compiled", lambda data, *_: seen.append(data.run("compiled")) or []
@@ -65,15 +65,15 @@ def test_a_failure_prints_a_program(monkeypatch):
     with pytest.raises(ValueError, match="zip"):
         check_forward(recipe, call)
     y, after = seen[0]
-    assert torch.equal(found["y"], y)
-    assert torch.equal(found["after"], after)
+    assert torch.equal(namespace["y"], y)
+    assert torch.equal(namespace["after"], after)
 
 
 # What random cells found, each as small as it was printed.
 
 
 class Nothing(fc.Cell):
-    """States that need x alone, through products that are lifted out of the loop."""
+    """States that need x alone, through products hoisted out of the loop."""
 
     states = ("a", "b")
 
@@ -88,7 +88,7 @@ class Nothing(fc.Cell):
 
 
 class Joined(fc.Cell):
-    """Joins of cheap values, of what a reduction reads, of joins, and of what is lifted."""
+    """Concatenations of cheap values, of a reduction's operand, of concatenations, and of hoisted values."""
 
     def __init__(self):
         super().__init__(2, 3)
@@ -116,8 +116,8 @@ class Padded(fc.Cell):
 
     def step(self, x, state):
         h, c = state
-        turned = h.flip(1)
-        products = (turned[:, :2, None] * turned[:, None, :2].tanh()).flatten(1)
+        flipped = h.flip(1)
+        products = (flipped[:, :2, None] * flipped[:, None, :2].tanh()).flatten(1)
         after = torch.tanh(F.linear(F.pad(x, (1, 2)), self.w))
         return products, (after, torch.tanh(F.linear(torch.cat((x, F.pad(c, (1, 1)).abs()[:, :2]), -1), self.v)))
 
@@ -160,7 +160,7 @@ class Normed(fc.Cell):
 
 
 class Grouped(fc.Cell):
-    """Numbers that are saved in parts, each worked out where it is stored, of what the loop computes."""
+    """Values saved for backward in parts, computed where they are stored."""
 
     def __init__(self):
         super().__init__(6, 1)
@@ -187,7 +187,7 @@ class Sliced(fc.Cell):
 
 
 @pytest.mark.parametrize("make", [Nothing, Joined, Padded, lambda: Cut(5, 5), Stepped, Normed, Grouped, Sliced])
-def test_found_by_random_cells(make):
+def test_regressions_from_random_cells(make):
     torch.manual_seed(0)
     cell = make().double()
     x = torch.randn(4, 3, cell.input_size, dtype=torch.float64)
@@ -201,5 +201,5 @@ def test_found_by_random_cells(make):
             sum((value * torch.arange(1, 1 + value.shape[-1])).sum() for value in results).backward()
         grads = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in cell.parameters()]
         seen[name] = [value.detach() for value in results] + [leaf.grad, *grads]
-    for mine, loop in zip(seen["compiled"], seen["eager"], strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-11)
+    for actual, loop in zip(seen["compiled"], seen["eager"], strict=True):
+        torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-11)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fusecell as fc
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.ir.interpreter import interpret
+from fusecell.compiler.transforms.partition import ForwardBackward, partition
 
 Body = Callable[[Any, Tensor, Tensor], Tensor]
 Function = Callable[[Tensor], Tensor]
@@ -50,64 +51,78 @@ class BodyCell(fc.Cell):
 
 
 def both(cell: BodyCell, x: Tensor, h: Tensor) -> Tensor:
-    """What most steps begin with."""
+    """Return the sum of products that most steps begin with."""
     total: Tensor = cell.inp(x) + cell.rec(h)
     return total
 
 
 def traced(cell: fc.Cell, **options: Any) -> Traced:
     """The trace of a cell of one input, which must succeed."""
-    made = trace(cell, [(cell.input_size,)], options.pop("dtype", torch.float64), **{"gradients": True, **options})
-    assert isinstance(made, Traced), made
-    return made
+    step_trace = trace(
+        cell, [(cell.input_size,)], options.pop("dtype", torch.float64), **{"gradients": True, **options}
+    )
+    assert isinstance(step_trace, Traced), step_trace
+    return step_trace
 
 
-def values_of(made: Traced, cell: fc.Cell, given: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def partitioned(step_trace: Traced) -> ForwardBackward:
+    """The forward and backward graphs for the gradients of all inputs and weights."""
+    labels = [label for label in step_trace.graph.outputs if label.startswith(("grad.input.", "grad.weight."))]
+    return partition(step_trace.graph, labels)
+
+
+def values_of(step_trace: Traced, cell: fc.Cell, leaves: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The values of a graph's leaves: the cell's weights, and ``given``, flattened."""
-    names = [made.graph[index].name for index in made.graph.leaves("weight")]
-    weights = zip(names, made.weights.values(cell), strict=True)
+    names = [step_trace.graph[index].name for index in step_trace.graph.leaves("weight")]
+    weights = zip(names, step_trace.weights.values(cell), strict=True)
     return {name: value.detach() for name, value in weights} | {
-        name: value.detach().reshape(len(value), -1) for name, value in given
+        name: value.detach().reshape(len(value), -1) for name, value in leaves
     }
 
 
 def compare(cell: fc.Cell, shapes: Sequence[tuple[int, ...]] | None = None, rows: int = 3) -> Traced:
     """Hold the graph of a float64 cell, forward and backward, against torch to 1e-12."""
     shapes = shapes or [(cell.input_size,)]
-    made = trace(cell, shapes, torch.float64, gradients=True)
-    assert isinstance(made, Traced), made
+    step_trace = trace(cell, shapes, torch.float64, gradients=True)
+    assert isinstance(step_trace, Traced), step_trace
     x = [torch.randn(rows, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     state = [torch.randn(rows, size, dtype=torch.float64, requires_grad=True) for size in cell.state_sizes]
     output, after = cell.step(tuple(x) if len(x) > 1 else x[0], tuple(state))
     seeds = [torch.randn_like(value) for value in (output, *after)]
     labels = ["grad.output", *(f"grad.{name}" for name in cell.states)]
-    given = [*zip(cell.inputs, x, strict=True), *zip(cell.states, state, strict=True), *zip(labels, seeds, strict=True)]
-    found = interpret(made.graph, values_of(made, cell, given))
-    close(found["output"], output)
+    leaves = [
+        *zip(cell.inputs, x, strict=True),
+        *zip(cell.states, state, strict=True),
+        *zip(labels, seeds, strict=True),
+    ]
+    results = interpret(step_trace.graph, values_of(step_trace, cell, leaves))
+    close(results["output"], output)
     for name, value in zip(cell.states, after, strict=True):
-        close(found[f"state.{name}"], value)
+        close(results[f"state.{name}"], value)
     parameters = [value for value in cell.parameters() if value.requires_grad]
     loss = sum((value * seed).sum() for value, seed in zip((output, *after), seeds, strict=True))
-    wanted = torch.autograd.grad(loss, [*x, *state, *parameters], allow_unused=True)
+    gradients = torch.autograd.grad(loss, [*x, *state, *parameters], allow_unused=True)
     names = [f"grad.input.{name}" for name in cell.inputs] + [f"grad.state.{name}" for name in cell.states]
-    for name, gradient in zip(names, wanted, strict=False):
-        assert (name in found) == (gradient is not None), name
+    for name, gradient in zip(names, gradients, strict=False):
+        assert (name in results) == (gradient is not None), name
         if gradient is not None:
-            close(found[name], gradient.reshape(rows, -1))
-    for gradient, expected in zip(_through(made, cell, found, parameters), wanted[len(names) :], strict=True):
+            close(results[name], gradient.reshape(rows, -1))
+    for gradient, expected in zip(
+        _through(step_trace, cell, results, parameters), gradients[len(names) :], strict=True
+    ):
         close(torch.zeros(()) if gradient is None else gradient, torch.zeros(()) if expected is None else expected)
-    return made
+    return step_trace
 
 
 def _through(
-    made: Traced, cell: fc.Cell, found: dict[str, Tensor], parameters: Sequence[Tensor]
+    step_trace: Traced, cell: fc.Cell, results: dict[str, Tensor], parameters: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """The gradients of the weight leaves carried through the prologue to the parameters."""
-    names = [made.graph[index].name for index in made.graph.leaves("weight")]
+    names = [step_trace.graph[index].name for index in step_trace.graph.leaves("weight")]
     pairs = [
-        (value, found[f"grad.weight.{name}"])
-        for name, value in zip(names, made.weights.values(cell), strict=True)
-        if f"grad.weight.{name}" in found and value.requires_grad
+        (value, results[f"grad.weight.{name}"])
+        for name, value in zip(names, step_trace.weights.values(cell), strict=True)
+        if f"grad.weight.{name}" in results and value.requires_grad
     ]
     if not pairs:
         return [None] * len(parameters)
@@ -116,8 +131,8 @@ def _through(
     )
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-12, atol=1e-12, equal_nan=True)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def _square(z: Tensor) -> Tensor:
@@ -244,9 +259,9 @@ def _frozen_double(cell: Any) -> Tensor:
 
 
 def _built(cell: Any) -> Tensor:
-    made = torch.zeros(6, 6, dtype=torch.float64)
-    made[:3] = cell.square[:3] * 2
-    return made
+    matrix = torch.zeros(6, 6, dtype=torch.float64)
+    matrix[:3] = cell.square[:3] * 2
+    return matrix
 
 
 WEIGHTS: dict[str, Body] = {

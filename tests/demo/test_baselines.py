@@ -43,9 +43,9 @@ def slow_kneser_ney(training, context, char, size, order):
 def test_kneser_ney_is_its_formula(order):
     random = np.random.default_rng(order)
     training, text = random.integers(0, 4, 90), random.integers(0, 5, 40)
-    found = KneserNey(training, 5, order).probabilities(text)
-    assert len(found) == 40 - order + 1
-    for position, value in enumerate(found):
+    probabilities = KneserNey(training, 5, order).probabilities(text)
+    assert len(probabilities) == 40 - order + 1
+    for position, value in enumerate(probabilities):
         context, char = text[position : position + order - 1], text[position + order - 1]
         assert value == pytest.approx(slow_kneser_ney(training, context, char, 5, order), rel=1e-12)
 

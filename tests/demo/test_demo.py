@@ -220,7 +220,7 @@ def test_damaged_configs_of_checkpoints_are_refused(corpus, tmp_path, kind):
 
 
 def test_checkpoints_whose_tensors_do_not_fit_are_refused(corpus, tmp_path):
-    """Before memory is taken for the model that the config asks for."""
+    """Tensors are checked before the configured model is allocated."""
     save_checkpoint(Trainer.new(TINY, corpus.training, len(corpus.vocabulary)), corpus, tmp_path)
     path, config = tmp_path / "checkpoint.json", json.loads((tmp_path / "checkpoint.json").read_text(encoding="utf-8"))
     for changes, text in (
@@ -278,15 +278,15 @@ def test_writing_carries_the_state_and_is_repeatable(corpus):
 
 
 def results(bits=2.5, other_bits=2.6, characters=3000, seconds=10.0, other_seconds=10.0):
-    ours, torchs = (
+    fusecell, torch_nn = (
         Score("fusecell.GRU", bits, characters, seconds),
         Score("torch.nn.GRU", other_bits, 1000, other_seconds),
     )
-    return Results((ours, torchs), unigram=4.4, five_gram=1.9)
+    return Results((fusecell, torch_nn), unigram=4.4, five_gram=1.9)
 
 
 @pytest.mark.parametrize(
-    ("found", "text"),
+    ("outcome", "text"),
     [
         (results(), "fusecell.GRU read 3.00 times as many characters a second as torch.nn.GRU; after 10 seconds each"),
         (results(), "each it is 0.100 bits per character ahead."),
@@ -301,8 +301,8 @@ def results(bits=2.5, other_bits=2.6, characters=3000, seconds=10.0, other_secon
         (Results(results(bits=1.8).scores[:1], 4.4, 1.9), "fusecell.GRU beats the 5-gram by 0.100 bits per character."),
     ],
 )
-def test_the_verdict_is_plain(found, text):
-    assert text in verdict(found)
+def test_the_verdict_is_plain(outcome, text):
+    assert text in verdict(outcome)
 
 
 def test_without_a_second_model_or_a_loss_the_verdict_is_one_sentence():
@@ -343,12 +343,12 @@ def test_both_curves_are_drawn_and_their_labels_kept_apart(tmp_path, monkeypatch
     plot, annotate = Axes.plot, Axes.annotate
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: (lines.append(list(y)), plot(self, x, y, **style))[1])
 
-    def noted(self, text, xy, offset, **style):
-        made = annotate(self, text, xy, offset, **style)
-        labels[text] = made
-        return made
+    def record(self, text, xy, offset, **style):
+        annotation = annotate(self, text, xy, offset, **style)
+        labels[text] = annotation
+        return annotation
 
-    monkeypatch.setattr(Axes, "annotate", noted)
+    monkeypatch.setattr(Axes, "annotate", record)
     plot_curves({"one": curve(2.0), "other": curve(2.01)}, {"5-gram": 1.9}, tmp_path / "loss.png")
     assert [2.0 + 2 / seconds for seconds in (1, 2, 3)] in lines
     assert [2.01 + 2 / seconds for seconds in (1, 2, 3)] in lines
@@ -393,14 +393,14 @@ def test_models_of_different_sizes_do_not_race(corpus, tmp_path):
 
 
 def test_two_seconds_of_the_real_thing(tmp_path, monkeypatch):
-    """By a clock that gives each update a fiftieth of a second, on any machine."""
+    """With a clock that counts a fiftieth of a second per update, on any machine."""
     clock = itertools.count()
     monkeypatch.setattr("fusecell.demo.train.time", SimpleNamespace(perf_counter=lambda: next(clock) / 50))
     settings = dataclasses.replace(TINY, hidden_size=48)
-    found = run_demo(settings, layers=["fusecell"], seconds=2, output=tmp_path, console=quiet())
-    assert found.five_gram < 2.5 < found.unigram < 5
-    assert found.scores[0].bits < 6
-    assert found.speed_ratio() is None
+    outcome = run_demo(settings, layers=["fusecell"], seconds=2, output=tmp_path, console=quiet())
+    assert outcome.five_gram < 2.5 < outcome.unigram < 5
+    assert outcome.scores[0].bits < 6
+    assert outcome.speed_ratio() is None
     assert not (tmp_path / "torch").exists()
     assert Budget(seconds=2).used(load_checkpoint(load_corpus(), tmp_path / "fusecell")) == 1
 

@@ -27,8 +27,8 @@ CLASS = re.compile(r"^class LeakyCell.*?^        return [^\n]*\n", re.MULTILINE 
 WIDE = 112
 
 
-def cut(text: str) -> str:
-    """Lines no wider than the page."""
+def truncated(text: str) -> str:
+    """Truncate lines to the page's width."""
     lines = (line if len(line) <= WIDE else line[: WIDE - 4] + " ..." for line in text.splitlines())
     return "\n".join(lines) + "\n"
 
@@ -43,7 +43,7 @@ def changes(explained: fc.inspection.explain.Explanation) -> str:
 
 
 def only(text: str, *beginnings: str) -> str:
-    """The lines that begin so, and a mark where others are left out."""
+    """Return the lines with one of these beginnings, and "..." for those left out."""
     lines: list[str] = []
     for line in text.splitlines():
         if line.startswith(beginnings):
@@ -54,7 +54,7 @@ def only(text: str, *beginnings: str) -> str:
 
 
 def between(text: str, *marks: str) -> str:
-    """From the last of ``marks`` but one, each looked for behind the one before, up to the last."""
+    """Return the text from the second to last of ``marks`` to the last, each searched after the one before."""
     start = 0
     for mark in marks[:-1]:
         start = text.index(mark, start)
@@ -97,10 +97,10 @@ def explained() -> Iterator[fc.inspection.explain.Explanation]:
         except ValueError as error:
             pytest.skip(str(error))
         fc.refresh()
-        found = CLASS.search((ROOT / "README.md").read_text(encoding="utf-8"))
-        assert found is not None
+        match = CLASS.search((ROOT / "README.md").read_text(encoding="utf-8"))
+        assert match is not None
         namespace = {"fc": fc, "nn": nn, "torch": torch}
-        exec(found[0], namespace)
+        exec(match[0], namespace)
         result = fc.explain(namespace["LeakyCell"](5, 10))  # type: ignore[operator]
         _ = result.assembly, result.passes
         yield result
@@ -114,7 +114,7 @@ def test_the_page_shows_what_the_compiler_prints(explained: fc.inspection.explai
     def fresh(match: re.Match[str]) -> str:
         if match[2] in ("asm", "explain") and llvm.VERSIONS not in text:
             return match[0]  # another LLVM makes other machine code
-        return match[1] + cut(SECTIONS[match[2]](explained)) + match[4]
+        return match[1] + truncated(SECTIONS[match[2]](explained)) + match[4]
 
     if os.environ.get("UPDATE_DOCS"):
         text = re.sub(r"(?<=<!-- versions: ).*(?= -->)", llvm.VERSIONS, text)
@@ -126,9 +126,9 @@ def test_the_page_shows_what_the_compiler_prints(explained: fc.inspection.explai
 
 def test_the_page_walks_with_the_cell_of_the_readme() -> None:
     classes = [CLASS.search(page.read_text(encoding="utf-8")) for page in (ROOT / "README.md", PAGE)]
-    mine, shown = (found[0] if found else "" for found in classes)
-    assert mine
-    assert mine == shown
+    readme, shown = (match[0] if match else "" for match in classes)
+    assert readme
+    assert readme == shown
 
 
 def test_lines_fit_a_screen() -> None:

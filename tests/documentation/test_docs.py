@@ -21,10 +21,10 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def snippets():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for found in SNIPPET.finditer(text):
-            line = text.count("\n", 0, found.start(1)) + 1
+        for match in SNIPPET.finditer(text):
+            line = text.count("\n", 0, match.start(1)) + 1
             # Lines kept in number, so that a traceback names the page's own.
-            code = "\n" * (line - 1) + found[1]
+            code = "\n" * (line - 1) + match[1]
             yield pytest.param(page, code, id=f"{page.relative_to(ROOT)}:{line}")
 
 
@@ -70,10 +70,10 @@ def test_the_page_of_cells_shows_the_zoo():
     before, start, rest = text.partition("<!-- zoo")
     comment, arrow, rest = rest.partition("-->\n")
     _, end, after = rest.partition("<!-- end of zoo -->")
-    wanted = f"{before}{start}{comment}{arrow}{zoo_table()}\n{end}{after}"
+    expected = f"{before}{start}{comment}{arrow}{zoo_table()}\n{end}{after}"
     if os.environ.get("UPDATE_DOCS"):
-        page.write_text(wanted, encoding="utf-8")
-    assert page.read_text(encoding="utf-8") == wanted, (
+        page.write_text(expected, encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == expected, (
         "docs/cells.md is behind fusecell.CELLS; UPDATE_DOCS=1 rewrites it"
     )
 
@@ -82,7 +82,7 @@ def test_the_design_names_every_module():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     table = text.partition("<!-- tree -->")[2].partition("<!-- end of tree -->")[0]
     named = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
-    assert named == {found.name for found in pkgutil.iter_modules(fc.__path__)}
+    assert named == {module.name for module in pkgutil.iter_modules(fc.__path__)}
 
 
 def test_the_readme_is_short_and_shows_something_by_line_30():

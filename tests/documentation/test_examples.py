@@ -36,9 +36,9 @@ def test_forecasting_beats_its_baselines():
 
 def test_live_pitch_hears_better_than_the_strongest_frequency(tmp_path):
     example = load("live_pitch")
-    found = example.report(example.train(0, updates=120, quiet=True), tmp_path / "voices.wav")
-    assert found["within half a semitone"] > max(0.5, found["the strongest frequency"] + 0.1)
-    assert found["real-time factor"] > 0
+    scores = example.report(example.train(0, updates=120, quiet=True), tmp_path / "voices.wav")
+    assert scores["within half a semitone"] > max(0.5, scores["the strongest frequency"] + 0.1)
+    assert scores["real-time factor"] > 0
 
 
 def test_look_inside_writes_a_page(tmp_path):

@@ -29,12 +29,12 @@ def _eager():
 
 
 def pair(kind, input_size=5, hidden_size=7, **options):
-    ours, torchs, extra = KINDS[kind]
-    made = []
-    for cls in (ours, torchs):
+    cell_class, torch_class, extra = KINDS[kind]
+    cells = []
+    for cls in (cell_class, torch_class):
         torch.manual_seed(3)
-        made.append(cls(input_size, hidden_size, **extra, **options))
-    return made
+        cells.append(cls(input_size, hidden_size, **extra, **options))
+    return cells
 
 
 def tensors(value):
@@ -46,32 +46,32 @@ def state_for(kind, *shape, dtype=torch.float32):
     return values if kind == "lstm" else values[0]
 
 
-def assert_close(found, expected, tolerance):
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
+def assert_close(actual, expected, tolerance):
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
     if expected.numel():
         scale = max(expected.abs().max().item(), 1e-3)
-        assert (found - expected).abs().max().item() <= tolerance * scale
+        assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
 @every_kind
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("with_state", [True, False], ids=["hx", "zeros"])
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (6,)], ids=["unbatched", "N0", "N1", "N6"])
-def test_one_step_and_its_gradients_are_torchs(kind, bias, dtype, given, rows):
-    ours, torchs = pair(kind, bias=bias, dtype=dtype)
+def test_one_step_and_its_gradients_are_torchs(kind, bias, dtype, with_state, rows):
+    drop_in, reference = pair(kind, bias=bias, dtype=dtype)
     torch.manual_seed(0)
     x = torch.randn(*rows, 5, dtype=dtype, requires_grad=True)
-    hx = state_for(kind, *rows, 7, dtype=dtype) if given else None
+    hx = state_for(kind, *rows, 7, dtype=dtype) if with_state else None
     results = []
-    for cell in (ours, torchs):
+    for cell in (drop_in, reference):
         after = tensors(cell(x, hx))
         loss = sum((value * torch.linspace(0.5, 2, 7, dtype=dtype)).sum() for value in after)
-        sources = [x, *(tensors(hx) if given else []), *cell.parameters()]
+        sources = [x, *(tensors(hx) if with_state else []), *cell.parameters()]
         results.append(after + list(torch.autograd.grad(loss, sources)))
-    for found, expected in zip(*results, strict=True):
-        assert_close(found, expected, TOLERANCE[dtype])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, TOLERANCE[dtype])
 
 
 @every_kind
@@ -79,30 +79,30 @@ def test_one_step_and_its_gradients_are_torchs(kind, bias, dtype, given, rows):
 @pytest.mark.parametrize("hidden_size", [16, 48, 64])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_the_eager_loop_is_torchs_to_the_bit(kind, dtype, hidden_size, rows):
-    ours, torchs = pair(kind, 5, hidden_size, dtype=dtype)
+    drop_in, reference = pair(kind, 5, hidden_size, dtype=dtype)
     x = torch.randn(20, rows, 5, dtype=dtype)
     hx, expected = None, []
     for step in x:
-        hx = torchs(step, hx)
+        hx = reference(step, hx)
         expected.append(tensors(hx)[0])
-    outputs, state = fc.Recurrent(ours)(x)
+    outputs, state = fc.Recurrent(drop_in)(x)
     assert torch.equal(outputs, torch.stack(expected))
-    for found, last in zip(tensors(state), tensors(hx), strict=True):
-        assert torch.equal(found, last)
+    for actual, last in zip(tensors(state), tensors(hx), strict=True):
+        assert torch.equal(actual, last)
 
 
 @every_kind
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameters_are_torchs_to_the_bit(kind, bias):
-    ours, torchs = pair(kind, bias=bias)
-    assert list(dict(ours.named_parameters())) == list(dict(torchs.named_parameters()))
-    assert list(ours.state_dict()) == list(torchs.state_dict())
-    for found, expected in zip(ours.parameters(), torchs.parameters(), strict=True):
-        assert torch.equal(found, expected)
-    assert (ours.bias_ih is None) == (not bias)
-    assert repr(ours) == repr(torchs)
-    assert isinstance(ours, type(torchs))
-    assert isinstance(ours, fc.Cell)
+    drop_in, reference = pair(kind, bias=bias)
+    assert list(dict(drop_in.named_parameters())) == list(dict(reference.named_parameters()))
+    assert list(drop_in.state_dict()) == list(reference.state_dict())
+    for actual, expected in zip(drop_in.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+    assert (drop_in.bias_ih is None) == (not bias)
+    assert repr(drop_in) == repr(reference)
+    assert isinstance(drop_in, type(reference))
+    assert isinstance(drop_in, fc.Cell)
 
 
 def test_repr_names_what_is_not_torchs():
@@ -113,18 +113,18 @@ def test_repr_names_what_is_not_torchs():
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_projected_cell_is_the_one_layer_lstm(bias):
     torch.manual_seed(3)
-    ours = fc.LSTMCell(5, 7, bias, dtype=torch.float64, proj_size=3)
+    cell = fc.LSTMCell(5, 7, bias, dtype=torch.float64, proj_size=3)
     torch.manual_seed(3)
     layer = nn.LSTM(5, 7, bias=bias, dtype=torch.float64, proj_size=3)
-    for found, expected in zip(ours.parameters(), layer.parameters(), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(cell.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(actual, expected)
     x, h, c = (torch.randn(2, size, dtype=torch.float64) for size in (5, 3, 7))
     expected, (_, c_n) = layer(x[None], (h[None], c[None]))
-    found = ours(x, (h, c))
-    assert ours.state_sizes == (3, 7)
-    assert ours.output_size == 3
-    assert_close(found[0], expected[0], 1e-12)
-    assert_close(found[1], c_n[0], 1e-12)
+    actual = cell(x, (h, c))
+    assert cell.state_sizes == (3, 7)
+    assert cell.output_size == 3
+    assert_close(actual[0], expected[0], 1e-12)
+    assert_close(actual[1], c_n[0], 1e-12)
 
 
 def test_resetting_parameters_keeps_the_parameter_objects():
@@ -153,19 +153,19 @@ def test_reset_before_the_product_follows_the_original_equation(bias):
 
 @every_kind
 def test_state_dicts_go_both_ways_between_torch_a_cell_and_a_layer(kind):
-    ours, torchs = pair(kind)
+    drop_in, reference = pair(kind)
     extra = KINDS[kind][2]
     layer, torch_layer = LAYERS[kind](5, 7, **extra), LAYERS[kind](5, 7, **extra)
-    torchs.load_state_dict(ours.state_dict())
-    ours.load_state_dict(torchs.state_dict())
-    ours.load_state_dict(layer.state_dict())
-    for name, value in ours.state_dict().items():
+    reference.load_state_dict(drop_in.state_dict())
+    drop_in.load_state_dict(reference.state_dict())
+    drop_in.load_state_dict(layer.state_dict())
+    for name, value in drop_in.state_dict().items():
         assert torch.equal(value, layer.state_dict()[f"{name}_l0"])
     dropped_in = getattr(fc, type(layer).__name__)(5, 7, **extra)
-    dropped_in.load_state_dict(ours.state_dict())
+    dropped_in.load_state_dict(drop_in.state_dict())
     torch_layer.load_state_dict(dropped_in.state_dict())
-    for found, expected in zip(torch_layer.parameters(), layer.parameters(), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(torch_layer.parameters(), layer.parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_layers_state_dict_loads_into_a_cell_inside_a_model():
@@ -199,25 +199,25 @@ def test_strict_loading_still_refuses_unknown_and_missing_keys():
 
 @every_kind
 def test_copies_compute_the_same(kind):
-    ours, _ = pair(kind)
+    cell, _ = pair(kind)
     buffer = io.BytesIO()
-    torch.save(ours, buffer)
+    torch.save(cell, buffer)
     buffer.seek(0)
     x = torch.randn(3, 5)
-    expected = tensors(ours(x))
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(buffer, weights_only=False)):
+    expected = tensors(cell(x))
+    for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell)), torch.load(buffer, weights_only=False)):
         assert all(map(torch.equal, tensors(other(x)), expected))
 
 
 def test_weights_put_in_from_outside_are_seen():
-    ours, torchs = pair("gru")
+    drop_in, reference = pair("gru")
     x, h = torch.randn(3, 5), torch.randn(3, 7)
-    other = {name: torch.randn_like(value) for name, value in torchs.state_dict().items()}
-    assert_close(functional_call(ours, other, (x, h)), functional_call(torchs, other, (x, h)), 1e-6)
-    for cell in (ours, torchs):
+    other = {name: torch.randn_like(value) for name, value in reference.state_dict().items()}
+    assert_close(functional_call(drop_in, other, (x, h)), functional_call(reference, other, (x, h)), 1e-6)
+    for cell in (drop_in, reference):
         nn.utils.parametrizations.weight_norm(cell, "weight_hh")
         cell.parametrizations.weight_hh.original0.data.mul_(2)
-    assert_close(ours(x, h), torchs(x, h), 1e-6)
+    assert_close(drop_in(x, h), reference(x, h), 1e-6)
 
 
 def test_the_new_state_shares_memory_with_nothing():
@@ -234,13 +234,13 @@ def test_the_new_state_shares_memory_with_nothing():
 
 @every_kind
 def test_the_meta_device_gives_shapes(kind):
-    ours, torchs = (cell.to("meta") for cell in pair(kind))
+    drop_in, reference = (cell.to("meta") for cell in pair(kind))
     x = torch.empty(3, 5, device="meta")
-    found, expected = tensors(ours(x)), tensors(torchs(x))
-    assert [value.shape for value in found] == [value.shape for value in expected]
-    assert all(value.device.type == "meta" for value in found)
+    actual, expected = tensors(drop_in(x)), tensors(reference(x))
+    assert [value.shape for value in actual] == [value.shape for value in expected]
+    assert all(value.device.type == "meta" for value in actual)
     with pytest.raises(RuntimeError, match="mat1 and mat2 must have the same dtype, but got Double and Float"):
-        ours(x.double())
+        drop_in(x.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -248,8 +248,8 @@ def test_autocast_computes_in_the_weights_dtype(dtype):
     cell = fc.GRUCell(5, 7)
     x, h = torch.randn(3, 5).to(dtype), torch.randn(3, 7)
     with torch.autocast("cpu", torch.bfloat16):
-        found = cell(x, h)
-    assert torch.equal(found, cell(x.float(), h))
+        actual = cell(x, h)
+    assert torch.equal(actual, cell(x.float(), h))
 
 
 def test_a_cell_of_ones_own_on_top_keeps_its_step():

@@ -33,7 +33,7 @@ def caught(call):
 
 
 def assert_torchs_error(name, call, text):
-    """Both raise the same, and it is the text expected."""
+    """Check that both libraries raise the same error, with this text."""
     expected = caught(lambda: call(getattr(nn, name)))
     assert caught(lambda: call(getattr(fc, name))) == expected
     assert text in expected[1]

@@ -43,12 +43,12 @@ def _eager():
 
 
 def pair(kind, **options):
-    ours, torchs, extra = KINDS[kind]
-    made = []
-    for cls in (ours, torchs):
+    layer_class, torch_class, extra = KINDS[kind]
+    layers = []
+    for cls in (layer_class, torch_class):
         torch.manual_seed(3)
-        made.append(cls(INPUT, HIDDEN, **extra, **options))
-    return made
+        layers.append(cls(INPUT, HIDDEN, **extra, **options))
+    return layers
 
 
 def tensors(value):
@@ -63,12 +63,12 @@ def hidden(layer, *rows, dtype):
     return values if len(values) > 1 else values[0]
 
 
-def assert_close(found, expected, tolerance):
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
+def assert_close(actual, expected, tolerance):
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
     if expected.numel():
         scale = max(expected.abs().max().item(), 1e-3)
-        assert (found - expected).abs().max().item() <= tolerance * scale
+        assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
 def data_of(outputs):
@@ -100,45 +100,45 @@ def given_as(form, x, batch_first):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("with_hx", [True, False], ids=["hx", "zeros"])
 def test_outputs_states_and_gradients_are_torchs(kind, options, dtype, form, training, with_hx):
-    ours, torchs = (layer.to(dtype).train(training) for layer in pair(kind, **options))
+    drop_in, reference = (layer.to(dtype).train(training) for layer in pair(kind, **options))
     rows = () if form == "unbatched" else (ROWS,)
-    shape = (*rows, STEPS) if ours.batch_first else (STEPS, *rows)
+    shape = (*rows, STEPS) if drop_in.batch_first else (STEPS, *rows)
     x = torch.randn(*shape, INPUT, dtype=dtype, requires_grad=True)
-    hx = hidden(ours, *rows, dtype=dtype) if with_hx else None
-    found = run_and_differentiate(ours, x, form, hx)
-    expected = run_and_differentiate(torchs, x, form, hx)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_close(mine, theirs, TOLERANCE[dtype])
+    hx = hidden(drop_in, *rows, dtype=dtype) if with_hx else None
+    results = run_and_differentiate(drop_in, x, form, hx)
+    expected = run_and_differentiate(reference, x, form, hx)
+    for value, expected_value in zip(results, expected, strict=True):
+        assert_close(value, expected_value, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", ["sorted", "unsorted"])
 def test_a_packed_sequence_comes_back_in_its_own_order(form):
-    ours, torchs = pair("gru")
+    drop_in, reference = pair("gru")
     packed = given_as(form, torch.randn(STEPS, ROWS, INPUT), False)
-    for found, expected in zip(ours(packed)[0][1:], torchs(packed)[0][1:], strict=True):
-        assert found is expected or torch.equal(found, expected)
+    for actual, expected in zip(drop_in(packed)[0][1:], reference(packed)[0][1:], strict=True):
+        assert actual is expected or torch.equal(actual, expected)
 
 
 @every_kind
 @every_option
 def test_parameters_attributes_and_repr_are_torchs(kind, options):
-    ours, torchs = pair(kind, **options)
-    assert list(ours.state_dict()) == list(torchs.state_dict())
-    for name, value in torchs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value)
-    assert repr(ours) == repr(torchs)
-    assert isinstance(ours, type(torchs))
+    drop_in, reference = pair(kind, **options)
+    assert list(drop_in.state_dict()) == list(reference.state_dict())
+    for name, value in reference.state_dict().items():
+        assert torch.equal(drop_in.state_dict()[name], value)
+    assert repr(drop_in) == repr(reference)
+    assert isinstance(drop_in, type(reference))
     for name in (*nn.RNNBase.__constants__, "mode", "_flat_weights_names", "_all_weights"):
-        assert getattr(ours, name) == getattr(torchs, name)
-    assert ours.flatten_parameters() is None
-    for mine, theirs in zip(ours.all_weights, torchs.all_weights, strict=True):
-        assert all(map(torch.equal, mine, theirs))
-    assert all(found is value for found, value in zip(ours._flat_weights, ours.parameters(), strict=True))
-    assert [w.dtype for w in ours.half()._flat_weights] == [torch.float16] * len(torchs._flat_weights)
+        assert getattr(drop_in, name) == getattr(reference, name)
+    assert drop_in.flatten_parameters() is None
+    for actual, expected in zip(drop_in.all_weights, reference.all_weights, strict=True):
+        assert all(map(torch.equal, actual, expected))
+    assert all(weight is value for weight, value in zip(drop_in._flat_weights, drop_in.parameters(), strict=True))
+    assert [w.dtype for w in drop_in.half()._flat_weights] == [torch.float16] * len(reference._flat_weights)
     index = torch.tensor([1, 0])
-    hx = hidden(ours, 2, dtype=torch.float32)
-    for mine, theirs in zip(tensors(ours.permute_hidden(hx, index)), tensors(hx), strict=True):
-        assert torch.equal(mine, theirs[:, index])
+    hx = hidden(drop_in, 2, dtype=torch.float32)
+    for actual, expected in zip(tensors(drop_in.permute_hidden(hx, index)), tensors(hx), strict=True):
+        assert torch.equal(actual, expected[:, index])
 
 
 def test_the_original_gru_is_named_and_computed():
@@ -165,13 +165,13 @@ def test_the_original_gru_is_named_and_computed():
 
 def test_leaf_cells_come_bottom_first_with_the_layers_weights():
     layer = fc.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=3)
-    found = layer.eval().leaf_cells()
-    assert [(index, direction) for index, direction, _ in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [repr(cell) for _, _, cell in found] == ["LSTMCell(5, 7, proj_size=3)"] * 2 + [
+    cells = layer.eval().leaf_cells()
+    assert [(index, direction) for index, direction, _ in cells] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [repr(cell) for _, _, cell in cells] == ["LSTMCell(5, 7, proj_size=3)"] * 2 + [
         "LSTMCell(6, 7, proj_size=3)"
     ] * 2
-    assert found[3][2].weight_hr is layer.weight_hr_l1_reverse
-    assert not any(cell.training for _, _, cell in found)
+    assert cells[3][2].weight_hr is layer.weight_hr_l1_reverse
+    assert not any(cell.training for _, _, cell in cells)
     assert [name for name, _ in layer.named_modules()] == [""]
     assert fc.GRU(INPUT, HIDDEN, bias=False).leaf_cells()[0][2].bias_hh is None
 
@@ -220,55 +220,55 @@ def test_lengths_and_resets_are_a_plain_loops(options, batch_first):
     x = torch.randn(STEPS, 5, INPUT, dtype=torch.float64, requires_grad=True)
     hx = hidden(layer, 5, dtype=torch.float64)
     sources = [x, hx, *layer.parameters()]
-    given = x.transpose(0, 1) if batch_first else x
-    outputs, after = layer(given, hx, lengths=lengths, resets=resets.T if batch_first else resets)
+    sequence = x.transpose(0, 1) if batch_first else x
+    outputs, after = layer(sequence, hx, lengths=lengths, resets=resets.T if batch_first else resets)
     outputs = outputs.transpose(0, 1) if batch_first else outputs
-    found = [outputs, after, *torch.autograd.grad(outputs.square().sum() + after.sum(), sources)]
+    results = [outputs, after, *torch.autograd.grad(outputs.square().sum() + after.sum(), sources)]
     outputs, after = loop(layer, x, lengths, resets, hx)
     expected = [outputs, after, *torch.autograd.grad(outputs.square().sum() + after.sum(), sources)]
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_close(mine, theirs, 1e-12)
+    for value, expected_value in zip(results, expected, strict=True):
+        assert_close(value, expected_value, 1e-12)
 
 
 @every_kind
 @every_option
 def test_lengths_are_what_packing_gives(kind, options):
-    ours, torchs = (layer.double().eval() for layer in pair(kind, **options))
+    drop_in, reference = (layer.double().eval() for layer in pair(kind, **options))
     lengths = [4, 1, 6, 3]
-    shape = (ROWS, STEPS) if ours.batch_first else (STEPS, ROWS)
+    shape = (ROWS, STEPS) if drop_in.batch_first else (STEPS, ROWS)
     x = torch.randn(*shape, INPUT, dtype=torch.float64)
-    packed = pack_padded_sequence(x, lengths, ours.batch_first, enforce_sorted=False)
-    expected, states = torchs(packed)
-    expected = nn.utils.rnn.pad_packed_sequence(expected, ours.batch_first)[0]
+    packed = pack_padded_sequence(x, lengths, drop_in.batch_first, enforce_sorted=False)
+    expected, states = reference(packed)
+    expected = nn.utils.rnn.pad_packed_sequence(expected, drop_in.batch_first)[0]
     for form in (lengths, torch.tensor(lengths, dtype=torch.int32)):
-        found, after = ours(x, lengths=form)
-        assert_close(found, expected, 1e-12)
-        for mine, theirs in zip(tensors(after), tensors(states), strict=True):
-            assert_close(mine, theirs, 1e-12)
+        outputs, after = drop_in(x, lengths=form)
+        assert_close(outputs, expected, 1e-12)
+        for last, expected_last in zip(tensors(after), tensors(states), strict=True):
+            assert_close(last, expected_last, 1e-12)
 
 
 def test_an_unbatched_sequence_takes_its_length_and_resets():
     layer = fc.GRU(INPUT, HIDDEN)
     x, resets = torch.randn(STEPS, INPUT), torch.tensor([False, False, True, False, True, False])
-    found, after = layer(x, lengths=[4], resets=resets)
+    outputs, after = layer(x, lengths=[4], resets=resets)
     expected, last = layer(x[2:4])
-    assert torch.equal(found[2:4], expected)
+    assert torch.equal(outputs[2:4], expected)
     assert torch.equal(after, last)
-    assert not found[4:].any()
+    assert not outputs[4:].any()
 
 
 @every_kind
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nothing_sees_what_padding_holds(kind, bad):
-    ours, _ = pair(kind, num_layers=2, bidirectional=True)
+def test_padding_changes_no_result_or_gradient(kind, bad):
+    layer, _ = pair(kind, num_layers=2, bidirectional=True)
     lengths = torch.tensor([4, 0, 6, 3])
     x = torch.randn(STEPS, ROWS, INPUT)
     results = []
     for filler in (0.0, bad):
         padded = torch.where((torch.arange(STEPS)[:, None] < lengths)[..., None], x, filler).requires_grad_()
-        outputs, after = ours(padded, lengths=lengths)
+        outputs, after = layer(padded, lengths=lengths)
         loss = outputs.square().sum() + sum(value.sum() for value in tensors(after))
-        results.append([outputs, *tensors(after), *torch.autograd.grad(loss, [padded, *ours.parameters()])])
+        results.append([outputs, *tensors(after), *torch.autograd.grad(loss, [padded, *layer.parameters()])])
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
 
@@ -279,58 +279,58 @@ def test_nothing_sees_what_padding_holds(kind, bad):
 @every_kind
 @every_option
 def test_no_steps_give_no_outputs_and_the_given_state(kind, options):
-    ours, _ = pair(kind, **options)
-    directions = 2 if ours.bidirectional else 1
-    x = torch.randn(*((ROWS, 0) if ours.batch_first else (0, ROWS)), INPUT)
-    hx = hidden(ours, ROWS, dtype=torch.float32)
-    outputs, after = ours(x, hx)
-    assert outputs.shape == (*x.shape[:2], directions * (ours.proj_size or HIDDEN))
-    for found, given in zip(tensors(after), tensors(hx), strict=True):
-        assert torch.equal(found, given)
-        assert found.data_ptr() != given.data_ptr()
-        assert torch.equal(torch.autograd.grad(found.sum(), given)[0], torch.ones_like(given))
-    assert not any(value.any() for value in tensors(ours(x)[1]))
-    assert ours(torch.randn(0, INPUT))[0].shape == (0, outputs.shape[-1])
+    layer, _ = pair(kind, **options)
+    directions = 2 if layer.bidirectional else 1
+    x = torch.randn(*((ROWS, 0) if layer.batch_first else (0, ROWS)), INPUT)
+    hx = hidden(layer, ROWS, dtype=torch.float32)
+    outputs, after = layer(x, hx)
+    assert outputs.shape == (*x.shape[:2], directions * (layer.proj_size or HIDDEN))
+    for last, initial in zip(tensors(after), tensors(hx), strict=True):
+        assert torch.equal(last, initial)
+        assert last.data_ptr() != initial.data_ptr()
+        assert torch.equal(torch.autograd.grad(last.sum(), initial)[0], torch.ones_like(initial))
+    assert not any(value.any() for value in tensors(layer(x)[1]))
+    assert layer(torch.randn(0, INPUT))[0].shape == (0, outputs.shape[-1])
 
 
 @every_kind
 @every_option
 def test_no_rows_are_no_trouble(kind, options):
-    ours, torchs = pair(kind, **options)
-    x = torch.randn(*((0, STEPS) if ours.batch_first else (STEPS, 0)), INPUT)
-    found, expected = ours(x), torchs(x)
-    assert found[0].shape == expected[0].shape
-    assert [value.shape for value in tensors(found[1])] == [value.shape for value in tensors(expected[1])]
-    found[0].sum().backward()
-    assert all(not value.grad.any() for value in ours.parameters())
+    drop_in, reference = pair(kind, **options)
+    x = torch.randn(*((0, STEPS) if drop_in.batch_first else (STEPS, 0)), INPUT)
+    actual, expected = drop_in(x), reference(x)
+    assert actual[0].shape == expected[0].shape
+    assert [value.shape for value in tensors(actual[1])] == [value.shape for value in tensors(expected[1])]
+    actual[0].sum().backward()
+    assert all(not value.grad.any() for value in drop_in.parameters())
 
 
 @every_kind
 @pytest.mark.parametrize("form", ["padded", "unsorted"])
 def test_results_share_memory_with_nothing(kind, form):
-    ours, _ = pair(kind, num_layers=2)
+    layer, _ = pair(kind, num_layers=2)
     x = torch.randn(STEPS, ROWS, INPUT)
-    given, hx = given_as(form, x, False), hidden(ours, ROWS, dtype=torch.float32)
-    before = [value.clone() for value in (data_of(given), *tensors(hx))]
-    parameters = list(ours.parameters())
-    expected = torch.autograd.grad(data_of(ours(given, hx)[0]).sum(), parameters)
-    outputs, after = ours(given, hx)
+    sequence, hx = given_as(form, x, False), hidden(layer, ROWS, dtype=torch.float32)
+    before = [value.clone() for value in (data_of(sequence), *tensors(hx))]
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad(data_of(layer(sequence, hx)[0]).sum(), parameters)
+    outputs, after = layer(sequence, hx)
     loss = data_of(outputs).sum()
     for value in (data_of(outputs), *tensors(after)):
         value.detach().fill_(3)
     assert all(map(torch.equal, torch.autograd.grad(loss, parameters), expected))
-    assert all(map(torch.equal, (data_of(given), *tensors(hx)), before))
+    assert all(map(torch.equal, (data_of(sequence), *tensors(hx)), before))
 
 
 @every_kind
 @pytest.mark.parametrize("form", ["padded", "unbatched"])
 def test_the_meta_device_gives_shapes(kind, form):
-    ours, torchs = (layer.to("meta") for layer in pair(kind, num_layers=2, bidirectional=True))
+    drop_in, reference = (layer.to("meta") for layer in pair(kind, num_layers=2, bidirectional=True))
     x = torch.empty(*((STEPS, ROWS) if form == "padded" else (STEPS,)), INPUT, device="meta")
-    found, expected = ours(x), torchs(x)
-    assert found[0].device.type == "meta"
-    assert found[0].shape == expected[0].shape
-    assert [value.shape for value in tensors(found[1])] == [value.shape for value in tensors(expected[1])]
+    actual, expected = drop_in(x), reference(x)
+    assert actual[0].device.type == "meta"
+    assert actual[0].shape == expected[0].shape
+    assert [value.shape for value in tensors(actual[1])] == [value.shape for value in tensors(expected[1])]
 
 
 @pytest.mark.parametrize(
@@ -355,15 +355,15 @@ def test_the_meta_device_takes_what_torch_has_not(options, data):
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_autocast_computes_in_the_weights_dtype(kind, dtype):
-    ours, _ = pair(kind, num_layers=2, bidirectional=True)
+    layer, _ = pair(kind, num_layers=2, bidirectional=True)
     x = torch.randn(STEPS, ROWS, INPUT).to(dtype)
-    for given in (x, pack_padded_sequence(x, [6, 4, 4, 1])):
+    for sequence in (x, pack_padded_sequence(x, [6, 4, 4, 1])):
         with torch.autocast("cpu", torch.bfloat16):
-            found = data_of(ours(given, hidden(ours, ROWS, dtype=dtype))[0])
-        assert found.dtype == torch.float32
+            outputs = data_of(layer(sequence, hidden(layer, ROWS, dtype=dtype))[0])
+        assert outputs.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        found = ours(x)[0]
-    assert torch.equal(found, ours(x.float())[0])
+        outputs = layer(x)[0]
+    assert torch.equal(outputs, layer(x.float())[0])
 
 
 # Weights: where they come from, and that nothing keeps them
@@ -372,15 +372,15 @@ def test_autocast_computes_in_the_weights_dtype(kind, dtype):
 @every_kind
 @every_option
 def test_state_dicts_go_both_ways(kind, options):
-    ours, torchs = pair(kind, **options)
-    for value in torchs.parameters():
+    drop_in, reference = pair(kind, **options)
+    for value in reference.parameters():
         nn.init.normal_(value)
-    ours.load_state_dict(torchs.state_dict())
-    assert all(map(torch.equal, ours.parameters(), torchs.parameters()))
-    for value in ours.parameters():
+    drop_in.load_state_dict(reference.state_dict())
+    assert all(map(torch.equal, drop_in.parameters(), reference.parameters()))
+    for value in drop_in.parameters():
         nn.init.normal_(value)
-    torchs.load_state_dict(ours.state_dict())
-    assert all(map(torch.equal, ours.parameters(), torchs.parameters()))
+    reference.load_state_dict(drop_in.state_dict())
+    assert all(map(torch.equal, drop_in.parameters(), reference.parameters()))
 
 
 def test_a_cells_state_dict_loads_into_a_one_layer_layer_only():
@@ -400,21 +400,21 @@ def test_a_cells_state_dict_loads_into_a_one_layer_layer_only():
 @every_kind
 def test_weights_put_in_from_outside_are_seen(kind):
     # In float64: with weights as large as these torch's own float32 is further from it than 1e-6.
-    ours, torchs = (layer.double() for layer in pair(kind, num_layers=2))
+    drop_in, reference = (layer.double() for layer in pair(kind, num_layers=2))
     x = torch.randn(STEPS, ROWS, INPUT, dtype=torch.float64)
-    other = {name: torch.randn_like(value) for name, value in torchs.state_dict().items()}
-    assert_close(functional_call(ours, other, (x,))[0], functional_call(torchs, other, (x,))[0], 1e-12)
-    assert_close(ours(x)[0], torchs(x)[0], 1e-12)
-    for layer in (ours, torchs):
+    other = {name: torch.randn_like(value) for name, value in reference.state_dict().items()}
+    assert_close(functional_call(drop_in, other, (x,))[0], functional_call(reference, other, (x,))[0], 1e-12)
+    assert_close(drop_in(x)[0], reference(x)[0], 1e-12)
+    for layer in (drop_in, reference):
         layer.weight_hh_l1.data.copy_(other["weight_hh_l1"])
         nn.utils.parametrizations.weight_norm(layer, "weight_ih_l0")
         layer.parametrizations.weight_ih_l0.original0.data.mul_(2)
-    assert_close(ours(x)[0], torchs(x)[0], 1e-12)
-    found, expected = (
+    assert_close(drop_in(x)[0], reference(x)[0], 1e-12)
+    actual, expected = (
         torch.autograd.grad(layer(x)[0].sum(), layer.parametrizations.weight_ih_l0.original1)[0]
-        for layer in (ours, torchs)
+        for layer in (drop_in, reference)
     )
-    assert_close(found, expected, 1e-12)
+    assert_close(actual, expected, 1e-12)
 
 
 def test_a_replicas_plain_tensors_are_its_weights():
@@ -442,19 +442,19 @@ def test_nothing_keeps_a_weight_after_the_call():
 
 
 @every_kind
-def test_copies_compute_the_same_and_are_apart(kind):
-    ours, _ = pair(kind, num_layers=2, bidirectional=True)
+def test_copies_compute_the_same_and_are_independent(kind):
+    layer, _ = pair(kind, num_layers=2, bidirectional=True)
     x = torch.randn(STEPS, ROWS, INPUT)
-    expected = ours(x)[0]
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+    expected = layer(x)[0]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x)[0], expected)
-        assert all(found is value for found, value in zip(other._flat_weights, other.parameters(), strict=True))
+        assert all(weight is value for weight, value in zip(other._flat_weights, other.parameters(), strict=True))
         other.weight_hh_l0.data.zero_()
         assert not torch.equal(other(x)[0], expected)
-        assert torch.equal(ours(x)[0], expected)
+        assert torch.equal(layer(x)[0], expected)
 
 
-def test_threads_do_not_meet():
+def test_threads_calling_one_layer_are_independent():
     layer = fc.LSTM(INPUT, HIDDEN, 2)
     inputs = [torch.randn(STEPS, 1 + index % 3, INPUT) for index in range(12)]
     with torch.no_grad():
@@ -474,20 +474,20 @@ def test_threads_do_not_meet():
 def test_vmap_maps_over_a_batch_of_batches():
     layer = fc.GRU(INPUT, HIDDEN, 2)
     x = torch.randn(3, STEPS, ROWS, INPUT)
-    found = torch.func.vmap(lambda each: layer(each)[0])(x)
-    assert_close(found, torch.stack([layer(each)[0] for each in x]), 1e-6)
+    mapped = torch.func.vmap(lambda each: layer(each)[0])(x)
+    assert_close(mapped, torch.stack([layer(each)[0] for each in x]), 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first jvp
 def test_forward_mode_and_double_backward_agree_with_torchs_backward():
-    ours, torchs = (layer.double() for layer in pair("gru"))
+    drop_in, reference = (layer.double() for layer in pair("gru"))
     x, v = torch.randn(2, STEPS, ROWS, INPUT, dtype=torch.float64)
-    _, tangent = torch.func.jvp(lambda value: ours(value)[0], (x,), (v,))
+    _, tangent = torch.func.jvp(lambda value: drop_in(value)[0], (x,), (v,))
     weight = torch.randn(STEPS, ROWS, HIDDEN, dtype=torch.float64)
-    gradient = torch.func.grad(lambda value: (torchs(value)[0] * weight).sum())(x)
+    gradient = torch.func.grad(lambda value: (reference(value)[0] * weight).sum())(x)
     assert (tangent * weight).sum().item() == pytest.approx((gradient * v).sum().item(), rel=1e-10)
     second = []
-    for layer in (ours, torchs):
+    for layer in (drop_in, reference):
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(layer(leaf)[0].square().sum(), leaf, create_graph=True)
         second.append(torch.autograd.grad(first.square().sum(), leaf)[0])

@@ -1,4 +1,4 @@
-"""What torch builds around modules: the same numbers as without, or as with torch.nn's layers."""
+"""Torch's machinery around modules gives the same numbers as without it, or as with torch.nn's layers."""
 
 from __future__ import annotations
 
@@ -43,48 +43,48 @@ def x():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(x, use_reentrant):
-    made = model()
-    loss_of(made, x).backward()
-    expected = [parameter.grad.clone() for parameter in made.parameters()]
-    made.zero_grad()
+    net = model()
+    loss_of(net, x).backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
     leaf = x.clone().requires_grad_()
-    y = checkpoint(lambda x: made["rnn"](x)[0], leaf, use_reentrant=use_reentrant)
-    made["out"](y).square().mean().backward()
-    for parameter, value in zip(made.parameters(), expected, strict=True):
+    y = checkpoint(lambda x: net["rnn"](x)[0], leaf, use_reentrant=use_reentrant)
+    net["out"](y).square().mean().backward()
+    for parameter, value in zip(net.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, value)
 
 
 def test_training_with_clipping_is_torchs(x):
-    for mine, theirs in zip(trained(model(), x), trained(model(nn.GRU), x), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(trained(model(), x), trained(model(nn.GRU), x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_averaged_models(x):
     averages = []
     for layer in (fc.GRU, nn.GRU):
-        made = model(layer)
-        average = AveragedModel(made)
-        optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+        net = model(layer)
+        average = AveragedModel(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            loss_of(made, x).backward()
+            loss_of(net, x).backward()
             optimizer.step()
-            average.update_parameters(made)
+            average.update_parameters(net)
         with torch.no_grad():
             averages.append(loss_of(average.module, x))
-            assert averages[-1] != loss_of(made, x)
+            assert averages[-1] != loss_of(net, x)
     torch.testing.assert_close(*averages)
 
 
 def test_functional_calls(x):
-    made = model()
-    other = {name: 2 * value.detach() for name, value in made["rnn"].named_parameters()}
-    found = torch.func.functional_call(made["rnn"], other, (x,))[0]
-    swapped = copy.deepcopy(made["rnn"])
+    net = model()
+    other = {name: 2 * value.detach() for name, value in net["rnn"].named_parameters()}
+    output = torch.func.functional_call(net["rnn"], other, (x,))[0]
+    swapped = copy.deepcopy(net["rnn"])
     swapped.load_state_dict(other)
-    assert torch.equal(found, swapped(x)[0])
+    assert torch.equal(output, swapped(x)[0])
     leaves = {name: value.clone().requires_grad_() for name, value in other.items()}
-    torch.func.functional_call(made["rnn"], leaves, (x,))[0].sum().backward()
+    torch.func.functional_call(net["rnn"], leaves, (x,))[0].sum().backward()
     swapped(x)[0].sum().backward()
     for name, parameter in swapped.named_parameters():
         assert torch.equal(leaves[name].grad, parameter.grad)
@@ -92,24 +92,24 @@ def test_functional_calls(x):
 
 def test_autocast(x):
     """The recurrence computes in its weights' dtype; what is around it may not."""
-    made = model()
+    net = model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = made["rnn"](x)[0]
-        narrow = made["rnn"](x.bfloat16())[0]
-        loss = loss_of(made, x)
+        inside = net["rnn"](x)[0]
+        narrow = net["rnn"](x.bfloat16())[0]
+        loss = loss_of(net, x)
     assert inside.dtype is torch.float32
-    assert torch.equal(inside, made["rnn"](x)[0])
-    assert torch.equal(narrow, made["rnn"](x.bfloat16().float())[0])
+    assert torch.equal(inside, net["rnn"](x)[0])
+    assert torch.equal(narrow, net["rnn"](x.bfloat16().float())[0])
     loss.backward()
-    assert all(parameter.grad.dtype is torch.float32 for parameter in made.parameters())
+    assert all(parameter.grad.dtype is torch.float32 for parameter in net.parameters())
 
 
 def test_a_copy_made_during_training_learns_alone(x):
-    made = model()
-    trained(made, x)
-    other = copy.deepcopy(made)
+    net = model()
+    trained(net, x)
+    other = copy.deepcopy(net)
     before = [parameter.detach().clone() for parameter in other.parameters()]
-    again = trained(made, x)
+    again = trained(net, x)
     assert all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))
     assert all(torch.equal(p, q) for p, q in zip(trained(other, x), again, strict=True))
 
@@ -125,15 +125,15 @@ def test_a_copy_made_during_training_learns_alone(x):
 )
 def test_parametrizations(x, kind, layer, runner):
     fc.refresh()  # the first that is traced of its class holds a weight that is no leaf
-    found = []
-    for made, name in ((model(), "auto"), (model(layer), runner)):
-        made.double()
+    parameters = []
+    for net, name in ((model(), "auto"), (model(layer), runner)):
+        net.double()
         torch.manual_seed(2)
-        getattr(parametrizations, kind)(made["rnn"], "weight_hh_l0")
+        getattr(parametrizations, kind)(net["rnn"], "weight_hh_l0")
         with fc.runner(name):
-            found.append(trained(made, x.double()))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+            parameters.append(trained(net, x.double()))
+    for actual, expected in zip(*parameters, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
     plain = model().double()
     loss_of(plain, x.double()).backward()
     assert all(parameter.grad is not None for parameter in plain.parameters())
@@ -148,10 +148,10 @@ def test_in_a_sequential(x):
     torch.manual_seed(3)
     chain = nn.Sequential(nn.Linear(5, 5), fc.LSTM(5, 9), Last(), nn.ReLU(), nn.Linear(9, 1))
     torch.manual_seed(3)
-    theirs = nn.Sequential(nn.Linear(5, 5), nn.LSTM(5, 9), Last(), nn.ReLU(), nn.Linear(9, 1))
-    for each in (chain, theirs):
+    reference = nn.Sequential(nn.Linear(5, 5), nn.LSTM(5, 9), Last(), nn.ReLU(), nn.Linear(9, 1))
+    for each in (chain, reference):
         each(x).sum().backward()
-    for p, q in zip(chain.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(chain.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 
 
@@ -194,7 +194,7 @@ def test_two_processes_train_as_one(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     for command, name in ((run, "two.pt"), ([sys.executable, str(script)], "one.pt")):
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, str(tmp_path / name)],
             check=False,
             env=environment,
@@ -202,7 +202,7 @@ def test_two_processes_train_as_one(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
     two, one = (torch.load(tmp_path / name) for name in ("two.pt", "one.pt"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-11, atol=1e-13)

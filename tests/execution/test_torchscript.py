@@ -54,11 +54,11 @@ def test_a_trace_is_that_of_torchs_layer(kind, ran):
         layer(x)
     traced = torch.jit.trace(layer, x)
     assert ops(traced) == ops(torch.jit.trace(twin, x))
-    for mine, theirs in zip(flat(traced(other)), flat(twin(other)), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(flat(traced(other)), flat(twin(other)), strict=True):
+        assert torch.equal(actual, expected)
     # The layer itself runs on as it was.
-    for mine, theirs in zip(flat(layer(other)), flat(twin(other)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(flat(layer(other)), flat(twin(other)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trace_takes_a_state_and_a_model_around_it():
@@ -74,8 +74,8 @@ def test_a_trace_takes_a_state_and_a_model_around_it():
     torch.manual_seed(1)
     model = Model()
     traced = torch.jit.trace(model, (torch.randn(7, 4, 5), torch.randn(1, 4, 8), torch.randn(1, 4, 8)))
-    given = torch.randn(3, 2, 5), torch.randn(1, 2, 8), torch.randn(1, 2, 8)
-    torch.testing.assert_close(traced(*given), model(*given), rtol=1e-4, atol=1e-5)
+    arguments = torch.randn(3, 2, 5), torch.randn(1, 2, 8), torch.randn(1, 2, 8)
+    torch.testing.assert_close(traced(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
 
 
 class Leaky(fc.Cell):
@@ -119,15 +119,15 @@ def test_what_a_trace_cannot_hold_is_a_sentence(kind, runner):
 
 
 def test_a_cell_is_compiled_in_the_middle_of_a_trace():
-    """Torch's trace records nothing of ours, in which sizes are numbers."""
-    found = []
+    """Torch's trace records nothing of the compiler's trace."""
+    traces = []
 
     def function(value):
-        found.append(trace(Leaky(5, 5), [(5,)], torch.float32, gradients=True))
+        traces.append(trace(Leaky(5, 5), [(5,)], torch.float32, gradients=True))
         return value + 1
 
     traced = torch.jit.trace(function, torch.randn(1, 5), check_trace=False)
-    assert isinstance(found[0], Traced)
+    assert isinstance(traces[0], Traced)
     assert [kind for kind in ops(traced) if kind != "prim::Constant"] == ["aten::add"]
 
 
@@ -144,11 +144,11 @@ def test_scripts_are_refused_with_a_sentence(make):
 def test_the_older_onnx_exporter_writes_torchs_layer(make, tmp_path):
     """It hands over every argument by position, None where there is none."""
     torch.manual_seed(2)
-    mine = make(fc).eval()
-    theirs = copy.deepcopy(mine)
-    fc.replace(theirs, back=True)
+    drop_in = make(fc).eval()
+    reference = copy.deepcopy(drop_in)
+    fc.replace(reference, back=True)
     files = []
-    for model in (mine, theirs):
+    for model in (drop_in, reference):
         path = tmp_path / "model.onnx"
         torch.onnx.export(model, (torch.randn(7, 4, 5),), str(path), dynamo=False)
         files.append(path.read_bytes())

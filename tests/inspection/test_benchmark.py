@@ -24,24 +24,24 @@ from fusecell.inspection.benchmark import measure
     ],
     ids=["gru", "lstm", "recurrent", "reset-before", "mgu"],
 )
-def test_who_is_measured(make, names, training):
+def test_which_implementations_are_measured(make, names, training):
     layer = make()
-    found = measure(layer, 7, 3, training=training, seconds=0.0)
-    assert set(found.seconds) == names
-    assert all(seconds > 0 for seconds in found.seconds.values())
-    assert found.flops == 2 * fc.summary(layer, 7, 3).macs * (3 if training else 1)
-    assert found.share == found.flops / found.seconds["fusecell"] / found.peak
-    assert f"{found.share:.0%} of the" in str(found)
+    speed = measure(layer, 7, 3, training=training, seconds=0.0)
+    assert set(speed.seconds) == names
+    assert all(seconds > 0 for seconds in speed.seconds.values())
+    assert speed.flops == 2 * fc.summary(layer, 7, 3).macs * (3 if training else 1)
+    assert speed.share == speed.flops / speed.seconds["fusecell"] / speed.peak
+    assert f"{speed.share:.0%} of the" in str(speed)
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-def test_a_layer_that_is_none():
+def test_a_module_that_is_no_layer_is_refused():
     with pytest.raises(TypeError):
         measure(nn.Linear(3, 3), 7, 3)
 
 
 def python_calls(call):
-    """How many functions Python calls, its own and others' such as torch's operators."""
+    """Count the calls of Python and C functions, torch's operators included."""
     events = []
     sys.setprofile(lambda frame, event, value: events.append(event))
     try:
@@ -53,7 +53,7 @@ def python_calls(call):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_long_sequence_takes_no_more_python_than_a_short_one(training):
-    """Compiled, where the loop takes so much for each step."""
+    """Compiled, the number of Python calls doesn't depend on the steps; in the loop it does."""
     layer, counts = fc.GRU(16, 32), {}
     for name in ("compiled", "eager"):
         for steps in (20, 200):

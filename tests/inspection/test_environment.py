@@ -1,4 +1,4 @@
-"""What is in force: fusecell's own configuration, and which tests the check mode runs."""
+"""``show_config``, and the tests that the check mode runs."""
 
 import platform
 from pathlib import Path
@@ -12,22 +12,22 @@ from tests import check_mode
 from tests.check_mode import RUN_NO_KERNELS
 
 
-def test_it_says_what_is_in_force(monkeypatch):
+def test_show_config_reports_the_active_settings(monkeypatch):
     monkeypatch.setenv("FUSECELL_TARGET", "x86-64-v2")
     with fc.runner("eager"):
-        found = fc.show_config()
-    assert found.fusecell == fc.__version__
-    assert found.torch == torch.__version__
-    assert platform.python_version() in found.python
-    assert found.target.startswith("x86-64-v2")
-    assert "FUSECELL_TARGET=x86-64-v2" in found.target
-    assert found.vectors == "128 bits, 16 registers, no FMA"
-    assert found.denormals == "count as zero inside kernels"
-    assert found.threads.startswith(f"{torch.get_num_threads()} of ")
-    assert found.runner == "eager"
+        config = fc.show_config()
+    assert config.fusecell == fc.__version__
+    assert config.torch == torch.__version__
+    assert platform.python_version() in config.python
+    assert config.target.startswith("x86-64-v2")
+    assert "FUSECELL_TARGET=x86-64-v2" in config.target
+    assert config.vectors == "128 bits, 16 registers, no FMA"
+    assert config.denormals == "count as zero inside kernels"
+    assert config.threads.startswith(f"{torch.get_num_threads()} of ")
+    assert config.runner == "eager"
 
 
-def test_it_prints_a_line_for_each(monkeypatch):
+def test_show_config_prints_a_line_per_setting(monkeypatch):
     monkeypatch.delenv("FUSECELL_TARGET", raising=False)
     text = str(fc.show_config())
     assert llvm.host().cpu in text

@@ -1,4 +1,4 @@
-"""``explain`` says what a call does, and a call does what it says."""
+"""``explain`` agrees with what a call does."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Branches(fc.Cell):
 
 
 def test_every_zoo_cell_is_compiled(zoo_cell):
-    found = fc.explain(fc.Recurrent(zoo_cell.make(5, 8)))
-    assert (found.runner, found.training_runner, found.reasons) == ("compiled", "compiled", ())
+    explanation = fc.explain(fc.Recurrent(zoo_cell.make(5, 8)))
+    assert (explanation.runner, explanation.training_runner, explanation.reasons) == ("compiled", "compiled", ())
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_every_zoo_cell_is_compiled(zoo_cell):
     ids=lambda module: type(module).__name__,
 )
 def test_layers_are_walked_to_their_cells(module):
-    found = fc.explain(module)
-    assert found.runner == "compiled"
-    assert "in the loop" in str(found)
-    assert "FLOPs" in str(found)
-    assert "kept for the backward" in str(found)
+    explanation = fc.explain(module)
+    assert explanation.runner == "compiled"
+    assert "in the loop" in str(explanation)
+    assert "FLOPs" in str(explanation)
+    assert "with gradients, the forward also saves" in str(explanation)
 
 
 def test_the_input_product_leaves_the_loop():
@@ -47,14 +47,14 @@ def test_the_input_product_leaves_the_loop():
     assert all(f"{gate}.input" in before for gate in "rzn")
     assert ".input" not in inside
     assert all(f" {gate}," in inside for gate in ("r", "z", "n"))
-    assert "kept for the backward: h, r, z, n.hidden, n; 320 bytes a row and step" in backward
+    assert ", the forward also saves h, r, z, n.hidden, n: 320 bytes per row and step" in backward
     assert "summed over all rows and steps: weight_ih, bias_ih, weight_hh, bias_hh" in backward
 
 
 def test_the_figures_of_a_plain_gru():
     text = str(fc.explain(fc.GRUCell(64, 128)))
     flops = 2 * 3 * 128 * (64 + 128)
-    assert f"{flops:,} FLOPs of products a row and step" in text
+    assert f"{flops:,} FLOPs in matrix products per row and step" in text
     assert f"{4 * (3 * 128 * (64 + 128) + 6 * 128):,} bytes of weights" in text
 
 
@@ -80,7 +80,7 @@ class Attending(fc.Cell):
 
 def test_several_inputs_need_their_widths():
     layer = fc.Recurrent(Attending(5, 10, 3))
-    with pytest.raises(ValueError, match=r"Attending is given 2 inputs \(x, context\), .*input_sizes"):
+    with pytest.raises(ValueError, match=r"Attending takes 2 inputs \(x, context\), .*input_sizes"):
         fc.explain(layer)
     with pytest.raises(ValueError, match="got 1 input_sizes"):
         fc.explain(layer, input_sizes=(5,))
@@ -88,18 +88,18 @@ def test_several_inputs_need_their_widths():
 
 
 def test_reasons_carry_the_users_line():
-    found = fc.explain(fc.Recurrent(fc.Stack(fc.GRUCell(4, 4), Branches(4, 4))))
-    assert found.runner == "eager"
-    assert any("if h.sum() > 0" in reason for reason in found.reasons)
+    explanation = fc.explain(fc.Recurrent(fc.Stack(fc.GRUCell(4, 4), Branches(4, 4))))
+    assert explanation.runner == "eager"
+    assert any("if h.sum() > 0" in reason for reason in explanation.reasons)
     with torch.no_grad(), fc.runner("compiled"), pytest.raises(fc.NotCompilable):
         fc.scan(Branches(4, 4), torch.randn(2, 3, 4))
 
 
-def test_the_runner_in_force_is_said():
+def test_the_eager_runner_is_reported():
     with fc.runner("eager"):
-        found = fc.explain(fc.GRU(5, 10))
-    assert found.runner == found.training_runner == "eager"
-    assert found.reasons == ("The eager runner is in force.",)
+        explanation = fc.explain(fc.GRU(5, 10))
+    assert explanation.runner == explanation.training_runner == "eager"
+    assert explanation.reasons == ("The eager runner is in force.",)
 
 
 def test_no_cell_is_an_error():

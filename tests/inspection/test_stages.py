@@ -1,4 +1,4 @@
-"""What every stage of the compiler made of a cell can be seen, in Python and with FUSECELL_DEBUG."""
+"""The stages of the compiler are shown in Python and by FUSECELL_DEBUG."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def test_several_cells_have_their_stages_each() -> None:
             getattr(explained, name)
 
 
-def test_what_is_eager_has_no_stages_but_reasons() -> None:
+def test_an_eager_cell_has_reasons_instead_of_stages() -> None:
     explained = fc.explain(Branches(4, 4))
     for name in ("graph", "passes", "plan", "llvm", "assembly", "joint", "forward", "backward"):
         with pytest.raises(fc.NotCompilable, match=r"if h\.sum"):
             getattr(explained, name)
     frozen = fc.GRUCell(5, 10).requires_grad_(False)
-    with pytest.raises(fc.NotCompilable, match="No parameter wants a gradient"):
+    with pytest.raises(fc.NotCompilable, match="No parameter requires a gradient"):
         _ = fc.explain(frozen).backward
     assert "z.input" in fc.explain(frozen).plan
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_by_its_word(stage: str) -> None:
+def test_stage_by_name(stage: str) -> None:
     (cell,) = fc.explain(fc.cells.LeakyCell(3, 5)).cells
     text = cell.stage(stage)
     assert text.startswith("==== LeakyCell(3, 5) ====\n")

@@ -39,7 +39,7 @@ SHARED = fc.Recurrent(fc.GRUCell(4, 4))
         (nn.Linear(3, 4), 0),
     ],
 )
-def test_cells_are_counted_wherever_they_stand(module, per_step):
+def test_cells_are_counted_in_any_module(module, per_step):
     assert fc.count_cells(module, 35) == 35 * per_step
 
 
@@ -193,7 +193,7 @@ def test_errors_say_what_to_do():
         fc.summary(fc.Sequential(nn.ReLU()), 5)
 
 
-def test_what_training_keeps():
+def test_saved_bytes_of_training():
     """A GRU keeps five numbers per unit, in whole vectors; recomputing keeps its state alone."""
     layer = fc.Recurrent(fc.GRUCell(13, 31)).double()
     assert fc.summary(layer, 7, 3).saved == 7 * 3 * 5 * 32 * 8

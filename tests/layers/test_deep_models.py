@@ -26,15 +26,15 @@ def loop_of(parts, skip, residual):
 
     def loop(x, state):
         h0, h1, c1, h2 = state
-        found = []
+        outputs = []
         for x_t in x:
             h0 = gru(x_t, h0)
             below = torch.cat((h0, x_t), -1) if skip else h0
             h1, c1 = lstm(below, (h1, c1))
             y1 = h1 + h0 if residual else h1
             h2 = leaky(torch.cat((h1, x_t), -1) if skip else y1, h2)
-            found.append(torch.cat((h0, h1, h2), -1) if skip else h2)
-        return torch.stack(found), (h0, h1, c1, h2)
+            outputs.append(torch.cat((h0, h1, h2), -1) if skip else h2)
+        return torch.stack(outputs), (h0, h1, c1, h2)
 
     return loop
 
@@ -81,7 +81,7 @@ def test_errors():
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked_output", ["hold", "zero"])
 def test_residuals_under_a_mask(x, masked_output, reverse):
-    """Layer by layer, as all cells step by step; what is masked is never seen, the skipped input neither."""
+    """Running layer by layer equals running all cells step by step; masked inputs are never read."""
     stack = fc.Stack(fc.GRUCell(4, 4), fc.LSTMCell(4, 4), residual=True).double()
     mask = torch.rand(T, N) < 0.5
     mask[:2, 0] = False

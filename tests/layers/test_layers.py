@@ -72,21 +72,21 @@ def test_residual_gradients_never_see_padding():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_dropout_masks_are_those_of_torch(packed: bool, bias: bool):
-    theirs = nn.GRU(3, 5, num_layers=3, dropout=0.4, bias=bias, dtype=torch.float64)
+    reference = nn.GRU(3, 5, num_layers=3, dropout=0.4, bias=bias, dtype=torch.float64)
     cells = [fc.GRUCell(3 if layer == 0 else 5, 5, bias=bias, dtype=torch.float64) for layer in range(3)]
     stack = fc.Stack(*cells, dropout=0.4)
     for layer, cell in enumerate(cells):
-        cell.load_state_dict({n: getattr(theirs, f"{n}_l{layer}") for n in cell.state_dict()})
+        cell.load_state_dict({n: getattr(reference, f"{n}_l{layer}") for n in cell.state_dict()})
     x = nn.utils.rnn.pack_sequence([torch.randn(n, 3).double() for n in (4, 6, 1)], enforce_sorted=False)
     if not packed:
         x = torch.randn(6, 3, 3).double()
     torch.manual_seed(9)
-    expected, last = theirs(x)
+    expected, last = reference(x)
     torch.manual_seed(9)
     y, after = fc.scan(stack, x)
     close(y.data if packed else y, expected.data if packed else expected)
     close(torch.stack(after), last)
-    close(fc.scan(stack.eval(), x)[1][2], theirs.eval()(x)[1][2])
+    close(fc.scan(stack.eval(), x)[1][2], reference.eval()(x)[1][2])
 
 
 def test_what_a_stack_refuses():
@@ -129,17 +129,17 @@ def test_both_directions_side_by_side_in_input_time(batch_first: bool):
 
 
 def test_bidirectional_is_torch_nn_gru():
-    theirs = nn.GRU(3, 4, bidirectional=True, dtype=torch.float64)
+    reference = nn.GRU(3, 4, bidirectional=True, dtype=torch.float64)
     cells = [fc.GRUCell(3, 4, dtype=torch.float64) for _ in range(2)]
     for cell, suffix in zip(cells, ("", "_reverse"), strict=True):
-        cell.load_state_dict({n: getattr(theirs, f"{n}_l0{suffix}") for n in cell.state_dict()})
+        cell.load_state_dict({n: getattr(reference, f"{n}_l0{suffix}") for n in cell.state_dict()})
     both = fc.Bidirectional(*(fc.Recurrent(cell) for cell in cells))
     for x in (
         torch.randn(5, 2, 3).double(),
         nn.utils.rnn.pack_sequence([torch.randn(n, 3).double() for n in (2, 6, 4)], enforce_sorted=False),
     ):
         y, state = both(x)
-        expected, last = theirs(x)
+        expected, last = reference(x)
         close(getattr(y, "data", y), getattr(expected, "data", expected))
         close(torch.stack(state), last)
 
@@ -208,22 +208,22 @@ def test_detach_keeps_the_form_and_cuts_the_history():
     pair = namedtuple("pair", "h c")
     h = torch.randn(2, 3, requires_grad=True) * 2
     state = {"a": [h, None], "b": pair(h, (h,))}
-    cut = fc.detach(state)
-    assert isinstance(cut["b"], pair)
-    assert isinstance(cut["a"], list)
-    assert cut["a"][1] is None
-    for value in (cut["a"][0], cut["b"].h, cut["b"].c[0]):
+    detached = fc.detach(state)
+    assert isinstance(detached["b"], pair)
+    assert isinstance(detached["a"], list)
+    assert detached["a"][1] is None
+    for value in (detached["a"][0], detached["b"].h, detached["b"].c[0]):
         assert torch.equal(value, h)
         assert not value.requires_grad
     with pytest.raises(TypeError, match="detach takes tensors, None and tuples, lists or dicts of them, got str"):
         fc.detach("state")
 
 
-@pytest.mark.parametrize("cut", [1, 3])
-def test_truncated_backpropagation_stops_at_detach(cut: int):
+@pytest.mark.parametrize("split", [1, 3])
+def test_truncated_backpropagation_stops_at_detach(split: int):
     layer, x = fc.Recurrent(fc.GRUCell(3, 4)), torch.randn(5, 2, 3, requires_grad=True)
-    _, state = layer(x[:cut])
-    y, _ = layer(x[cut:], fc.detach(state))
+    _, state = layer(x[:split])
+    y, _ = layer(x[split:], fc.detach(state))
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert (gradient[:cut] == 0).all()
-    assert (gradient[cut:] != 0).any()
+    assert (gradient[:split] == 0).all()
+    assert (gradient[split:] != 0).any()

@@ -114,13 +114,13 @@ def storages(*values: Tensor) -> set[int]:
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
 @pytest.mark.parametrize("lengths", [None, [0, 0]])
-def test_what_comes_back_shares_memory_with_nothing(steps: int, lengths):
+def test_results_share_no_memory_with_arguments(steps: int, lengths):
     cell = fc.LSTMCell(3, 4)
     x, h, c = torch.randn(steps, 2, 3), torch.randn(2, 4), torch.randn(2, 4)
     y, (h_n, c_n) = fc.scan(cell, x, (h, c), lengths=lengths)
-    found = [y, h_n, c_n] if steps else [h_n, c_n]
-    assert len(storages(*found)) == len(found)
-    assert not storages(*found) & storages(x, h, c, *cell.parameters())
+    results = [y, h_n, c_n] if steps else [h_n, c_n]
+    assert len(storages(*results)) == len(results)
+    assert not storages(*results) & storages(x, h, c, *cell.parameters())
 
 
 def test_results_may_be_changed_before_backward():
@@ -131,8 +131,8 @@ def test_results_may_be_changed_before_backward():
     y.mul_(2)
     h.mul_(3)
     c.add_(1)
-    found = torch.autograd.grad(y.sum() + h.sum() + c.sum(), layer.parameters())
-    torch.testing.assert_close(found, expected)
+    actual = torch.autograd.grad(y.sum() + h.sum() + c.sum(), layer.parameters())
+    torch.testing.assert_close(actual, expected)
 
 
 def test_packed_sequences():

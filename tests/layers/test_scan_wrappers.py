@@ -28,7 +28,7 @@ def state_of(kind):
 
 
 def rows_loop(kind, cell, mask, *, hold=True, lengths=None, resets=None, reverse=False):
-    """Row by row, step by step: what mask, lengths and resets mean together."""
+    """Define mask, lengths and resets by a loop over rows and steps."""
 
     def loop(x, state):
         ends, outputs = [], []
@@ -98,16 +98,16 @@ def test_any_flags(data):
 def test_what_is_masked_is_never_seen(kind, x):
     layer = fc.Recurrent(kind.make(D, H).double())
     mask = torch.rand(T, N) < 0.5
-    found = []
+    results = []
     for hidden in (0.0, float("nan")):
-        given = torch.where(mask[..., None], x, torch.full_like(x, hidden)).requires_grad_()
+        leaf = torch.where(mask[..., None], x, torch.full_like(x, hidden)).requires_grad_()
         layer.zero_grad()
-        y, _ = layer(given, mask=mask)
+        y, _ = layer(leaf, mask=mask)
         y.square().sum().backward()
-        found.append([y, given.grad, *(parameter.grad for parameter in layer.parameters())])
-    for clean, dirty in zip(*found, strict=True):
+        results.append([y, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+    for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
-    assert not found[0][1][~mask].any()
+    assert not results[0][1][~mask].any()
 
 
 def test_a_mask_of_prefixes_is_lengths(kind, x):
@@ -193,16 +193,16 @@ def test_the_drop_ins_take_them_too(kind_of_layer, x):
         D, H, num_layers=2, bidirectional=True, batch_first=True, tbptt=4, clip_state_grad=0.5, masked_output="zero"
     ).double()
     mask = torch.rand(N, T) < 0.7
-    found = []
+    results = []
     for name in ("compiled", "eager"):
         layer.zero_grad()
         with fc.runner(name):
             y, _ = layer(x.transpose(0, 1), mask=mask)
         y.square().sum().backward()
-        found.append([y, *(parameter.grad for parameter in layer.parameters())])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
-    assert not found[0][0][~mask].any()
+        results.append([y, *(parameter.grad for parameter in layer.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    assert not results[0][0][~mask].any()
     assert torch.equal(layer(x.transpose(0, 1))[0], plain(x.transpose(0, 1))[0])
     assert "tbptt=4, clip_state_grad=0.5" in repr(layer)
 

@@ -1,4 +1,4 @@
-"""Files that differ from good ones in a few places, at every layer of the format: what the fuzzer of files reads.
+"""Mutants of good files, at every layer of the format, for the fuzzer of files.
 
 A mutant is a kind of file, a seed and an index; nothing else decides what it is. It is a draft of a good file, changed
 by one to four mutations, each with a random generator of its own, so that any of them can be left out to shrink it.
@@ -55,7 +55,7 @@ _NAMES += ["\x1b[31mred", "a\x00b", "\ud800", "\u202egnp", "a b", "h.1", "a\nb",
 
 @dataclass
 class Draft:
-    """A file before it is bytes: any of it may be what it shouldn't be."""
+    """A file before it is written as bytes; any part may be invalid."""
 
     about: dict[str, Any]
     parts: Any
@@ -146,7 +146,7 @@ def _draft(path: Path, kind: str) -> Draft:
 
 
 def mutant(folder: Path, kind: str, seed: int, index: int, skipped: Sequence[int] = ()) -> tuple[bytes, list[str]]:
-    """A file, and what was done to it.
+    """Return a mutated file and the log of its mutations.
 
     Arguments:
         folder: of the good files.
@@ -155,21 +155,21 @@ def mutant(folder: Path, kind: str, seed: int, index: int, skipped: Sequence[int
     rng = random.Random(f"{kind} {seed} {index}")
     paths = sorted(folder.glob(f"{kind}.*"))
     path, count = rng.choice(paths), rng.choice([1, 1, 1, 2, 2, 3, 4])
-    draft, done = _draft(path, kind), [path.name]
+    draft, log = _draft(path, kind), [path.name]
     mutations = _STREAMS if kind == "streams" else _TAPES
     for place in range(count):
         each = random.Random(f"{kind} {seed} {index} {place}")
         mutation = each.choices([pair[0] for pair in mutations], [pair[1] for pair in mutations])[0]
         if place not in skipped:
-            done.append(f"{place}: {mutation.__name__} {mutation(draft, each) or ''}")
-    return draft.content(), done
+            log.append(f"{place}: {mutation.__name__} {mutation(draft, each) or ''}")
+    return draft.content(), log
 
 
 # The container
 
 
 def change_bytes(draft: Draft, rng: random.Random) -> str:
-    """Bytes changed, put in, taken out; cut short or longer."""
+    """Change, insert or delete bytes; shorten or lengthen the file."""
     kind, draw = rng.choice(["flip", "cut", "longer", "insert", "delete", "length"]), random.Random(rng.random())
 
     def change(whole: bytearray) -> None:
@@ -192,7 +192,7 @@ def change_bytes(draft: Draft, rng: random.Random) -> str:
 
 
 def change_header(draft: Draft, rng: random.Random) -> str:
-    """The header's JSON as text: a token twice, away, another; a key twice; nesting without end."""
+    """Change the header's JSON text: repeat, delete or replace a token, repeat a key, nest deeply."""
     kind, draw = rng.choice(["token", "twice", "nest", "infinite", "other"]), random.Random(rng.random())
 
     def edit(text: str) -> str:
@@ -230,7 +230,7 @@ def _other_token(text: str, rng: random.Random) -> str:
 
 
 def change_entry(draft: Draft, rng: random.Random) -> str:
-    """A tensor's description: dtype, shape, offsets, and its name."""
+    """Change a tensor's entry: its dtype, shape, offsets or name."""
     if not draft.tensors:
         return ""
     name, what = rng.choice(list(draft.tensors)), rng.choice(["dtype", "shape", "data_offsets", "more", "name"])
@@ -258,7 +258,7 @@ def _with_another(values: list[Any], rng: random.Random) -> list[Any]:
 
 
 def change_tensor(draft: Draft, rng: random.Random) -> str:
-    """A tensor that is another: away, more, of another dtype, shape or value, all else fitting."""
+    """Replace a tensor consistently: remove or add one, or change its dtype, shape or values."""
     if not draft.tensors:
         return ""
     name = rng.choice(list(draft.tensors))
@@ -305,7 +305,7 @@ def _another(value: np.ndarray[Any, Any], how: str, rng: random.Random) -> tuple
 
 
 def change_json(draft: Draft, rng: random.Random) -> str:
-    """The description of parts or tracks: something else at any level, a key more or less, an item twice."""
+    """Change the JSON of parts or tracks at any level: replace, add, delete or repeat an item."""
     how = rng.choice(["replace", "replace", "away", "more", "twice", "order", "text", "nest", "about"])
     places = list(_places(draft.parts)) if not isinstance(draft.parts, str) else []
     if how == "about" or not places:
@@ -340,7 +340,7 @@ def change_json(draft: Draft, rng: random.Random) -> str:
 
 
 def _places(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Every item of every list and dict in a value, as the one that holds it and its key."""
+    """Iterate over (container, key) for every item of the lists and dicts in a value."""
     stack = [value]
     while stack:
         holder = stack.pop()
@@ -398,13 +398,13 @@ class Text:
 
     def types(self) -> dict[str, Type]:
         """The types of all values that have one."""
-        found: dict[str, Type] = {}
+        types: dict[str, Type] = {}
         for line in self.lines:
             try:
-                found[line.name] = PRIMITIVES[line.op].result(line.op, [found[arg] for arg in line.args], line.attrs)
+                types[line.name] = PRIMITIVES[line.op].result(line.op, [types[arg] for arg in line.args], line.attrs)
             except (CompilerError, KeyError, TypeError, AttributeError):
                 continue
-        return found
+        return types
 
     def fit(self) -> None:
         """Write the types that the rules give."""
@@ -414,14 +414,14 @@ class Text:
                 line.type = str(types[line.name])
 
     def rename_uses(self, old: str, new: str, after: int, rng: random.Random) -> None:
-        """Have some that read a value read another."""
+        """Make some uses of a value read another one."""
         for line in self.lines[after:]:
             line.args = [new if arg == old and rng.random() < 0.7 else arg for arg in line.args]
         self.returns = [(label, new if name == old and rng.random() < 0.7 else name) for label, name in self.returns]
 
 
 def change_graph(draft: Draft, rng: random.Random) -> str:
-    """A part's graph: an edit, mostly with the types and the tensors that then fit."""
+    """Edit a part's graph, mostly with types and tensors that fit the edit."""
     if not isinstance(draft.parts, list) or not draft.parts:
         return ""
     place = rng.randrange(len(draft.parts))
@@ -430,21 +430,21 @@ def change_graph(draft: Draft, rng: random.Random) -> str:
         text = Text.of(part["graph"])
     except (CompilerError, KeyError, TypeError, AttributeError, IndexError):
         return ""
-    done = []
+    log = []
     for _ in range(rng.choice([1, 1, 2, 3])):
         edit = rng.choices([pair[0] for pair in _EDITS], [pair[1] for pair in _EDITS])[0]
         if text.lines:
-            done.append(f"{edit.__name__} {edit(text, rng) or ''}")
+            log.append(f"{edit.__name__} {edit(text, rng) or ''}")
     if rng.random() < 0.75:
         text.fit()
     if rng.random() < 0.85:
         _fit_tensors(draft, place, text, rng)
     part["graph"] = str(text)
-    return "; ".join(done)
+    return "; ".join(log)
 
 
 def grow_graph(draft: Draft, rng: random.Random) -> str:
-    """A part's graph with more in it: one that keeps the contract, and computes something else."""
+    """Extend a part's graph so that it stays valid and computes something else."""
     if not isinstance(draft.parts, list) or not draft.parts:
         return ""
     place = rng.randrange(len(draft.parts))
@@ -452,21 +452,21 @@ def grow_graph(draft: Draft, rng: random.Random) -> str:
         text = Text.of(draft.parts[place]["graph"])
     except (CompilerError, KeyError, TypeError, AttributeError, IndexError):
         return ""
-    done = [a_new_value(text, rng)]
+    log = [a_new_value(text, rng)]
     if rng.random() < 0.2:
-        done.append(a_chain(text, rng))
+        log.append(a_chain(text, rng))
     if rng.random() < 0.4:
-        done.append(a_return_alike(text, rng))
+        log.append(a_return_alike(text, rng))
     if rng.random() < 0.2:
-        done.append(another_name(text, rng))
+        log.append(another_name(text, rng))
     text.fit()
     _fit_tensors(draft, place, text, rng)
     draft.parts[place]["graph"] = str(text)
-    return "; ".join(done)
+    return "; ".join(log)
 
 
 def _fit_tensors(draft: Draft, place: int, text: Text, rng: random.Random) -> None:
-    """Tensors of the shapes that the leaves have."""
+    """Replace the part's tensors by ones of its leaves' shapes."""
     types, counts = text.types(), {"weight": 0, "state": 0}
     dtype = "F64" if text.head.endswith("f64") else "F32"
     for name in [name for name in draft.tensors if name.startswith(f"{place}.")]:
@@ -525,7 +525,7 @@ def another_attribute(text: Text, rng: random.Random) -> str:
 
 
 def another_size(text: Text, rng: random.Random) -> str:
-    """A size, wherever it stands, is another one."""
+    """Change a size everywhere."""
     sizes = sorted(set(re.findall(r"\b\d+\b", str(text))) - {"0", "1"})
     if not sizes:
         return ""
@@ -564,7 +564,7 @@ def another_return(text: Text, rng: random.Random) -> str:
 
 
 def a_return_alike(text: Text, rng: random.Random) -> str:
-    """A result is another value of its type, an input or a number among them."""
+    """Return another value of the same type instead."""
     if not text.returns:
         return ""
     types = text.types()
@@ -576,7 +576,7 @@ def a_return_alike(text: Text, rng: random.Random) -> str:
 
 
 def another_name(text: Text, rng: random.Random) -> str:
-    """A value, wherever it stands, is called something else."""
+    """Rename a value everywhere."""
     old, new = rng.choice(text.lines).name, rng.choice([*_NAMES, *(line.name for line in text.lines)])
     for line in text.lines:
         line.name = new if line.name == old else line.name
@@ -610,7 +610,7 @@ def another_head(text: Text, rng: random.Random) -> str:
 
 
 def a_new_value(text: Text, rng: random.Random) -> str:
-    """A value more, of the right types, which others read: what a step of the user's might well be."""
+    """Add values of valid types that others read, as a user's step might."""
     return "; ".join(filter(None, (_new_value(text, rng) for _ in range(rng.choice([1, 1, 2, 4, 8])))))
 
 
@@ -626,32 +626,36 @@ def _new_value(text: Text, rng: random.Random) -> str:
         args = [rng.choice(names) for _ in range(rng.choice([1, 2, 3]) if count is None else count)]
         attrs = _attributes(op, [types[arg] for arg in args], rng)
         try:
-            found = PRIMITIVES[op].result(op, [types[arg] for arg in args], attrs)
+            result_type = PRIMITIVES[op].result(op, [types[arg] for arg in args], attrs)
         except CompilerError:
             continue
         name = f"new{len(text.lines)}"
-        text.lines.insert(place, Line(name, op, args, attrs, str(found)))
-        _use(text, name, found, args, place + 1, types, rng)
+        text.lines.insert(place, Line(name, op, args, attrs, str(result_type)))
+        _use(text, name, result_type, args, place + 1, types, rng)
         return f"{name} = {op}"
     return ""
 
 
 def _use(
-    text: Text, name: str, found: Type, args: list[str], after: int, types: dict[str, Type], rng: random.Random
+    text: Text, name: str, new_type: Type, args: list[str], after: int, types: dict[str, Type], rng: random.Random
 ) -> None:
-    """Have others read a new value: in the place of one of its type, or added to one that it broadcasts to."""
-    alike = [other for other in types if types[other] == found and other in {line.name for line in text.lines[:after]}]
-    chosen = [arg for arg in args if types[arg] == found] or alike
-    if chosen and rng.random() < 0.6:
-        text.rename_uses(rng.choice(chosen), name, after, rng)
+    """Make others read a new value: instead of one of its type, or combined with one it broadcasts to."""
+    alike = [
+        other for other in types if types[other] == new_type and other in {line.name for line in text.lines[:after]}
+    ]
+    replaceable = [arg for arg in args if types[arg] == new_type] or alike
+    if replaceable and rng.random() < 0.6:
+        text.rename_uses(rng.choice(replaceable), name, after, rng)
         return
     # Joined with a value that keeps its size.
     rows = [line.name for line in text.lines[: after - 1] if line.name in types and types[line.name].kind == "row"]
-    rows = [other for other in rows if found.size in (1, types[other].size)] if found.kind in ("row", "mask") else []
-    if found.kind == "mask" and rows:
+    rows = (
+        [other for other in rows if new_type.size in (1, types[other].size)] if new_type.kind in ("row", "mask") else []
+    )
+    if new_type.kind == "mask" and rows:
         other = rng.choice(rows)
         joined = Line(f"{name}.w", "where", [name, other, other], {}, "")
-    elif found.kind == "row" and rows:
+    elif new_type.kind == "row" and rows:
         other = rng.choice(rows)
         joined = Line(f"{name}.j", rng.choice(["add", "mul", "sub", "maximum"]), [other, name], {}, "")
     else:
@@ -688,17 +692,17 @@ def _attributes(op: str, types: list[Type], rng: random.Random) -> dict[str, Any
 
 
 def _region(types: list[Type], rng: random.Random, part: Callable[[int], list[int]]) -> dict[str, Any]:
-    shape, turned = (types + [Type("weight", (1, 1))] * 2)[1].shape, rng.random() < 0.5
-    shape = shape[::-1] if turned else shape
+    shape, transposed = (types + [Type("weight", (1, 1))] * 2)[1].shape, rng.random() < 0.5
+    shape = shape[::-1] if transposed else shape
     if len(shape) != 2:
-        return {"transposed": turned, "rows": [0, 1], "cols": [0, 1]}
+        return {"transposed": transposed, "rows": [0, 1], "cols": [0, 1]}
     depth = min(types[0].shape[0], shape[0])
     start = rng.randrange(shape[0] - depth + 1)
-    return {"transposed": turned, "rows": [start, start + depth], "cols": part(shape[1])}
+    return {"transposed": transposed, "rows": [start, start + depth], "cols": part(shape[1])}
 
 
 def a_chain(text: Text, rng: random.Random) -> str:
-    """Very many values, each of the one before, once or twice."""
+    """Add a long chain of values, each of the one before, used once or twice."""
     types = text.types()
     rows = [place for place, line in enumerate(text.lines) if line.name in types and types[line.name].kind == "row"]
     if not rows:

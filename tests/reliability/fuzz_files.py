@@ -1,4 +1,4 @@
-"""Files made to harm, by the thousand: each is refused with a sentence, or does what its graph says and no more.
+"""Fuzz hostile files by the thousand: each is refused with a sentence, or does exactly what its graph says.
 
 ``python -m tests.reliability.fuzz_files --streams 10000 --tapes 2000 --seed 0``
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: ``ran``, ``refused``, or whatever is a defect, with what was said."""
+    """The outcome of a mutant: ``ran``, ``refused``, or the kind of defect, with its message."""
 
     kind: str
     detail: str
@@ -71,7 +71,7 @@ class _Worker:
         self.answered = 0
 
     def ask(self, question: dict[str, Any]) -> Outcome:
-        """What becomes of a mutant; the end of the process is an outcome too."""
+        """Return the outcome of a mutant; a crash of the process is one too."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -86,8 +86,8 @@ class _Worker:
             process.kill()
         _, errors = process.communicate()
         hangs = not ready or process.returncode == -signal.SIGPROF
-        said = errors.decode(errors="replace")
-        return Outcome("hang" if hangs else "signal", f"status {process.returncode}: {said[:2000]}", [])
+        message = errors.decode(errors="replace")
+        return Outcome("hang" if hangs else "signal", f"status {process.returncode}: {message[:2000]}", [])
 
     @property
     def is_alive(self) -> bool:
@@ -129,7 +129,7 @@ def fuzz(
 
 
 def _shrunk(folder: Path, question: dict[str, Any], outcome: Outcome) -> Outcome:
-    """The outcome of the fewest mutations that are still a defect; what takes long is not tried again and again."""
+    """Return the defect with the fewest mutations; slow defects are not retried."""
 
     def changes(skipped: Sequence[int]) -> list[str]:
         return mutant(folder, question["kind"], question["seed"], question["index"], skipped)[1]
@@ -154,7 +154,7 @@ def _answer(folder: Path) -> None:
     from fusecell.streaming import file
 
     llvm.EFFORT = 0
-    file.compile_graph = _remembered(file.compile_graph)
+    file.compile_graph = _with_cache(file.compile_graph)
     path = Path(tempfile.mkdtemp()) / "mutant"
     for line in sys.stdin:
         question = json.loads(line)
@@ -179,11 +179,11 @@ def _answer(folder: Path) -> None:
     path.parent.rmdir()
 
 
-def _remembered(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiler with a memory: most parts of most mutants are as they were."""
+def _with_cache(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``compile_graph`` in a cache by graph text: most parts of most mutants are unchanged."""
     kernels: dict[str, Any] = {}
 
-    def remembering(graph: Any, **limits: int) -> Any:
+    def cached(graph: Any, **limits: int) -> Any:
         text = graph.text
         if text not in kernels:
             kernel = compile_graph(graph, **limits)
@@ -192,23 +192,7 @@ def _remembered(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
             kernels[text] = kernel
         return kernels[text]
 
-    return remembering
-
-
-def _remembered(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiler with a memory: most parts of most mutants are as they were."""
-    kernels: dict[str, Any] = {}
-
-    def remembering(graph: Any, **limits: int) -> Any:
-        text = graph.text
-        if text not in kernels:
-            kernel = compile_graph(graph, **limits)
-            if len(kernels) >= 64:
-                kernels.pop(next(iter(kernels)))
-            kernels[text] = kernel
-        return kernels[text]
-
-    return remembering
+    return cached
 
 
 def _megabytes() -> float:
@@ -253,27 +237,27 @@ def _stream(path: Path) -> tuple[str, str]:
 
 
 def _sentence(text: str, beginning: str) -> tuple[str, str]:
-    """A refusal, if it is one to read: a line of characters that print, of some length, and not too long."""
+    """Classify a refusal: readable if it is one printable line of moderate length."""
     reads = beginning in text and text.isprintable() and text.endswith(".") and len(text) < 1500
     return "refused" if reads else "unreadable", text
 
 
 def _difference(
-    parts: Sequence[Any], x: np.ndarray[Any, Any], state: Sequence[np.ndarray[Any, Any]], found: list[Any]
+    parts: Sequence[Any], x: np.ndarray[Any, Any], state: Sequence[np.ndarray[Any, Any]], step_results: list[Any]
 ) -> str:
-    """Where a step differs from the interpreter by more than rounding could do, as the interpreter itself shows it."""
+    """Say where a step differs from the interpreter by more than rounding can explain."""
     runs = [_interpreted(parts, x, state, dtype, nudge) for dtype, nudge in _WAYS]
     for place, values in enumerate(zip(*runs, strict=True)):
-        exact, others, mine = values[0], values[1:], torch.from_numpy(np.asarray(found[place], np.float64))
+        exact, others, actual = values[0], values[1:], torch.from_numpy(np.asarray(step_results[place], np.float64))
         spread = torch.stack([(other - exact).abs() for other in others]).amax(0)
         same_kind = torch.stack([_class(other) == _class(exact) for other in others]).all(0)
         settled = same_kind & ((exact.abs() < 1e30) | ~exact.isfinite())
         scale = exact[exact.isfinite()].abs().max() if exact.isfinite().any() else torch.tensor(0.0)
-        near = (mine - exact).abs() <= 1e-3 * exact.abs() + 1e-5 * min(float(scale), 1.0) + 1e-30 + 1000 * spread
-        right = torch.where(exact.isfinite(), near, _class(mine) == _class(exact))
+        near = (actual - exact).abs() <= 1e-3 * exact.abs() + 1e-5 * min(float(scale), 1.0) + 1e-30 + 1000 * spread
+        right = torch.where(exact.isfinite(), near, _class(actual) == _class(exact))
         if not right[settled].all():
             wrong = settled & ~right
-            return f"result {place}: {mine[wrong][:4].tolist()}, expected {exact[wrong][:4].tolist()}"
+            return f"result {place}: {actual[wrong][:4].tolist()}, expected {exact[wrong][:4].tolist()}"
     return ""
 
 
@@ -299,26 +283,26 @@ def _interpreted(
     dtype: torch.dtype,
     nudge: float,
 ) -> list[torch.Tensor]:
-    """A step of a stream by its graphs, in some precision, of values that are a little different."""
+    """Interpret a stream's step by its graphs, in some precision, with slightly perturbed values."""
     from fusecell.compiler.ir.interpreter import interpret
 
     states, after = iter(state), []
     draw = torch.Generator().manual_seed(0)
 
-    def value(given: np.ndarray[Any, Any]) -> torch.Tensor:
-        made = torch.from_numpy(np.asarray(given)).to(dtype)
-        return made * (1 + nudge * torch.rand(made.shape, generator=draw, dtype=dtype))
+    def value(array: np.ndarray[Any, Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.asarray(array)).to(dtype)
+        return tensor * (1 + nudge * torch.rand(tensor.shape, generator=draw, dtype=dtype))
 
-    here = value(x)
+    output = value(x)
     for part in parts:
         graph = part.graph
-        values = {graph[graph.leaves("input")[0]].name: here}
+        values = {graph[graph.leaves("input")[0]].name: output}
         values |= {graph[index].name: value(next(states)) for index in graph.leaves("state")}
         values |= {graph[i].name: value(weight) for i, weight in zip(graph.leaves("weight"), part.weights, strict=True)}
         results = interpret(graph, values)
-        here = results["output"]
+        output = results["output"]
         after += [results[f"state.{graph[index].name}"].double() for index in graph.leaves("state")]
-    return [here.double(), *after]
+    return [output.double(), *after]
 
 
 def _tape(path: Path) -> tuple[str, str]:
@@ -350,7 +334,7 @@ def _tape(path: Path) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Try as many as asked for, and say what became of them."""
+    """Try the requested number of mutants and print their outcomes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--tapes", type=int, default=200)
@@ -361,8 +345,8 @@ def main() -> None:
     if arguments.answer is not None:
         _answer(arguments.answer)
         return
-    found = dict(_all(arguments.seed, arguments.first, {kind: getattr(arguments, kind) for kind in KINDS}))
-    sys.exit(1 if any(found.values()) else 0)
+    defects = dict(_all(arguments.seed, arguments.first, {kind: getattr(arguments, kind) for kind in KINDS}))
+    sys.exit(1 if any(defects.values()) else 0)
 
 
 def _all(seed: int, first: int, counts: dict[str, int]) -> Iterator[tuple[str, int]]:

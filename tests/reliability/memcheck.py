@@ -32,14 +32,14 @@ def write_graphs(folder: Path, kinds: Sequence[type[fc.Cell]] = CELLS) -> None:
     for kind, dtype in itertools.product(kinds, (torch.float32, torch.float64)):
         cell = kind(5, 17).to(dtype)
         x = torch.randn(7, 3, 5, dtype=dtype)
-        learner = find_trainable(cell, (x,))
-        halves = learner.training((True,) * (1 + len(list(cell.parameters()))), recompute=False).halves
+        trainable = find_trainable(cell, (x,))
+        graphs = trainable.training((True,) * (1 + len(list(cell.parameters()))), recompute=False).halves
         for name in ("forward", "backward"):
-            (folder / f"{kind.__name__}.{str(dtype)[6:]}.{name}.graph").write_text(getattr(halves, name).text)
+            (folder / f"{kind.__name__}.{str(dtype)[6:]}.{name}.graph").write_text(getattr(graphs, name).text)
 
 
 def errors(folder: Path, *, short: int = 0) -> list[str]:
-    """What memcheck has against generated code that runs the graphs in a folder.
+    """Return memcheck's errors in generated code that runs the graphs in a folder.
 
     Arguments:
         short: bytes by which outputs are made too short in one call more, to see it found.
@@ -56,11 +56,11 @@ def errors(folder: Path, *, short: int = 0) -> list[str]:
     subprocess.run([*command[:-1], "0"], env=environment, check=True)  # so that valgrind needn't watch LLVM compile
     valgrind = ["valgrind", "--tool=memcheck", "--leak-check=no", "--xml=yes", f"--xml-file={report}"]
     subprocess.run([*valgrind, *command], env=environment, check=True, stdout=subprocess.DEVNULL)
-    return [found for error in ElementTree.parse(report).iter("error") if (found := _of_ours(error))]
+    return [message for error in ElementTree.parse(report).iter("error") if (message := _of_ours(error))]
 
 
 def _of_ours(error: ElementTree.Element) -> str:
-    """An error as a line, if generated code made it: its innermost frame is in no file. Else nothing."""
+    """Return an error as a line if it is in generated code, whose innermost frame is in no file; else ""."""
     kind = error.findtext("kind") or ""
     frame = error.find("stack/frame")
     unfinished = kind == "SyscallParam" and "write(buf)" in (error.findtext("what") or "")
@@ -79,6 +79,6 @@ def check() -> list[str]:
 
 
 if __name__ == "__main__":
-    found = check()
-    print("\n".join(found) or "memcheck has nothing against generated code")
-    sys.exit(bool(found))
+    problems = check()
+    print("\n".join(problems) or "memcheck has nothing against generated code")
+    sys.exit(bool(problems))

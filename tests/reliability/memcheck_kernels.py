@@ -1,4 +1,4 @@
-"""What ``memcheck`` runs under valgrind: kernels of graphs in a folder, on memory of malloc's, without torch."""
+"""The program that ``memcheck`` runs under valgrind: kernels on memory from malloc, without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def kernels(folder: Path) -> Iterator[Kernel]:
 
 
 def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
-    """Run a kernel with every piece of memory as long as the compiler says; write what it made, for valgrind to see.
+    """Run a kernel on memory of exactly the declared sizes, and write its results so that valgrind checks them.
 
     Arguments:
         short: bytes by which the outputs are too short.
@@ -43,7 +43,7 @@ def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
         block[kernel.words.ragged[1]] = counts.ctypes.data
     # What a kernel adds to, or fills but some of, its caller has zeroed.
     filled = set(kernel.words.sums) - set(kernel.plan.covered())
-    kept, made = [], []
+    memories, outputs = [], []
     for extent in extents(kernel, block, STEPS, ROWS):
         if (extent.name in tables and not ragged) or (extent.name.startswith("reset") and not resets):
             continue
@@ -61,12 +61,12 @@ def run(kernel: Kernel, resets: bool, ragged: bool, short: int = 0) -> None:
         elif not extent.written or ragged or extent.name in filled or extent.name.startswith("reset"):
             memory[:size] = generator.random(size // kernel.itemsize).astype(dtype).view(np.uint8)
         if extent.written and not saved:
-            made.append(memory)
+            outputs.append(memory)
         block[extent.pointer] = memory.ctypes.data
-        kept.append(memory)
+        memories.append(memory)
     kernel.long(block.buffer_info()[0])
     with open(os.devnull, "wb", buffering=0) as sink:
-        for memory in made:
+        for memory in outputs:
             sink.write(memory.data)
 
 

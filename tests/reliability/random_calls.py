@@ -74,7 +74,7 @@ def _windows(value: Tensor) -> Tensor:
 
 
 def _within(value: Tensor, sizes: Sequence[int], index: tuple[slice, ...]) -> Tensor:
-    """In the midst of memory that is not a number."""
+    """Embed a tensor in memory full of NaN."""
     around = value.new_full(tuple(sizes), float("nan"))
     around[index] = value
     return around[index]
@@ -178,7 +178,7 @@ def _in_turns(choices: Sequence[Any], count: int) -> list[Any]:
 
 @dataclass
 class _Data:
-    """What a call hands over: everything drawn anew from the seed, each number off by a part ``nudge`` of it."""
+    """The tensors of a call, drawn from its seed, each number with a relative perturbation of ``nudge``."""
 
     call: Call
     dtype: torch.dtype
@@ -229,15 +229,15 @@ class _Data:
         return nn.utils.rnn.pack_padded_sequence(self.x, lengths, enforce_sorted=False)
 
     def keywords(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        keywords: dict[str, Any] = {}
         if self.call.form == "packed":
-            return found
+            return keywords
         if self.call.lengths is not None:
-            found["lengths"] = _given(torch.tensor(self.call.lengths, dtype=torch.int64), self.call.given_as)
+            keywords["lengths"] = _given(torch.tensor(self.call.lengths, dtype=torch.int64), self.call.given_as)
         for name, values in self.call.flags.items():
             flags = torch.tensor(values, dtype=torch.bool).reshape(self.shape)
-            found[name] = LAYOUTS["transposed"](flags) if self.call.given_as == "strided" else flags
-        return found
+            keywords[name] = LAYOUTS["transposed"](flags) if self.call.given_as == "strided" else flags
+        return keywords
 
 
 def _given(lengths: Tensor, how: str) -> Any:
@@ -267,17 +267,17 @@ def _flat(value: Any) -> list[Tensor]:
 
 
 def run(call: Call, runner: str, dtype: torch.dtype, nudge: float = 0.0) -> list[Tensor]:
-    """Outputs, states, and the gradients of what is wanted."""
+    """Return outputs, states, and the gradients of all leaves that require one."""
     data = _Data(call, dtype, nudge)
     modes = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
     with fc.runner(runner), modes[call.mode]():
-        found = _flat(data.layer(data.input(), data.state(), **data.keywords()))
-    wanted = [leaf for leaf in data.leaves if leaf.requires_grad]
-    chosen = {"output": found[:1], "state": found[1:]}.get(call.loss, found)
-    if call.mode == "grad" and wanted and any(value.requires_grad for value in chosen):
-        losses = [_loss(value, call.loss) for value in chosen if value.requires_grad]
-        found += torch.autograd.grad(sum(losses), wanted, allow_unused=True, materialize_grads=True)
-    return [value.detach() for value in found]
+        results = _flat(data.layer(data.input(), data.state(), **data.keywords()))
+    required = [leaf for leaf in data.leaves if leaf.requires_grad]
+    targets = {"output": results[:1], "state": results[1:]}.get(call.loss, results)
+    if call.mode == "grad" and required and any(value.requires_grad for value in targets):
+        losses = [_loss(value, call.loss) for value in targets if value.requires_grad]
+        results += torch.autograd.grad(sum(losses), required, allow_unused=True, materialize_grads=True)
+    return [value.detach() for value in results]
 
 
 def _loss(value: Tensor, kind: str) -> Tensor:
@@ -289,7 +289,7 @@ def _loss(value: Tensor, kind: str) -> Tensor:
 
 
 def check(call: Call) -> str:
-    """Hold compiled code against the Python loop in float64; what it came to.
+    """Compare compiled code with the Python loop in float64; return the outcome.
 
     Raises:
         AssertionError: where they differ.
@@ -302,28 +302,28 @@ def check(call: Call) -> str:
     off, most = furthest(run(call, runner, call.dtype), truth), DOUBLE
     if call.dtype is torch.float32:
         single = furthest(run(call, "eager", torch.float32), truth)
-        moved = furthest(run(call, "eager", torch.float64, 2.0**-23), truth)
-        most = max(4 * single, 4 * moved, SINGLE)
+        sensitivity = furthest(run(call, "eager", torch.float64, 2.0**-23), truth)
+        most = max(4 * single, 4 * sensitivity, SINGLE)
     assert off <= most, f"off by {off:.1e}, at most {most:.1e} expected: {call}"
     return "equal"
 
 
 def main() -> None:
-    """Check so many random calls; stop at the first failure."""
+    """Check random calls; stop at the first failure."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="LLVM doesn't optimise")
-    asked = parser.parse_args()
-    if asked.quick:
+    options = parser.parse_args()
+    if options.quick:
         llvm.EFFORT = 0
         os.environ["FUSECELL_CACHE"] = "off"  # where nobody should find such code
     check_memory.ENABLED = True
     counts: Counter[str] = Counter()
 
-    @hypothesis.seed(asked.seed)
+    @hypothesis.seed(options.seed)
     @settings(
-        max_examples=asked.examples,
+        max_examples=options.examples,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],

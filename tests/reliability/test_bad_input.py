@@ -1,8 +1,9 @@
-"""What must not be computed on: each a sentence at the boundary, and the process goes on."""
+"""Invalid arguments: each raises an error with a sentence, and later calls work."""
 
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import fusecell as fc
+from tests.compiler.tuned import tuned
 
 X = torch.randn(7, 3, 5)
 
@@ -143,8 +145,8 @@ def test_packed_sequences_that_contradict_themselves(layer, kind):
 
 
 @pytest.mark.parametrize("index", [[0, 1, 7], [0, 1, -7], [0, 0, 1], [0], []], ids=str)
-def test_packed_sequences_in_an_order_that_there_is_not(layer, index):
-    """Indices of too few rows made a state of too few, and the kernel read beyond it."""
+def test_packed_sequences_with_invalid_indices(layer, index):
+    """Regression: too few indices made a state of too few rows, and the kernel read beyond it."""
     order = torch.tensor(index, dtype=torch.int64)
     packed = nn.utils.rnn.PackedSequence(torch.randn(5, 5), torch.tensor([3, 2]), order, order)
     h = torch.zeros((1, 3, 9) if isinstance(layer, fc.GRU) else (3, 9))
@@ -168,14 +170,14 @@ def test_gradients_that_come_in(layer, kind):
         y.backward(gradient)
 
 
-def test_whole_numbers_want_no_gradient():
+def test_integer_inputs_have_no_gradient():
     with pytest.raises(RuntimeError, match="floating point"):
         X.long().requires_grad_()
 
 
 @pytest.mark.parametrize("sizes", [(5, 2**40), (2**31, 2**33), (2**63, 2), (5, 2**70)], ids=str)
 @pytest.mark.parametrize("make", [fc.GRU, fc.GRUCell, fc.cells.MGUCell])
-def test_weights_beyond_memory(make, sizes):
+def test_weights_larger_than_memory(make, sizes):
     with pytest.raises((RuntimeError, MemoryError, TypeError), match=r"memory|allocat|overflow|Overflow"):
         make(*sizes)
 
@@ -234,7 +236,7 @@ def test_streams(kind):
 @pytest.mark.parametrize("shape", [(2**31 + 5, 1, 5), (1, 2**40, 5), (2**40, 2**22, 5)], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_sizes_beyond_memory(layer, shape, training):
-    """Of an expanded tensor that itself is small: the results are refused, and nothing has been written."""
+    """The input is a small expanded tensor: allocating the results fails, and nothing has been written."""
     with torch.set_grad_enabled(training), pytest.raises((MemoryError, RuntimeError)) as caught:
         layer(torch.zeros(1, 1, 5).expand(shape))
     assert any(word in str(caught.value).lower() for word in ("memory", "allocate", "overflow"))
@@ -242,19 +244,20 @@ def test_sizes_beyond_memory(layer, shape, training):
 
 
 def test_scratch_beyond_memory(monkeypatch):
-    """Memory that runs out inside a call."""
-    from fusecell.compiler.programs import launch as call
-
-    def none(size):
-        raise RuntimeError(f"can't allocate memory: you tried to allocate {size} bytes")
-
+    """Scratch memory that the system refuses inside a call: in a new thread, which has none from earlier calls."""
     layer = fc.GRU(5, 9)
     expected, _ = layer(X)
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(call, "_scratch", none)
-        with pytest.raises(RuntimeError, match="can't allocate memory"):
-            layer(X)
-    assert torch.equal(layer(X)[0], expected)
+
+    def call():
+        with torch.no_grad():
+            return layer(X)[0]
+
+    with ThreadPoolExecutor(1) as thread:
+        with monkeypatch.context() as patch:
+            tuned(patch, small_scratch_bytes=1 << 62, huge_scratch_bytes=1 << 63)
+            with pytest.raises((MemoryError, RuntimeError), match="allocate"):
+                thread.submit(call).result()
+        assert torch.equal(thread.submit(call).result(), expected)
 
 
 def test_parameters_that_are_not_numbers_go_through(layer):

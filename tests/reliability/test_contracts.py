@@ -1,4 +1,4 @@
-"""Machine code reads as much as it was told: what a cell or a caller hands over is held to that before it runs."""
+"""Tensors from cells and callers are checked before machine code, which checks nothing, reads them."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ RESETS = torch.rand(7, 300) < 0.3
 
 @pytest.mark.parametrize("runner", ["auto", "eager"])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("given", ["nothing", "a state"])
+@pytest.mark.parametrize("start", ["nothing", "a state"])
 @pytest.mark.parametrize("kind", STARTS)
-def test_first_states(kind, given, training, runner):
-    """Those that are started from, and those that resets go back to; the compiler read beyond them."""
+def test_first_states(kind, start, training, runner):
+    """Initial states and those of resets are checked; kernels once read beyond them."""
     cell = Starting(STARTS[kind])
-    state = {"nothing": None, "a state": torch.zeros(300, 9)}[given]
+    state = {"nothing": None, "a state": torch.zeros(300, 9)}[start]
     with torch.set_grad_enabled(training), fc.runner(runner), pytest.raises((TypeError, ValueError), match="state"):
         fc.scan(cell, X, state, resets=RESETS)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_first_states_of_another_dtype(training):
-    """A reset to them would have read other bytes than they have."""
+    """Regression: a reset would have read bytes of another dtype."""
     cell = Starting((torch.zeros(300, 9, dtype=torch.float64),))
     with (
         torch.set_grad_enabled(training),
@@ -76,14 +76,14 @@ def test_first_states_of_streams_and_tapes():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 9), (7, 1, 9), (3, 300, 9), (7, 299, 9), (7,)], ids=str)
-def test_what_a_cell_draws(shape, training):
+def test_tensors_from_draw_are_checked(shape, training):
     with torch.set_grad_enabled(training), pytest.raises(ValueError, match="draw returned a tensor of shape"):
         fc.scan(Starting(noise=torch.zeros(shape)), X)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_weight_that_has_left_the_cpu(training):
-    """There is nothing at the address of a weight on ``meta``."""
+def test_a_weight_moved_off_the_cpu(training):
+    """A weight on ``meta`` has no memory to read."""
     cell = Starting()
     with torch.set_grad_enabled(training), fc.runner("compiled"):
         fc.scan(cell, X)
@@ -98,14 +98,14 @@ class Caught(Exception):
 
 @pytest.fixture(scope="module")
 def arguments():
-    """What torch's operator is called with, by name: for inference and for training."""
+    """The arguments of torch's operator, for inference and for training."""
     from fusecell.compiler.dispatch import torch_operator as operator
 
-    found = {}
+    calls = {}
     for training in (False, True):
 
         def catch(*args):
-            found[training] = operator._Given(*args)  # noqa: B023  # called in this turn
+            calls[training] = operator._Given(*args)  # noqa: B023  # called in this turn
             raise Caught
 
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
@@ -113,7 +113,7 @@ def arguments():
             h = torch.zeros(4, 9)
             with pytest.raises(Caught):
                 operator.run_traced(fc.GRUCell(5, 9), (torch.randn(7, 4, 5),), (h,), _options())
-    return found
+    return calls
 
 
 def _options():
@@ -150,20 +150,20 @@ CHANGES = {
 @pytest.mark.parametrize("kind", CHANGES)
 def test_the_operator_called_by_hand(arguments, training, kind):
     name, value, text = CHANGES[kind]
-    given = arguments[training]
-    made = torch.ops.fusecell.scan(*given)
+    call = arguments[training]
+    results = torch.ops.fusecell.scan(*call)
     with pytest.raises(ValueError, match=text):
-        torch.ops.fusecell.scan(*given._replace(**{name: value}))
+        torch.ops.fusecell.scan(*call._replace(**{name: value}))
     if training:
-        *grads, saved = made
-        torch.ops.fusecell.scan_backward(saved, grads, *given)
+        *grads, saved = results
+        torch.ops.fusecell.scan_backward(saved, grads, *call)
         with pytest.raises(ValueError, match=text):
-            torch.ops.fusecell.scan_backward(saved, grads, *given._replace(**{name: value}))
+            torch.ops.fusecell.scan_backward(saved, grads, *call._replace(**{name: value}))
 
 
-def test_what_the_operators_backward_is_given(arguments):
-    given = arguments[True]
-    *grads, saved = torch.ops.fusecell.scan(*given)
+def test_arguments_of_the_operators_backward_are_checked(arguments):
+    call = arguments[True]
+    *grads, saved = torch.ops.fusecell.scan(*call)
     every_other = torch.zeros(2 * len(saved))[::2]
     for wrong, text in (
         ((saved[:-1], grads), r"saved of shape"),
@@ -174,39 +174,39 @@ def test_what_the_operators_backward_is_given(arguments):
         ((saved, [grads[0], grads[1].double()]), r"grads\[1\] to be a dense torch.float32"),
     ):
         with pytest.raises(ValueError, match=text):
-            torch.ops.fusecell.scan_backward(*wrong, *given)
+            torch.ops.fusecell.scan_backward(*wrong, *call)
     with pytest.raises(ValueError, match="expected wanted to have 5 flags, got 2"):
-        torch.ops.fusecell.scan(*given._replace(wanted=[True, False]))
+        torch.ops.fusecell.scan(*call._replace(wanted=[True, False]))
     with pytest.raises(ValueError, match="expected wanted, a flag for each"):
         torch.ops.fusecell.scan_backward(saved, grads, *arguments[False])
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_operators_graph_has_the_types_of_its_states(arguments, training):
-    """A new state narrower than the state was read and written beyond."""
-    given = arguments[training]
-    lines = given.graph.splitlines()
+    """Regression: a new state narrower than the state was read and written out of bounds."""
+    call = arguments[training]
+    lines = call.graph.splitlines()
     (state,) = (place for place, line in enumerate(lines) if line.startswith("return state.h"))
     lines[state] = "return state.h = x"
     with pytest.raises(ValueError, match=r"the new value of state h is row\[5\], expected row\[9\]"):
-        torch.ops.fusecell.scan(*given._replace(graph="\n".join(lines) + "\n"))
+        torch.ops.fusecell.scan(*call._replace(graph="\n".join(lines) + "\n"))
 
 
 @pytest.mark.parametrize("name", ["order", "starts", "strips", "h_rows", "state_h"])
-def test_a_variable_may_be_called_as_the_kernels_own_memory(name):
-    """A value is called as its variable, and so was its buffer: two of one name lay in one place."""
+def test_notes_may_have_the_names_of_kernel_buffers(name):
+    """Regression: two buffers of one name shared memory."""
     cell = Named(name)
     x, lengths = torch.randn(7, 6, 5), [7, 3, 5, 1, 0, 7]
     with torch.no_grad():
         with fc.runner("compiled"):
-            found, _ = fc.scan(cell, x, lengths=lengths)
+            actual, _ = fc.scan(cell, x, lengths=lengths)
         with fc.runner("eager"):
             expected, _ = fc.scan(cell, x, lengths=lengths)
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(actual, expected, atol=1e-6)
 
 
 class Named(fc.Cell):
-    """A step whose value between two products, which is kept in memory, has any name."""
+    """A step whose value between two products, stored in a buffer, has any name."""
 
     def __init__(self, name):
         super().__init__(5, 9)

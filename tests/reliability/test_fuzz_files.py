@@ -1,4 +1,4 @@
-"""Files made to harm, a few hundred; ``python -m tests.reliability.fuzz_files`` makes as many as one likes."""
+"""A few hundred hostile files; ``python -m tests.reliability.fuzz_files`` tries any number."""
 
 from __future__ import annotations
 

@@ -34,45 +34,45 @@ def test_the_same_bits_on_any_number_of_threads(threads):
     before = torch.get_num_threads()
     torch.manual_seed(3)
     layer, x = fc.LSTM(37, 61), torch.randn(83, 29, 37)
-    found = []
+    runs = []
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
             layer.zero_grad()
             y, _ = layer(x)
             y.square().sum().backward()
-            found.append([y, *(parameter.grad.clone() for parameter in layer.parameters())])
+            runs.append([y, *(parameter.grad.clone() for parameter in layer.parameters())])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 SCRIPT = """
 import hashlib, torch, fusecell as fc
 torch.manual_seed(3)
-found = hashlib.sha256()
+digest = hashlib.sha256()
 for layer in (fc.LSTM(37, 61, bidirectional=True), fc.Recurrent(fc.cells.LayerNormGRUCell(37, 33))):
     x = torch.randn(83, 29, 37, requires_grad=True)
     with fc.runner("compiled"):
         y, _ = layer(x, lengths=torch.randint(0, 84, (29,)), resets=torch.rand(83, 29) < 0.05)
     y.square().sum().backward()
     for value in (y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())):
-        found.update(value.numpy().tobytes())
-print(found.hexdigest())
+        digest.update(value.numpy().tobytes())
+print(digest.hexdigest())
 """
 
 
 def digest(**environment):
-    """Of outputs and gradients, in a process of its own."""
-    done = subprocess.run(
+    """Return a digest of outputs and gradients, computed in a new process."""
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
-    return done.stdout
+    return process.stdout
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are x86-64's")
 def test_the_same_bits_in_any_process_and_on_every_level():
-    """With FMA: any number of threads, compiled or from the disk, any vectors. Without: others, also the same."""
+    """Bits don't depend on threads, cache or vector width; levels without FMA have other bits, also fixed."""
     threads = [digest(FUSECELL_TARGET="native", OMP_NUM_THREADS=str(count)) for count in (1, 2, 4)]
     wide = [level for level in ("x86-64-v3", "x86-64-v4") if runs_here(level)]
     levels = [digest(FUSECELL_TARGET=level, FUSECELL_CACHE="off", OMP_NUM_THREADS="2") for level in wide]

@@ -52,16 +52,16 @@ def sequence():
 
 
 def gradients(layer, x):
-    """Outputs, last state and all gradients of a call; in no grad mode without the last."""
-    given = x.clone()
+    """Return outputs, last state and, unless grad mode is off, all gradients of a call."""
+    leaf = x.clone()
     if torch.is_grad_enabled():
-        given.requires_grad_()
-    y, h = layer(given)
+        leaf.requires_grad_()
+    y, h = layer(leaf)
     if not y.requires_grad:
         return [y, h]
     layer.zero_grad()
     (y.square().sum() + h.sum()).backward()
-    return [y.detach(), h.detach(), given.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+    return [y.detach(), h.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
 
 
 class Log(TorchDispatchMode):
@@ -86,7 +86,7 @@ class FunctionLog(TorchFunctionMode):
 
 @contextlib.contextmanager
 def changed(read, write, value):
-    """A setting of the process with another value; whoever changes it inside fails the test."""
+    """Set a process-wide value for the block, and check that nothing inside changes it."""
     before = read()
     write(value)
     try:
@@ -120,7 +120,7 @@ def anomaly():
 
 @contextlib.contextmanager
 def saved_hooks():
-    """Hooks that see what is saved, as many times as it is given back."""
+    """Use hooks that record the shapes of saved tensors."""
     packed = []
 
     def pack(value):
@@ -363,9 +363,9 @@ def test_a_first_call_in_a_mode(mode):
         first, again = gradients(layer, x), gradients(layer, x)
     after = gradients(layer, x)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    for found in (first, after):
-        for mine, loop in zip(found, expected, strict=False):
-            torch.testing.assert_close(mine, loop, rtol=1e-4, atol=1e-5)
+    for results in (first, after):
+        for actual, loop in zip(results, expected, strict=False):
+            torch.testing.assert_close(actual, loop, rtol=1e-4, atol=1e-5)
     assert len(after) == len(expected)
 
 
@@ -375,7 +375,7 @@ _LOOPS = ("module hooks", "a dispatch mode", "flops", "mutation allowed")
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in _LOOPS])
 def test_a_first_call_in_a_mode_is_compiled(mode):
-    """The trace succeeds: nothing of the mode is a reason against it."""
+    """No mode prevents compilation."""
     layer, x = fresh_layer(), sequence()
     with MODES[mode](), fc.runner("compiled"):
         gradients(layer, x)
@@ -387,10 +387,10 @@ def test_a_first_call_in_a_checkpoint(library):
     """Torch counts what is saved, in the forward and when it is run again."""
     fc.refresh()
     layer, x = library.GRU(6, 8), torch.randn(7, 4, 6, requires_grad=True)
-    found = checkpoint(lambda value: layer(value)[0], x, use_reentrant=False)
-    (mine,) = torch.autograd.grad(found.square().sum(), x)
+    output = checkpoint(lambda value: layer(value)[0], x, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x)
     (plain,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
-    assert torch.equal(mine, plain)
+    assert torch.equal(gradient, plain)
 
 
 def test_a_first_call_of_fake_tensors():
@@ -402,8 +402,8 @@ def test_a_first_call_of_fake_tensors():
         assert y.shape == (6, 3, 9)
         assert h.shape == (3, 9)
         assert type(torch.ones(1)) is not torch.Tensor
-    for mine, loop in zip(gradients(layer, x), expected, strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-4, atol=1e-5)
+    for actual, loop in zip(gradients(layer, x), expected, strict=True):
+        torch.testing.assert_close(actual, loop, rtol=1e-4, atol=1e-5)
 
 
 TRANSFORMS = {
@@ -420,29 +420,29 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_first_call_in_a_transform(transform):
     layer, x = fresh_layer(), sequence()
-    found = TRANSFORMS[transform](layer, x)
+    actual = TRANSFORMS[transform](layer, x)
     with fc.runner("eager"):
-        torch.testing.assert_close(found, TRANSFORMS[transform](layer, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, TRANSFORMS[transform](layer, x), rtol=1e-4, atol=1e-5)
     gradients(layer, x)
-    torch.testing.assert_close(found, TRANSFORMS[transform](layer, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, TRANSFORMS[transform](layer, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["nothing", "saved-tensor hooks", "no grad", "device meta"])
 def test_a_first_call_in_a_thread(mode):
-    """A thread of its own has none of the modes of the one that began it."""
-    layer, x, found = fresh_layer(), sequence(), []
+    """A new thread has none of the modes of the thread that started it."""
+    layer, x, results = fresh_layer(), sequence(), []
     with fc.runner("eager"):
         expected = gradients(layer, x)
-    thread = threading.Thread(target=lambda: found.extend(gradients(layer, x)))
+    thread = threading.Thread(target=lambda: results.extend(gradients(layer, x)))
     with MODES[mode]():
         thread.start()
         thread.join()
-    for mine, loop in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-4, atol=1e-5)
+    for actual, loop in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual, loop, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mode_sees_nothing_of_a_trace():
-    """A logging mode of functions has the same entries for a cell that is traced as for another of its class."""
+    """A function mode logs the same for a first call, which traces, as for a second cell of the class."""
     layer, x, seen = fresh_layer(), sequence(), []
     for each in (layer, fc.Recurrent(type(layer.cell)())):
         with FunctionLog() as log:

@@ -1,4 +1,4 @@
-"""fusecell-runtime: the modules that need no torch, as a package of their own; and what an installation declares."""
+"""The package fusecell-runtime, of the modules that need no torch, and declared dependencies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def package(package_files, tmp_path_factory):
     return folder
 
 
-def test_it_gives_the_same_bits_where_neither_torch_nor_fusecell_is(package, tmp_path):
+def test_the_runtime_package_computes_the_same_bits(package, tmp_path):
     stream = fc.Stream(fc.Sequential(fc.GRU(5, 9, 2), fc.Recurrent(fc.cells.LayerNormGRUCell(9, 7)), nn.Linear(7, 2)))
     x = np.random.default_rng(0).standard_normal((11, 5)).astype(np.float32)
     stream.save(tmp_path / "it")
@@ -65,8 +65,8 @@ def test_it_gives_the_same_bits_where_neither_torch_nor_fusecell_is(package, tmp
     assert np.array_equal(np.load(tmp_path / "y.npy"), stream.push(x))
 
 
-def test_its_modules_import_each_other_and_what_it_declares(package_files, package):
-    """Torch in functions at most, which a stream never calls."""
+def test_the_runtime_package_imports_only_declared_dependencies(package_files, package):
+    """Torch is imported inside functions only, which a stream never calls."""
     declared = re.search(r"^dependencies = \[(.*)\]$", (PACKAGING / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
     allowed = {*re.findall(r'"(\w+)', declared[1]), *sys.stdlib_module_names, package_files.PACKAGE}
     without = {name.replace("fusecell", package_files.PACKAGE, 1) for name in package_files.WITHOUT}
@@ -87,12 +87,12 @@ def test_its_modules_import_each_other_and_what_it_declares(package_files, packa
                 assert place.with_suffix(".py").exists() or (place / "__init__.py").exists(), f"{path}: {node.module}"
 
 
-def test_it_has_the_library_s_dependencies_but_torch():
-    ours, library = (
+def test_the_runtime_package_has_all_dependencies_but_torch():
+    runtime, library = (
         set(re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*)\]$", path.read_text("utf-8"), re.MULTILINE)[1]))
         for path in (PACKAGING / "pyproject.toml", ROOT / "pyproject.toml")
     )
-    assert {name for name in library if not name.startswith("torch")} == ours
+    assert {name for name in library if not name.startswith("torch")} == runtime
 
 
 _DECLARED = """

@@ -58,25 +58,25 @@ def test_layers(kind, dtype):
     expected = (expected[0] if isinstance(expected, tuple) else expected).numpy()
     stream = fc.Stream(layer, 2)
     assert stream.dtype == expected.dtype
-    found = streamed(stream, x)
+    outputs = streamed(stream, x)
     stream.reset()
-    assert np.array_equal(stream.push(x), found)
+    assert np.array_equal(stream.push(x), outputs)
     if kind == "sequential":  # torch's own operators round in their own way
-        np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-6)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-6)
     else:
-        assert np.array_equal(found, expected)
+        assert np.array_equal(outputs, expected)
 
 
-def test_rows_that_start_and_stop():
+def test_rows_may_pause_and_resume():
     torch.manual_seed(2)
     cell, x = fc.LSTMCell(5, 9), torch.randn(12, 4, 5)
     stream = fc.Stream(cell, 4)
-    taken = torch.rand(12, 4, generator=torch.Generator().manual_seed(3)) < 0.6
-    outputs = np.stack([stream.step(step, rows=flags) for step, flags in zip(x, taken, strict=True)])
-    assert np.abs(outputs[~taken.numpy()]).max() == 0
+    active = torch.rand(12, 4, generator=torch.Generator().manual_seed(3)) < 0.6
+    outputs = np.stack([stream.step(step, rows=flags) for step, flags in zip(x, active, strict=True)])
+    assert np.abs(outputs[~active.numpy()]).max() == 0
     for row in range(4):
-        own = x[taken[:, row], row : row + 1]
-        assert np.array_equal(outputs[taken[:, row].numpy(), row], whole(fc.Recurrent(cell), own)[:, 0])
+        sequence = x[active[:, row], row : row + 1]
+        assert np.array_equal(outputs[active[:, row].numpy(), row], whole(fc.Recurrent(cell), sequence)[:, 0])
     before = stream.state
     stream.step(x[0], rows=np.zeros(4, bool))
     assert all(np.array_equal(one, other) for one, other in zip(stream.state, before, strict=True))
@@ -88,20 +88,20 @@ def test_reset_reorder_and_the_state():
     stream = fc.Stream(cell, 3)
     for step in x[:4]:
         stream.step(step)
-    kept = stream.snapshot()
+    snapshot = stream.snapshot()
     stream.reset([1])
     h, c = stream.state
     assert np.abs(h[1]).max() == np.abs(c[1]).max() == 0
-    assert np.array_equal(h[[0, 2]], kept[0][[0, 2]])
-    stream.restore(kept)
+    assert np.array_equal(h[[0, 2]], snapshot[0][[0, 2]])
+    stream.restore(snapshot)
     stream.reorder([2, 0, 0])
-    assert np.array_equal(stream.state[1], kept[1][[2, 0, 0]])
-    given = (torch.from_numpy(kept[0]), torch.from_numpy(kept[1]))
+    assert np.array_equal(stream.state[1], snapshot[1][[2, 0, 0]])
+    state = (torch.from_numpy(snapshot[0]), torch.from_numpy(snapshot[1]))
     with torch.no_grad(), fc.runner("compiled"):
-        expected = fc.scan(cell, torch.from_numpy(x[4:]), given)[0].numpy()
-    stream.state = given
+        expected = fc.scan(cell, torch.from_numpy(x[4:]), state)[0].numpy()
+    stream.state = state
     assert np.array_equal(stream.push(x[4:]), expected)
-    kept[0][...] = 7  # a copy
+    snapshot[0][...] = 7  # a copy
     assert np.abs(stream.state[0]).max() < 7
 
 
@@ -130,7 +130,7 @@ class Started(fc.GRUCell):
         return (self.start.expand(batch_size, -1),)
 
 
-def test_it_begins_where_the_cell_begins():
+def test_a_stream_starts_at_the_initial_state():
     torch.manual_seed(6)
     cell, x = Started(), torch.randn(6, 2, 5)
     stream = fc.Stream(cell, 2)
@@ -156,7 +156,7 @@ def test_forms_of_inputs_and_outputs():
 
 
 def allocated_by(steps, call):
-    """Bytes that Python and NumPy hold more after so many calls than before them, when what they reuse is there."""
+    """Return the growth in bytes of Python's and NumPy's memory over ``steps`` calls, after a warmup."""
     tracemalloc.start()
     try:
         for _ in range(steps):
@@ -172,8 +172,8 @@ def allocated_by(steps, call):
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
-def test_many_steps_take_no_memory(loaded, tmp_path):
-    """Not a byte a step, and the machine code calls nothing that could take some."""
+def test_streaming_allocates_no_memory_per_step(loaded, tmp_path):
+    """No memory grows per step, and the machine code calls no function that could allocate."""
     stream = fc.Stream(fc.Sequential(fc.GRU(1, 16), nn.Linear(16, 2)))
     if loaded:
         stream.save(tmp_path / "it")

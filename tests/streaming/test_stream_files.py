@@ -40,8 +40,8 @@ def test_every_cell_comes_back_with_its_bits(zoo_cell, tmp_path):
     stream.save(tmp_path / "it")
     loaded = fc.load_stream(tmp_path / "it", batch_size=3)
     assert np.array_equal(loaded.push(x), stream.push(x))
-    for mine, theirs in zip(loaded.state, stream.state, strict=True):
-        assert np.array_equal(mine, theirs)
+    for actual, expected in zip(loaded.state, stream.state, strict=True):
+        assert np.array_equal(actual, expected)
     assert repr(loaded) == repr(stream)
 
 
@@ -76,12 +76,12 @@ def test_a_process_without_torch_gives_the_same_bits(saved, tmp_path):
 
 def test_a_loaded_stream_does_what_a_stream_does(saved):
     stream, x = fc.load_stream(saved, batch_size=4), np.ones((4, 5), np.float32)
-    kept = stream.snapshot()
+    snapshot = stream.snapshot()
     first = stream.step(x, rows=np.array([True, False, True, True]))
     assert not first[1].any()
     stream.reset([0])
     stream.reorder([0, 0, 1, 3])
-    stream.restore(kept)
+    stream.restore(snapshot)
     assert np.array_equal(stream.step(x)[0], first[0])
     with pytest.raises(ValueError, match="has no module to take weights from"):
         stream.refresh()
@@ -216,7 +216,7 @@ def mixed_dtypes(tensors, parts, about):
 
 
 def in_the_wrong_order(tensors, parts, about):
-    """The parts, with their tensors, so that only the sizes between them don't fit."""
+    """Swap parts and their tensors, so that only the sizes between them don't fit."""
     parts[0], parts[2] = parts[2], parts[0]
     for name in list(tensors):
         if name[0] in "02":
@@ -257,7 +257,7 @@ def test_hostile_files_are_refused(saved, tmp_path, change, text):
 
 
 def rewritten(saved, path, edit, data=None):
-    """A copy of a saved stream whose header, as JSON text or bytes, is another."""
+    """Copy a saved stream with an edited header, JSON text or bytes."""
     whole = saved.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     header = edit(whole[8:end].decode())
@@ -267,7 +267,7 @@ def rewritten(saved, path, edit, data=None):
 
 
 def first(text, name, value):
-    """A header whose tensor 0.weight.0 has another entry."""
+    """Return a header with one field of tensor 0.weight.0 changed."""
     header = json.loads(text)
     header["0.weight.0"][name] = value
     return json.dumps(header)
@@ -305,7 +305,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_containers_that_are_none_are_refused(saved, tmp_path, kind):
+def test_invalid_safetensors_files_are_refused(saved, tmp_path, kind):
     edit, text = CONTAINERS[kind]
     with pytest.raises(StreamFileError, match=text) as raised:
         fc.load_stream(rewritten(saved, tmp_path / "it", edit))
@@ -313,8 +313,8 @@ def test_containers_that_are_none_are_refused(saved, tmp_path, kind):
     assert len(str(raised.value)) < 600
 
 
-def test_tensors_lie_side_by_side(saved, tmp_path):
-    """One over another, with something between them, and something behind them."""
+def test_overlapping_or_spaced_tensors_are_refused(saved, tmp_path):
+    """Tensors overlap, have a gap between them, or bytes behind them."""
 
     def over(text):
         header = json.loads(text)
@@ -358,7 +358,7 @@ def test_limits_are_whole_numbers():
             Limits(parts=value)
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path):
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
     """A pipe, which would be waited for; and a device, which has no end."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
@@ -367,7 +367,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
 
 
 def test_a_new_state_of_another_size_is_refused(saved, tmp_path):
-    """Generated code read and wrote as many numbers as the state has, of memory that had one."""
+    """Regression: generated code read and wrote out of bounds."""
 
     def change(tensors, parts, about):
         lines = parts[0]["graph"].splitlines()
@@ -380,7 +380,7 @@ def test_a_new_state_of_another_size_is_refused(saved, tmp_path):
 
 
 def test_a_value_called_as_memory_of_the_kernels_own(saved, tmp_path):
-    """Two buffers of one name lay in one place: the order of rows was overwritten, and rows were read from anywhere."""
+    """Regression: two buffers of one name shared memory, so the order of rows was overwritten."""
 
     def change(tensors, parts, about):
         for name in ("order", "starts"):

@@ -1,4 +1,4 @@
-"""Saved tapes with something else in them."""
+"""Edit saved tapes, to make hostile ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["SCRIPT", "changed", "poisoned"]
 
 
 def changed(saved, path, change):
-    """A copy of a saved tape with something else in it."""
+    """Copy a saved tape with its content changed."""
     tensors = load_file(saved)
     with safe_open(saved, framework="pt") as file:
         about = file.metadata()
@@ -26,7 +26,7 @@ SCRIPT = "<img src=x onerror='window.harmed = 1'></SCRIPT ><script>window.harmed
 
 
 def poisoned(tensors, tracks, about):
-    """Scripts wherever a tape holds text, the name of a state included."""
+    """Put scripts into every text of a tape, names of states included."""
     about["labels"] = json.dumps([SCRIPT] * 7)
     tracks[0].update(kind=SCRIPT, source=SCRIPT, equation=f"{SCRIPT}' = h; {SCRIPT}")
     tracks[0]["names"].append(SCRIPT)

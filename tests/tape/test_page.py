@@ -22,14 +22,14 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        chosen = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chosen
-        chosen.close()
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """Open a page with the network off; every message of its console is an error."""
+    """Return a function that opens a page offline; any console message fails the test."""
     contexts, messages = [], []
 
     def open_page(path, **options):
@@ -87,7 +87,7 @@ def at(page, step, track, tracks):
 
 
 def numbers(page, name):
-    """The numbers that are shown for a value, opened first."""
+    """Return the numbers shown for a value."""
     details = page.locator(f'details[data-name="{name}"]')
     if details.get_attribute("open") is None:
         details.locator("summary").click()
@@ -100,8 +100,8 @@ def shot(page, name):
     page.screenshot(path=ARTEFACTS / f"{name}.png")
 
 
-def test_it_is_small_and_asks_for_nothing_else(large, visit, tmp_path):
-    """Six megabytes, five of them a script that is text to the browser until the page is there."""
+def test_a_page_is_one_small_file(large, visit, tmp_path):
+    """Below six megabytes, five of them Plotly, which the browser runs only after the page is shown."""
     path = tmp_path / "page.html"
     large.save_html(path)
     assert path.stat().st_size < 6_000_000
@@ -218,8 +218,8 @@ def test_it_fits_a_phone_and_a_dark_room(large_path, visit):
     shot(page, "phone")
 
 
-def test_a_move_on_a_long_and_wide_tape_does_little(tmp_path, visit):
-    """It reads one step's numbers, draws the overview's boxes and one step's bars, and no picture or chart anew."""
+def test_moving_on_a_long_tape_redraws_little(tmp_path, visit):
+    """Moving reads and draws one step, redraws the overview, and no heatmap or chart."""
     steps, layers, size = 2000, 4, 256
     tape = fc.record(fc.GRU(3, size, num_layers=layers), torch.randn(steps, 1, 3))
     tape.save_html(tmp_path / "long.html")

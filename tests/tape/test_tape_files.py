@@ -1,4 +1,4 @@
-"""Tapes in files that are damaged or made to harm: refused with a sentence, and their pages run nothing of theirs."""
+"""Damaged and hostile tape files are refused with a sentence, and pages run no script of a tape."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_damage_is_refused_or_harmless(saved, tmp_path_factory, data):
             whole[place] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.mktemp("damaged") / "it"
     path.write_bytes(whole)
-    said, shapes = REFUSED, {(7, 3)}
+    message, shapes = REFUSED, {(7, 3)}
     try:
         tape = fc.Tape.load(path)
         shapes = {tuple(tape.value(name).shape[:2]) for name in tape.names()}
     except ValueError as error:
-        said = str(error)
-    assert REFUSED in said
+        message = str(error)
+    assert REFUSED in message
     assert shapes == {(7, 3)}
 
 

@@ -82,7 +82,7 @@ class InPlaceOnBuffer(Healthy):
 
 
 class Remembering(Healthy):
-    """Keeps something of its own from call to call."""
+    """A cell that keeps a value on the module between calls."""
 
     before = 0.0
 
@@ -180,7 +180,7 @@ class NotedScalar(Healthy):
 
 
 class Counting(Healthy):
-    """Its steps differ by how often it was called."""
+    """A cell whose step depends on the number of calls."""
 
     calls = 0
 
@@ -192,13 +192,13 @@ class Counting(Healthy):
 
 
 class MovingStart(Healthy):
-    """Begins elsewhere each time."""
+    """A cell whose initial state differs from call to call."""
 
-    begun = 0
+    calls = 0
 
     def initial_state(self, batch_size, *, dtype=None, device=None):
-        self.begun += 1
-        return (torch.full((batch_size, 4), 0.5 * self.begun, dtype=dtype, device=device),)
+        self.calls += 1
+        return (torch.full((batch_size, 4), 0.5 * self.calls, dtype=dtype, device=device),)
 
 
 class DrawsOneStepLess(Healthy):
@@ -290,8 +290,8 @@ BROKEN = [
     ("purity", InPlaceOnBuffer, r"step changes buffer count in place: it is \d+ at \[\], expected \d+\. Compute"),
     ("purity", Remembering, r"state h of a second call with the same arguments is .*Keep nothing from call to call"),
     ("purity", Random, r"step uses the global random generator. Draw in draw\(\)"),
-    ("module", Remembering, r"step changes the module: it (adds|sets) self.before in test_testing.py, line \d+:"),
-    ("module", InPlaceOnBuffer, r"step changes the module: it changes self.count in test_testing.py, line \d+:"),
+    ("module", Remembering, r"step changes the module: it (adds|sets) self.before in test_check_cell.py, line \d+:"),
+    ("module", InPlaceOnBuffer, r"step changes the module: it changes self.count in test_check_cell.py, line \d+:"),
     ("branches", Branching, r"step reads a tensor's value into Python \(__bool__\).*torch\.where"),
     ("branches", Listing, r"step reads a tensor's value into Python \(tolist\)"),
     ("gradients", Detached, r"the gradient of state h is not that of the values: .*Look for detach\(\)"),
@@ -329,8 +329,8 @@ def failures(cell: fc.Cell, **options) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("check", "broken", "sentence"), BROKEN)
 def test_a_broken_cell_fails_its_check(check: str, broken: type[fc.Cell], sentence: str):
-    found = [text for name, text in failures(broken()) if name == check]
-    assert any(re.search(sentence, text, re.DOTALL) for text in found), found
+    sentences = [text for name, text in failures(broken()) if name == check]
+    assert any(re.search(sentence, text, re.DOTALL) for text in sentences), sentences
 
 
 def test_every_check_has_a_broken_cell():
@@ -349,7 +349,7 @@ ONLY = {
 
 
 @pytest.mark.parametrize(("check", "broken"), [(check, broken) for check, cells in ONLY.items() for broken in cells])
-def test_what_a_broken_cell_does_right_is_not_blamed(check: str, broken: type[fc.Cell]):
+def test_a_broken_cell_fails_only_its_check(check: str, broken: type[fc.Cell]):
     assert {name for name, _ in failures(broken())} == {check}
 
 
@@ -361,7 +361,9 @@ def test_all_failures_come_at_once():
     with pytest.raises(CellCheckError) as caught:
         check_cell(Both())
     text = str(caught.value)
-    assert text.startswith("Both fails 4 checks:\n  notes: note names 'a' twice")
+    title, first = text.splitlines()[:2]
+    assert title == "Both fails 3 checks; mend the first one first, as later ones often follow from it:"
+    assert first.startswith("  notes: note names 'a' twice")
     assert "copies: pickle raises" in text  # the class is local
     assert "state_dict: state_dict holds 'more'" in text
     assert "load_state_dict doesn't take 'more'" in text
@@ -456,11 +458,11 @@ def test_a_state_may_be_noted_where_it_is_new():
     fc.testing.check_cell(NotedNewState(3, 4))
 
 
-def test_what_is_found_is_said_without_a_warning():
-    """torch warns once per process where a number is read of a tensor that wants a gradient."""
+def test_failures_are_reported_without_torch_warnings():
+    """torch warns once per process when a number is read from a tensor that requires grad."""
     cell = MixedRows()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = failures(cell)
-    assert {name for name, _ in found} >= {"rows"}
-    assert not [text for _, text in found if "UserWarning" in text]
+        problems = failures(cell)
+    assert {name for name, _ in problems} >= {"rows"}
+    assert not [text for _, text in problems if "UserWarning" in text]

@@ -1,4 +1,4 @@
-"""Plain loops over three cells, written out with torch's own functions: what every feature is compared with."""
+"""Plain loops over three cells in torch's own functions, the reference for every feature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,21 +55,21 @@ KINDS = {"GRU": Kind(fc.GRUCell, gru), "LSTM": Kind(fc.LSTMCell, lstm, 2), "Leak
 
 
 def compare(layer, loop, x, state=(), *, parameters=(), tolerance=1e-11, **data):
-    """Outputs, last states and every gradient of a layer, compiled, against those of ``loop(x, state)``."""
-    found = []
+    """Compare a compiled layer's outputs, last states and gradients with those of ``loop(x, state)``."""
+    results = []
     for run in ("compiled", "loop"):
-        given = x.clone().requires_grad_()
+        leaf = x.clone().requires_grad_()
         first = tuple(value.clone().requires_grad_() for value in state)
         torch.manual_seed(7)
         if run == "loop":
-            y, after = loop(given, first)
+            y, after = loop(leaf, first)
         else:
             with fc.runner("compiled"):
-                y, after = layer(given, (first if len(first) > 1 else first[0]) if first else None, **data)
+                y, after = layer(leaf, (first if len(first) > 1 else first[0]) if first else None, **data)
             after = after if isinstance(after, tuple) else (after,)
         weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).reshape(y.shape)
         loss = (y * weights).sin().sum() + sum((value * value).sum() for value in after)
-        leaves = [given, *first, *parameters]
-        found.append([y, *after, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+        leaves = [leaf, *first, *parameters]
+        results.append([y, *after, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

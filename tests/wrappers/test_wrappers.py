@@ -27,7 +27,7 @@ def state_of(kind):
 
 
 def masks_of(cell):
-    """What the next call under the same seed will draw."""
+    """Return the masks that the next call under the same seed draws."""
     torch.manual_seed(7)
     return cell.draw(T, N, dtype=torch.float64)
 
@@ -229,16 +229,16 @@ def test_wrappers_nest_and_stack(x):
 
     layer = fc.Recurrent(fc.Stack(cell(D), cell(H), dropout=0.1).double())
     assert len(set(layer.cell.inputs)) == len(layer.cell.inputs)
-    found = []
+    results = []
     for name in ("compiled", "eager"):
         torch.manual_seed(3)
         layer.zero_grad()
         with fc.runner(name):
             y, _ = layer(x, lengths=[9, 0, 4, 7], resets=torch.arange(T)[:, None].expand(T, N) % 4 == 3)
         y.square().sum().backward()
-        found.append([y, *(parameter.grad for parameter in layer.parameters())])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+        results.append([y, *(parameter.grad for parameter in layer.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     assert fc.explain(layer).training_runner == "compiled"
 
 
@@ -259,18 +259,18 @@ def test_wrapped_cells_stream_and_take_one_step(x):
 
 def test_a_seed_gives_the_same_noise_on_both_runners(x):
     layer = fc.Recurrent(fc.Zoneout(fc.RecurrentDropout(fc.GRUCell(D, H).double(), 0.2), 0.3))
-    found = []
+    outputs = []
     for name in ("compiled", "eager", "compiled"):
         torch.manual_seed(11)
         with fc.runner(name):
-            found.append(layer(x)[0])
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
-    assert torch.equal(found[0], found[2])
+            outputs.append(layer(x)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(outputs[0], outputs[2])
     assert not torch.equal(layer(x)[0], layer(x)[0])
 
 
 class Silent(fc.Cell):
-    """Notes nothing, multiplies its state with no matrix."""
+    """A cell without notes and without a product of its state."""
 
     def step(self, x, state):
         (h,) = state

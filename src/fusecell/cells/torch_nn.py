@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from fusecell.cell import Cell, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
-from fusecell.execution.results import bare, without_dim
+from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import autocasting, run
 from fusecell.execution.torchscript import is_tracing, refuse_trace
 from fusecell.validation import StateLike, all_inputs, first_state
@@ -142,7 +142,7 @@ class _TorchCell(Cell):
 
 def _torch_step(cell: Any, input: Tensor, hx: StateLike | None) -> tuple[None, Tensor | State]:
     """Run one step with torch.nn's checks; None takes the place of the output, which these cells don't return."""
-    return None, bare(cell.checked_step(input, hx))
+    return None, public_state(cell.checked_step(input, hx))
 
 
 class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes what Cell's takes

@@ -32,6 +32,12 @@ app = typer.Typer(
     help="Write one time step of a recurrent network in plain PyTorch; run it over whole sequences.",
 )
 
+_MODULE_HELP = (
+    "A layer, or a function without arguments that returns one: models.tagger:build is build in models/tagger.py."
+)
+_MODULE = typer.Argument(metavar="[MODULE:FACTORY]", help=_MODULE_HELP)
+_CELL = typer.Option(help="Instead of MODULE:FACTORY, a cell by its name in `fusecell cells`, such as gru.")
+
 
 def _version(requested: bool) -> None:
     if requested:
@@ -65,6 +71,7 @@ def demo(
     from fusecell.demo import Settings, run_demo
     from fusecell.demo.model import LAYERS
 
+    # Only what the user set: the defaults are those of Settings.
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size}
     overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     try:
@@ -79,6 +86,7 @@ def demo(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
+        # 130 is the shell's exit status for SIGINT; race() has saved the checkpoints by now.
         typer.echo("Stopped. Go on with the same command and --resume.")
         raise typer.Exit(130) from None
 
@@ -115,8 +123,8 @@ def count(
 
 @app.command()
 def summary(
-    module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
-    cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
+    module: Annotated[str | None, _MODULE] = None,
+    cell: Annotated[str | None, _CELL] = None,
     input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 5,
     hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
     seq_len: Annotated[int, typer.Option(min=0, help="Steps of the sequence.")] = 35,
@@ -130,21 +138,22 @@ def summary(
 
 @app.command()
 def bench(
-    module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
-    cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
+    module: Annotated[str | None, _MODULE] = None,
+    cell: Annotated[str | None, _CELL] = None,
     input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 64,
     hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 128,
     seq_len: Annotated[int, typer.Option(min=1, help="Steps of the sequence.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 32,
-    training: Annotated[bool, typer.Option(help="Time a forward and a backward.")] = False,
+    training: Annotated[bool, typer.Option(help="Time a forward and a backward, not a forward alone.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; torch's own choice if left out.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure, all together.")] = 3.0,
 ) -> None:
     """Measure how fast a layer is on this machine: compiled, as a Python loop and in torch.nn."""
     import torch
 
     from fusecell.inspection.benchmark import measure
 
+    # fusecell's threads follow torch's number, and so does the peak that it is compared with.
     if threads is not None:
         torch.set_num_threads(threads)
     _print_report(
@@ -158,16 +167,18 @@ def bench(
 
 @app.command()
 def explain(
-    module: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="A function, or a layer.")] = None,
-    cell: Annotated[str | None, typer.Option(help="Or a cell by its name in `fusecell cells`, such as gru.")] = None,
+    module: Annotated[str | None, _MODULE] = None,
+    cell: Annotated[str | None, _CELL] = None,
     input_size: Annotated[int, typer.Option(min=1, help="Features of the input, with --cell.")] = 5,
     hidden_size: Annotated[int, typer.Option(min=1, help="Features of the state, with --cell.")] = 10,
     stage: Annotated[
         str | None, typer.Option(help="Show one stage of the compiler: graph, passes, plan, llvm or asm.")
     ] = None,
-    gradients: Annotated[bool, typer.Option(help="With --stage: of forward and backward.")] = False,
+    gradients: Annotated[
+        bool, typer.Option(help="With --stage: show the two kernels of training, forward and backward.")
+    ] = False,
 ) -> None:
-    """Print how a layer is compiled: its stages, their cost, and why a part isn't compiled."""
+    """Print how a layer is compiled: the stages of its loops, their cost, and why a cell isn't compiled."""
     from fusecell.inspection.explain import explain as describe
 
     if gradients and stage is None:
@@ -182,13 +193,15 @@ def explain(
     _print_report(shown, module, cell, input_size, hidden_size)
 
 
-stream_app = typer.Typer(no_args_is_help=True, help="Save and time layers that run step by step.")
+stream_app = typer.Typer(
+    no_args_is_help=True, help="Run a layer one step at a time: save it for use without torch, or time it."
+)
 app.add_typer(stream_app, name="stream")
 
 
 @stream_app.command("save")
 def stream_save(
-    module: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function, or a layer.")],
+    module: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help=_MODULE_HELP)],
     path: Annotated[Path, typer.Argument(help="The file to write.")],
 ) -> None:
     """Write a layer to a file that fusecell.load_stream reads without torch."""
@@ -199,11 +212,11 @@ def stream_save(
 
 @stream_app.command("bench")
 def stream_bench(
-    model: Annotated[str, typer.Argument(help="A saved stream, or MODULE:FACTORY.")],
+    model: Annotated[str, typer.Argument(help="The file of a saved stream, or MODULE:FACTORY.")],
     steps: Annotated[int, typer.Option(min=1, help="Number of steps to time.")] = 100_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
 ) -> None:
-    """Time a stream's steps: median, tail, the longest, and a histogram."""
+    """Time the steps of a stream: median, tail, maximum and histogram."""
     from rich.progress import Progress
 
     from fusecell.streaming.latency import measure
@@ -219,6 +232,7 @@ def stream_bench(
     table.add_row(*quantiles, f"{1e6 * latency.longest:.1f}")
     console.print(table)
     most = max(count for *_, count in latency.histogram())
+    # soft_wrap: else rich breaks a long line into two.
     for low, high, count in latency.histogram():
         # On a logarithmic scale, so that a tail of one step in a million is visible.
         bar = "#" * round(40 * math.log1p(count) / math.log1p(most))
@@ -241,9 +255,9 @@ def _stream(model: str, batch_size: int) -> Stream:
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all machine code in the cache.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all kernels in the cache first.")] = False,
 ) -> None:
-    """Print where compiled kernels are cached, and how many."""
+    """Print where compiled kernels are cached on disk, and how many there are."""
     from fusecell.compiler.backend.disk_cache import cache_info, clear_cache
 
     if clear:

@@ -19,6 +19,7 @@ def find_cell(name: str, input_size: int, hidden_size: int) -> Recurrent:
     Raises:
         ValueError: if there is none.
     """
+    # "gru", "GRU", "GRUCell" and "gru-cell" all mean the same to a user.
     query = _plain(name)
     for member in CELLS:
         if query in (_plain(member.name), _plain(member.cell.__name__), _plain(member.cell.__name__) + "cell"):

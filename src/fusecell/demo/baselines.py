@@ -95,12 +95,14 @@ class _Level:
         total = _look_up(self.contexts, self.totals, grams // self.size)
         followers = _look_up(self.contexts, self.followers, grams // self.size)
         denominator = np.maximum(total, 1)
-        here = (np.maximum(count - self.discount, 0.0) + self.discount * followers * below) / denominator
-        return np.where(total > 0, here, below)
+        interpolated = (np.maximum(count - self.discount, 0.0) + self.discount * followers * below) / denominator
+        # A context that the training text lacks says nothing: the shorter one decides.
+        return np.where(total > 0, interpolated, below)
 
 
 def _grams(text: Ids, length: int, size: int) -> Ids:
     """Encode every run of ``length`` ids as one integer, the oldest id as its highest digit."""
+    # As integers, n-grams sort and search as arrays; `// size` gives the context, `% size ** (length - 1)` the tail.
     count = len(text) - length + 1
     key = np.zeros(count, np.int64)
     for offset in range(length):

@@ -29,7 +29,7 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _TENSORS, _CONFIG = "checkpoint.safetensors", "checkpoint.json"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
-_MOST_CONFIG = 64 << 20
+_MOST_CONFIG = 64 << 20  # a curve of a million points takes less
 _KINDS = {"settings": dict, "vocabulary": str, "step": int, "seconds": float, "curve": list, "versions": dict}
 _POINT = {"seconds": float, "characters": int, "training": float, "held_out": float}
 _SIZES = ("embedding_size", "hidden_size", "num_layers", "batch_size", "window")
@@ -95,6 +95,7 @@ def load_checkpoint(corpus: Corpus, folder: Path) -> Trainer:
 
 
 def _resumed(corpus: Corpus, config: dict[str, Any], tensors: dict[str, Tensor]) -> Trainer:
+    """Build the trainer at the step where it was saved."""
     settings = Settings(**config["settings"])
     _check_tensors(settings, len(corpus.vocabulary), tensors)
     trainer = Trainer.new(settings, corpus.training, len(corpus.vocabulary))
@@ -109,7 +110,7 @@ def _resumed(corpus: Corpus, config: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """What stands in the config, of the types that it must have."""
+    """Read the config, or raise ValueError unless its fields have the expected names, types and ranges."""
     if path.stat().st_size > _MOST_CONFIG:
         raise ValueError(f"it has more than {_MOST_CONFIG} bytes")
     config = parse_json(path.read_text(encoding="utf-8"), 3)
@@ -127,20 +128,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _check_fields(subject: str, found: object, kinds: Mapping[str, type]) -> None:
-    if not isinstance(found, dict) or found.keys() != kinds.keys():
-        raise ValueError(f"{subject} is {quoted(found)}, expected {', '.join(kinds)}")
+def _check_fields(subject: str, fields: object, kinds: Mapping[str, type]) -> None:
+    """Raise ValueError unless ``fields`` is a dict of exactly these names and types, of finite numbers."""
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        raise ValueError(f"{subject} is {quoted(fields)}, expected {', '.join(kinds)}")
     for name, kind in kinds.items():
-        value = found[name]
-        # A whole number does for a fraction; a truth value for neither.
+        value = fields[name]
+        # JSON writes 80.0 as 80 in some libraries, so an int passes for a float; a bool for neither.
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{name} of {subject} is {quoted(value)}, expected {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value) and found.keys() != _POINT.keys():
+        if isinstance(value, float) and not math.isfinite(value) and fields.keys() != _POINT.keys():
             raise ValueError(f"{name} of {subject} is {value}, expected a finite number")
 
 
 def _check_tensors(settings: Settings, vocabulary: int, tensors: Mapping[str, Tensor]) -> None:
-    """Whether the tensors are those of the settings' model, before memory is taken for one."""
+    """Raise ValueError unless the tensors are those of the settings' model, before a model is allocated."""
     if settings.num_layers > len(tensors):
         raise ValueError(f"{settings.num_layers} layers don't fit {len(tensors)} tensors")
     with torch.device("meta"):
@@ -156,8 +158,8 @@ def _check_tensors(settings: Settings, vocabulary: int, tensors: Mapping[str, Te
     if tensors.keys() != expected.keys():
         raise ValueError(f"its tensors differ from the model's in {quoted(sorted(tensors.keys() ^ expected.keys()))}")
     for name, like in expected.items():
-        found = tensors[name]
-        if found.shape != like.shape or found.dtype != like.dtype:
+        value = tensors[name]
+        if value.shape != like.shape or value.dtype != like.dtype:
             raise ValueError(
-                f"{name} is {found.dtype} of shape {tuple(found.shape)}, expected {like.dtype} of {tuple(like.shape)}"
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}, expected {like.dtype} of {tuple(like.shape)}"
             )

@@ -108,7 +108,8 @@ def _resume(layers: Sequence[str], corpus: Corpus, output: Path) -> list[Trainer
 
 def _lanes(trainers: Sequence[Trainer], more: Budget, corpus: Corpus, output: Path, console: Console) -> list[Lane]:
     """Give every trainer ``more`` budget and the number of threads with which it is fastest."""
-    # Ours last: what torch loads at the first update of any model would otherwise be counted as its compile time.
+    # Reversed, so that fusecell is last: the first update of any model loads parts of torch, which would be counted as
+    # fusecell's compile time.
     most = torch.get_num_threads()
     threads = [_threads(trainer.settings, corpus, most, console) for trainer in reversed(trainers)][::-1]
     return [

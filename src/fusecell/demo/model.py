@@ -13,6 +13,7 @@ __all__ = ["LAYERS", "CharacterModel", "build_model"]
 
 
 def _fusecell_gru(input_size: int, hidden_size: int, num_layers: int) -> nn.GRU:
+    # Imported here, so that a demo of torch's layer alone doesn't load the compiler.
     from fusecell.drop_in import GRU
 
     return GRU(input_size, hidden_size, num_layers)
@@ -59,6 +60,7 @@ def build_model(settings: Settings, vocabulary_size: int) -> CharacterModel:
     """Build the model for some settings; equal seeds give equal weights, whichever the layer."""
     if settings.layer not in LAYERS:
         raise ValueError(f"the demo's layer is one of {', '.join(sorted(LAYERS))}; got {settings.layer!r}.")
+    # The drop-in draws its weights in torch.nn's order, so a seed gives both layers the same.
     torch.manual_seed(settings.seed)
     layer = LAYERS[settings.layer](settings.embedding_size, settings.hidden_size, settings.num_layers)
     return CharacterModel(vocabulary_size, settings.embedding_size, layer)

@@ -47,7 +47,7 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], baselines: Mapping[str, f
 def _style(axes: Axes, last: float) -> None:
     """Set scales, titles, spines and grid; leave room for labels on the right."""
     axes.margins(y=0.1)
-    axes.set_xlim(0, last * 1.35)
+    axes.set_xlim(0, last * 1.35)  # the labels at the ends of the curves need a third of the width
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
     axes.set_xlabel("seconds of training", color=_INK)
     axes.set_ylabel("bits per character of held-out text", color=_INK)

@@ -84,6 +84,7 @@ class TrainingProgress:
 
     def step(self, name: str, used: float, bits: float, speed: float) -> None:
         """Show a model's step: the share of its budget used, the step's bits per character, characters per second."""
+        # Averaged over about twenty steps: single windows differ by more than training gains in seconds.
         smooth = self._smooth[name] = 0.95 * self._smooth.get(name, bits) + 0.05 * bits
         self._progress.update(
             self._tasks[name], completed=used, bits=f"{smooth:.3f} bits/char", speed=f"{speed:,.0f} chars/s"

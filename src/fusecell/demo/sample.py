@@ -33,6 +33,7 @@ def write(
     Returns:
         The new characters, without the prompt.
     """
+    # A generator of its own, so that a sample neither depends on nor changes torch's global one.
     generator = torch.Generator().manual_seed(seed)
     scores, state = model(torch.from_numpy(vocabulary.encode(prompt))[:, None])
     written: list[int] = []

@@ -28,6 +28,7 @@ def fastest_threads(work: Callable[[], object], most: int | None = None, repeats
     try:
         times: dict[int, float] = {}
         for threads in candidates:
+            # Twice the best so far is hopeless: a slow machine needn't measure it again.
             times[threads] = _seconds(work, threads, repeats, 2 * min(times.values(), default=math.inf))
     finally:
         torch.set_num_threads(present)
@@ -38,7 +39,7 @@ def fastest_threads(work: Callable[[], object], most: int | None = None, repeats
 def _seconds(work: Callable[[], object], threads: int, repeats: int, hopeless: float) -> float:
     """Return the median time of ``repeats`` calls, or the first time above ``hopeless`` without any more calls."""
     torch.set_num_threads(threads)
-    work()
+    work()  # starts the threads, which takes longer than a call
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -91,6 +91,7 @@ class Trainer:
         """Return the learning rate at a share of the budget: a linear warmup, then a cosine to 1/50 of the peak."""
         peak, warmup = self.settings.learning_rate, self.settings.warmup
         if used < warmup:
+            # Not from 0: the first update would then do nothing.
             return peak * max(used / warmup, 0.05)
         return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup))) / 2)
 
@@ -106,6 +107,7 @@ class Trainer:
         loss = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
+        # Gradients through time explode now and then (Pascanu et al., 2013, arXiv:1211.5063).
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(used)
@@ -122,6 +124,7 @@ class Trainer:
 
     def _next_window(self) -> tuple[Tensor, Tensor]:
         window = self.settings.window
+        # One less: the last character of a row has no next one to predict.
         per_pass = (len(self.text) - 1) // window
         start = self.step % per_pass * window
         if start == 0:
@@ -133,4 +136,5 @@ class Trainer:
 def in_rows(ids: NDArray[np.int64], rows: int) -> Tensor:
     """Split a text into rows of equal length; return them time-major, (len(ids) // rows, rows)."""
     length = len(ids) // rows
+    # Copied: a transposed view would give every window strided memory.
     return torch.from_numpy(ids[: length * rows].reshape(rows, length).T.copy())

@@ -24,7 +24,7 @@ from fusecell.execution.call_cache import call
 from fusecell.execution.call_form import CellFactory, sequence_form
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
-from fusecell.execution.results import bare, swap_time_and_batch, with_dim, without_dim
+from fusecell.execution.results import public_state, swap_time_and_batch, with_dim, without_dim
 from fusecell.execution.runners import traced_as_operator, traced_runner
 from fusecell.execution.torchscript import is_tracing, refuse_script, refuse_trace
 from fusecell.layers.arguments import Lengths, SequenceShape
@@ -192,8 +192,8 @@ class Scanned:
             wrap = wrap if mask is None else replace(wrap, mask=shape.mask(mask))
         outputs, after = self._scan(x, self._start(weight, states, None, rows), options, wrap, None)
         if unbatched:
-            return without_dim(outputs, 1), bare(tuple(without_dim(value, 1) for value in after))
-        return swap_time_and_batch(outputs) if self.batch_first else outputs, bare(after)
+            return without_dim(outputs, 1), public_state(tuple(without_dim(value, 1) for value in after))
+        return swap_time_and_batch(outputs) if self.batch_first else outputs, public_state(after)
 
     def _torch_forward(self, input: Any, hx: Any) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """Run torch.nn's own layer."""
@@ -218,7 +218,7 @@ class Scanned:
         options = Options(packing.lengths, recompute=self.recompute)
         start = self._start(weight, states, packing, packing.lengths.shape[0])
         outputs, after = self._scan(packing.padded(data), start, options, wrap, packing)
-        return packing.repack(outputs), bare(tuple(packing.unsort(value, 1) for value in after))
+        return packing.repack(outputs), public_state(tuple(packing.unsort(value, 1) for value in after))
 
     def _wrap_options(self) -> WrapOptions:
         """Validate masked_output, tbptt and clip_state_grad: attributes, which may have been set since."""

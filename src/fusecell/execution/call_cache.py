@@ -90,7 +90,7 @@ def call(
         result = _cache.find(owner, form, tensors)
         if result is not None:
             outputs, after = result
-            return outputs, after[0] if len(after) == 1 else after  # `bare`, without another call
+            return outputs, after[0] if len(after) == 1 else after  # `public_state`, without another call
     result = slow_path(owner, input, state, *options)
     # Looked at anew: the first slow path of a process imports the compiled runner, which registers the cache.
     if _cache is not None and is_compiled() and not is_tracing():

@@ -12,11 +12,11 @@ from torch import Tensor
 from fusecell.execution.natively import natively
 from fusecell.execution.options import State
 
-__all__ = ["bare", "swap_time_and_batch", "with_dim", "without_dim"]
+__all__ = ["public_state", "swap_time_and_batch", "with_dim", "without_dim"]
 
 
 @natively
-def bare(state: State) -> Tensor | State:
+def public_state(state: State) -> Tensor | State:
     """Return a state as users see it: the tensor where there is one, else the tuple."""
     return state[0] if len(state) == 1 else state
 

@@ -1,4 +1,4 @@
-"""Measure how fast a layer is on this machine: compiled, as a Python loop, in torch.nn, and of the machine's peak."""
+"""Measure a layer's speed on this machine: compiled, as a Python loop, in torch.nn, and against the machine's peak."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {GRUCell: nn.GRU, LSTMCell: nn
 
 @dataclass(frozen=True)
 class Speed:
-    """The times of a layer; ``str()`` has a line for each.
+    """The times of a layer with each implementation; ``str()`` is a table.
 
     Attributes:
         seconds: the median time of a call with each implementation: "fusecell", "Python loop", "torch.nn".
@@ -50,19 +50,19 @@ class Speed:
         return self.flops / self.seconds["fusecell"] / self.peak
 
     def __str__(self) -> str:
-        ours, kind = self.seconds["fusecell"], "forward and backward" if self.training else "inference"
+        compiled, kind = self.seconds["fusecell"], "forward and backward" if self.training else "inference"
         lines = [f"T={self.steps} N={self.rows}, {kind}, {self.threads} thread(s), microseconds per step"]
         for name, seconds in self.seconds.items():
-            ratio = "" if name == "fusecell" else f"  {seconds / ours:.2f}x fusecell's time"
+            ratio = "" if name == "fusecell" else f"  {seconds / compiled:.2f}x fusecell's time"
             lines.append(f"  {name:<12} {1e6 * seconds / self.steps:10.2f}{ratio}")
         if self.flops:
-            rate = f"{self.flops / ours / 1e9:.1f} GFLOP/s in products, {self.share:.0%} of the"
+            rate = f"{self.flops / compiled / 1e9:.1f} GFLOP/s in products, {self.share:.0%} of the"
             lines.append(f"  {rate} {self.peak / 1e9:.0f} that a large product reaches here")
         return "\n".join(lines)
 
 
 def measure(layer: nn.Module, seq_len: int, batch_size: int, *, training: bool = False, seconds: float = 3.0) -> Speed:
-    """Time a layer, its own Python loop and torch.nn's layer, if there is one, in turns.
+    """Time a layer compiled, as a Python loop and, if torch.nn has the same layer, torch.nn's, in turns.
 
     Example:
         >>> import fusecell as fc
@@ -74,8 +74,8 @@ def measure(layer: nn.Module, seq_len: int, batch_size: int, *, training: bool =
     Arguments:
         layer: any layer that takes (T, N, input_size), or (N, T, input_size) with ``batch_first``.
         seq_len, batch_size: T and N.
-        training: time a forward and a backward to all parameters.
-        seconds: roughly how long to measure, all together.
+        training: time a forward and a backward to all parameters, instead of a forward without gradients.
+        seconds: about how long to measure, all implementations together.
 
     Returns:
         A :class:`Speed`; print it.
@@ -149,9 +149,10 @@ def _take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
     In turns, so that other load on the machine affects all alike.
     """
     for call in calls.values():
-        call()
+        call()  # compiles, and fills the call cache
     times: dict[str, list[float]] = {name: [] for name in calls}
     until = time.perf_counter() + seconds
+    # Five at least: the median of fewer is decided by one disturbed call.
     while len(times["fusecell"]) < 5 or time.perf_counter() < until:
         for name, call in calls.items():
             began = time.perf_counter()
@@ -162,6 +163,8 @@ def _take_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
 
 def _peak(dtype: torch.dtype) -> float:
     """Measure the operations per second of a matrix product large enough to keep the cores busy."""
+    # 768: three float32 matrices of 2.3 MB exceed L2, so BLAS blocks them as it does any large product. The best of
+    # twelve, not the median: a peak is what the machine can reach.
     a, b = torch.randn(768, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype)
     best = float("inf")
     for _ in range(12):

@@ -30,7 +30,7 @@ class Config:
     system: str
     target: str
     vectors: str
-    denormals: str
+    denormals: str  # whether kernels count them as zero, which depends on the architecture
     threads: str
     runner: str
     cache: str
@@ -65,6 +65,7 @@ def show_config() -> Config:
         threads=f"{torch.get_num_threads()} of {os.cpu_count()}",
         runner=active_runner(),
         cache=_cache() + _set("FUSECELL_CACHE"),
+        # Guard pages around every tensor: FUSECELL_CHECK=1 makes kernels slow, which a report of speed should show.
         checks="on" if check.ENABLED else "off",
         debug=", ".join(debug_stages()) or "off",
     )

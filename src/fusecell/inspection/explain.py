@@ -1,4 +1,4 @@
-"""``explain``: what was compiled, what left the loop, what it costs, and why the rest runs as a Python loop."""
+"""``explain``: how each cell of a layer is compiled, stage by stage, and why a cell is not compiled."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ __all__ = ["ExplainedCell", "Explanation", "explain"]
 
 @dataclass(frozen=True)
 class ExplainedCell:
-    """How one cell runs, and what each stage of the compiler made of it.
+    """How one cell runs, and the result of each stage of the compiler.
 
-    Without a gradient a cell is one kernel, whose stages ``graph``, ``passes``, ``plan``, ``llvm`` and ``assembly``
-    show. With gradients it is two, ``forward`` and ``backward``, each with the same stages, made of a ``joint`` graph.
+    Without gradients a cell is one kernel; ``graph``, ``passes``, ``plan``, ``llvm`` and ``assembly`` are its stages.
+    With gradients it is two kernels, ``forward`` and ``backward``, each with the same stages, partitioned from one
+    ``joint`` graph of the step and its gradient.
 
     Attributes:
-        name: where in the layer it is, its class and its sizes.
-        text: its part of what ``explain`` prints.
-        reasons: why a call without gradient is eager; empty if it is compiled.
+        name: the path in the layer, the class and the sizes.
+        text: the part of the printed explanation that is about this cell.
+        reasons: why a call without gradients is eager; empty if it is compiled.
         training_reasons: the same for a call with the gradients of all parameters.
     """
 
@@ -51,17 +52,17 @@ class ExplainedCell:
 
     @property
     def graph(self) -> str:
-        """The step as it was traced."""
+        """The graph of the step as traced, before any pass."""
         return self._kernel().graph
 
     @property
     def passes(self) -> Mapping[str, str]:
-        """The graph after each pass, by the pass's name, in the order in which they run."""
+        """The graph after each pass, by name, in the order of the passes."""
         return self._kernel().passes
 
     @property
     def plan(self) -> str:
-        """The stages in the order in which they run, with what each computes and stores."""
+        """The schedule: the loop nest's stages in order, with what each computes and stores."""
         return self._kernel().plan
 
     @property
@@ -71,31 +72,36 @@ class ExplainedCell:
 
     @property
     def assembly(self) -> str:
-        """The machine code as assembly, for the target in force."""
+        """The machine code, disassembled, for the target in force."""
         return self._kernel().assembly
 
     @property
     def joint(self) -> str:
-        """The step and its gradient as they were traced, before they are partitioned."""
+        """The joint graph of the step and its gradient, before it is partitioned into forward and backward."""
         if self._joint is None:
             raise NotCompilable(self.name, self.training_reasons)
         return self._joint.text
 
     @property
     def forward(self) -> KernelStages:
-        """The stages of the kernel that computes the step and saves values for the backward."""
-        return self._both()[0]
+        """The stages of the forward kernel, which computes the step and saves values for the backward."""
+        return self._training_kernels()[0]
 
     @property
     def backward(self) -> KernelStages:
-        """The stages of the kernel that computes the gradients of all parameters that want one."""
-        return self._both()[1]
+        """The stages of the backward kernel, which computes the gradients of all parameters that require one."""
+        return self._training_kernels()[1]
 
     def stage(self, stage: str, *, gradients: bool = False) -> str:
-        """Show one stage, of ``graph``, ``passes``, ``plan``, ``llvm`` and ``asm``, under a headline for each kernel.
+        """Return the text of one stage, with a headline for each kernel.
 
         Arguments:
-            gradients: of the kernels with gradients; the graph is then the joint one too.
+            stage: "graph", "passes", "plan", "llvm" or "asm".
+            gradients: show the forward and backward kernels instead, for "graph" also the joint graph.
+
+        Raises:
+            ValueError: for any other stage.
+            NotCompilable: if the cell has no such kernel; the message says why.
         """
         check_stage(stage)
         if not gradients:
@@ -109,27 +115,27 @@ class ExplainedCell:
             raise NotCompilable(self.name, self.reasons)
         return self._inference
 
-    def _both(self) -> tuple[KernelStages, KernelStages]:
+    def _training_kernels(self) -> tuple[KernelStages, KernelStages]:
         if self._training is None:
-            raise NotCompilable(self.name, self.training_reasons or ("No parameter wants a gradient.",))
+            raise NotCompilable(self.name, self.training_reasons or ("No parameter requires a gradient.",))
         return self._training
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a layer or cell runs; printed, the plan.
+    """How a layer or cell runs; ``print`` shows a summary of each cell.
 
-    What each stage of the compiler made of a cell is in ``cells``. Of a layer with one cell, the explanation itself has
-    ``graph``, ``passes``, ``plan``, ``llvm``, ``assembly``, ``joint``, ``forward`` and ``backward`` too; see
+    The stages of the compiler are in ``cells``, for each cell. For a layer with one cell, the explanation itself also
+    has ``graph``, ``passes``, ``plan``, ``llvm``, ``assembly``, ``joint``, ``forward`` and ``backward``; see
     :class:`ExplainedCell`.
 
     Attributes:
-        runner: what a call without gradient on the CPU does under the runner in force, ``"compiled"`` or ``"eager"``;
-            "compiled" only if every cell inside is.
+        runner: how a call without gradients runs on the CPU under the active runner: ``"compiled"`` if every cell is
+            compiled, else ``"eager"``.
         training_runner: the same for a call with the gradients of all parameters.
         reasons: why either is eager, a sentence each; empty if both are compiled.
-        text: the plan, cell by cell.
-        cells: each cell in turn, with its stages.
+        text: the printed summary, cell by cell.
+        cells: an :class:`ExplainedCell` for each cell, bottom first.
     """
 
     runner: str
@@ -140,42 +146,42 @@ class Explanation:
 
     @property
     def graph(self) -> str:
-        """The step of the only cell, as it was traced."""
+        """:attr:`ExplainedCell.graph` of the only cell."""
         return self._cell().graph
 
     @property
     def passes(self) -> Mapping[str, str]:
-        """The graph of the only cell after each pass, by the pass's name."""
+        """:attr:`ExplainedCell.passes` of the only cell."""
         return self._cell().passes
 
     @property
     def plan(self) -> str:
-        """The stages of the only cell, with what each computes and stores."""
+        """:attr:`ExplainedCell.plan` of the only cell."""
         return self._cell().plan
 
     @property
     def llvm(self) -> str:
-        """The LLVM text of the only cell."""
+        """:attr:`ExplainedCell.llvm` of the only cell."""
         return self._cell().llvm
 
     @property
     def assembly(self) -> str:
-        """The machine code of the only cell, as assembly for the target in force."""
+        """:attr:`ExplainedCell.assembly` of the only cell."""
         return self._cell().assembly
 
     @property
     def joint(self) -> str:
-        """The step of the only cell and its gradient, as they were traced."""
+        """:attr:`ExplainedCell.joint` of the only cell."""
         return self._cell().joint
 
     @property
     def forward(self) -> KernelStages:
-        """The stages of the only cell's forward with gradients."""
+        """:attr:`ExplainedCell.forward` of the only cell."""
         return self._cell().forward
 
     @property
     def backward(self) -> KernelStages:
-        """The stages of the only cell's backward."""
+        """:attr:`ExplainedCell.backward` of the only cell."""
         return self._cell().backward
 
     def _cell(self) -> ExplainedCell:
@@ -183,7 +189,7 @@ class Explanation:
             names = ", ".join(cell.name for cell in self.cells)
             raise ValueError(
                 f"this layer has {len(self.cells)} cells ({names}), each with its own stages: "
-                "say which by explain(...).cells[0]."
+                "pick one, for example explain(...).cells[0]."
             )
         return self.cells[0]
 
@@ -195,7 +201,7 @@ class Explanation:
 
 
 def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> Explanation:
-    """Say how a layer or cell runs, tracing and compiling it if need be.
+    """Explain how a layer or cell runs: trace and compile it, and describe each stage.
 
     Example:
         >>> import fusecell as fc
@@ -207,20 +213,24 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 
     Arguments:
         module: a cell, or any module with cells inside: Recurrent, Stack, Bidirectional, Sequential, GRU, LSTM, RNN.
-        input_sizes: the features of each input that a call gives, for cells that are given several.
+        input_sizes: the features of each input, for a cell with several inputs.
 
     Returns:
-        An :class:`Explanation`; print it to read the plan.
+        An :class:`Explanation`; print it.
 
     Raises:
         TypeError: if there is no cell in the module.
-        ValueError: if a cell takes several inputs and ``input_sizes`` doesn't say how wide each is.
+        ValueError: if a cell has several inputs and ``input_sizes`` doesn't give the features of each.
     """
     cells = _leaves(module)
     if not cells:
         raise TypeError(f"explain takes a layer or a cell of fusecell, got {type(module).__name__}, which has none.")
     explained = tuple(_explain_cell(name, cell, input_sizes) for name, cell in cells)
-    reasons = [reason for each in explained for reason in (*each.reasons, *each.training_reasons)]
+    reasons = []
+    for (_, cell), each in zip(cells, explained, strict=True):
+        kind = type(cell).__name__
+        reasons += [f"{kind}: {reason}" for reason in each.reasons]
+        reasons += [f"{kind}, with gradients: {reason}" for reason in each.training_reasons]
     inference = not any(each.reasons for each in explained)
     training = not any(each.training_reasons for each in explained)
     if active_runner() == "eager":
@@ -229,7 +239,7 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
     return Explanation(
         "compiled" if inference else "eager",
         "compiled" if training else "eager",
-        tuple(dict.fromkeys(reasons)),
+        tuple(dict.fromkeys(reasons)),  # each sentence once: the layers of a GRU are eager for the same reason
         "\n".join(each.text for each in explained),
         explained,
     )
@@ -238,66 +248,73 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> ExplainedCell:
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
     dtype = weights_dtype(cell) or torch.get_default_dtype()
+    # Refused here, before anything is traced: kernels exist for two dtypes.
     if dtype not in (torch.float32, torch.float64):
-        reason = f"{type(cell).__name__}: its weights are {dtype}; float32 and float64 are compiled."
+        reason = f"Its weights are {dtype}; only float32 and float64 are compiled."
         return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
     inputs = _inputs(cell, input_sizes, dtype)
     lines = [title]
     reasons: tuple[str, ...] = ()
     training_reasons: tuple[str, ...] = ()
     inference: KernelStages | None = None
-    both: tuple[KernelStages, KernelStages] | None = None
+    kernels: tuple[KernelStages, KernelStages] | None = None
+    # As a training call would find them, whatever the caller's mode: programs compiled here serve later calls too.
     with torch.inference_mode(False), torch.enable_grad():
-        program, learner = find_program(cell, inputs), find_trainable(cell, inputs)
+        program, trainable = find_program(cell, inputs), find_trainable(cell, inputs)
     if isinstance(program, Refusal):
-        reasons = tuple(f"{type(cell).__name__}: {reason}" for reason in program.reasons)
+        reasons = program.reasons
         lines += ["  eager", *(f"    {reason}" for reason in program.reasons)]
     else:
         inference = KernelStages(program.kernel)
         lines += [f"  compiled in {program.seconds * 1e3:.0f} ms", *_describe(program.kernel)]
-    if isinstance(learner, Refusal):
-        training_reasons = tuple(f"{type(cell).__name__}, with gradients: {reason}" for reason in learner.reasons)
-        lines += ["  with gradients: eager", *(f"    {reason}" for reason in learner.reasons)]
+    if isinstance(trainable, Refusal):
+        training_reasons = trainable.reasons
+        lines += _describe_refusal(program, trainable)
     elif not isinstance(program, Refusal):
-        wanted = [False] * len(inputs) + [value.requires_grad for value in learner.traced.weights.values(cell)]
-        training = learner.training(wanted, recomputing())
+        requires_grad = [False] * len(inputs) + [each.requires_grad for each in trainable.traced.weights.values(cell)]
+        training = trainable.training(requires_grad, recomputing())
         if isinstance(training, Refusal):
             training_reasons = training.reasons
-        elif any(wanted):
-            both = KernelStages(training.forward.kernel), KernelStages(training.backward.kernel)
+        elif any(requires_grad):
+            kernels = KernelStages(training.forward.kernel), KernelStages(training.backward.kernel)
             lines += _describe_training(training)
-    joint = None if isinstance(learner, Refusal) else learner.traced.graph
-    return ExplainedCell(title, "\n".join(lines), reasons, training_reasons, inference, joint, both)
+    joint = None if isinstance(trainable, Refusal) else trainable.traced.graph
+    return ExplainedCell(title, "\n".join(lines), reasons, training_reasons, inference, joint, kernels)
 
 
 def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """One step of one row of each input."""
+    """Make one step of one row of each input, zeros, or what the cell draws."""
     drawn = cell.draw(1, 1, dtype=dtype, device="cpu")
-    given = len(cell.inputs) - len(drawn)
-    names = ", ".join(cell.inputs[:given])
-    if sizes is None and given != 1:
+    count = len(cell.inputs) - len(drawn)
+    names = ", ".join(cell.inputs[:count])
+    if sizes is None and count != 1:
         raise ValueError(
-            f"{type(cell).__name__} is given {given} inputs ({names}), whose widths are known at a call only: say "
-            "explain(..., input_sizes=(...)), a number of features for each."
+            f"{type(cell).__name__} takes {count} inputs ({names}), whose numbers of features are unknown before a "
+            "call: pass explain(..., input_sizes=(...)), the features of each."
         )
-    if sizes is not None and len(sizes) != given:
-        raise ValueError(f"{type(cell).__name__} is given {given} inputs ({names}), got {len(sizes)} input_sizes.")
+    if sizes is not None and len(sizes) != count:
+        raise ValueError(
+            f"{type(cell).__name__} takes {count} inputs ({names}), got {len(sizes)} input_sizes: pass one for each."
+        )
     widths = (cell.input_size,) if sizes is None else tuple(sizes)
+    # One of each will do: a program serves any number of steps and rows.
     return (*(torch.zeros(1, 1, width, dtype=dtype) for width in widths), *drawn)
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, Cell]]:
-    """List the cells that a step of ``module`` runs, each with a title; a Stack's and a drop-in layer's one by one."""
+    """List the cells that run in a step of ``module``, each with a title prefix; those of a Stack or GRU one by one."""
     cells: list[tuple[str, Cell]] = []
     for name, part in named_recurrent_parts(module):
         if isinstance(part, HasCells):
-            cells += [(f"{name}[layer {layer}, direction {way}] ", cell) for layer, way, cell in part.leaf_cells()]
+            for layer, direction, cell in part.leaf_cells():
+                cells.append((f"{name}[layer {layer}, direction {direction}] ", cell))
         elif isinstance(part, Cell):
             cells.append((f"{name} " if name else "", part))
     return cells
 
 
-_WHEN = {
+# Titles of the plan's phases, in the order in which a chunk of steps goes through them.
+_PHASES = {
     "once": "once per call",
     "hoisted": "before the loop, a chunk of steps at once",
     "loop": "in the loop",
@@ -306,21 +323,23 @@ _WHEN = {
 
 
 def _describe(kernel: Kernel) -> list[str]:
-    """A kernel's stages in the order in which they run, and what it costs."""
+    """Describe a kernel in lines: its stages in order, its costs, and its machine code."""
     graph, emitted, plan = kernel.plan.graph, kernel.emitted, kernel.plan
     lines = []
-    for phase, when in _WHEN.items():
+    for phase, when in _PHASES.items():
         stages = [stage for stage in plan.stages if stage.phase == phase]
         lines += [f"    {when}"] if stages else []
         lines += [f"      {_describe_stage(kernel, stage)}" for stage in stages]
     if plan.sums:
-        sums = {found.label.removeprefix("grad.weight."): None for found in plan.sums}
+        # A dict, as an ordered set: a weight used twice has a sum for each use.
+        sums = {each.label.removeprefix("grad.weight."): None for each in plan.sums}
         lines.append(f"    after the loop, summed over all rows and steps: {', '.join(sums)}")
     weights = sum(math.prod(graph[index].type.shape) for index in graph.leaves("weight")) * kernel.itemsize
     scratch = emitted.scratch
+    lines.append(f"    {2 * kernel.macs:,} FLOPs in matrix products per row and step; {weights:,} bytes of weights")
     lines.append(
-        f"    {2 * kernel.macs:,} FLOPs of products a row and step; {weights:,} bytes of weights; scratch "
-        f"{scratch.fixed:,} bytes, {scratch.per_row:,} a row, {scratch.per_chunk_row:,} a row and step of a chunk"
+        f"    scratch memory: {scratch.fixed:,} bytes, {scratch.per_row:,} per row, "
+        f"{scratch.per_chunk_row:,} per row and step of a chunk"
     )
     loaded = kernel.loaded
     how = "read from the cache" if loaded.from_cache else "compiled"
@@ -335,16 +354,26 @@ def _describe_stage(kernel: Kernel, stage: Stage) -> str:
     parts = []
     products = [graph[index].name for index in stage.affines]
     if products:
-        parts.append(f"products {', '.join(products)} in tiles of rows x blocks {kernel.emitted.tiles[stage.name]}")
+        # The innermost dimension of a microkernel is a vector of 16 numbers, whatever the CPU's own vectors.
+        parts.append(
+            f"products {', '.join(products)} by microkernels of rows x vectors {kernel.emitted.tiles[stage.name]}"
+        )
     for what, indices in (("", stage.pointwise), ("reductions ", stage.reductions)):
         if indices:
             parts.append(what + ", ".join(graph[index].name for index in indices))
-    return f"{stage.width} wide: {'; '.join(parts) or 'copies'}"
+    return f"{stage.width} features: {'; '.join(parts) or 'copies'}"
+
+
+def _describe_refusal(program: object, trainable: Refusal) -> list[str]:
+    """Describe why a cell is eager with gradients, without repeating the reasons that it has anyway."""
+    if isinstance(program, Refusal) and program.reasons == trainable.reasons:
+        return ["  with gradients: eager, for the same reasons"]
+    return ["  with gradients: eager", *(f"    {reason}" for reason in trainable.reasons)]
 
 
 def _describe_training(training: Training) -> Iterator[str]:
-    kept = ", ".join(name.removeprefix("saved.") for name, _ in training.halves.saved)
+    saved = ", ".join(name.removeprefix("saved.") for name, _ in training.halves.saved)
     size = training.saved_numbers * training.forward.kernel.itemsize
-    yield f"  with gradients, kept for the backward: {kept}; {size:,} bytes a row and step"
-    yield "  the backward, from the last step to the first"
+    yield f"  with gradients, the forward also saves {saved}: {size:,} bytes per row and step"
+    yield "  the backward kernel, from the last step to the first"
     yield from _describe(training.backward.kernel)

@@ -78,7 +78,7 @@ class Summary:
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the table as rows of text: a header, a row per layer, the totals."""
-        header = ("layer", "kind", "parameters", "MACs", "cell calls", "saved bytes", "output", "state")
+        header = ("layer", "kind", "parameters", "MACs", "cell calls", "bytes saved for backward", "output", "state")
         rows = [
             (
                 layer.name,
@@ -240,6 +240,7 @@ class _Walk:
             x = torch.zeros(1, self.rows, dtype=torch.int64, device=like["device"])
         else:
             x = torch.zeros(1, self.rows, features, **like)
+        # One step stands for all: such a module sees no other step.
         macs, output = _count_macs(module, x)
         shape = self._sequence(output.shape[-1])
         return LayerSummary(name, type(module).__name__, _parameters(module), macs * self.seq_len, shape, {}, 0)
@@ -262,6 +263,7 @@ class _Walk:
         """Return the bytes saved for the gradients of all parameters; None if the cell can't be compiled."""
         like = _like(cell)
         drawn = cell.draw(1, self.rows, **like)
+        # The widths of further inputs are unknown before a call, and other dtypes are never compiled.
         if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in (torch.float32, torch.float64):
             return None
         inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
@@ -322,6 +324,7 @@ class _Walk:
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
+# Not torch.utils.flop_counter, which leaves out mv and dot, which a step may use.
 class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
     """Add up the multiply-accumulates of the matrix products that run inside the block."""
 

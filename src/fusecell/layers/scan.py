@@ -14,7 +14,7 @@ from fusecell.execution.call_cache import call
 from fusecell.execution.call_form import sequence_form
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State, steps_of
-from fusecell.execution.results import bare, swap_time_and_batch, without_dim
+from fusecell.execution.results import public_state, swap_time_and_batch, without_dim
 from fusecell.execution.runners import run
 from fusecell.layers.arguments import Lengths, SequenceShape, check_inputs
 from fusecell.layers.packed import Packing, check_packed
@@ -126,8 +126,8 @@ def _scan_padded(
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = scan_time_major(cell, inputs, start, options, wrap)
     if unbatched:
-        return without_dim(outputs, 1), bare(tuple(without_dim(value, 0) for value in after))
-    return (swap_time_and_batch(outputs) if batch_first else outputs), bare(after)
+        return without_dim(outputs, 1), public_state(tuple(without_dim(value, 0) for value in after))
+    return (swap_time_and_batch(outputs) if batch_first else outputs), public_state(after)
 
 
 @natively
@@ -143,7 +143,7 @@ def _scan_packed(
         start = tuple(packing.sort(value) for value in start)
     options = Options(packing.lengths, reverse=reverse, recompute=recompute)
     outputs, after = scan_time_major(cell, inputs, start, options, wrap, packing)
-    return packing.repack(outputs), bare(tuple(packing.unsort(value) for value in after))
+    return packing.repack(outputs), public_state(tuple(packing.unsort(value) for value in after))
 
 
 def scan_time_major(

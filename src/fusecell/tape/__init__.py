@@ -1,4 +1,4 @@
-"""What happens inside: ``record`` and its ``Tape``, numbers, plots and a page."""
+"""Record the intermediate values of cells (``record``) and read, plot and save them (``Tape``)."""
 
 from fusecell.tape.recording import record
 from fusecell.tape.tape import Tape

@@ -19,7 +19,10 @@ from fusecell.tape.tape import Tape, Track
 __all__ = ["page"]
 
 _LEVELS = 65535
-"""The largest of the 16-bit numbers that values are stored as, from their least to their largest."""
+"""The largest of the 16-bit numbers that values are stored as, from their least to their largest.
+
+A screen shows fewer levels than that, and the page is a fourth of what float32 as JSON text would be.
+"""
 
 
 def page(tape: Tape, rows: Sequence[int], title: str) -> str:
@@ -91,6 +94,7 @@ def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[i
     starts = []
     for row in rows:
         length = tape.steps if tape.lengths is None else int(tape.lengths[row])
+        # Exact comparison: where a step continues, before is a copy of the state after its neighbour.
         steps = (before[:length, row] != shifted[:length, row]).any(-1).nonzero()[:, 0].tolist()
         starts.append({step: [float(f"{number:.6g}") for number in before[step, row].tolist()] for step in steps})
     return starts
@@ -98,6 +102,7 @@ def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[i
 
 def _packed(value: Tensor) -> dict[str, Any]:
     """Encode values of shape (T, rows, size) as base64 of little-endian 16-bit numbers, with their range."""
+    # NaN and infinities have no level, and a tape may hold them.
     numbers = np.nan_to_num(value.double().numpy())
     low, high = float(numbers.min()), float(numbers.max())
     scale = (high - low) / _LEVELS or 1.0  # a constant has no range to divide by

@@ -25,12 +25,14 @@ def plot(tape: Tape, names: Sequence[str] | None, layer: int, direction: int, ro
         names = [name for name in tape.names(layer) if name != "output"]
     if not 0 <= row < tape.rows:
         raise IndexError(f"The tape has {tape.rows} row(s), got row {row}.")
+    # In inches: about a tenth per step, within what a notebook shows.
     width = max(6.0, min(16.0, 0.12 * tape.steps + 3))
     figure, axes = plt.subplots(
         len(names), 1, figsize=(width, 1.7 * len(names) + 0.6), squeeze=False, sharex=True, layout="constrained"
     )
     for axis, name in zip(axes[:, 0], names, strict=True):
         value = tape.value(name, layer, direction)[:, row]
+        # Gates from 0 to 1, so that their colours compare; other values on a symmetric scale, on which 0 is white.
         gate, most = is_gate(value), float(value.abs().max()) or 1.0
         image = axis.imshow(
             value.T.numpy(),

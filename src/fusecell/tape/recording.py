@@ -1,4 +1,8 @@
-"""``record``: the value of every named intermediate of every cell, at every step, from the compiled loop."""
+"""``record``: run a layer and return the values of every cell's named intermediates at every step.
+
+A cell is compiled once more, with its notes and new states as further outputs of the loop. With gradients, a zero is
+added to each value (``_Probed``): after the backward, the gradient of the zero is the gradient of the value.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,15 +41,16 @@ from fusecell.wrappers import Wrapper
 __all__ = ["record"]
 
 _AFTER = "after."
+"""Prefix of the outputs that hold new states; the compiler uses "note." for notes and "state." for last states."""
 
 
 def record(
     layer: nn.Module, *args: Any, labels: Sequence[str] | None = None, gradients: bool = False, **options: Any
 ) -> Tape:
-    """Run a layer and record what happens inside.
+    """Run a layer and record every cell's named intermediates, states and output at each step.
 
-    A GRU's names are r, z, n, h and output, an LSTM's i, f, g, o, h, c and output; a cell of your own names values with
-    ``self.note("name", value)`` in its step. Compiled, they are further outputs of the same loop.
+    A GRU's names are r, z, n, h and output, an LSTM's i, f, g, o, h, c and output; your own cell names a value with
+    ``self.note("name", value)`` in its step. Compiled, these are further outputs of the same loop.
 
     Example:
         >>> import torch, fusecell as fc
@@ -57,151 +62,169 @@ def record(
 
     Arguments:
         layer: any layer of fusecell: Recurrent, Bidirectional, Sequential, GRU, LSTM, RNN.
-        args, options: what the layer is called with: the input, a state, ``lengths``, ``resets``, ``mask``.
-        labels: a word for each step, such as the characters of a text, for plots and pages.
-        gradients: keep the graph, so that after ``loss(tape.outputs).backward()`` the tape has the gradient of each
-            value beside it. The backward adds to the parameters' gradients, as any does.
+        args, options: the arguments of the layer: the input, a state, ``lengths``, ``resets``, ``mask``.
+        labels: a text for each step, such as the characters of a line, for plots and pages.
+        gradients: keep the autograd graph: after ``loss(tape.outputs).backward()``, :meth:`Tape.gradient` returns the
+            gradient at each value. The backward also adds to the parameters' ``.grad``.
 
     Returns:
         A :class:`Tape`.
 
     Raises:
-        TypeError: where no cell of fusecell ran inside.
+        TypeError: if no cell of fusecell runs in the layer.
+        ValueError: if ``labels`` are not one for each step, or the input has no steps or rows.
     """
     tracks: list[Track] = []
     inputs: list[int] = []
-    seen: list[Tensor | None] = []
+    all_lengths: list[Tensor | None] = []
 
-    def keep(cell: Cell, found: dict[str, Any], options: Options) -> None:
-        inputs.append(found.pop("input"))
+    def add(cell: Cell, values: dict[str, Any], options: Options) -> None:
+        inputs.append(values.pop("input"))
         equation, source = _equation(cell), _source(cell)
         kind = type(unwrapped(cell)).__name__
-        track = Track(kind, options.reverse, tuple(cell.states), **found, equation=equation, source=source)
+        track = Track(kind, options.reverse, tuple(cell.states), **values, equation=equation, source=source)
         tracks.append(track)
-        seen[:] = [options.lengths]
+        # The same for all cells of one call: a layer hands its lengths to each.
+        all_lengths.append(options.lengths)
 
-    with torch.set_grad_enabled(gradients), recording(keep):
+    with torch.set_grad_enabled(gradients), recording(add):
         result = layer(*args, **options)
     if not tracks:
-        raise TypeError(f"record takes a layer of fusecell, got {type(layer).__name__}, in which no cell ran.")
-    tape = Tape(_layers(tracks, inputs), result[0] if isinstance(result, tuple) else result, seen[0], labels)
+        raise TypeError(
+            f"record takes a layer of fusecell, got {type(layer).__name__}, in which no cell ran. "
+            "Convert torch.nn's GRU, LSTM and RNN with fusecell.replace, and wrap a cell of your own: Recurrent(cell)."
+        )
+    tape = Tape(_layers(tracks, inputs), result[0] if isinstance(result, tuple) else result, all_lengths[-1], labels)
     if tape.labels is not None and len(tape.labels) != tape.steps:
-        raise ValueError(f"labels must be one for each of the {tape.steps} steps, got {len(tape.labels)}.")
+        raise ValueError(f"record needs one label for each of the {tape.steps} steps, got {len(tape.labels)}.")
     return tape
 
 
 def _layers(tracks: Sequence[Track], inputs: Sequence[int]) -> list[list[Track]]:
-    """The tracks of each layer: one, or two where the second ran reversed over the same input.
+    """Group tracks, in the order in which they ran, into layers of one or two directions.
 
-    Directions come cell by cell (a GRU's) or one after the other (those of two stacks): a run of reversed tracks
-    belongs to as many layers before it, if it began with their input.
+    Arguments:
+        inputs: the address of each track's input.
     """
+    # A bidirectional GRU runs layer by layer, forward and reversed in turns; a Bidirectional of two Stacks runs all
+    # layers forward, then all reversed. In both, n reversed tracks in a row are the second directions of the n layers
+    # before them, if the first of each read the same input tensor.
     layers: list[list[int]] = []
-    place = 0
-    while place < len(tracks):
-        count = _partners(tracks, inputs, layers, place)
+    position = 0
+    while position < len(tracks):
+        count = _reversed_partners(tracks, inputs, layers, position)
         if count:
             for offset, layer in enumerate(layers[-count:]):
-                layer.append(place + offset)
+                layer.append(position + offset)
         else:
-            layers.append([place])
-        place += count or 1
+            layers.append([position])
+        position += count or 1
     return [[tracks[index] for index in layer] for layer in layers]
 
 
-def _partners(tracks: Sequence[Track], inputs: Sequence[int], layers: list[list[int]], place: int) -> int:
-    """How many tracks from ``place`` on are the other direction of as many layers before it."""
-    reversed_ = 0
-    while place + reversed_ < len(tracks) and tracks[place + reversed_].reverse:
-        reversed_ += 1
-    for count in range(min(reversed_, len(layers)), 0, -1):
-        ahead = layers[-count:]
-        alone = all(len(layer) == 1 and not tracks[layer[0]].reverse for layer in ahead)
-        if alone and inputs[ahead[0][0]] == inputs[place]:
+def _reversed_partners(tracks: Sequence[Track], inputs: Sequence[int], layers: list[list[int]], position: int) -> int:
+    """Return how many tracks from ``position`` on are the second directions of layers before; 0 if none are."""
+    run = 0
+    while position + run < len(tracks) and tracks[position + run].reverse:
+        run += 1
+    for count in range(min(run, len(layers)), 0, -1):
+        candidates = layers[-count:]
+        forward_only = all(len(layer) == 1 and not tracks[layer[0]].reverse for layer in candidates)
+        if forward_only and inputs[candidates[0][0]] == inputs[position]:
             return count
     return 0
 
 
 @one_thread_after_fork()
 def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
-    """The runner inside :func:`record`."""
-    begin: State = ()
+    """Run a cell as the runner that :func:`record` puts in force, and hand over what it recorded."""
+    reset: State = ()
     if options.resets is not None:
-        begin = first_state(cell, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
+        reset = first_state(cell, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
+    # Values first, without gradient; the second run below, with gradients, is the compiled cell that training uses.
     with torch.no_grad():
-        raw, after = _values(cell, inputs, state, begin, options)
+        raw, after = _values(cell, inputs, state, reset, options)
     notes = [label.removeprefix("note.") for label in raw if label.startswith("note.")]
     names = _names(notes, cell.states)
     values = {name: raw[f"note.{label}"] for label, name in names.items()}
     values |= {name: raw[_AFTER + name] for name in cell.states} | {"output": raw["output"]}
 
     def before() -> dict[str, Tensor]:
-        return {name: _before(values[name], *pair, options) for name, pair in _pairs(cell.states, state, begin)}
+        pairs = zip(cell.states, state, reset or state, strict=True)
+        return {name: _before(values[name], first, begin, options) for name, first, begin in pairs}
 
-    found: dict[str, Any] = {"values": values, "find_before": before, "probes": {}, "input": inputs[0].data_ptr()}
+    entry: dict[str, Any] = {"values": values, "find_before": before, "probes": {}, "input": inputs[0].data_ptr()}
+    # Cloned: the caller may write to the layer's outputs, which must not change the tape.
     outputs = raw["output"].clone()
     if torch.is_grad_enabled():
         probes = {name: torch.zeros_like(value, requires_grad=True) for name, value in values.items()}
         probed = _Probed(cell, {**names, **{name: name for name in notes if name in cell.states}}, tuple(probes))
         outputs, after = run_auto(probed, (*inputs, *probes.values()), state, options)
-        found["probes"] = probes
-    recording_into()(cell, found, options)
+        entry["probes"] = probes
+    recording_into()(cell, entry, options)
     return outputs, after
 
 
-def _values(cell: Cell, inputs: State, state: State, begin: State, options: Options) -> tuple[dict[str, Tensor], State]:
-    """All that is known of a cell at each step, compiled where it can be."""
+def _values(cell: Cell, inputs: State, state: State, reset: State, options: Options) -> tuple[dict[str, Tensor], State]:
+    """Run a cell, compiled where possible; return its outputs, notes and states at each step, and the last state."""
     program = _programs.find(cell, inputs)
-    usual = all(value.is_cpu and value.numel() > 0 for value in (*inputs, *state))
-    if isinstance(program, Refusal) or not usual:
-        return _loop(cell, inputs, state, options)
-    raw, after = run_all(program.kernel, program.traced.weights.values(cell), inputs, state, begin, options)
+    compilable = all(value.is_cpu and value.numel() > 0 for value in (*inputs, *state))
+    if isinstance(program, Refusal) or not compilable:
+        return _run_loop(cell, inputs, state, options)
+    raw, after = run_all(program.kernel, program.traced.weights.values(cell), inputs, state, reset, options)
     outputs = program.traced.graph.outputs
-    shown = _shown(outputs)
+    labels = _output_labels(outputs)
     for name in cell.states:
         if _AFTER + name not in raw:
-            raw[_AFTER + name] = raw[shown[outputs[f"state.{name}"]]]
+            raw[_AFTER + name] = raw[labels[outputs[f"state.{name}"]]]
     return raw, after
 
 
-def _pairs(names: Sequence[str], state: State, begin: State) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    return zip(names, zip(state, begin or state, strict=True), strict=True)
+def _before(after: Tensor, first: Tensor, reset: Tensor, options: Options) -> Tensor:
+    """Compute the state before each step, (T, N, size), from those after.
 
-
-def _before(after: Tensor, first: Tensor, begin: Tensor, options: Options) -> Tensor:
-    """The state that each step began with, (T, N, size)."""
+    Arguments:
+        after: (T, N, size).
+        first: the state before each row's first step, (N, size).
+        reset: the state after a reset, (N, size).
+    """
     steps, first = after.shape[0], first.detach()
-    found = torch.roll(after, -1 if options.reverse else 1, 0)
+    # The state before step t is the one after t - 1, or t + 1 in reverse. What the roll wraps around is overwritten: a
+    # reversed row starts at its own last valid step.
+    before = torch.roll(after, -1 if options.reverse else 1, 0)
     last = torch.full((after.shape[1],), steps) if options.lengths is None else options.lengths
-    place = (last - 1).clamp(min=0) if options.reverse else torch.zeros_like(last)
-    found[place, torch.arange(after.shape[1])] = first
+    start = (last - 1).clamp(min=0) if options.reverse else torch.zeros_like(last)
+    before[start, torch.arange(after.shape[1])] = first
     if options.resets is not None:
-        found = torch.where(options.resets[..., None], begin.detach(), found)
+        before = torch.where(options.resets[..., None], reset.detach(), before)
     if options.lengths is not None:
         valid = torch.arange(steps)[:, None] < options.lengths
-        found = torch.where(valid[..., None], found, torch.zeros_like(found))
-    return found
+        before = torch.where(valid[..., None], before, torch.zeros_like(before))
+    return before
 
 
 def _names(notes: Sequence[str], states: Sequence[str]) -> dict[str, str]:
-    """What each note is called: as the cell says, without the path to a cell in a wrapper where that is clear.
+    """Map each note's label to its name on the tape, which leaves out the path into wrappers ("cell.cell.") if it can.
 
-    A state that the cell itself notes is left out: it stands among the states.
+    A state that the cell itself notes is left out: it is recorded as a state.
     """
-    found = {label: label for label in notes if label not in states}
-    for label in found:
+    # Wrappers keep the inner cell in "cell", so a note of a wrapped GRU is "cell.r": the user knows it as r.
+    names = {label: label for label in notes if label not in states}
+    for label in names:
         short = re.sub(r"^(cell\.)+", "", label)
-        if short not in (*found.values(), *states, "output"):
-            found[label] = short
-    return found
+        if short not in (*names.values(), *states, "output"):
+            names[label] = short
+    return names
 
 
 class _Probed(Wrapper):
-    """A cell with a zero added to each of its values: the gradient of a zero is that of the value.
+    """A cell with a zero added to each of its values: the gradient of the zero is that of the value.
+
+    The zeros are further inputs, (T, N, size) each, so the compiled backward computes their gradients as any input's.
 
     Arguments:
-        notes: for the path and name of each note, what it is called.
-        probes: what the zeros are called, in the order of the inputs that hold them.
+        notes: the name on the tape of each note, by its path and name.
+        probes: the names of the zeros, in the order of the inputs.
     """
 
     def __init__(self, cell: Cell, notes: Mapping[str, str], probes: Sequence[str]) -> None:
@@ -213,6 +236,7 @@ class _Probed(Wrapper):
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         probes = dict(zip(self.probes, noise, strict=True))
+        # By identity: a note comes with the cell that made it, and the same class may be inside twice.
         paths = {id(module): path for path, module in self.cell.named_modules()}
 
         def add(cell: Cell, name: str, value: Tensor) -> Tensor:
@@ -223,32 +247,35 @@ class _Probed(Wrapper):
             output, new = self.cell.step(x, state)
         after = []
         for name, value in zip(self.cell.states, new, strict=True):
-            moved = value if name in self.notes else value + probes[name]
-            output = moved if output is value else output
-            after.append(moved)
+            # A state that the cell notes has its zero already, added where the rest of the step still uses it.
+            probed = value if name in self.notes else value + probes[name]
+            # An output that is the new state must depend on the state's zero too.
+            output = probed if output is value else output
+            after.append(probed)
         return output + probes["output"], tuple(after)
 
 
 def _equation(cell: Cell) -> str:
-    """The step as the zoo writes it: of the member that is most alike, among those of the cell's class."""
-    facts = tuple((name, getattr(cell, name, None)) for name in ("reset_after", "nonlinearity", "norm"))
+    """Return the equations of a cell's class in ``CELLS``, of the member whose options are most like the cell's."""
+    options = tuple((name, getattr(cell, name, None)) for name in ("reset_after", "nonlinearity", "norm"))
     kind: Any = type(cell)
-    return _equation_of(kind, facts, bool(getattr(cell, "proj_size", 0)))
+    return _equation_of(kind, options, bool(getattr(cell, "proj_size", 0)))
 
 
+# Cached, because each lookup builds every member of the class.
 @functools.cache
-def _equation_of(kind: Any, facts: tuple[tuple[str, Any], ...], projected: bool) -> str:
-    def alike(member: ZooCell) -> int:
-        made = member.make(3, 3)
-        same: int = sum(getattr(made, name, None) == value for name, value in facts)
-        return same + (bool(getattr(made, "proj_size", 0)) == projected)
+def _equation_of(kind: Any, options: tuple[tuple[str, Any], ...], projected: bool) -> str:
+    def matches(member: ZooCell) -> int:
+        cell = member.make(3, 3)
+        equal: int = sum(getattr(cell, name, None) == value for name, value in options)
+        return equal + (bool(getattr(cell, "proj_size", 0)) == projected)
 
     members = [member for member in CELLS if member.cell is kind]
-    return max(members, key=alike).equation if members else ""
+    return max(members, key=matches).equation if members else ""
 
 
 def _source(cell: Cell) -> str:
-    """The step as Python; of a wrapper, that of the cell inside, which says more."""
+    """Return the Python source of a cell's step; for a wrapper, that of the innermost cell, which holds the maths."""
     while isinstance(cell, Wrapper):
         cell = cell.cell
     kind: Any = type(cell)  # mypy finds no hash in a module's class
@@ -263,26 +290,28 @@ def _source_of(kind: Any) -> str:
         return ""
 
 
-def _loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[dict[str, Tensor], State]:
-    """The same from the Python loop, for cells that can't be compiled."""
+def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[dict[str, Tensor], State]:
+    """Do the same as :func:`_values` with the Python loop, for cells that can't be compiled."""
     if any(0 in value.shape for value in inputs):
-        raise ValueError("record needs a step and a row at least: of none there is nothing to see.")
-    found: dict[str, list[Tensor]] = {}
+        raise ValueError("record needs a step and a row at least: the input has a dimension of size 0.")
+    steps: dict[str, list[Tensor]] = {}
 
     def note(_: Cell, name: str, value: Tensor) -> None:
-        found.setdefault(f"note.{name}", []).append(value)
+        steps.setdefault(f"note.{name}", []).append(value)
 
     def step(x: Any, state: State) -> tuple[Tensor, State]:
         output, after = cell.step(x, state)
         for name, value in zip(cell.states, after, strict=True):
-            found.setdefault(_AFTER + name, []).append(value)
+            steps.setdefault(_AFTER + name, []).append(value)
         return output, after
 
+    # A copy, because an attribute "step" on the user's cell would be seen by other threads.
     watched = bound(cell, {}, ())
     watched.__dict__["step"] = step
     with capture_intermediates(note):
         outputs, after = run_eager(watched, inputs, state, options)
-    values = {name: torch.stack(each[::-1] if options.reverse else each) for name, each in found.items()}
+    # A reversed loop appends the last step first; values are in input time.
+    values = {name: torch.stack(each[::-1] if options.reverse else each) for name, each in steps.items()}
     if options.lengths is not None:
         valid = torch.arange(outputs.shape[0], device=outputs.device)[:, None, None] < options.lengths[:, None]
         values = {name: torch.where(valid, value, torch.zeros_like(value)) for name, value in values.items()}
@@ -290,14 +319,15 @@ def _loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[di
 
 
 def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:
-    """A program with notes and states as further outputs."""
+    """Compile a cell's step with its notes and new states as further outputs."""
     traced = trace(cell, features, dtype, gradients=False)
     if isinstance(traced, Refusal):
         return traced
     outputs = dict(traced.graph.outputs)
-    shown = _shown(outputs)
+    labels = _output_labels(outputs)
+    # A state that is also the output or a note is written once; _values reads it from there.
     outputs |= {
-        _AFTER + name: outputs[f"state.{name}"] for name in cell.states if outputs[f"state.{name}"] not in shown
+        _AFTER + name: outputs[f"state.{name}"] for name in cell.states if outputs[f"state.{name}"] not in labels
     }
     graph: Graph = replace(traced.graph, outputs=outputs)
     try:
@@ -308,8 +338,8 @@ def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype
         return refusal(error)
 
 
-def _shown(outputs: Mapping[str, int]) -> dict[int, str]:
-    """What stands in an output anyway: a state that is the output, or record_intermediate, needn't be written twice."""
+def _output_labels(outputs: Mapping[str, int]) -> dict[int, str]:
+    """Return the label of each node that is an output over all steps: the output itself or a note."""
     return {index: label for label, index in outputs.items() if not label.startswith("state.")}
 
 

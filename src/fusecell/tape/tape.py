@@ -1,4 +1,4 @@
-"""``Tape``: what was recorded, by layer, direction and name."""
+"""``Tape``: recorded values by layer, direction and name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Tape", "Track"]
 
 
 class Tape:
-    """What :func:`record` recorded: for each leaf cell and direction the values of its intermediates, step by step.
+    """The values of every intermediate of every cell of a layer, step by step; :func:`record` makes one.
 
     Attributes:
-        outputs: of the layer.
-        kinds: the class of each leaf cell, bottom first.
-        directions: how many there are of each.
-        lengths: (N,), or None where all rows have all steps.
-        labels: a word for each step, or None.
+        outputs: the layer's outputs; None for a tape that was loaded.
+        kinds: the class name of each cell, bottom first.
+        directions: 2 if a cell ran over the sequence in both directions, else 1.
+        lengths: int64 (N,), the valid steps of each row; None if all rows have all steps.
+        labels: a text for each step, or None.
     """
 
     def __init__(
@@ -44,26 +44,28 @@ class Tape:
         self.directions = max(map(len, self._layers))
 
     def names(self, layer: int = 0) -> tuple[str, ...]:
-        """What is known of a cell: what it notes, each of its states after the step, and its output."""
+        """Return the names of a cell's recorded values: its notes, its states after the step, and "output"."""
         return tuple(self.track(layer, 0).values)
 
     def value(self, name: str, layer: int = 0, direction: int = 0) -> Tensor:
-        """One intermediate, (T, N, size), in input time for both directions, 0 beyond a row's length.
+        """Return the values of one intermediate, (T, N, size); 0 beyond a row's length.
+
+        Index t belongs to the input at step t, in both directions.
 
         Raises:
-            KeyError: for a name that the cell has not; it says which it has.
-            IndexError: for a layer or direction that there is not.
+            KeyError: for a name that the cell doesn't have; the message lists those it has.
+            IndexError: for a layer or direction that the tape doesn't have.
         """
         values = self.track(layer, direction).values
         if name not in values:
-            raise KeyError(f"{self.kinds[layer]} has {', '.join(values)}; no {name!r}.")
+            raise KeyError(f"{self.kinds[layer]} in layer {layer} has no {name!r}; it has {', '.join(values)}.")
         return values[name]
 
     def gradient(self, name: str, layer: int = 0, direction: int = 0) -> Tensor:
-        """The gradient of one intermediate, (T, N, size): all ways from it to the loss together.
+        """Return the gradient of the loss at one intermediate, (T, N, size), over all paths to the loss.
 
         Raises:
-            KeyError: as :meth:`value`.
+            KeyError, IndexError: as :meth:`value`.
             RuntimeError: before a backward from ``outputs``, or for a tape recorded without ``gradients=True``.
         """
         self.value(name, layer, direction)
@@ -71,88 +73,92 @@ class Tape:
         if probe is None:
             raise RuntimeError("The tape was recorded without gradients: record(layer, ..., gradients=True).")
         if probe.grad is None:
-            raise RuntimeError("There is no gradient yet: call backward on a loss made of tape.outputs first.")
+            raise RuntimeError("There is no gradient yet: call backward on a loss computed from tape.outputs first.")
         return probe.grad
 
     @property
     def has_gradients(self) -> bool:
-        """Whether :meth:`gradient` has an answer."""
+        """Whether there are gradients: recorded with ``gradients=True``, after a backward."""
         return any(probe.grad is not None for probe in self.track(0, 0).probes.values())
 
     @property
     def steps(self) -> int:
-        """T."""
+        """The number of steps, T."""
         return int(next(iter(self.track(0, 0).values.values())).shape[0])
 
     @property
     def rows(self) -> int:
-        """N."""
+        """The number of rows, N."""
         return int(next(iter(self.track(0, 0).values.values())).shape[1])
 
     def numpy(self, name: str, layer: int = 0, direction: int = 0) -> Any:
-        """:meth:`value` as a NumPy array."""
+        """Return :meth:`value` as a NumPy array."""
         return self.value(name, layer, direction).numpy()
 
     def saturation(self, name: str, layer: int = 0, direction: int = 0, *, margin: float = 0.1) -> tuple[float, float]:
-        """The share of a gate's values within ``margin`` of 0 and of 1, over all valid steps."""
+        """Return the shares of a gate's values below ``margin`` and above ``1 - margin``, over all valid steps."""
         value = self.valid(self.value(name, layer, direction))
         return (value < margin).double().mean().item(), (value > 1 - margin).double().mean().item()
 
     def memory_length(self, name: str, layer: int = 0, direction: int = 0) -> Tensor:
-        r"""For how many steps each unit remembers, (size,): :math:`1 / (1 - \bar g)`, of the mean of a gate.
+        r"""Return the number of steps that each unit remembers, (size,): :math:`1 / (1 - \bar g)`.
+
+        :math:`\bar g` is the mean of a gate over all valid steps: a state multiplied by it at each step decays to 1/e
+        in about this number of steps.
 
         Arguments:
-            name: the gate that keeps, ``"z"`` of a GRU, ``"f"`` of an LSTM.
+            name: the gate that multiplies the old state, ``"z"`` of a GRU, ``"f"`` of an LSTM.
         """
-        kept = self.valid(self.value(name, layer, direction)).mean(0)
-        return 1 / (1 - kept)
+        mean = self.valid(self.value(name, layer, direction)).mean(0)
+        return 1 / (1 - mean)
 
     def norms(self, name: str, layer: int = 0, direction: int = 0, *, gradient: bool = False) -> Tensor:
-        """The Euclidean norm of a value, or of its gradient, at each step and row, (T, N)."""
-        of = self.gradient if gradient else self.value
-        found: Tensor = torch.linalg.vector_norm(of(name, layer, direction), dim=-1)
-        return found
+        """Return the Euclidean norm of a value, or of its gradient, at each step and row, (T, N)."""
+        read = self.gradient if gradient else self.value
+        norms: Tensor = torch.linalg.vector_norm(read(name, layer, direction), dim=-1)
+        return norms
 
     def frame(self, name: str, layer: int = 0, direction: int = 0) -> Any:
-        """One intermediate as a tidy pandas frame, a line for each valid step, row and unit."""
+        """Return one intermediate as a tidy pandas frame: a line for each valid step, row and unit."""
         import pandas as pd
 
         value = self.value(name, layer, direction)
         steps, rows, size = value.shape
         t, n, unit = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, value.shape), indexing="ij"))
         table = pd.DataFrame({"step": t, "row": n, "unit": unit, name: value.flatten()})
-        kept = self._mask(steps, rows)[..., None].expand(steps, rows, size).flatten()
-        return table[kept.numpy()].reset_index(drop=True)
+        valid = self._mask(steps, rows)[..., None].expand(steps, rows, size).flatten()
+        return table[valid.numpy()].reset_index(drop=True)
 
     def save(self, path: str | Path) -> None:
-        """Write everything but the layer to a safetensors file; :meth:`load` reads it."""
+        """Write everything but ``outputs`` to a safetensors file; :meth:`load` reads it."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        about: list[dict[str, Any]] = []
+        entries: list[dict[str, Any]] = []
         for layer, _, track in self.tracks():
-            place = len(about)
-            known = {"value": track.values, "before": track.before}
+            index = len(entries)
+            kinds = {"value": track.values, "before": track.before}
             gradients = {name: probe.grad for name, probe in track.probes.items() if probe.grad is not None}
-            for kind, values in {**known, "gradient": gradients}.items():
-                # A state that is the output is the same memory, and safetensors keeps none twice.
-                tensors |= {f"{place}.{kind}.{name}": value.clone() for name, value in values.items()}
-            facts = {name: getattr(track, name) for name in ("kind", "reverse", "states", "equation", "source")}
-            about.append({**facts, "layer": layer, "names": list(track.values), "gradients": list(gradients)})
+            for kind, values in {**kinds, "gradient": gradients}.items():
+                # A state that is the output is the same memory, which safetensors refuses to write twice.
+                tensors |= {f"{index}.{kind}.{name}": value.clone() for name, value in values.items()}
+            fields = {name: getattr(track, name) for name in ("kind", "reverse", "states", "equation", "source")}
+            entries.append({**fields, "layer": layer, "names": list(track.values), "gradients": list(gradients)})
         if self.lengths is not None:
             tensors["lengths"] = self.lengths
-        save_file(tensors, path, {"format": FORMAT, "tracks": json.dumps(about), "labels": json.dumps(self.labels)})
+        save_file(tensors, path, {"format": FORMAT, "tracks": json.dumps(entries), "labels": json.dumps(self.labels)})
 
     @classmethod
     def load(cls, path: str | Path, *, max_bytes: int = FILE_BYTES) -> Tape:
-        """A tape that was saved; it has no ``outputs``.
+        """Read a tape that :meth:`save` wrote; its ``outputs`` are None.
 
         Arguments:
-            max_bytes: how long the file may be.
+            path: the file.
+            max_bytes: the largest size the file may have.
 
         Raises:
             OSError: if the file can't be read.
-            TapeFileError: if it is no tape, damaged, or longer; a ValueError.
+            TapeFileError: if it is not a tape, damaged, or larger than ``max_bytes``; a ValueError.
         """
         try:
             content = read(Path(path), max_bytes)
@@ -161,7 +167,7 @@ class Tape:
         return cls(content.layers, None, content.lengths, content.labels)
 
     def plot(self, names: Sequence[str] | None = None, layer: int = 0, direction: int = 0, *, row: int = 0) -> Any:
-        """A matplotlib figure: a heatmap of each value over time, the labels under it.
+        """Draw a heatmap of each value over time as a matplotlib figure.
 
         Example:
             >>> import torch, fusecell as fc
@@ -170,31 +176,37 @@ class Tape:
             2
 
         Arguments:
-            names: what to show; all that the cell notes, and its states, if left out.
-            layer, direction, row: of what.
+            names: the values to draw; the cell's notes and states if left out.
+            layer, direction: the cell.
+            row: the row of the batch.
+
+        Raises:
+            KeyError, IndexError: as :meth:`value`.
         """
         from fusecell.tape.plots import plot
 
         return plot(self, names, layer, direction, row)
 
     def save_html(self, path: str | Path, *, rows: Sequence[int] = (0,), title: str = "") -> None:
-        """Write a page that shows all of it: one file that needs no network.
+        """Write an interactive page as one HTML file that needs no network.
 
-        Steps by layers by directions, a click on a cell for its equations with the numbers in them, every gate over
-        time, saturation and memory, in English and Chinese.
+        It shows the unrolled network (a click on a cell shows its equations with their numbers), every value over time,
+        saturation and memory, in English and Chinese.
 
         Arguments:
-            path: where to.
-            rows: which rows of the batch the page holds.
-            title: its heading.
+            path: the file to write.
+            rows: the rows of the batch that the page contains.
+            title: the page's heading; the cells' classes if left out.
 
         Raises:
-            IndexError: for a row that there is not.
+            IndexError: for a row that the tape doesn't have.
+            ModuleNotFoundError: without Plotly.
         """
         from fusecell.tape.page import page
 
         Path(path).write_text(page(self, rows, title), encoding="utf-8")
 
+    # Imported on use, here and above: plots and pages need packages that recording doesn't.
     def _repr_html_(self) -> str:
         from fusecell.tape.plots import table
 
@@ -208,7 +220,7 @@ class Tape:
         return "\n".join(lines)
 
     def track(self, layer: int, direction: int) -> Track:
-        """All that was recorded of a cell in one direction."""
+        """Return everything recorded of a cell in one direction."""
         if not 0 <= layer < len(self._layers):
             raise IndexError(f"The tape has {len(self._layers)} layer(s), got layer {layer}.")
         tracks = self._layers[layer]
@@ -217,14 +229,19 @@ class Tape:
         return tracks[direction]
 
     def tracks(self) -> list[tuple[int, int, Track]]:
-        """All of them as (layer, direction, track), bottom first."""
-        return [(layer, way, track) for layer, tracks in enumerate(self._layers) for way, track in enumerate(tracks)]
+        """List all tracks as (layer, direction, track), bottom first."""
+        return [
+            (layer, direction, track)
+            for layer, directions in enumerate(self._layers)
+            for direction, track in enumerate(directions)
+        ]
 
     def _mask(self, steps: int, rows: int) -> Tensor:
+        """Return where steps are valid, bool (T, N)."""
         if self.lengths is None:
             return torch.ones(steps, rows, dtype=torch.bool)
         return torch.arange(steps)[:, None] < self.lengths
 
     def valid(self, value: Tensor) -> Tensor:
-        """The valid steps of a value: (valid steps of all rows, size)."""
+        """Return a value's valid steps, those of all rows in one dimension: (count, size)."""
         return value[self._mask(*value.shape[:2])]

@@ -1,4 +1,4 @@
-"""``Track``: what one cell did in one direction."""
+"""``Track``: the recorded values of one cell in one direction."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Track"]
 
 @dataclass(frozen=True)
 class Track:
-    """What one cell did in one direction.
+    """The recorded values of one cell in one direction.
 
     Attributes:
-        kind: the cell's class.
-        reverse: whether it ran from the end to the start.
-        states: the names of its states.
+        kind: the name of the cell's class.
+        reverse: whether the cell ran from the last step to the first.
+        states: the names of the cell's states.
         values: (T, N, size) tensors by name.
-        find_before: finds ``before``, which few ask for.
-        probes: what a backward leaves the gradient of each value in, by name.
-        equation: its step, as the zoo writes it; "" for other cells.
-        source: its step, as Python.
+        find_before: computes ``before``, on first use: most readers of a tape never need it.
+        probes: zeros added to each value, by name, whose ``.grad`` a backward fills; empty without gradients.
+        equation: the equations of the step, for a cell in ``CELLS``; "" for other cells.
+        source: the step's Python source; "" where Python has none.
     """
 
     kind: str
@@ -37,5 +37,5 @@ class Track:
 
     @functools.cached_property
     def before(self) -> Mapping[str, Tensor]:
-        """The states each step began with, (T, N, size) by name."""
+        """The states before each step, (T, N, size) by name."""
         return self.find_before()

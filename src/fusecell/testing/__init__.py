@@ -1,4 +1,4 @@
-"""``check_cell``: a conformance suite for cells, to be run on cells of your own."""
+"""``check_cell``: tests of the cell contract, to run on your own cells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.module_snapshot import left_as_it_was
+from fusecell.module_snapshot import preserved
 from fusecell.testing import sequence_checks, step_checks
 from fusecell.testing.harness import Trial, kinds, name_of
 
@@ -47,8 +47,15 @@ class CellCheckError(AssertionError):
 
     def __init__(self, cell: str, failures: Sequence[tuple[str, str]]) -> None:
         self.failures = tuple(failures)
-        count = f"{len(failures)} check" + ("s" if len(failures) > 1 else "")
-        super().__init__("\n".join([f"{cell} fails {count}:", *(f"  {name}: {text}" for name, text in failures)]))
+        count = len({name for name, _ in failures})
+        # In the order of CHECKS, in which causes come before what follows from them: a step that draws random numbers
+        # fails half of the checks.
+        title = (
+            "1 check:"
+            if count == 1
+            else f"{count} checks; mend the first one first, as later ones often follow from it:"
+        )
+        super().__init__("\n".join([f"{cell} fails {title}", *(f"  {name}: {text}" for name, text in failures)]))
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,11 @@ def check_cell(
         ('shapes', 'output, states and initial state have their declared sizes and the dtype of the input')
 
     Arguments:
-        cell: any cell; it is left as it is.
+        cell: any cell; it is unchanged after the call.
         steps, batch_size: T and N of the sequences, at least 2 each.
-        seed: of the random inputs and states.
-        extras: values of the ``inputs`` beyond x that the cell doesn't draw itself, (T, N, ...) or (1, N, ...) each.
+        seed: the seed of the random inputs and states.
+        extras: values for the cell's ``inputs`` after x, without those that ``draw`` returns; (T, N, ...) or
+            (1, N, ...) each.
         skip: names of checks to leave out, such as "gradients" for a straight-through estimator.
 
     Returns:
@@ -96,7 +104,7 @@ def check_cell(
     Raises:
         CellCheckError: an AssertionError with a sentence for every failure.
         TypeError: if ``cell`` is not a cell.
-        ValueError: for too few steps or rows, an unknown check, or ``extras`` that are not the inputs the cell lacks.
+        ValueError: for too few steps or rows, an unknown name in ``skip``, or ``extras`` that don't match ``inputs``.
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"check_cell takes a fusecell.Cell, got {type(cell).__name__}. Pass layer.cell for a layer.")
@@ -109,13 +117,14 @@ def check_cell(
     trial = Trial(cell, steps, batch_size, seed, tuple(extras))
     device = trial.like.device
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generators, left_as_it_was(cell):
+    # Checks run the cell in every way that it may be wrong: the caller's cell and random numbers must not notice.
+    with generators, preserved(cell):
         trial.check_extras()
         checks = {name: check for name, check in CHECKS.items() if name not in skip}
         for name, check in checks.items():
             failures += [(name, sentence) for sentence in _run(check, trial)]
             if name == "shapes" and failures:
-                break  # the others would only repeat it
+                break  # with wrong shapes the other checks fail too, and say less about the cause
     if failures:
         raise CellCheckError(name_of(cell), failures)
     return CellReport(name_of(cell), tuple((name, _sentence(check)) for name, check in checks.items()))

@@ -28,9 +28,9 @@ class Trial:
     Arguments:
         cell: the cell under test.
         steps, batch_size: T and N.
-        seed: of the inputs; ``seed + 1`` is that of the states and ``seed + 2`` that of what the cell draws.
-        extras: values of the inputs beyond x that the cell doesn't draw itself.
-        dtype: for a cell without parameters; torch's default if left out.
+        seed: the seed of the inputs; ``seed + 1`` is the states' and ``seed + 2`` that of ``draw``.
+        extras: values for the cell's inputs after x, without those that ``draw`` returns.
+        dtype: the dtype for a cell without parameters; torch's default if left out.
     """
 
     cell: Cell
@@ -117,6 +117,8 @@ class Trial:
 
     def close(self, actual: Tensor, expected: Tensor) -> bool:
         """Return whether two tensors agree to about 3 decimal digits less than the dtype has."""
+        # 2048 eps: kernels add in another order than the loop, and rounding errors grow over the steps; a wrong state,
+        # reset or length is off by far more.
         tolerance = max(2048 * torch.finfo(self.like.dtype).eps, 1e-12)
         return actual.shape == expected.shape and torch.allclose(actual, expected, tolerance, tolerance, equal_nan=True)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State
+from fusecell.execution.results import public_state
 from fusecell.execution.runners import run
 from fusecell.testing.harness import Outcome, Trial, apart, kinds, same
-from fusecell.validation import bare, state_tuple
+from fusecell.validation import state_tuple
 
 __all__ = [
     "check_aliasing",
@@ -47,7 +48,7 @@ def check_reverse(trial: Trial) -> Iterator[str]:
 
 
 def check_lengths(trial: Trial) -> Iterator[str]:
-    """with lengths, outputs end and states stop as in a plain loop over each row, whatever the padding holds"""
+    """with lengths, each row equals a plain loop over its valid steps, whatever the padding is"""
     lengths = _lengths(trial)
     expected = _row_by_row(trial, lengths, None)
     actual = trial.scan(_padded_with_nan(trial, lengths), lengths=lengths)
@@ -55,9 +56,10 @@ def check_lengths(trial: Trial) -> Iterator[str]:
 
 
 def check_resets(trial: Trial) -> Iterator[str]:
-    """with resets, rows begin again from initial_state as in a plain loop over each row"""
+    """with resets, each row equals a plain loop that returns to initial_state"""
     lengths = [trial.steps] * trial.batch_size
     resets = torch.zeros(trial.steps, trial.batch_size, dtype=torch.bool)
+    # At the first, second and last step, and in no row at the same steps as in another.
     resets[1, 0] = resets[-1, 1:] = resets[0, -1] = True
     expected = _row_by_row(trial, lengths, resets)
     fix = "initial_state must give the same at every call, and all memory must be in the state."
@@ -98,7 +100,7 @@ def _row_by_row(trial: Trial, lengths: list[int], resets: Tensor | None, reverse
 
 
 def check_halves(trial: Trial) -> Iterator[str]:
-    """two halves, the state carried over, equal the whole"""
+    """a sequence in two halves, the state carried over, equals the whole"""
     middle = trial.steps // 2
     with torch.no_grad():
         whole = run(trial.cell, trial.inputs, trial.state, Options())
@@ -114,14 +116,14 @@ def _times(inputs: State, times: slice) -> State:
 
 
 def check_empty(trial: Trial) -> Iterator[str]:
-    """no steps give an empty output and the given state"""
+    """a sequence of no steps gives an empty output and the initial state of the call"""
     expected = trial.like.new_zeros(0, trial.batch_size, trial.cell.output_size), trial.state
     actual = trial.scan(_times(trial.caller_inputs, slice(0, 0)))
     yield from trial.compare(actual, expected, "of a sequence of no steps", "draw() is called with steps=0 then.")
 
 
 def check_unbatched(trial: Trial) -> Iterator[str]:
-    """input and state without a batch dimension give what a batch of one gives, in layers and in cell(x)"""
+    """input and state without a batch dimension give the same as a batch of one, in layers and cell(x)"""
     cell, fix = trial.cell, "Leave forward to fusecell.Cell, and index from the end in step: x[..., :n], dim=-1."
     inputs = tuple(value[:, :1] for value in trial.caller_inputs)
     state = tuple(value[:1] for value in trial.state)
@@ -141,17 +143,18 @@ def _call(trial: Trial, inputs: State, state: State) -> State:
     torch.manual_seed(trial.seed + 2)
     x = tuple(value[0] for value in inputs)
     with torch.no_grad():
-        return state_tuple(trial.cell, trial.cell(x if len(x) > 1 else x[0], bare(state)))
+        return state_tuple(trial.cell, trial.cell(x if len(x) > 1 else x[0], public_state(state)))
 
 
 def check_aliasing(trial: Trial) -> Iterator[str]:
-    """what layers and cell(x) return shares memory with nothing they were given, nor with each other"""
+    """results of layers and cell(x) share no memory with the arguments or with each other"""
     arguments = {
         **{f"input {name}": value for name, value in zip(trial.cell.inputs, trial.caller_inputs, strict=False)},
         **{f"state {name}": value for name, value in zip(trial.cell.states, trial.state, strict=True)},
         **{f"parameter {name}": value for name, value in trial.cell.named_parameters()},
         **{f"buffer {name}": value for name, value in trial.cell.named_buffers()},
     }
+    # No steps: there the new state is the given one, which a careless implementation returns as it is.
     for call in ("a layer", "a layer over no steps", "cell(x)"):
         results = _results(trial, call)
         owners = {_memory(value): name for name, value in arguments.items() if value.numel()}
@@ -208,14 +211,14 @@ def check_state_dict(trial: Trial) -> Iterator[str]:
     # Tied parameters are in the state_dict under each of their names.
     saved = cell.state_dict()
     parameters = {name: value.detach() for name, value in cell.named_parameters(remove_duplicate=False)}
-    held = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}
-    for name in saved.keys() - held.keys():
+    tensors = {**parameters, **dict(cell.named_buffers(remove_duplicate=False))}
+    for name in saved.keys() - tensors.keys():
         yield f"state_dict holds {name!r}, which is neither parameter nor buffer. Leave get_extra_state unwritten."
     for name in parameters.keys() - saved.keys():
         yield f"state_dict lacks the parameter {name!r}, so saving a model would lose it."
-    for name in saved.keys() & held.keys():
-        if not same(saved[name], held[name]):
-            yield f"{name!r} in the state_dict {apart(saved[name], held[name])}, which is what the cell holds."
+    for name in saved.keys() & tensors.keys():
+        if not same(saved[name], tensors[name]):
+            yield f"{name!r} in the state_dict {apart(saved[name], tensors[name])}, which is what the cell holds."
     problems = copy.deepcopy(cell).load_state_dict(saved, strict=False)
     for name in (*problems.missing_keys, *problems.unexpected_keys):
         yield f"load_state_dict doesn't take {name!r} from the cell's own state_dict."

@@ -32,13 +32,14 @@ def check_shapes(trial: Trial) -> Iterator[str]:
     if len(sizes) != len(cell.states):
         yield f"state_sizes {sizes} has {len(sizes)} entries for the states {cell.states}. Give one size per name."
         return
-    for moved in (trial, _doubled(trial)):
-        dtype = moved.like.dtype
-        label = "" if moved is trial else f" after cell.to({dtype})"
-        start = moved.cell.initial_state(rows, dtype=dtype, device=moved.like.device)
+    # In float64 too: a constant made in float32 inside step shows only after cell.double().
+    for each in (trial, _doubled(trial)):
+        dtype = each.like.dtype
+        label = "" if each is trial else f" after cell.to({dtype})"
+        start = each.cell.initial_state(rows, dtype=dtype, device=each.like.device)
         yield from _misshapen("initial_state", label, start, cell.states, [(rows, size) for size in sizes], dtype)
         with torch.no_grad():
-            result: Any = moved.cell.step(moved.at(0), moved.state)
+            result: Any = each.cell.step(each.at(0), each.state)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
             yield f"step returns {kinds(result)}; expected (output, state) with state a tuple: `return h, (h,)`."
             return
@@ -74,7 +75,7 @@ def _misshapen(
 
 
 def check_purity(trial: Trial) -> Iterator[str]:
-    """step gives the same twice, changes nothing it was given, and draws no random numbers"""
+    """step returns the same twice, changes none of its arguments, and draws no random numbers"""
     cell = trial.cell
     x, state = trial.at(0), trial.state
     inputs = x if isinstance(x, tuple) else (x,)
@@ -90,6 +91,7 @@ def check_purity(trial: Trial) -> Iterator[str]:
         output, after = cell.step(x, state)
         first = output.clone(), tuple(value.clone() for value in after)
         drew = not torch.equal(generator, torch.get_rng_state())
+        # Another seed: if the step draws from the global generator, its results differ.
         torch.manual_seed(trial.seed + 99)
         second = cell.step(x, state)
     for name, value in named.items():
@@ -98,7 +100,7 @@ def check_purity(trial: Trial) -> Iterator[str]:
     if drew:
         yield (
             "step uses the global random generator. Draw in draw(), which is called once per call, and take the "
-            "result as one of `inputs`; dropout between the cells of a Stack is for scan, so check a Stack in eval()."
+            "result as one of `inputs`. A Stack draws its dropout in scan, not in step: check a Stack in eval()."
         )
     fix = "Keep nothing from call to call outside of the state, and draw random numbers in draw()."
     yield from trial.compare(second, first, "of a second call with the same arguments", fix)
@@ -134,7 +136,7 @@ def check_branches(trial: Trial) -> Iterator[str]:
 
 
 class _Reads(TorchFunctionMode):
-    """Collects the calls that hand a tensor's value to Python."""
+    """Collect the calls that read a tensor's value into Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,6 +151,7 @@ class _Reads(TorchFunctionMode):
 
 def check_gradients(trial: Trial) -> Iterator[str]:
     """gradients of two steps agree with finite differences in float64"""
+    # In float64, which gradcheck's step of 1e-6 needs: in float32 such a difference has hardly a digit left.
     double = trial.doubled()
     wrapper = _TwoSteps(double)
     leaves = {
@@ -164,11 +167,13 @@ def check_gradients(trial: Trial) -> Iterator[str]:
             # The full Jacobian takes two runs per number; past a thousand a random projection of it has to do.
             torch.autograd.gradcheck(wrapper.of(name), (tested,), fast_mode=leaf.numel() > 1000)
         except RuntimeError as problem:
-            lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+            # Without the two Jacobians that gradcheck prints, which fill the screen.
+            lines = [line.strip() for line in str(problem).partition("numerical:")[0].splitlines() if line.strip()]
+            reason = " ".join(lines)[:400].rstrip(",.")
             yield (
-                f"the gradient of {name} is not that of the values: {' '.join(lines)[:400]}. Look for detach(), "
-                ".data, no_grad() and a custom backward in step. A cell with kinks (relu, abs, clamp) can differ at "
-                "the kink itself: try another seed. If the gradient is meant to differ, skip=('gradients',)."
+                f"the gradient of {name} is not that of the values: {reason}. Look for detach(), .data, no_grad() and "
+                "a custom backward in step. A cell with kinks (relu, abs, clamp) can differ at the kink itself: try "
+                "another seed. If the gradient is meant to differ, skip=('gradients',)."
             )
 
 
@@ -188,26 +193,26 @@ class _TwoSteps(nn.Module):
         return (*outputs, *state)
 
     def of(self, name: str) -> Callable[[Tensor], State]:
-        """The function of the tensor called ``name``, every other one fixed."""
+        """Return the function of one tensor, such as "state h", with all others fixed."""
         kind, label = name.split(" ", 1)
         inputs, states = list(self.trial.inputs), list(self.trial.state)
 
         def run(value: Tensor) -> State:
-            given, start, parameters = list(inputs), list(states), {}
+            sequence, start, parameters = list(inputs), list(states), {}
             if kind == "input":
-                given[self.cell.inputs.index(label)] = value
+                sequence[self.cell.inputs.index(label)] = value
             elif kind == "state":
                 start[self.cell.states.index(label)] = value
             else:
                 parameters = {f"cell.{label}": value}
-            results = torch.func.functional_call(self, parameters, (tuple(given), tuple(start)))
-            return tuple(result + 0 * value.sum() for result in results)  # what doesn't use it has gradient 0
+            results = torch.func.functional_call(self, parameters, (tuple(sequence), tuple(start)))
+            return tuple(result + 0 * value.sum() for result in results)  # gradcheck rejects results without a graph
 
         return run
 
 
 def check_rows(trial: Trial) -> Iterator[str]:
-    """rows of a batch are independent: alone or together, whatever the others hold"""
+    """rows of a batch are independent: the same alone and together, whatever the other rows are"""
     whole = trial.loop()
     for row in (0, trial.batch_size - 1):
         rows = slice(row, row + 1)
@@ -215,6 +220,7 @@ def check_rows(trial: Trial) -> Iterator[str]:
         expected = whole[0][:, rows], tuple(value[rows] for value in whole[1])
         fix = "Reduce over the last dimension only, and give sizes as -1 or x.shape[0], never as squeeze()."
         yield from trial.compare(alone, expected, f"of row {row} alone, against the same row in the batch,", fix)
+    # Row 0 changed: a step that mixes rows, as batch norm does, then changes the others.
     changed = tuple(torch.cat((value[:, :1] * 3 + 1, value[:, 1:]), 1) for value in trial.inputs)
     state = tuple(torch.cat((value[:1] * 3 + 1, value[1:])) for value in trial.state)
     others = slice(1, None)
@@ -229,17 +235,17 @@ def check_rows(trial: Trial) -> Iterator[str]:
 
 
 def check_notes(trial: Trial) -> Iterator[str]:
-    """names given by note are unique in a step, a state's only where it is the new state, and name a row per row"""
+    """notes have unique names, a state's name only for the new state, and one row for each row of the input"""
     seen: dict[tuple[int, str], Cell] = {}
-    found: list[tuple[Cell, str, Tensor]] = []
-    with capture_intermediates(lambda cell, name, value: found.append((cell, name, value))), torch.no_grad():
+    notes: list[tuple[Cell, str, Tensor]] = []
+    with capture_intermediates(lambda cell, name, value: notes.append((cell, name, value))), torch.no_grad():
         _, after = trial.cell.step(trial.at(0), trial.state)
     new = dict(zip(trial.cell.states, after, strict=False))
-    for cell, name, value in found:
+    for cell, name, value in notes:
         if (id(cell), name) in seen:
             yield f"note names {name!r} twice in a step. Give each value its own name, such as {name}1 and {name}2."
         seen[id(cell), name] = cell
-        # Cells inside others have their states elsewhere: what they note is theirs to say.
+        # Only the checked cell's new states are known here; a cell inside it may note its own states freely.
         state = name in cell.states and (cell is not trial.cell or new.get(name) is value)
         if name in (*cell.states, "output") and not state:
             yield (

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
-from fusecell.module_snapshot import left_as_it_was
+from fusecell.module_snapshot import preserved
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]
@@ -357,7 +357,7 @@ def _intermediate_sizes(cell: Cell) -> dict[str, int]:
     sizes: dict[str, int] = {}
     x, state = _trial(cell)
     collect = capture_intermediates(lambda _, name, value: sizes.__setitem__(name, value.shape[-1]))
-    with torch.no_grad(), left_as_it_was(cell), collect:
+    with torch.no_grad(), preserved(cell), collect:
         cell.step(x, state)
     return sizes
 
@@ -365,7 +365,7 @@ def _intermediate_sizes(cell: Cell) -> dict[str, int]:
 def _check_product(cell: Cell) -> None:
     """Raise ValueError if no matrix product in a cell's step reads its first state."""
     x, state = _trial(cell)
-    with torch.no_grad(), left_as_it_was(cell), _Products(state[0], torch.ones_like(state[0])) as products:
+    with torch.no_grad(), preserved(cell), _Products(state[0], torch.ones_like(state[0])) as products:
         cell.step(x, state)
     if not products.count:
         raise ValueError(

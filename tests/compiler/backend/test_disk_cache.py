@@ -37,13 +37,13 @@ def entry_path(directory: Path, key: str = KEY) -> Path:
 
 
 def load_and_check() -> bool:
-    """Loads a kernel afresh, checks that it is right, says whether it came from the disk."""
+    """Load a kernel, check its result, and return whether it came from the disk."""
     loaded = load(TEXT, ["add"], host_target())
     assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(loaded.address("add"))(1) == 8
     return loaded.from_cache
 
 
-def test_what_is_written_is_read(directory):
+def test_a_written_entry_is_read_back(directory):
     assert read_entry(KEY) is None
     write_entry(KEY, PAYLOAD)
     assert read_entry(KEY) == PAYLOAD
@@ -131,7 +131,7 @@ def test_a_damaged_entry_is_compiled_anew_and_replaced(directory, fault):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(place=st.integers(0, cache.HEADER.size + len(PAYLOAD) - 1), bit=st.integers(0, 7))
-def test_no_flipped_bit_goes_unseen(directory, place, bit):
+def test_every_flipped_bit_is_detected(directory, place, bit):
     write_entry(KEY, PAYLOAD)
     data = bytearray(entry_path(directory).read_bytes())
     data[place] ^= 1 << bit
@@ -147,7 +147,7 @@ def test_an_intact_entry_that_is_no_object_is_compiled_anew(directory):
     assert load_and_check() is True
 
 
-def test_a_directory_in_an_entry_s_place_does_no_harm(directory):
+def test_a_directory_at_the_path_of_an_entry_is_ignored(directory):
     load_and_check()
     [path] = directory.iterdir()
     path.unlink()
@@ -188,7 +188,7 @@ def test_a_file_in_the_directory_s_place_is_refused(directory):
     assert directory.read_text() == "mine"
 
 
-def test_a_directory_that_cannot_be_made_is_done_without(directory, monkeypatch):
+def test_a_directory_that_cannot_be_created_disables_the_cache(directory, monkeypatch):
     directory.write_text("a file")
     monkeypatch.setenv("FUSECELL_CACHE", str(directory / "below"))
     assert load_and_check() is False
@@ -198,7 +198,7 @@ def test_a_directory_that_cannot_be_made_is_done_without(directory, monkeypatch)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_or_read_only_disk_is_done_without(directory, monkeypatch, code):
+def test_a_full_or_read_only_disk_is_tolerated(directory, monkeypatch, code):
     def fail(*_):
         raise OSError(code, os.strerror(code))
 
@@ -217,7 +217,7 @@ def test_a_read_only_cache_is_still_read(directory, monkeypatch):
     assert load_and_check() is True
 
 
-def test_off(directory, monkeypatch):
+def test_the_cache_can_be_switched_off(directory, monkeypatch):
     monkeypatch.setenv("FUSECELL_CACHE", "off")
     assert load_and_check() is False
     assert load_and_check() is False
@@ -259,7 +259,7 @@ def test_clearing_leaves_loaded_code_running():
     assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(loaded.address("add"))(1) == 8
 
 
-def test_what_was_used_least_recently_goes_first(directory, monkeypatch):
+def test_the_least_recently_used_entry_is_evicted_first(directory, monkeypatch):
     monkeypatch.setenv("FUSECELL_CACHE_SIZE", "1")
     keys = [cache_key(str(number)) for number in range(4)]
     for age, key in enumerate(keys[:3]):
@@ -271,7 +271,7 @@ def test_what_was_used_least_recently_goes_first(directory, monkeypatch):
     assert cache_info().bytes <= 1 << 20
 
 
-def test_an_entry_above_the_bound_is_not_kept(directory, monkeypatch):
+def test_an_entry_above_the_size_limit_is_not_stored(directory, monkeypatch):
     write_entry(KEY, PAYLOAD)
     monkeypatch.setenv("FUSECELL_CACHE_SIZE", "1")
     write_entry(cache_key("large"), bytes(1 << 20))
@@ -285,7 +285,7 @@ def test_a_size_that_is_no_number_is_an_error(monkeypatch):
         write_entry(KEY, PAYLOAD)
 
 
-def test_remains_of_killed_writers_are_removed(directory):
+def test_temporary_files_of_killed_writers_are_removed(directory):
     directory.mkdir(mode=0o700)
     old, young = directory / f"{cache.TEMPORARY}old", directory / f"{cache.TEMPORARY}young"
     for path in (old, young):
@@ -305,7 +305,7 @@ def test_a_sound_cache_warns_of_nothing():
 
 @pytest.fixture
 def scans(monkeypatch):
-    """How often a directory was listed, by the paths."""
+    """The directories listed so far, one entry for each listing."""
     seen, scan = [], cache._scan
     monkeypatch.setattr(cache, "_scan", lambda directory: seen.append(directory) or scan(directory))
     monkeypatch.setattr(cache, "_unscanned", {})
@@ -332,13 +332,13 @@ def cache_size(directory):
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def test_two_that_write_at_once_stay_within_a_little_of_the_bound(directory, scans, monkeypatch):
+def test_two_processes_writing_at_once_stay_near_the_size_limit(directory, scans, monkeypatch):
     """What another process writes is seen when this one lists the directory again."""
     monkeypatch.setenv("FUSECELL_CACHE_SIZE", "2")
-    mine: dict[Path, int] = {}
-    theirs: dict[Path, int] = {}
+    first: dict[Path, int] = {}
+    second: dict[Path, int] = {}
     for number in range(1600):
-        monkeypatch.setattr(cache, "_unscanned", (mine, theirs)[number % 2])
+        monkeypatch.setattr(cache, "_unscanned", (first, second)[number % 2])
         write_entry(cache_key(str(number)), bytes(3_000))
         assert number % 50 or cache_size(directory) <= (2 << 20) * (1 + 2 / cache.SCANNED_AFTER)
 
@@ -354,7 +354,7 @@ root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, 
 
 
 def between(directory: Path, monkeypatch, mode: int = 0o700) -> Path:
-    """A sound cache two directories further down, and the upper of the two."""
+    """Create a valid cache two directories below ``directory``; return the directory between."""
     parent = directory / "parent"
     path = parent / "child" / "cache"
     directory.mkdir()
@@ -379,7 +379,7 @@ def test_a_sticky_parent_is_as_tmp(directory, monkeypatch):
 
 
 @posix_only
-def test_a_group_that_others_are_in_may_not_write_to_a_parent(directory, monkeypatch):
+def test_a_shared_group_may_not_write_to_a_parent(directory, monkeypatch):
     parent = between(directory, monkeypatch, 0o770)
     monkeypatch.setattr(cache, "_is_private_group", lambda group: True)
     assert load_and_check() is True
@@ -409,7 +409,7 @@ def test_private_groups(monkeypatch):
 
 @root_only
 def test_a_parent_of_somebody_else_is_refused(directory, monkeypatch):
-    """A home of another user's while one is root, as under sudo: what lies there is theirs to exchange."""
+    """Under sudo, HOME may be another user's, who could replace any file in it."""
     parent = between(directory, monkeypatch)
     os.chown(parent, 65534, 65534)
     refused(rf"{parent}, on the way to it, belongs to user 65534, not to you \(0\) or root")
@@ -445,7 +445,7 @@ def test_a_link_of_somebody_else_is_refused(directory, monkeypatch, tmp_path):
 
 
 @posix_only
-def test_links_in_a_circle_are_done_without(directory, monkeypatch, tmp_path):
+def test_circular_links_disable_the_cache(directory, monkeypatch, tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     monkeypatch.setenv("FUSECELL_CACHE", str(tmp_path / "a" / "cache"))
@@ -454,7 +454,7 @@ def test_links_in_a_circle_are_done_without(directory, monkeypatch, tmp_path):
 
 
 @root_only
-def test_a_directory_that_somebody_else_makes_meanwhile_is_not_written_to(directory, monkeypatch):
+def test_a_directory_created_by_another_user_meanwhile_is_not_written_to(directory, monkeypatch):
     make = Path.mkdir
 
     def mkdir(self, *args, **options):

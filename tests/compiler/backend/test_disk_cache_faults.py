@@ -1,4 +1,4 @@
-"""A cache on disk in every bad state that a system really has, each met by a process of its own, without torch."""
+"""The disk cache in every bad state that occurs on real systems, each met by a new process without torch."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ NOBODY = 65534
 
 
 def without_privileges():
-    """Modes hold for root too; for anybody else this does nothing."""
+    """Drop root's right to ignore file modes; no effect for other users."""
     for capability in (1, 2):  # to write to and to read from whatever there is
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 def small_files():
-    """Writing fails in mid-file, as on a disk that becomes full."""
+    """Limit the size of files, so that writing fails midway, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
 def process(directory, *, first="", before=without_privileges, **environment):
-    """What a process says, that takes its kernel from a cache in ``directory`` or compiles it."""
+    """Run a process that loads a kernel from the cache in ``directory`` or compiles it; return its output."""
     return subprocess.run(
         [sys.executable, "-c", CODE, first],
         env={**os.environ, "FUSECELL_CACHE": str(directory), "PYTHONDONTWRITEBYTECODE": "1", **environment},
@@ -57,7 +57,7 @@ def entries(directory):
 
 
 def filled(path):
-    """A sound cache with the kernel in it."""
+    """Create a valid cache that holds the kernel."""
     assert process(path).stdout == "compiled\n"
     assert process(path).stdout == "from disk\n"
     return path
@@ -134,13 +134,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_cache_that_is(tmp_path, fault):
+def test_cache_directories_in_every_state(tmp_path, fault):
     """The right result, from the disk where that is safe, and a warning where the user should act."""
     expected, warning = FAULTS[fault]
-    done = process(fault(tmp_path / "cache"))
-    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
-    assert warning in done.stderr
-    assert bool(done.stderr) == bool(warning), done.stderr
+    result = process(fault(tmp_path / "cache"))
+    assert (result.returncode, result.stdout) == (0, f"{expected}\n"), result.stderr
+    assert warning in result.stderr
+    assert bool(result.stderr) == bool(warning), result.stderr
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() != 0, reason="only root can give files away")
@@ -151,16 +151,16 @@ def test_a_cache_of_another_user(tmp_path):
     assert process(path).stdout == "compiled\n"  # and replaced, the directory being ours
     assert process(path).stdout == "from disk\n"
     os.chown(path, NOBODY, NOBODY)
-    done = process(path)
-    assert done.stdout == "compiled\n"
-    assert f"belongs to user {NOBODY}" in done.stderr
+    result = process(path)
+    assert result.stdout == "compiled\n"
+    assert f"belongs to user {NOBODY}" in result.stderr
 
 
 def test_a_disk_that_becomes_full_in_mid_write(tmp_path):
     path = tmp_path / "cache"
     path.mkdir(mode=0o700)
-    done = process(path, before=small_files)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "compiled\n", "")
+    result = process(path, before=small_files)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "compiled\n", "")
     assert entries(path) == []
 
 
@@ -174,8 +174,8 @@ def test_a_writer_killed_in_mid_write(tmp_path, call):
     else:
         kill = f"from fusecell.compiler.backend import disk_cache; {call} = lambda *_: os.kill(os.getpid(), 9)"
     path = tmp_path / "cache"
-    done = process(path, first=kill)
-    assert done.returncode in (-signal.SIGKILL, -signal.SIGXFSZ)
+    result = process(path, first=kill)
+    assert result.returncode in (-signal.SIGKILL, -signal.SIGXFSZ)
     left = [name for name in entries(path) if name.startswith(TEMPORARY)]
     assert len(left) == (call != "disk_cache._evict")
     assert process(path).stdout == ("from disk\n" if call == "disk_cache._evict" else "compiled\n")
@@ -183,20 +183,20 @@ def test_a_writer_killed_in_mid_write(tmp_path, call):
 
 
 def test_code_for_another_cpu_or_version_is_never_taken(tmp_path):
-    """What was compiled for another level, or by another LLVM, stands under another name."""
+    """Code for another CPU level, or of another LLVM, has another file name."""
     path = filled(tmp_path / "cache")
-    [mine] = entries(path)
+    [native] = entries(path)
     other = {"FUSECELL_TARGET": "x86-64-v2"}
     assert process(path, **other).stdout == "compiled\n"
     stale = "from fusecell.compiler.backend import llvm; llvm.VERSIONS = 'llvmlite 0, LLVM 0'"
     assert process(path, first=stale).stdout == "compiled\n"
     assert len(entries(path)) == 3
     for name in entries(path):  # each in the place of the other
-        (path / mine).write_bytes((path / name).read_bytes())
-        assert process(path).stdout == ("from disk\n" if name == mine else "compiled\n")
+        (path / native).write_bytes((path / name).read_bytes())
+        assert process(path).stdout == ("from disk\n" if name == native else "compiled\n")
 
 
 def test_off_writes_nothing_anywhere(tmp_path):
-    done = process("off", XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path), TMPDIR=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "compiled\n", "")
+    result = process("off", XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "compiled\n", "")
     assert list(tmp_path.rglob("*")) == []

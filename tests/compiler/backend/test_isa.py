@@ -15,9 +15,9 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import Target, target_of
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
-from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
+from tests.compiler.traced_cells import partitioned
 
 MACHINES = {
     "x86_64-apple-darwin": ("haswell", {"avx2", "fma"}),
@@ -48,8 +48,8 @@ def text_for(triple: str, backward: bool) -> str:
     torch.manual_seed(0)
     traced = trace(fc.GRUCell(3, 5), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
-    halves = TrainableStep(traced, ("x",))._halves([True] * (1 + len(traced.weight_names)), recompute=False)
-    graph = halves.backward if backward else halves.forward
+    graphs = partitioned(traced)
+    graph = graphs.backward if backward else graphs.forward
     return emit(plan(optimise(graph)[-1][1], backward=backward), machine(triple)).text
 
 
@@ -62,7 +62,7 @@ def _all_targets():
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("triple", MACHINES)
 def test_object_code(triple, backward):
-    """LLVM makes object code of the text; it sets and restores the mode, and waits politely, where there is a way."""
+    """LLVM compiles the text; denormals are flushed, the mode restored and spins hinted where the CPU can."""
     target, text = machine(triple), text_for(triple, backward)
     names = ("run", "team")
     if not backward:
@@ -93,11 +93,11 @@ def test_object_code(triple, backward):
         (("sparcv9-sun-solaris",), "sparcv9"),
     ],
 )
-def test_spellings(triples, name):
+def test_spellings_of_instruction_sets(triples, name):
     assert {instruction_set(triple).name for triple in triples} == {name}
 
 
-def test_one_text_for_both_spellings():
+def test_arm64_and_aarch64_have_one_text():
     """The kernel for Apple's arm64 is the kernel for aarch64: only names of machines differ."""
     apple, linux = (text_for(triple, False) for triple in ("arm64-apple-darwin23", "aarch64-unknown-linux-gnu"))
     assert apple.splitlines()[1:] == linux.splitlines()[1:]
@@ -105,7 +105,7 @@ def test_one_text_for_both_spellings():
     assert "@llvm.aarch64.hint" in apple
 
 
-def test_it_is_said_where_denormals_are_kept(monkeypatch):
+def test_reports_say_where_denormals_are_kept(monkeypatch):
     assert fc.show_config().denormals == instruction_set(llvm.host().triple).about_denormals
     host = llvm.host()
     monkeypatch.setattr(Target, "isa", property(lambda self: instruction_set("riscv64-unknown-linux-gnu")))
@@ -115,7 +115,7 @@ def test_it_is_said_where_denormals_are_kept(monkeypatch):
     assert "denormals are kept on riscv64" in text
 
 
-def test_explain_says_nothing_where_they_count_as_zero():
+def test_explain_is_silent_where_denormals_are_flushed():
     if not instruction_set(llvm.host().triple).flushes_denormals:
         pytest.skip("denormals are kept here")
     assert "denormals" not in str(fc.explain(fc.GRU(3, 5)))

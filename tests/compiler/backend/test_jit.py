@@ -270,7 +270,7 @@ def test_the_target_s_own_triple_and_layout_are_accepted():
     assert call_add(load(f'target triple = "{triple}"\n{adder(3)}', ["add"], host_target()), 1) == 4
 
 
-def test_the_second_process_s_way_is_from_the_cache():
+def test_a_second_load_reads_the_disk_cache():
     first = load(adder(11), ["add"], host_target())
     assert not first.from_cache
     size = first.object_size
@@ -295,11 +295,11 @@ def test_a_live_program_is_linked_once_and_then_forgotten():
 
 
 def test_code_stays_mapped_while_it_is_held():
-    kept = load(adder(14), ["add"], host_target())
+    loaded = load(adder(14), ["add"], host_target())
     for amount in range(100, 120):
         load(adder(amount), ["add"], host_target())
     gc.collect()
-    assert call_add(kept, 1) == 15
+    assert call_add(loaded, 1) == 15
 
 
 @needs_avx512
@@ -348,8 +348,8 @@ def test_processes_share_a_cache(tmp_path):
         assert call_add(load(adder(amount), ["add"], host_target()), 1) == amount + 1
     """
     with ThreadPoolExecutor(4) as pool:
-        for done in pool.map(lambda _: run_python(script, tmp_path), range(4)):
-            assert (done.returncode, done.stderr) == (0, "")
+        for process in pool.map(lambda _: run_python(script, tmp_path), range(4)):
+            assert (process.returncode, process.stderr) == (0, "")
     names = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert names == [".object"] * 20
 
@@ -382,8 +382,8 @@ def test_a_forked_child_runs_and_compiles(tmp_path):
     worker.join()
     assert call_add(held, 1) == 2
     """
-    done = run_python(script, tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = run_python(script, tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_the_interpreter_exits_cleanly_while_code_runs(tmp_path):
@@ -399,5 +399,5 @@ def test_the_interpreter_exits_cleanly_while_code_runs(tmp_path):
     threading.Thread(target=run_forever, daemon=True).start()
     del cycle
     """
-    done = run_python(script, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    process = run_python(script, tmp_path)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")

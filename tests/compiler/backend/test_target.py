@@ -12,7 +12,7 @@ SKYLAKE = HASWELL | set(LEVELS["x86-64-v4"])
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Gives a function that makes this process believe in another CPU."""
+    """Return a function that makes llvm.host() report another CPU."""
 
     def believe(cpu, features, triple="x86_64-unknown-linux-gnu", choice=""):
         text = ",".join(f"+{feature}" for feature in sorted(features))
@@ -37,10 +37,10 @@ def pretend(monkeypatch):
     ],
 )
 def test_native_describes_the_cpu(pretend, cpu, features, triple, expected):
-    found = pretend(cpu, features, triple)()
-    assert (found.vector_bits, found.fma, found.registers) == expected
-    assert (found.cpu, found.triple, found.name) == (cpu, triple, f"host {cpu}")
-    assert found.features.count("+") == len(features)
+    target = pretend(cpu, features, triple)()
+    assert (target.vector_bits, target.fma, target.registers) == expected
+    assert (target.cpu, target.triple, target.name) == (cpu, triple, f"host {cpu}")
+    assert target.features.count("+") == len(features)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_native_describes_the_cpu(pretend, cpu, features, triple, expected):
     [("x86-64-v2", (128, False, 16)), ("x86-64-v3", (256, True, 16)), ("x86-64-v4", (512, True, 32))],
 )
 def test_levels(pretend, level, expected):
-    found = pretend("znver5", SKYLAKE | {"avx512bf16"}, choice=level)()
-    assert (found.vector_bits, found.fma, found.registers) == expected
-    assert found.cpu == found.name == level
-    assert "bf16" not in found.features
+    target = pretend("znver5", SKYLAKE | {"avx512bf16"}, choice=level)()
+    assert (target.vector_bits, target.fma, target.registers) == expected
+    assert target.cpu == target.name == level
+    assert "bf16" not in target.features
 
 
 def test_the_variable_is_read_at_every_call(pretend, monkeypatch):
@@ -86,9 +86,9 @@ def test_an_x86_level_on_arm_is_an_error(pretend):
 
 def test_this_machine_has_a_target(monkeypatch):
     monkeypatch.delenv("FUSECELL_TARGET", raising=False)
-    found = host_target()
-    assert found.cpu
-    assert found.vector_bits in (128, 256, 512)
+    target = host_target()
+    assert target.cpu
+    assert target.vector_bits in (128, 256, 512)
 
 
 @pytest.mark.parametrize(

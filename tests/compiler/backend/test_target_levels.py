@@ -1,4 +1,4 @@
-"""Programs for a level of CPUs below this one's."""
+"""Kernels compiled for a lower CPU level than this machine's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.compiler.cpu_levels import runs_here
 
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
 def test_levels_without_and_with_fma(level, monkeypatch, zoo_cell):
-    """Accurate on both, and on each the same bits for a row alone and in pieces."""
+    """Both are accurate, and each gives the same bits for a row alone and for a sequence in pieces."""
     if not runs_here(level):
         pytest.skip(f"this CPU is below {level}")
     monkeypatch.setenv("FUSECELL_TARGET", level)

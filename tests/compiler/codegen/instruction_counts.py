@@ -1,4 +1,4 @@
-"""What machine code does, counted exactly and without a clock: a counter at the head of each of its blocks.
+"""Count executed instructions exactly, without a clock, by a counter in each basic block.
 
 The text of a kernel is compiled to assembly for its target, each block is given an increment that leaves flags and
 stack as they were, and the result is linked in the kernel's place. After a call, a block's count times what stands in
@@ -37,7 +37,7 @@ leaq 128(%rsp), %rsp"""
 
 @dataclass
 class Block:
-    """Instructions that run one after another, and how many there are of each kind."""
+    """A basic block, with its number of instructions of each kind."""
 
     label: str
     kinds: Counter[str] = field(default_factory=Counter)
@@ -45,7 +45,7 @@ class Block:
     """Whether it is all of a loop: it ends by jumping to itself."""
 
     def add(self, line: str) -> None:
-        """Count an instruction, with what the register allocator says of it in a comment."""
+        """Count an instruction; the register allocator's comment marks spills."""
         code, _, comment = line.partition("#")
         name, _, rest = code.strip().partition("\t")
         self.kinds["instructions"] += 1
@@ -57,13 +57,13 @@ class Block:
 
 
 def _of_vector(name: str, operands: Sequence[str]) -> list[str]:
-    """The kinds of a vector instruction; its last operand is where its result goes."""
+    """Return the kinds of a vector instruction; its last operand is the destination."""
     *sources, result = [operand for operand in operands if operand.strip()] or [""]
     loads = any("(" in operand for operand in sources)
-    found = ["stores"] * ("(" in result) + ["loads"] * loads
-    found += ["broadcasts"] * (loads and (name.startswith("vbroadcast") or "{1to" in "".join(sources)))
-    found += ["fma"] * bool(re.match(r"vfn?m(add|sub)", name)) + ["divisions"] * name.startswith("vdiv")
-    return found
+    kinds = ["stores"] * ("(" in result) + ["loads"] * loads
+    kinds += ["broadcasts"] * (loads and (name.startswith("vbroadcast") or "{1to" in "".join(sources)))
+    kinds += ["fma"] * bool(re.match(r"vfn?m(add|sub)", name)) + ["divisions"] * name.startswith("vdiv")
+    return kinds
 
 
 def blocks_of(assembly: str) -> tuple[list[Block], str]:
@@ -108,7 +108,7 @@ class Counted:
         return self._library.addresses[name]
 
     def take(self) -> Counter[str]:
-        """What was executed since the last time; nothing has been from now on."""
+        """Return the counts since the last call, and reset them."""
         total: Counter[str] = Counter()
         for block, times in zip(self.blocks, self._table, strict=True):
             total.update({kind: times * number for kind, number in block.kinds.items()})
@@ -117,5 +117,5 @@ class Counted:
 
     def spilling_loops(self) -> list[str]:
         """The innermost loops around fused multiply-adds that move registers to the stack or back."""
-        found = [block for block in self.blocks if block.repeats and block.kinds["fma"] and block.kinds["spills"]]
-        return [f"{block.label}: {dict(block.kinds)}" for block in found]
+        loops = [block for block in self.blocks if block.repeats and block.kinds["fma"] and block.kinds["spills"]]
+        return [f"{block.label}: {dict(block.kinds)}" for block in loops]

@@ -16,9 +16,9 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import target_of
 from fusecell.compiler.codegen import emit
 from fusecell.compiler.frontend import Traced, trace
-from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
+from tests.compiler.traced_cells import partitioned
 
 GOLDEN = Path(__file__).parent / "golden"
 TRIPLE = "x86_64-unknown-linux-gnu"
@@ -36,19 +36,20 @@ CELLS = {
 def test_texts(name):
     traced = trace(CELLS[name](), [(3,)], torch.float32, gradients=True)
     assert isinstance(traced, Traced)
-    wanted = [True] * (1 + len(traced.weight_names))
-    halves = TrainableStep(traced, ("x",))._halves(wanted, recompute=False)
+    graphs = partitioned(traced)
     texts = {"joint graph": traced.graph.text}
-    for title, graph in (("forward", halves.forward), ("backward", halves.backward)):
+    for title, graph in (("forward", graphs.forward), ("backward", graphs.backward)):
         optimised = optimise(graph)[-1][1]
         schedule = plan(optimised, backward=title == "backward")
         texts |= {f"{title} graph, optimised": optimised.text, f"{title} plan": schedule.text}
         if title == "forward" and name == "leaky":
             texts["LLVM"] = emit(schedule, TARGET).text
-    found = "\n".join(f"==== {title} ====\n{text}" for title, text in texts.items())
+    actual = "\n".join(f"==== {title} ====\n{text}" for title, text in texts.items())
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(found, encoding="utf-8")
-    for number, (mine, golden) in enumerate(zip(found.splitlines(), path.read_text("utf-8").splitlines(), strict=True)):
-        assert mine == golden, f"line {number + 1} of {path.name} differs; if that is meant: UPDATE_GOLDEN=1 make test"
+        path.write_text(actual, encoding="utf-8")
+    for number, (line, golden) in enumerate(
+        zip(actual.splitlines(), path.read_text("utf-8").splitlines(), strict=True)
+    ):
+        assert line == golden, f"line {number + 1} of {path.name} differs; if that is meant: UPDATE_GOLDEN=1 make test"

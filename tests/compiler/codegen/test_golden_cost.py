@@ -1,4 +1,4 @@
-"""What the kernels of a few cells execute, against stored figures: work added to a kernel is seen without a clock.
+"""Executed instructions of a few cells' kernels against stored counts: added work is seen without a clock.
 
 ``UPDATE_GOLDEN=1 make test ARGS="-k golden"`` writes the figures anew.
 """
@@ -42,7 +42,7 @@ Figures = dict[str, Counter[str]]
 
 @pytest.fixture
 def level(request, monkeypatch):
-    """Programs for one level of CPUs, forgotten before and afterwards."""
+    """Compile for one CPU level; forget programs before and after."""
     monkeypatch.setenv("FUSECELL_TARGET", request.param)
     try:
         host_target()
@@ -57,23 +57,23 @@ def level(request, monkeypatch):
 
 
 def measured(cell, monkeypatch) -> Figures:
-    """What forward and backward execute at each shape, by name."""
-    made: list[Counted] = []
+    """Return the instruction counts of forward and backward at each shape, by name."""
+    programs: list[Counted] = []
 
     def load(*args):
-        made.append(Counted(*args))
-        return made[-1]
+        programs.append(Counted(*args))
+        return programs[-1]
 
     monkeypatch.setattr(kernel, "load", load)
-    found: Figures = {}
+    figures: Figures = {}
     for steps, rows in SHAPES:
         x = torch.zeros(steps, rows, cell.input_size, requires_grad=True)
         y, _ = fc.scan(cell, x)
         for title in ("forward", "backward"):
             if title == "backward":
                 y.sum().backward()
-            found[f"{title} T{steps} N{rows}"] = sum((each.take() for each in made), Counter())
-    return found | {LOOPS: Counter(spills=sum(len(each.spilling_loops()) for each in made))}
+            figures[f"{title} T{steps} N{rows}"] = sum((each.take() for each in programs), Counter())
+    return figures | {LOOPS: Counter(spills=sum(len(each.spilling_loops()) for each in programs))}
 
 
 def as_text(figures: Figures) -> str:
@@ -85,63 +85,63 @@ def as_text(figures: Figures) -> str:
 
 def from_text(text: str) -> Figures:
     """The figures of such a table."""
-    found = {}
+    figures = {}
     for line in text.splitlines()[2:]:
         *name, _, _, _, _, _, _, _ = words = line.split()
         numbers = map(int, words[len(name) :])
-        found[" ".join(name)] = Counter(dict(zip(KINDS, numbers, strict=True)))
-    return found
+        figures[" ".join(name)] = Counter(dict(zip(KINDS, numbers, strict=True)))
+    return figures
 
 
-def complaints(where: str, found: Figures, stored: Figures) -> list[str]:
-    """A sentence for every figure that is no longer what it was."""
-    said = [f"{where} a call changed its name: {sorted(found)}, stored {sorted(stored)}."] * (
-        found.keys() != stored.keys()
+def complaints(where: str, actual: Figures, stored: Figures) -> list[str]:
+    """Return a sentence for every figure that has changed."""
+    messages = [f"{where} a call changed its name: {sorted(actual)}, stored {sorted(stored)}."] * (
+        actual.keys() != stored.keys()
     )
     for name, row in stored.items():
         for kind in KINDS:
-            now, before = found.get(name, row)[kind], row[kind]
+            now, before = actual.get(name, row)[kind], row[kind]
             if max(now, before) > MORE * min(now, before) + (name != LOOPS) * SLACK:
                 change = f"{abs(now / before - 1):.0%}" if before else str(now)
-                said.append(
+                messages.append(
                     f"{where} {name}: {change} {'more' if now > before else 'fewer'} {kind}, {before} -> {now}."
                 )
-    return said
+    return messages
 
 
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("name", CELLS)
-def test_what_is_executed(name, level, monkeypatch):
+def test_instruction_counts(name, level, monkeypatch):
     path = GOLDEN / f"{name}.{level}.txt"
     torch.manual_seed(0)
-    found = measured(CELLS[name](), monkeypatch)
+    figures = measured(CELLS[name](), monkeypatch)
     if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(as_text(found), encoding="utf-8")
+        path.write_text(as_text(figures), encoding="utf-8")
     text = path.read_text("utf-8")
     versions = text.splitlines()[0]
     if versions != llvm.VERSIONS:
         pytest.skip(f"the figures are of {versions}, this is {llvm.VERSIONS}")
-    said = complaints(f"{name} on {level},", found, from_text(text))
-    assert not said, "\n".join((*said, HOW))
+    messages = complaints(f"{name} on {level},", figures, from_text(text))
+    assert not messages, "\n".join((*messages, HOW))
 
 
-def test_a_change_is_a_sentence():
+def test_a_changed_count_is_reported():
     stored = {"backward T8 N37": Counter(instructions=1000, fma=500, loads=400), LOOPS: Counter()}
     assert from_text(as_text(stored)) == {
         name: Counter({kind: row[kind] for kind in KINDS}) for name, row in stored.items()
     }
     assert complaints("gru,", stored, stored) == []
-    found = {"backward T8 N37": Counter(instructions=1040, fma=500, loads=480), LOOPS: Counter(spills=1)}
-    assert complaints("gru,", found, stored) == [
+    actual = {"backward T8 N37": Counter(instructions=1040, fma=500, loads=480), LOOPS: Counter(spills=1)}
+    assert complaints("gru,", actual, stored) == [
         "gru, backward T8 N37: 20% more loads, 400 -> 480.",
         f"gru, {LOOPS}: 1 more spills, 0 -> 1.",
     ]
-    assert "17% fewer loads" in complaints("gru,", stored, found)[0]
+    assert "17% fewer loads" in complaints("gru,", stored, actual)[0]
 
 
 @pytest.mark.parametrize("level", ["x86-64-v3"], indirect=True)
 def test_counts_are_exact(level):
-    """A loop whose counts are known: on the smallest level with fused multiply-add, an innermost one around them."""
+    """Count a loop with known counts, on the lowest CPU level with fused multiply-add."""
     text = """
 define void @run(ptr %p, i64 %n) {
 entry:
@@ -168,9 +168,9 @@ declare <8 x float> @llvm.fma.v8f32(<8 x float>, <8 x float>, <8 x float>)
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(code.address("run"))
     for times in (1, 11):
         run(ctypes.addressof(memory), times)
-        found = code.take()
-        assert (found["fma"], found["loads"], found["stores"], found["divisions"]) == (times, times + 1, 1, 1)
-        assert found["broadcasts"] == found["spills"] == 0
+        counts = code.take()
+        assert (counts["fma"], counts["loads"], counts["stores"], counts["divisions"]) == (times, times + 1, 1, 1)
+        assert counts["broadcasts"] == counts["spills"] == 0
     assert code.take()["instructions"] == 0
     assert [block.kinds["fma"] for block in code.blocks if block.repeats] == [1]
     assert code.spilling_loops() == []

@@ -206,13 +206,13 @@ def by_torch(op: str, *args: np.ndarray) -> np.ndarray:
 
 
 def same_bits(a: np.ndarray, b: np.ndarray, dtype: str) -> bool:
-    """Equal bits, where one NaN is as good as another."""
+    """Return whether bits are equal, all NaN being alike."""
     a, b = (np.where(np.isnan(v), FORMATS[dtype](np.nan), v).view(BITS[dtype]) for v in (a, b))
     return bool(np.array_equal(a, b))
 
 
 def normal(dtype: str, *values: np.ndarray) -> np.ndarray:
-    """Where no value is a denormal, or would be one after rounding."""
+    """Return where no value is a denormal or rounds to one."""
     limit = 1.0001 * float(np.finfo(FORMATS[dtype]).tiny)
     return np.all([(v == 0) | (np.abs(v) >= limit) | np.isnan(v) for v in values], axis=0)
 

@@ -1,4 +1,4 @@
-"""What a process may have set, or does, around a compiled call: each as a plain loop has it."""
+"""Process-wide settings around a compiled call: modes, forks, profilers, threads; results equal a plain loop's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fusecell as fc
-from tests.compiler.fresh_cells import both, fresh_layer, learned
+from tests.compiler.fresh_cells import both, fresh_layer, weight_gradient
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def layer():
 def test_traced_in_inference_mode_and_trained_afterwards(layer):
     x = torch.randn(6, 3, 5)
     with torch.inference_mode():
-        mine, loop = both(layer, x)
-    torch.testing.assert_close(mine, loop)
-    found = learned(layer, x)
+        compiled, loop = both(layer, x)
+    torch.testing.assert_close(compiled, loop)
+    gradient = weight_gradient(layer, x)
     layer.zero_grad()
     with fc.runner("eager"):
         layer(x)[0].square().sum().backward()
-    torch.testing.assert_close(found, layer.cell.inp.weight.grad)
+    torch.testing.assert_close(gradient, layer.cell.inp.weight.grad)
 
 
 def test_inference_tensors_as_input_of_training(layer):
@@ -40,7 +40,7 @@ def test_inference_tensors_as_input_of_training(layer):
     for model in (nn.GRU(5, 9), layer):
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
             model(x)
-    learned(layer, x.clone())
+    weight_gradient(layer, x.clone())
 
 
 def test_a_default_device_and_dtype_are_not_the_traces(layer):
@@ -49,24 +49,24 @@ def test_a_default_device_and_dtype_are_not_the_traces(layer):
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.no_grad():
-            mine, loop = both(layer, x)
+            compiled, loop = both(layer, x)
     finally:
         torch.set_default_dtype(before)
-    assert mine.dtype is torch.float32
-    torch.testing.assert_close(mine, loop)
+    assert compiled.dtype is torch.float32
+    torch.testing.assert_close(compiled, loop)
 
 
 def test_tracing_draws_nothing(layer):
     before = torch.random.get_rng_state()
-    learned(layer, torch.zeros(6, 3, 5))
+    weight_gradient(layer, torch.zeros(6, 3, 5))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_first_call_under_autocast_a_transform_or_a_mode(layer):
     x = torch.randn(6, 3, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        mine, loop = both(layer, x)
-    torch.testing.assert_close(mine, loop)
+        compiled, loop = both(layer, x)
+    torch.testing.assert_close(compiled, loop)
     with torch.no_grad():
         mapped = torch.func.vmap(lambda row: layer(row)[0], in_dims=1, out_dims=1)(x)
     torch.testing.assert_close(mapped, loop)
@@ -77,8 +77,8 @@ def test_first_call_under_a_profiler(layer):
     x = torch.randn(6, 3, 5)
     profiler = cProfile.Profile()
     with torch.no_grad():
-        mine, loop = profiler.runcall(both, layer, x)
-    torch.testing.assert_close(mine, loop)
+        compiled, loop = profiler.runcall(both, layer, x)
+    torch.testing.assert_close(compiled, loop)
     assert any("both" in str(entry.code) for entry in profiler.getstats())
 
 
@@ -87,11 +87,11 @@ def test_first_call_under_a_profile_function(layer):
     sys.setprofile(lambda frame, event, arg: seen.append(event))
     try:
         with torch.no_grad():
-            mine, loop = both(layer, torch.randn(6, 3, 5))
+            compiled, loop = both(layer, torch.randn(6, 3, 5))
         assert sys.getprofile() is not None
     finally:
         sys.setprofile(None)
-    torch.testing.assert_close(mine, loop)
+    torch.testing.assert_close(compiled, loop)
     assert seen
 
 
@@ -105,8 +105,8 @@ def test_a_cell_without_source():
         names,
     )
     with torch.no_grad():
-        mine, loop = both(fc.Recurrent(names["Typed"](7, 7)), torch.randn(6, 3, 7))
-    torch.testing.assert_close(mine, loop)
+        compiled, loop = both(fc.Recurrent(names["Typed"](7, 7)), torch.randn(6, 3, 7))
+    torch.testing.assert_close(compiled, loop)
 
 
 def test_many_threads_call_first(layer):
@@ -126,7 +126,7 @@ def test_many_threads_call_first(layer):
         for thread in threads:
             thread.join()
         _, loop = both(layer, x)
-    assert all(torch.equal(found, results[0]) for found in results)
+    assert all(torch.equal(output, results[0]) for output in results)
     torch.testing.assert_close(results[0], loop)
 
 
@@ -164,11 +164,11 @@ def test_denormals_are_as_torch_flushes_them(layer):
     with torch.no_grad():
         try:
             assert torch.set_flush_denormal(True)
-            mine, loop = both(fc.Recurrent(Scaled(3, 3)), x)
+            compiled, loop = both(fc.Recurrent(Scaled(3, 3)), x)
         finally:
             torch.set_flush_denormal(False)
-        assert torch.equal(mine, loop)
-        assert mine.abs().max() == 0
+        assert torch.equal(compiled, loop)
+        assert compiled.abs().max() == 0
         # Afterwards torch has them again, though a kernel has run.
         fc.scan(Scaled(3, 3), x)
         assert (torch.tensor(1e-19) * torch.tensor(1e-20)).item() != 0
@@ -192,5 +192,5 @@ threading.Thread(target=work, daemon=True).start()
 inside.wait()
 """
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=600)
-        assert done.returncode == 0, done.stderr.decode()
+        process = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=600)
+        assert process.returncode == 0, process.stderr.decode()

@@ -1,4 +1,4 @@
-"""Calls that are remembered: whatever changes between two of them is seen by the second."""
+"""The fast path of repeated calls: whatever changes between two calls is seen by the second."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
 from fusecell.compiler.backend.tuning import TUNING
-from fusecell.compiler.dispatch import fast_path as repeat
+from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.guards import guards_of
-from fusecell.compiler.programs import launch as call
+from fusecell.compiler.programs import launch
+from fusecell.execution.call_cache import register_call_cache
 
 
 class Scaled(fc.Cell):
-    """One of everything that is proven by identity."""
+    """A cell with one attribute of every kind that guards compare by identity."""
 
     def __init__(self, input_size=5, hidden_size=9):
         super().__init__(input_size, hidden_size)
@@ -87,8 +88,8 @@ def in_a_loop(call):
         return call()
 
 
-def found(cell, x, state):
-    """What a step, a sequence and their gradients are."""
+def results_of(cell, x, state):
+    """Return the results of steps and sequences, and all gradients."""
     cell.zero_grad()
     results = [cell(x[0], state), *fc.step(cell, x[0])[1], *fc.scan(cell, x, state), *fc.Recurrent(cell)(x)]
     sum(value.square().sum() for value in results).backward()
@@ -104,32 +105,36 @@ def test_a_change_between_two_calls_is_seen(change):
     cell, x, state = Scaled().double(), torch.randn(4, 3, 5).double(), torch.randn(3, 9).double()
     cell.shift = cell.shift.double()
     for _ in range(2):
-        found(cell, x, state)
+        results_of(cell, x, state)
     change(cell)
     for _ in range(2):
-        mine, loop = found(cell, x, state), in_a_loop(lambda: found(cell, x, state))
-        assert mine.keys() == loop.keys()
-        for name, value in mine.items():
+        actual, loop = results_of(cell, x, state), in_a_loop(lambda: results_of(cell, x, state))
+        assert actual.keys() == loop.keys()
+        for name, value in actual.items():
             torch.testing.assert_close(value, loop[name], rtol=1e-10, atol=1e-11)
 
 
 @pytest.fixture
-def ways(monkeypatch):
-    """How many calls went the short way while a test runs."""
-    counts = {"short": 0}
-    for kind in (repeat._Answering, repeat._Learning):
-        call = kind.__call__
+def hits():
+    """The number of calls that the fast path takes while a test runs."""
+    counts = {"calls": 0}
 
-        def counted(self, *args, call=call):
-            counts["short"] += 1
-            return call(self, *args)
+    class CountingCache:
+        keep = staticmethod(fast_path.CACHE.keep)
 
-        monkeypatch.setattr(kind, "__call__", counted)
-    repeat.forget()
-    return counts
+        @staticmethod
+        def find(*arguments):
+            result = fast_path.CACHE.find(*arguments)
+            counts["calls"] += result is not None
+            return result
+
+    fast_path.forget()
+    register_call_cache(CountingCache())
+    yield counts
+    register_call_cache(fast_path.CACHE)
 
 
-def test_the_second_call_goes_the_short_way(ways, zoo_cell):
+def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
     cell, x = zoo_cell.make(5, 9).eval(), torch.randn(4, 3, 5)
     layer = fc.Recurrent(cell)
     if type(cell).__name__ in ("FastGRNNCell", "AntisymmetricRNNCell"):
@@ -140,45 +145,45 @@ def test_the_second_call_goes_the_short_way(ways, zoo_cell):
             layer(x)
         layer(x)[0].sum().backward()
         cell(x[0])
-        assert ways["short"] == 4 * calls
+        assert hits["calls"] == 4 * calls
 
 
 @pytest.mark.parametrize("kind", [fc.RNN, fc.GRU, fc.LSTM])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
-def test_layers_go_the_short_way_and_see_changes(ways, kind, options):
-    theirs = getattr(nn, kind.__name__)(5, 9, **options).double()
-    mine = kind(5, 9, **options).double()
+def test_layers_take_the_fast_path_and_see_changes(hits, kind, options):
+    reference = getattr(nn, kind.__name__)(5, 9, **options).double()
+    drop_in = kind(5, 9, **options).double()
     x = torch.randn(3, 3, 5, dtype=torch.float64)
     state = torch.randn(1, 3, 9, dtype=torch.float64)
     state = (state, state.clone()) if kind is fc.LSTM else state
 
-    def check(short):
-        ways["short"] = 0
-        mine.load_state_dict(theirs.state_dict())
-        for given in ((x,), (x, state), (x[0],)):
+    def check(count):
+        hits["calls"] = 0
+        drop_in.load_state_dict(reference.state_dict())
+        for arguments in ((x,), (x, state), (x[0],)):
             results = []
-            for layer in (mine, theirs):
+            for layer in (drop_in, reference):
                 layer.zero_grad()
-                y, after = layer(*given)
+                y, after = layer(*arguments)
                 (y.square().sum() + (after if kind is not fc.LSTM else after[1]).sum()).backward()
                 with torch.no_grad():
-                    results.append([y, layer(*given)[0], *(parameter.grad for parameter in layer.parameters())])
+                    results.append([y, layer(*arguments)[0], *(parameter.grad for parameter in layer.parameters())])
             for value, expected in zip(*results, strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
-        assert ways["short"] == short
+        assert hits["calls"] == count
 
     check(0)
     check(6)
     with torch.no_grad():
-        theirs.weight_hh_l0.mul_(2)
+        reference.weight_hh_l0.mul_(2)
     check(6)
-    theirs.train(False)
-    mine.train(False)
+    reference.train(False)
+    drop_in.train(False)
     check(0)
     check(6)
 
 
-def test_weights_from_outside_and_copies(ways):
+def test_weights_from_outside_and_copies(hits):
     layer, x = fc.GRU(5, 9), torch.randn(4, 3, 5)
     with torch.no_grad():
         for _ in range(2):
@@ -197,27 +202,27 @@ def enclosing(cell):
     return lambda value: torch.tanh(value) * cell.rate
 
 
-def test_nothing_is_kept_alive():
+def test_caches_keep_no_cell_or_weight_alive():
     cell, layer, x = Scaled(), fc.GRU(5, 9), torch.randn(4, 3, 5)
     cell.function = enclosing(cell)
     for _ in range(2):
         fc.scan(cell, x)[0].sum().backward()
         layer(x)[0].sum().backward()
     weights = [weakref.ref(value) for value in (cell.inp.weight, layer.weight_hh_l0, cell, layer)]
-    before = len(repeat._KNOWN)
+    before = len(fast_path._KNOWN)
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
-    for kept in (repeat.PROGRAMS, repeat.TRAINABLE_STEPS):
-        kept.forget({Scaled})  # their keys hold functions
+    for cache in (fast_path.PROGRAMS, fast_path.TRAINABLE_STEPS):
+        cache.forget({Scaled})  # their keys hold functions
     del cell, layer
     gc.collect()
     assert [weight() for weight in weights] == [None] * 4
-    assert len(repeat._KNOWN) <= before - 2
+    assert len(fast_path._KNOWN) <= before - 2
 
 
 @pytest.mark.parametrize("value", [[1.0], {"a": 1}, torch.nn.Linear(2, 2).forward], ids=["list", "dict", "method"])
-def test_what_may_change_inside_is_not_taken_for_a_fact(value):
+def test_mutable_attributes_have_no_guards(value):
     cell = Scaled()
     assert guards_of(cell) is not None
     cell.more = value
@@ -241,17 +246,17 @@ def test_a_hook_that_comes_later():
         fc.scan(cell, x)
     cell.norm.register_forward_hook(lambda module, args, output: output + 1)
     with pytest.warns(fc.EagerWarning, match="hook"):
-        mine = fc.scan(cell, x)[0]
-    torch.testing.assert_close(mine, in_a_loop(lambda: fc.scan(cell, x)[0]))
+        actual = fc.scan(cell, x)[0]
+    torch.testing.assert_close(actual, in_a_loop(lambda: fc.scan(cell, x)[0]))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
-def test_modes_around_a_remembered_call(ways):
+def test_modes_around_a_cached_call(hits):
     cell, x = fc.GRUCell(5, 9), torch.randn(3, 5)
     with torch.no_grad():
         for _ in range(2):
             expected = cell(x)
-        assert ways["short"] == 1
+        assert hits["calls"] == 1
         mapped = torch.func.vmap(cell)(x)
         torch.testing.assert_close(mapped, expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -260,7 +265,7 @@ def test_modes_around_a_remembered_call(ways):
             torch.testing.assert_close(cell(x), expected)
         with torch.inference_mode():
             assert torch.equal(cell(x), expected)
-        assert ways["short"] == 1
+        assert hits["calls"] == 1
         with torch.device("meta"):
             assert torch.equal(cell(x), expected)
         with torch.autograd.forward_ad.dual_level():
@@ -268,7 +273,7 @@ def test_modes_around_a_remembered_call(ways):
             assert torch.autograd.forward_ad.unpack_dual(cell(tangent)).tangent is not None
 
 
-def test_gradients_of_gradients_of_a_remembered_call(ways):
+def test_gradients_of_gradients_of_a_cached_call(hits):
     cell, x = fc.LSTMCell(5, 9).double(), torch.randn(3, 5, dtype=torch.float64)
     layer = fc.GRU(5, 9).double()
 
@@ -279,14 +284,14 @@ def test_gradients_of_gradients_of_a_remembered_call(ways):
         return torch.autograd.grad(first.square().sum(), [leaf, *cell.parameters(), *layer.parameters()])
 
     for _ in range(2):
-        mine = penalty()
-    assert ways["short"] >= 2
-    for value, expected in zip(mine, in_a_loop(penalty), strict=True):
+        actual = penalty()
+    assert hits["calls"] >= 2
+    for value, expected in zip(actual, in_a_loop(penalty), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_checkpointing_before_and_after_a_call_is_remembered(early):
+def test_checkpointing_before_and_after_a_call_is_cached(early):
     layer, x = fc.GRU(5, 9), torch.randn(4, 3, 5, requires_grad=True)
     if early:
         for _ in range(2):
@@ -308,7 +313,7 @@ def test_checkpointing_before_and_after_a_call_is_remembered(early):
     ],
     ids=["outputs alone", "the state alone", "some steps", "transposed", "every second feature"],
 )
-def test_incoming_gradients(ways, loss):
+def test_incoming_gradients(hits, loss):
     cell, x, state = Scaled(), torch.randn(4, 3, 5), torch.randn(3, 9, requires_grad=True)
     results = []
     for name in ("auto", "auto", "eager"):
@@ -317,18 +322,18 @@ def test_incoming_gradients(ways, loss):
         with fc.runner(name):
             loss(*fc.scan(cell, x, state)).backward()
         results.append([state.grad, *(parameter.grad for parameter in cell.parameters())])
-    assert ways["short"] == 1
+    assert hits["calls"] == 1
     for first, second, loop in zip(*results, strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(second, loop, rtol=2e-5, atol=2e-5)
 
 
-def test_results_share_no_memory(ways):
+def test_results_share_no_memory(hits):
     cell, x = fc.LSTMCell(5, 9), torch.randn(3, 5)
     layer = fc.Recurrent(cell)
     for _ in range(2):
         first, second = [[*cell(x), layer(x[None])[0], *layer(x[None])[1]] for _ in range(2)]
-    assert ways["short"] > 0
+    assert hits["calls"] > 0
     tensors = [x, *cell.parameters(), *first, *second]
     assert len({value.untyped_storage().data_ptr() for value in tensors}) == len(tensors)
     first[0].mul_(2)
@@ -356,22 +361,27 @@ def test_many_threads():
     assert not wrong
 
 
-def test_calls_that_never_come_again_are_not_remembered_for_ever(ways):
+def test_calls_that_never_repeat_leave_the_cache(hits):
+    """After some dozens of sizes that never repeat, no more calls are cached until ``refresh``."""
     cell = fc.GRUCell(5, 9)
     with torch.no_grad():
         for rows in range(1, 200):
             cell(torch.randn(rows, 5))
-    assert len(repeat._KNOWN[id(cell)].calls) <= repeat._MOST_MISSED
-    fc.refresh(cell)
-    assert id(cell) not in repeat._KNOWN
+        for _ in range(2):
+            cell(torch.randn(199, 5))
+        assert hits["calls"] == 0
+        fc.refresh(cell)
+        for _ in range(2):
+            cell(torch.randn(199, 5))
+        assert hits["calls"] == 1
 
 
 @pytest.mark.parametrize(
     "size", [100, TUNING.small_scratch_bytes, TUNING.huge_scratch_bytes + 1, TUNING.large_scratch_bytes + 1]
 )
-def test_scratch_holds_what_was_asked_for(size):
-    """From the first address that a kernel may be given; large blocks, NumPy's, begin between two of those."""
-    memory = call._scratch(size)
-    room = memory.data_ptr() + memory.numel() - call._aligned(memory)
-    assert call._aligned(memory) % 64 == 0
+def test_scratch_is_aligned_and_large_enough(size):
+    """Large blocks are NumPy's, which don't begin at a multiple of 64."""
+    memory = launch._scratch(size)
+    room = memory.data_ptr() + memory.numel() - launch._aligned(memory)
+    assert launch._aligned(memory) % 64 == 0
     assert room >= size

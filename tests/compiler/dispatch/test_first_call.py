@@ -1,4 +1,4 @@
-"""What a process does before its first result, counted: imports, compilations, and the Python that runs in a call."""
+"""Counts of a process's work before its first result: imports, compilations, Python calls."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ print(json.dumps({
 
 
 def measure(cache) -> dict:
-    """What one process counted."""
+    """Run one process and return its counts."""
     environment = os.environ | {"FUSECELL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "FUSECELL_CHECK": "0"}
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=True)
-    return json.loads(done.stdout)
+    process = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=True
+    )
+    return json.loads(process.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +55,16 @@ def test_nothing_heavy_is_imported(runs):
 
 
 def test_the_import_brings_in_little_beside_the_library(runs):
-    """Of other packages only those that are declared, torch having been there; and fusecell's own in part."""
+    """Only declared dependencies are imported, and of fusecell only what a layer needs."""
     for run in runs.values():
         assert {name.partition(".")[0] for name in run["imported"]} - sys.stdlib_module_names <= {
             "fusecell",
             "llvmlite",
             "numpy",
         }
-        own = [name for name in run["imported"] if name.startswith("fusecell")]
+        submodules = [name for name in run["imported"] if name.startswith("fusecell")]
         for unused in ("cli", "convert", "demo", "inspection", "streaming", "tape", "testing"):
-            assert f"fusecell.{unused}" not in own
+            assert f"fusecell.{unused}" not in submodules
         assert len(run["imported"]) < 200
 
 

@@ -1,4 +1,4 @@
-"""``refresh`` reaches every cache of what was compiled, and nothing that is kept grows without end."""
+"""``refresh`` reaches every cache of compiled code, and no cache grows without bound."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ KINDS = {
 
 @pytest.mark.parametrize("which", ["layer", "all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_reaches(kind: str, which: str) -> None:
+def test_refresh_reaches_every_cache(kind: str, which: str) -> None:
     layer, look = fc.Recurrent(Amplifier()), KINDS[kind]
     for _ in range(3):  # the third goes the short way
         assert look(layer) == 1

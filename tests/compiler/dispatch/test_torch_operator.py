@@ -16,7 +16,7 @@ from fusecell.compiler.dispatch import torch_operator as operator
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Every test is the first; and torch lets its compiler see subclasses of its recurrent layers."""
+    """Reset dynamo before each test, and let it trace subclasses of torch's recurrent layers."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
         yield
@@ -67,11 +67,11 @@ class Noisy(fc.Cell):
 def run(layer, x, **options):
     """Outputs, states and gradients of a call."""
     layer.zero_grad()
-    given = tuple(value.clone().requires_grad_() for value in x)
-    y, after = layer(given if len(given) > 1 else given[0], **options)
+    inputs = tuple(value.clone().requires_grad_() for value in x)
+    y, after = layer(inputs if len(inputs) > 1 else inputs[0], **options)
     after = after if isinstance(after, tuple) else (after,)
     (y.sin().sum() + sum(value.sum() for value in after)).backward()
-    grads = [value.grad for value in (*given, *layer.parameters())]
+    grads = [value.grad for value in (*inputs, *layer.parameters())]
     return [y.detach(), *(value.detach() for value in after), *grads]
 
 
@@ -99,8 +99,8 @@ def test_compiled_has_the_bits_of_the_layer(kind):
     x = torch.randn(3, 6, 5) if layer.batch_first else torch.randn(6, 3, 5)
     graphs = EagerAndRecordGraphs()
     compiled = torch.compile(layer, fullgraph=True, backend=graphs)
-    for mine, plain in zip(run(compiled, (x,), **options), run(layer, (x,), **options), strict=True):
-        assert torch.equal(mine, plain)
+    for actual, plain in zip(run(compiled, (x,), **options), run(layer, (x,), **options), strict=True):
+        assert torch.equal(actual, plain)
     called = [str(node.target) for node in graphs.graphs[0].graph.nodes]
     cells = 2 if kind == "stack" else 4 if kind == "GRU" else 1
     assert called.count("fusecell.scan.default") == cells
@@ -111,10 +111,10 @@ def test_compiled_has_the_bits_of_the_layer(kind):
 def test_compiled_takes_all_inputs():
     torch.manual_seed(1)
     layer = fc.Recurrent(Noisy())
-    given = (torch.randn(6, 3, 5), torch.randn(1, 3, 3))
+    inputs = (torch.randn(6, 3, 5), torch.randn(1, 3, 3))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for mine, plain in zip(run(compiled, given), run(layer, given), strict=True):
-        torch.testing.assert_close(mine, plain, rtol=0, atol=0)
+    for actual, plain in zip(run(compiled, inputs), run(layer, inputs), strict=True):
+        torch.testing.assert_close(actual, plain, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -131,8 +131,8 @@ def test_inductor():
         model.zero_grad()
         function(x).backward()
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    for mine, plain in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+    for actual, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_one_graph_for_all_lengths_and_batches():
@@ -159,9 +159,9 @@ def test_what_cannot_be_compiled_is_unrolled():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 3, 5)
     with pytest.warns(fc.EagerWarning, match="Refused is unrolled: .*cumsum"):
-        found = compiled(x)[0]
+        output = compiled(x)[0]
     with fc.runner("eager"):
-        torch.testing.assert_close(found, layer(x)[0])
+        torch.testing.assert_close(output, layer(x)[0])
 
 
 def test_the_eager_runner_is_unrolled_by_torch():
@@ -173,26 +173,26 @@ def test_the_eager_runner_is_unrolled_by_torch():
             return layer(x)[0]
 
     x = torch.randn(4, 3, 5)
-    found = torch.compile(loop, backend=graphs)(x)
+    output = torch.compile(loop, backend=graphs)(x)
     assert not any("fusecell" in str(node.target) for graph in graphs.graphs for node in graph.graph.nodes)
-    torch.testing.assert_close(found, layer(x)[0])
+    torch.testing.assert_close(output, layer(x)[0])
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "the original GRU"])
 @pytest.mark.parametrize("how", ["export", "strict export", "compile", "one graph"])
 def test_the_eager_runner_takes_the_drop_ins(kind, how):
-    """What they are unrolled to computes what they compute."""
+    """The unrolled graph computes the same as the layer."""
     layer = LAYERS[kind][0]()
     x = torch.randn(3, 4, 5)
     with fc.runner("eager"), torch.no_grad():
         expected = layer(x)
         if how.endswith("export"):
-            made = torch.export.export(layer, (x,), strict=how.startswith("strict")).module()
-            assert not any("fusecell" in str(node.target) for node in made.graph.nodes)
+            program = torch.export.export(layer, (x,), strict=how.startswith("strict")).module()
+            assert not any("fusecell" in str(node.target) for node in program.graph.nodes)
         else:
-            made = torch.compile(layer, fullgraph=how == "one graph", backend="eager")
-        found = made(x)
-    torch.testing.assert_close(found, expected)
+            program = torch.compile(layer, fullgraph=how == "one graph", backend="eager")
+        outputs = program(x)
+    torch.testing.assert_close(outputs, expected)
 
 
 class Model(nn.Module):
@@ -215,7 +215,7 @@ OURS = ("fusecell/compiler", "fusecell/execution", "fusecell/eager")
 
 
 def _compiled_frames(library, make):
-    """What plain torch.compile, and a step of training, make frames of."""
+    """Return the number of frames that torch.compile compiles for a model and a step of training."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     fc.refresh()
@@ -223,22 +223,22 @@ def _compiled_frames(library, make):
     with torch._dynamo.config.patch(allow_rnn=False):
         compiled = torch.compile(model, backend="eager")
         for _ in range(3):
-            found = compiled(x)
-            found = found if isinstance(found, torch.Tensor) else found[0]
-            found.sum().backward()
+            result = compiled(x)
+            result = result if isinstance(result, torch.Tensor) else result[0]
+            result.sum().backward()
     plain = model(x)
-    torch.testing.assert_close(found, plain if isinstance(plain, torch.Tensor) else plain[0])
+    torch.testing.assert_close(result, plain if isinstance(plain, torch.Tensor) else plain[0])
     return torch._dynamo.utils.counters["frames"]["total"]
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
-def test_plain_compile_leaves_our_own_frames_alone(kind):
-    """Each was compiled, the tracer's and the code generator's too: 42 s and 984 frames for one GRU."""
-    theirs, mine = _compiled_frames(nn, DEFAULTS[kind]), _compiled_frames(fc, DEFAULTS[kind])
+def test_torch_compile_skips_the_frames_of_fusecell(kind):
+    """Regression: dynamo compiled the tracer and code generator too, 42 s and 984 frames for one GRU."""
+    torch_frames, frames = _compiled_frames(nn, DEFAULTS[kind]), _compiled_frames(fc, DEFAULTS[kind])
     seen = {code().co_filename for code in torch._dynamo.convert_frame.input_codes.seen if code() is not None}
     assert any("drop_in" in name for name in seen)
     assert not any(part in name for name in seen for part in OURS)
-    assert mine <= theirs + 2
+    assert frames <= torch_frames + 2
 
 
 def test_plain_compile_where_a_scan_breaks_the_graph():
@@ -247,8 +247,8 @@ def test_plain_compile_where_a_scan_breaks_the_graph():
     layer, x = fc.Recurrent(Gain(5, 7), tbptt=2), torch.randn(6, 3, 5)
     fc.refresh()
     compiled = torch.compile(layer, backend="eager")
-    for mine, plain in zip(run(compiled, (x,)), run(layer, (x,)), strict=True):
-        assert torch.equal(mine, plain)
+    for actual, plain in zip(run(compiled, (x,)), run(layer, (x,)), strict=True):
+        assert torch.equal(actual, plain)
     seen = {code().co_filename for code in torch._dynamo.convert_frame.input_codes.seen if code() is not None}
     assert not any(part in name for name in seen for part in OURS)
 
@@ -292,18 +292,18 @@ def test_the_operator_passes_torchs_own_checks():
     cell = fc.GRUCell(5, 7)
     weights = [parameter for _, parameter in cell.named_parameters()]
     names = dict(cell.named_parameters())
-    for wanted in (None, [True] * 5):
-        flags = None if wanted is None else (True,)
-        made = operator._described(cell, -1, ((5,),), torch.float32, flags, False)
-        weights = [names[path] for path in made.paths]
+    for required in (None, [True] * 5):
+        flags = None if required is None else (True,)
+        description = operator._described(cell, -1, ((5,),), torch.float32, flags, False)
+        weights = [names[path] for path in description.paths]
         x, h = torch.randn(6, 3, 5), torch.randn(3, 7)
-        if wanted is None:
+        if required is None:
             weights = [value.detach() for value in weights]
         else:
             x.requires_grad_()
-        given = (made.text, [x], [h], [], weights, torch.tensor([6, 2, 0]), None, False, False, wanted)
+        arguments = (description.text, [x], [h], [], weights, torch.tensor([6, 2, 0]), None, False, False, required)
         # What is kept for the backward has gaps that hold anything, which its own comparison would not forgive.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(operator._scan, given, test_utils=checks)
-        if wanted is None:
-            torch.library.opcheck(operator._scan, given)
+        torch.library.opcheck(operator._scan, arguments, test_utils=checks)
+        if required is None:
+            torch.library.opcheck(operator._scan, arguments)

@@ -1,4 +1,4 @@
-"""A step that changes its module is refused by name and line and runs as the Python loop; a trace leaves nothing."""
+"""A step that changes its module is refused by attribute and line, and runs as the loop; tracing changes nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Slotted:
 
 
 class Changing(fc.Cell):
-    """A cell with one of everything that a step could change."""
+    """A cell with one attribute of every kind that a step could change."""
 
     def __init__(self, change: Callable[[Any, Tensor], Any]) -> None:
         super().__init__(3, 3)
@@ -134,7 +134,7 @@ def make(name: str) -> Changing:
 
 
 def contents(value: Any) -> Any:
-    """All that a module holds, in comparable form, made without the code under test."""
+    """Return everything a module holds in comparable form, without using the code under test."""
     if isinstance(value, Tensor):
         return (
             "tensor", value.detach().tolist(), value.requires_grad, value.data_ptr(), len(value._backward_hooks or ()),
@@ -159,34 +159,34 @@ def contents(value: Any) -> Any:
 def test_a_trace_leaves_the_module_as_it_was(name: str, gradients: bool) -> None:
     cell = make(name)
     before = contents(cell)
-    made = trace(cell, [(3,)], torch.float64, gradients=gradients)
-    assert isinstance(made, Refusal)
+    result = trace(cell, [(3,)], torch.float64, gradients=gradients)
+    assert isinstance(result, Refusal)
     assert contents(cell) == before
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_it_is_refused_by_name_and_line(name: str) -> None:
+def test_the_reason_names_attribute_and_line(name: str) -> None:
     with pytest.raises(fc.NotCompilable, match=CHANGES[name][1]) as raised, fc.runner("compiled"):
         fc.scan(make(name), torch.ones(4, 2, 3, dtype=torch.float64))
-    assert re.search(r"test_mutation\.py, line \d+: `.+`", str(raised.value)), raised.value
+    assert re.search(r"test_module_mutation\.py, line \d+: `.+`", str(raised.value)), raised.value
     assert 'states = ("h", "' in str(raised.value) or "as a state" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "raising"])
-def test_the_loops_own_results(name: str) -> None:
-    """Call after call, in the order and from the state that the loop alone would leave."""
+def test_results_equal_those_of_the_loop(name: str) -> None:
+    """Results of repeated calls equal the loop's, changes of the module included."""
     x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 2, 3)
     fc.refresh()  # warnings of other tests
     results = []
     for runner in ("auto", "eager"):
-        cell, found = make(name), []
+        cell, outputs = make(name), []
         with warnings.catch_warnings(record=True) as warned, fc.runner(runner):
             warnings.simplefilter("always")
             for _ in range(6):
                 with torch.no_grad():
-                    found.append(fc.scan(cell, x)[0])
-        said = [w for w in warned if issubclass(w.category, fc.EagerWarning)]
-        results.append((torch.stack(found), len(said)))
+                    outputs.append(fc.scan(cell, x)[0])
+        eager_warnings = [w for w in warned if issubclass(w.category, fc.EagerWarning)]
+        results.append((torch.stack(outputs), len(eager_warnings)))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-10)
     assert results[0][1] >= 1
 
@@ -202,15 +202,15 @@ class Counter(fc.Cell):
         return h, (h,)
 
 
-def test_the_line_is_the_statements() -> None:
-    made = trace(Counter(), [(3,)], torch.float32, gradients=False)
-    assert isinstance(made, Refusal)
+def test_the_reason_names_the_line_of_the_statement() -> None:
+    result = trace(Counter(), [(3,)], torch.float32, gradients=False)
+    assert isinstance(result, Refusal)
     line = Counter.step.__code__.co_firstlineno + 1
-    assert f"it sets self.t in test_mutation.py, line {line}: `self.t += 1`" in made.reasons[0]
-    assert made.changes == ("t",)
+    assert f"it sets self.t in test_module_mutation.py, line {line}: `self.t += 1`" in result.reasons[0]
+    assert result.changes == ("t",)
 
 
-def test_what_the_sentence_advises_is_compiled() -> None:
+def test_the_advised_fix_is_compiled() -> None:
     class Counted(fc.Cell):
         states = ("h", "t")
         state_sizes = (3, 1)
@@ -225,8 +225,8 @@ def test_what_the_sentence_advises_is_compiled() -> None:
     with fc.runner("eager"):
         expected, _ = fc.scan(Counter(), x)
     with fc.runner("compiled"):
-        found, _ = fc.scan(Counted(3, 3), x)
-    torch.testing.assert_close(found, expected)
+        actual, _ = fc.scan(Counted(3, 3), x)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_counter_is_traced_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_a_counter_is_traced_three_times(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cell.t == 20
 
 
-def test_what_is_made_at_the_first_call_alone_is_compiled_at_the_next() -> None:
+def test_a_value_cached_at_the_first_call_is_compiled_at_the_second() -> None:
     cell = make("cached_property")
     x = torch.ones(2, 2, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_what_is_made_at_the_first_call_alone_is_compiled_at_the_next() -> None:
     torch.testing.assert_close(second, first, rtol=1e-10, atol=1e-10)
 
 
-def test_a_value_that_is_put_back_is_no_change() -> None:
+def test_a_restored_value_is_no_change() -> None:
     def change(c: Any, x: Tensor) -> None:
         before, c.count = c.count, 7
         c.extra = x
@@ -276,20 +276,20 @@ def test_a_value_that_is_put_back_is_no_change() -> None:
 def test_a_debuggers_trace_function_stays() -> None:
     import sys
 
-    def own(*_: Any) -> None:
+    def trace_function(*_: Any) -> None:
         return None
 
     before = sys.gettrace()
-    sys.settrace(own)
+    sys.settrace(trace_function)
     try:
         trace(Counter(), [(3,)], torch.float32, gradients=False)
-        assert sys.gettrace() is own
+        assert sys.gettrace() is trace_function
     finally:
         sys.settrace(before)
 
 
 def test_streams() -> None:
-    with pytest.raises(fc.NotCompilable, match=r"sets self.t in test_mutation.py, line \d+"):
+    with pytest.raises(fc.NotCompilable, match=r"sets self.t in test_module_mutation.py, line \d+"):
         fc.Stream(Counter())
 
 
@@ -311,7 +311,9 @@ def test_torchs_operator() -> None:
     cell = Counter()
     layer = fc.Recurrent(cell)
     x = torch.ones(8, 2, 3)
-    with pytest.warns(fc.EagerWarning, match=r"is unrolled: The step changes the module: it sets self.t in test_mut"):
+    with pytest.warns(
+        fc.EagerWarning, match=r"is unrolled: The step changes the module: it sets self.t in test_module_mut"
+    ):
         torch.export.export(layer, (x,))
 
 
@@ -344,7 +346,7 @@ def test_check_cell(name: str) -> None:
     assert check == "module"
     pattern = CHANGES[name][1].replace(" in place", "").replace("changes a tensor of shape", "changes self.tensors")
     assert re.search(pattern, sentence), sentence
-    assert re.search(r"test_mutation\.py, line \d+: `.+`", sentence), sentence
+    assert re.search(r"test_module_mutation\.py, line \d+: `.+`", sentence), sentence
 
 
 def test_check_cell_leaves_the_cell_as_it_was() -> None:

@@ -40,7 +40,7 @@ class Fixed:
 
 
 class Keeper(fc.Cell):
-    """Keeps one of everything, in a submodule too."""
+    """A cell with one attribute of every kind, in submodules too."""
 
     def __init__(self):
         super().__init__(3, 4)

@@ -1,4 +1,4 @@
-"""The tracer: graphs that equal torch, forward and backward; sentences for what has no graph."""
+"""The tracer: graphs compute what torch does, forward and backward, or a sentence says why there is none."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from tests.compiler.traced_cells import (
 
 def test_zoo(zoo_cell: ZooCell) -> None:
     cell = zoo_cell.make(5, 6, dtype=torch.float64)
-    made = compare(cell)
-    assert Graph.parse(made.graph.text).text == made.graph.text
+    step_trace = compare(cell)
+    assert Graph.parse(step_trace.graph.text).text == step_trace.graph.text
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -49,12 +49,12 @@ def test_functions(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"small_products"}))
 def test_nan_and_infinities(name: str) -> None:
     cell = BodyCell(lambda cell, x, h: FUNCTIONS[name](h)).double()
-    made = traced(cell, gradients=False)
+    step_trace = traced(cell, gradients=False)
     h = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e30], dtype=torch.float64)
     h = torch.stack([h, h.roll(1), h.flip(0), torch.full((6,), -math.inf).double(), torch.zeros(6).double()])
     x = torch.zeros(5, 4, dtype=torch.float64)
-    found = interpret(made.graph, values_of(made, cell, [("x", x), ("h", h)]))
-    close(found["output"], cell.step(x, (h,))[0].detach())
+    results = interpret(step_trace.graph, values_of(step_trace, cell, [("x", x), ("h", h)]))
+    close(results["output"], cell.step(x, (h,))[0].detach())
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -63,7 +63,7 @@ def test_weights(name: str) -> None:
 
 
 def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that no cell above meets is a rule that nothing compares with torch."""
+    """Every rule is used by a cell above, and so compared with torch."""
     met: set[str] = set()
 
     class Seen(dict[str, Any]):
@@ -78,7 +78,7 @@ def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Straight(torch.autograd.Function):
-    """Forward a threshold, backward what its author says."""
+    """A threshold with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -111,9 +111,15 @@ class TwoInputs(fc.Cell):
 
 
 def test_several_inputs_and_states() -> None:
-    made = compare(TwoInputs().double(), [(4,), (2, 5)])
-    assert [made.graph[i].name for i in made.graph.leaves("input")] == ["x", "noise", "grad.output", "grad.h", "grad.c"]
-    assert made.graph[made.graph.outputs["note.mixed"]].name == "mixed"
+    step_trace = compare(TwoInputs().double(), [(4,), (2, 5)])
+    assert [step_trace.graph[i].name for i in step_trace.graph.leaves("input")] == [
+        "x",
+        "noise",
+        "grad.output",
+        "grad.h",
+        "grad.c",
+    ]
+    assert step_trace.graph[step_trace.graph.outputs["note.mixed"]].name == "mixed"
 
 
 def test_names_are_the_users() -> None:
@@ -123,8 +129,8 @@ def test_names_are_the_users() -> None:
 
 def test_nested_notes_carry_their_path() -> None:
     stack = fc.Stack(fc.GRUCell(4, 6), fc.GRUCell(6, 6)).double()
-    made = compare(stack)
-    assert {"note.cells.0.r", "note.cells.1.n"} <= set(made.graph.outputs)
+    step_trace = compare(stack)
+    assert {"note.cells.0.r", "note.cells.1.n"} <= set(step_trace.graph.outputs)
 
 
 def test_frozen_weights_have_no_gradient() -> None:
@@ -136,37 +142,37 @@ def test_frozen_weights_have_no_gradient() -> None:
 def test_tied_weights_are_one_leaf() -> None:
     cell = BodyCell(lambda cell, x, h: cell.rec(h) + F.linear(h, cell.square)).double()
     cell.square = cell.rec.weight
-    made = compare(cell)
-    assert len(made.graph.leaves("weight")) == 1
+    step_trace = compare(cell)
+    assert len(step_trace.graph.leaves("weight")) == 1
 
 
 def test_plain_tensor_attributes_are_read_anew() -> None:
     cell = BodyCell(lambda cell, x, h: h * cell.gain).double()
     cell.gain = torch.full((6,), 2.0, dtype=torch.float64)
-    made = traced(cell)
+    step_trace = traced(cell)
     cell.gain = torch.full((6,), 5.0, dtype=torch.float64)
-    assert made.weights.values(cell)[0][0] == 5
+    assert step_trace.weights.values(cell)[0][0] == 5
 
 
 @pytest.mark.parametrize("apply", [parametrizations.weight_norm, parametrizations.orthogonal])
 def test_parametrized_weights_are_seen(apply: Callable[..., nn.Module]) -> None:
     cell = BodyCell(lambda cell, x, h: torch.tanh(cell.rec(h))).double()
     cell.rec = apply(cell.rec)
-    made = compare(cell)
-    before = made.weights.values(cell)[0].detach().clone()
+    step_trace = compare(cell)
+    before = step_trace.weights.values(cell)[0].detach().clone()
     with torch.no_grad():
         next(cell.rec.parametrizations.parameters()).mul_(0.5).add_(0.1)
-    after = made.weights.values(cell)[0]
+    after = step_trace.weights.values(cell)[0]
     assert not torch.equal(before, after)
     close(after.detach(), cell.rec.weight.detach())
 
 
 def test_writes_into_data_are_seen() -> None:
     cell = fc.GRUCell(5, 6)
-    made = traced(cell, dtype=torch.float32)
+    step_trace = traced(cell, dtype=torch.float32)
     cell.weight_hh.data.copy_(torch.ones(18, 6))
-    names = [made.graph[index].name for index in made.graph.leaves("weight")]
-    assert dict(zip(names, made.weights.values(cell), strict=True))["weight_hh"] is cell.weight_hh
+    names = [step_trace.graph[index].name for index in step_trace.graph.leaves("weight")]
+    assert dict(zip(names, step_trace.weights.values(cell), strict=True))["weight_hh"] is cell.weight_hh
 
 
 def test_slices_of_parameters_need_no_prologue() -> None:
@@ -193,13 +199,16 @@ def _part_changed(h: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Body, str]] = {
-    "branch": (lambda c, x, h: h if c.scalar > 0 else -h, r"reads the value of a tensor \(bool\(\)\) in test_trace.py"),
+    "branch": (
+        lambda c, x, h: h if c.scalar > 0 else -h,
+        r"reads the value of a tensor \(bool\(\)\) in test_tracer.py",
+    ),
     "float": (lambda c, x, h: h * float(c.scalar), r"float\(\)"),
     "item": (lambda c, x, h: h * c.scalar.item(), r"\.item\(\)"),
     "numpy": (lambda c, x, h: h * float(h.detach().numpy().sum()), r"\.numpy\(\)"),
     "tolist": (lambda c, x, h: h * h.detach().tolist()[0][0], r"\.tolist\(\)"),
     "print": (lambda c, x, h: h * len(str(h)), "print"),
-    "closure": (lambda c, x, h: h * OUTSIDE, r"neither an input.*register_buffer.*test_trace.py"),
+    "closure": (lambda c, x, h: h * OUTSIDE, r"neither an input.*register_buffer.*test_tracer.py"),
     "literal": (lambda c, x, h: h * torch.tensor([1.0, 2, 3, 4, 5, 6]), "neither an input"),
     "random": (lambda c, x, h: h + torch.randn_like(h), "Cell.draw"),
     "dropout": (lambda c, x, h: F.dropout(h, 0.5, True), "Cell.draw"),
@@ -218,7 +227,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "in_place_while_viewed": (lambda c, x, h: _changed_while_viewed(h), "in place"),
     "other_format": (lambda c, x, h: h.float().double(), "float32 where the cell is torch.float64"),
     "gradient_of_max": (lambda c, x, h: h * h.max(1, keepdim=True)[0], "max"),
-    "cumsum": (lambda c, x, h: h.cumsum(1), r"cumsum has no rule.*test_trace.py"),
+    "cumsum": (lambda c, x, h: h.cumsum(1), r"cumsum has no rule.*test_tracer.py"),
     "error": (lambda c, x, h: h.missing, "AttributeError"),
     "shape": (lambda c, x, h: h[:, :3], "expected"),
 }
@@ -230,10 +239,10 @@ def test_refusals(name: str) -> None:
     cell = BodyCell(body).double()
     before = {key: value.clone() for key, value in cell.state_dict().items()}
     state = torch.get_rng_state()
-    made = trace(cell, [(4,)], torch.float64, gradients=True)
-    assert isinstance(made, Refusal)
-    assert len(made.reasons) == 1
-    assert re.search(sentence, made.reasons[0]), made.reasons
+    result = trace(cell, [(4,)], torch.float64, gradients=True)
+    assert isinstance(result, Refusal)
+    assert len(result.reasons) == 1
+    assert re.search(sentence, result.reasons[0]), result.reasons
     assert torch.equal(state, torch.get_rng_state())
     for key, value in cell.state_dict().items():
         assert torch.equal(before[key], value), key
@@ -241,17 +250,17 @@ def test_refusals(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
-    made = trace(fc.GRUCell(5, 6).to(dtype), [(5,)], dtype, gradients=False)
-    assert isinstance(made, Refusal)
-    assert str(dtype) in made.reasons[0]
+    result = trace(fc.GRUCell(5, 6).to(dtype), [(5,)], dtype, gradients=False)
+    assert isinstance(result, Refusal)
+    assert str(dtype) in result.reasons[0]
 
 
 def test_hooks_are_refused() -> None:
     cell = BodyCell(both)
     cell.rec.register_forward_hook(lambda *_: None)
-    made = trace(cell, [(4,)], torch.float32, gradients=False)
-    assert isinstance(made, Refusal)
-    assert "rec has hooks" in made.reasons[0]
+    result = trace(cell, [(4,)], torch.float32, gradients=False)
+    assert isinstance(result, Refusal)
+    assert "rec has hooks" in result.reasons[0]
 
 
 # surroundings
@@ -262,14 +271,14 @@ def _surroundings() -> list[Any]:
 
 
 @pytest.mark.parametrize("place", range(4), ids=["no_grad", "inference_mode", "autocast", "default_device"])
-def test_surroundings_change_nothing(place: int) -> None:
+def test_torch_modes_do_not_change_a_trace(place: int) -> None:
     cell = fc.cells.LayerNormGRUCell(5, 6)
     plain = traced(cell, dtype=torch.float32)
     with _surroundings()[place]:
         assert traced(cell, dtype=torch.float32).graph.text == plain.graph.text
 
 
-def test_leaves_no_trace() -> None:
+def test_tracing_changes_no_global_state() -> None:
     cell = fc.GRUCell(5, 6)
     calls: list[Tensor] = []
     cell.weight_hh.register_hook(calls.append)
@@ -289,8 +298,8 @@ def test_first_trace_imports_no_compiler_of_torchs() -> None:
         "from fusecell.compiler.frontend import trace, Traced\n"
         "for gradients in (False, True):\n"
         "    assert isinstance(trace(fc.GRUCell(5, 10), [(5,)], torch.float32, gradients=gradients), Traced)\n"
-        "found = {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
-        "assert not found, found\n"
+        "heavy = {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What a step computes of its weights alone has the user's own gradients, or the step runs as the Python loop."""
+"""Computations on weights alone keep the user's custom gradients, or the step runs as the Python loop."""
 
 from __future__ import annotations
 
@@ -320,8 +320,8 @@ def gradients(run: Callable[[Tensor, Tensor], Any], module: nn.Module, runner: s
     return [y.detach()] + [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in tensors]
 
 
-def agree(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def agree(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -360,8 +360,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", sorted(COMPILED))
 def test_these_are_compiled(name: str) -> None:
     torch.manual_seed(0)
-    made = trace(CELLS[name]().double(), [(3,)], torch.float64, gradients=True)
-    assert isinstance(made, Traced), made
+    result = trace(CELLS[name]().double(), [(3,)], torch.float64, gradients=True)
+    assert isinstance(result, Traced), result
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -387,13 +387,13 @@ def test_gradients_of_gradients() -> None:
     torch.manual_seed(0)
     cell = OfWeights(WEIGHTS["several_results"]).double()
     x = torch.randn(4, 2, 3, dtype=torch.float64)
-    found = []
+    second_order = []
     for runner in ("auto", "eager"):
         with fc.runner(runner):
             y, _ = fc.scan(cell, x)
             (g,) = torch.autograd.grad(y.square().sum(), [cell.w], create_graph=True)
-            found.append(list(torch.autograd.grad(g.square().sum(), [cell.w, cell.v])))
-    agree(*found)
+            second_order.append(list(torch.autograd.grad(g.square().sum(), [cell.w, cell.v])))
+    agree(*second_order)
 
 
 @pytest.mark.parametrize("name", ["old_style", "operator", "hook"])
@@ -406,8 +406,8 @@ def test_recorded_gradients(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fc.EagerWarning)
         tape = fc.record(layer, x, gradients=True)
-        found = torch.autograd.grad(tape.outputs.square().sum(), list(cell.parameters()), allow_unused=True)
-    agree([g for g in found if g is not None], [g for g in expected if g is not None])
+        recorded = torch.autograd.grad(tape.outputs.square().sum(), list(cell.parameters()), allow_unused=True)
+    agree([g for g in recorded if g is not None], [g for g in expected if g is not None])
 
 
 class Binarised(nn.Module):

@@ -1,4 +1,4 @@
-"""What may be compiled: each primitive's rule answers for anything, and a graph is held to its contract as a whole."""
+"""The contract of graphs: primitive rules accept or reject any arguments, and whole graphs are checked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_traced_graphs_pass(zoo_cell, gradients):
 
 
 def test_notes_may_be_called_anything_that_prints():
-    """Values are called as they are, as far as names go; labels stay."""
+    """Labels of notes may hold any printable text; names of values are adapted."""
 
     class Noting(fc.Cell):
         def __init__(self):
@@ -133,7 +133,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_what_is_no_graph(kind):
+def test_invalid_graph_texts_are_rejected(kind):
     text, message = UNREADABLE[kind]
     with pytest.raises(CompilerError, match=message) as raised:
         Graph.parse(text)
@@ -161,7 +161,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_no_step(kind):
+def test_graphs_that_are_no_step_are_rejected(kind):
     text, message = BROKEN[kind]
     graph = Graph.parse(text)
     with pytest.raises(CompilerError, match=message):
@@ -187,7 +187,7 @@ def test_a_joint_graph():
         check_graph(Graph.parse(GOOD), "joint")
 
 
-def test_a_graph_that_was_not_parsed():
+def test_check_graph_trusts_no_node():
     """The checker trusts no node: not its type, its arguments or its name."""
     graph = Graph.parse(GOOD)
     last = graph.nodes[-1]
@@ -238,8 +238,8 @@ TYPES += [Type(kind, shape) for kind in ("weight", "sum") for shape in ((1,), (4
 
 
 @pytest.mark.parametrize("op", PRIMITIVES)
-def test_rules_answer_for_anything(op):
-    """A type, or a CompilerError; and no type of no features."""
+def test_primitive_rules_return_a_type_or_raise(op):
+    """For any arguments a rule returns a type with features, or raises CompilerError."""
     rng, primitive = random.Random(op), PRIMITIVES[op]
     names = ["shape", "value", "size", "start", "stop", "rows", "cols", "transposed", "init", "terms", "corner", "more"]
     answered, messages = 0, []
@@ -251,13 +251,13 @@ def test_rules_answer_for_anything(op):
         if op == "affine" and rng.random() < 0.7:
             attrs["terms"] = [{name: rng.choice(NUMBERS) for name in ("rows", "cols", "transposed")}] * rng.randrange(3)
         try:
-            found = primitive.result(op, args, attrs)
+            result = primitive.result(op, args, attrs)
         except CompilerError as error:
             messages.append(str(error))
             continue
         answered += 1
-        assert found.shape
-        assert all(type(size) is int and size > 0 for size in found.shape)
+        assert result.shape
+        assert all(type(size) is int and size > 0 for size in result.shape)
     assert all(message.isprintable() for message in messages)
     assert answered or op in ("product", "affine", "place")  # whose attributes seldom fit by chance
 
@@ -271,8 +271,8 @@ def test_constants_that_a_trace_may_have(value):
     assert graph.text == text
     compile_graph(graph)
     h = torch.tensor([[1.0, -1.0, 0.5, 2.0]])
-    found = interpret(graph, {"x": torch.zeros(1, 3), "h": h, "w": torch.zeros(3, 4), "b": torch.zeros(4)})["output"]
-    assert torch.equal(found.nan_to_num(7.0), (h * float(value)).nan_to_num(7.0))
+    output = interpret(graph, {"x": torch.zeros(1, 3), "h": h, "w": torch.zeros(3, 4), "b": torch.zeros(4)})["output"]
+    assert torch.equal(output.nan_to_num(7.0), (h * float(value)).nan_to_num(7.0))
 
 
 LONG = {
@@ -293,7 +293,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_parsing_takes_time_as_the_text_is_long(kind, tmp_path):
+def test_parsing_takes_linear_time(kind, tmp_path):
     """A text of half a million: a parser that goes over it again at each of its places would take hours."""
     path = tmp_path / "text"
     path.write_text(LONG[kind](500_000), encoding="utf-8")

@@ -35,48 +35,48 @@ def test_products() -> None:
     sums = builder.add("affine", whole, x, w, x, w, init=True, terms=[term, term])
     graph = builder.build({"whole": whole, "part": part, "straight": straight, "affine": sums})
     row, weight = torch.randn(5, 3).double(), torch.randn(4, 3).double()
-    found = interpret(graph, {"x": row, "w": weight})
-    torch.testing.assert_close(found["whole"], row @ weight.T)
-    torch.testing.assert_close(found["part"], row[:, 1:] @ weight[2:, 1:].T)
-    torch.testing.assert_close(found["straight"], row @ weight.T @ weight[:, 1:])
-    torch.testing.assert_close(found["affine"], 3 * (row @ weight.T))
+    results = interpret(graph, {"x": row, "w": weight})
+    torch.testing.assert_close(results["whole"], row @ weight.T)
+    torch.testing.assert_close(results["part"], row[:, 1:] @ weight[2:, 1:].T)
+    torch.testing.assert_close(results["straight"], row @ weight.T @ weight[:, 1:])
+    torch.testing.assert_close(results["affine"], 3 * (row @ weight.T))
 
 
 def test_sums_over_rows() -> None:
     builder, x, _ = _builder()
     squares = builder.add("mul", x, x)
     outer = builder.add("outer", squares, x)
-    turned = builder.add("total", builder.add("transpose", outer), outer)
+    symmetric = builder.add("total", builder.add("transpose", outer), outer)
     placed = builder.add("place", builder.add("rowsum", x), shape=[7], corner=[2])
     constant = builder.add("rowsum", builder.const(2.0))
-    graph = builder.build({"turned": turned, "placed": placed, "constant": constant})
+    graph = builder.build({"symmetric": symmetric, "placed": placed, "constant": constant})
     row = torch.randn(5, 3).double()
-    found = interpret(graph, {"x": row, "w": torch.zeros(4, 3)})
+    results = interpret(graph, {"x": row, "w": torch.zeros(4, 3)})
     product = (row * row).T @ row
-    torch.testing.assert_close(found["turned"], product + product.T)
-    torch.testing.assert_close(found["placed"][2:5], row.sum(0))
-    assert found["placed"][:2].abs().sum() == 0
-    assert found["constant"].tolist() == [10.0]
+    torch.testing.assert_close(results["symmetric"], product + product.T)
+    torch.testing.assert_close(results["placed"][2:5], row.sum(0))
+    assert results["placed"][:2].abs().sum() == 0
+    assert results["constant"].tolist() == [10.0]
 
 
 def test_features() -> None:
     builder, x, _ = _builder()
     joined = builder.add("concat", x, builder.const(1.5), builder.add("broadcast", builder.add("amax", x), size=2))
-    chosen = builder.add("where", builder.add("gt", x, builder.const(0.0)), x, builder.add("sum", x))
-    graph = builder.build({"joined": joined, "chosen": chosen, "flag": builder.add("lt", x, builder.const(0.0))})
+    selected = builder.add("where", builder.add("gt", x, builder.const(0.0)), x, builder.add("sum", x))
+    graph = builder.build({"joined": joined, "selected": selected, "flag": builder.add("lt", x, builder.const(0.0))})
     row = torch.randn(5, 3)
-    found = interpret(graph, {"x": row, "w": torch.zeros(4, 3)})
+    results = interpret(graph, {"x": row, "w": torch.zeros(4, 3)})
     most = row.amax(1, keepdim=True)
-    torch.testing.assert_close(found["joined"], torch.cat([row, torch.full((5, 1), 1.5), most, most], 1))
-    torch.testing.assert_close(found["chosen"], torch.where(row > 0, row, row.sum(1, keepdim=True)))
-    assert torch.equal(found["flag"], row < 0)
+    torch.testing.assert_close(results["joined"], torch.cat([row, torch.full((5, 1), 1.5), most, most], 1))
+    torch.testing.assert_close(results["selected"], torch.where(row > 0, row, row.sum(1, keepdim=True)))
+    assert torch.equal(results["flag"], row < 0)
 
 
 def test_constant_outputs_have_a_row_each() -> None:
     builder, _, _ = _builder()
     graph = builder.build({"y": builder.add("broadcast", builder.const(3.0), size=2)})
-    found = interpret(graph, {"x": torch.zeros(5, 3), "w": torch.zeros(4, 3)})
-    assert torch.equal(found["y"], torch.full((5, 2), 3.0))
+    results = interpret(graph, {"x": torch.zeros(5, 3), "w": torch.zeros(4, 3)})
+    assert torch.equal(results["y"], torch.full((5, 2), 3.0))
 
 
 def test_leaves_are_checked() -> None:

@@ -1,4 +1,4 @@
-"""Values are called after the user's variables, through all passes; names are unique and change nothing else."""
+"""Values have the names of the user's variables through all passes; names are unique."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def joint(cell: fc.Cell) -> Graph:
 def both(cell: fc.Cell) -> list[Graph]:
     """The optimised forward and backward for all gradients."""
     graph = joint(cell)
-    halves = partition(graph, [label for label in graph.outputs if label.startswith(("grad.input", "grad.weight"))])
-    return [optimise(half)[-1][1] for half in (halves.forward, halves.backward)]
+    graphs = partition(graph, [label for label in graph.outputs if label.startswith(("grad.input", "grad.weight"))])
+    return [optimise(half)[-1][1] for half in (graphs.forward, graphs.backward)]
 
 
 def names(graph: Graph) -> dict[str, str]:
@@ -67,7 +67,7 @@ def test_names_are_all_that_changes(zoo_cell) -> None:
 
 
 class Shadowing(fc.Cell):
-    """Variables that are called as primitives, as the input and as each other's parts would be."""
+    """A step whose variables have the names of primitives, of the input, and of parts of other values."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size)
@@ -94,7 +94,7 @@ def test_a_variable_keeps_its_name_whatever_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["c2", "x", "grad.x", "h.new"])
-def test_a_noted_name_is_no_ones_else(name: str) -> None:
+def test_noted_names_stay_unique(name: str) -> None:
     class Noting(fc.Cell):
         def step(self, x, state):
             (h,) = state

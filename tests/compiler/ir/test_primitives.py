@@ -1,4 +1,4 @@
-"""Every table that is read by primitives has all of them, so that a new one can be forgotten nowhere."""
+"""Every table indexed by primitives has all of them, so that a new primitive can't be forgotten."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_vector_functions_are_pointwise_primitives_of_as_many_arguments() -> Non
 
 
 def test_what_is_expensive_is_a_vector_function() -> None:
-    """A primitive that is one instruction is never worth memory; a series or an iteration is."""
+    """A primitive of one instruction is cheaper to recompute than to save; a series or iteration is not."""
     expensive = {name for name, primitive in PRIMITIVES.items() if primitive.expensive}
     assert expensive <= set(OPS)
     cheap = {"neg", "abs", "sign", "floor", "maximum", "minimum", "reciprocal"}
@@ -43,7 +43,7 @@ def test_what_is_expensive_is_a_vector_function() -> None:
 
 
 def test_torch_reaches_every_pointwise_primitive() -> None:
-    """Each rule for an elementwise operation of torch is called with rows, and what it writes is collected."""
+    """Call each rule of an elementwise operation with rows and collect the primitives it writes."""
     written = set()
     for rule in POINTWISE.values():
         for arity in (1, 2, 3):
@@ -77,7 +77,7 @@ def test_an_identity_leaves_the_other_argument(name: str) -> None:
             assert result == value or (math.isnan(value) and math.isnan(result))
 
 
-def test_a_row_says_one_thing_of_a_primitive() -> None:
+def test_the_table_of_primitives_is_consistent() -> None:
     for name, primitive in PRIMITIVES.items():
         assert primitive.leaf == (primitive.arity == 0), name
         assert primitive.pointwise or not (primitive.expensive or primitive.fold or primitive.identities), name

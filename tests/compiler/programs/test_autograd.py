@@ -1,4 +1,4 @@
-"""What users of autograd do around a backward, held against torch.nn or the Python loop."""
+"""Uses of autograd around a backward, compared with torch.nn or the Python loop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import fusecell as fc
 
 @pytest.fixture
 def pair():
-    """Our layer and torch's, with the same weights."""
+    """A drop-in GRU and torch.nn's with the same weights."""
     torch.manual_seed(0)
-    theirs = nn.GRU(5, 9).double()
-    mine = fc.GRU(5, 9).double()
-    mine.load_state_dict(theirs.state_dict())
-    return mine, theirs
+    reference = nn.GRU(5, 9).double()
+    layer = fc.GRU(5, 9).double()
+    layer.load_state_dict(reference.state_dict())
+    return layer, reference
 
 
 @pytest.fixture
@@ -27,17 +27,17 @@ def x():
 
 
 def grads(layer, loss):
-    """The gradients of a loss of the layer's, whatever was accumulated before."""
+    """Return the gradients of a loss of the layer, from zero."""
     layer.zero_grad()
     loss(layer).backward()
     return [None if p.grad is None else p.grad.clone() for p in layer.parameters()]
 
 
 def assert_equal_grads(pair, loss):
-    for mine, theirs in zip(*(grads(layer, loss) for layer in pair), strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+    for actual, expected in zip(*(grads(layer, loss) for layer in pair), strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -58,34 +58,34 @@ def test_incoming_gradients_of_every_form(pair, x, loss):
 
 
 def test_only_some_gradients_are_wanted(pair, x):
-    for kept in ("weight_hh_l0", "bias_ih_l0"):
+    for trainable in ("weight_hh_l0", "bias_ih_l0"):
         for layer in pair:
             for name, parameter in layer.named_parameters():
-                parameter.requires_grad_(name == kept)
+                parameter.requires_grad_(name == trainable)
         assert_equal_grads(pair, lambda layer: layer(x)[0].square().sum())
     for layer in pair:
         layer.requires_grad_(False)
-    found = []
+    gradients = []
     for layer in pair:
         leaf, start = x.clone().requires_grad_(), torch.zeros(1, 3, 9, dtype=torch.float64, requires_grad=True)
         y, _ = layer(leaf)
         y.square().sum().backward()
         alone = layer(x, start)[0].square().sum()
         alone.backward()
-        found.append((leaf.grad, start.grad))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+        gradients.append((leaf.grad, start.grad))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_the_graph_kept_and_gone(pair, x):
-    mine, theirs = pair
+def test_retain_graph(pair, x):
+    drop_in, reference = pair
     for layer in pair:
         loss = layer(x)[0].square().sum()
         loss.backward(retain_graph=True)
         loss.backward()
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             loss.backward()
-    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(drop_in.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-12)
 
 
@@ -110,42 +110,44 @@ def test_what_changes_in_place_between_forward_and_backward(pair, x):
 
 
 def test_padding_reaches_no_gradient(pair, x):
-    mine, _ = pair
+    layer, _ = pair
     lengths = torch.tensor([7, 0, 4])
     valid = (torch.arange(7)[:, None] < lengths)[..., None]
-    found = []
+    gradients = []
     for padding in (0.0, float("nan"), float("inf")):
-        mine.zero_grad()
+        layer.zero_grad()
         leaf = torch.where(valid, x, torch.tensor(padding, dtype=x.dtype)).requires_grad_()
-        y, _ = mine(leaf, lengths=lengths)
+        y, _ = layer(leaf, lengths=lengths)
         y.square().sum().backward()
-        found.append([leaf.grad, *(p.grad.clone() for p in mine.parameters())])
-    for clean, nan, inf in zip(*found, strict=True):
+        gradients.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    for clean, nan, inf in zip(*gradients, strict=True):
         assert torch.equal(clean, nan)
         assert torch.equal(clean, inf)
-    assert found[0][0][~valid.expand_as(x)].abs().max() == 0
+    assert gradients[0][0][~valid.expand_as(x)].abs().max() == 0
 
 
 @pytest.mark.parametrize("kind", ["incoming gradients in the padding", "states that are never used"])
-def test_what_is_not_seen_is_selected_away(kind, x):
+def test_nan_in_padding_reaches_no_gradient(kind, x):
     """NaN and infinity stay where they are: nothing is multiplied by zero."""
-    given = {"lengths": [7, 0, 4]} if kind.startswith("incoming") else {"resets": torch.eye(1, 7).bool().T.repeat(1, 3)}
-    found = []
+    options = (
+        {"lengths": [7, 0, 4]} if kind.startswith("incoming") else {"resets": torch.eye(1, 7).bool().T.repeat(1, 3)}
+    )
+    results = []
     for runner in ("compiled", "eager"):
         torch.manual_seed(2)
         layer, leaf = fc.Recurrent(fc.LSTMCell(5, 9)).double(), x.clone().requires_grad_()
-        bad = float("nan") if "resets" in given else 0.5
+        bad = float("nan") if "resets" in options else 0.5
         state = tuple(torch.full((3, 9), value, dtype=x.dtype, requires_grad=True) for value in (bad, 2 * bad))
         with fc.runner(runner):
-            y, _ = layer(leaf, state, **given)
+            y, _ = layer(leaf, state, **options)
         incoming = torch.ones_like(y)
-        if "lengths" in given:
+        if "lengths" in options:
             incoming[4:, 2], incoming[:, 1] = float("nan"), float("inf")
         y.backward(incoming)
-        found.append([leaf.grad, *(value.grad for value in state), *(p.grad for p in layer.parameters())])
-    for mine, loop in zip(*found, strict=True):
-        assert mine.isfinite().all()
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+        results.append([leaf.grad, *(value.grad for value in state), *(p.grad for p in layer.parameters())])
+    for actual, loop in zip(*results, strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-12)
 
 
 def test_accumulated_in_pieces(pair, x):
@@ -153,12 +155,14 @@ def test_accumulated_in_pieces(pair, x):
         first, state = layer(x[:3])
         return first.square().sum() + layer(x[3:], state)[0].square().sum()
 
-    mine, theirs = pair
-    for one, other in zip(grads(mine, pieces), grads(theirs, lambda layer: layer(x)[0].square().sum()), strict=True):
+    drop_in, reference = pair
+    for one, other in zip(
+        grads(drop_in, pieces), grads(reference, lambda layer: layer(x)[0].square().sum()), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
-    whole = grads(mine, lambda layer: layer(x)[0].sum())
-    mine(x)[0].sum().backward()
-    for parameter, once in zip(mine.parameters(), whole, strict=True):
+    whole = grads(drop_in, lambda layer: layer(x)[0].sum())
+    drop_in(x)[0].sum().backward()
+    for parameter, once in zip(drop_in.parameters(), whole, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * once, rtol=1e-12, atol=1e-12)
 
 
@@ -175,33 +179,33 @@ def test_hooks_on_tensors_and_parameters(pair, x):
 
 
 def test_backward_in_another_thread(pair, x):
-    mine, _ = pair
-    expected = grads(mine, lambda layer: layer(x)[0].square().sum())
-    mine.zero_grad()
-    loss = mine(x)[0].square().sum()
+    drop_in, _ = pair
+    expected = grads(drop_in, lambda layer: layer(x)[0].square().sum())
+    drop_in.zero_grad()
+    loss = drop_in(x)[0].square().sum()
     thread = threading.Thread(target=loss.backward)
     thread.start()
     thread.join()
-    for parameter, value in zip(mine.parameters(), expected, strict=True):
+    for parameter, value in zip(drop_in.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, value)
 
 
 @pytest.mark.parametrize("options", [{"bidirectional": True}, {"num_layers": 2, "dropout": 0.4}, {"batch_first": True}])
 def test_layers_of_every_form(options, x):
     torch.manual_seed(2)
-    theirs, mine = nn.GRU(5, 9, **options).double(), fc.GRU(5, 9, **options).double()
-    mine.load_state_dict(theirs.state_dict())
+    reference, drop_in = nn.GRU(5, 9, **options).double(), fc.GRU(5, 9, **options).double()
+    drop_in.load_state_dict(reference.state_dict())
 
     def loss(layer):
         torch.manual_seed(3)
         y, h = layer(x)
         return y.square().sum() + h.exp().sum()
 
-    assert_equal_grads((mine, theirs), loss)
+    assert_equal_grads((drop_in, reference), loss)
 
 
 class Learned(fc.GRUCell):
-    """A GRU that begins where it has learned to."""
+    """A GRU with a trainable initial state."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size)
@@ -220,20 +224,20 @@ def test_a_learned_state_that_resets_go_back_to(x):
     def loss(layer):
         return layer(x, resets=resets, lengths=[7, 2, 6])[0].square().sum()
 
-    found = []
+    results = []
     for name in ("compiled", "eager"):
         with fc.runner(name):
-            found.append(grads(layer, loss))
-    for mine, loop in zip(*found, strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+            results.append(grads(layer, loss))
+    for actual, loop in zip(*results, strict=True):
+        torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_loop_of_the_users_own(rows, x):
-    """One step at a time through the cell, as torch's cell is used."""
+    """A user's loop over single steps of the cell, as torch's cells are used."""
     torch.manual_seed(7)
-    theirs, mine = nn.GRUCell(5, 9).double(), fc.GRUCell(5, 9).double()
-    mine.load_state_dict(theirs.state_dict())
+    reference, drop_in = nn.GRUCell(5, 9).double(), fc.GRUCell(5, 9).double()
+    drop_in.load_state_dict(reference.state_dict())
 
     def loss(cell):
         h, total = torch.zeros(rows, 9, dtype=torch.float64), 0
@@ -242,4 +246,4 @@ def test_a_loop_of_the_users_own(rows, x):
             total = total + h.square().sum()
         return total
 
-    assert_equal_grads((mine, theirs), loss)
+    assert_equal_grads((drop_in, reference), loss)

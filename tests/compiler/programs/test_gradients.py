@@ -26,8 +26,8 @@ def call(cell, x, state, gradients, options, runner):
         outputs, after = fc.scan(cell, x, state if len(state) > 1 else state[0], **options)
     after = after if isinstance(after, tuple) else (after,)
     torch.autograd.backward([outputs, *after], gradients)
-    found = [x.grad, *(value.grad for value in state), *(parameter.grad for parameter in cell.parameters())]
-    return [outputs, *after, *(torch.zeros(()) if value is None else value for value in found)]
+    grads = [x.grad, *(value.grad for value in state), *(parameter.grad for parameter in cell.parameters())]
+    return [outputs, *after, *(torch.zeros(()) if value is None else value for value in grads)]
 
 
 def drawn(cell, steps, rows, dtype=torch.float64):
@@ -63,11 +63,11 @@ def test_equals_the_python_loop(zoo_cell, kind, recompute):
     torch.manual_seed(1)
     steps, rows, options = CALLS[kind]
     cell = zoo_cell.make(5, 9, dtype=torch.float64)
-    given = drawn(cell, steps, rows)
-    ours = call(cell, *given, {**options, "recompute": recompute}, "compiled")
-    for mine, loop in zip(ours, call(cell, *given, options, "eager"), strict=True):
+    arguments = drawn(cell, steps, rows)
+    results = call(cell, *arguments, {**options, "recompute": recompute}, "compiled")
+    for actual, loop in zip(results, call(cell, *arguments, options, "eager"), strict=True):
         # A chain of 607 steps of a layer norm magnifies the last bit.
-        assert (mine - loop).abs().max() <= 1e-11 * max(1.0, loop.abs().max())
+        assert (actual - loop).abs().max() <= 1e-11 * max(1.0, loop.abs().max())
 
 
 def test_gradcheck(zoo_cell):
@@ -82,41 +82,41 @@ def test_gradcheck(zoo_cell):
     def run(x, *rest):
         state, weights = rest[: len(states)], rest[len(states) :]
         arguments = (x, state if len(state) > 1 else state[0])
-        given = dict(zip(names, weights, strict=True))
+        tensors = dict(zip(names, weights, strict=True))
         layer = fc.Recurrent(cell, reverse=True)
-        given = {f"cell.{name}": value for name, value in given.items()}
+        tensors = {f"cell.{name}": value for name, value in tensors.items()}
         options = {"lengths": [4, 2, 3], "resets": resets}
         with fc.runner("compiled"):
-            outputs, after = torch.func.functional_call(layer, given, arguments, options)
+            outputs, after = torch.func.functional_call(layer, tensors, arguments, options)
         return (outputs, *(after if isinstance(after, tuple) else (after,)))
 
     weights = [parameter.detach().clone() for parameter in cell.parameters()]
-    given = tuple(value.requires_grad_() for value in (x, *states, *weights))
-    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    tensors = tuple(value.requires_grad_() for value in (x, *states, *weights))
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
 
 
-def rms(found, exact):
-    """The root of the mean square of what each gradient is away from float64's."""
-    return [(value.double() - true).pow(2).mean().sqrt() for value, true in zip(found, exact, strict=True)]
+def rms(actual, exact):
+    """Return the root mean square error of each gradient against float64."""
+    return [(value.double() - true).pow(2).mean().sqrt() for value, true in zip(actual, exact, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 @pytest.mark.parametrize("steps", [35, 1000])
 def test_float32_is_as_near_to_float64_as_torch(kind, steps):
     torch.manual_seed(3)
-    theirs = getattr(nn, kind)(13, 31)
+    reference = getattr(nn, kind)(13, 31)
     x, weight = torch.randn(steps, 5, 13), torch.randn(steps, 5, 31)
     first = [torch.randn(1, 5, 31) for _ in range(2 if kind == "LSTM" else 1)]
-    found = []
+    gradients = []
     for module, dtype in ((fc, torch.float32), (nn, torch.float32), (nn, torch.float64)):
         layer = getattr(module, kind)(13, 31).to(dtype)
-        layer.load_state_dict(theirs.state_dict())
+        layer.load_state_dict(reference.state_dict())
         leaf, *state = (value.to(dtype, copy=True).requires_grad_() for value in (x, *first))
         y, _ = layer(leaf, tuple(state) if kind == "LSTM" else state[0])
         (y * weight.to(dtype)).sum().backward()
-        found.append([value.grad for value in (leaf, *state, *layer.parameters())])
-    mine, torchs, exact = found
-    for one, other in zip(rms(mine, exact), rms(torchs, exact), strict=True):
+        gradients.append([value.grad for value in (leaf, *state, *layer.parameters())])
+    actual, torch_gradients, exact = gradients
+    for one, other in zip(rms(actual, exact), rms(torch_gradients, exact), strict=True):
         assert one <= 4 * other
 
 
@@ -134,8 +134,8 @@ def test_float32_of_the_zoo(zoo_cell):
         exact = call(copy.deepcopy(cell).double(), wide[0][0], wide[1], wide[2], {}, "eager")
         for name, rows in errors.items():
             rows.append(torch.stack(rms(call(cell, x, states, gradients, {}, name), exact)))
-    mine, torchs = (torch.stack(rows).pow(2).mean(0).sqrt() for rows in errors.values())
-    assert (mine <= 4 * torchs + 1e-9).all()
+    compiled, eager = (torch.stack(rows).pow(2).mean(0).sqrt() for rows in errors.values())
+    assert (compiled <= 4 * eager + 1e-9).all()
 
 
 def equal_bits(first, again):
@@ -145,32 +145,32 @@ def equal_bits(first, again):
 def test_bits_do_not_depend_on_chunks_or_runs(monkeypatch, zoo_cell):
     torch.manual_seed(4)
     cell = zoo_cell.make(5, 17)
-    given = drawn(cell, 301, 3, torch.float32)
+    arguments = drawn(cell, 301, 3, torch.float32)
     options = {"lengths": [301, 117, 240]}
-    first = call(cell, *given, options, "compiled")
+    first = call(cell, *arguments, options, "compiled")
     for chunk in (1, 50_000, 10**9):
         tuned(monkeypatch, chunk_bytes=chunk)
-        assert equal_bits(first, call(cell, *given, options, "compiled"))
+        assert equal_bits(first, call(cell, *arguments, options, "compiled"))
 
 
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LeakyCell, fc.cells.LayerNormGRUCell])
 def test_bits_do_not_depend_on_threads(monkeypatch, make):
-    """Threads share a call here that is too short for them."""
+    """A call that would be too short for several threads is forced onto them."""
     torch.manual_seed(4)
     cell = make(5, 37)
-    given = drawn(cell, 31, 19, torch.float32)  # more rows than a block of a sum takes
+    arguments = drawn(cell, 31, 19, torch.float32)  # more rows than a block of a sum takes
     options = {"lengths": torch.randint(0, 32, (19,)), "resets": torch.rand(31, 19) < 0.1}
     threads = torch.get_num_threads()
-    found = []
+    runs = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
             monkeypatch.setattr(calls, "crew_size", lambda *_, count=count: count)
-            found.append(call(cell, *given, options, "compiled"))
+            runs.append(call(cell, *arguments, options, "compiled"))
     finally:
         torch.set_num_threads(threads)
-    assert equal_bits(found[0], found[1])
-    assert equal_bits(found[0], found[2])
+    assert equal_bits(runs[0], runs[1])
+    assert equal_bits(runs[0], runs[2])
 
 
 _DIGEST = """
@@ -187,26 +187,26 @@ print(digest.hexdigest())
 
 
 def test_bits_are_those_of_every_process():
-    found = set()
+    digests = set()
     for seed in ("1", "2"):
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", _DIGEST], check=True, env=settings, capture_output=True, timeout=600
         )
-        found.add(done.stdout)
-    assert len(found) == 1
+        digests.add(process.stdout)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("hidden_size", [2, 10, 33])
-def test_what_is_kept_changes_no_bit_of_the_forward(zoo_cell, hidden_size):
+def test_saving_for_backward_changes_no_bit_of_the_forward(zoo_cell, hidden_size):
     cell = zoo_cell.make(7, hidden_size)
     x = torch.randn(6, 5, 7)
     for recompute in (False, True):
         with fc.runner("compiled"):
-            learned, _ = fc.scan(cell, x, recompute=recompute)
+            training, _ = fc.scan(cell, x, recompute=recompute)
             with torch.no_grad():
                 plain, _ = fc.scan(cell, x)
-        assert torch.equal(learned, plain)
+        assert torch.equal(training, plain)
 
 
 def test_two_hundred_steps_of_adam_as_torch():
@@ -229,10 +229,10 @@ def test_two_hundred_steps_of_adam_as_torch():
             loss.backward()
             optimizer.step()
             curves[name].append(loss.item())
-    ours, torchs, exact = (torch.tensor(curves[name], dtype=torch.float64) for name in ("ours", "torch", "exact"))
+    curve, torch_curve, exact = (torch.tensor(curves[name], dtype=torch.float64) for name in ("ours", "torch", "exact"))
     assert exact[-1] < 0.9 * exact[0]
-    noise = (torchs - exact).abs().max()
-    assert (ours - exact).abs().max() <= 2 * noise
+    noise = (torch_curve - exact).abs().max()
+    assert (curve - exact).abs().max() <= 2 * noise
 
 
 def _shared(kind):
@@ -270,19 +270,19 @@ def test_layers_of_cells(kind, part):
     data = {"lengths": [6, 0, 3], "resets": torch.rand(6, 3) < 0.3}
     _, form = layer(x)
     leaves, spec = tree_flatten(form)
-    given = [torch.randn_like(value) for value in (x, *leaves)]
-    found = []
+    tensors = [torch.randn_like(value) for value in (x, *leaves)]
+    results = []
     for runner in ("compiled", "eager"):
-        inputs = [value.clone().requires_grad_() for value in given]
+        inputs = [value.clone().requires_grad_() for value in tensors]
         layer.zero_grad()
         with fc.runner(runner):
             y, after = layer(inputs[0], tree_unflatten(inputs[1:], spec), **data)
-        chosen = [y] if part == "outputs" else tree_flatten(after)[0]
-        sum(value.exp().sum() for value in chosen).backward()
+        targets = [y] if part == "outputs" else tree_flatten(after)[0]
+        sum(value.exp().sum() for value in targets).backward()
         grads = [value.grad for value in (*inputs, *layer.parameters())]
-        found.append([torch.zeros(()) if value is None else value for value in grads])
-    for mine, loop in zip(*found, strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-12)
+        results.append([torch.zeros(()) if value is None else value for value in grads])
+    for actual, loop in zip(*results, strict=True):
+        torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-12)
 
 
 class Parametrized(fc.Cell):
@@ -306,13 +306,13 @@ class Parametrized(fc.Cell):
 def test_weights_that_a_step_computes_slices_and_ties():
     torch.manual_seed(7)
     cell = Parametrized(5, 9).double()
-    given = drawn(cell, 6, 3)
-    pairs = zip(call(cell, *given, {}, "compiled"), call(cell, *given, {}, "eager"), strict=True)
-    assert all((mine - loop).abs().max() <= 1e-12 * max(1, loop.abs().max()) for mine, loop in pairs)
+    arguments = drawn(cell, 6, 3)
+    pairs = zip(call(cell, *arguments, {}, "compiled"), call(cell, *arguments, {}, "eager"), strict=True)
+    assert all((actual - loop).abs().max() <= 1e-12 * max(1, loop.abs().max()) for actual, loop in pairs)
 
 
 @pytest.mark.parametrize("rows", [15, 16, 17])
-def test_sums_of_about_a_block_of_rows(rows):
+def test_weight_gradients_around_one_row_block(rows):
     """A block takes 512 rows: fewer, as many, and more; weights of whole vectors, so that few are added up in place."""
     cell, x = fc.GRUCell(16, 32).double(), torch.randn(32, rows, 16, dtype=torch.float64)
     seen = []
@@ -321,5 +321,5 @@ def test_sums_of_about_a_block_of_rows(rows):
         with fc.runner(name):
             fc.scan(cell, x)[0].square().mean().backward()
         seen.append([parameter.grad.clone() for parameter in cell.parameters()])
-    for mine, loop in zip(*seen, strict=True):
-        torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-13)
+    for actual, loop in zip(*seen, strict=True):
+        torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-13)

@@ -19,17 +19,19 @@ import fusecell as fc
 import fusecell.compiler.dispatch.runner as compiled
 from fusecell.cells import CELLS
 from fusecell.compiler.backend import tuning
+from fusecell.compiler.frontend import trace
+from fusecell.compiler.programs import inference
 from tests.compiler.traced_cells import FUNCTIONS, WEIGHTS, BodyCell, both
 from tests.compiler.tuned import tuned
 
 SHAPES = [(5, 3, 4, 10), (7, 33, 5, 16), (4, 1, 3, 40), (3, 9, 10, 257), (6, 2, 1, 2)]
-NAMES = [found.name for found in CELLS]
+NAMES = [member.name for member in CELLS]
 
 
 def make(name: str, input_size: int, hidden_size: int, dtype: torch.dtype = torch.float32) -> fc.Cell:
     torch.manual_seed(0)
-    chosen = next(found for found in CELLS if found.name == name)
-    return chosen.make(input_size, hidden_size).to(dtype).eval()
+    member = next(each for each in CELLS if each.name == name)
+    return member.make(input_size, hidden_size).to(dtype).eval()
 
 
 def run(cell: fc.Cell, x: torch.Tensor, state=None, *, runner: str = "compiled", **options):
@@ -38,9 +40,9 @@ def run(cell: fc.Cell, x: torch.Tensor, state=None, *, runner: str = "compiled",
     return y, after if isinstance(after, tuple) else (after,)
 
 
-def furthest(found, expected) -> float:
+def furthest(actual, expected) -> float:
     """The largest difference, relative to the largest value where that is above 1."""
-    pairs = [(found[0], expected[0]), *zip(found[1], expected[1], strict=True)]
+    pairs = [(actual[0], expected[0]), *zip(actual[1], expected[1], strict=True)]
     return max(((a.double() - b.double()).abs() / b.abs().max().clamp(min=1)).max().item() for a, b in pairs)
 
 
@@ -83,7 +85,7 @@ def test_bits_do_not_depend_on_batch_chunks_or_layout(name, monkeypatch):
 
 
 class PartsCell(fc.Cell):
-    """Reads its input whole, a part that begins at a whole vector, and, asked to, one that doesn't."""
+    """A cell that reads its whole input and a slice of it, at a multiple of 16 or, with ``odd``, not."""
 
     def __init__(self, odd: bool) -> None:
         super().__init__(32, 40)
@@ -102,8 +104,8 @@ class PartsCell(fc.Cell):
 @pytest.mark.parametrize(
     "cell", [fc.GRUCell(32, 19), PartsCell(odd=False), PartsCell(odd=True)], ids=["gru", "", "odd"]
 )
-def test_an_input_is_read_where_it_is_or_gathered(cell, dtype, rows, monkeypatch):
-    """Rows that follow one another are not copied before they are multiplied: the bits are those of any others."""
+def test_inputs_in_place_match_gathered_inputs(cell, dtype, rows, monkeypatch):
+    """Contiguous rows are multiplied in place, others copied first: the bits are the same."""
     cell = copy.deepcopy(cell).to(dtype)
     x = torch.randn(9, rows, 32, dtype=dtype)
     weight = torch.randn_like(x[..., :1])
@@ -128,41 +130,41 @@ def test_an_input_is_read_where_it_is_or_gathered(cell, dtype, rows, monkeypatch
     with fc.runner("eager"):
         eager = all_of(x)
     tolerance = 3e-5 if dtype == torch.float32 else 1e-12
-    for mine, loop in zip(expected, eager, strict=True):
-        torch.testing.assert_close(mine, loop, rtol=tolerance, atol=tolerance)
+    for actual, loop in zip(expected, eager, strict=True):
+        torch.testing.assert_close(actual, loop, rtol=tolerance, atol=tolerance)
 
 
 @given(
     name=st.sampled_from(NAMES),
     rows=st.integers(1, 20),
     hidden=st.integers(2, 50),
-    cut=st.integers(1, 5),
+    split=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_bits_of_a_row_alone(name, rows, hidden, cut, seed):
+def test_bits_of_a_row_alone(name, rows, hidden, split, seed):
     cell = make(name, 3, hidden)
     torch.manual_seed(seed)
     x = torch.randn(6, rows, 3)
     y, _ = run(cell, x)
     row = seed % rows
-    first, state = run(cell, x[:cut, row : row + 1])
-    rest, _ = run(cell, x[cut:, row : row + 1], state[0] if len(state) == 1 else state)
+    first, state = run(cell, x[:split, row : row + 1])
+    rest, _ = run(cell, x[split:, row : row + 1], state[0] if len(state) == 1 else state)
     assert torch.equal(torch.cat((first, rest))[:, 0], y[:, row])
 
 
 _BITS = """
 import hashlib, torch, fusecell as fc
 torch.set_num_threads(1)
-found = hashlib.sha256()
+digest = hashlib.sha256()
 for zoo in fc.CELLS:
     torch.manual_seed(1)
     cell, x = zoo.make(7, 21).eval(), torch.randn(5, 6, 7)
     with torch.no_grad(), fc.runner("compiled"):
-        found.update(fc.scan(cell, x)[0].numpy().tobytes())
+        digest.update(fc.scan(cell, x)[0].numpy().tobytes())
 cell, x = fc.GRUCell(7, 261), torch.randn(5, 6, 7)
 for gradient in torch.autograd.grad(fc.scan(cell, x)[0].square().sum(), list(cell.parameters())):
-    found.update(gradient.numpy().tobytes())
-print(found.hexdigest())
+    digest.update(gradient.numpy().tobytes())
+print(digest.hexdigest())
 """
 
 
@@ -171,11 +173,11 @@ def test_bits_are_equal_on_every_level_with_fma(monkeypatch):
 
     if target.host_target().vector_bits < 512:
         pytest.skip("this CPU has no AVX-512 to compare with AVX2")
-    found = set()
-    for level in ("x86-64-v3", "x86-64-v4", "native"):
+    digests = set()
+    for level in ("x86-64-v3", "x86-64-v4"):
         monkeypatch.setenv("FUSECELL_TARGET", level)
-        found.add(subprocess.run([sys.executable, "-c", _BITS], capture_output=True, text=True, check=True).stdout)
-    assert len(found) == 1
+        digests.add(subprocess.run([sys.executable, "-c", _BITS], capture_output=True, text=True, check=True).stdout)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -183,19 +185,19 @@ def test_bits_are_equal_on_every_level_with_fma(monkeypatch):
 def test_special_values_go_through_as_in_torch(name, special):
     cell, x = make(name, 3, 10), torch.randn(4, 5, 3)
     x[1, 2, 0] = special
-    found, expected = run(cell, x)[0], run(cell, x, runner="eager")[0]
-    assert torch.equal(found.isnan(), expected.isnan())
-    torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
+    actual, expected = run(cell, x)[0], run(cell, x, runner="eager")[0]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    torch.testing.assert_close(actual, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_is_seen_by_nothing():
+def test_padding_changes_no_result():
     cell, x = make("gru", 3, 10), torch.randn(4, 3, 3)
     lengths = [4, 0, 2]
     clean = run(cell, x, lengths=lengths)
     x[2:, 2], x[:, 1] = float("nan"), float("inf")
-    found = run(cell, x, lengths=lengths)
-    assert torch.equal(found[0], clean[0])
-    assert torch.equal(found[1][0], clean[1][0])
+    dirty = run(cell, x, lengths=lengths)
+    assert torch.equal(dirty[0], clean[0])
+    assert torch.equal(dirty[1][0], clean[1][0])
 
 
 def _changes():
@@ -301,13 +303,13 @@ class Swap(fc.Cell):
 
 def test_a_state_that_becomes_another_state():
     cell, x = Swap(10, 10), torch.randn(5, 3, 10)
-    found, expected = run(cell, x), run(cell, x, runner="eager")
-    assert torch.equal(found[0], expected[0])
-    assert all(map(torch.equal, found[1], expected[1]))
+    actual, expected = run(cell, x), run(cell, x, runner="eager")
+    assert torch.equal(actual[0], expected[0])
+    assert all(map(torch.equal, actual[1], expected[1]))
 
 
 class Reads(fc.Cell):
-    """An output read off the state by a product, which leaves the loop, and a softmax, which follows it."""
+    """An output computed from the state by a product and a softmax, both of which run after the loop."""
 
     def __init__(self):
         super().__init__(3, 17)
@@ -343,7 +345,7 @@ def test_what_cannot_be_compiled_says_why_and_runs_eagerly():
     assert torch.equal(y, run(cell, x, runner="eager")[0])
 
 
-def test_returned_tensors_are_the_callers_own():
+def test_returned_tensors_share_no_memory():
     cell, x, h = make("gru", 3, 10), torch.randn(4, 5, 3), torch.randn(5, 10)
     before = h.clone()
     y, (after,) = run(cell, x, h)
@@ -356,24 +358,24 @@ def test_returned_tensors_are_the_callers_own():
 
 def test_threads_share_a_program():
     cell, x = make("lstm", 5, 20), torch.randn(30, 4, 5)
-    expected, found = run(cell, x)[0], []
-    threads = [threading.Thread(target=lambda: found.append(run(cell, x)[0])) for _ in range(8)]
+    expected, outputs = run(cell, x)[0], []
+    threads = [threading.Thread(target=lambda: outputs.append(run(cell, x)[0])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert all(torch.equal(y, expected) for y in found)
+    assert len(outputs) == 8
+    assert all(torch.equal(y, expected) for y in outputs)
 
 
-def test_denormals_are_left_to_the_caller_as_they_were():
+def test_the_callers_denormal_mode_is_restored():
     tiny = torch.tensor([1e-40])
     run(make("gru", 3, 10), torch.randn(4, 5, 3))
     assert (tiny * 1.0).item() != 0
 
 
 class PartOfAState(fc.Cell):
-    """A state of which a part stands beside the whole in the next."""
+    """A state that is a value concatenated with a slice of it."""
 
     def step(self, x, state):
         (h,) = state
@@ -382,7 +384,7 @@ class PartOfAState(fc.Cell):
         return h, (h,)
 
 
-def test_a_part_of_a_value_beside_the_whole():
+def test_a_slice_of_a_value_used_with_the_value():
     cell, x = PartOfAState(4, 6), torch.randn(5, 3, 4)
     assert furthest(run(cell, x), run(cell, x, runner="eager")) < 1e-6
 
@@ -399,11 +401,11 @@ def test_every_rule_of_the_tracer_compiled(name):
         cell = BodyCell(lambda cell, x, h: FUNCTIONS[name](both(cell, x, h))).double()
     x = torch.randn(5, 7, 4, dtype=torch.float64)
     for options in ({}, {"lengths": [5, 1, 0, 2, 3, 5, 4]}):
-        found, expected = run(cell, x, **options)[0], run(cell, x, runner="eager", **options)[0]
-        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9, equal_nan=True)
+        actual, expected = run(cell, x, **options)[0], run(cell, x, runner="eager", **options)[0]
+        torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-9, equal_nan=True)
 
 
-def test_sizes_of_nothing_run_eagerly_and_quietly():
+def test_empty_sizes_run_eagerly_without_a_warning():
     with torch.no_grad():
         assert fc.GRUCell(5, 0)(torch.randn(3, 5)).shape == (3, 0)
         assert fc.GRU(5, 4)(torch.randn(0, 3, 5))[0].shape == (0, 3, 4)
@@ -420,7 +422,7 @@ def test_lazy_negation_and_expanded_tensors():
     torch.testing.assert_close(run(cell, x, state)[0], run(cell, x, state, runner="eager")[0], atol=1e-6, rtol=1e-5)
 
 
-def test_a_weight_that_is_frozen_no_more_learns():
+def test_an_unfrozen_weight_gets_a_gradient():
     cell, x = make("gru", 3, 4), torch.randn(5, 2, 3)
     cell.weight_hh.requires_grad_(False)
     with fc.runner("compiled"):
@@ -434,16 +436,15 @@ def test_a_weight_that_is_frozen_no_more_learns():
 @pytest.fixture
 def compilations(monkeypatch) -> list[fc.Cell]:
     """The cells that are compiled while a test runs."""
-    found: list[fc.Cell] = []
-    build = compiled.PROGRAMS._build
+    cells: list[fc.Cell] = []
 
-    def counted(cell, *rest):
-        found.append(cell)
-        return build(cell, *rest)
+    def counted(cell, *arguments, **options):
+        cells.append(cell)
+        return trace(cell, *arguments, **options)
 
-    monkeypatch.setattr(compiled.PROGRAMS, "_build", counted)
+    monkeypatch.setattr(inference, "trace", counted)
     fc.refresh()
-    return found
+    return cells
 
 
 def test_one_program_serves_every_number_of_steps_and_rows(compilations):
@@ -505,11 +506,11 @@ def test_numbers_are_counted_for_each_cell(compilations):
     stack = fc.Recurrent(fc.Stack(*[Leaky(alpha / 10) for alpha in range(1, 9)]))
     x = torch.randn(3, 2, 4)
     with torch.no_grad(), fc.runner("compiled"):
-        found, _ = stack(x)
+        actual, _ = stack(x)
     with torch.no_grad(), fc.runner("eager"):
         expected, _ = stack(x)
     assert len(compilations) == 8
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 class Buffered(Leaky):
@@ -549,7 +550,7 @@ def test_refresh_forgets_the_programs_of_the_cells_inside(compilations, monkeypa
     fc.refresh(nn.ModuleList([fc.Recurrent(cell)]))
     assert run(cell, x)[0].max() == 2.0
     run(other, x)
-    assert [type(found).__name__ for found in compilations] == ["ReadsAGlobal", "GRUCell", "RNNCell", "ReadsAGlobal"]
+    assert [type(each).__name__ for each in compilations] == ["ReadsAGlobal", "GRUCell", "RNNCell", "ReadsAGlobal"]
     fc.refresh(drop_in)
     with torch.no_grad(), fc.runner("compiled"):
         drop_in(x)
@@ -560,7 +561,7 @@ def test_refresh_forgets_the_programs_of_the_cells_inside(compilations, monkeypa
 
 
 class NamedAsBuffers(fc.Cell):
-    """A step whose variables are called as a kernel's own buffers and words are."""
+    """A step whose variables have the names of a kernel's buffers and slots."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size)
@@ -576,8 +577,8 @@ class NamedAsBuffers(fc.Cell):
 
 
 @pytest.mark.parametrize("lengths", [None, [7, 3, 5, 7, 1, 2]])
-def test_a_variable_may_be_called_as_a_buffer_of_the_kernel(lengths):
-    """It once took the place of the buffer: wrong memory was read and written."""
+def test_variables_may_have_the_names_of_kernel_buffers(lengths):
+    """Regression: such a value took the buffer's place, so wrong memory was read and written."""
     cell, x = NamedAsBuffers(5, 40), torch.randn(7, 6, 5)
     results = {}
     for name in ("compiled", "eager"):
@@ -586,5 +587,5 @@ def test_a_variable_may_be_called_as_a_buffer_of_the_kernel(lengths):
             y, state = fc.scan(cell, inputs, lengths=lengths)
             (y.square().sum() + state.sum()).backward()
             results[name] = (y, state, inputs.grad)
-    for mine, eager in zip(results["compiled"], results["eager"], strict=True):
-        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-5)
+    for actual, eager in zip(results["compiled"], results["eager"], strict=True):
+        torch.testing.assert_close(actual, eager, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Inputs and states wherever and however they lie in memory: as their dense copies."""
+"""Inputs and states in any memory layout give the results of their dense copies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusecell as fc
-from tests.compiler.fresh_cells import both, fresh_layer, learned
+from tests.compiler.fresh_cells import both, fresh_layer, weight_gradient
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_layouts(arranged):
     with torch.no_grad():
         with fc.runner("compiled"):
             assert torch.equal(layer(x)[0], layer(x.contiguous())[0])
-        mine, loop = both(layer, x)
-    torch.testing.assert_close(mine, loop)
-    assert torch.equal(learned(layer, x), learned(layer, x.contiguous()))
+        compiled, loop = both(layer, x)
+    torch.testing.assert_close(compiled, loop)
+    assert torch.equal(weight_gradient(layer, x), weight_gradient(layer, x.contiguous()))
 
 
 def test_states_in_any_layout():
@@ -39,5 +39,5 @@ def test_states_in_any_layout():
     plain = (torch.randn(3, 9), torch.randn(3, 9))
     strange = (plain[0].t().contiguous().t(), plain[1].repeat_interleave(2, 1)[:, ::2])
     with fc.runner("compiled"):
-        for mine, expected in zip(fc.scan(cell, x, strange)[1], fc.scan(cell, x, plain)[1], strict=True):
-            assert torch.equal(mine, expected)
+        for actual, expected in zip(fc.scan(cell, x, strange)[1], fc.scan(cell, x, plain)[1], strict=True):
+            assert torch.equal(actual, expected)

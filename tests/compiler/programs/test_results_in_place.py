@@ -55,17 +55,17 @@ def test_results_are_no_views(kind, first, grad, runner):
     layer = LAYERS[kind](first)
     x = torch.randn(4, 7, 5) if first else torch.randn(7, 4, 5)
     with fc.runner(runner), torch.set_grad_enabled(grad):
-        for given in (x, x[:, 0] if not first else x[0], x[:, :0] if first else x[:0]):
+        for sequence in (x, x[:, 0] if not first else x[0], x[:, :0] if first else x[:0]):
             for _ in range(3):  # the first compiles, the second is remembered, the third goes straight to the kernel
-                detached(layer(given))
+                detached(layer(sequence))
         detached(layer(x, lengths=[7, 4, 0, 2]))
         valid = torch.rand(x.shape[:2]) > 0.5
         detached(layer(x, mask=valid))
         detached(layer(pack_padded_sequence(x, [7, 4, 2, 1], batch_first=first)))
         expected = [value.clone() for value in flat(layer(x))]
         detached(layer(x))
-        for mine, plain in zip(flat(layer(x)), expected, strict=True):
-            assert torch.equal(mine, plain)
+        for actual, plain in zip(flat(layer(x)), expected, strict=True):
+            assert torch.equal(actual, plain)
 
 
 @pytest.mark.parametrize("runner", ["auto", "eager"])
@@ -84,7 +84,7 @@ def test_results_of_a_step_are_no_views(kind, grad, runner):
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_large_results_are_no_views(grad, first):
-    """Memory of NumPy's, on huge pages."""
+    """Large results are NumPy's memory, on huge pages."""
     layer, x = fc.GRU(3, 64, batch_first=first), torch.randn(300, 64, 3)
     with torch.set_grad_enabled(grad):
         for _ in range(3):
@@ -108,34 +108,34 @@ CHANGES = {
 @pytest.mark.parametrize("first", [False, True], ids=["time first", "batch first"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_in_place_have_the_loops_gradients(change, first, warm):
-    """What the backward reads is no result's memory."""
+    """The backward reads no memory that was returned as a result."""
     torch.manual_seed(0)
     layer, x = fc.GRU(5, 8, batch_first=first).double(), torch.randn(4, 7, 5, dtype=torch.float64)
-    found = []
+    results = []
     for runner in ("auto", "eager"):
-        mine, given = copy.deepcopy(layer), x.clone().requires_grad_()
+        twin, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
         with fc.runner(runner):
             for _ in range(3 if warm else 0):
-                mine(given)
-            y, h = CHANGES[change](*mine(given))
+                twin(leaf)
+            y, h = CHANGES[change](*twin(leaf))
         (y.sin().sum() + h.exp().sum()).backward()
-        found.append([y.detach(), h.detach(), given.grad, *(parameter.grad for parameter in mine.parameters())])
-    for one, other in zip(*found, strict=True):
+        results.append([y.detach(), h.detach(), leaf.grad, *(parameter.grad for parameter in twin.parameters())])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("changed", ["the input", "the state", "a weight"])
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "remembered call"])
 @pytest.mark.parametrize("library", [torch.nn, fc], ids=["torch.nn", "fusecell"])
-def test_what_the_backward_reads_may_not_change(library, warm, changed):
-    """Torch's own error, not another gradient."""
+def test_in_place_changes_of_saved_tensors_raise(library, warm, changed):
+    """Torch's own error is raised, instead of a wrong gradient."""
     layer = library.GRU(5, 8)
     x, h = torch.randn(7, 4, 5, requires_grad=True), torch.randn(1, 4, 8, requires_grad=True)
     for _ in range(3 if warm else 1):
-        given, state = x.clone(), h.clone()
-        y, _ = layer(given, state)
+        sequence, state = x.clone(), h.clone()
+        y, _ = layer(sequence, state)
     with torch.no_grad():
-        {"the input": given, "the state": state, "a weight": layer.weight_hh_l0}[changed].mul_(2)
+        {"the input": sequence, "the state": state, "a weight": layer.weight_hh_l0}[changed].mul_(2)
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         y.sum().backward()
 
@@ -173,7 +173,7 @@ def test_a_loop_that_detaches_in_place(runner):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_remembered_call_makes_its_results_as_they_are_returned(grad):
+def test_a_cached_call_runs_no_operator_after_the_kernel(grad):
     """No operation of torch's comes after the kernel, whichever form its outputs have."""
     for first in (False, True):
         layer, x = fc.GRU(5, 8, batch_first=first), torch.randn(4, 4, 5)

@@ -1,4 +1,4 @@
-"""What training computes and keeps: on the plan of the backward, in the summary, and in memory."""
+"""What training computes and saves for the backward: in the plan, the summary and memory."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ SOURCES = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "required",
     [(), ("x",), ("weight_ih",), ("weight_hh", "bias_hh"), ("bias_ih",), ("x", "weight_hh"), SOURCES],
-    ids=lambda wanted: "+".join(wanted) or "a state only",
+    ids=lambda required: "+".join(required) or "a state only",
 )
-def test_what_needs_no_gradient_is_not_computed(wanted):
-    learner = compile_trainable(fc.GRUCell(5, 7), [(5,)], torch.float32)
-    assert not isinstance(learner, Refusal)
-    names = ("x", *learner.traced.weight_names)
+def test_unneeded_gradients_are_not_computed(required):
+    trainable = compile_trainable(fc.GRUCell(5, 7), [(5,)], torch.float32)
+    assert not isinstance(trainable, Refusal)
+    names = ("x", *trainable.traced.weight_names)
     assert sorted(names) == sorted(SOURCES)
-    plan = learner.training([name in wanted for name in names], recompute=False).backward.kernel.plan
-    made = {label for label in plan.graph.outputs if not label.startswith("state.")}
+    plan = trainable.training([name in required for name in names], recompute=False).backward.kernel.plan
+    gradients = {label for label in plan.graph.outputs if not label.startswith("state.")}
     kinds = {name: "input" if name == "x" else "weight" for name in SOURCES}
-    assert made == {f"grad.{kinds[name]}.{name}" for name in wanted}
-    assert {found.label for found in plan.sums} == made - {"grad.input.x"}
+    assert gradients == {f"grad.{kinds[name]}.{name}" for name in required}
+    assert {total.label for total in plan.sums} == gradients - {"grad.input.x"}
     # Each sum is of what it needs: biases of gates alone, weights of gates times what they were multiplied with.
-    assert {found.label for found in plan.sums if found.a is not None} == {
-        label for label in made if "weight_" in label
+    assert {total.label for total in plan.sums if total.a is not None} == {
+        label for label in gradients if "weight_" in label
     }
     # And only the gradients of x and of the state take products with weights.
     read = {plan.graph[index].name for index in plan.graph.leaves("weight")}
-    assert read == {"weight_hh"} | ({"weight_ih"} if "x" in wanted else set())
+    assert read == {"weight_hh"} | ({"weight_ih"} if "x" in required else set())
 
 
-def kept(layer, x):
-    """Numbers that autograd holds for a backward, beside what the layer has and was given."""
-    theirs = {value.untyped_storage().data_ptr() for value in (x, *layer.parameters())}
-    found = {}
+def saved_numbers(layer, x):
+    """Count the numbers that autograd saves for a backward, without parameters and arguments."""
+    owned = {value.untyped_storage().data_ptr() for value in (x, *layer.parameters())}
+    saved = {}
 
     def pack(value):
-        if value.untyped_storage().data_ptr() not in theirs:
-            found[value.untyped_storage().data_ptr()] = value.numel()
+        if value.untyped_storage().data_ptr() not in owned:
+            saved[value.untyped_storage().data_ptr()] = value.numel()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         y, after = layer(x)
     returned = (y, *(after if isinstance(after, tuple) else (after,)))
-    assert not {value.untyped_storage().data_ptr() for value in returned} & set(found)  # the caller may write to those
-    return sum(found.values())
+    assert not {value.untyped_storage().data_ptr() for value in returned} & set(saved)  # the caller may write to those
+    return sum(saved.values())
 
 
 KEPT = {
@@ -64,14 +64,14 @@ KEPT = {
 
 @pytest.mark.parametrize("recompute", ["no", "layer", "block"])
 @pytest.mark.parametrize("kind", KEPT)
-def test_what_is_kept_is_what_the_summary_says(kind, recompute):
+def test_saved_bytes_match_the_summary(kind, recompute):
     steps, rows = 31, 7
     make, numbers, states = KEPT[kind]
     layer, x = make(recompute=recompute == "layer"), torch.randn(steps, rows, 5)
     layer(x)[0].sum().backward()  # the trace of a step saves tensors of its own
     with fc.recompute(recompute == "block"):
         layer(x)[0].sum().backward()
-        found, said = kept(layer, x), fc.summary(layer, steps, rows).saved // 4
-    assert said == steps * rows * (numbers if recompute == "no" else states)
+        saved, predicted = saved_numbers(layer, x), fc.summary(layer, steps, rows).saved // 4
+    assert predicted == steps * rows * (numbers if recompute == "no" else states)
     # Beside it: the states that each sequence began with, and room to align.
-    assert said <= found <= said + 2 * (rows * 32 * 2 + 64)
+    assert predicted <= saved <= predicted + 2 * (rows * 32 * 2 + 64)

@@ -51,7 +51,7 @@ def test_transforms_are_exact(x):
 
 
 def test_many_backwards_at_once(x):
-    """The forward was compiled; a batch of incoming gradients is torch's to take."""
+    """After a compiled forward, a batch of incoming gradients is handled by torch."""
     torch.manual_seed(6)
     layer, leaf = fc.GRU(5, 4).double(), x[:2, :1].clone().requires_grad_()
     y = layer(leaf)[0]
@@ -59,8 +59,8 @@ def test_many_backwards_at_once(x):
     one_by_one = [torch.autograd.grad(y, leaves, unit, retain_graph=True) for unit in units]
     batched = torch.autograd.grad(y, leaves, units, is_grads_batched=True, retain_graph=True)
     mapped = vmap(lambda unit: torch.autograd.grad(y, leaves, unit, retain_graph=True))(units)
-    for expected, *found in zip(map(torch.stack, zip(*one_by_one, strict=True)), batched, mapped, strict=True):
-        for value in found:
+    for expected, *gradients in zip(map(torch.stack, zip(*one_by_one, strict=True)), batched, mapped, strict=True):
+        for value in gradients:
             assert not value.requires_grad
             close(value, expected)
     vectorised = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x[:2, :1], vectorize=True)
@@ -79,12 +79,12 @@ def test_gradients_have_gradients(zoo_cell):
 
     def run(x, *rest):
         state, weights = rest[: len(states)], dict(zip(names, rest[len(states) :], strict=True))
-        given = (x, state if len(state) > 1 else state[0])
-        outputs, after = functional_call(layer, weights, given, {"lengths": [3, 2], "resets": resets})
+        arguments = (x, state if len(state) > 1 else state[0])
+        outputs, after = functional_call(layer, weights, arguments, {"lengths": [3, 2], "resets": resets})
         return (outputs, *(after if isinstance(after, tuple) else (after,)))
 
-    given = [value.detach().clone().requires_grad_() for value in (x, *states, *cell.parameters())]
-    assert torch.autograd.gradgradcheck(run, given, fast_mode=True, atol=1e-4)
+    arguments = [value.detach().clone().requires_grad_() for value in (x, *states, *cell.parameters())]
+    assert torch.autograd.gradgradcheck(run, arguments, fast_mode=True, atol=1e-4)
 
 
 class Gain(fc.Cell):
@@ -129,14 +129,14 @@ def penalty(runner, x, change):
 
 
 @pytest.mark.parametrize("kind", [*TENSORS, *OTHERS])
-def test_second_order_is_of_what_the_forward_was(kind, x):
+def test_second_order_uses_the_tensors_of_the_forward(kind, x):
     """Tensors are those of the forward; anything else that has changed is an error."""
     if kind in OTHERS:
         with pytest.raises(RuntimeError, match="An attribute, mode or hook of Gain has changed since its forward"):
             penalty("auto", x, OTHERS[kind])
         return
-    for mine, loop in zip(penalty("auto", x, TENSORS[kind]), penalty("eager", x, TENSORS[kind]), strict=True):
-        close(mine, loop)
+    for actual, loop in zip(penalty("auto", x, TENSORS[kind]), penalty("eager", x, TENSORS[kind]), strict=True):
+        close(actual, loop)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
@@ -147,7 +147,7 @@ def test_third_order_and_torchs_own_helpers(x):
     def loss(x):
         return layer(x)[0].sin().sum()
 
-    found = []
+    results = []
     for name in ("auto", "eager"):
         leaf = short.clone().requires_grad_()
         with fc.runner(name):
@@ -156,7 +156,7 @@ def test_third_order_and_torchs_own_helpers(x):
             third = torch.autograd.grad(second, [leaf, *layer.parameters()])
             curved = torch.autograd.functional.hessian(loss, short)
             along = torch.autograd.functional.jvp(lambda x: layer(x)[0], short, torch.ones_like(short))[1]
-        found.append([*third, curved, along])
-    for mine, loop in zip(*found, strict=True):
-        close(mine, loop)
-    close(found[0][-2], hessian(loss)(short))
+        results.append([*third, curved, along])
+    for actual, loop in zip(*results, strict=True):
+        close(actual, loop)
+    close(results[0][-2], hessian(loss)(short))

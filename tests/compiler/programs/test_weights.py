@@ -1,4 +1,4 @@
-"""Weights that are shared, copied, pickled, or no plain tensors: as a plain loop has them."""
+"""Weights that are shared, copied, pickled or tensor subclasses give the results of a plain loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.compiler.fresh_cells import both, fresh_layer
 
 
 class Doubled(torch.Tensor):
-    """Twice what it holds; itself without memory, as quantised and distributed weights are."""
+    """A tensor subclass without memory of its own, as quantised and distributed weights are; twice its inner tensor."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -33,16 +33,16 @@ class Doubled(torch.Tensor):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_weights_that_are_a_subclass_of_tensor(training):
-    """A kernel would have read at address 0."""
+    """Regression: a kernel would have read at address 0."""
     fc.refresh()  # so that it warns once more
     layer, x = fc.Recurrent(fc.GRUCell(5, 9)), torch.randn(6, 3, 5)
     weight = layer.cell.weight_ih.detach()
     layer.cell.weight_ih = nn.Parameter(Doubled(weight), requires_grad=False)
     with torch.set_grad_enabled(training):
         with pytest.warns(fc.EagerWarning, match="weight_ih is a Doubled, a subclass of Tensor"):
-            found = layer(x)[0]
+            output = layer(x)[0]
         layer.cell.weight_ih = nn.Parameter(2 * weight)
-        torch.testing.assert_close(found, layer(x)[0])
+        torch.testing.assert_close(output, layer(x)[0])
 
 
 def test_copied_and_pickled_after_it_ran():
@@ -65,5 +65,5 @@ def test_cells_that_share_weights():
     with torch.no_grad():
         fc.scan(other, x)
         layer.cell.inp.weight.mul_(3)
-        for mine, loop in (both(layer, x), both(fc.Recurrent(other), x)):
-            torch.testing.assert_close(mine, loop)
+        for compiled, loop in (both(layer, x), both(fc.Recurrent(other), x)):
+            torch.testing.assert_close(compiled, loop)

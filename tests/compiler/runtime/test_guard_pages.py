@@ -1,4 +1,4 @@
-"""The check mode finds what it is there to find, and changes no result."""
+"""The check mode detects out-of-bounds accesses and changes no result."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ import fusecell as fc
 from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.runtime import guard_pages as check
 from fusecell.errors import CompilerError
-from tests.compiler.checked_kernel import called
+from tests.compiler.checked_kernel import run_checked
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def test_results_are_the_same_bits(monkeypatch, batch_first):
         ("at.state.h", -1, r"wrote before its buffer state\.h"),
     ],
 )
-def test_a_write_outside_is_found(word, shift, message):
+def test_a_write_outside_an_argument_is_found(word, shift, message):
     with pytest.raises(CompilerError, match=message):
-        called(lambda words: ctypes.memset(words[word] + shift, 0, 1))
+        run_checked(lambda words: ctypes.memset(words[word] + shift, 0, 1))
 
 
 def test_a_kernel_without_an_address_is_not_run():
     with pytest.raises(CompilerError, match=r"without weight\.weight_hh\.ptr"):
-        called(lambda words: pytest.fail("it ran"), given="weight.weight_hh.ptr")
+        run_checked(lambda words: pytest.fail("it ran"), missing_slot="weight.weight_hh.ptr")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no guard pages")
@@ -64,26 +64,26 @@ def test_a_kernel_without_an_address_is_not_run():
     ("word", "behind"),
     [("out.output.ptr", 7 * 3 * 17 * 4), ("in.x.ptr", 7 * 3 * 5 * 4), ("weight.weight_hh.ptr", 3 * 17 * 17 * 4)],
 )
-def test_one_byte_too_far_is_the_end(word, behind):
-    """Reading the byte before is fine, and what is behind it ends the process."""
+def test_a_read_past_an_argument_ends_the_process(word, behind):
+    """Reading the last byte is fine; reading the next one ends the process."""
     code = f"""if True:
         import ctypes, sys
-        from tests.compiler.checked_kernel import called
+        from tests.compiler.checked_kernel import run_checked
         def run(words):
             ctypes.string_at(words["{word}"] + {behind} - 1, 1)
             print("so far", flush=True)
             ctypes.string_at(words["{word}"] + {behind}, 1)
             print("too far", flush=True)
-        called(run)
+        run_checked(run)
     """
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "so far\n")
+    process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (-signal.SIGSEGV, "so far\n")
 
 
 def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
     cell, x = fc.LSTMCell(5, 17), torch.randn(7, 3, 5)
-    learner = find_trainable(cell, (x,))
-    training = learner.training((False, True, True, True, True), recompute=False)
+    trainable = find_trainable(cell, (x,))
+    training = trainable.training((False, True, True, True, True), recompute=False)
     whole = training.forward.kernel.emitted
     name, size = next((n, s) for n, s in whole.buffers.items() if n.startswith("panel.loop"))
     # As if the panel were a block shorter than what is written.
@@ -93,7 +93,7 @@ def test_a_write_between_two_buffers_is_found(checking, monkeypatch):
         fc.scan(cell, x)
 
 
-def test_the_environment_switches_it_on():
+def test_the_check_mode_is_set_by_the_environment():
     code = """if True:
         import torch, fusecell as fc
         from fusecell.compiler.runtime import guard_pages as check
@@ -104,7 +104,7 @@ def test_the_environment_switches_it_on():
     off = "from fusecell.compiler.runtime import guard_pages as check; print(check.ENABLED)"
     for value, script, expected in (("1", code, "True"), ("0", off, "False"), ("", off, "False")):
         environment = {**os.environ, "FUSECELL_CHECK": value}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
         )
-        assert done.stdout.strip() == expected
+        assert process.stdout.strip() == expected

@@ -1,4 +1,4 @@
-"""The block that the threads of a call share: laid out once, for the runtime and for machine code."""
+"""The team block that the threads of a call share: one layout for the runtime and for machine code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_slots_do_not_overlap():
     assert array("q").itemsize == SLOT_BYTES
 
 
-def test_who_arrives_disturbs_nobody_at_the_barrier():
+def test_arrival_and_barrier_slots_are_on_different_cache_lines():
     assert TeamBlock.ARRIVED.offset // CACHE_LINE != TeamBlock.BARRIER.offset // CACHE_LINE
 
 
@@ -48,17 +48,17 @@ def test_machine_code_touches_slots_only():
     """Every offset from the block, or from its barrier, in the text is that of a slot."""
     text = kernel().loaded.llvm
     functions = "\n".join(re.findall(r"^define .*?@(?:team|gather)\(.*?^}", text, re.M | re.S))
-    offsets = {int(found) for found in re.findall(r"getelementptr i8, ptr %block, i64 (\d+)", functions)}
+    offsets = {int(offset) for offset in re.findall(r"getelementptr i8, ptr %block, i64 (\d+)", functions)}
     waits = "\n".join(re.findall(r"^define .*?@(?:join|barrier)\(.*?^}", text, re.M | re.S))
     offsets |= {
-        TeamBlock.BARRIER.offset + int(found)
-        for found in re.findall(r"getelementptr i8, ptr %barrier, i64 (-?\d+)", waits)
+        TeamBlock.BARRIER.offset + int(offset)
+        for offset in re.findall(r"getelementptr i8, ptr %barrier, i64 (-?\d+)", waits)
     }
     assert offsets == {slot.offset for slot in TeamBlock if slot.offset}
 
 
 def test_the_runtime_writes_what_machine_code_reads(monkeypatch):
-    """A function in the kernel's place sees each slot as the runtime filled it, and its answers are read back."""
+    """A function in place of the kernel sees each slot as filled, and its answers are read back."""
     seen = {}
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -81,8 +81,8 @@ def test_the_runtime_writes_what_machine_code_reads(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_team_answers_how_many_worked(threads, monkeypatch):
-    """The kernel itself, on threads of Python's that wait for all: as many work as were asked for."""
+def test_a_team_reports_how_many_threads_worked(threads, monkeypatch):
+    """The kernel runs on Python threads that wait for all: as many work as requested."""
     monkeypatch.setattr(thread_team, "_openmp", lambda: None)
     late = []
     # Cores that others use are no matter here.

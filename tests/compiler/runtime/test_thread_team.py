@@ -38,49 +38,49 @@ def run(cell, x, options, runner="compiled"):
     with fc.runner(runner):
         with torch.no_grad():
             y, after = fc.scan(cell, x, **options)
-            found = [y, *(after if isinstance(after, tuple) else (after,))]
+            plain = [y, *(after if isinstance(after, tuple) else (after,))]
         cell.zero_grad()
         leaf = x.clone().requires_grad_()
         y, after = fc.scan(cell, leaf, **options)
         results = [y, *(after if isinstance(after, tuple) else (after,))]
         sum((value * torch.arange(1.0, 1 + value.shape[-1])).sum() for value in results).backward()
-    return [*found, *(value.detach() for value in results), leaf.grad, *(p.grad.clone() for p in cell.parameters())]
+    return [*plain, *(value.detach() for value in results), leaf.grad, *(p.grad.clone() for p in cell.parameters())]
 
 
 def options(kind, rows):
-    found, generator = {}, torch.Generator().manual_seed(len(kind))
+    arguments, generator = {}, torch.Generator().manual_seed(len(kind))
     if "lengths" in kind:
-        found["lengths"] = torch.randint(0, 10, (rows,), generator=generator).index_fill(0, torch.tensor([1]), 9)
+        arguments["lengths"] = torch.randint(0, 10, (rows,), generator=generator).index_fill(0, torch.tensor([1]), 9)
     if "resets" in kind:
-        found["resets"] = torch.rand(9, rows, generator=generator) < 0.3
-    return {**found, "reverse": "reversed" in kind}
+        arguments["resets"] = torch.rand(9, rows, generator=generator) < 0.3
+    return {**arguments, "reverse": "reversed" in kind}
 
 
 @pytest.mark.parametrize("kind", ["plain", "lengths", "resets, reversed", "lengths, resets, reversed"])
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell])
 @pytest.mark.usefixtures("team")
-def test_a_crew_is_as_one(make, kind, monkeypatch):
-    """Seven rows are too few to part for two threads, thirteen for four; chunks of a few steps."""
+def test_any_number_of_threads_gives_the_same_bits(make, kind, monkeypatch):
+    """Seven rows are too few to split among two threads, thirteen among four; chunks have a few steps."""
     tuned(monkeypatch, chunk_bytes=16 << 10)
     torch.manual_seed(2)
     cell = make(5, 37).double()
     for rows in (7, 13):
-        x, given = torch.randn(9, rows, 5, dtype=torch.float64), options(kind, rows)
+        x, arguments = torch.randn(9, rows, 5, dtype=torch.float64), options(kind, rows)
         seen = []
         for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
-            seen.append(run(cell, x, given))
+            seen.append(run(cell, x, arguments))
         for one, *others in zip(*seen, strict=True):
             assert all(torch.equal(one, other) for other in others)
-        for mine, loop in zip(seen[0], run(cell, x, given, "eager"), strict=True):
-            torch.testing.assert_close(mine, loop, rtol=1e-11, atol=1e-11)
+        for actual, loop in zip(seen[0], run(cell, x, arguments, "eager"), strict=True):
+            torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("rows", [15, 16, 61])
 @pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell])
-def test_sums_by_halves_of_the_rows(make, rows, reverse, monkeypatch):
-    """From 16 rows on each half is summed apart, in blocks of its own: of these there are several here, and a rest."""
+def test_weight_gradients_split_by_rows(make, rows, reverse, monkeypatch):
+    """From 16 rows on, each half of the rows is summed separately, in several row blocks and a rest."""
     torch.manual_seed(5)
     cell, x = make(5, 19), torch.randn(83, rows, 5)
     torch.set_num_threads(1)
@@ -92,35 +92,35 @@ def test_sums_by_halves_of_the_rows(make, rows, reverse, monkeypatch):
         again = run(cell, x, {"reverse": reverse})
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True)), (count, chunk)
     exact = run(cell.double(), x.double(), {"reverse": reverse}, "eager")
-    for mine, loop in zip(first, exact, strict=True):
-        assert (mine - loop).abs().max() <= 3e-6 * loop.abs().max()
+    for actual, loop in zip(first, exact, strict=True):
+        assert (actual - loop).abs().max() <= 3e-6 * loop.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", [{}, {"lengths": [11, 0, *range(1, 11), 3, 11, 9, 2, 4]}], ids=["", "lengths"])
-def test_sums_of_long_rows(lengths, dtype, monkeypatch):
-    """Operands of two kilobytes and more a row are put in strips, here of eight features and of seven.
+def test_weight_gradients_with_packed_operands(lengths, dtype, monkeypatch):
+    """Operands of 2 kB and more per row are packed into micro-panels, here of eight features and of seven.
 
     With lengths the rows of all steps are one run, and no half of them is summed apart.
     """
     torch.manual_seed(6)
     cell, x = fc.GRUCell(19, 261, dtype=dtype), torch.randn(11, 17, 19, dtype=dtype)
-    found = {}
+    runs = {}
     for count, chunk in ((1, 1 << 30), (2, 1 << 30), (3, 1), (2, 100_000)):
         torch.set_num_threads(count)
         tuned(monkeypatch, chunk_bytes=chunk)
         fc.refresh()
-        found[count, chunk] = run(cell, x, lengths)
-    first, *others = found.values()
+        runs[count, chunk] = run(cell, x, lengths)
+    first, *others = runs.values()
     for other in others:
         assert all(torch.equal(one, another) for one, another in zip(first, other, strict=True))
     tolerance = 3e-6 if dtype == torch.float32 else 1e-13
-    for mine, loop in zip(first, run(cell.double(), x.double(), lengths, "eager"), strict=True):
-        assert (mine - loop).abs().max() <= tolerance * loop.abs().max()
+    for actual, loop in zip(first, run(cell.double(), x.double(), lengths, "eager"), strict=True):
+        assert (actual - loop).abs().max() <= tolerance * loop.abs().max()
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_sums_of_no_rows(count):
+def test_weight_gradients_of_no_rows(count):
     torch.set_num_threads(count)
     cell, x = fc.GRUCell(5, 261), torch.full((9, 7, 5), torch.nan)
     y, _ = fc.scan(cell, x, lengths=[0] * 7)
@@ -128,8 +128,8 @@ def test_sums_of_no_rows(count):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_who_is_ahead_leaves_the_others_their_rows():
-    """Nobody waits in the loop: one may be in the last chunk, a shorter one, while another is in the one before."""
+def test_threads_in_different_chunks_do_not_share_buffers():
+    """Without barriers in the loop, one thread may be in the last, shorter chunk while another is in the one before."""
     torch.manual_seed(7)
     cell, x = fc.GRUCell(32, 128), torch.randn(32, 64, 32)
     parameters = list(cell.parameters())
@@ -146,8 +146,8 @@ def test_who_is_ahead_leaves_the_others_their_rows():
         assert all(map(torch.equal, both(), expected))
 
 
-def test_who_comes_late_is_not_waited_for(monkeypatch):
-    """The call is done by who is there, and the next ones do without the others, for longer each time."""
+def test_late_threads_are_not_waited_for(monkeypatch):
+    """Threads that have arrived do the call; later calls use one thread, for longer each time."""
     tuned(monkeypatch, most_arrival_us=0)
     cell, x = fc.GRUCell(5, 11), torch.randn(9, 7, 5)
     torch.set_num_threads(1)
@@ -169,7 +169,7 @@ def test_who_comes_late_is_not_waited_for(monkeypatch):
     assert aside.until - 14 == pytest.approx(stays[0])
 
 
-def test_layouts_of_a_crew():
+def test_layouts_on_two_threads():
     torch.manual_seed(3)
     layer = fc.GRU(5, 11, batch_first=True, bidirectional=True)
     torch.set_num_threads(2)

@@ -56,6 +56,7 @@ class Tuning:
         large_scratch_bytes: scratch memory beyond which it isn't reused by the next call.
         huge_scratch_bytes: scratch memory from which NumPy allocates it, on huge pages: their first touch costs a
             fraction.
+        huge_result_bytes: the same of a result, such as a layer's outputs.
         thread_gap_bytes: bytes between what two threads write of a buffer: a page, within which caches prefetch.
 
     Microkernels (docs/performance.md, "What did not help"):
@@ -95,6 +96,7 @@ class Tuning:
     small_scratch_bytes: int = 1 << 16
     large_scratch_bytes: int = 1 << 26
     huge_scratch_bytes: int = 1 << 22
+    huge_result_bytes: int = 1 << 22
     thread_gap_bytes: int = 4096
 
     cache_line_bytes: int = 64

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusecell.compiler.backend import tuning
+
 __all__ = ["new_empty"]
 
-# From this size NumPy asks Linux for huge pages; torch doesn't. A page is touched first by a fault of the system's,
-# which for pages of 4 kB can take as long as a kernel that fills them.
-_LARGE = 1 << 22
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -24,7 +23,9 @@ def new_empty(like: Tensor, *shape: int, rows_first: bool = False) -> Tensor:
     Arguments:
         rows_first: hand over what lies in memory as (T, N, size) as (N, T, size).
     """
-    if math.prod(shape) * like.element_size() < _LARGE:
+    # NumPy asks Linux for huge pages for large arrays (madvise), torch doesn't. Touching a page for the first time is a
+    # page fault, and with pages of 4 kB these can take as long as the kernel that fills them.
+    if math.prod(shape) * like.element_size() < tuning.TUNING.huge_result_bytes:
         if not rows_first:
             return like.new_empty(shape)
         steps, rows, size = shape
