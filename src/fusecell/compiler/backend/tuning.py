@@ -62,6 +62,12 @@ class Tuning:
     Microkernels (docs/performance.md, "What did not help"):
 
     Attributes:
+        fma_units, load_units: vectors that a core multiplies and adds, and that it loads, in a cycle. All current cores
+            of desktops and servers do two of each, of their widest vectors or of halves of these in turn.
+        fma_latency: cycles from a multiply-add to the next that needs its sum.
+        l1_bytes: bytes of the first cache.
+        l2_bytes_per_cycle: bytes that it takes from the second in a cycle: of 32 there may be, a stream gets about 28.
+        call_cycles: cycles of one microkernel's call, loop and turn of the loops around it.
         cache_line_bytes: bytes that a prefetch brings.
         prefetch_min_rows: rows of a tile from which it prefetches: smaller ones have no loads to spare.
         pack_row_group: rows of a gradient's operand that all tiles read before the next are packed: a tile's share of
@@ -99,6 +105,12 @@ class Tuning:
     huge_result_bytes: int = 1 << 22
     thread_gap_bytes: int = 4096
 
+    fma_units: int = 2
+    load_units: int = 2
+    fma_latency: int = 4
+    l1_bytes: int = 32 << 10
+    l2_bytes_per_cycle: int = 28
+    call_cycles: int = 30
     cache_line_bytes: int = 64
     prefetch_min_rows: int = 4
     pack_row_group: int = 128

@@ -53,16 +53,15 @@ class Emitted:
 def emit(plan: Plan, target: Target) -> Emitted:
     """Write a plan as LLVM text; it exports ``run``, and ``team`` for threads that run a call together."""
     module = Module(plan.graph.title, plan.graph.dtype, target)
-    products = {stage.name: fused_products(plan, stage, module) for stage in plan.stages}
+    products, tilings = {}, {}
+    for stage in plan.stages:
+        products[stage.name], tilings[stage.name] = fused_products(plan, stage, module)
     panels = {each.panel: stage.phase for stage in plan.stages for each in products[stage.name]}
     layout = Layout(module, plan, list(panels))
     strides = _static_strides(module, (each for of_stage in products.values() for each in of_stage))
-    tiles = {}
     for stage in plan.stages:
-        emitter = StageEmitter(module, layout, plan, stage, products[stage.name], strides)
-        emitter.emit()
-        if stage.affines:
-            tiles[stage.name] = emitter.tiling.text
+        StageEmitter(module, layout, plan, stage, products[stage.name], strides, tilings[stage.name]).emit()
+    tiles = {stage.name: tilings[stage.name].text for stage in plan.stages if stage.affines}
     emit_packing(module, layout, panels)
     emit_barrier(module)
     emit_main_loop(module, layout, plan, panels)

@@ -20,81 +20,12 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.codegen.tile_cost import TileCost
 from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.ir.sizes import DType, ceil_div
 
-__all__ = [
-    "StaticStrides", "Tiling", "accumulators", "microkernel", "outer_product", "split_evenly", "tiling",
-]  # fmt: skip
-
-_MAX_ROWS = _MAX_GROUPS = 8
-"""Limits of a tile's rows and column groups, and so of the functions there are to compile."""
-
-
-def accumulators(target: Target, dtype: DType) -> int:
-    """Count the 16-lane accumulators that the registers hold; a quarter of these is left to operands."""
-    registers_each = LANES * dtype.itemsize * 8 // target.vector_bits
-    # The vectors of one operand, a broadcast number of the other, and what the CPU has in flight.
-    operands = target.registers // 4
-    return max(1, (target.registers - operands) // max(1, registers_each))
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Tiles of a stage: each height in rows goes with a width in column groups that fills the registers.
-
-    Up to ``short`` rows are one tile, the wider the fewer rows it has. More rows are split evenly into tall tiles of
-    about ``max_rows``, all as wide as the tallest: so each panel is read once, however many rows are left over.
-
-    Attributes:
-        max_rows: rows of the tallest tile.
-        widths: by height, from one row up.
-    """
-
-    max_rows: int
-    widths: tuple[int, ...]
-
-    @property
-    def short(self) -> int:
-        """The most rows that are one tile."""
-        return (self.max_rows + 1) // 2 if self.max_rows > 1 else 0
-
-    def width(self, height: int) -> int:
-        """Return the column groups of a tile of ``height`` rows, at most."""
-        return self.widths[(height if height <= self.short else self.max_rows) - 1]
-
-    @property
-    def tall(self) -> range:
-        """The heights of the tiles that many rows are split into."""
-        return range(max(1, self.short), self.max_rows + 1)
-
-    @property
-    def kinds(self) -> list[int]:
-        """The widths of the kinds of tiles: of one row, of two, up to ``short``; then of the tall."""
-        return [*self.widths[: self.short], self.widths[-1]]
-
-    @property
-    def text(self) -> str:
-        """The tiles for people, rows x column groups."""
-        heights = dict.fromkeys((self.max_rows, *range(self.short, 0, -1)))
-        return ", ".join(f"{height}x{self.width(height)}" for height in heights)
-
-
-def tiling(target: Target, dtype: DType, products: int, groups: int) -> Tiling:
-    """Choose the tiles of a stage of ``products`` at once and ``groups`` of columns: they fill the registers."""
-    vectors = max(1, accumulators(target, dtype) // products)
-    max_rows = min(_MAX_ROWS, vectors)
-    return Tiling(max_rows, tuple(max(1, min(vectors // rows, groups, _MAX_GROUPS)) for rows in range(1, max_rows + 1)))
-
-
-def split_evenly(count: int, most: int) -> list[tuple[int, int]]:
-    """Split ``count`` into as few portions of at most ``most`` as there can be: (portions, size), larger ones first."""
-    portions = ceil_div(count, most)
-    size, larger = divmod(count, portions)
-    return [(number, each) for number, each in ((larger, size + 1), (portions - larger, size)) if number]
+__all__ = ["StaticStrides", "microkernel", "outer_product"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +187,11 @@ class _Tile:
     def _multiply_add(
         self, sums: list[Value], number: Callable[[int], Value], weight: Callable[[int, int], Value]
     ) -> None:
-        """Add the products of one k: the fewer of the two operands stay in registers, the others come one by one."""
+        """Add the products of one k: the operand of fewer registers stays in them, the other comes value by value."""
         rows = range(self.rows)
         columns = [(product, group) for group in range(self.groups) for product in range(self.products)]
-        if self.rows < len(columns):
+        registers_each = TileCost(self.f.module.target, self.f.module.dtype).registers_each
+        if self.rows + registers_each < len(columns) * registers_each + 1:
             numbers = [number(row) for row in rows]
             pairs = ((r, p, g, numbers[r], vector) for p, g in columns for vector in (weight(p, g),) for r in rows)
         else:

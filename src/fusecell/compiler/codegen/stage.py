@@ -18,18 +18,14 @@ a little memory in L1, so that microkernels are shared by all stages and compile
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, THREADS, Layout, Panel
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i1, i64
 from fusecell.compiler.codegen.microkernel import (
     StaticStrides,
-    Tiling,
-    accumulators,
     microkernel,
-    split_evenly,
-    tiling,
 )
 from fusecell.compiler.codegen.pack_weights import pack_panel_name
 from fusecell.compiler.codegen.stage_body import (
@@ -41,10 +37,14 @@ from fusecell.compiler.codegen.stage_body import (
     start_values,
     step_rows,
 )
+from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, split_evenly
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
 __all__ = ["FusedProducts", "StageEmitter", "fused_products"]
+
+_MOST_FUSED = 4
+"""An LSTM has four products of one operand; more would leave few accumulators to rows."""
 
 FROM, TO, PACK_ON_USE = i64("from"), i64("to"), i1("pack_on_use")
 STAGE_PARAMS = (*STEP_PARAMS, FROM, TO, THREAD_ID, THREADS, PACK_ON_USE)
@@ -70,10 +70,22 @@ class FusedProducts:
         return len(self.panel.weights)
 
 
-def fused_products(plan: Plan, stage: Stage, module: Module) -> list[FusedProducts]:
-    """Fuse the products of a stage, in the order in which they accumulate, as many at once as registers hold."""
-    # An LSTM has four products of one operand; more would leave few accumulators to rows.
-    most = max(1, min(4, accumulators(module.target, module.dtype)))
+def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[FusedProducts], Tiling]:
+    """Fuse the products of a stage, in the order in which they accumulate, as many at once as cost least."""
+    cost, groups = TileCost(module.target, module.dtype), module.groups(stage.width)
+    candidates = []
+    for most in range(_MOST_FUSED if stage.affines else 1, 0, -1):
+        fused = _fuse(plan, stage, most)
+        products = [Product(each.count, each.panel.depth) for each in fused] or [Product(1, 1)]
+        if most == 1 or cost.fits(1, max(product.fused for product in products)):
+            candidates.append((*cost.best(products, groups), fused))
+    # Of equals the first: fewer calls.
+    _, tiling, fused = min(candidates, key=lambda candidate: round(candidate[0], 9))
+    return fused, tiling
+
+
+def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
+    """Fuse neighbouring products of one operand and one depth, up to ``most`` of them."""
     fused: list[FusedProducts] = []
     terms = [affine_parts(plan.graph[index])[1] for index in stage.affines]
     for turn in range(max(map(len, terms), default=0)):
@@ -135,6 +147,7 @@ class StageEmitter:
 
     Attributes:
         strides: what is constant in the microkernels of the whole kernel, by their number of fused products.
+        tiling: the tiles of its products.
     """
 
     module: Module
@@ -143,11 +156,7 @@ class StageEmitter:
     stage: Stage
     products: list[FusedProducts]
     strides: dict[int, StaticStrides]
-    tiling: Tiling = field(init=False)
-
-    def __post_init__(self) -> None:
-        products = max((each.count for each in self.products), default=1)
-        self.tiling = tiling(self.module.target, self.module.dtype, products, self.groups)
+    tiling: Tiling
 
     @property
     def name(self) -> str:
@@ -272,7 +281,7 @@ class StageEmitter:
                 panel,
                 group_bytes,
                 each.panel.depth,
-                *self._prefetch(f, panel, turn, f.mul(part.groups, group_bytes), each.panel.depth),
+                *self._prefetch(f, panel, turn, part.groups, each),
             )
         f.call(f"{self.name}.epilogue", *STEP_PARAMS, *args)
 
@@ -292,19 +301,23 @@ class StageEmitter:
         return name
 
     def _prefetch(
-        self, f: Function, panel: Value, turn: Integer, panel_bytes: Integer, depth: int
+        self, f: Function, panel: Value, turn: Integer, groups: Integer, products: FusedProducts
     ) -> tuple[Value, Value]:
         """Return what a tile prefetches, and the bytes from one k to the next: its share of the next panel.
 
         The first tile of a panel prefetches nothing: it reads its own panel as fast as that comes from L3, which more
-        requests would slow down. Gains 11 % where the loop's weights exceed L2, at H of 512 (docs/performance.md).
+        requests would slow down. Nor do those that come after the whole of the next: they would fetch what is not
+        needed for long, and that drives the operand's rows out of L2. Gains 11 % where the loop's weights exceed L2,
+        at H of 512 (docs/performance.md).
         """
-        is_first = f.eq(turn, 0, "is_first", once=True)
-        line = self.module.target.tuning.cache_line_bytes
-        share = f.mul(f.sub(turn, 1), depth * line)
-        next_panel = f.at(f.at(panel, panel_bytes), share, "next_panel")
-        address = f.select(is_first, panel, next_panel, "prefetch")
-        return address, f.select(is_first, 0, line, "prefetch.k", once=True)
+        line, count = self.module.target.tuning.cache_line_bytes, products.count
+        # A tile fetches a line for every k: a group of one product's columns, as wide as a line in float32.
+        lines = self.module.vector_bytes // line
+        shares = f.mul(groups, count * lines)
+        is_idle = f.or_(f.eq(turn, 0, "is_first", once=True), f.gt(turn, shares, "is_late"), "is_idle")
+        next_panel = f.at(panel, f.mul(groups, products.panel.group_bytes(self.module)))
+        share = f.at(next_panel, f.mul(f.sub(turn, 1), products.panel.depth * line), "next_panel")
+        return f.select(is_idle, panel, share, "prefetch"), f.select(is_idle, 0, line, "prefetch.k")
 
     def _start(self) -> None:
         """Write the start of a tile's accumulators: a bias, or a value computed before the loop; else zero."""

@@ -19,13 +19,15 @@ from dataclasses import dataclass, replace
 from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layout, StepRows, row_address
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i1, i64, ptr
-from fusecell.compiler.codegen.microkernel import outer_product, split_evenly, tiling
+from fusecell.compiler.codegen.microkernel import outer_product
+from fusecell.compiler.codegen.tile_cost import split_evenly
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
     TILE_FEATURES,
     emit_pack_operand,
     is_packed,
     micro_panel_bytes,
+    outer_tiling,
     packed_bytes,
 )
 from fusecell.compiler.ir.primitives import LANES
@@ -115,7 +117,7 @@ class _Reduction:
 
     def __init__(self, module: Module, layout: Layout, plan: Plan, reduction: Sum) -> None:
         self.module, self.layout, self.plan, self.reduction = module, layout, plan, reduction
-        self.tiling = tiling(module.target, module.dtype, 1, module.groups(reduction.width))
+        self.tiling = outer_tiling(module, reduction)
         self.f = Function(module, reduction.name, *_PARAMS)
 
     def row_sum(self) -> None:

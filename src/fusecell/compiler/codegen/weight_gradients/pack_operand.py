@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
-from fusecell.compiler.codegen.microkernel import tiling
+from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling
 from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.schedule.plan import Plan, Sum
 
 __all__ = [
-    "PACKED", "TILE_FEATURES", "emit_pack_operand", "is_packed", "micro_panel_bytes", "packed_bytes",
+    "PACKED", "TILE_FEATURES", "emit_pack_operand", "is_packed", "micro_panel_bytes", "outer_tiling",
+    "packed_bytes",
 ]  # fmt: skip
 
 PACKED = "packed.a"
@@ -40,6 +41,15 @@ def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
     return reduction.operands[reduction.a].buffer not in plan.gathered.values()
 
 
+def outer_tiling(module: Module, reduction: Sum) -> Tiling:
+    """Choose the tiles of a weight's gradient: their rows are features of one operand, and k counts a row group."""
+    product = Product(fused=1, depth=module.target.tuning.pack_row_group)
+    _, tiling = TileCost(module.target, module.dtype).best(
+        [product], module.groups(reduction.width), [reduction.height]
+    )
+    return tiling
+
+
 def micro_panel_bytes(module: Module) -> int:
     """Return the bytes of a micro-panel: a tile's features of a row group."""
     return module.target.tuning.pack_row_group * TILE_FEATURES * module.itemsize
@@ -47,7 +57,7 @@ def micro_panel_bytes(module: Module) -> int:
 
 def packed_bytes(module: Module, reduction: Sum) -> int:
     """Return the bytes of all micro-panels of a gradient's operand."""
-    max_rows = tiling(module.target, module.dtype, 1, module.groups(reduction.width)).max_rows
+    max_rows = outer_tiling(module, reduction).max_rows
     return ceil_div(reduction.height, max_rows) * micro_panel_bytes(module)
 
 
