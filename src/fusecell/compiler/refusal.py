@@ -1,4 +1,4 @@
-"""``Refusal``: the reasons why a step is not compiled."""
+"""Why a step is not compiled."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ __all__ = ["Refusal", "TooLarge", "refusal"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """The reasons why a step is not compiled; a result rather than an exception, as it is cached like a program.
+    """Why a step has no graph, a sentence each.
 
     Arguments:
-        reasons: a sentence each.
         changes: the attributes, by path, that the step itself changes.
     """
 
@@ -23,12 +22,12 @@ class Refusal:
 
 
 class TooLarge(CompilerError):
-    """Raised for a step that would take too long to compile; the message has its size and the limit."""
+    """A step would take too long to compile; the message has its size and the limit."""
 
 
 def refusal(error: Exception) -> Refusal:
-    """Turn a defect of the compiler into a refusal: it must not stop a user whose cell runs eagerly."""
+    """A defect of ours as a reason: it must not stop a user whose cell runs well without the compiler."""
     if isinstance(error, TooLarge):
         return Refusal((str(error),))
     kind = type(error).__name__
-    return Refusal((f"The compiler failed on the step, please report this with the cell ({kind}: {error}).",))
+    return Refusal((f"The compiler failed on it, please report this with the cell ({kind}: {error}).",))

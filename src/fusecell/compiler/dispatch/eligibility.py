@@ -1,4 +1,4 @@
-"""Eligibility of a call: why it can't be compiled, whatever its cell, and whether it needs gradients."""
+"""Which calls, whatever their cell, must run eagerly, and which want gradients."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ _EXACT = (Tensor, nn.Parameter)
 
 
 def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
-    """Return why a call must run eagerly, whatever its cell; empty if it need not."""
-    # One pass that only tells whether there is a reason: this runs in every call that is not cached.
+    """Why this call, whatever its cell, must run eagerly; empty if it need not."""
     dtype = inputs[0].dtype
-    eligible = dtype is torch.float32 or dtype is torch.float64
+    usual = dtype is torch.float32 or dtype is torch.float64
     for value in (*inputs, *state):
-        eligible = eligible and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
-        eligible = eligible and value.dtype is dtype and not value.is_neg() and value.numel() > 0
-    if not eligible:
+        usual = usual and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
+        usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
+    if not usual:
         return _tensor_reasons((*inputs, *state))
-    # A kernel reads memory at addresses: modes and transforms that follow operations on tensors would see none.
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return ("A transform of torch.func or a dispatch mode is active.",)
     if forward_ad._current_level >= 0:
@@ -33,34 +31,32 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
 
 
 def _tensor_reasons(tensors: State) -> tuple[str, ...]:
-    """Return what is ineligible about the tensors of a call."""
+    """What is unusual about one of the tensors of a call."""
     first = tensors[0]
-    for value in tensors:
-        if type(value) not in _EXACT:
-            return (f"An input or state is a {type(value).__name__}, a subclass of Tensor.",)
-        if not value.is_cpu or value.layout is not torch.strided:
-            return (f"An input or state is on {value.device} and {value.layout}, not a dense tensor on the CPU.",)
+    if not all(type(value) in _EXACT for value in tensors):
+        return ("An input or state is a subclass of Tensor.",)
+    if not all(value.is_cpu and value.layout is torch.strided for value in tensors):
+        return ("An input or state is not a dense tensor on the CPU.",)
     if first.dtype not in (torch.float32, torch.float64) or any(value.dtype != first.dtype for value in tensors):
         kinds = ", ".join(sorted({str(value.dtype) for value in tensors}))
         return (f"Inputs and states must all be float32 or all float64, got {kinds}.",)
     if any(value.is_neg() for value in tensors):
-        return ("An input or state is a lazy negation; pass its resolve_neg().",)
-    return ("An input or state is empty: T, N or a number of features is 0.",)
+        return ("An input or state is a lazy negation.",)
+    return ("There is nothing to compute.",)
 
 
 def needs_gradient(cell: Cell, tensors: State) -> bool:
-    """Return whether autograd must see a call: gradients are on, and a tensor or a weight requires one."""
     if not torch.is_grad_enabled():
         return False
-    return any(value.requires_grad for value in tensors) or _is_trainable(cell)
+    return any(value.requires_grad for value in tensors) or _learns(cell)
 
 
-def _is_trainable(module: nn.Module) -> bool:
-    """Return whether a parameter requires a gradient, or a plain attribute: in a drop-in layer's cell, a weight."""
+def _learns(module: nn.Module) -> bool:
+    """Whether a parameter, or a tensor that stands as an attribute of a drop-in layer's cell, wants a gradient."""
     for parameter in module._parameters.values():
         if parameter is not None and parameter.requires_grad:
             return True
     for value in vars(module).values():
         if isinstance(value, Tensor) and value.requires_grad:
             return True
-    return any(part is not None and _is_trainable(part) for part in module._modules.values())
+    return any(part is not None and _learns(part) for part in module._modules.values())
