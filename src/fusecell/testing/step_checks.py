@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.execution.options import State
-from fusecell.module_snapshot import Snapshot, changing_line, sentence
+from fusecell.module_snapshot import Snapshot
+from fusecell.step_changes import changing_line, sentence
 from fusecell.testing.harness import Trial, apart, kinds, same
 
 __all__ = [

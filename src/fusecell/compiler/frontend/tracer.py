@@ -27,7 +27,8 @@ from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
-from fusecell.module_snapshot import Change, Snapshot, changing_line, sentence
+from fusecell.module_snapshot import Change, Snapshot
+from fusecell.step_changes import changing_line, sentence
 
 __all__ = ["Traced", "trace"]
 
