@@ -88,7 +88,7 @@ def test_a_weight_moved_off_the_cpu(training):
     with torch.set_grad_enabled(training), fc.runner("compiled"):
         fc.scan(cell, X)
         cell.rec.weight = nn.Parameter(torch.zeros(9, 9, device="meta"))
-        with pytest.raises(fc.NotCompilable, match=r"Its rec\.weight is not a dense tensor on the CPU"):
+        with pytest.raises(fc.NotCompilable, match=r"The cell's rec\.weight is not a dense tensor on the CPU"):
             fc.scan(cell, X)
 
 

@@ -18,11 +18,11 @@ def pretend(monkeypatch):
         text = ",".join(f"+{feature}" for feature in sorted(features))
         monkeypatch.setattr(llvm, "host", lambda: llvm.Host(cpu, frozenset(features), text, triple))
         monkeypatch.setenv("FUSECELL_TARGET", choice)
-        target._chosen.cache_clear()
+        target._target_named.cache_clear()
         return host_target
 
     yield believe
-    target._chosen.cache_clear()
+    target._target_named.cache_clear()
 
 
 @pytest.mark.parametrize(

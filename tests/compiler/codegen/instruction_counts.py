@@ -101,7 +101,7 @@ class Counted:
         self._library = llvm.link(code, [*names, _TABLE])
         self._table = (ctypes.c_int64 * len(self.blocks)).from_address(self._library.addresses[_TABLE])
         # What a program tells of how it was made.
-        self.llvm, self.target, self.from_cache, self.object_size, self.compile_seconds = text, target, False, 0, 0.0
+        self.llvm, self.target, self.from_cache, self.object_size = text, target, False, 0
 
     def address(self, name: str) -> int:
         """The address of a function."""

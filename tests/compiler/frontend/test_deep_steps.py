@@ -149,7 +149,7 @@ def test_a_step_that_is_too_large_is_refused_by_its_size(monkeypatch):
     monkeypatch.setattr(recorder, "MOST_NODES", 300)
     explanation = fc.explain(Deep("chain", 400))
     assert (explanation.runner, explanation.training_runner) == ("eager", "eager")
-    assert "It is too large: 301 values in its graph, and there may be 300 [aten.tanh" in explanation.reasons[0]
+    assert "The step is too large: 301 values in its graph, and there may be 300 [aten.tanh" in explanation.reasons[0]
     fc.refresh()
     explanation = fc.explain(Deep("chain", 180))
     assert (explanation.runner, explanation.training_runner) == ("compiled", "eager")

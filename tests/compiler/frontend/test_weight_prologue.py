@@ -349,10 +349,10 @@ REFUSED = {
     "weights-not_linear": "not linear in the gradient",
     "weights-closure_argument": "CheckpointFunction to a weight and a function",
     "weights-value_inside": r"reads the value of a tensor \(.item\(\)\) in test_weight_prologue.py, line \d+",
-    "weights-hook": "puts a hook on w_mul",
+    "weights-hook": "registers a hook on w_mul",
     "weights-hook_on_a_node": "a hook or a custom Function changes it",
     "rows-mixed_weight_then_more": "RowsAndWeight, a custom Function, has made together with rows",
-    "rows-branching_backward": "It mixes the rows of the batch .* in the gradient of BranchingBackward",
+    "rows-branching_backward": "The step mixes the rows of the batch .* in the gradient of BranchingBackward",
     "rows-branching_in_numpy": r"reads the value of a tensor \(.numpy\(\)\)",
 }
 

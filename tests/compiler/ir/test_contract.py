@@ -62,8 +62,8 @@ UNREADABLE = {
     "nothing": ("", "the first line must be"),
     "a head of another dtype": (GOOD.replace("f32", "f16"), "the first line must be"),
     "a last line that is cut": (GOOD[:-1], "ends in the middle of a line"),
-    "an empty line": (GOOD + "\n", "values stand before what is returned"),
-    "a value after a result": (GOOD + "o = neg(x) : row[3]\n", "values stand before what is returned"),
+    "an empty line": (GOOD + "\n", "a value after a return: values come first"),
+    "a value after a result": (GOOD + "o = neg(x) : row[3]\n", "a value after a return: values come first"),
     "a label twice": (GOOD + "return output = p\n", "the label is taken"),
     "a name twice": (HEAD + PRODUCT + PRODUCT + TAIL, "the name is taken"),
     "a result that is nothing": (
@@ -100,20 +100,20 @@ UNREADABLE = {
     "a size of infinity": (GOOD.replace('{"shape": [3]}', '{"shape": [Infinity]}'), "got inf"),
     "a size of nothing": (GOOD.replace('{"shape": [3]}', '{"shape": [0]}'), "from 1 to .* got 0"),
     "a negative size": (GOOD.replace('{"shape": [3]}', '{"shape": [-3]}'), "from 1 to .* got -3"),
-    "a size beyond memory": (GOOD.replace('{"shape": [3]}', '{"shape": [99999999999999]}'), "whole number from 1 to"),
+    "a size beyond memory": (GOOD.replace('{"shape": [3]}', '{"shape": [99999999999999]}'), "integer from 1 to"),
     "a size of 5,000 digits": (
         GOOD.replace('{"shape": [3]}', '{"shape": [' + "9" * 5000 + "]}"),
         "line 2 of the graph",
     ),
-    "an input of two axes": (GOOD.replace('{"shape": [3]}', '{"shape": [3, 1]}'), "a list of 1 whole numbers"),
+    "an input of two axes": (GOOD.replace('{"shape": [3]}', '{"shape": [3, 1]}'), "a list of 1 integers"),
     "a weight of three axes": (
         GOOD.replace('{"shape": [3, 4]}', '{"shape": [3, 4, 1]}'),
-        "a list of 1 or 2 whole numbers",
+        "a list of 1 or 2 integers",
     ),
     "columns beyond a weight": (GOOD.replace('"cols": [0, 4]', '"cols": [0, 5]'), r"columns 0:5 of weight\[3, 4\]"),
     "columns that are three": (
         GOOD.replace('"cols": [0, 4]', '"cols": [0, 2, 4]'),
-        "cols is a list of 2 whole numbers",
+        "cols is a list of 2 integers",
     ),
     "turned by a number": (
         GOOD.replace('"transposed": false', '"transposed": 0'),
@@ -121,7 +121,7 @@ UNREADABLE = {
     ),
     "a product of no weight": (
         GOOD.replace("product(x, w)", "product(x, x)"),
-        r"row\[3\] stands where a weight is needed",
+        r"row\[3\] is an argument where a weight is needed",
     ),
     "a constant that is a text": (HEAD + 'c = const() {"value": "1"} : row[1]\n' + TAIL, "is a number with a point"),
     "a constant that is whole": (HEAD + 'c = const() {"value": 1} : row[1]\n' + TAIL, "is a number with a point"),

@@ -1,6 +1,6 @@
-"""Instruction sets: what kernels need to know of one beside LLVM, in one record each.
+"""Instruction sets: what kernels need that LLVM does not abstract from, in one record each.
 
-To support another, add a record to ``_KNOWN`` and the spellings of its triples to its ``spellings``.
+To support another, add a record to ``_INSTRUCTION_SETS`` and the spellings of its triples to its ``spellings``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DenormalControl:
 
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
-    """What kernels use of an instruction set by name.
+    """Properties of an instruction set that kernels use.
 
     Attributes:
         name: LLVM's name of the architecture.
@@ -50,8 +50,8 @@ class InstructionSet:
         always_fused: whether a multiply-add with one rounding is part of the base.
         fused_features: features each of which brings one.
         denormals: how denormals are made to count as zero; None where nothing does it.
-        spin_hint: the declaration, and the call, that tell a core that it only waits; None where there is none.
-        levels: the targets one can ask for by name, the features each adds to the one before.
+        spin_hint: the declaration, and the call, of the hint that a core is in a spin loop; None where there is none.
+        levels: the targets that can be named, and the features that each adds to the one before.
     """
 
     name: str
@@ -65,28 +65,28 @@ class InstructionSet:
 
     @property
     def flushes_denormals(self) -> bool:
-        """Whether kernels take denormals for zero here."""
+        """Whether denormals count as zero in kernels."""
         return self.denormals is not None
 
     @property
     def about_denormals(self) -> str:
-        """What kernels do with denormals here, in words."""
+        """How kernels treat denormals, in words."""
         if self.flushes_denormals:
             return "count as zero inside kernels"
         return f"denormals are kept on {self.name}, which has no switch for them that fusecell knows"
 
     def features_of(self, level: str) -> tuple[str, ...]:
-        """All features of a level, those of the levels below it included."""
+        """List all features of a level, those of the levels below it included."""
         names = list(self.levels)
         return tuple(feature for name in names[: names.index(level) + 1] for feature in self.levels[name])
 
 
-_MXCSR = DenormalControl(  # flush to zero, and denormals are zero
+_MXCSR = DenormalControl(  # bit 15, flush to zero: denormal results; bit 6, denormals are zero: denormal operands
     "@llvm.x86.sse.stmxcsr", "@llvm.x86.sse.ldmxcsr", 32, 0x8040, through_memory=True
 )
 _X86_PAUSE = ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()")
 
-_KNOWN = (
+_INSTRUCTION_SETS = (
     InstructionSet(
         "x86_64",
         ("x86_64", "x86_64h", "amd64"),
@@ -115,7 +115,7 @@ _KNOWN = (
         ("aarch64", "aarch64_be", "arm64", "arm64e", "arm64ec"),
         vector_registers=32,
         always_fused=True,
-        denormals=DenormalControl("@llvm.aarch64.get.fpcr", "@llvm.aarch64.set.fpcr", 64, 1 << 24),
+        denormals=DenormalControl("@llvm.aarch64.get.fpcr", "@llvm.aarch64.set.fpcr", 64, 1 << 24),  # bit FZ
         spin_hint=("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),  # yield
     ),
     InstructionSet(
@@ -131,12 +131,12 @@ _KNOWN = (
     InstructionSet("s390x", fused_features=frozenset({"vector"})),
     InstructionSet("loongarch64", fused_features=frozenset({"d"})),
 )
-_BY_SPELLING = {spelling: known for known in _KNOWN for spelling in known.spellings or (known.name,)}
+_BY_SPELLING = {spelling: isa for isa in _INSTRUCTION_SETS for spelling in isa.spellings or (isa.name,)}
 
 
 @functools.cache
 def instruction_set(triple: str) -> InstructionSet:
-    """The instruction set of a target triple, however that spells it; one that isn't listed has nothing special.
+    """Return the instruction set of a target triple, however that spells it; one that isn't listed has the defaults.
 
     Example:
         >>> from fusecell.compiler.backend.isa import instruction_set

@@ -1,8 +1,7 @@
-"""From LLVM text to callable addresses, by way of the disk cache."""
+"""JIT loader: LLVM text to callable addresses, through the disk cache of object code."""
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Sequence
 
@@ -15,14 +14,13 @@ __all__ = ["Loaded", "load"]
 
 
 class Loaded:
-    """Machine code in this process; it stays mapped as long as this object lives.
+    """Machine code in this process, mapped as long as this object is alive.
 
     Attributes:
         llvm: the text it was made of.
         target: the CPU it was made for.
         from_cache: whether its object code was read from disk.
         object_size: bytes of object code.
-        compile_seconds: time from text to addresses: compiling or reading, and linking.
     """
 
     def __init__(
@@ -33,42 +31,42 @@ class Loaded:
         *,
         from_cache: bool,
         object_size: int,
-        seconds: float,
     ) -> None:
         self.llvm = text
         self.target = target
         self.from_cache = from_cache
         self.object_size = object_size
-        self.compile_seconds = seconds
+
         self._library = library
 
     def address(self, name: str) -> int:
-        """The address of the function ``name``, one of those :func:`load` was given."""
+        """Return the address of an exported function."""
         try:
             return self._library.addresses[name]
         except KeyError:
-            known = ", ".join(sorted(self._library.addresses))
-            raise KeyError(f"{name!r} was not exported; exported are: {known}") from None
+            exported = ", ".join(sorted(self._library.addresses))
+            raise KeyError(f"{name!r} was not exported; exported are: {exported}") from None
 
     def assembly(self) -> str:
-        """The machine code as assembly, made anew from the text."""
+        """Return the machine code as assembly, compiled anew from the text."""
         target = self.target
         names = tuple(self._library.addresses)
         return llvm.assembly(self.llvm, names, target.cpu, target.features, target.triple)
 
 
+# Weak: code is unmapped with the last program that uses it, and linked again, from disk, in less than a millisecond.
 _live: weakref.WeakValueDictionary[tuple[str, Target, frozenset[str]], Loaded] = weakref.WeakValueDictionary()
 
 
 def load(text: str, names: Sequence[str], target: Target) -> Loaded:
-    """Compile LLVM text, or find it compiled, and link it into the process.
+    """Compile LLVM text, or read its object code from the disk cache, and link it into the process.
 
-    The same text for the same target is compiled once, whichever thread asks first, and linked once as
-    long as somebody holds it.
+    The same text for the same target is compiled once, whichever thread asks first, and linked once while the result
+    is alive.
 
     Args:
         text: LLVM IR of one module; triple and data layout may be left out.
-        names: the functions to export; their addresses hold only as long as the result is kept.
+        names: the functions to export; their addresses are valid only while the result is alive.
         target: the CPU to compile for, from :func:`fusecell.compiler.backend.target.host_target`.
 
     Raises:
@@ -83,21 +81,21 @@ def load(text: str, names: Sequence[str], target: Target) -> Loaded:
         >>> ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(code.address("next"))(41)
         42
     """
-    wanted = (text, target, frozenset(names))
-    loaded = _live.get(wanted)
+    request = (text, target, frozenset(names))
+    loaded = _live.get(request)
     if loaded is not None:
         return loaded
     with llvm.lock:
-        loaded = _live.get(wanted)
+        # Another thread may have loaded it while this one waited for the lock.
+        loaded = _live.get(request)
         if loaded is None:
             key = cache_key(text, target.cpu, target.features, target.triple, llvm.VERSIONS)
             loaded = _read(key, text, names, target) or _compile(key, text, names, target)
-            _live[wanted] = loaded
+            _live[request] = loaded
         return loaded
 
 
 def _read(key: str, text: str, names: Sequence[str], target: Target) -> Loaded | None:
-    started = time.perf_counter()
     code = read_entry(key)
     if code is None:
         return None
@@ -105,14 +103,11 @@ def _read(key: str, text: str, names: Sequence[str], target: Target) -> Loaded |
         library = llvm.link(code, names)
     except CompilerError:
         return None  # compiling anew either replaces the entry or says what is wrong with the text
-    seconds = time.perf_counter() - started
-    return Loaded(text, target, library, from_cache=True, object_size=len(code), seconds=seconds)
+    return Loaded(text, target, library, from_cache=True, object_size=len(code))
 
 
 def _compile(key: str, text: str, names: Sequence[str], target: Target) -> Loaded:
-    started = time.perf_counter()
     code = llvm.object_code(text, names, target.cpu, target.features, target.triple)
     library = llvm.link(code, names)
-    seconds = time.perf_counter() - started
     write_entry(key, code)
-    return Loaded(text, target, library, from_cache=False, object_size=len(code), seconds=seconds)
+    return Loaded(text, target, library, from_cache=False, object_size=len(code))

@@ -1,6 +1,6 @@
-"""LLVM as the compiler needs it: host facts, text to object code, object code to addresses.
+"""Interface to LLVM: the host's CPU, text to object code, object code to addresses.
 
-The one file that imports llvmlite. Everything here takes and gives plain strings, bytes and ints.
+The one file that imports llvmlite. Its functions take and return strings, bytes and integers only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.ll
 lock = new_lock()
 
 EFFORT = 3
-"""How much LLVM optimises; a search for defects of the text it is given sets it to 0, the cache off."""
+"""LLVM's optimisation level; a search for defects in the text itself sets it to 0, with the cache off."""
 
+# LLJIT accepts each name of a library only once.
 _library_numbers = itertools.count()
 
 
 class Host(NamedTuple):
-    """What LLVM sees of this machine: the CPU's name, its features (a set, and LLVM's text), the triple."""
+    """This machine for LLVM: the CPU's name, its features (a set, and LLVM's text), the triple."""
 
     cpu: str
     features: frozenset[str]
@@ -52,7 +53,7 @@ def _initialise() -> None:
 
 @functools.cache
 def host() -> Host:
-    """Read the CPU's name and features once; virtual machines mask some, so the name alone doesn't do."""
+    """Return the CPU's name and features; virtual machines mask some, so the name alone is not enough."""
     with lock:
         _initialise()
         table = binding.get_host_cpu_features()
@@ -71,7 +72,7 @@ def object_code(text: str, names: Sequence[str], cpu: str, features: str, triple
 
 
 def assembly(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> str:
-    """The assembly of what :func:`object_code` makes of the same arguments."""
+    """Return the assembly of the object code that :func:`object_code` returns for the same arguments."""
     with lock, _optimised(text, names, cpu, features, triple) as (module, machine):
         return str(machine.emit_assembly(module))
 
@@ -106,42 +107,44 @@ def _verified(text: str, names: Sequence[str]) -> Any:
     return module
 
 
-def _refusal(text: str, complaint: str) -> str:
+def _refusal(text: str, message: str) -> str:
+    """Return LLVM's message with the line of the text that it is about."""
     lines = text.splitlines()
-    position = re.search(r"<string>:(\d+):\d+: error: (.*)", complaint)
+    position = re.search(r"<string>:(\d+):\d+: error: (.*)", message)
     if position:
         number, reason = int(position[1]), position[2]
     else:
-        # The verifier prints the instruction itself, without its place in the text.
-        said = {line.strip() for line in complaint.splitlines()}
-        places = (place for place, line in enumerate(lines, 1) if line.strip() and line.strip() in said)
-        number, reason = next(places, 0), complaint.strip()
+        # The verifier prints the instruction itself, without its line number.
+        printed = {line.strip() for line in message.splitlines()}
+        numbers = (number for number, line in enumerate(lines, 1) if line.strip() and line.strip() in printed)
+        number, reason = next(numbers, 0), message.strip()
     where = f" Line {number}: {lines[number - 1].strip()}" if 1 <= number <= len(lines) else ""
     return f"LLVM refused the emitted text: {reason}.{where}"
 
 
 def _set_target(module: Any, triple: str, layout: str) -> None:
-    for given, expected, what in (
+    for in_text, expected, kind in (
         (module.triple, triple, "triple"),
         (module.data_layout, layout, "data layout"),
     ):
-        if given and given != expected:
+        if in_text and in_text != expected:
             # Generating code for a foreign layout is an assertion in LLVM, which ends the process.
             raise CompilerError(
-                f"The LLVM text is for the {what} {given!r}, the target has {expected!r}: leave it out of the text."
+                f"The LLVM text is for the {kind} {in_text!r}, the target has {expected!r}: leave it out of the text."
             )
     module.triple = triple
     module.data_layout = layout
 
 
 def _optimise(module: Any, machine: Any) -> None:
-    """The few passes that the text needs before code is made of it.
+    """Run the few passes that the text needs before instruction selection.
 
-    The emitter has chosen vectors, register tiles, the shape of loops and where values are kept, and computes nothing
-    twice; the whole of LLVM's pipeline took as long as making the code, which was at most a little faster.
+    Code generation has chosen vectors, register tiles, the form of loops and the location of values, and computes
+    nothing twice. LLVM's whole pipeline, O3, takes as long again, for kernels that are 0 to 2 % faster
+    (docs/performance.md).
     """
     passes = binding.create_new_module_pass_manager()
-    passes.add_always_inliner_pass()
+    passes.add_always_inliner_pass()  # vector functions: scheduled together with the code around them
     if EFFORT:
         passes.add_instruction_combine_pass()  # constants into addresses, among others
         passes.add_simplify_cfg_pass()
@@ -150,7 +153,7 @@ def _optimise(module: Any, machine: Any) -> None:
 
 
 class Library:
-    """Linked machine code and its addresses; the code is unmapped when this object is collected."""
+    """Linked machine code and its addresses; it is unmapped when this object is collected."""
 
     def __init__(self, tracker: Any, names: Sequence[str]) -> None:
         self.addresses: dict[str, int] = {name: tracker[name] for name in names}
@@ -166,6 +169,7 @@ def _unload(tracker: Any) -> None:
 @functools.cache
 def _linker() -> Any:
     _initialise()
+    # LLJIT as a linker alone: it neither optimises nor has a cache on disk. JITLink, as aarch64 needs it.
     target = binding.Target.from_triple(binding.get_process_triple())
     machine = target.create_target_machine(opt=3, reloc="pic", codemodel="small")
     return binding.create_lljit_compiler(machine, use_jit_link=True, suppress_errors=True)

@@ -1,4 +1,4 @@
-"""The CPU that kernels are made for."""
+"""Target: the CPU that kernels are compiled for, this machine's or one that is asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _USUAL_L2 = 1 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU as the emitter and LLVM need to know it.
+    """CPU as code generation and LLVM need to know it.
 
     Attributes:
         cpu: LLVM's name of the CPU, which also chooses its scheduling model.
@@ -56,7 +56,7 @@ class Target:
 
 
 def host_target() -> Target:
-    """The target that ``FUSECELL_TARGET`` asks for: ``native`` (the default) or an x86-64 level.
+    """Return the target that ``FUSECELL_TARGET`` names: ``native`` (the default) or an x86-64 level.
 
     The variable is read at every call.
 
@@ -68,11 +68,11 @@ def host_target() -> Target:
     Raises:
         ValueError: the value is unknown, or names a level above what this CPU has.
     """
-    return _chosen(os.environ.get("FUSECELL_TARGET", "") or NATIVE)
+    return _target_named(os.environ.get("FUSECELL_TARGET", "") or NATIVE)
 
 
 @functools.cache
-def _chosen(choice: str) -> Target:
+def _target_named(choice: str) -> Target:
     host = llvm.host()
     if choice == NATIVE:
         return target_of(host.cpu, host.feature_text, host.triple, host.features)
@@ -82,6 +82,7 @@ def _chosen(choice: str) -> Target:
             f"FUSECELL_TARGET is {choice!r}, but this CPU ({host.cpu}, {host.triple}) has no such level; "
             f"expected one of {', '.join((NATIVE, *isa.levels))}."
         )
+    # A text compiled for features that the CPU lacks would end the process with an illegal instruction.
     needed = isa.features_of(choice)
     missing = [feature for feature in needed if feature not in host.features]
     if missing:
@@ -94,7 +95,7 @@ def _chosen(choice: str) -> Target:
 
 
 def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Target:
-    """The target of a CPU with these features, which need not be this machine's.
+    """Return the target of a CPU with these features, which need not be this machine's.
 
     Arguments:
         cpu: LLVM's name of the CPU.
@@ -105,7 +106,7 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
     isa = instruction_set(triple)
     avx512 = {"avx512f", "avx512vl"} <= has
     avx2 = {"avx2", "fma"} <= has
-    # The mask registers' extension doubles the vector registers, in 64-bit code alone.
+    # AVX-512 doubles the vector registers, in 64-bit code alone.
     registers = 32 if avx512 and isa.name == "x86_64" else isa.vector_registers
     return Target(
         cpu=cpu,
@@ -119,7 +120,7 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
 
 @functools.cache
 def l2_bytes() -> int:
-    """Bytes of a core's second cache, as Linux has it; a megabyte where nobody says."""
+    """Return the bytes of a core's L2, as Linux reports them; a megabyte where no system file does."""
     try:
         for cache in sorted(_CACHES.glob("index*")):
             if (cache / "level").read_text().strip() == "2":

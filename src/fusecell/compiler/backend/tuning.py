@@ -1,6 +1,6 @@
 """Tuning: the sizes and rates of machines that kernels and their launches are fitted to.
 
-None of them decides a bit of a result; the constants that do, such as the rows of a row panel, stand in the code that
+None of them decides a bit of a result; the constants that do, such as the rows of a row panel, are in the code that
 they belong to, as they must be the same on every machine.
 
 Measured on an AMD EPYC (Zen 4) and an Intel Xeon with AVX-512 and 2 MiB of L2 a core; the figures, and what was tried

@@ -2,13 +2,17 @@
 
 A kernel's functions, callers first; each module's docstring has the loop nest that it writes::
 
-    @run, @team                    work_sharing       one thread, or one of a team that starts together
-    @work                          main_loop          packing, chunks of steps, the loop over time
-    @pack.<panel>                  pack_weights       weights into the order in which microkernels read them
-    @<stage>                       stage              tiles of products, and their epilogue of pointwise values
-    @tile.<rows>x<products>x<groups>    microkernel   multiply-adds in registers
-    @<gradient>, @outer.<...>      weight_gradients   sums over rows and steps
-    @fc.<op>.<dtype>               vector_math        tanh, exp, ... of 16 lanes
+    @run, @team                         work_sharing       entries: a call on one thread, or one thread of a team
+    @gather, @join, @barrier            work_sharing       the threads of a team start, and wait for each other
+    @work                               main_loop          packing, chunks of steps, the loop over time
+    @pack.<panel>                       pack_weights       weights into the order in which microkernels read them
+    @<stage>, .start, .epilogue         stage              tiles of products, and their epilogue of pointwise values
+    @tile.<rows>x<products>x<groups>    microkernel        multiply-adds in registers
+    @<gradient>, @outer.<...>           weight_gradients   sums over rows and steps
+    @fc.<op>.<dtype>                    vector_math        tanh, exp, ... of 16 lanes
+
+The text is written as it should run, loops rotated and common values computed once: LLVM's passes could do that too,
+but take as long as generating the machine code (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -31,14 +35,14 @@ __all__ = ["MIN_ROWS_PER_THREAD", "Emitted", "Layout", "Panel", "Size", "emit"]
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel's text, and what its caller needs to know: the slots of its argument block and its scratch memory.
+    """Text of a kernel, and the layout of its argument block and of its scratch memory.
 
     Attributes:
         slots: names of the argument block's slots, in order.
         pointers: the slots that must be filled: addresses of inputs, weights, states and outputs.
-        buffers: what the scratch memory is divided into, each with some slack behind it.
+        buffers: the parts of the scratch memory, in order, each with some slack behind it.
         slack: bytes behind a buffer that may be read past its end, and are never written.
-        tiles: the tiles of each stage that has products, for people.
+        tiles: the tiles of each stage that has products, as text.
     """
 
     text: str
@@ -71,6 +75,7 @@ def emit(plan: Plan, target: Target) -> Emitted:
 
 def _static_strides(module: Module, products: Iterable[FusedProducts]) -> dict[int, StaticStrides]:
     """Return the strides that are constant in a kernel's microkernels, by their number of fused products."""
+    # As constants they are part of a load's address; as parameters they cost an addition or a register each.
     strides: dict[int, tuple[set[int | None], set[int]]] = {}
     for each in products:
         rows, depths = strides.setdefault(each.count, (set(), set()))

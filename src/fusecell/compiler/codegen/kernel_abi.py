@@ -10,10 +10,12 @@ The argument block is an array of 64-bit slots, looked up by name::
     saved.v.ptr                                          each value saved for the backward
     at.<buffer>                                          filled in by the kernel: where its buffers are
 
-A call on several threads has a team block besides (`TeamBlock`), by which they find each other.
+A call on several threads has a team block in addition (`TeamBlock`), through which they synchronise.
 
 The caller fills the slots it knows; the kernel lays out its buffers in the scratch memory, as their sizes depend on the
-rows of a step and of a chunk, which are known at the call only.
+rows of a step and of a chunk, which are known at the call only. One array, and not a parameter for each, because a call
+through ctypes costs 0.3 us with four pointers and 0.08 with none, and a cell may have any number of tensors: the caller
+fills the array once and changes only addresses.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ HEADER = (
     "resets",  # address of a flag per step and row; 0: no resets
     "resets.step",
     "resets.row",
-    "offsets",  # address of the rows before each step in what is saved; 0: steps times rows
-    "packed",  # what the panels hold: see main_loop
+    "offsets",  # address of the rows before each step in saved values; 0: steps times rows
+    "packed",  # whether panels are packed already, or will be used again: see main_loop
 )
 
 SLOT_BYTES = 8
@@ -55,37 +57,37 @@ SLOT_BYTES = 8
 ARGS = ptr("args")
 """The argument block, the first parameter of every function that needs it."""
 THREAD_ID, THREADS = i64("thread_id"), i64("threads")
-"""Which thread of the team a function runs in, and how many there are."""
+"""The number of the thread in its team, and how many there are."""
 
 
 @unique
 class TeamBlock(IntEnum):
     """Slots of the block that the threads of one call share, by their positions.
 
-    The runtime writes some before a call and reads others after it; machine code reads, counts and answers in it. The
-    barrier is in another cache line than the slots by which threads arrive.
+    The runtime writes some before a call and reads others after it. The barrier is in another cache line than the slots
+    by which threads arrive: threads that arrive late would take the line from those that wait at a barrier.
     """
 
     ARRIVED = 0
-    """How many threads have come; each takes the number before its own arrival as its thread_id."""
+    """How many threads have arrived; each takes the number before its own arrival as its thread_id."""
     TEAM_SIZE = 1
     """How many threads work: 0 until the leader has decided."""
     BARRIER = 8
-    """Raised by each thread that comes to a barrier."""
+    """The barrier's counter: each thread adds one at each barrier."""
     YIELD = 9
-    """The address of the function that gives the core to another thread."""
+    """The address of the function that yields the core to another thread."""
     RUNTIME_COUNT = 10
-    """The address of the function that tells how many threads the runtime gave, or 0."""
+    """The address of the function that returns how many threads the runtime has started, or 0."""
     THREADS = 11
-    """How many threads were asked for."""
+    """How many threads were requested."""
     ARGUMENTS = 12
     """The address of the call's argument block."""
     ARRIVAL_BUDGET = 13
-    """How many turns the leader waits for the others."""
+    """How often the leader looks whether the others have arrived, at the most."""
     WORKED = 14
-    """Answer: how many threads worked."""
+    """Result: how many threads worked."""
     YIELDS = 15
-    """Answer: how often one gave its core away."""
+    """Result: how often a thread yielded its core."""
 
     @property
     def offset(self) -> int:
@@ -100,23 +102,23 @@ class TeamBlock(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """Where one step's rows are: in the caller's tensors, the chunk's buffers, what is saved, the states."""
+    """Position of one step's rows: in the caller's tensors, the chunk's buffers, the saved values, the states."""
 
     t: Integer
     """The step, in the caller's numbering."""
     base: Integer
     """Its first row in the buffers of the chunk."""
     saved_base: Integer
-    """Its first row in what the chunk saves for the backward."""
+    """Its first row in the chunk's part of the saved values."""
     old_state: Integer
-    """Which of the two copies of the states holds the old ones: 0 or 1."""
+    """The copy of the states, 0 or 1, that holds the old ones."""
 
     def args(self) -> tuple[Integer, ...]:
         """Return the fields in the order of the parameters that pass them on."""
         return self.t, self.base, self.saved_base, self.old_state
 
     def with_state(self, state: Integer) -> StepRows:
-        """Return the same rows, with the other or the same copy of the states."""
+        """Return the same rows, with another copy of the states."""
         return replace(self, old_state=state)
 
 
@@ -124,7 +126,7 @@ _T, _BASE, _SAVED_BASE, _OLD_STATE = i64("t"), i64("base"), i64("saved.base"), i
 STEP = StepRows(_T, _BASE, _SAVED_BASE, _OLD_STATE)
 """The step's rows inside the functions of a stage."""
 STEP_PARAMS = (ARGS, _T, _BASE, _SAVED_BASE, _OLD_STATE)
-"""What every function of a stage takes first."""
+"""The first parameters of every function of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Size:
         )
 
     def bytes(self, rows: int, chunk_steps: int, threads: int = 1) -> int:
-        """Return the size in a call of so many rows, steps in a chunk, and threads."""
+        """Return the size in a call of ``rows`` rows, ``chunk_steps`` steps in a chunk, and ``threads`` threads."""
         of_chunk = rows * chunk_steps * self.per_chunk_row + chunk_steps * self.per_chunk_step
         return self.fixed + self.per_row * rows + of_chunk + (threads - 1) * self.per_helper
 
@@ -171,10 +173,10 @@ class Panel:
 
 
 UNROLLED_SAVED = 32
-"""Saved values whose addresses are set one by one; more are set in a loop. Their slots are contiguous."""
+"""Saved values, at the most, whose addresses are set one by one; more are set in a loop."""
 SPLIT_SUM_BYTES = 2 << 20
-"""Bytes of weight gradients up to which there is room for two partial sums; beyond, the second costs more than it
-brings. It decides bits of gradients, so it is the same on every machine."""
+"""Bytes of weight gradients up to which there is room for two partial sums; beyond, writing and adding the second takes
+longer than it saves. It decides bits of gradients, so it is the same on every machine."""
 
 
 def _scoped(module: Module, scope: str, row: int) -> Size:
@@ -182,13 +184,15 @@ def _scoped(module: Module, scope: str, row: int) -> Size:
     return {
         "call": Size(fixed=row),
         "step": Size(per_row=row),
+        # Two copies, so that a step can write new states while other columns of it still read the old ones.
         "state": Size(per_row=2 * row),
+        # With gaps between the parts of threads: a core's prefetcher would otherwise fetch rows that another writes.
         "chunk": Size(per_chunk_row=row, per_helper=2 * module.target.tuning.thread_gap_bytes),
     }[scope]
 
 
 def partial_sums(module: Module, plan: Plan) -> int:
-    """Count the partial sums of weight gradients there is room for: one, or two, over half of the rows each."""
+    """Return how many partial sums of each weight gradient there are: one, or two, of half of the rows each."""
     bytes_ = sum(reduction.height * module.row_bytes(reduction.width) for reduction in plan.sums)
     return 2 if bytes_ <= SPLIT_SUM_BYTES else 1
 
@@ -199,12 +203,12 @@ def slack(module: Module) -> int:
 
 
 class Layout:
-    """Slots of the argument block by name, and the buffers of the scratch memory.
+    """Layout of the argument block and of the scratch memory, by names of slots and buffers.
 
     Attributes:
         slots: the names of all slots, in order.
         sizes: the buffers, in order.
-        saved: what is saved for the backward, or read by it.
+        saved: the values that are saved for the backward, or read by it.
         partial_sums: how many partial sums of each weight gradient there are.
     """
 
@@ -220,7 +224,7 @@ class Layout:
             raise CompilerError("two slots of a kernel's argument block would have one name")
 
     def _sizes(self, module: Module, plan: Plan, panels: list[Panel]) -> dict[str, Size]:
-        # Of each row of the kernel the caller's row; of each step of a chunk its first row.
+        # "order": the caller's row for each row of the kernel. "starts": the first row of each step of a chunk.
         sizes = [("order", Size(fixed=64, per_row=8)), ("starts", Size(fixed=64, per_chunk_step=8))]
         for stage in plan.stages:
             if stage.reductions:
@@ -233,10 +237,11 @@ class Layout:
         for reduction in plan.sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
-        # One gradient after the other uses the same micro-panels.
+        # One gradient after the other uses the same micro-panels, so that they stay in L1 and L2.
         packed = [packed_bytes(module, reduction) for reduction in plan.sums if is_packed(module, plan, reduction)]
         if packed:
             sizes.append((PACKED, Size(fixed=self.partial_sums * max(packed))))
+        # Slack behind each: a slice that begins in the middle of a vector is read by whole vectors.
         buffers = {name: size + Size(fixed=slack(module)) for name, size in sizes}
         if len(buffers) != len(sizes):
             raise CompilerError("two buffers of a kernel would have one name, and one location in memory")
@@ -244,7 +249,7 @@ class Layout:
 
     @property
     def pointers(self) -> tuple[str, ...]:
-        """The slots without which a kernel must not be called; the state of resets goes with the resets."""
+        """The slots that every call must fill; reset states only one with resets."""
         return tuple(name for name in self._caller_slots if name.endswith(".ptr") and not name.startswith("reset."))
 
     @property
@@ -269,7 +274,7 @@ class Layout:
 
     def buffer(self, f: Function, name: str) -> Value:
         """Load the address of a buffer."""
-        # Inputs used in place, and what is saved, are elsewhere in every chunk.
+        # Not loaded once where they move: inputs used in place, and saved values, have another address in every chunk.
         return f.load_pointer(self._slot(f, f"at.{name}"), f"at.{name}", once=not f.moves_buffers)
 
     def _slot(self, f: Function, name: str) -> Value:
@@ -280,14 +285,14 @@ class Layout:
         f.store_pointer(address, self._slot(f, f"at.{name}"))
 
     def set_saved(self, f: Function, module: Module, first_row: Integer) -> None:
-        """Set the addresses of what is saved for the backward to the chunk's rows, from ``first_row`` on."""
+        """Set the addresses of saved values to the chunk's rows, from ``first_row`` on."""
         if len(self.saved) > UNROLLED_SAVED:
             self._set_many_saved(f, module, first_row)
             return
         for buffer in self.saved:
-            whole = self.pointer(f, f"{buffer.name}.ptr")
-            here = f.at(whole, f.mul(first_row, module.row_bytes(buffer.size)), buffer.name)
-            self.set_buffer(f, buffer.name, here)
+            tensor = self.pointer(f, f"{buffer.name}.ptr")
+            rows = f.at(tensor, f.mul(first_row, module.row_bytes(buffer.size)), buffer.name)
+            self.set_buffer(f, buffer.name, rows)
 
     def _set_many_saved(self, f: Function, module: Module, first_row: Integer) -> None:
         """Set them in a loop over their slots: LLVM's time for loads and stores in a row grows with their square."""
@@ -296,25 +301,25 @@ class Layout:
         addresses = self._slot(f, f"at.{self.saved[0].name}")
         with f.for_range("saved", 0, len(self.saved), nonempty=True) as each:
             offset = f.mul(each, SLOT_BYTES)
-            whole = f.load_pointer(f.at(pointers, offset), "whole")
+            tensor = f.load_pointer(f.at(pointers, offset), "tensor")
             row = f.load_int(f.at(row_bytes, offset), "row_bytes")
-            f.store_pointer(f.at(whole, f.mul(first_row, row)), f.at(addresses, offset))
+            f.store_pointer(f.at(tensor, f.mul(first_row, row)), f.at(addresses, offset))
 
     def assign_buffers(self, f: Function, rows: Integer, chunk_steps: Integer, is_padded: Value) -> None:
-        """Lay out all buffers in the scratch memory; without any, they are where the argument block says already.
+        """Write the addresses of all buffers in the scratch memory; without scratch memory the caller has set them.
 
         Arguments:
             is_padded: whether each thread has a part of its own in the buffers of a chunk (no false sharing).
         """
         scratch, chunk_rows = self.pointer(f, "scratch"), f.mul(rows, chunk_steps, "chunk_rows")
-        helpers = f.sub(THREADS, 1, "helpers")
+        helpers = f.sub(THREADS, 1, "other_threads")
         threads_before = f.select(is_padded, THREAD_ID, 0, "threads_before")
         # A gap between the parts of any two threads, and another behind the last, before the next buffer.
         gap = f.module.target.tuning.thread_gap_bytes
         with f.if_(f.ne(scratch, NULL, "has_scratch"), "assign"):
-            here = scratch
+            start = scratch
             for name, size in self.sizes.items():
-                self.set_buffer(f, name, f.at(here, f.mul(threads_before, gap if size.per_helper else 0)))
+                self.set_buffer(f, name, f.at(start, f.mul(threads_before, gap if size.per_helper else 0)))
                 total: Integer = size.fixed
                 for count, bytes_ in (
                     (rows, size.per_row),
@@ -323,11 +328,11 @@ class Layout:
                     (helpers, size.per_helper),
                 ):
                     total = f.add(total, f.mul(count, bytes_))
-                here = f.at(here, f.align_up(total, ALIGNMENT), name)
+                start = f.at(start, f.align_up(total, ALIGNMENT), name)
 
 
 def _caller_slots(plan: Plan) -> list[str]:
-    """Name the slots that a caller fills, but for what is saved."""
+    """List the slots that a caller fills, except those of saved values."""
     graph = plan.graph
     slots = list(HEADER)
     for index in graph.leaves("input"):
@@ -347,7 +352,7 @@ def _caller_slots(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class RowAddress:
-    """Where a buffer's rows of a step begin, the bytes between them, and whether they are in the caller's order."""
+    """Address of a buffer's rows of a step, the bytes between them, and whether they are in the caller's order."""
 
     start: Value
     stride: Integer
@@ -362,17 +367,18 @@ def row_address(f: Function, layout: Layout, module: Module, buffer: Buffer, at:
         return RowAddress(start, layout.integer(f, f"{buffer.name}.row"), True)
     row = module.row_bytes(buffer.size)
     start = layout.buffer(f, buffer.name)
+    # The rows of a chunk's steps follow each other; a step's buffer has one step's rows, and a call's one row.
     if buffer.scope in ("chunk", "saved"):
         start = f.at(start, f.mul(at.base if buffer.scope == "chunk" else at.saved_base, row))
     elif buffer.scope == "state":
         start = f.at(start, f.mul(f.mul(at.old_state, layout.integer(f, "rows")), row))
     stride = fixed_stride(module, buffer)
-    assert stride is not None, f"{buffer.name} is the caller's, whose rows are anywhere"
+    assert stride is not None, f"{buffer.name} is the caller's, whose stride is known at the call only"
     return RowAddress(start, stride, False)
 
 
 def fixed_stride(module: Module, buffer: Buffer) -> int | None:
-    """Return the bytes between a buffer's rows, if they are known before the call: not in a caller's tensor."""
+    """Return the bytes between a buffer's rows; None in a caller's tensor, where they are known at the call only."""
     if buffer.stride == "caller":
         return None
     return 0 if buffer.stride == "none" else module.row_bytes(buffer.size)

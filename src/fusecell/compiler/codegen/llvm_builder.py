@@ -1,7 +1,7 @@
 """Typed builder of a kernel's LLVM text: functions, arithmetic, memory, loops, and the vector type of a kernel.
 
-A method per instruction appends its line and returns its result, whose type is read off its operands. Integers that are
-known while the text is written are Python's, and folded: ``f.mul(row, 0)`` writes nothing. Address arithmetic is
+A method per instruction appends its line and returns its result, whose type follows from its operands. Integers that
+are known while the text is written are Python's, and folded: ``f.mul(row, 0)`` writes nothing. Address arithmetic is
 emitted once per scope: LLVM would find such common values too, but in a pass that takes longer than writing them.
 """
 
@@ -22,12 +22,12 @@ __all__ = ["Function", "Module"]
 
 
 MOST_INLINED = 256
-"""Calls of vector functions in a module, beyond which they stay calls: LLVM would take minutes for so much code."""
+"""Calls of vector functions in a module up to which they are inlined; LLVM would take minutes for more."""
 
 
 @dataclass
 class Module:
-    """Text of one module: its functions, and the vector functions and intrinsics they call."""
+    """Module of LLVM text: its functions, and the vector functions and intrinsics that they call."""
 
     title: str
     dtype: DType
@@ -60,7 +60,7 @@ class Module:
         return LANES * self.itemsize
 
     def row_bytes(self, features: int) -> int:
-        """Bytes of a row of ``features`` numbers in the kernel's buffers: whole vectors."""
+        """Return the bytes of a row of ``features`` numbers in the kernel's buffers: whole vectors."""
         return padded(features) * self.itemsize
 
     def groups(self, columns: int) -> int:
@@ -68,7 +68,7 @@ class Module:
         return ceil_div(columns, LANES)
 
     def is_new(self, name: str) -> bool:
-        """Whether a function or table that several places use is to be emitted now: true once per name."""
+        """Whether a function or table that is used several times has to be emitted now: true once per name."""
         new = name not in self._emitted
         self._emitted.add(name)
         return new
@@ -93,7 +93,8 @@ class Module:
 
     def text(self) -> str:
         """Return the whole module as LLVM reads it."""
-        # LLVM would prefer 256 bits on CPUs whose clock dropped for 512.
+        # LLVM would prefer 256 bits on CPUs whose clock dropped for 512. Nobody reads floating-point exceptions, so
+        # that none have to be preserved.
         width = self.target.vector_bits
         head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
         declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
@@ -109,7 +110,7 @@ class Function(TextBuilder):
     Arguments:
         noalias: the address parameters through which alone their memory is reached.
         exported: whether it can be looked up in the linked code.
-        moves_buffers: whether the addresses of buffers change while it runs, so that each use loads them.
+        moves_buffers: whether the addresses of buffers change while it runs, so that each use loads them again.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Function(TextBuilder):
         self.do("ret void")
         self.module.functions.append("\n".join([self._head, *self.lines, "}\n"]))
 
-    # Emitting once: an instruction without side effects whose result is available needs no second one.
+    # Value numbering: an instruction without side effects is not emitted again where its result is available.
 
     def _pure(self, name: str, instruction: str, type: str = "i64", once: bool = True) -> Value:
         """Append an instruction without side effects; ``once``: unless its result is available already."""
@@ -156,7 +157,7 @@ class Function(TextBuilder):
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
-        """Enter code that doesn't always run: its results are available in it only."""
+        """Enter code that doesn't always run: its results dominate, and so are available to, nothing outside."""
         self._scopes.append({})
         yield
         self._scopes.pop()
@@ -191,17 +192,17 @@ class Function(TextBuilder):
         return self.let(name, f"urem i64 {a}, {b}")
 
     def exact_div(self, a: Integer, b: int, name: str) -> Value:
-        """Divide by a number that leaves no remainder."""
+        """Divide by a number, without a remainder."""
         return self.let(name, f"sdiv exact i64 {a}, {b}")
 
     def lshr(self, a: Integer, bits: int, name: str) -> Value:
         return self.let(name, f"lshr i64 {a}, {bits}")
 
-    def minimum(self, a: Integer, b: Integer, name: str = "least") -> Value:
+    def minimum(self, a: Integer, b: Integer, name: str = "min") -> Value:
         return self.select(self._icmp("slt", a, b, "is_less", once=True), a, b, name, once=True)
 
-    def maximum(self, a: Integer, b: Integer, name: str = "most") -> Value:
-        return self.select(self._icmp("sgt", a, b, "is_more", once=True), a, b, name, once=True)
+    def maximum(self, a: Integer, b: Integer, name: str = "max") -> Value:
+        return self.select(self._icmp("sgt", a, b, "is_greater", once=True), a, b, name, once=True)
 
     def align_up(self, size: Integer, multiple: int, name: str = "aligned") -> Integer:
         """Round up to a multiple, a power of two."""
@@ -209,7 +210,7 @@ class Function(TextBuilder):
         return up & -multiple if isinstance(up, int) else self.and_(up, -multiple, name)
 
     def divide(self, a: Integer, b: Integer, name: str) -> Value:
-        """Divide numbers that aren't negative; a divisor of one, the usual one, costs a branch, not a division."""
+        """Divide numbers that aren't negative; by one, the most frequent divisor, it costs a branch and no division."""
         label, before = self.fresh("division"), self.current()
         is_one = self.eq(b, 1, "is_one", once=True)
         self.branch_if(is_one, f"{label}.done", f"{label}.divide")
@@ -221,11 +222,12 @@ class Function(TextBuilder):
 
     def lookup(self, index: Integer, table: Sequence[int], name: str) -> Integer:
         """Return ``table[index]``, its last entry beyond its end, by selects."""
+        # Tables have a few entries, most of them equal: selects need no memory.
         result: Integer = table[-1]
         for position in reversed(range(len(table) - 1)):
             if table[position] != result:
-                here = self.eq(index, position, "is_here", once=True)
-                result = self.select(here, table[position], result, name, once=True)
+                is_position = self.eq(index, position, "is_position", once=True)
+                result = self.select(is_position, table[position], result, name, once=True)
         return result
 
     def partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Integer, Integer]:
@@ -237,8 +239,8 @@ class Function(TextBuilder):
     def _partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Value, Value]:
         label, before = self.fresh("range"), self.current()
         # A division of 64 bits takes tens of cycles on older CPUs, and most calls run on one thread.
-        is_alone = self.eq(threads, 1, "is_alone", once=True)
-        self.branch_if(is_alone, f"{label}.all", f"{label}.part")
+        is_single = self.eq(threads, 1, "is_single_thread", once=True)
+        self.branch_if(is_single, f"{label}.all", f"{label}.part")
         self.begin(f"{label}.part")
         first = self.udiv(self.let("range.scaled", f"mul i64 {count}, {thread_id}"), threads, "from")
         next_thread = self.let("next_thread", f"add i64 {thread_id}, 1")
@@ -296,7 +298,7 @@ class Function(TextBuilder):
         return self.let(name, f"{opcode} {type} {a}, {b}", type)
 
     def zext(self, condition: Value, name: str) -> Value:
-        """Return 1 for a condition that holds, else 0."""
+        """Return 1 for true and 0 for false."""
         return self.let(name, f"zext {typed(condition)} to i64")
 
     def sext(self, a: Value, name: str) -> Value:
@@ -320,14 +322,14 @@ class Function(TextBuilder):
         return self.let(name, f"alloca [{size} x i8], align 64", "ptr")
 
     def load_int(self, pointer: Value, name: str, type: str = "i64", *, once: bool = False) -> Value:
-        """Load an integer; ``once``: from memory that doesn't change while the function runs."""
+        """Load an integer; ``once`` if its memory doesn't change while the function runs."""
         return self._pure(name, f"load {type}, ptr {pointer}", type, once)
 
     def store_int(self, value: Integer, pointer: Value) -> None:
         self.do(f"store {typed(value)}, ptr {pointer}")
 
     def load_pointer(self, pointer: Value, name: str, *, once: bool = False) -> Value:
-        """Load an address; ``once``: from memory that doesn't change while the function runs."""
+        """Load an address; ``once`` if its memory doesn't change while the function runs."""
         return self._pure(name, f"load ptr, ptr {pointer}", "ptr", once)
 
     def store_pointer(self, value: Value, pointer: Value) -> None:
@@ -343,7 +345,7 @@ class Function(TextBuilder):
         self.do(f"store {self.module.scalar} {value}, ptr {pointer}, align {self.module.itemsize}")
 
     def load(self, pointer: Value, name: str, align: int, lanes: int = LANES) -> Value:
-        """Load a vector, of 16 numbers if nothing else is said."""
+        """Load a vector, of 16 lanes by default."""
         vector = f"<{lanes} x {self.module.scalar}>"
         return self.let(name, f"load {vector}, ptr {pointer}, align {align}", vector)
 
@@ -352,14 +354,14 @@ class Function(TextBuilder):
         self.do(f"store {typed(value)}, ptr {pointer}, align {align}")
 
     def load_masked(self, pointer: Value, mask: Value, name: str) -> Value:
-        """Load the lanes that the mask has; memory of the others isn't touched, and they are zero."""
+        """Load the lanes of a mask; the memory of others isn't accessed, and they are zero."""
         align = Value(str(self.module.itemsize), "i32")
         function = f"masked.load.{self._suffix}.p0"
         load = self.intrinsic(function, pointer, align, mask, self.zero, result=self.module.vector)
         return self.let(name, load, self.module.vector)
 
     def store_masked(self, value: Value, pointer: Value, mask: Value) -> None:
-        """Store the lanes that the mask has."""
+        """Store the lanes of a mask."""
         align = Value(str(self.module.itemsize), "i32")
         self.do(self.intrinsic(f"masked.store.{self._suffix}.p0", value, pointer, align, mask))
 
@@ -369,26 +371,26 @@ class Function(TextBuilder):
         self.do(self.intrinsic("memcpy.p0.p0.i64", target, source, size, FALSE))
 
     def prefetch(self, pointer: Value) -> None:
-        """Start bringing a cache line into L2 (locality 2); an address that is nobody's does no harm."""
+        """Prefetch a cache line into L2 (locality 2); an address that is not mapped does no harm."""
         read, locality, data = (Value(number, "i32") for number in "021")
         self.do(self.intrinsic("prefetch.p0", pointer, read, locality, data))
 
     # Memory that threads share.
 
     def load_acquire(self, pointer: Value, name: str) -> Value:
-        """Load an i64 that another thread stores: what it wrote before is seen after."""
+        """Load an i64 with acquire semantics: the writes before another thread's release of it are visible after."""
         return self.let(name, f"load atomic i64, ptr {pointer} acquire, align 8")
 
     def store_release(self, value: Integer, pointer: Value) -> None:
-        """Store an i64 for other threads: what was written before is seen by who loads it."""
+        """Store an i64 with release semantics: threads that acquire it see all writes before."""
         self.do(f"store atomic i64 {value}, ptr {pointer} release, align 8")
 
     def fetch_add(self, pointer: Value, value: Integer, name: str, ordering: str = "seq_cst") -> Value:
-        """Add to an i64 that threads share; return what it was."""
+        """Add to an i64 atomically; return its value before."""
         return self.let(name, f"atomicrmw add ptr {pointer}, i64 {value} {ordering}")
 
     def exchange(self, pointer: Value, value: Integer, name: str) -> Value:
-        """Replace an i64 that threads share; return what it was."""
+        """Replace an i64 atomically; return its value before."""
         return self.let(name, f"atomicrmw xchg ptr {pointer}, i64 {value} seq_cst")
 
     # Vectors of the module's number format.
@@ -400,7 +402,7 @@ class Function(TextBuilder):
 
     @property
     def _suffix(self) -> str:
-        """How intrinsics' names spell the vector type."""
+        """The spelling of the vector type in the names of intrinsics."""
         return f"v{LANES}{self.module.dtype}"
 
     def constant(self, value: float) -> Value:
@@ -430,6 +432,9 @@ class Function(TextBuilder):
     def fcmp(self, predicate: str, a: Value, b: Value, name: str) -> Value:
         """Compare lane by lane, by LLVM's predicate: ``olt`` is less and neither NaN, ``une`` unequal or a NaN."""
         return self.let(name, f"fcmp {predicate} {typed(a)}, {b}", f"<{LANES} x i1>")
+
+    # Without fast-math flags LLVM contracts nothing itself: a multiply-add is fused where the text says so, and nowhere
+    # else. That, and the order of the text, is what makes bits the same on every target.
 
     def fma(self, a: Value, b: Value, c: Value, name: str) -> Value:
         """Return a*b + c: rounded once where the target has the instruction, else by multiply and add."""
@@ -461,7 +466,7 @@ class Function(TextBuilder):
         return self.let(name, f"extractelement {typed(vector)}, i64 0", self.module.scalar)
 
     def shuffle(self, a: Value, b: Value | None, lanes: Sequence[int], name: str) -> Value:
-        """Return lanes of two vectors, ``b``'s numbered from 16 on, or of one."""
+        """Return some lanes of two vectors, those of ``b`` numbered from 16 on, or of one vector."""
         order = ", ".join(f"i32 {lane}" for lane in lanes)
         second = f"{a.type} {'poison' if b is None else b}"
         return self.let(name, f"shufflevector {typed(a)}, {second}, <{LANES} x i32> <{order}>", a.type)
@@ -472,7 +477,7 @@ class Function(TextBuilder):
         if isinstance(count, int):
             lanes = ", ".join(f"i1 {'true' if lane < count else 'false'}" for lane in range(LANES))
             return Value(f"<{lanes}>", f"<{LANES} x i1>")
-        # Compared as 32-bit lanes: these are no more registers than the numbers themselves.
+        # Compared as 32-bit lanes: of 64 bits they would take twice the registers of float32 numbers.
         short = self.let("count", f"trunc i64 {count} to i32", "i32")
         one = self.let("count.lane", f"insertelement {kind} poison, {typed(short)}, i64 0", kind)
         every = self.let("count.all", f"shufflevector {kind} {one}, {kind} poison, {kind} zeroinitializer", kind)
@@ -500,16 +505,16 @@ class Function(TextBuilder):
         self.do(f"br i1 {condition}, label %{then}, label %{otherwise}")
 
     def phi(self, incoming: Sequence[tuple[Integer, str]], name: str) -> Value:
-        """Return the value that belongs to the basic block control came from."""
+        """Return the value of the predecessor block that control came from."""
         type = type_of(*(value for value, _ in incoming))
         return self.let(name, f"phi {type} {_incoming(incoming)}", type)
 
     def forward(self, name: str) -> Value:
-        """Return the name of an i64 that a phi takes from later code, which defines it by `define_sum`."""
+        """Return the name of an i64 for a phi to use before the code that defines it, by `define_sum`."""
         return Value(f"%{self.fresh(name)}", "i64")
 
     def define_sum(self, result: Value, a: Integer, b: Integer) -> None:
-        """Define a value that was named by `forward`."""
+        """Define a value that `forward` has named."""
         self.do(f"{result} = add i64 {a}, {b}")
 
     def current(self) -> str:
@@ -537,7 +542,7 @@ class Function(TextBuilder):
     def for_range(
         self, name: str, start: Integer, stop: Integer, step: Integer = 1, *, nonempty: bool = False
     ) -> Iterator[Value]:
-        """Loop with an index from ``start`` below ``stop``; ``nonempty``: start < stop is certain."""
+        """Loop with an index from ``start`` below ``stop``; ``nonempty`` if start < stop is certain."""
         with self.for_range_carrying(name, start, stop, [], step=step, nonempty=nonempty) as (index, _):
             yield index
 
@@ -553,12 +558,13 @@ class Function(TextBuilder):
         nonempty: bool = False,
         names: Sequence[str] = (),
     ) -> Iterator[tuple[Value, list[Value]]]:
-        """Loop that keeps vectors in registers: the body replaces the list's entries by their next values.
+        """Loop that carries vectors in registers: the body replaces the list's entries by their next values.
 
         After the loop the list holds the last ones. The condition is at the loop's end, one branch per turn; a loop
         that may be empty is checked before it, too.
         """
-        # Written as LLVM's loop rotation would leave it: that pass isn't run, to save compile time.
+        # Written as LLVM's loop rotation would leave it: that pass isn't run, to save compile time. The body's end is
+        # the only branch of a turn, and what is carried is in phis, not in memory that mem2reg would have to promote.
         label, before = self.fresh(name), self.current()
         self._used |= {f"{label}.more", f"{label}.next"}
         phis = [

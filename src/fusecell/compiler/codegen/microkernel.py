@@ -4,6 +4,7 @@ The innermost loops of BLIS (Van Zee and van de Geijn, ACM TOMS 2015; Goto and v
 
     load acc[row][product][group]                  all of a tile's accumulators, in registers
     for k in depth:
+        prefetch a line of the next panel              tiles of enough rows
         for each (row, product, group) of the tile:
             acc[row][product][group] += a[row][k] * panel[group][k][product]
     store acc
@@ -30,7 +31,7 @@ __all__ = ["StaticStrides", "microkernel", "outer_product"]
 
 @dataclass(frozen=True, slots=True)
 class StaticStrides:
-    """Strides that are the same in all of a kernel's uses of a microkernel, and so constants in it; None: they differ.
+    """Strides that are equal in all of a kernel's uses of a microkernel, and so constants in it; None: they differ.
 
     Attributes:
         row: bytes between the operand's rows.
@@ -48,7 +49,8 @@ def microkernel(module: Module, rows: int, products: int, groups: int, strides: 
     """Return the name of the microkernel of a tile, emitted on first use.
 
     It takes the accumulators and the bytes between their rows; the operand and the bytes between its rows; the panel
-    and the bytes between its column groups; the depth; and what to prefetch, with the bytes from one k to the next.
+    and the bytes between its column groups; the depth; and the address to prefetch, with the bytes from one k to the
+    next.
     """
     name = f"tile.{rows}x{products}x{groups}"
     if module.is_new(name):
@@ -87,10 +89,11 @@ def outer_product(module: Module, rows: int, groups: int) -> str:
         operands = _Operands(module.itemsize, a_k, b, module.vector_bytes, b_k, module.itemsize)
 
         def next_accumulators(k: Integer) -> Value:
-            # Of the tile below, a line for every k: a line of its eight rows each, then what is right of it.
-            row, right = f.and_(k, 7, "row"), f.lshr(k, 3, "right")
-            below = f.at(_ACC, f.mul(acc_row, f.add(row, rows)), "below")
-            return f.at(below, f.mul(right, module.target.tuning.cache_line_bytes), "prefetch.at")
+            # Accumulators of large gradients come from L2 or L3. A line of the tile below for every k: the first line
+            # of each of its eight rows, then the second of each.
+            row, line = f.and_(k, 7, "row"), f.lshr(k, 3, "line")
+            next_tile = f.at(_ACC, f.mul(acc_row, f.add(row, rows)), "next_tile")
+            return f.at(next_tile, f.mul(line, module.target.tuning.cache_line_bytes), "prefetch.at")
 
         tile = _Tile(f, operands, rows, 1, groups, next_accumulators)
         tile.write(acc_row, start=(start, start_row), runs=(runs, a_run, b_run))
@@ -99,7 +102,7 @@ def outer_product(module: Module, rows: int, groups: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """Bytes between what a tile reads one after the other: rows and k of a; column groups and k of the panel."""
+    """Strides of a tile's operands in bytes: between rows and k of a; between column groups and k of the panel."""
 
     a_row: Integer
     a_k: Integer
@@ -114,7 +117,7 @@ class _Tile:
     """Body of a microkernel: loads, multiply-adds over all k, stores.
 
     Attributes:
-        prefetch: the address of what to prefetch at a k, if the tile has loads to spare.
+        prefetch: returns the address to prefetch at a k; used if the tile has loads to spare.
     """
 
     f: Function
@@ -168,18 +171,19 @@ class _Tile:
         group_offsets = [f.mul(operands.panel_group, group) for group in range(self.groups)]
         with f.for_range_carrying("k", 0, _DEPTH, sums, nonempty=True, names=names) as (k, carried):
             # Constant distances go last: they become part of the instruction's address.
-            a_here = f.at(a, f.mul(k, operands.a_k), "a.k")
-            panel_here = f.at(panel, f.mul(k, operands.panel_k), "panel.k")
+            a_at = f.at(a, f.mul(k, operands.a_k), "a.k")
+            panel_at = f.at(panel, f.mul(k, operands.panel_k), "panel.k")
+            # Smaller tiles are bound by loads, with which a prefetch would compete.
             if self.rows >= f.module.target.tuning.prefetch_min_rows:
                 f.prefetch(self.prefetch(f.add(k, k_before)))
 
             def weight(product: int, group: int) -> Value:
-                start = f.at(panel_here, group_offsets[group], f"panel.g{group}")
+                start = f.at(panel_at, group_offsets[group], f"panel.g{group}")
                 pointer = f.at(start, product * f.module.vector_bytes)
                 return f.load(pointer, f"w{product}.{group}", operands.panel_align)
 
             def number(row: int) -> Value:
-                return f.load_splat(f.at(a_here, row_offsets[row], f"a.r{row}"), f"a{row}")
+                return f.load_splat(f.at(a_at, row_offsets[row], f"a.r{row}"), f"a{row}")
 
             self._multiply_add(carried, number, weight)
         return carried

@@ -5,8 +5,9 @@
             for k in depth:
                 panel[group][k][product] = weight[k, columns of the group]
 
-A weight may lie in memory either way: row by row where columns are contiguous; else column by column, 16 x 16 squares
-at a time transposed in registers where k is contiguous, as in torch's (out, in) weights.
+Weights have any strides. Where columns are contiguous, a vector of them is copied for each k; where k is, as in torch's
+(out, in) weights, squares of 16 x 16 are transposed in registers; else number by number. Every call packs anew, as the
+caller may have changed the weights since; to compare them with the packed ones would read both from L3.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _pack(module: Module, products: int) -> str:
     f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
     itemsize = module.itemsize
     by_rows = f.eq(_FROM_COLUMN, itemsize, "columns_contiguous")
-    # What is behind the weight's last column in memory may not be ours to read.
+    # Memory behind the weight's last column may not be readable.
     mask = f.first_lanes(_COLUMNS)
     with f.if_(by_rows, "by_rows"), f.for_range("k", 0, _DEPTH) as k:
         row = f.load_masked(f.at(_FROM, f.mul(k, _FROM_K)), mask, "row")

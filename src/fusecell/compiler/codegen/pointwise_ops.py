@@ -1,7 +1,7 @@
 """Pointwise primitives as LLVM instructions, one vector at a time.
 
-Each entry writes what one primitive of `ir.primitives` does to the vectors of its arguments; tables with the same keys
-say what type it has, how the interpreter evaluates it and which ATen call it comes from.
+Each entry writes the instructions of one primitive of `ir.primitives`, for the vectors of its arguments. Tables with
+the same keys have its type, its evaluation in the interpreter and the ATen operation that it comes from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fusecell.compiler.codegen.vector_math import BINARY_OPS, UNARY_OPS
 __all__ = ["POINTWISE_OPS"]
 
 Emit = Callable[..., Value]
-"""Takes the builder, the vectors of the arguments and, as ``name``, what to call the result."""
+"""Takes the builder, the vectors of the arguments and, as ``name``, the name of the result."""
 
 
 def _math(op: str) -> Emit:
@@ -27,7 +27,7 @@ def _compare(predicate: str) -> Emit:
 
 
 def _broadcast(f: Function, number: Value, name: str) -> Value:
-    """Return a row's one number as it is: it is loaded into all lanes."""
+    """Return a row's one number unchanged: it has been loaded into all lanes."""
     return number
 
 

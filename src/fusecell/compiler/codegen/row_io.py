@@ -2,7 +2,7 @@
 
 Per chunk of steps, as `main_loop` calls it::
 
-    starts          first row of each step in the chunk, where the number of rows differs from step to step
+    write_starts    first row of each step in the chunk, where the number of rows differs from step to step
     copy_in         for step, row: chunk buffer[row] = input[step, order[row]]
     per step:
         move_states "first"    rows that begin: read their state from the caller
@@ -10,9 +10,9 @@ Per chunk of steps, as `main_loop` calls it::
         reset                  rows whose flag is set: state = reset state; in the backward its gradient is cut off
     copy_out        for step, row: output[step, order[row]] = chunk buffer[row]
 
-Usually the rows of a chunk's buffers are those of its steps, one step after the other. Where the team is *padded*, each
-thread has a part of its own in them: with rows of others between its own, a core would prefetch those, out of the
-caches of the cores that write them (false sharing, by the hardware's prefetcher).
+In general the rows of a chunk's buffers are those of its steps, one step after the other. Where the team is *padded*,
+each thread has a separate part of them, whole pages apart: with rows of other threads between its own, a core would
+prefetch those, out of the caches of the cores that write them (false sharing, by the hardware's prefetcher).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INT_BYTES = 8
 
 
 class CallerRows:
-    """The parts of ``@work`` that copy rows, or say which there are."""
+    """Writer of the parts of ``@work`` that copy rows, or count them."""
 
     def __init__(self, module: Module, layout: Layout, plan: Plan, f: Function, team: Team, rows: Integer) -> None:
         self.module, self.layout, self.plan, self.f, self.team, self.rows = module, layout, plan, f, team, rows
@@ -42,7 +42,7 @@ class CallerRows:
         self._total, self._regular_base = f.alloca("total.at"), f.alloca("regular_base.at")
         self._in_place: dict[int, tuple[Value, Value]] = {}
 
-    def taking_part(self, t: Integer) -> Value:
+    def rows_of_step(self, t: Integer) -> Value:
         """Return how many rows take part in a step."""
         f = self.f
         counts = self.layout.pointer(f, "counts")
@@ -63,52 +63,54 @@ class CallerRows:
         with f.unless(has_order, "unordered"), f.for_range("row", 0, self.rows) as row:
             f.store_int(row, f.at(self.order, f.mul(row, _INT_BYTES)))
 
-    def starts(self, low: Value, steps: Integer) -> Value:
-        """Return how many rows a chunk has; where their number differs, write at which of them each step begins."""
+    def write_starts(self, lowest_step: Value, steps: Integer) -> Value:
+        """Return how many rows a chunk has; where steps differ in their number of rows, write the first row of each."""
         f = self.f
         starts = self.layout.buffer(f, "starts")
         f.store_int(f.mul(steps, self.rows), self._total)
         with f.unless(self.team.is_regular, "ragged"):
             f.store_int(0, self._total)
             f.store_int(0, starts)
-            with f.for_range("p", 0, steps) as p:
-                count = self.taking_part(f.add(low, p))
+            with f.for_range("chunk_step", 0, steps) as chunk_step:
+                count = self.rows_of_step(f.add(lowest_step, chunk_step))
                 after = f.add(f.load_int(self._total, "start"), count)
                 f.store_int(after, self._total)
-                f.store_int(after, f.at(starts, f.mul(f.add(p, 1), _INT_BYTES)))
-        return f.load_int(self._total, "total")
+                f.store_int(after, f.at(starts, f.mul(f.add(chunk_step, 1), _INT_BYTES)))
+        return f.load_int(self._total, "chunk.total")
 
-    def bases(self, p: Integer) -> tuple[Value, Value]:
-        """Return where the rows of a chunk's step ``p``, in the order of the caller's steps, begin.
+    def first_rows(self, chunk_step: Integer) -> tuple[Value, Value]:
+        """Return the first row of a step of the chunk, counted from the lowest step.
 
         Returns:
-            In the chunk's buffers, and in what the chunk saves for the backward, which has the caller's layout.
+            Its number in the chunk's buffers, and in the chunk's saved values, which have the caller's layout.
         """
         f, team = self.f, self.team
         # The computed base goes through memory, so that one load serves both cases without a branch.
-        f.store_int(f.mul(p, self.rows), self._regular_base)
-        start = f.at(self.layout.buffer(f, "starts"), f.mul(p, _INT_BYTES))
+        f.store_int(f.mul(chunk_step, self.rows), self._regular_base)
+        start = f.at(self.layout.buffer(f, "starts"), f.mul(chunk_step, _INT_BYTES))
         saved_base = f.load_int(f.select(team.is_regular, self._regular_base, start, "base.at"), "saved.base")
         # A thread's part begins where it would in the longest chunk: others may still be in the one before.
         before = f.mul(team.first_row, f.sub(self.layout.integer(f, "chunk_steps"), 1))
-        padded_base = f.add(before, f.mul(p, f.sub(team.last_row, team.first_row, "own_rows")), "padded_base")
+        thread_rows = f.sub(team.last_row, team.first_row, "thread_rows")
+        padded_base = f.add(before, f.mul(chunk_step, thread_rows), "padded_base")
         return f.select(team.is_padded, padded_base, saved_base, "base"), saved_base
 
     def move_states(self, kind: str, start: Integer, stop: Integer, copy: Integer) -> None:
-        """``first``: read the states of rows that begin; ``last``: write those of rows that have ended.
+        """Read the states of rows that begin (``first``), or write those of rows that have ended (``last``).
 
         Arguments:
-            copy: which of the two copies of the states.
+            copy: the copy of the states, 0 or 1.
         """
         f, module = self.f, self.module
-        start, stop = self.team.own_rows(start, stop)
+        start, stop = self.team.thread_rows(start, stop)
+        # By columns the leader copies all rows, which the columns of every thread will read, and a barrier follows.
         with self.team.per_row(), f.for_range("row", start, stop) as row:
             caller_row = self._caller_row(row)
             for name, (leaf, _) in self.plan.states.items():
                 size = self.plan.graph[leaf].size
-                own = self._state_row(f"state.{name}", size, copy, row)
+                state = self._state_row(f"state.{name}", size, copy, row)
                 callers = self._caller_state(kind, name, caller_row)
-                source, target = (callers, own) if kind == "first" else (own, callers)
+                source, target = (callers, state) if kind == "first" else (state, callers)
                 f.copy_bytes(target, source, size * module.itemsize)
 
     def _caller_row(self, row: Integer) -> Value:
@@ -127,7 +129,7 @@ class CallerRows:
     def copy_unstepped_states(self) -> None:
         """Copy every first state to the last one: it is the result of a row that takes part in no step."""
         f = self.f
-        start, stop = self.team.own_rows(0, self.rows)
+        start, stop = self.team.thread_rows(0, self.rows)
         with self.team.per_row(), f.for_range("row", start, stop) as row:
             caller_row = self._caller_row(row)
             for name, (leaf, _) in self.plan.states.items():
@@ -145,7 +147,7 @@ class CallerRows:
         )
         with f.if_(has_resets, "resets"):
             flags_of_step = f.at(flags, f.mul(t, self.layout.integer(f, "resets.step")))
-            start, stop = self.team.own_rows(0, rows)
+            start, stop = self.team.thread_rows(0, rows)
             with self.team.per_row(), f.for_range("row", start, stop) as row:
                 caller_row = self._caller_row(row)
                 offset = f.mul(caller_row, self.layout.integer(f, "resets.row"))
@@ -153,29 +155,32 @@ class CallerRows:
                 with f.if_(f.ne(flag, 0, "is_set"), "reset"):
                     for name, (leaf, _) in self.plan.states.items():
                         size = self.plan.graph[leaf].size
-                        own = self._state_row(f"state.{name}", size, copy, row)
-                        reset_row(own, self._caller_state("reset", name, caller_row), size)
+                        state = self._state_row(f"state.{name}", size, copy, row)
+                        reset_row(state, self._caller_state("reset", name, caller_row), size)
             # By columns the leader resets all rows, of which the others read their operands.
             self.team.barrier(self.team.by_columns)
 
-    def _reset_row(self, own: Value, callers: Value, size: int) -> None:
+    def _reset_row(self, state: Value, callers: Value, size: int) -> None:
         """Set a state to the reset state."""
-        self.f.copy_bytes(own, callers, size * self.module.itemsize)
+        self.f.copy_bytes(state, callers, size * self.module.itemsize)
 
-    def _cut_gradient_row(self, own: Value, callers: Value, size: int) -> None:
-        """Add a state's gradient to that of the reset state, from which the state came, and set it to zero."""
+    def _cut_gradient_row(self, state: Value, callers: Value, size: int) -> None:
+        """Add a state's gradient to that of the reset state, whose copy it was, and set it to zero."""
         f, module = self.f, self.module
-        with f.for_range("j", 0, size) as j:
-            own_at, callers_at = f.at(own, f.mul(j, module.itemsize)), f.at(callers, f.mul(j, module.itemsize))
-            gradient, total = f.load_scalar(own_at, "gradient"), f.load_scalar(callers_at, "total")
+        with f.for_range("feature", 0, size) as feature:
+            offset = f.mul(feature, module.itemsize)
+            state_at, callers_at = f.at(state, offset), f.at(callers, offset)
+            gradient, total = f.load_scalar(state_at, "gradient"), f.load_scalar(callers_at, "total")
             f.store_scalar(f.fadd(gradient, total, "total"), callers_at)
-            f.store_scalar(Value("0.0", module.scalar), own_at)
+            f.store_scalar(Value("0.0", module.scalar), state_at)
 
     def find_inputs_in_place(self) -> None:
-        """Decide which inputs outside the loop are used in place, without a copy: their layout is the packed one."""
+        """Decide which inputs outside the loop are used in place, without a copy: those with the layout of a buffer."""
         f, layout = self.f, self.layout
-        is_whole = f.not_(self.team.by_rows, "not_by_rows")
-        is_regular = f.and_(is_whole, self.team.is_regular, "is_regular_whole")
+        not_by_rows = f.not_(self.team.by_rows, "not_by_rows")
+        # By rows, each thread's products take its own rows of all steps, which are neighbours in a buffer only; and
+        # with counts, rows that have ended lie between those of a step and the next.
+        is_regular = f.and_(not_by_rows, self.team.is_regular, "is_regular_not_by_rows")
         for index, buffer in self.plan.gathered.items():
             if not self._has_whole_vectors(index):
                 continue
@@ -188,13 +193,13 @@ class CallerRows:
             )
             for slot, stride, count in strides:
                 is_packed = f.eq(layout.integer(f, slot), stride, "is_packed")
-                # The stride between rows, or steps, of which there is one doesn't matter.
-                fits_here = f.or_(is_packed, f.le(count, 1, "is_single"), "fits")
-                fits = f.and_(fits, fits_here, "fits")
+                # The stride of a single row, or step, is never used.
+                stride_fits = f.or_(is_packed, f.le(count, 1, "is_single"), "fits")
+                fits = f.and_(fits, stride_fits, "fits")
             self._in_place[index] = fits, layout.buffer(f, buffer.name)
 
     def _has_whole_vectors(self, index: int) -> bool:
-        """Whether no read of an input's rows goes beyond them, as that of a part of a vector does."""
+        """Whether whole vectors read nothing beyond an input's rows, which are the caller's and not padded."""
         graph = self.plan.graph
         if graph[index].size % LANES:
             return False
@@ -207,47 +212,47 @@ class CallerRows:
                     return False
         return True
 
-    def copy_in(self, low: Value, steps: Integer) -> None:
+    def copy_in(self, lowest_step: Value, steps: Integer) -> None:
         """Copy the inputs of products outside the loop into the chunk's buffers, unless they are used in place."""
         f, layout = self.f, self.layout
         for index, buffer in self.plan.gathered.items():
             name = f"in.{self.plan.graph[index].name}"
             in_place, _ = self._in_place.get(index, (FALSE, None))
             with f.if_(in_place, "in_place"):
-                offset = f.mul(low, layout.integer(f, f"{name}.step"))
+                offset = f.mul(lowest_step, layout.integer(f, f"{name}.step"))
                 layout.set_buffer(f, buffer.name, f.at(layout.pointer(f, f"{name}.ptr"), offset))
             with f.unless(in_place, "copied_in"):
-                self._copy_rows(name, Location(buffer), buffer.size, low, steps, into_buffer=True)
+                self._copy_rows(name, Location(buffer), buffer.size, lowest_step, steps, into_buffer=True)
 
     def restore_buffers(self) -> None:
-        """Set the buffers of inputs used in place to their own memory: an argument block may be used again."""
-        for index, (_, own) in self._in_place.items():
-            self.layout.set_buffer(self.f, self.plan.gathered[index].name, own)
+        """Set the buffers of inputs used in place back to scratch memory: an argument block may be used again."""
+        for index, (_, scratch) in self._in_place.items():
+            self.layout.set_buffer(self.f, self.plan.gathered[index].name, scratch)
 
-    def copy_out(self, low: Value, steps: Integer) -> None:
+    def copy_out(self, lowest_step: Value, steps: Integer) -> None:
         """Copy the outputs computed outside the loop to the caller's rows."""
         graph = self.plan.graph
         for label, location in self.plan.scattered.items():
             size = graph[graph.outputs[label]].size
-            self._copy_rows(f"out.{label}", location, size, low, steps, into_buffer=False)
+            self._copy_rows(f"out.{label}", location, size, lowest_step, steps, into_buffer=False)
 
     def _copy_rows(
-        self, name: str, location: Location, size: int, low: Value, steps: Integer, *, into_buffer: bool
+        self, name: str, location: Location, size: int, lowest_step: Value, steps: Integer, *, into_buffer: bool
     ) -> None:
-        """Copy the rows of a chunk between a tensor of the caller, by its slots' name, and a buffer."""
+        """Copy the rows of a chunk between a tensor of the caller, by the name of its slots, and a buffer."""
         f, module = self.f, self.module
-        callers, own = self.layout.pointer(f, f"{name}.ptr"), self.layout.buffer(f, location.buffer.name)
-        own = f.at(own, location.offset * module.itemsize)
+        callers, buffer = self.layout.pointer(f, f"{name}.ptr"), self.layout.buffer(f, location.buffer.name)
+        buffer = f.at(buffer, location.offset * module.itemsize)
         step_bytes, row_bytes = self.layout.integer(f, f"{name}.step"), self.layout.integer(f, f"{name}.row")
         # By rows, each thread copies its own rows of every step; else all rows of its share of the steps.
         first, last = f.partition(steps, self.team.column_thread, self.team.column_threads)
-        with f.for_range("p", first, last) as p:
-            t = f.add(low, p)
-            base, _ = self.bases(p)
-            start, stop = self.team.own_rows(0, self.taking_part(t))
+        with f.for_range("chunk_step", first, last) as chunk_step:
+            t = f.add(lowest_step, chunk_step)
+            base, _ = self.first_rows(chunk_step)
+            start, stop = self.team.thread_rows(0, self.rows_of_step(t))
             with f.for_range("row", start, stop) as row:
                 caller_row = self._caller_row(row)
                 callers_at = f.at(f.at(callers, f.mul(t, step_bytes)), f.mul(caller_row, row_bytes))
-                own_at = f.at(own, f.mul(f.add(base, row), module.row_bytes(location.buffer.size)))
-                target, source = (own_at, callers_at) if into_buffer else (callers_at, own_at)
+                buffer_at = f.at(buffer, f.mul(f.add(base, row), module.row_bytes(location.buffer.size)))
+                target, source = (buffer_at, callers_at) if into_buffer else (callers_at, buffer_at)
                 f.copy_bytes(target, source, size * module.itemsize)

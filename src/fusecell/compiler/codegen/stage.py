@@ -12,7 +12,8 @@ A stage with products, for rows [from, to) and this thread's column groups (BLIS
     join the lanes of reductions, row by row
 
 A stage without products is its epilogue alone. The accumulators pass from one of a tile's functions to the next through
-a little memory in L1, so that microkernels are shared by all stages and compiled once.
+a few kilobytes in L1, so that microkernels are shared by all stages and compiled once. Columns are the outer loop, as a
+panel, which comes from L2 or L3, is then read once for all rows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fusecell.compiler.codegen.stage_body import (
     start_values,
     step_rows,
 )
-from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, split_evenly
+from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, cheapest, cheapest_tiling, split_evenly
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
@@ -48,8 +49,8 @@ _MOST_FUSED = 4
 
 FROM, TO, PACK_ON_USE = i64("from"), i64("to"), i1("pack_on_use")
 STAGE_PARAMS = (*STEP_PARAMS, FROM, TO, THREAD_ID, THREADS, PACK_ON_USE)
-"""What the function of a stage takes: the step; its rows; which of how many threads takes its share of the columns; and
-whether weights are packed where they are used, because they are used this once."""
+"""Parameters of a stage's function: the step; its rows; the number of the thread, and of threads, that share the
+columns; and whether weights are packed where they are used, as they are used only once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,10 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[Fused
         fused = _fuse(plan, stage, most)
         products = [Product(each.count, each.panel.depth) for each in fused] or [Product(1, 1)]
         if most == 1 or cost.fits(1, max(product.fused for product in products)):
-            candidates.append((*cost.best(products, groups), fused))
+            cycles, tiling = cheapest_tiling(module.target, module.dtype, tuple(products), groups)
+            candidates.append((cycles, (fused, tiling)))
     # Of equals the first: fewer calls.
-    _, tiling, fused = min(candidates, key=lambda candidate: round(candidate[0], 9))
-    return fused, tiling
+    return cheapest(candidates)[1]
 
 
 def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
@@ -99,6 +100,7 @@ def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
             (k0, k1), (column0, column1) = attrs["rows"], attrs["cols"]
             source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (column0, column1))
             fits = last is not None and last.operand == operand and last.count < most
+            # A panel has one depth: its products share a loop over k.
             if last is not None and fits and last.panel.depth == k1 - k0:
                 fused.pop()
                 panel = Panel(last.panel.name, k1 - k0, stage.width, (*last.panel.weights, source))
@@ -112,7 +114,7 @@ def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows and column groups of one tile, as the running kernel has them."""
+    """Rows and column groups of one tile, as values of the running kernel."""
 
     row: Integer
     rows: Integer
@@ -130,9 +132,9 @@ class _Portion:
 
     Attributes:
         group: the first.
-        groups: how many.
-        is_narrow: 1 if these are one fewer than in the first portions, else 0.
-        panel_group: which group of the panels in memory is the first: 0 where only these have been packed.
+        groups: their number.
+        is_narrow: 1 if there is one fewer than in the first portions, else 0.
+        panel_group: the position of the first among the groups of the panels in memory: 0 if only these are packed.
     """
 
     group: Integer
@@ -143,10 +145,10 @@ class _Portion:
 
 @dataclass
 class StageEmitter:
-    """Writes the functions of one stage; ``@<stage>``, of the parameters `STAGE_PARAMS`, runs it.
+    """Writer of the functions of one stage; ``@<stage>``, with the parameters `STAGE_PARAMS`, runs it.
 
     Attributes:
-        strides: what is constant in the microkernels of the whole kernel, by their number of fused products.
+        strides: the constant strides of the kernel's microkernels, by their number of fused products.
         tiling: the tiles of its products.
     """
 
@@ -183,10 +185,11 @@ class StageEmitter:
             part = _Part(FROM, rows, first, f.sub(last, first))
             f.call(f"{self.name}.epilogue", *STEP_PARAMS, *part.args(), NULL)
         else:
-            # Written by the start, added to by microkernels, read by the epilogue: a few kilobytes that never leave L1.
+            # Written by the start, added to by microkernels, read by the epilogue.
             self._acc = f.alloca_bytes(self._acc_bytes(), "acc")
             with f.if_(f.gt(rows, 0, "has_rows"), "has_rows"):
                 self._tiles(f, rows)
+        # Only here are all columns of a row done: a tile has but some of them.
         if self.stage.reductions:
             self._finish_reductions(f)
         f.end()
@@ -199,10 +202,11 @@ class StageEmitter:
         """Loop over portions of the columns, and inside over tiles of rows: a panel is read once into the cache."""
         max_rows, short = self.tiling.max_rows, self.tiling.short
         operands = [self._operand(f, each) for each in self.products]
-        tiles = f.udiv(f.add(rows, max_rows - 1, "up"), max_rows, "tiles")
+        tiles = f.udiv(f.add(rows, max_rows - 1, "rounded_up"), max_rows, "tiles")
         height_of_most = f.divide(rows, tiles, "tile_rows")
         taller = f.sub(rows, f.mul(height_of_most, tiles), "taller_tiles")
-        # Heights differ by one at most: there is no short rest, whose multiply-adds would wait for its loads.
+        # Heights differ by one at most: there is no short rest, whose few accumulators would not hide the latency of
+        # its multiply-adds, and which would read the whole panel again.
         # In the table the tall tiles follow the short, whose highest is as high as the lowest of the tall.
         is_tall: Integer = 0
         if short:
@@ -211,15 +215,15 @@ class StageEmitter:
             with f.for_range("tile", 0, tiles, nonempty=True) as tile:
                 row = f.add(FROM, f.add(f.mul(tile, height_of_most), f.minimum(tile, taller)), "row")
                 is_taller = f.lt(tile, taller, "is_taller")
-                height = f.add(height_of_most, f.zext(is_taller, "one"), "height")
-                entry = f.add(f.mul(f.add(f.sub(height, 1), is_tall), 2), portion.is_narrow, "entry")
+                height = f.add(height_of_most, f.zext(is_taller, "extra_row"), "height")
+                entry = f.add(f.mul(f.add(f.sub(height, 1), is_tall), 2), portion.is_narrow, "table_entry")
                 self._tile(f, operands, _Part(row, height, portion.group, portion.groups), portion, entry, tile)
 
     def _portions(self, f: Function, kind: Integer) -> Iterator[_Portion]:
-        """Loop over this thread's share of the column groups, in as few portions as make all about equally wide.
+        """Loop over this thread's share of the column groups, in as few portions as possible, of about equal width.
 
         Arguments:
-            kind: which of the tiling's kinds of tiles it is for.
+            kind: the position in the tiling's ``kinds`` of the tiles that will run.
         """
         splits = [split_evenly(self.groups, most) for most in self.tiling.kinds]
         wide_portions, width = (
@@ -261,7 +265,7 @@ class StageEmitter:
 
         Arguments:
             entry: of the tables of microkernels.
-            turn: which of the tiles over these columns it is.
+            turn: the number of the tile among those over these columns.
         """
         vector_bytes = self.module.vector_bytes
         acc_row = len(self.stage.affines) * vector_bytes
@@ -270,6 +274,7 @@ class StageEmitter:
         for each, (base, stride, panel) in zip(self.products, operands, strict=True):
             group_bytes = each.panel.group_bytes(self.module)
             panel = f.at(panel, f.mul(portion.panel_group, group_bytes))
+            # A table, as the shape of a tile depends on the rows of the call: a switch would be a branch per shape.
             table = Value(f"@{self._table(each.count)}", "ptr")
             tile = f.load_pointer(f.at(table, f.mul(entry, 8)), "microkernel", once=True)
             f.call(
@@ -303,7 +308,7 @@ class StageEmitter:
     def _prefetch(
         self, f: Function, panel: Value, turn: Integer, groups: Integer, products: FusedProducts
     ) -> tuple[Value, Value]:
-        """Return what a tile prefetches, and the bytes from one k to the next: its share of the next panel.
+        """Return the address that a tile prefetches, and the bytes from one k to the next: its share of the next panel.
 
         The first tile of a panel prefetches nothing: it reads its own panel as fast as that comes from L3, which more
         requests would slow down. Nor do those that come after the whole of the next: they would fetch what is not
@@ -321,6 +326,7 @@ class StageEmitter:
 
     def _start(self) -> None:
         """Write the start of a tile's accumulators: a bias, or a value computed before the loop; else zero."""
+        # The sum begins with it, and is not added to it at the end: hoisted or not, the order of additions is the same.
         f = Function(self.module, f"{self.name}.start", *STEP_PARAMS, *PART_PARAMS)
         starts = start_values(self.plan, self.stage)
         body = Body(f, self.layout, self.plan, self.stage, roots=[start for start in starts if start is not None])
@@ -359,9 +365,9 @@ class StageEmitter:
         module, count = self.module, len(self.stage.reductions)
         start = self.layout.buffer(f, partials(self.stage))
         with f.for_range("row", FROM, TO) as row:
-            here = f.at(start, f.mul(row, count * module.vector_bytes))
+            partials_at = f.at(start, f.mul(row, count * module.vector_bytes))
             for position, index in enumerate(self.stage.reductions):
-                partial = f.load(f.at(here, position * module.vector_bytes), "partial", module.vector_bytes)
+                partial = f.load(f.at(partials_at, position * module.vector_bytes), "partial", module.vector_bytes)
                 total = join_lanes(f, self.plan.graph[index].op, partial)
                 target = step_rows(f, self.layout, self.stage.totals[index].buffer)
                 f.store_scalar(total, f.at(target.start, f.mul(row, target.stride)))

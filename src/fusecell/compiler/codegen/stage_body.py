@@ -25,7 +25,7 @@ __all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "r
 
 FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC = i64("first_row"), i64("rows"), i64("first_group"), i64("groups"), ptr("acc")
 PART_PARAMS = (FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC)
-"""What the functions of a part of a stage take besides: its rows, its column groups, and the accumulators of a tile."""
+"""The other parameters of a tile's functions: its rows, its column groups, its accumulators."""
 
 
 def partials(stage: Stage) -> str:
@@ -34,7 +34,7 @@ def partials(stage: Stage) -> str:
 
 
 def step_rows(f: Function, layout: Layout, buffer: Buffer, state: Integer = STEP.old_state) -> RowAddress:
-    """Return a buffer's rows of the step that a stage's function was called for; of a state, those of one copy."""
+    """Return a buffer's rows of the step that a stage's function runs; of a state, those of one copy."""
     return row_address(f, layout, f.module, buffer, STEP.with_state(state))
 
 
@@ -44,11 +44,12 @@ def epilogue_roots(plan: Plan, stage: Stage) -> list[int]:
 
 
 def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]) -> list[Location]:
-    """List every location that computing ``roots`` reads, in an order that doesn't change from run to run.
+    """List every location that computing ``roots`` reads, in an order that is the same in every run.
 
     Arguments:
         local: values that are computed, not read.
     """
+    # The order decides the text, and the text is the key of the disk cache.
     locations: dict[Location, None] = {}
     seen: set[int] = set()
     stack = list(roots)
@@ -66,10 +67,10 @@ def reads(plan: Plan, stage: Stage, roots: Iterable[int], local: Collection[int]
 
 
 class Body:
-    """One function's loops: ``with body.rows(): with body.columns():``, and inside ``value``, ``store``, ``reduce``.
+    """Loops of one function: ``with body.rows(): with body.columns():``, and inside ``value``, ``store``, ``reduce``.
 
     Arguments:
-        local: values computed here; all others are read from memory or are cheap enough to be computed here too.
+        local: values that this stage computes; others are read from memory, or are cheap and computed again.
         roots: the values that will be used.
         stores: the locations that will be written.
     """
@@ -105,15 +106,15 @@ class Body:
 
     @contextmanager
     def rows(self) -> Iterator[None]:
-        """Loop over rows, and work out where each begins in every location."""
+        """Loop over rows, and compute the address of each in every location."""
         f = self.f
         # A tile has at least one row; a stage without products may be called for none.
-        with f.for_range("r", 0, ROWS, nonempty=bool(self.stage.affines)) as r:
-            row = f.add(FIRST_ROW, r, "row")
+        with f.for_range("tile_row", 0, ROWS, nonempty=bool(self.stage.affines)) as tile_row:
+            row = f.add(FIRST_ROW, tile_row, "row")
             caller_row: Integer = 0
             if self._order is not None:
                 caller_row = f.load_int(f.at(self._order, f.mul(row, 8)), "caller_row")
-            self._row, self._row_of_tile = row, r
+            self._row, self._row_of_tile = row, tile_row
             self._read_rows = self._row_pointers(self._reads, row, caller_row)
             self._write_rows = self._row_pointers(self._writes, row, caller_row)
             yield
@@ -139,6 +140,7 @@ class Body:
             # A tile's accumulators are [row][product][group][lane].
             row = f.at(ACC, f.mul(f.mul(self._row_of_tile, products), width))
             self._accumulators = [f.at(row, f.mul(width, product), "acc") for product in range(products)]
+        # Rows outside, columns inside: neighbouring columns are contiguous, and a row's addresses are computed once.
         with f.for_range("column", 0, width, vector_bytes, nonempty=bool(products)) as self._column:
             self._values: dict[int, Value] = {}
             self._masks: dict[int, Value] = {}
@@ -155,7 +157,7 @@ class Body:
         return resolve(index, self._values, self._registers, self._emit)
 
     def _registers(self, index: int) -> tuple[int, ...]:
-        """What has to be in registers before a value is computed; nothing for one that is loaded."""
+        """Return the values that must be in registers before a value is computed; none for one that is loaded."""
         node = self.plan.graph[index]
         if index in self.local:
             return () if node.op == "affine" else node.args
@@ -171,7 +173,7 @@ class Body:
             location = self.stage.operands.get(index)
             if location is not None:
                 value = self._load(location, node.size, node.name)
-                # Masks are 1.0 and 0.0 in memory.
+                # Masks are 1.0 and 0.0 in memory, so that buffers have one format.
                 return f.fcmp("une", value, f.zero, f"{node.name}.mask") if node.type.kind == "mask" else value
         return POINTWISE_OPS[node.op](f, *(self._values[arg] for arg in node.args), name=node.name)
 
@@ -184,7 +186,7 @@ class Body:
         if size == 1:
             return f.load_splat(pointer, name)
         pointer = self._in_group(pointer)
-        # Behind the last feature of the caller's row is memory of others; our own rows are padded.
+        # Behind the last feature of a caller's row is other memory; rows of the kernel's buffers are padded.
         if location.buffer.scope == "user" and size % LANES:
             return f.load_masked(pointer, self._mask(size), name)
         return f.load(pointer, name, self._alignment(location))
@@ -194,7 +196,7 @@ class Body:
         return self.module.vector_bytes if is_aligned else self.module.itemsize
 
     def _mask(self, size: int) -> Value:
-        """Return the mask of this group's lanes that a value of ``size`` features has."""
+        """Return the mask of the lanes of this group that are features of a value of ``size`` features."""
         if size not in self._masks:
             offset = self.f.add(self._first, self._column)
             features_before = self.f.exact_div(offset, self.module.itemsize, "features_before")
@@ -202,7 +204,7 @@ class Body:
         return self._masks[size]
 
     def store(self, index: int, location: Location) -> None:
-        """Store a value; in a whole buffer of the kernel's own its padding too."""
+        """Store a value; in a buffer of the kernel that it fills, with its padding."""
         node, f, value = self.plan.graph[index], self.f, self.value(index)
         if node.type.kind == "mask":
             value = f.select(value, f.constant(1.0), f.zero, "number")
@@ -243,7 +245,7 @@ _IDENTITY = {"sum": 0.0, "amax": float("-inf"), "amin": float("inf")}
 
 
 def _combine(f: Function, op: str, a: Value, b: Value, name: str) -> Value:
-    """Return one step of a reduction."""
+    """Combine two partial results of a reduction."""
     if op == "sum":
         return f.fadd(a, b, name)
     return f.math("maximum" if op == "amax" else "minimum", a, b, name=name)
@@ -260,5 +262,5 @@ def join_lanes(f: Function, op: str, value: Value) -> Value:
 
 
 def start_values(plan: Plan, stage: Stage) -> list[int | None]:
-    """List what each of a stage's accumulations starts from; None is zero."""
+    """List the value that each of a stage's accumulations starts from; None is zero."""
     return [affine_parts(plan.graph[index])[0] for index in stage.affines]

@@ -1,4 +1,4 @@
-"""What a tile of a matrix product costs, and the tiles that cost least: a small model of a core.
+"""Cost model of the tiles of a matrix product on one core, by which the cheapest are chosen.
 
 A tile of ``rows`` x ``columns`` vectors of 16 lanes, each ``v`` registers wide, takes for one k the longest of::
 
@@ -15,23 +15,26 @@ analytical model for BLIS (Low, Igual, Smith and Quintana-Orti, ACM TOMS 2016).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType, ceil_div
 
-__all__ = ["MAX_GROUPS", "MAX_ROWS", "Product", "TileCost", "Tiling", "split_evenly"]
+__all__ = ["MAX_GROUPS", "MAX_ROWS", "Product", "TileCost", "Tiling", "cheapest", "cheapest_tiling", "split_evenly"]
 
 MAX_ROWS = MAX_GROUPS = 8
-"""Limits of a tile's rows and column groups, and so of the functions there are to compile."""
+"""Limits of a tile's rows and column groups, and so of the number of functions to compile."""
 
-_TYPICAL_ROWS = (1, 2, 4, 8, 16, 32)
+_TYPICAL_ROWS = (1, 2, 4, 16)
 """A kernel is compiled once for any number of rows: what it costs is the geometric mean over these."""
+_INDIFFERENT = 0.02
 _MANY_TILES = 4
-"""Tiles below one another for which the width of the tallest is chosen."""
+"""Tiles below one another for which the width of the tallest is chosen: the first reads a panel, the others again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +81,27 @@ class Tiling:
 
     @property
     def text(self) -> str:
-        """The tiles for people, rows x column groups."""
+        """The tiles as text, rows x column groups."""
         heights = dict.fromkeys((self.max_rows, *range(self.short, 0, -1)))
         return ", ".join(f"{height}x{self.width(height)}" for height in heights)
 
 
-@dataclass(frozen=True, slots=True)
 class TileCost:
     """The cycles of tiles on a target.
 
     Attributes:
-        target: the CPU: its registers, their width, and its rates (`Tuning`).
-        dtype: of all numbers.
+        rates: of the target.
+        registers: vector registers it has.
+        registers_each: registers of a vector of 16 lanes.
+        vector_bytes: bytes of such a vector.
+        accumulators: those of 16 lanes that the registers hold; a quarter of these is left to operands.
     """
 
-    target: Target
-    dtype: DType
-
-    @property
-    def registers_each(self) -> int:
-        """Registers of a vector of 16 lanes."""
-        return max(1, LANES * self.dtype.itemsize * 8 // self.target.vector_bits)
-
-    @property
-    def accumulators(self) -> int:
-        """The accumulators of 16 lanes that the registers hold; a quarter of these is left to operands."""
-        registers = self.target.registers - self.target.registers // 4
-        return max(1, registers // self.registers_each)
+    def __init__(self, target: Target, dtype: DType) -> None:
+        self.rates, self.registers = target.tuning, target.registers
+        self.vector_bytes = LANES * dtype.itemsize
+        self.registers_each = max(1, self.vector_bytes * 8 // target.vector_bits)
+        self.accumulators = max(1, (target.registers - target.registers // 4) // self.registers_each)
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether the registers hold a tile's accumulators and the operands of one k."""
@@ -114,9 +111,8 @@ class TileCost:
         # LLVM moves accumulators through memory for every k: a tile of 3 x 2 takes 1.7 times as long on AVX2.
         operands = min(rows + self.registers_each, columns * self.registers_each + 1)
         accumulators = rows * columns
-        return accumulators <= self.accumulators and accumulators * self.registers_each + operands <= (
-            self.target.registers
-        )
+        needed = accumulators * self.registers_each + operands
+        return accumulators <= self.accumulators and needed <= self.registers
 
     def per_k(self, rows: int, columns: int, *, from_l2: bool) -> float:
         """Return the cycles of one k.
@@ -125,14 +121,14 @@ class TileCost:
             columns: vectors of 16 lanes of all its products.
             from_l2: whether the panel comes from L2; else it is in L1.
         """
-        rates, registers = self.target.tuning, self.registers_each
+        rates, registers = self.rates, columns * self.registers_each
         cycles = max(
-            rows * columns * registers / rates.fma_units,
-            (rows + columns * registers) / rates.load_units,
+            rows * registers / rates.fma_units,
+            (rows + registers) / rates.load_units,
             rates.fma_latency,
         )
         if from_l2:
-            cycles = max(cycles, columns * LANES * self.dtype.itemsize / rates.l2_bytes_per_cycle)
+            cycles = max(cycles, columns * self.vector_bytes / rates.l2_bytes_per_cycle)
         return cycles
 
     def stage(self, tiling: Tiling, products: Sequence[Product], groups: int, rows: int) -> float:
@@ -141,31 +137,36 @@ class TileCost:
         Arguments:
             groups: the stage's column groups.
         """
-        rates = self.target.tuning
-        width = tiling.width(min(rows, tiling.max_rows) if rows <= tiling.short else tiling.max_rows)
-        heights = split_evenly(rows, tiling.short if rows <= tiling.short else tiling.max_rows)
+        is_one_tile = rows <= tiling.short
+        heights = [(1, rows)] if is_one_tile else split_evenly(rows, tiling.max_rows)
+        width = tiling.width(rows if is_one_tile else tiling.max_rows)
+        return sum(
+            portions * self.portion(heights, product, portion)
+            for portions, portion in split_evenly(groups, width)
+            for product in products
+        )
+
+    def portion(self, heights: Sequence[tuple[int, int]], product: Product, groups: int) -> float:
+        """Return the cycles of all tiles over some column groups.
+
+        Arguments:
+            heights: how many tiles of which height there are.
+        """
+        rates, columns = self.rates, product.fused * groups
+        registers = columns * self.registers_each
+        # Half of L1: the other holds the operand's rows, and the accumulators on their way.
+        stays_in_l1 = product.depth * columns * self.vector_bytes <= rates.l1_bytes / 2
         cycles = 0.0
-        for portions, portion in split_evenly(groups, width):
-            for product in products:
-                columns = product.fused * portion
-                panel_bytes = product.depth * columns * LANES * self.dtype.itemsize
-                # Half of L1: the other holds the operand's rows, and the accumulators on their way.
-                stays = panel_bytes <= rates.l1_bytes / 2
-                for position, (tiles, height) in enumerate(heights):
-                    moved = 2 * height * columns * self.registers_each / rates.load_units
-                    fixed = tiles * (rates.call_cycles + moved)
-                    first = 1 if position == 0 else 0  # the first tile reads the panel from L2 in any case
-                    fresh, again = (tiles, 0) if not stays else (first, tiles - first)
-                    cycles += portions * (
-                        fixed
-                        + product.depth * fresh * self.per_k(height, columns, from_l2=True)
-                        + product.depth * again * self.per_k(height, columns, from_l2=False)
-                    )
+        for position, (tiles, height) in enumerate(heights):
+            from_l2 = 0 if stays_in_l1 and position else 1 if stays_in_l1 else tiles
+            per_k = from_l2 * self.per_k(height, columns, from_l2=True)
+            if tiles > from_l2:
+                per_k += (tiles - from_l2) * self.per_k(height, columns, from_l2=False)
+            transfer = 2 * height * registers / rates.load_units
+            cycles += product.depth * per_k + tiles * (rates.call_cycles + transfer)
         return cycles
 
-    def best(
-        self, products: Sequence[Product], groups: int, rows: Sequence[int] = _TYPICAL_ROWS
-    ) -> tuple[float, Tiling]:
+    def best(self, products: Sequence[Product], groups: int, rows: Sequence[int]) -> tuple[float, Tiling]:
         """Return the cheapest tiling of products, and the logarithm of what it costs, on the average.
 
         Arguments:
@@ -173,37 +174,59 @@ class TileCost:
             rows: the numbers of rows to average over.
         """
         fused = max(product.fused for product in products)
-        tallest = max(rows for rows in range(1, MAX_ROWS + 1) if rows == 1 or self.fits(rows, fused))
+        tallest = max(height for height in range(1, MAX_ROWS + 1) if height == 1 or self.fits(height, fused))
+        # Of one row up: the widths of a tile alone, and of one among many.
+        alone = [self._width(products, fused, groups, height, 1) for height in range(1, tallest)]
+        candidates = []
+        for max_rows in range(tallest, tallest // 2, -1):
+            widest = self._width(products, fused, groups, max_rows, _MANY_TILES)
+            tiling = Tiling(max_rows, (*alone[: max_rows - 1], widest))
+            logarithms = [math.log(self.stage(tiling, products, groups, each)) for each in rows]
+            candidates.append((sum(logarithms) / len(logarithms), tiling))
+        return cheapest(candidates)
 
-        def mean(tiling: Tiling) -> float:
-            return sum(math.log(self.stage(tiling, products, groups, each)) for each in rows) / len(rows)
+    def _width(self, products: Sequence[Product], fused: int, groups: int, height: int, tiles: int) -> int:
+        """Return the cheapest width of tiles of a height, of which there are ``tiles`` below one another."""
+        widest = min(groups, MAX_GROUPS)
+        costs = {}
+        for width in range(widest, 0, -1):
+            if width > 1 and not self.fits(height, width * fused):
+                continue
+            portions = split_evenly(groups, width)
+            if portions[0][1] < width:
+                continue  # as many portions as of a narrower tile
+            costs[width] = sum(
+                count * self.portion([(tiles, height)], product, portion)
+                for count, portion in portions
+                for product in products
+            )
+        # Of equals the first: the widest.
+        return min(costs, key=lambda width: round(costs[width], 6))
 
-        tilings = self._tilings(products, fused, groups, tallest)
-        return min(
-            ((mean(tiling), tiling) for tiling in tilings), key=lambda pair: (round(pair[0], 9), -pair[1].max_rows)
-        )
 
-    def _tilings(self, products: Sequence[Product], fused: int, groups: int, tallest: int) -> list[Tiling]:
-        """List the tilings to choose from, by their tallest tile, each height in its best width."""
-        tilings = []
-        for max_rows in range(1, tallest + 1):
-            lower = [self._width(products, fused, groups, rows, rows) for rows in range(1, max_rows)]
-            widest = self._width(products, fused, groups, max_rows, _MANY_TILES * max_rows)
-            tilings.append(Tiling(max_rows, (*lower, widest)))
-        return tilings
+T = TypeVar("T")
 
-    def _width(self, products: Sequence[Product], fused: int, groups: int, height: int, rows: int) -> int:
-        """Return the cheapest width of tiles of a height, of which ``rows`` are to be computed."""
-        widths = [
-            width for width in range(1, min(groups, MAX_GROUPS) + 1) if width == 1 or self.fits(height, width * fused)
-        ]
-        # A tiling that has this height alone.
-        costs = {width: self.stage(Tiling(height, (width,) * height), products, groups, rows) for width in widths}
-        return min(widths, key=lambda width: (round(costs[width], 6), -width))
+
+def cheapest(candidates: Sequence[tuple[float, T]]) -> tuple[float, T]:
+    """Return the first of the candidates that costs no more than 2 % above the least: the model knows no better.
+
+    Arguments:
+        candidates: the logarithm of what each costs, and it.
+    """
+    least = min(cost for cost, _ in candidates)
+    return next(candidate for candidate in candidates if candidate[0] <= least + _INDIFFERENT)
+
+
+@functools.lru_cache(maxsize=1024)
+def cheapest_tiling(
+    target: Target, dtype: DType, products: tuple[Product, ...], groups: int, rows: tuple[int, ...] = _TYPICAL_ROWS
+) -> tuple[float, Tiling]:
+    """Return `TileCost.best`, worked out once."""
+    return TileCost(target, dtype).best(products, groups, rows)
 
 
 def split_evenly(count: int, most: int) -> list[tuple[int, int]]:
-    """Split ``count`` into as few portions of at most ``most`` as there can be: (portions, size), larger ones first."""
+    """Split ``count`` evenly into as few portions of at most ``most`` as possible: (portions, size), larger first."""
     portions = ceil_div(count, most)
     size, larger = divmod(count, portions)
     return [(number, each) for number, each in ((larger, size + 1), (portions - larger, size)) if number]

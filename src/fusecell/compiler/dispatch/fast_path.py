@@ -136,7 +136,7 @@ def _remembered(
     places = [len(given) + names[path] for path, _ in leaves]
     tensors, check = given + tensors, _guard(given + tensors)
     weights = [
-        _Weight(place, path, leaf.made(tensors[place]).detach())
+        _Weight(place, path, leaf.of(tensors[place]).detach())
         for place, (path, leaf) in zip(places, leaves, strict=True)
     ]
     if check is None or any(each.matrix.data_ptr() != tensors[each.place].data_ptr() for each in weights):

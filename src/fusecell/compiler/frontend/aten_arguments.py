@@ -1,4 +1,4 @@
-"""The arguments of an ATen call: the tensors in them, and what a tensor is known by."""
+"""Arguments of ATen calls: finding and replacing the tensors in them, and a key by which a tensor is recognised."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ Key = tuple[Any, ...]
 
 
 def key_of(tensor: Tensor) -> Key:
+    """Return what identifies a tensor's elements: their memory and layout.
+
+    Not its ``id``: autograd hands out saved tensors as new objects.
+    """
     return (
         tensor.untyped_storage()._cdata,
         tensor.storage_offset(),
@@ -25,7 +29,11 @@ def key_of(tensor: Tensor) -> Key:
 
 
 def mapped(value: Any, change: Callable[[Any], Any], name: str, kind: type = Tensor) -> Any:
-    """``value`` with every tensor in it changed."""
+    """Return ``value`` with ``change`` applied to every tensor, or instance of ``kind``, in it.
+
+    Arguments:
+        name: of the operation whose argument it is.
+    """
     if isinstance(value, kind):
         if isinstance(value, Tensor) and name == "lift_fresh":
             return _literal(value, change)
@@ -37,14 +45,16 @@ def mapped(value: Any, change: Callable[[Any], Any], name: str, kind: type = Ten
     return value
 
 
-def _literal(tensor: Tensor, known: Callable[[Any], Any]) -> Any:
-    """What torch.tensor(...) wraps: a number is a constant of the step, anything longer came from elsewhere."""
+def _literal(tensor: Tensor, change: Callable[[Any], Any]) -> Any:
+    """Return the argument of ``lift_fresh``, by which torch.tensor(...) wraps data: a number is a constant."""
+    # Data of more elements may come from a list outside the step, which can change unseen.
     if tensor.dim() == 0:
         return Weight((), -1, None, float(tensor))
-    return known(tensor)
+    return change(tensor)
 
 
 def values_in(value: Any) -> Iterator[Value]:
+    """Yield the traced values in nested lists, tuples and dicts."""
     if isinstance(value, Row | Weight | Sum | ExternalGrad | Unsupported):
         yield value
     elif isinstance(value, list | tuple):
@@ -55,6 +65,7 @@ def values_in(value: Any) -> Iterator[Value]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):

@@ -1,4 +1,7 @@
-"""Custom autograd Functions in a step: applied to weights alone each is one step of the prologue, backward and all."""
+"""Custom autograd Functions in a step: intercept them, and check that a later call may apply them again.
+
+Applied to weights alone, a Function is one step of the weight prologue, with its own backward.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,12 @@ from fusecell.compiler.frontend.aten_arguments import tensors_in
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.traced_values import Untraceable
 
-__all__ = ["is_custom_node", "is_of_operator", "observed", "plain_arguments", "tensor_results"]
+__all__ = ["is_custom_node", "is_of_operator", "intercepted", "plain_arguments", "tensor_results"]
 
 Apply = Callable[..., Any]
 """A Function's ``apply`` as torch has it."""
 
+# Types of constants: values that a later call may be given again.
 _PLAIN = (
     bool, int, float, complex, str, bytes, type(None), slice, range, np.generic, Enum, type, BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch._ops.OperatorBase,
@@ -30,19 +34,20 @@ _PLAIN = (
 
 
 @contextmanager
-def observed(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iterator[None]:
-    """Hand every Function that this thread applies inside the block to ``on_apply(function, arguments, apply)``.
+def intercepted(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iterator[None]:
+    """Call ``on_apply(function, arguments, apply)`` in place of every Function that this thread applies in the block.
 
-    ``Function.apply`` looks its other half up in the class behind it, whichever way it was called or bound: there it
-    is met. The tracer's lock is held meanwhile, and other threads' Functions are applied as ever.
+    ``Function.apply`` looks ``apply`` up in its base `_SingleLevelFunction`, whichever way it was called or bound: so
+    that class is where all are intercepted. The tracer's lock is held meanwhile, and other threads' Functions are
+    applied as always.
     """
     thread = threading.get_ident()
 
     def apply(function: type[Any], *args: Any, **kwargs: Any) -> Any:
-        rest: Any = super(_SingleLevelFunction, function)
+        base: Any = super(_SingleLevelFunction, function)
         if threading.get_ident() != thread or kwargs:
-            return rest.apply(*args, **kwargs)
-        return on_apply(function, args, rest.apply)
+            return base.apply(*args, **kwargs)
+        return on_apply(function, args, base.apply)
 
     parent: Any = _SingleLevelFunction
     parent.apply = classmethod(apply)
@@ -58,17 +63,17 @@ def is_custom_node(node: Any) -> bool:
 
 
 def is_of_operator(function: type[Any]) -> bool:
-    """Whether torch made a Function for the gradient of an operator, which is met as an operator too."""
+    """Whether a Function is torch's own, around an operator with a gradient; the dispatcher sees that operator too."""
     return function.__module__ == "torch._library.autograd"
 
 
 def plain_arguments(function: type[Any], args: Sequence[Any]) -> None:
-    """Raise Untraceable unless the arguments beside tensors are values that a later call may be given again."""
+    """Raise Untraceable unless all arguments but tensors are constants, which a later call may be given again."""
     for arg in args:
         if not _is_plain(arg):
             raise Untraceable(
-                f"It applies {function.__name__} to a weight and a {type(arg).__name__}, which may be another at the "
-                f"next call; give it tensors and numbers{users_line()}."
+                f"The step applies {function.__name__} to a weight and a {type(arg).__name__}, which may be another at "
+                f"the next call; give it tensors and numbers{users_line()}."
             )
 
 
@@ -76,7 +81,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
-        # Its tensors would be looked for in vain: a Function doesn't differentiate them either.
+        # torch finds no tensors in a dict either: a Function doesn't differentiate them.
         return not any(True for _ in tensors_in(list(value.values()))) and all(map(_is_plain, value.values()))
     if isinstance(value, FunctionType):
         return value.__closure__ is None
@@ -84,10 +89,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def tensor_results(function: type[Any], result: Any) -> list[Tensor | None]:
-    """What a Function returned, as a list.
+    """Return the results of a Function as a list.
 
     Raises:
-        Untraceable: if anything among it is neither a tensor nor None.
+        Untraceable: if one of them is neither a tensor nor None.
     """
     results = [result] if not isinstance(result, tuple | list) else list(result)
     for value in results:

@@ -1,4 +1,4 @@
-"""The surroundings of a trace: nothing of the caller's modes reaches it, and nothing reads a tensor's value."""
+"""Isolation of a trace: none of the caller's modes is in force in it, and nothing in it reads a tensor's value."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from fusecell.execution.forked_child import one_thread_after_fork
 
 __all__ = ["ValueReadGuard", "isolated", "users_line"]
 
+# The functions that return the value of a tensor, or its memory, to Python. Some, such as numpy() and data_ptr(), never
+# reach the dispatcher; others would only be seen there as _local_scalar_dense, without the name of what was called.
 _READS = {
     Tensor.__bool__: "bool()",
     Tensor.__float__: "float()",
@@ -37,23 +39,27 @@ _READS = {
     torch.allclose: "torch.allclose",
     torch.is_nonzero: "torch.is_nonzero",
 }
+# Frames of torch, of the tracer itself and of code without a file are not the user's.
 _HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 
 
 class ValueReadGuard(TorchFunctionMode):
-    """Refuses what takes a value out of a tensor: a compiled step can't follow it there."""
+    """Function mode that refuses to read a value out of a tensor: what the step does with it no graph can express.
+
+    A function mode, not the recorder, because most of these never reach the dispatcher.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         how = _READS.get(func)
         if how is not None:
-            raise Untraceable(f"It reads the value of a tensor ({how}){users_line()}.")
+            raise Untraceable(f"The step reads the value of a tensor ({how}){users_line()}.")
         return func(*args, **(kwargs or {}))
 
 
 def users_line() -> str:
-    """Where in the user's own code we are, as words to add to a sentence; empty where nowhere."""
+    """Return the line of the user's code that is being run, as words to add to a sentence; empty if there is none."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
         frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
@@ -67,7 +73,7 @@ def users_line() -> str:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Grad mode on, inference mode, autocast, functorch's transforms and all modes of the caller off."""
+    """Switch grad mode on for the block, and inference mode, autocast, functorch and all modes of the caller off."""
     with ExitStack() as stack:
         stack.enter_context(one_thread_after_fork())
         stack.enter_context(_without_modes())
@@ -86,10 +92,10 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def _without_saved_tensor_hooks() -> Iterator[None]:
-    """Saved tensors are the trace's own: torch.utils.checkpoint counts those of the call, hooks move or encrypt them.
+    """Keep the caller's saved-tensor hooks from the trace, whose tensors they would count, move or encrypt.
 
-    The hooks stay where they are, as torch itself lets them while it traces: taken off they can't be put back where
-    the caller has forbidden new ones.
+    They are not taken off, but ignored, as torch ignores them while it traces: where the caller has forbidden new hooks
+    they could not be put back.
     """
     before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
     try:
@@ -100,7 +106,7 @@ def _without_saved_tensor_hooks() -> Iterator[None]:
 
 @contextmanager
 def _without_nan_checks() -> Iterator[None]:
-    """Anomaly mode reads each gradient to look for NaN; the setting is the process's, so only that part goes off."""
+    """Keep anomaly mode from reading each gradient to look for NaN; the rest of it stays, as it is process-wide."""
     enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     if not (enabled and checks):
         yield
@@ -114,7 +120,7 @@ def _without_nan_checks() -> Iterator[None]:
 
 @contextmanager
 def _without_jit() -> Iterator[None]:
-    """torch.jit's trace, in which sizes are tensors, records nothing of this one."""
+    """Suspend a trace of torch.jit, in which sizes are tensors, and which would record this one."""
     before = torch._C._get_tracing_state()
     if before is None:
         yield
@@ -128,7 +134,7 @@ def _without_jit() -> Iterator[None]:
 
 @contextmanager
 def _with_computing_default_dtype() -> Iterator[None]:
-    """Under a default dtype that nothing is compiled in, such as bfloat16, a step's own numbers are float32's."""
+    """Replace a default dtype that nothing is compiled in, such as bfloat16, by float32 for numbers of the step."""
     before = torch.get_default_dtype()
     if before in (torch.float32, torch.float64):
         yield
@@ -142,6 +148,7 @@ def _with_computing_default_dtype() -> Iterator[None]:
 
 @contextmanager
 def _without_modes() -> Iterator[None]:
+    """Take the caller's function and dispatch modes off their stacks for the block."""
     functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     dispatches = [torch._C._pop_torch_dispatch_stack() for _ in range(torch._C._len_torch_dispatch_stack())]
     try:

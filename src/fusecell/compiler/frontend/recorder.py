@@ -1,4 +1,8 @@
-"""The recorder: sees every ATen call of a step and of its gradient, and writes what it does into a graph."""
+"""Recorder: a dispatch mode that runs every ATen call of a step and of its gradient, and writes it into a graph.
+
+A call on weights alone becomes a step of the weight prologue (`weight_prologue`), one on rows becomes primitives, by a
+rule of `rules`. In the backward sums over rows, the gradients of weights, have rules of their own.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +32,21 @@ _NUMBERS = (torch.bool, torch.int64)
 MOST_NODES = 25_000
 """Values of a step and its gradient, beyond which it isn't compiled: that would take minutes."""
 
-_DRAWS = "It draws random numbers; draw them in Cell.draw, which is called once per sequence."
-_STALE = "It changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
+_RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
+_STALE = "The step changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates it in part
-    """Runs a step's ATen calls and records them.
+    """Dispatch mode that runs a step's ATen calls and records them.
 
-    A tensor is known by where its elements lie, not by its object: what autograd saved comes back as a new one. So
-    that no memory is used twice, every tensor seen is kept until the trace ends.
+    A tensor is recognised by its memory, not by its object: what autograd saved comes back as a new object. So that no
+    memory is used twice, every tensor that has been met stays alive until the trace ends.
 
     Arguments:
         builder: the graph to write into.
         rows: the number of rows of the inputs; no other dimension has it.
         dtype: what the step computes in.
-        sources: the path of each parameter, buffer and attribute of the cell, by ``id``.
+        sources: the path of each parameter, buffer and attribute of the cell, and the tensor, by its ``id``.
     """
 
     def __init__(self, builder: Builder, rows: int, dtype: torch.dtype, sources: dict[int, tuple[str, Tensor]]) -> None:
@@ -57,51 +61,49 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self._values: dict[Key, Value] = {}
         self._by_storage: dict[int, set[Key]] = {}
         self._fixed: set[int] = {tensor.untyped_storage()._cdata for _, tensor in sources.values()}
-        self._kept: list[Tensor] = []
-        # Of each slot, the tensors that stand for it and have a gradient, by where they are in autograd's graph.
+        self._keep_alive: list[Tensor] = []
+        # By slot: the tensors that have its value and a gradient, by their edge in autograd's graph.
         self._edges: dict[int, dict[tuple[Any, int], Tensor]] = {}
-        self._own_nodes: set[Any] = set()
-        """The nodes of Functions and operators that the prologue applies as the step did."""
+        self._prologue_nodes: set[Any] = set()
+        """The autograd nodes of Functions and operators that the prologue applies as the step did."""
         self._inside: tuple[frozenset[int], set[int]] | None = None
-        """While a Function is applied that is one step of the prologue: its arguments' memory, and what it made."""
+        """While a Function is applied that is one step of the prologue: the memory of its arguments, and of results."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch would import torch._dynamo, a second's work, to guard a compilation that doesn't happen here.
+        # torch would import torch._dynamo and sympy, 1.0 s in a fresh process, to guard a compilation that doesn't
+        # happen here. The method is private: where torch drops it the first trace is slower, and nothing else.
         return False
 
-    # what a tensor stands for
+    # values of tensors
 
     def know(self, tensor: Tensor, value: Value, *, fixed: bool = False) -> None:
-        """From now on ``tensor`` stands for ``value``; a ``fixed`` one must not be written to."""
+        """Set the value of a tensor; a ``fixed`` one must not be written to."""
         key = key_of(tensor)
         self._values[key] = value
         self._by_storage.setdefault(key[0], set()).add(key)
-        self._kept.append(tensor)
+        self._keep_alive.append(tensor)
         if fixed:
             self._fixed.add(key[0])
 
     def value(self, tensor: Tensor) -> Value:
-        """What a tensor stands for.
-
-        Raises:
-            Untraceable: for a tensor that came from nowhere.
-        """
-        found = self._values.get(key_of(tensor))
-        if found is None:
-            found = self._source(tensor)
-        if isinstance(found, Weight) and tensor.grad_fn is not None and not self.backward:
-            self._edges.setdefault(found.slot, {}).setdefault((tensor.grad_fn, tensor.output_nr), tensor)
-        return found
+        """Return the value of a tensor; `Unsupported` for one that neither the cell nor the step has."""
+        value = self._values.get(key_of(tensor))
+        if value is None:
+            value = self._source(tensor)
+        if isinstance(value, Weight) and tensor.grad_fn is not None and not self.backward:
+            self._edges.setdefault(value.slot, {}).setdefault((tensor.grad_fn, tensor.output_nr), tensor)
+        return value
 
     def _source(self, tensor: Tensor) -> Value:
+        """Return the value of a tensor that is met for the first time: an attribute of the cell."""
         path, source = self.sources.get(id(tensor), ("", tensor))
         if not path:
             shape = tuple(tensor.shape)
             return Unsupported(
                 shape,
-                f"It uses a tensor of shape {shape} that is neither an input, a state, a parameter, a buffer or an "
-                "attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
+                f"The step uses a tensor of shape {shape} that is neither an input, a state, a parameter, a buffer or "
+                "an attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
             )
         self.know(source, self.weights.source(path, source), fixed=True)
         return self._values[key_of(source)]
@@ -112,17 +114,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     # custom Functions
 
     def on_apply(self, function: type[Any], args: Sequence[Any], apply: Callable[..., Any]) -> Any:
-        """A Function that the step applies: to weights alone it is one step of the prologue.
+        """Apply a Function for the step; record it as one step of the prologue if its tensors are all weights.
 
-        One that sees rows is followed through its operations; its backward, which autograd runs, likewise.
+        One that is given rows is followed through its operations, and its backward, which autograd runs, likewise.
         """
         tensors = list(tensors_in(args))
         if self._inside is not None or not tensors or not all(isinstance(self.value(t), Weight) for t in tensors):
             return apply(*args)
         if is_of_operator(function):
+            # Inside its Function gradients are off; the prologue calls the operator itself, with them as they are here.
             with self.weights.as_outside():
                 result = apply(*args)
-            self._own_nodes.update(value.grad_fn for value in tensors_in([result]))
+            self._prologue_nodes.update(value.grad_fn for value in tensors_in([result]))
             return result
         plain_arguments(function, args)
         refs = [mapped(arg, self._ref_of, "") for arg in args]
@@ -130,8 +133,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         try:
             result = apply(*args)
             results = tensor_results(function, result)
-            self._own_nodes.update(value.grad_fn for value in results if value is not None)
-            # A tensor is known by its memory: what a Function hands on untouched, and yet with a gradient of its own,
+            self._prologue_nodes.update(value.grad_fn for value in results if value is not None)
+            # A tensor is recognised by its memory: a result that is an argument untouched, but has another gradient,
             # gets memory of its own.
             storages: set[int] = {tensor.untyped_storage()._cdata for tensor in tensors}
             for index, value in enumerate(results):
@@ -149,37 +152,40 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return tuple(results) if isinstance(result, tuple | list) else results[0]
 
     def _call_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call inside a Function that is one step of the prologue: made, not recorded."""
+        """Make a call inside a Function that is one step of the prologue, without recording it."""
         assert self._inside is not None
-        given, made = self._inside
-        if torch.Tag.nondeterministic_seeded in func.tags and not _certain(func, args, kwargs):
-            raise Untraceable(_DRAWS)
+        arguments, created = self._inside
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
+            raise Untraceable(_RANDOM)
         tensors = list(tensors_in([*args, *kwargs.values()]))
         storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-        if not storages <= given | made and not func._schema.name.endswith("::lift_fresh"):
-            raise Untraceable("It applies a custom Function that reads a tensor beside its arguments; hand it over.")
-        if any(target.untyped_storage()._cdata in given for target in _written(func, args, kwargs)):
-            raise Untraceable("It applies a custom Function that changes a weight in place; return a new tensor.")
+        # The prologue applies the Function to its arguments alone, where another tensor may have changed since.
+        if not storages <= arguments | created and not func._schema.name.endswith("::lift_fresh"):
+            raise Untraceable(
+                "The step applies a custom Function that reads a tensor that is none of its arguments; pass it as one."
+            )
+        if any(target.untyped_storage()._cdata in arguments for target in _written(func, args, kwargs)):
+            raise Untraceable("The step applies a custom Function that changes a weight in place; return a new tensor.")
         result = func(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, list | tuple):
-            raise Untraceable("It reads the value of a tensor.")
+            raise Untraceable("The step reads the value of a tensor.")
         for tensor in tensors_in(results):
-            made.add(tensor.untyped_storage()._cdata)
-            self._kept.append(tensor)
+            created.add(tensor.untyped_storage()._cdata)
+            self._keep_alive.append(tensor)
         return result
 
-    def followed(self, tensor: Tensor) -> bool:
-        """Whether the way a weight's value was made is one that the prologue goes too."""
-        return not is_custom_node(tensor.grad_fn) or tensor.grad_fn in self._own_nodes
+    def is_in_prologue(self, tensor: Tensor) -> bool:
+        """Whether the prologue computes a weight's value, and so its gradient, by the operation that the step used."""
+        return not is_custom_node(tensor.grad_fn) or tensor.grad_fn in self._prologue_nodes
 
     def uses(self, slot: int) -> list[Tensor]:
-        """The tensors with a gradient that stand for a slot."""
+        """List the tensors that have the value of a slot, and a gradient."""
         return list(self._edges.get(slot, {}).values())
 
-    def hooked(self) -> str | None:
-        """The name of a computed weight that the step has put a hook on."""
-        for tensor in self._kept:
+    def hooked_weight(self) -> str | None:
+        """Return the name of a computed weight that the step has registered a hook on, if there is one."""
+        for tensor in self._keep_alive:
             if tensor._backward_hooks:
                 value = self._values.get(key_of(tensor))
                 if isinstance(value, Weight):
@@ -204,13 +210,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 return self._call_inside(func, args, kwargs)
             target = self._check(func, args, kwargs)
             stale = self._stale(target)
-            # Read before the call: what is written in place has its old value here.
+            # Looked up before the call: what is written in place still has its old value.
             values = mapped(args, self.value, name)
             options = mapped(kwargs, self.value, name)
             result = func(*args, **kwargs)
             for key in stale:
                 self._values[key] = Unsupported(key[2], _STALE)
-            # Tensors of our own, such as index tables, may be read: only the step may not.
+            # The recorder may read values of its own tensors, such as index tables; the step may not.
             with torch._C.DisableTorchFunction():
                 self._record(func, name, args, values, options, result, target)
         except Untraceable as refusal:
@@ -218,6 +224,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return result
 
     def _located(self, refusal: Untraceable, name: str) -> str:
+        """Return a refusal's sentence with the operation and the user's line; in the backward, with autograd's node."""
         text = str(refusal)
         if " [aten" in text:
             return text
@@ -228,46 +235,48 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return f"{text.removesuffix('.')} [aten.{name}{place}]."
 
     def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Refuse an effect before it happens; returns the tensor that the call writes to, if any."""
-        if torch.Tag.nondeterministic_seeded in func.tags and not _certain(func, args, kwargs):
-            raise Untraceable(_DRAWS)
+        """Refuse a side effect before it happens; return the tensor that the call writes to, if any."""
+        # torch tags the operations that draw from a generator: drawn once in a trace, the numbers would be constants.
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
+            raise Untraceable(_RANDOM)
         if not func._schema.is_mutable:
             return None
         written = _written(func, args, kwargs)
         for target in written:
             if not isinstance(target, Tensor):
-                raise Untraceable("It writes to several tensors at once.")
+                raise Untraceable("The step writes to several tensors at once.")
             if isinstance(self.value(target), Unsupported) and not self.is_known(target):
                 raise Untraceable(
-                    f"It changes in place a tensor of shape {tuple(target.shape)} that is neither made in the step nor "
-                    "a parameter, buffer or attribute of the cell; compute a new tensor, and return it as a state if "
-                    "it is to be there at the next step."
+                    f"The step changes in place a tensor of shape {tuple(target.shape)} that is neither made in the "
+                    "step nor a parameter, buffer or attribute of the cell; compute a new tensor, and return it as a "
+                    "state if it is to be there at the next step."
                 )
             if target.untyped_storage()._cdata in self._fixed:
                 raise Untraceable(self._fixed_reason(target))
         if len(written) != 1:
-            raise Untraceable("It writes to several tensors at once.")
+            raise Untraceable("The step writes to several tensors at once.")
         only: Tensor = written[0]
         return only
 
     def _fixed_reason(self, target: Tensor) -> str:
-        """Why a write to an input, a state or a tensor of the cell is refused."""
+        """Say why a write to an input, a state or a tensor of the cell is refused."""
         storage = target.untyped_storage()._cdata
         for path, tensor in self.sources.values():
             if tensor.untyped_storage()._cdata == storage:
                 name = path.rpartition(".")[2]
                 return (
-                    f"It changes self.{path} in place, which a compiled loop would not. Keep it in the state: name it "
-                    f'in `states = ("h", "{name}")` and return its new value as part of the new state.'
+                    f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
+                    f'name it in `states = ("h", "{name}")` and return its new value as part of the new state.'
                 )
-        return "It changes an input or a state in place; compute a new tensor instead."
+        return "The step changes an input or a state in place; compute a new tensor instead."
 
     def _stale(self, target: Tensor | None) -> list[Key]:
-        """Other tensors over the memory that a call is about to write to: their values are no longer known."""
+        """List the other tensors that share the memory a call is about to write to: their values will not be known."""
+        # Writes to computed weights are steps of the prologue, where views see them as they do in the step.
         if target is None or isinstance(self.value(target), Weight):
             return []
-        own = key_of(target)
-        return [key for key in self._by_storage.get(own[0], ()) if key != own and key in self._values]
+        target_key = key_of(target)
+        return [key for key in self._by_storage.get(target_key[0], ()) if key != target_key and key in self._values]
 
     def _record(
         self,
@@ -281,27 +290,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     ) -> None:
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, list | tuple) or not all(isinstance(r, Tensor) or r is None for r in results):
-            raise Untraceable("It reads the value of a tensor.")
-        found = list(values_in((values, options)))
-        if target is not None and isinstance(found[0], Weight):
-            self._changed_weight(func, args, values, found)
+            raise Untraceable("The step reads the value of a tensor.")
+        operands = list(values_in((values, options)))
+        if target is not None and isinstance(operands[0], Weight):
+            self._change_weight(func, args, values, operands)
             return
+        # Counted as the graph grows: a step that unrolls a long loop is not traced to its end before it is refused.
         if len(self.builder.nodes) > MOST_NODES:
             size = f"{len(self.builder.nodes):,} values in its graph" + (", its gradient's included" * self.backward)
-            raise Untraceable(f"It is too large: {size}, and there may be {MOST_NODES:,}.")
-        plain = name.rstrip("_") if target is not None else name
-        made = self._made(func, plain, args, values, options, results, found)
-        for tensor, value in zip(results, made, strict=True):
+            raise Untraceable(f"The step is too large: {size}, and there may be {MOST_NODES:,}.")
+        # In place the value is that of the operation without the underscore; the tensor then has it.
+        op = name.rstrip("_") if target is not None else name
+        result_values = self._result_values(func, op, args, values, options, results, operands)
+        for tensor, value in zip(results, result_values, strict=True):
             if tensor is None:
                 continue
             if value is None:
-                value = Unsupported(tuple(tensor.shape), f"It uses a result of {name} that has no rule.")
+                value = Unsupported(tuple(tensor.shape), f"The step uses a result of {name} that has no rule.")
             self._check_result(tensor, value)
             if target is None and isinstance(value, Weight) and self.is_known(tensor):
                 continue  # a view of all of it, such as detach: the same weight
             self.know(tensor, value)
 
-    def _made(
+    def _result_values(
         self,
         func: Any,
         name: str,
@@ -309,36 +320,38 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         values: list[Any],
         options: dict[str, Any],
         results: Sequence[Tensor],
-        found: list[Value],
+        operands: list[Value],
     ) -> Sequence[Value | None]:
-        """What the results of a call stand for."""
-        unsaid = [value for value in found if isinstance(value, Unsupported)]
-        if unsaid:
-            return self._of_unsaid(unsaid[0], found, results)
-        if any(isinstance(value, Sum | ExternalGrad) for value in found):
-            return self._of_sums(name, values, options, results, found)
-        if all(isinstance(value, Weight) for value in found):
-            of_weights = self._of_weights(func, name, args, values, options, results, found)
+        """Return the values of the results of a call, by the kinds of its operands; None for one without a rule."""
+        unsupported = [value for value in operands if isinstance(value, Unsupported)]
+        if unsupported:
+            return self._of_unsupported(unsupported[0], operands, results)
+        if any(isinstance(value, Sum | ExternalGrad) for value in operands):
+            return self._of_sums(name, values, options, results, operands)
+        if all(isinstance(value, Weight) for value in operands):
+            of_weights = self._of_weights(func, name, args, values, options, results, operands)
             if of_weights is not None:
                 return of_weights
         if name in CONSTANTS:
             return [filled(self.writer, name, values, results[0])]
         if name in KEEPS:
-            return [found[0]]
+            return [operands[0]]
+        # A weight meets rows as a row, too: `Writer.row` turns operands into rows.
         try:
             return self._of_rows(func, name, values, options, results)
         except Untraceable as refusal:
-            if not self.backward or any(isinstance(value, Row) for value in found):
+            # The backward computes on weights alone as well; it is refused only if a gradient needs the result.
+            if not self.backward or any(isinstance(value, Row) for value in operands):
                 raise
             return [Unsupported(tuple(result.shape), str(refusal)) for result in results]
 
-    def _of_unsaid(self, first: Unsupported, found: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
-        """ExternalGrad the weights that the graph takes anything may happen, elsewhere nothing that it can't say."""
-        if not self.backward or any(isinstance(value, Row | Sum) for value in found):
-            raise Untraceable(first.why)
-        if any(isinstance(value, ExternalGrad) for value in found):
+    def _of_unsupported(self, first: Unsupported, operands: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
+        """Refuse an operation on an unsupported value, unless it is among external gradients: those are torch's."""
+        if not self.backward or any(isinstance(value, Row | Sum) for value in operands):
+            raise Untraceable(first.reason)
+        if any(isinstance(value, ExternalGrad) for value in operands):
             return [ExternalGrad(tuple(result.shape)) for result in results]
-        return [Unsupported(tuple(result.shape), first.why) for result in results]
+        return [Unsupported(tuple(result.shape), first.reason) for result in results]
 
     def _of_rows(
         self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
@@ -347,34 +360,34 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if name in ("_to_copy", "to"):
             return [self._cast(values[0], results[0])]
         if name == "copy":
-            return [writer.move(lambda places: places.expand(results[0].shape), values[1])]
+            return [writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])]
         if name in MOVES:
             if name == "constant_pad_nd" and len(values) > 2 and values[2] != 0:
-                raise Untraceable("It pads with a number other than 0.")
-            moved = writer.move(func, *values, **options)
-            return moved if isinstance(moved, list) else [moved]
+                raise Untraceable("The step pads with a number other than 0.")
+            rows = writer.move(func, *values, **options)
+            return rows if isinstance(rows, list) else [rows]
         rule = RULES.get(name)
         if rule is None:
             raise Untraceable(f"The op {name} has no rule.")
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
-        made = rule(writer, *values, **options)
-        return list(made) if isinstance(made, tuple) else [made]
+        result = rule(writer, *values, **options)
+        return list(result) if isinstance(result, tuple) else [result]
 
     def _cast(self, value: Value, result: Tensor) -> Row:
         if result.dtype == torch.bool:
             return self.writer.truth(value)
         if result.dtype != self.dtype:
-            raise Untraceable(f"It computes in {result.dtype} where the cell is {self.dtype}.")
+            raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
         return self.writer.number(value)
 
     def _of_sums(
-        self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], found: list[Value]
+        self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], operands: list[Value]
     ) -> Sequence[Value | None]:
-        if not any(isinstance(value, Sum) for value in found):
+        if not any(isinstance(value, Sum) for value in operands):
             return [ExternalGrad(tuple(result.shape)) for result in results]
         rule = SUMS.get(name)
         if rule is None or not self.backward:
-            raise Untraceable("It mixes the rows of the batch.")
+            raise Untraceable("The step mixes the rows of the batch.")
         return [rule(self.writer, *values, **options)]
 
     def _of_weights(
@@ -385,38 +398,39 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         values: list[Any],
         options: dict[str, Any],
         results: Sequence[Tensor],
-        found: list[Value],
+        operands: list[Value],
     ) -> Sequence[Value | None] | None:
-        """What is made of weights alone: a step of the prologue; None where it is work for the graph."""
+        """Record a call on weights alone as a step of the prologue; return None where the graph has to compute it."""
         if any(self.writer.rows in result.shape for result in results):
             return None  # spread over rows
-        fill = _fill(name, values, found)
+        fill = _fill(name, values, operands)
+        # The backward runs after the prologue: what it computes on weights can only be part of the graph.
         if self.backward and fill is None and not _is_view(name):
             return None
         if name == "lift_fresh" and fill is not None:
             number = torch.ops.aten.scalar_tensor.default
-            made = self.weights.record(number, "number", [fill], {"dtype": results[0].dtype}, results)
-            return [Weight((), made[0].slot, made[0].view, fill)]
+            weights = self.weights.record(number, "number", [fill], {"dtype": results[0].dtype}, results)
+            return [Weight((), weights[0].slot, weights[0].view, fill)]
         tensors = iter(tensors_in(args))
         refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
-        made = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
+        weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
         if fill is not None:
-            return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in made]
-        if len(found) == 1 and isinstance(found[0], Weight) and isinstance(values[0], Weight):
-            return weight_views(func, name, found[0], values[1:], made)
-        return made
+            return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
+        if len(operands) == 1 and isinstance(operands[0], Weight) and isinstance(values[0], Weight):
+            return weight_views(func, name, operands[0], values[1:], weights)
+        return weights
 
     def _ref(self, value: Weight, tensor: Tensor) -> Ref:
-        if not self.backward and not self.followed(tensor):
+        if not self.backward and not self.is_in_prologue(tensor):
             name = tensor.grad_fn._forward_cls.__name__  # type: ignore[union-attr]  # a Function's node
             raise Untraceable(
-                f"It computes with a weight that {name}, a custom Function, has made together with rows: the gradient "
-                "would not go back through it."
+                f"The step computes with a weight that {name}, a custom Function, has made together with rows: the "
+                "gradient would not go back through it."
             )
         return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
 
     def _ref_of(self, tensor: Tensor) -> Ref:
-        """The reference to a tensor that is known to stand for a weight."""
+        """Return the reference to a tensor whose value is a weight."""
         value = self.value(tensor)
         assert isinstance(value, Weight)
         return self._ref(value, tensor)
@@ -424,15 +438,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def _ref_plain(self, value: Weight) -> Ref:
         return Ref(value.slot)
 
-    def _changed_weight(self, func: Any, args: tuple[Any, ...], values: list[Any], found: list[Value]) -> None:
+    def _change_weight(self, func: Any, args: tuple[Any, ...], values: list[Any], operands: list[Value]) -> None:
+        """Record a write to a computed weight."""
         target = values[0]
-        if not all(isinstance(value, Weight) for value in found):
-            raise Untraceable("It writes rows into a tensor that has none.")
+        if not all(isinstance(value, Weight) for value in operands):
+            raise Untraceable(
+                "The step writes values of the batch into a tensor that was made without the batch dimension."
+            )
         tensors = iter(tensors_in(args[1:]))
         rest = mapped(values[1:], lambda value: self._ref(value, next(tensors)), "", Weight)
         refs = [Ref(target.slot), *rest]
-        self.weights.changed(func, refs, {}, target)
-        # What the written tensor was filled with, and any view of it, is no longer so.
+        self.weights.record_write(func, refs, {}, target)
+        # The written tensor, and every view of it, is no longer filled with one number.
         storage = args[0].untyped_storage()._cdata
         for key in self._by_storage.get(storage, ()):
             old = self._values.get(key)
@@ -440,40 +457,42 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 self._values[key] = Weight(old.shape, old.slot, old.view)
 
     def _check_result(self, tensor: Tensor, value: Value) -> None:
+        """Check a value against the tensor that torch computed: a defect of a rule must not become wrong numbers."""
         if isinstance(value, Sum) and not self.backward:
-            raise Untraceable("It mixes the rows of the batch: it sums over them.")
+            raise Untraceable("The step mixes the rows of the batch: it sums over them.")
         if isinstance(value, Row):
-            # A factory's numbers take the dtype of what they meet.
+            # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
             if tensor.dtype not in (self.dtype, *_NUMBERS) and not constant:
-                raise Untraceable(f"It computes in {tensor.dtype} where the cell is {self.dtype}.")
+                raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
-                raise Untraceable(f"Its rule gives the shape {value_shape}, torch {shape}; please report it.")
+                raise Untraceable(f"A rule gives the shape {value_shape}, torch {shape}; please report this.")
 
     # gradients of the weights that the graph takes
 
     def watch(self) -> Iterator[Any]:
-        """Take the gradient of each computed weight where it arrives, and hide what torch does with it beyond.
+        """Collect the gradient of each computed weight as it arrives; beyond it torch goes on with an external one.
 
         Yields:
             Handles, to be removed after the backward.
         """
         for slot in self.weights.leaves:
             if self.weights.slots[slot].tensor is not None:
-                continue  # a source's gradient is asked for by itself
+                continue  # a leaf of autograd: the engine returns its gradient
             for node, output in self._edges.get(slot, ()):
                 yield node.register_prehook(self._hook(slot, output))
 
     def _hook(self, slot: int, output: int) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]:
-        def hook(arrived: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            gradient = arrived[output]
+        def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            gradient = gradients[output]
             if gradient is None:
-                return arrived
+                return gradients
             self.collect(slot, self.value(gradient))
-            hidden = gradient.clone()
-            self.know(hidden, ExternalGrad(tuple(hidden.shape)))
-            return (*arrived[:output], hidden, *arrived[output + 1 :])
+            # A copy has memory, and so a value, of its own.
+            external = gradient.clone()
+            self.know(external, ExternalGrad(tuple(external.shape)))
+            return (*gradients[:output], external, *gradients[output + 1 :])
 
         return hook
 
@@ -483,20 +502,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return
         if not isinstance(gradient, Sum):
             raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows.")
-        known = self.gradients.get(slot)
-        self.gradients[slot] = gradient if not isinstance(known, Sum) else self.writer.total(known, gradient)
+        so_far = self.gradients.get(slot)
+        self.gradients[slot] = gradient if not isinstance(so_far, Sum) else self.writer.total(so_far, gradient)
 
 
-def _fill(name: str, values: list[Any], found: list[Value]) -> float | None:
-    """The number that a factory, or a view of its result, is filled with."""
+def _fill(name: str, values: list[Any], operands: list[Value]) -> float | None:
+    """Return the number that a factory fills with, or that a view or copy of its result is filled with."""
     if name in CONSTANTS:
         value = CONSTANTS[name]
-        given = values[0] if name == "scalar_tensor" else values[-1] if values else None
+        argument = values[0] if name == "scalar_tensor" else values[-1] if values else None
         if value is not None:
             return value
-        return float(given) if isinstance(given, int | float) else None
-    if len(found) == 1 and isinstance(found[0], Weight) and (_is_view(name) or name in ("clone", "_to_copy")):
-        return found[0].fill
+        return float(argument) if isinstance(argument, int | float) else None
+    if len(operands) == 1 and isinstance(operands[0], Weight) and (_is_view(name) or name in ("clone", "_to_copy")):
+        return operands[0].fill
     return None
 
 
@@ -507,17 +526,17 @@ def _is_view(name: str) -> bool:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What a call writes to."""
+    """List the tensors that a call writes to."""
     return [
-        args[place] if place < len(args) else kwargs.get(argument.name)
-        for place, argument in enumerate(func._schema.arguments)
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
 
 
-def _certain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op that may draw random numbers doesn't: dropout out of training."""
+def _is_deterministic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may draw random numbers draws none in this call: dropout outside training."""
     if "dropout" not in func._schema.name:
         return False
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return given.get("train") is False
+    arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return arguments.get("train") is False

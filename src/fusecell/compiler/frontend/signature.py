@@ -1,4 +1,4 @@
-"""What a compiled program depends on: everything of a cell that its step may read, but for tensors' values."""
+"""Signature of a cell: all that the trace of its step depends on, except the values of tensors. A key of caches."""
 
 from __future__ import annotations
 
@@ -17,89 +17,97 @@ Key = tuple[Any, ...]
 
 _ATOMS = frozenset((bool, int, str, type(None), torch.dtype, torch.device))
 _NUMBERS = (int, float)
-_OWN = frozenset(vars(nn.Module()))
+# The tables of nn.Module, read one by one below, and its bookkeeping. The training flag is an atom, and is read anyway.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _CONSTANT = (type, BuiltinFunctionType, torch._ops.OperatorBase)
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 def signature(module: nn.Module, _seen: dict[int, int] | None = None) -> Key:
-    """A key that changes whenever the module would trace differently.
+    """Return a key that changes whenever the module would trace differently.
 
-    It sees every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
-    objects; functions and classes by identity; the shape, dtype, requires_grad and tying of
-    tensors; the training flag; whether
-    there are hooks; and all submodules. Globals and closures it does not see.
+    It contains every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
+    objects; functions and classes by identity; the shape, dtype, requires_grad and tying of tensors; the training
+    flag; whether there are hooks; and all submodules. It does not contain globals and closures.
 
-    A value stands as (name, type, content), without the name in a sequence; a container's content is a tuple of such.
+    A value is an entry (name, type, content), without the name in a sequence; a container's content is a tuple of
+    entries.
     """
+    # Objects are numbered in the order in which they are met, so that tied tensors have one number in every copy of a
+    # module, and an object that contains itself ends the walk.
     seen = {} if _seen is None else _seen
     seen.setdefault(id(module), len(seen))
     state = vars(module)
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
     hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    found: list[Any] = [type(module), bool(hooks)]
+    entries: list[Any] = [type(module), bool(hooks)]
     for name, value in state.items():
         kind = type(value)
+        # Most attributes are one of the first two kinds; a signature is taken in every call that no guard answers.
         if kind in _ATOMS:
-            found.append((name, kind, value))
+            entries.append((name, kind, value))
         elif kind in _PLAIN_TENSORS:
-            found.append(_tensor(name, value, seen))
-        elif name not in _OWN:
-            found.append((name, *_frozen(value, seen)))
+            entries.append(_tensor(name, value, seen))
+        elif name not in _MODULE_ATTRIBUTES:
+            entries.append((name, *_frozen(value, seen)))
     for table in (state["_parameters"], state["_buffers"]):
         for name, tensor in table.items():
-            found.append(_tensor(name, tensor, seen))
+            entries.append(_tensor(name, tensor, seen))
     for name, part in state["_modules"].items():
-        found.append((name, type(part), () if part is None else signature(part, seen)))
-    return tuple(found)
+        entries.append((name, type(part), () if part is None else signature(part, seen)))
+    return tuple(entries)
 
 
 def without_tensors(key: Key) -> Key:
-    """A signature without its tensors: everything else that decides what the module computes from them."""
-    found: list[Any] = []
+    """Return a signature without its tensors: all else that decides what the module computes from them."""
+    entries: list[Any] = []
     for entry in key:
         if type(entry) is not tuple:
-            found.append(entry)
+            entries.append(entry)
         elif not any(part is Tensor for part in entry[:2]):
-            found.append(without_tensors(entry))
-    return tuple(found)
+            entries.append(without_tensors(entry))
+    return tuple(entries)
 
 
 def without_attributes(key: Key, paths: Collection[str]) -> Key:
-    """A signature without some attributes, by path."""
-    here = {path for path in paths if "." not in path}
-    kept: list[Any] = []
+    """Return a signature without some attributes, by path."""
+    dropped = {path for path in paths if "." not in path}
+    entries: list[Any] = []
     for entry in key:
         name = entry[0] if type(entry) is tuple else None
-        if name in here:
+        if name in dropped:
             continue
         inner = [path.partition(".")[2] for path in paths if path.partition(".")[0] == name] if name else []
-        kept.append((*entry[:-1], without_attributes(entry[-1], inner)) if any(inner) else entry)
-    return tuple(kept)
+        entries.append((*entry[:-1], without_attributes(entry[-1], inner)) if any(inner) else entry)
+    return tuple(entries)
 
 
 def split_numbers(key: Key) -> tuple[Key, dict[str, Any]]:
-    """A signature with its numbers blanked out, and the numbers by the path of their attribute."""
+    """Return a signature with its numbers blanked out, and the numbers by the path of their attribute.
+
+    Cells that differ in a number alone are counted by it: a number that changes in every call, such as a schedule's,
+    must not cause a compilation each time (`dispatch.program_cache`).
+    """
     numbers: dict[str, Any] = {}
     return _blanked(key, "", numbers), numbers
 
 
 def _blanked(entries: Key, path: str, numbers: dict[str, Any]) -> Key:
-    found: list[Any] = []
+    blanked: list[Any] = []
     for index, entry in enumerate(entries):
         if type(entry) is not tuple:
-            found.append(entry)
+            blanked.append(entry)
             continue
         named = isinstance(entry[0], str)
-        here = f"{path}.{entry[0]}".strip(".") if named else f"{path}[{index}]"
+        entry_path = f"{path}.{entry[0]}".strip(".") if named else f"{path}[{index}]"
         kind, content = entry[named], entry[-1]
         if kind in _NUMBERS or (isinstance(kind, type) and issubclass(kind, np.number)):
-            numbers[here] = content
+            numbers[entry_path] = content
             content = None
         elif type(content) is tuple:
-            content = _blanked(content, here, numbers)
-        found.append((*entry[:-1], content))
-    return tuple(found)
+            content = _blanked(content, entry_path, numbers)
+        blanked.append((*entry[:-1], content))
+    return tuple(blanked)
 
 
 def _tensor(name: str, value: Tensor | None, seen: dict[int, int]) -> Key:
@@ -108,12 +116,12 @@ def _tensor(name: str, value: Tensor | None, seen: dict[int, int]) -> Key:
     kind = type(value)
     if kind is nn.Parameter:
         kind = Tensor  # functional_call puts a tensor in a parameter's place
-    place = seen.setdefault(id(value), len(seen))
-    return name, kind, place, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
+    number = seen.setdefault(id(value), len(seen))
+    return name, kind, number, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
 
 
 def _frozen(value: Any, seen: dict[int, int]) -> Key:
-    """A value as (its type, its content)."""
+    """Return a value as (its type, its content), which can be hashed and compared."""
     kind = type(value)
     if isinstance(value, float):
         return kind, float.hex(value)  # -0.0 differs from 0.0 and nan equals itself
@@ -135,7 +143,7 @@ def _frozen(value: Any, seen: dict[int, int]) -> Key:
 
 
 def _object(value: Any, seen: dict[int, int]) -> Any:
-    """Anything else: by its attributes where it has some, by its items, by value where it can be hashed."""
+    """Return the content of any other object: its attributes, else its items, else itself where it can be hashed."""
     fields = _fields(value)
     if fields is not None:
         if id(value) in seen:
@@ -152,10 +160,12 @@ def _object(value: Any, seen: dict[int, int]) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object, those in slots too where nothing else tells it from another."""
+    """Return the attributes of an object; those in slots too where its class is hashed by identity, so that no content
+    would be left to tell one from another."""
     fields: dict[str, Any] | None = getattr(value, "__dict__", None)
     hashed: object = type(value).__hash__
     if hashed is object.__hash__:
+        # Of a class that hashes by content, equality is what tells objects apart; others have their attributes alone.
         names = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
         slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
         return {**slots, **(fields or {})} if slots else fields

@@ -1,4 +1,4 @@
-"""What a traced tensor stands for: a value per row, a weight, or a sum over rows; and where its features lie."""
+"""Traced values: each tensor of a trace is a value per row, a weight, or a sum over rows, of certain features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 
 class Untraceable(Exception):
-    """The step does what a graph can't say; the message is a sentence for the user."""
+    """The step does something that a graph cannot express; the message is a sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,14 +55,14 @@ class Row:
         return self.shape if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
     @property
-    def places(self) -> Index:
-        """The index, spelled out."""
+    def full_index(self) -> Index:
+        """The index, also where it is all features in order."""
         return arranged(self.features) if self.index is None else self.index
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A weight as a rectangle of a stored matrix, flipped or not; all of it is ``rows`` and ``cols`` as stored."""
+    """A weight as a rectangle of a stored matrix, transposed if ``flipped``; ``rows`` and ``cols`` are the stored."""
 
     slot: int
     rows: tuple[int, int]
@@ -73,7 +73,7 @@ class Matrix:
         return Matrix(self.slot, self.rows, self.cols, not self.flipped)
 
     def narrowed(self, dim: int, start: int, stop: int) -> Matrix:
-        """The part ``start:stop`` of a dimension, counted as torch sees this matrix."""
+        """Return the part ``start:stop`` of a dimension of this matrix as torch has it."""
         if (dim == 0) != self.flipped:
             return Matrix(self.slot, (self.rows[0] + start, self.rows[0] + stop), self.cols, self.flipped)
         return Matrix(self.slot, self.rows, (self.cols[0] + start, self.cols[0] + stop), self.flipped)
@@ -81,7 +81,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vector:
-    """A weight as elements of a stored vector: for each of torch's elements its place there."""
+    """A weight as elements of a stored vector: for each of torch's elements its index there."""
 
     slot: int
     index: Index
@@ -89,7 +89,7 @@ class Vector:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """What depends on parameters alone: a slot of the prologue, and the stored weight that it is a view of.
+    """A value that depends on parameters alone: a slot of the prologue, and the stored weight that it is a view of.
 
     Arguments:
         fill: the number it is filled with, where a factory made it so.
@@ -111,33 +111,33 @@ class Sum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExternalGrad:
-    """A gradient behind the weights that a graph takes: torch's own autograd computes it at each call."""
+    """A gradient of what the weight prologue computes from: torch's own autograd computes it at each call."""
 
     shape: Shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unsupported:
-    """A tensor that a graph can't say; it matters only if it is used."""
+    """A value that a graph cannot express; an error only if it is used."""
 
     shape: Shape
-    why: str
+    reason: str
 
 
 Value = Row | Weight | Sum | ExternalGrad | Unsupported
 
 
 def arranged(shape: Sequence[int]) -> Index:
-    """0, 1, 2 ... in ``shape``."""
+    """Return 0, 1, 2 ... in ``shape``."""
     return np.arange(math.prod(shape), dtype=np.int64).reshape(tuple(shape))
 
 
 def runs(flat: Index) -> Iterator[tuple[int, int, int]]:
-    """``flat`` cut into stretches (first, length, step) with step 1, or 0 where an element repeats."""
+    """Split ``flat`` into runs (first, length, step) with step 1, or 0 where an element repeats."""
     steps = np.diff(flat)
     cuts = [0]
     position, end = 0, len(flat)
-    # A stretch ends where the step changes, or is neither 0 nor 1.
+    # A run ends where the step changes, or is neither 0 nor 1.
     while position < end - 1:
         step = int(steps[position])
         if step not in (0, 1) or (step == 1 and flat[position] < 0):
@@ -154,7 +154,7 @@ def runs(flat: Index) -> Iterator[tuple[int, int, int]]:
 
 
 def scalar(value: Any) -> float:
-    """A Python number as a float."""
+    """Return a Python number as a float."""
     if isinstance(value, complex):
         raise Untraceable("Complex numbers are not compiled.")
     return float(value)

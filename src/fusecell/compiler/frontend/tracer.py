@@ -1,4 +1,4 @@
-"""``trace``: run a step under the recorder, twice, and hand back its graph or the reasons why there is none."""
+"""Trace a cell's step: run it under the recorder, twice, and return its graph, or the reasons why there is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell, capture_intermediates
-from fusecell.compiler.frontend.custom_functions import observed
+from fusecell.compiler.frontend.custom_functions import intercepted
 from fusecell.compiler.frontend.gradient_check import check_gradients
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.recorder import Recorder
@@ -33,9 +33,11 @@ from fusecell.step_changes import changing_line, sentence
 __all__ = ["Traced", "trace"]
 
 _DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
+# Numbers of rows to choose from. Prime, so that a dimension that is merged with the rows can be told from any other.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# One trace at a time: `intercepted` patches a class of torch's, and `isolated` changes settings of the whole process.
 _LOCK = new_lock()
 
 
@@ -58,7 +60,7 @@ class Traced:
 
 
 def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, gradients: bool) -> Traced | Refusal:
-    """The graph of one step of a cell.
+    """Trace one step of a cell.
 
     The outputs of the graph are ``output``, ``state.<name>`` and ``note.<name>``. With ``gradients`` there are also
     the inputs ``grad.output`` and ``grad.<state>`` and the outputs ``grad.input.<name>``, ``grad.state.<name>`` and
@@ -67,8 +69,8 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     Example:
         >>> import torch, fusecell as fc
         >>> from fusecell.compiler.frontend import trace
-        >>> made = trace(fc.LSTMCell(5, 10), [(5,)], torch.float32, gradients=False)
-        >>> sorted(made.graph.outputs)
+        >>> traced = trace(fc.LSTMCell(5, 10), [(5,)], torch.float32, gradients=False)
+        >>> sorted(traced.graph.outputs)
         ['note.c', 'note.f', 'note.g', 'note.i', 'note.o', 'output', 'state.c', 'state.h']
 
     Arguments:
@@ -80,48 +82,50 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     Returns:
         The graph, or the reasons why there is none.
     """
-    reasons = _unsuited(cell, dtype)
+    reasons = _unsupported(cell, dtype)
     if reasons:
         return Refusal(reasons)
     runs: list[_Run] = []
-    # Names of a step's variables are taken by a profile function, of which a thread has one.
-    with _LOCK, isolated(), _quiet_parameters(cell):
+    with _LOCK, isolated(), _without_parameter_hooks(cell):
         before = Snapshot(cell)
         try:
+            # Twice, with other numbers and another batch size: whatever the step computes in Python from either, and a
+            # graph would hold as a constant, then comes out differently.
             for rows in _batch_sizes(cell, inputs):
                 runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
                 runs[-1].run()
-                changed = before.changes()
-                if changed:
-                    return _changing(runs[-1], before, changed)
+                changes = before.changes()
+                if changes:
+                    return _refuse_changes(runs[-1], before, changes)
             first, second = (run.text() for run in runs)
         except (Untraceable, CompilerError) as refusal:
-            return _refused(str(refusal), runs, before)
+            return _refuse(str(refusal), runs, before)
         except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
-            return _refused(f"The step raised {type(error).__name__}: {error}", runs, before)
+            return _refuse(f"The step raised {type(error).__name__}: {error}", runs, before)
         finally:
             before.restore()
     return runs[0].traced() if first == second else Refusal((_difference(first, second),))
 
 
-def _refused(reason: str, runs: Sequence[_Run], before: Snapshot) -> Refusal:
-    """Why a step was not traced to its end, and what it had changed of its module by then."""
-    changed = before.changes()
-    if not changed:
+def _refuse(reason: str, runs: Sequence[_Run], before: Snapshot) -> Refusal:
+    """Refuse a step that was not traced to its end, and say what it had changed of its module by then."""
+    changes = before.changes()
+    if not changes:
         return Refusal((reason,))
-    refusal = _changing(runs[-1], before, changed)
+    refusal = _refuse_changes(runs[-1], before, changes)
     return Refusal((*refusal.reasons, reason), refusal.changes)
 
 
-def _changing(run: _Run, before: Snapshot, changed: list[Change]) -> Refusal:
-    """Why a step that changes its module is refused: run once more, line by line, to name the user's line."""
+def _refuse_changes(run: _Run, before: Snapshot, changes: list[Change]) -> Refusal:
+    """Refuse a step that changes its module; it is run once more, line by line, to name the user's line."""
     before.restore()
     again = replace(run, named=False, names={}, outputs={})
     line = changing_line(before, again.run)
-    return Refusal((sentence(changed, line),), tuple(dict.fromkeys(change.attribute for change in changed)))
+    return Refusal((sentence(changes, line),), tuple(dict.fromkeys(change.attribute for change in changes)))
 
 
-def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
+def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
+    """List the reasons for which a cell is not traced at all."""
     if dtype not in _DTYPES:
         return (f"Only float32 and float64 are compiled, the cell computes in {dtype}.",)
     reasons = [
@@ -129,14 +133,14 @@ def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         for name, module in cell.named_modules()
         if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
     ]
-    # A kernel reads memory, which a subclass may not have, or mean something else by.
+    # A kernel reads memory: a subclass may have none, or give its elements another meaning.
     reasons += [
         f"{path} is a {type(value).__name__}, a subclass of Tensor."
         for path, value in _attributes(cell)
-        if type(value) not in _PLAIN
+        if type(value) not in _PLAIN_TENSORS
     ]
     reasons += [
-        f"Its {name} is not a dense tensor on the CPU."
+        f"The cell's {name} is not a dense tensor on the CPU."
         for name, tensor in _attributes(cell)
         if not tensor.is_cpu or tensor.layout is not torch.strided
     ]
@@ -147,15 +151,17 @@ def _unsuited(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _difference(first: str, second: str) -> str:
-    said = "The step depends on the batch size or on a tensor's value: traced twice, with different rows, it "
+    """Say in what the texts of two traces of one step differ."""
+    start = "The step depends on the batch size or on a tensor's value: traced twice, with different rows, it "
     for one, other in zip(first.splitlines(), second.splitlines(), strict=False):
         if one != other:
-            return f"{said}computed `{one}` and `{other}`."
-    return f"{said}did more at one time than at the other."
+            return f"{start}computed `{one}` and `{other}`."
+    return f"{start}did more at one time than at the other."
 
 
 def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
-    """Two numbers of rows that no dimension has, or is a multiple of."""
+    """Choose two numbers of rows that no dimension has, or is a multiple of."""
+    # A dimension of the trace that has this size is then the batch, whatever the step has reshaped.
     dims = {cell.input_size, cell.hidden_size, *cell.state_sizes}
     dims.update(size for shape in inputs for size in shape)
     dims.update(size for _, tensor in _attributes(cell) for size in tensor.shape)
@@ -164,7 +170,7 @@ def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that hangs on a cell or its submodules, with its path."""
+    """Yield every tensor that is an attribute of a cell or of its submodules, with its path."""
     for prefix, module in cell.named_modules():
         start = prefix + "." if prefix else ""
         for table in (module._parameters, module._buffers, vars(module)):
@@ -174,21 +180,24 @@ def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _quiet_parameters(cell: Cell) -> Iterator[None]:
-    """Hooks on parameters belong to the user's backward, not to a trace's."""
-    hooks = [value._backward_hooks for _, value in _attributes(cell) if value._backward_hooks]
-    kept = [dict(table) for table in hooks]
-    for table in hooks:
+def _without_parameter_hooks(cell: Cell) -> Iterator[None]:
+    """Take the hooks off parameters for the block: they belong to the user's backward, not to a trace's."""
+    tables = [value._backward_hooks for _, value in _attributes(cell) if value._backward_hooks]
+    copies = [dict(table) for table in tables]
+    for table in tables:
         table.clear()
     try:
         yield
     finally:
-        for table, before in zip(hooks, kept, strict=True):
-            table.update(before)
+        for table, hooks in zip(tables, copies, strict=True):
+            table.update(hooks)
 
 
 class _Seed(torch.autograd.Function):
-    """A number whose gradient with respect to each result is a tensor given beforehand."""
+    """A number whose gradient with respect to each result is a tensor of our choice.
+
+    ``torch.autograd.grad(..., grad_outputs=)`` takes such tensors too, but its first call takes 0.3 s (torch 2.13).
+    """
 
     @staticmethod
     def forward(ctx: Any, seeds: list[Tensor], *results: Tensor) -> Tensor:
@@ -202,7 +211,12 @@ class _Seed(torch.autograd.Function):
 
 @dataclass
 class _Run:
-    """One trace with one number of rows."""
+    """One run of a step, with one number of rows.
+
+    Arguments:
+        shapes: of the inputs of a step, without time and batch.
+        named: whether the names of the step's variables are taken.
+    """
 
     cell: Cell
     shapes: Sequence[tuple[int, ...]]
@@ -219,7 +233,7 @@ class _Run:
             sources.setdefault(id(tensor), (path, tensor))
         self.builder = Builder("step", _DTYPES[self.dtype])
         self.recorder = Recorder(self.builder, self.rows, self.dtype, sources)
-        # Values that are neither 0 nor 1 keep logarithms finite and kinks away.
+        # Another seed for each run: a branch on a value then goes two ways, if it can.
         self.generator = torch.Generator().manual_seed(self.rows)
 
     def run(self) -> None:
@@ -231,7 +245,8 @@ class _Run:
         ]
         recorder = self.recorder
         with (
-            recorder, ValueReadGuard(), observed(recorder.on_apply), capture_intermediates(self._note), self._watched()
+            recorder, ValueReadGuard(), intercepted(recorder.on_apply),
+            capture_intermediates(self._note), self._watched(),
         ):  # fmt: skip
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
         output, after = self._results(result)
@@ -240,11 +255,11 @@ class _Run:
             self._backward(x, state, output, after)
 
     def text(self) -> str:
-        """All that two runs must agree in."""
+        """Return what two runs must agree in."""
         return self.builder.build(self.outputs).text + self.recorder.weights.prologue().describe()
 
     def traced(self) -> Traced:
-        """What was recorded, in the user's names."""
+        """Return what was recorded, in the user's names."""
         names = dict(self.names)
         for label, node in self.outputs.items():
             kind, _, name = label.partition(".")
@@ -258,7 +273,7 @@ class _Run:
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.
-        return _variables(self._variable) if self.named else nullcontext()
+        return _variables_of_steps(self._name_variable) if self.named else nullcontext()
 
     def _leaf(self, op: str, name: str, shape: tuple[int, ...]) -> Tensor:
         node = self.builder.append(op, (), {"shape": [math.prod(shape)]}, name)
@@ -270,6 +285,7 @@ class _Run:
         return tensor
 
     def _random(self, shape: tuple[int, ...]) -> Tensor:
+        # Between 0.1 and 0.9: logarithms and roots are finite, and no value lies at a kink of an activation.
         return torch.rand(shape, generator=self.generator, dtype=self.dtype, device="cpu") * 0.8 + 0.1
 
     # names
@@ -278,22 +294,24 @@ class _Run:
         path = next((prefix for prefix, module in self.cell.named_modules() if module is cell), "")
         label = f"note.{path}.{name}" if path else f"note.{name}"
         if label in self.outputs:
-            raise Untraceable(f"It notes {name} twice in a step.")
+            raise Untraceable(f"The step notes {name} twice.")
         node = self._node(value)
         self.outputs[label] = node
         self.names.setdefault(node, name)
 
-    def _variable(self, name: str, value: Tensor) -> None:
+    def _name_variable(self, name: str, value: Tensor) -> None:
         if not self.recorder.is_known(value):
             return
-        found = self.recorder.value(value)
-        if isinstance(found, Row) and found.index is None:
-            self.names.setdefault(found.node, name)
+        # A part of a node, such as one gate of a product of three, would give the whole its name.
+        row = self.recorder.value(value)
+        if isinstance(row, Row) and row.index is None:
+            self.names.setdefault(row.node, name)
 
     # results
 
     def _results(self, result: Any) -> tuple[Tensor, list[Tensor]]:
         name = type(self.cell).__name__
+        # Checked here, not left to a later failure, as the message can name the contract.
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple | list)):
             raise Untraceable(f"{name}.step doesn't return (output, state) with state a tuple.")
         output, after = result[0], list(result[1])
@@ -303,25 +321,26 @@ class _Run:
         sizes = [self.cell.output_size, *self.cell.state_sizes]
         for label, size, value in zip(labels, sizes, [output, *after], strict=True):
             if tuple(value.shape) != (self.rows, size) or value.dtype != self.dtype:
-                found = f"{tuple(value.shape)} and {value.dtype}"
-                raise Untraceable(f"{label} has shape and dtype {found}, expected (N, {size}) and {self.dtype}.")
+                actual = f"{tuple(value.shape)} and {value.dtype}"
+                raise Untraceable(f"{label} has shape and dtype {actual}, expected (N, {size}) and {self.dtype}.")
             self.outputs[label] = self._node(value)
         return output, after
 
     def _node(self, tensor: Tensor) -> int:
-        """The node of all features of a tensor, numbers per row."""
+        """Return the node of all features of a tensor, as numbers per row."""
         value = self.recorder.value(tensor)
         if isinstance(value, Sum):
-            raise Untraceable("It mixes the rows of the batch: a sum over them is among the results.")
+            raise Untraceable("The step mixes the rows of the batch: a sum over them is among the results.")
         row = self.recorder.writer.number(value)
         if row.axis != 0:
-            row = self._spread(row)
+            row = self._spread_over_rows(row)
         return self.recorder.writer.flat(row)
 
-    def _spread(self, row: Row) -> Row:
+    def _spread_over_rows(self, row: Row) -> Row:
+        """Return what is the same for all rows as a value per row."""
         if row.axis is not None:
             raise Untraceable("A result has its batch dimension not first.")
-        return Row((self.rows, *row.shape), row.node, 0, row.places)
+        return Row((self.rows, *row.shape), row.node, 0, row.full_index)
 
     # the gradient
 
@@ -337,35 +356,36 @@ class _Run:
         sources = {slot: tensor for slot, tensor in sources.items() if tensor is not None and tensor.requires_grad}
         if not any(value.requires_grad for value in results):
             return
-        wanted: list[Any] = [*x, *state, *sources.values()]
+        leaves: list[Any] = [*x, *state, *sources.values()]
         recorder.backward = True
         with recorder, ValueReadGuard():
             handles = list(recorder.watch())
             try:
                 number = _Seed.apply(seeds, *results)  # type: ignore[no-untyped-call]
                 # torch.autograd.grad would put the guard aside for as long as it runs.
-                found = torch.autograd.graph._engine_run_backward(
-                    (number,), (torch.ones_like(number),), False, False, tuple(wanted), True, False
+                gradients = torch.autograd.graph._engine_run_backward(
+                    (number,), (torch.ones_like(number),), False, False, tuple(leaves), True, False
                 )
             finally:
                 for handle in handles:
                     handle.remove()
         names = [f"grad.input.{name}" for name in cell.inputs] + [f"grad.state.{name}" for name in cell.states]
-        for label, gradient in zip(names, found, strict=False):
+        for label, gradient in zip(names, gradients, strict=False):
             if gradient is not None:
                 self.outputs[label] = self._node(gradient)
-        for slot, gradient in zip(sources, found[len(names) :], strict=True):
+        for slot, gradient in zip(sources, gradients[len(names) :], strict=True):
             if gradient is not None:
                 recorder.collect(slot, recorder.value(gradient))
         self._weight_gradients()
 
     def _weight_gradients(self) -> None:
+        """Add the gradient of every weight leaf to the outputs."""
         recorder = self.recorder
         for slot, gradient in recorder.gradients.items():
             if isinstance(gradient, Sum) and slot not in recorder.weights.leaves:
                 # A custom Function multiplies with what it makes of a weight, and has a gradient for the weight itself.
-                matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
-                recorder.weights.leaf(slot, "matrix" if matrix else "vector")
+                is_matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
+                recorder.weights.leaf(slot, "matrix" if is_matrix else "vector")
         for slot, (node, _) in recorder.weights.leaves.items():
             total = recorder.gradients.get(slot)
             if not isinstance(total, Sum):
@@ -377,11 +397,12 @@ class _Run:
 
 
 @contextmanager
-def _variables(found: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hand over the variables of every ``step`` that returns inside the block.
+def _variables_of_steps(on_variable: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Pass the variables of every ``step`` that returns inside the block to ``on_variable(name, value)``.
 
-    Under a profiler of Python's own that is written in C nothing is: there is no way to put it back.
+    Under a profiler of Python's own that is written in C none are passed: there is no way to put it back.
     """
+    # A profile function sees the locals of a frame as it returns, without a change to the user's code.
     before = sys.getprofile()
     if before is not None and not callable(before):
         yield
@@ -391,7 +412,7 @@ def _variables(found: Callable[[str, Tensor], None]) -> Iterator[None]:
         if event == "return" and _is_step(frame):
             for name, value in frame.f_locals.items():
                 if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    found(name, value)
+                    on_variable(name, value)
 
     sys.setprofile(profile)
     try:

@@ -1,4 +1,10 @@
-"""What a step computes from its weights alone: recorded once, done again by torch at every call."""
+"""Weight prologue: what a step computes from its weights alone, recorded once and computed by torch in every call.
+
+It stays out of the graph because it is the same for all rows and steps, and because torch's autograd then goes on from
+the gradients of the graph's weights to the parameters behind them, through any operation there is.
+
+Every tensor that is read or computed has a *slot*; a step of the prologue reads some slots and fills others.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +23,14 @@ from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["CustomCall", "Prologue", "Ref", "Weights"]
 
-# Views of a stored weight that the graph says itself, with their gradients; any other is computed by torch.
+# Views of a stored weight that the graph itself expresses, with their gradients, so that nothing is copied in a call:
+# a part of a matrix, transposed or not, and elements of a vector. Any other view is computed by torch.
 _MATRIX_VIEWS = ("t", "transpose", "permute", "slice", "split", "split_with_sizes")
 _VECTOR_VIEWS = ("slice", "split", "split_with_sizes", "unsqueeze", "squeeze", "view", "select", "expand")
 
 
 class Ref(NamedTuple):
-    """A slot as an argument; detached where the step cut it off from its gradient."""
+    """Reference to a slot as an argument; detached where the step used it without its gradient."""
 
     slot: int
     detached: bool = False
@@ -31,7 +38,7 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One call on weights, of an ATen operation or a custom Function: what it puts into which slots.
+    """One call on weights, of an ATen operation or a custom Function, and the slots of its results.
 
     Arguments:
         results: a slot for each result, -1 for one that is no tensor.
@@ -45,14 +52,16 @@ class Step:
     differentiable: bool = True
 
     def __str__(self) -> str:
-        given = [_spelled(arg) for arg in self.args] + [f"{key}={_spelled(arg)}" for key, arg in self.kwargs.items()]
+        arguments = [_spelled(arg) for arg in self.args]
+        arguments += [f"{key}={_spelled(arg)}" for key, arg in self.kwargs.items()]
         mode = "" if self.differentiable else " without gradients"
-        return f"{', '.join(f'%{slot}' for slot in self.results)} = {self.func}({', '.join(given)}){mode}"
+        return f"{', '.join(f'%{slot}' for slot in self.results)} = {self.func}({', '.join(arguments)}){mode}"
 
     def __call__(self, slots: dict[int, Tensor]) -> None:
-        """Make the call again, with what the slots hold now."""
+        """Make the call again, with the present values of the slots."""
         args = [_resolved(arg, slots) for arg in self.args]
         kwargs = {key: _resolved(arg, slots) for key, arg in self.kwargs.items()}
+        # As in the step: under no_grad it has frozen what it computes of a weight.
         if self.differentiable:
             result = self.func(*args, **kwargs)
         else:
@@ -63,7 +72,7 @@ class Step:
 
 @dataclass(frozen=True)
 class CustomCall:
-    """A custom Function, to be applied as the step did: its own backward is its gradient."""
+    """Custom Function that is applied as in the step, so that its own backward computes its gradient."""
 
     function: type[torch.autograd.Function]
 
@@ -76,20 +85,26 @@ class CustomCall:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A weight as the graph takes it: a slot, flattened or cast where its leaf is not what the step had."""
+    """Weight of a graph: a slot, reshaped or cast where the graph takes it in another form.
+
+    Arguments:
+        shape: what it is reshaped to; None where it has that shape.
+        dtype: what it is cast to; None where it has that dtype.
+    """
 
     slot: int
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None
 
-    def made(self, value: Tensor) -> Tensor:
+    def of(self, value: Tensor) -> Tensor:
+        """Return the leaf's tensor, from that of its slot."""
         if self.dtype is not None:
             value = value.to(self.dtype)
         return value if self.shape is None else value.reshape(self.shape)
 
 
 class Prologue:
-    """How the weight leaves of a graph are made from a cell, at every call.
+    """Computation of the weight leaves of a graph from the attributes of a cell, in every call.
 
     Arguments:
         sources: path and slot of each parameter, buffer or tensor attribute that is read.
@@ -101,11 +116,11 @@ class Prologue:
         self.sources = tuple(sources)
         self.steps = tuple(steps)
         self.leaves = tuple(leaves)
-        self._plain = self._getter()
+        self._read_leaves = self._getter()
 
     @property
     def direct_paths(self) -> list[str] | None:
-        """The path of each leaf, where each is an attribute as it stands."""
+        """The path of each leaf, where each is an attribute unchanged; else None."""
         if self.steps or any(leaf.shape is not None or leaf.dtype is not None for leaf in self.leaves):
             return None
         paths = {slot: path for path, slot in self.sources}
@@ -113,56 +128,56 @@ class Prologue:
 
     @property
     def stored_leaves(self) -> list[tuple[str, Leaf]] | None:
-        """Each leaf with its path, where each is an attribute in the dtype of the graph."""
+        """Each leaf with its path, where each is an attribute in the dtype of the graph; else None."""
         if self.steps or any(leaf.dtype is not None for leaf in self.leaves):
             return None
         paths = {slot: path for path, slot in self.sources}
         return [(paths[leaf.slot], leaf) for leaf in self.leaves]
 
     def _getter(self) -> Callable[[Cell], Any] | None:
-        """One getter for all leaves, where each is an attribute as it stands."""
-        order = self.direct_paths
-        if order is None:
+        """Return one getter for all leaves, where each is an attribute unchanged."""
+        paths = self.direct_paths
+        if paths is None:
             return None
-        if any("." in path for path in order):
-            getters = [attrgetter(path) for path in order]
+        if any("." in path for path in paths):
+            getters = [attrgetter(path) for path in paths]
             return lambda cell: tuple([get(cell) for get in getters])
-        return lambda cell: _own_tensors(cell, order)
+        return lambda cell: _tensors_of(cell, paths)
 
     def values(self, cell: Cell) -> tuple[Tensor, ...]:
-        """The weights as they are now, one for each weight leaf; with autograd where grad mode is on."""
-        if self._plain is not None:
-            found: tuple[Tensor, ...] = self._plain(cell)
-            return found
+        """Return the present weights, one for each weight leaf; with autograd where grad mode is on."""
+        if self._read_leaves is not None:
+            leaves: tuple[Tensor, ...] = self._read_leaves(cell)
+            return leaves
         return self.computed(self.originals(cell))
 
     def computed(self, originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The weights, from what :meth:`originals` gives."""
+        """Compute the weights from the result of :meth:`originals`."""
         slots = self.slot_values(originals)
-        return tuple(leaf.made(slots[leaf.slot]) for leaf in self.leaves)
+        return tuple(leaf.of(slots[leaf.slot]) for leaf in self.leaves)
 
     def slot_values(self, originals: Sequence[Tensor]) -> dict[int, Tensor]:
-        """What every slot holds after the steps."""
+        """Return the value of every slot, after all steps."""
         slots = {slot: value for (_, slot), value in zip(self.sources, originals, strict=True)}
         for step in self.steps:
             step(slots)
         return slots
 
     def originals(self, cell: Cell) -> tuple[Tensor, ...]:
-        """What the leaves are computed from; nothing where each leaf is an attribute as it stands."""
-        if self._plain is not None:
+        """Return the attributes that the leaves are computed from; none where each leaf is an attribute unchanged."""
+        if self._read_leaves is not None:
             return ()
         return tuple(attrgetter(path)(cell) for path, _ in self.sources)
 
     def bindings(self, leaves: Sequence[Tensor], originals: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The attributes, by path, that an earlier call of :meth:`values` and :meth:`originals` saw."""
-        if self._plain is None:
+        """Return the attributes, by path, that an earlier call of :meth:`values` and :meth:`originals` returned."""
+        if self._read_leaves is None:
             return {path: value for (path, _), value in zip(self.sources, originals, strict=True)}
         paths = {slot: path for path, slot in self.sources}
         return {paths[leaf.slot]: value for leaf, value in zip(self.leaves, leaves, strict=True)}
 
     def describe(self) -> str:
-        """The prologue as text, a line for each source, step and leaf; equal prologues have equal texts."""
+        """Return the prologue as text, a line for each source, step and leaf; equal prologues have equal texts."""
         lines = [f"%{slot} = {path}" for path, slot in self.sources]
         lines += [str(step) for step in self.steps]
         for leaf in self.leaves:
@@ -171,28 +186,31 @@ class Prologue:
         return "\n".join(lines) + "\n"
 
 
-def _own_tensors(cell: Cell, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """Attributes of the cell itself; parameters past nn.Module's __getattr__, which is slow."""
+def _tensors_of(cell: Cell, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return attributes of the cell."""
+    # Parameters straight from their table: nn.Module's __getattr__ is slow, and every call comes here.
     table = cell._parameters
-    found = [table.get(name) for name in names]
-    return tuple([getattr(cell, name) if value is None else value for name, value in zip(names, found, strict=True)])
+    tensors = [table.get(name) for name in names]
+    return tuple([getattr(cell, name) if value is None else value for name, value in zip(names, tensors, strict=True)])
 
 
 @dataclass
 class _Slot:
+    """Tensor of the prologue while it is recorded."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     name: str
     path: str | None
     tensor: Tensor | None
-    """The source itself; None for what a step made."""
+    """The attribute itself; None for the result of a step."""
     storage: int
     differentiable: bool
-    """Whether a gradient flows through it at a call, unless the step cuts it off."""
+    """Whether a gradient flows through it in a call, unless the step detaches it."""
 
 
 class Weights:
-    """Records the prologue while a step is traced, and hands out its leaves."""
+    """Recorder of the prologue while a step is traced; it also adds the graph's weight leaves."""
 
     def __init__(self, builder: Builder, dtype: torch.dtype) -> None:
         self.builder = builder
@@ -204,7 +222,7 @@ class Weights:
 
     @contextmanager
     def as_outside(self) -> Iterator[None]:
-        """Record what is called inside the block as called with gradients on or off as they are around it."""
+        """Record calls inside the block with the grad mode of the code around it."""
         self._gradients = torch.is_grad_enabled()
         try:
             yield
@@ -215,7 +233,7 @@ class Weights:
         return torch.is_grad_enabled() if self._gradients is None else self._gradients
 
     def source(self, path: str, tensor: Tensor) -> Weight:
-        """A parameter, buffer or attribute as a value."""
+        """Add a slot for a parameter, buffer or attribute; return its value."""
         self.slots.append(
             _Slot(
                 tuple(tensor.shape),
@@ -227,13 +245,14 @@ class Weights:
                 tensor.requires_grad,
             )
         )
-        return _own(tuple(tensor.shape), len(self.slots) - 1)
+        return _whole(tuple(tensor.shape), len(self.slots) - 1)
 
     def record(
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, results: Sequence[Tensor]
     ) -> list[Weight]:
-        """A call on weights alone, as a step of the prologue; ``args`` hold Refs for tensors."""
+        """Record a call on weights alone as a step of the prologue; ``args`` hold Refs for tensors."""
         refs = _refs((args, kwargs))
+        # Named after the weight that it begins with and the operation, such as w_relu: names appear in messages.
         base = self.slots[refs[0].slot].name + "_" if refs else ""
         gradients = self._with_gradients()
         flows = gradients and self._flows(refs)
@@ -242,29 +261,30 @@ class Weights:
             self.slots.append(
                 _Slot(tuple(result.shape), result.dtype, base + name.strip("_"), None, None, _storage(result), flows)
             )
-        made = tuple(range(first, len(self.slots)))
-        self.steps.append(Step(func, tuple(args), dict(kwargs), made, gradients))
-        return [_own(self.slots[slot].shape, slot) for slot in made]
+        slots = tuple(range(first, len(self.slots)))
+        self.steps.append(Step(func, tuple(args), dict(kwargs), slots, gradients))
+        return [_whole(self.slots[slot].shape, slot) for slot in slots]
 
     def record_function(self, func: CustomCall, args: Sequence[Any], results: Sequence[Tensor | None]) -> list[Weight]:
-        """An application of a custom Function, as one step; ``args`` hold Refs for tensors, results None for None."""
+        """Record a custom Function as one step; ``args`` hold Refs for tensors, ``results`` None for None."""
         base = self.slots[_refs(args)[0].slot].name + "_"
-        places: list[int] = []
+        slots: list[int] = []
         for result in results:
             if result is None:
-                places.append(-1)
+                slots.append(-1)
                 continue
-            places.append(len(self.slots))
+            slots.append(len(self.slots))
             shape, name = tuple(result.shape), base + func.function.__name__
             storage = _storage(result)
             self.slots.append(_Slot(shape, result.dtype, name, None, None, storage, result.requires_grad))
-        self.steps.append(Step(func, tuple(args), {}, tuple(places), torch.is_grad_enabled()))
-        return [_own(self.slots[slot].shape, slot) for slot in places if slot >= 0]
+        self.steps.append(Step(func, tuple(args), {}, tuple(slots), torch.is_grad_enabled()))
+        return [_whole(self.slots[slot].shape, slot) for slot in slots if slot >= 0]
 
-    def changed(self, func: Callable[..., Any], args: Any, kwargs: Any, target: Weight) -> None:
-        """A call that writes into what an earlier step made."""
+    def record_write(self, func: Callable[..., Any], args: Any, kwargs: Any, target: Weight) -> None:
+        """Record a call that writes into the result of an earlier step."""
+        # A leaf is read once, after all steps: an earlier use of it would see the new value.
         if target.slot in self.leaves:
-            raise Untraceable("It changes in place a weight that the step has already used.")
+            raise Untraceable("The step changes in place a weight that the step has already used.")
         gradients = self._with_gradients()
         self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,), gradients))
         if gradients and self._flows(_refs(args)):
@@ -275,84 +295,96 @@ class Weights:
         return any(self.slots[ref.slot].differentiable and not ref.detached for ref in refs)
 
     def leaf(self, slot: int, form: str) -> int:
-        """The weight node of a slot, as a matrix or as a flat vector."""
-        known = self.leaves.get(slot)
-        found = self.slots[slot]
-        if known is not None:
-            if known[1] != form:
-                raise Untraceable(f"It uses {found.name} both in a product and element by element.")
-            return known[0]
-        if found.dtype.is_complex or (found.dtype != self.dtype and found.dtype.is_floating_point and found.shape):
-            raise Untraceable(f"The weight {found.name} is {found.dtype}, where the step computes in {self.dtype}.")
-        if 0 in found.shape:
-            raise Untraceable(f"The weight {found.name} has no elements.")
-        node = self.builder.append("weight", (), {"shape": list(_leaf_shape(found.shape, form))}, found.name)
+        """Return the weight node of a slot, as a matrix or as a flat vector."""
+        leaf = self.leaves.get(slot)
+        weight = self.slots[slot]
+        if leaf is not None:
+            # One leaf has one shape, and one gradient of that shape.
+            if leaf[1] != form:
+                raise Untraceable(f"The step uses {weight.name} both in a product and element by element.")
+            return leaf[0]
+        if weight.dtype.is_complex or (weight.dtype != self.dtype and weight.dtype.is_floating_point and weight.shape):
+            raise Untraceable(f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}.")
+        if 0 in weight.shape:
+            raise Untraceable(f"The weight {weight.name} has no elements.")
+        node = self.builder.append("weight", (), {"shape": list(_leaf_shape(weight.shape, form))}, weight.name)
         self.leaves[slot] = (node, form)
         return node
 
     def prologue(self) -> Prologue:
-        """What the leaves need, and nothing else."""
+        """Return the prologue of the leaves: the steps that they need, and no others."""
         needed = set(self.leaves)
-        kept: list[Step] = []
+        steps: list[Step] = []
         for step in reversed(self.steps):
             # A write into a view changes what it is a view of.
             memory = {self.slots[slot].storage for slot in needed} if _writes(step.func) else set()
             if needed.intersection(step.results) or memory.intersection(self.slots[s].storage for s in step.results):
-                kept.append(step)
+                steps.append(step)
                 needed.update(ref.slot for ref in _refs((step.args, step.kwargs)))
-        sources = [(slot.path, place) for place, slot in enumerate(self.slots) if slot.path and place in needed]
+        sources = [(each.path, slot) for slot, each in enumerate(self.slots) if each.path and slot in needed]
         leaves = [self._leaf(slot, form) for slot, (_, form) in self.leaves.items()]
-        return Prologue(sources, kept[::-1], leaves)
+        return Prologue(sources, steps[::-1], leaves)
 
     def _leaf(self, slot: int, form: str) -> Leaf:
-        found = self.slots[slot]
-        shape = _leaf_shape(found.shape, form)
-        return Leaf(slot, None if shape == found.shape else shape, None if found.dtype == self.dtype else self.dtype)
+        weight = self.slots[slot]
+        shape = _leaf_shape(weight.shape, form)
+        return Leaf(slot, None if shape == weight.shape else shape, None if weight.dtype == self.dtype else self.dtype)
 
 
 def weight_views(
-    func: Callable[..., Any], name: str, value: Weight, rest: Sequence[Any], made: Sequence[Weight]
+    func: Callable[..., Any], name: str, value: Weight, rest: Sequence[Any], results: Sequence[Weight]
 ) -> list[Weight]:
-    """What an op made of one weight, as views of the stored one where the graph can say so."""
+    """Return the results of an operation on one weight, as views of the stored one where the graph expresses them.
+
+    Arguments:
+        func: the operation.
+        name: of it, without its namespace.
+        value: its first argument.
+        rest: its other arguments.
+        results: as recorded, in slots of their own.
+    """
     view = value.view
-    if isinstance(view, Matrix) and name in _MATRIX_VIEWS and all(len(part.shape) == 2 for part in made):
-        found = _matrix_views(name, view, value.shape, rest, made)
-        if found is not None:
-            return [Weight(part.shape, part.slot, seen) for part, seen in zip(made, found, strict=True)]
+    if isinstance(view, Matrix) and name in _MATRIX_VIEWS and all(len(part.shape) == 2 for part in results):
+        views = _matrix_views(name, view, value.shape, rest, results)
+        if views is not None:
+            return [Weight(part.shape, part.slot, each) for part, each in zip(results, views, strict=True)]
     if (
         isinstance(view, Vector)
         and name in _VECTOR_VIEWS
         and not (name == "slice" and tuple(rest[3:4]) not in ((), (1,)))
     ):
-        moved = func(torch.from_numpy(view.index), *rest)
-        parts = [moved] if isinstance(moved, Tensor) else moved
-        return [Weight(w.shape, w.slot, Vector(view.slot, p.numpy())) for w, p in zip(made, parts, strict=True)]
-    return list(made)
+        # The operation itself, on the indices of the elements.
+        index = func(torch.from_numpy(view.index), *rest)
+        parts = [index] if isinstance(index, Tensor) else index
+        return [Weight(w.shape, w.slot, Vector(view.slot, p.numpy())) for w, p in zip(results, parts, strict=True)]
+    return list(results)
 
 
 def _matrix_views(
-    name: str, view: Matrix, shape: tuple[int, ...], rest: Sequence[Any], made: Sequence[Weight]
+    name: str, view: Matrix, shape: tuple[int, ...], rest: Sequence[Any], results: Sequence[Weight]
 ) -> list[Matrix] | None:
+    """Return the views that an operation of `_MATRIX_VIEWS` makes of one; None for a slice with a step."""
     if name in ("t", "transpose", "permute"):
         order = list(rest[0]) if name == "permute" else [1, 0] if name == "t" or rest[0] % 2 != rest[1] % 2 else [0, 1]
         return [view if [dim % 2 for dim in order] == [0, 1] else view.transposed()]
     if name == "slice":
-        given = [*rest, *[0, None, None, 1][len(rest) :]]
-        dim, start, step = given[0], given[1], given[3]
+        arguments = [*rest, *[0, None, None, 1][len(rest) :]]
+        dim, start, step = arguments[0], arguments[1], arguments[3]
         dim = dim % 2
         if step != 1:
             return None
         begin = 0 if start is None else start + shape[dim] if start < 0 else start
-        return [view.narrowed(dim, begin, begin + made[0].shape[dim])]
+        return [view.narrowed(dim, begin, begin + results[0].shape[dim])]
     dim = rest[1] % 2 if len(rest) > 1 else 0
-    found, begin = [], 0
-    for part in made:
-        found.append(view.narrowed(dim, begin, begin + part.shape[dim]))
+    views, begin = [], 0
+    for part in results:
+        views.append(view.narrowed(dim, begin, begin + part.shape[dim]))
         begin += part.shape[dim]
-    return found
+    return views
 
 
-def _own(shape: tuple[int, ...], slot: int) -> Weight:
+def _whole(shape: tuple[int, ...], slot: int) -> Weight:
+    """Return all of a slot as a weight."""
     if len(shape) == 2:
         return Weight(shape, slot, Matrix(slot, (0, shape[0]), (0, shape[1])))
     return Weight(shape, slot, Vector(slot, arranged(shape)) if len(shape) < 2 else None)
@@ -365,7 +397,7 @@ def _leaf_shape(shape: tuple[int, ...], form: str) -> tuple[int, ...]:
     if form == "vector":
         return (count,)
     if len(shape) < 2 or count != shape[-1] * shape[-2]:
-        raise Untraceable(f"It multiplies rows with a weight of shape {shape}, not with one matrix.")
+        raise Untraceable(f"The step multiplies rows by a weight of shape {shape}: only matrices are compiled.")
     return shape[-2:]
 
 

@@ -1,8 +1,8 @@
-"""Check what a graph must be as a whole before anything is compiled from it.
+"""Check a graph as a whole before anything is compiled from it.
 
-Generated code checks no bounds as it runs: it reads and writes as much as its graph says. So one checker stands before
-it, for graphs of this process, of files, and of the torch operator alike. A graph that passes is computed within the
-memory that its types describe.
+Generated code checks no bounds as it runs: it reads and writes as much as its graph says. So every graph is checked
+here first, whether it was traced in this process, read from a file, or given to the torch operator. A kernel of a graph
+that passes stays within the memory that its types describe.
 
 ========  ====================================================================================================
 role      its results, by label
@@ -36,7 +36,7 @@ _STEP_LABELS = ("note.", "after.", "saved.")
 
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
-    """The most that a graph may ask for.
+    """Limits of a graph's size.
 
     Arguments:
         nodes: values of a graph, arguments of one of them, and results.
@@ -49,15 +49,19 @@ class GraphLimits:
     elements: int = 1 << 40
 
 
-_OF_THIS_PROCESS = GraphLimits()
-"""What a user's own step may ask for: no more than what addresses of 64 bits are safe with."""
+_OWN_STEP = GraphLimits()
+"""Limits for a user's own step: far below what overflows addresses of 64 bits."""
 
 
-def check_graph(graph: Graph, role: Role = "step", limits: GraphLimits = _OF_THIS_PROCESS) -> None:
-    """Hold a graph to its contract.
+def check_graph(graph: Graph, role: Role = "step", limits: GraphLimits = _OWN_STEP) -> None:
+    """Check a graph against its contract.
+
+    Arguments:
+        role: ``step`` without a gradient, ``joint`` with its gradient, or ``gradient`` alone.
+        limits: what it must not exceed; narrower for graphs of files.
 
     Raises:
-        CompilerError: with what is wrong.
+        CompilerError: where it breaks the contract, with the value or result that does.
     """
     if not NAME.fullmatch(graph.title) or graph.dtype not in ("f32", "f64"):
         raise CompilerError(f"a graph has a title and computes in f32 or f64, got {quoted(graph.title)}, {graph.dtype}")
@@ -82,7 +86,7 @@ def check_graph(graph: Graph, role: Role = "step", limits: GraphLimits = _OF_THI
 
 
 def _check_nodes(graph: Graph, limits: GraphLimits) -> dict[str, dict[str, Type]]:
-    """Check every value for itself; returns the leaves' types by primitive and name."""
+    """Check each value; return the leaves' types by primitive and name."""
     if max(len(graph.nodes), len(graph.outputs)) > limits.nodes:
         raise CompilerError(f"{len(graph.nodes)} values and {len(graph.outputs)} results are more than {limits.nodes}")
     leaves: dict[str, dict[str, Type]] = {op: {} for op in _LEAVES}
@@ -105,6 +109,7 @@ def _check_nodes(graph: Graph, limits: GraphLimits) -> dict[str, dict[str, Type]
 
 
 def _check_size(graph: Graph, limits: GraphLimits) -> None:
+    # A chunk has memory for some of the values, row by row, and a gradient for each weight: the sums bound both.
     features = sum(node.type.shape[0] for _, node in graph if node.type.kind in ("row", "mask"))
     elements = sum(math.prod(node.type.shape) for _, node in graph if node.type.kind in ("weight", "sum"))
     if features > limits.features:
@@ -114,7 +119,7 @@ def _check_size(graph: Graph, limits: GraphLimits) -> None:
 
 
 def _check_states(types: Mapping[str, Type], states: Mapping[str, Type]) -> None:
-    """Check that each state has one new value, of the state's own type: it is written where the state stands."""
+    """Check that each state has one new value, of the state's own type: it is written to the memory of the state."""
     for name, state in states.items():
         after = types.get(f"state.{name}")
         if after is None:
@@ -127,7 +132,7 @@ def _check_result(label: str, result: Type, leaves: Mapping[str, Mapping[str, Ty
     for prefix, op in (("grad.input.", "input"), ("grad.state.", "state"), ("grad.weight.", "weight")):
         if label.startswith(prefix) and role != "step" and (role == "joint" or op != "state"):
             leaf = leaves[op].get(label.removeprefix(prefix))
-            # A gradient need not read what it is the gradient of.
+            # The gradient with respect to a leaf need not read the leaf.
             if leaf is None and role == "joint":
                 raise CompilerError(f"the result {quoted(label)} is the gradient of no {op}")
             if result.kind != ("sum" if op == "weight" else "row") or (leaf is not None and result.shape != leaf.shape):

@@ -1,8 +1,7 @@
 """Represent a step as a graph of primitives with one canonical text.
 
 The text is what people read, the key of the cache, the payload of a saved stream and the argument of the torch
-operator: parsing checks every line, and nothing in it is executed. What a graph must be as a whole to
-be compiled is in ``ir.contract``.
+operator. Parsing checks every line and executes nothing; `ir.contract` checks a graph as a whole.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from fusecell.strict_json import parse_json
 __all__ = ["MOST_LABEL", "NAME", "SAVED", "Builder", "Graph", "Node"]
 
 SAVED = "saved."
-"""What the names of values saved for the backward begin with: outputs of the forward, inputs of the backward."""
+"""Prefix of the names of values saved for the backward: outputs of the forward, inputs of the backward."""
 NAME = re.compile(r"[\w.]{1,256}")
-"""What a value may be called: letters, digits, underscores and points, so many at the most."""
+"""Names of values: up to 256 letters, digits, underscores and points."""
 MOST_LABEL = 512
-"""Characters of the label of a result."""
-# No part of it can match in more than one way, so that a line is read in one go.
+"""Characters of the label of a result, at the most."""
+# No part of it can match in more than one way, so that no line, of whatever file, takes more than linear time.
 _VALUE = re.compile(r"(?P<name>[\w.]+) = (?P<op>\w+)\((?P<args>[\w., ]*)\)(?: (?P<attrs>\{.*\}))?")
 _ATTRIBUTE_DEPTH = 4
-"""How deep attributes nest: those of an affine, a dict of lists of dicts of lists."""
+"""Nesting of attributes, at the most: those of an affine are a dict of lists of dicts of lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Graph:
         return users
 
     def reaches(self, start: Iterable[int]) -> list[bool]:
-        """Tell of each node whether it is or depends on one of ``start``."""
+        """Return, for each node, whether it is or depends on one of ``start``."""
         reached = [False] * len(self.nodes)
         sources = set(start)
         for index, node in self:
@@ -83,10 +82,11 @@ class Graph:
         return reached
 
     def needed(self, results: Iterable[int]) -> list[bool]:
-        """Tell of each node whether one of ``results`` is it or depends on it."""
+        """Return, for each node, whether one of ``results`` is it or depends on it."""
         needed = [False] * len(self.nodes)
         for index in results:
             needed[index] = True
+        # Arguments come before their users: one pass from the end visits a node after all that may need it.
         for index in range(len(self.nodes) - 1, -1, -1):
             if needed[index]:
                 for arg in self.nodes[index].args:
@@ -103,7 +103,7 @@ class Graph:
 
     @classmethod
     def parse(cls, text: str) -> Graph:
-        """Read the graph of a text.
+        """Parse the canonical text of a graph.
 
         Raises:
             CompilerError: naming the line, if it is not the text of a valid graph.
@@ -122,7 +122,7 @@ class Graph:
                 if line.startswith("return "):
                     _parse_return(names, outputs, line)
                 elif outputs:
-                    raise CompilerError("values stand before what is returned")
+                    raise CompilerError("a value after a return: values come first")
                 else:
                     _parse_line(builder, names, line)
             except (CompilerError, ValueError) as error:
@@ -131,7 +131,7 @@ class Graph:
 
 
 def _parse_return(names: Mapping[str, int], outputs: dict[str, int], line: str) -> None:
-    # What a cell notes may be called anything that prints.
+    # A label is free text, as a cell may note a value under any name that prints; so the value is split off at the end.
     label, equals, name = line.removeprefix("return ").rpartition(" = ")
     if not equals or not label or not label.isprintable() or len(label) > MOST_LABEL:
         raise CompilerError("expected return label = name, and a label that prints")
@@ -158,13 +158,14 @@ def _parse_line(builder: Builder, names: dict[str, int], line: str) -> None:
     index = builder.append(match["op"], args, attrs, match["name"])
     if str(builder.nodes[index].type) != type_:
         raise CompilerError(f"the type is {builder.nodes[index].type}")
+    # One spelling for each graph: its text is the key of caches.
     if _line(builder.nodes, index) != line:
         raise CompilerError(f"expected it spelled as {quoted(_line(builder.nodes, index), 120)}")
     names[match["name"]] = index
 
 
 def _line(nodes: Sequence[Node], index: int) -> str:
-    """A node as it stands in a text."""
+    """Return a node's line of the text."""
     node = nodes[index]
     args = ", ".join([nodes[arg].name for arg in node.args])
     attrs = " " + json.dumps(node.attrs, sort_keys=True) if node.attrs else ""
@@ -173,7 +174,7 @@ def _line(nodes: Sequence[Node], index: int) -> str:
 
 @dataclass
 class Builder:
-    """Build a graph node by node; the same primitive of the same arguments is one node."""
+    """Builder of a graph, node by node; the same primitive of the same arguments is one node (hash-consing)."""
 
     title: str
     dtype: DType
@@ -183,9 +184,11 @@ class Builder:
 
     def add(self, op: str, *args: int, name: str | None = None, **attrs: Any) -> int:
         """Return the node for ``op`` of ``args``, added if it isn't there yet."""
+        # Arguments that may change places are sorted: a + b and b + a are one node, and one text.
         if PRIMITIVES[op].commutes:
             args = tuple(sorted(args))
         key = (op, args, _frozen(attrs))
+        # Two inputs of one shape, or two weights, are two values.
         node = None if op in ARGUMENTS else self._computed.get(key)
         if node is None:
             node = self._computed[key] = self.append(op, args, attrs, name)
@@ -212,7 +215,7 @@ class Builder:
         return self.nodes[index].size
 
     def build(self, outputs: Mapping[str, int], *, keep_all: bool = False) -> Graph:
-        """Return the graph of what ``outputs`` need; inputs, states and weights stay even if unused."""
+        """Return the graph that ``outputs`` need; inputs, states and weights stay even if unused."""
         graph = Graph(self.title, self.dtype, tuple(self.nodes), dict(outputs))
         return graph if keep_all else rebuild(graph, copy(graph))
 
@@ -220,6 +223,7 @@ class Builder:
         name = re.sub(r"[^\w.]", "_", name)
         if not NAME.fullmatch(name):  # longer than a name may be; there is room for a number behind it
             name = name[:200]
+        # Each name remembers its next number: to try them from 1 again would be quadratic.
         while (count := self._names.get(name)) is not None:
             self._names[name] = count + 1
             name = f"{name}.{count}"
@@ -231,7 +235,7 @@ Rewrite = Callable[[Builder, int, tuple[int, ...]], int]
 
 
 def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
-    """Build a graph anew by ``rewrite(builder, old_index, new_arguments) -> new_index``, without what is not needed."""
+    """Build a graph anew by ``rewrite(builder, old_index, new_arguments) -> new_index``, without dead nodes."""
     builder = Builder(graph.title, graph.dtype)
     needed = graph.needed(graph.outputs.values())
     new: list[int] = []
@@ -242,6 +246,7 @@ def rebuild(graph: Graph, rewrite: Rewrite) -> Graph:
             new.append(-1)
     outputs = {label: new[index] for label, index in graph.outputs.items()}
     result = Graph(builder.title, builder.dtype, tuple(builder.nodes), outputs)
+    # The rewrite itself may leave nodes behind that nothing needs any more.
     used = result.needed(outputs.values())
     if all(used[index] or node.op in ARGUMENTS for index, node in result):
         return result
@@ -254,6 +259,7 @@ def copy(graph: Graph) -> Rewrite:
 
 
 def _frozen(value: Any) -> object:
+    """Return attributes as a key; numbers by their text, as 0.0 and -0.0 are equal and NaN differs from itself."""
     if isinstance(value, Mapping):
         return tuple((key, _frozen(value[key])) for key in sorted(value))
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Evaluate a graph in torch ops: the reference that tests compare every pass and every kernel with.
+"""Evaluate a graph in torch: the reference that tests compare every pass and every kernel with.
 
-Tests alone use it. It is part of the package because it is the definition of what each primitive computes.
+Only tests use it. It is part of the package because it defines what each primitive computes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if node.op in ARGUMENTS:
             results[index] = _leaf(node, values)
         elif node.op == "const":
-            # Rounded as a number beside a tensor is: to infinity where it is too large.
+            # Rounded as torch rounds a Python number next to a tensor: to infinity where it is too large.
             results[index] = torch.tensor([[node.attrs["value"]]], dtype=torch.float64).to(dtype)
         else:
             args = [results[arg] for arg in node.args]
@@ -120,7 +120,7 @@ def _leaf_rule(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
 
 
 def _named_as_in_torch() -> Mapping[str, Rule]:
-    """The rules of pointwise primitives that torch has a function of the same name for: nearly all of them."""
+    """Return the rules of pointwise primitives whose name in torch is the same: nearly all of them."""
     names = (name for name, primitive in PRIMITIVES.items() if primitive.pointwise and hasattr(torch, name))
     return {name: _tensors(getattr(torch, name)) for name in names}
 

@@ -1,7 +1,7 @@
-"""Name values after the user's variables: ``z``, and what it is computed from ``z.pre``, ``z.input``, ``z.bias``.
+"""Name values after the user's variables: ``z``, and what ``z`` is computed from ``z.pre``, ``z.input``, ``z.bias``.
 
-A value that the step holds in a variable, or notes, has that name. Others are named after the one variable that they
-are a part of, by what they are to it:
+A value that the step assigns to a variable, or notes, has that name. Others are named after the one variable that they
+are a part of, by their role in it:
 
 =======  ===================================================================================
 new      the new value of a state: ``h.new``
@@ -12,8 +12,8 @@ bias     a vector of weights that an accumulation starts from
 =======  ===================================================================================
 
 A part of a vector of weights has the weight's name first, ``bias_ih.z``, and a function of a variable the variable's,
-``c.new.tanh``. What is no such part, or of several variables, is called by its primitive: ``mul``, ``mul.1``.
-Names are unique, and say nothing: no pass or kernel depends on them.
+``c.new.tanh``. A value that is no such part, or a part of several variables, is called by its primitive: ``mul``,
+``mul.1``. Names are unique and for people only: no pass or kernel depends on them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["name_values", "restore_names"]
 
 _SUFFIXES = ("new", "pre", "input", "hidden", "bias")
 _GRADIENT = "grad."
-# A graph's names have up to 256 characters: room is left for what passes, saving and numbers add.
+# A graph's names have up to 256 characters: the rest is for the suffixes that passes and numbering append.
 _LONGEST_VARIABLE, _LONGEST = 120, 200
 
 
 def name_values(graph: Graph, variables: Mapping[int, str]) -> Graph:
-    """Name a traced graph's values after variables, and the parts of variables after them; drop what nothing needs.
+    """Name a traced graph's values after variables, and the parts of variables after them; drop values without users.
 
     Arguments:
         variables: the names of some nodes; leaves keep their own.
@@ -55,10 +55,10 @@ def name_values(graph: Graph, variables: Mapping[int, str]) -> Graph:
 
 
 def restore_names(graph: Graph, traced: Graph) -> Graph:
-    """Give the values that passes have made the names that they had when they were traced.
+    """Give the values of a graph whose passes have run the names that they had when they were traced.
 
     Passes take values apart and call the pieces ``z.pre``, ``z.pre.1`` and so on. The last of them is the value
-    itself, as a value comes after what it is made of.
+    itself, as a value comes after its arguments.
     """
     names = {node.name for node in traced.nodes}
     stems = {index: _stem(node.name, names) for index, node in graph}
@@ -77,7 +77,8 @@ def _stem(name: str, names: Collection[str]) -> str:
 
 
 def _named(graph: Graph, fixed: Mapping[int, str], otherwise: Mapping[int, str]) -> Graph:
-    """Name what isn't ``fixed`` by its part in a variable, or ``otherwise``; users come first, then what they use."""
+    """Name each value that isn't ``fixed`` by its role in a variable, or by ``otherwise``."""
+    # Backwards: the name of a value follows from those of its users.
     names, unique = dict(fixed), _UniqueNames(fixed.values())
     users, parts = graph.users(), _Parts(graph, fixed)
     for index in range(len(graph.nodes) - 1, -1, -1):
@@ -91,7 +92,7 @@ def _named(graph: Graph, fixed: Mapping[int, str], otherwise: Mapping[int, str])
 
 
 class _UniqueNames:
-    """Names that are taken, and for each the number from which on numbered ones are free."""
+    """Set of names in use, with the next free number for each."""
 
     def __init__(self, taken: Iterable[str]) -> None:
         self._next = dict.fromkeys(taken, 1)
@@ -113,7 +114,11 @@ class _UniqueNames:
 
 
 class _Parts:
-    """Name values by what they are to the variable that they are a part of."""
+    """Names of values that are a part of one variable, by their role in it.
+
+    Attributes:
+        variables: the variable that each value belongs to; empty where it belongs to none, or to several.
+    """
 
     def __init__(self, graph: Graph, fixed: Mapping[int, str]) -> None:
         self.graph, self.fixed = graph, fixed
@@ -122,13 +127,13 @@ class _Parts:
         self.variables: dict[int, str] = {}
 
     def name(self, index: int, users: Sequence[int]) -> str:
-        """Return a name for a value whose users have had theirs; empty where it is no part of one variable."""
+        """Return a name for a value whose users have been named; empty where it is no part of one variable."""
         node = self.graph[index]
         if index in self.fixed:
             self.variables[index] = _variable(self.fixed[index])
             return ""
         variables = {self.variables[user] for user in users if self.variables[user]}
-        # The gradient reads values of the step, which are no part of it for that.
+        # A value of the step that the gradient reads as well is still the step's.
         variables = {each for each in variables if not each.startswith(_GRADIENT)} or variables
         variable = self.variables[index] = variables.pop() if len(variables) == 1 else ""
         source = self.graph[node.args[0]] if node.args else None

@@ -1,4 +1,4 @@
-"""List the primitives: what each takes, the type of its result, and all that passes need to know of it.
+"""Table of the primitives: what each takes, the type of its result, and the properties that passes use.
 
 A value of a graph has a kind and a size:
 
@@ -27,20 +27,20 @@ from fusecell.errors import CompilerError, quoted
 __all__ = ["ARGUMENTS", "LANES", "MOST_ELEMENTS", "PRIMITIVES", "Category", "Kind", "Primitive", "Type"]
 
 LANES = 16
-"""Features computed together, on every target: reductions keep as many partial results."""
+"""Features computed together, on every target: a reduction has as many partial results, whose number decides bits."""
 MOST_ELEMENTS = 1 << 40
-"""Features of a value, and elements of a weight, at the most: addresses, in bytes, are then far from 64 bits."""
+"""Features of a value, and elements of a weight, at the most: offsets in bytes are then far from 64 bits."""
 Kind = Literal["row", "mask", "weight", "sum"]
 Category = Literal["argument", "constant", "pointwise", "reduction", "movement", "product", "row sum"]
-"""What a primitive does.
+"""Kind of computation of a primitive.
 
-argument   a value that a call brings: an input, a state or a weight.
+argument   a value that is passed to a call: an input, a state or a weight.
 constant   a number written in the step.
 pointwise  computes each feature of a row from the same feature of its arguments.
 reduction  computes one number of all features of a row.
-movement   puts features elsewhere and computes nothing.
+movement   moves features and computes nothing.
 product    multiplies rows by a weight.
-row sum    adds up all rows and steps for the gradient of a weight, or puts such sums together.
+row sum    adds up all rows and steps for the gradient of a weight, or combines such sums.
 """
 
 
@@ -55,7 +55,7 @@ class Type:
     def size(self) -> int:
         """Features per row; a vector weight broadcasts over rows with as many."""
         if len(self.shape) > 1:
-            raise CompilerError(f"a matrix of shape {self.shape} stands where a value per feature is needed")
+            raise CompilerError(f"a matrix of shape {self.shape} is used where a value per feature is needed")
         return self.shape[0] if self.shape else 1
 
     def __str__(self) -> str:
@@ -68,18 +68,18 @@ Rule = Callable[[Sequence[Type], Attrs], Type]
 
 @dataclass(frozen=True, slots=True)
 class Primitive:
-    """Describe one primitive; a field that is left out says what is true of most.
+    """Properties of one primitive; the defaults are those of most.
 
     Attributes:
         arity: how many arguments it takes; None stands for any number.
         rule: the type of its result, from the types of its arguments and its attributes.
-        category: what it does, one of ``Category``.
+        category: the kind of its computation.
         commutes: whether its two arguments may change places without changing a bit.
-        expensive: whether the backward should rather read a pointwise value from memory than compute it again.
-        fold: what it computes of Python's numbers. Done in double precision and rounded once, as torch does it.
-        identities: (position, number) of each argument that leaves the other one as it is.
-        label: how its values are called where the user gave them no name; by default as the primitive.
-        attributes: the names of the attributes that it has, all of them.
+        expensive: whether the backward should rather read a pointwise value from memory than recompute it.
+        fold: its function of Python's numbers. Done in double precision and rounded once, as torch does it.
+        identities: (position, number) of each argument that leaves the other one unchanged.
+        label: the name of its values where the user gave them none; by default the primitive's.
+        attributes: the names of all its attributes.
     """
 
     arity: int | None
@@ -94,12 +94,12 @@ class Primitive:
 
     @property
     def leaf(self) -> bool:
-        """Whether its value has no arguments: a call's tensor or a number."""
+        """Whether it has no arguments: a tensor of the call, or a number."""
         return self.category in ("argument", "constant")
 
     @property
     def pointwise(self) -> bool:
-        """Whether each feature of its value needs the same feature of its arguments only."""
+        """Whether each feature of its result needs the same feature of its arguments only."""
         return self.category == "pointwise"
 
     @property
@@ -114,14 +114,14 @@ class Primitive:
 
     @property
     def cheap(self) -> bool:
-        """Whether computing its value again costs less than reading it from memory."""
+        """Whether computing its result again costs less than reading it from memory."""
         return self.movement or (self.pointwise and not self.expensive)
 
     def result(self, op: str, args: Sequence[Type], attrs: Attrs) -> Type:
         """Return the type of its result.
 
         Raises:
-            CompilerError: for anything but arguments and attributes that it is defined for.
+            CompilerError: for arguments or attributes that it is not defined for.
         """
         if self.arity is not None and self.arity != len(args):
             raise CompilerError(f"{op} takes {self.arity} arguments, got {len(args)}")
@@ -134,7 +134,7 @@ def row(size: int) -> Type:
     return Type("row", (size,))
 
 
-# What the rules have in common. Each raises CompilerError for whatever a text may hold.
+# Checks that the rules share. Graphs come from files as well: whatever a text holds, they raise CompilerError.
 
 
 def _names(names: Iterable[object]) -> str:
@@ -142,22 +142,22 @@ def _names(names: Iterable[object]) -> str:
     return f"the attributes {', '.join(listed[:8])}" if listed else "no attributes"
 
 
-def _whole(name: str, value: object, least: int) -> int:
-    """A size or an offset; True is no number, and 1.0 no whole one."""
+def _integer(name: str, value: object, least: int) -> int:
+    """Return a size or an offset if it is an integer in range; True and 1.0 are none."""
     if type(value) is not int or not least <= value <= MOST_ELEMENTS:
-        raise CompilerError(f"{name} is a whole number from {least} to {MOST_ELEMENTS}, got {quoted(value)}")
+        raise CompilerError(f"{name} is an integer from {least} to {MOST_ELEMENTS}, got {quoted(value)}")
     return value
 
 
-def _wholes(name: str, value: object, least: int, counts: Sequence[int]) -> tuple[int, ...]:
+def _integers(name: str, value: object, least: int, counts: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or len(value) not in counts:
         expected = " or ".join(map(str, counts))
-        raise CompilerError(f"{name} is a list of {expected} whole numbers, got {quoted(value)}")
-    return tuple([_whole(name, item, least) for item in value])
+        raise CompilerError(f"{name} is a list of {expected} integers, got {quoted(value)}")
+    return tuple([_integer(name, item, least) for item in value])
 
 
 def _shape(attrs: Attrs, ranks: Sequence[int]) -> tuple[int, ...]:
-    shape = _wholes("shape", attrs["shape"], 1, ranks)
+    shape = _integers("shape", attrs["shape"], 1, ranks)
     if math.prod(shape) > MOST_ELEMENTS:
         raise CompilerError(f"the shape {list(shape)} has more than {MOST_ELEMENTS} elements")
     return shape
@@ -165,7 +165,7 @@ def _shape(attrs: Attrs, ranks: Sequence[int]) -> tuple[int, ...]:
 
 def _is(arg: Type, *kinds: Kind) -> None:
     if arg.kind not in kinds:
-        raise CompilerError(f"{arg} stands where a {' or a '.join(kinds)} is needed")
+        raise CompilerError(f"{arg} is an argument where a {' or a '.join(kinds)} is needed")
 
 
 def _features(size: int) -> int:
@@ -200,7 +200,7 @@ def _common_size(args: Sequence[Type]) -> int:
 
 
 def _numbers(args: Sequence[Type], attrs: Attrs) -> Type:
-    """Numbers in, numbers out; of weights alone, a weight."""
+    """Return the type of arithmetic on numbers: a weight if all arguments are weights, else a row."""
     for arg in args:
         _is(arg, "row", "weight")
     size = _common_size(args)
@@ -232,7 +232,7 @@ def _reduce(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def _slice(args: Sequence[Type], attrs: Attrs) -> Type:
     _is(args[0], "row", "mask", "weight")
-    start, stop = _whole("start", attrs["start"], 0), _whole("stop", attrs["stop"], 1)
+    start, stop = _integer("start", attrs["start"], 0), _integer("stop", attrs["stop"], 1)
     if not start < stop <= args[0].size:
         raise CompilerError(f"slice {start}:{stop} of {args[0]}")
     return Type(args[0].kind, (stop - start,))
@@ -247,17 +247,17 @@ def _concat(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def _broadcast(args: Sequence[Type], attrs: Attrs) -> Type:
     _is(args[0], "row", "mask", "weight")
-    size = _whole("size", attrs["size"], 1)
+    size = _integer("size", attrs["size"], 1)
     if args[0].size not in (1, size):
         raise CompilerError(f"{args[0]} doesn't broadcast to {size}")
     return Type("mask" if args[0].kind == "mask" else "row", (size,))
 
 
 def region(weight: Type, attrs: Attrs) -> tuple[int, int]:
-    """Return the (K, F) of the part of a weight that a product reads, as it multiplies."""
+    """Return (K, F), the shape of the part of a weight that a product reads, transposed if the product says so."""
     _is(weight, "weight")
-    k0, k1 = _wholes("rows", attrs["rows"], 0, (2,))
-    f0, f1 = _wholes("cols", attrs["cols"], 0, (2,))
+    k0, k1 = _integers("rows", attrs["rows"], 0, (2,))
+    f0, f1 = _integers("cols", attrs["cols"], 0, (2,))
     if type(attrs["transposed"]) is not bool:
         raise CompilerError(f"transposed is true or false, got {quoted(attrs['transposed'])}")
     shape = weight.shape[::-1] if attrs["transposed"] else weight.shape
@@ -274,17 +274,17 @@ def _product(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _affine(args: Sequence[Type], attrs: Attrs) -> Type:
-    """init + sum of products: [init,] row, weight, row, weight ... with attrs["terms"] a product's attrs each."""
+    """Return the type of init + sum of products, of [init,] row, weight, row, weight ...; terms has each product's."""
     if type(attrs["init"]) is not bool:
         raise CompilerError(f"init is true or false, got {quoted(attrs['init'])}")
     terms, start = attrs["terms"], 1 if attrs["init"] else 0
     if not isinstance(terms, list | tuple) or not terms or len(args) != start + 2 * len(terms):
         raise CompilerError(f"an affine of {len(args)} arguments with the terms {quoted(terms)}")
     sizes = set()
-    for place, term in enumerate(terms):
+    for position, term in enumerate(terms):
         if not isinstance(term, Mapping) or term.keys() != _REGION:
             raise CompilerError(f"a term of an affine has {_names(_REGION)}, got {quoted(term)}")
-        sizes.add(_product(args[start + 2 * place : start + 2 * place + 2], term).size)
+        sizes.add(_product(args[start + 2 * position : start + 2 * position + 2], term).size)
     if start:
         _is(args[0], "row", "weight")
         sizes.add(args[0].size)
@@ -317,10 +317,10 @@ def _total(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _place(args: Sequence[Type], attrs: Attrs) -> Type:
-    """A sum at an offset inside zeros of attrs["shape"]: the gradient of a slice."""
+    """Return the type of a sum at an offset inside zeros of attrs["shape"]: the gradient of a slice."""
     _is(args[0], "sum")
     rank = len(args[0].shape)
-    shape, corner = _shape(attrs, (rank,)), _wholes("corner", attrs["corner"], 0, (rank,))
+    shape, corner = _shape(attrs, (rank,)), _integers("corner", attrs["corner"], 0, (rank,))
     for size, offset, whole in zip(args[0].shape, corner, shape, strict=True):
         if offset + size > whole:
             raise CompilerError(f"{args[0]} at {list(corner)} doesn't lie inside a sum of shape {list(shape)}")
@@ -343,7 +343,9 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "state": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
     "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE),
     "const": Primitive(0, _const, "constant", label="c", attributes=frozenset({"value"})),
-    # pointwise: x + 0, x - 0, x * 1 and x / 1 are x for every number but -0
+    # Expensive are functions of some twenty vector instructions and more, and square roots. Only what Python computes
+    # exactly as torch does is folded: of the others the last bit may differ, and a constant would not be the kernel's.
+    # x + 0, x - 0, x * 1 and x / 1 are x for every number but -0.
     "neg": _unary(fold=operator.neg),
     "abs": _unary(),
     "sign": _unary(),
@@ -392,4 +394,4 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "place": Primitive(1, _place, "row sum", attributes=frozenset({"shape", "corner"})),
 }
 ARGUMENTS = frozenset(name for name, primitive in PRIMITIVES.items() if primitive.category == "argument")
-"""The primitives whose values a call brings: they stay in a graph even if nothing needs them."""
+"""The primitives whose values are passed to a call: they stay in a graph even if nothing needs them."""

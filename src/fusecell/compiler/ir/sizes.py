@@ -36,7 +36,7 @@ class DType(str, Enum):
 
 
 def ceil_div(count: int, size: int) -> int:
-    """Return how many portions of ``size`` hold ``count``."""
+    """Divide, rounding up: the number of portions of ``size`` that hold ``count``."""
     return -(-count // size)
 
 

@@ -1,4 +1,4 @@
-"""Walks over graphs that may be deeper than Python's stack."""
+"""Recursion over graphs that may be deeper than Python's stack: a step may be a chain of thousands of operations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ V = TypeVar("V")
 
 
 def resolve(root: K, table: dict[K, V], needs: Callable[[K], Iterable[K]], compute: Callable[[K], V]) -> V:
-    """``table[root]``, computed once after all that it needs: what a function that calls itself would do, in its order.
+    """Return ``table[root]``, computed after all that it needs: a memoised recursion, in its order, without the stack.
 
     Arguments:
-        root: what is asked for.
-        table: what has been computed; it grows.
-        needs: what must be in the table before a key is computed, first to last.
-        compute: the value of a key, from a table that holds all it needs.
+        root: the key of the result.
+        table: the values computed so far; it grows.
+        needs: the keys that must be in the table before a key is computed, first to last.
+        compute: the value of a key, once the table holds all that it needs.
     """
     stack = [root]
     while stack:

@@ -2,7 +2,7 @@
 
 Values that pass from one stage to another within a step need memory for a step's rows; those that stages outside the
 loop read need it for all rows of a chunk. A concatenation is never computed: each of its parts is stored where it
-belongs in the whole. What only moves, such as an input that is saved as it is, is loaded by some stage of its width
+belongs in the whole. A value that is only moved, such as an input that is saved, is loaded by some stage of its width
 and stored again.
 """
 
@@ -24,12 +24,12 @@ __all__ = ["Buffers", "assign_buffers"]
 
 @dataclass(frozen=True)
 class Buffers:
-    """The memory of a schedule.
+    """Memory of a schedule.
 
     Attributes:
         stages: in the order in which they run, with all that they store; some are added only to move values.
-        locations: where each value is, for those that are in memory.
-        state_copies: the states that stages after the loop read, with the chunk's buffers that keep them for it.
+        locations: of all values that are in memory.
+        state_copies: the states that stages after the loop read, with the chunk's buffers that they are copied to.
         scattered: the outputs of stages outside the loop, which are copied to the caller's rows a chunk at a time.
     """
 
@@ -50,13 +50,13 @@ def assign_buffers(graph: Graph, phases: Phases, stages: Stages) -> Buffers:
 
 
 class _Assignment:
-    """Assign buffers one by one; what has been assigned so far is in the attributes.
+    """Buffer assignment in progress.
 
     Attributes:
-        locations: where each value is, for those that are in memory.
-        state_copies: the states that stages after the loop read, with the chunk's buffers that keep them for it.
+        locations: of all values that are in memory so far.
+        state_copies: the states that stages after the loop read, with the chunk's buffers that they are copied to.
         stages: in the order in which they run; some are added only to move values.
-        stores: what each stage writes, by its name.
+        stores: the values that each stage writes, by its name, with their locations.
     """
 
     def __init__(self, graph: Graph, phases: Phases, stages: Stages) -> None:
@@ -70,7 +70,7 @@ class _Assignment:
     # Which values are in memory.
 
     def place_leaves(self) -> None:
-        """Place inputs where the caller has them, states in their two copies, and vectors of weights in one of ours."""
+        """Place inputs in the caller's tensors, states in two copies, and vectors of weights in a padded copy."""
         for index, node in self.graph:
             if node.op == "input":
                 saved = node.name.startswith(SAVED)
@@ -90,11 +90,12 @@ class _Assignment:
             if phase is None or node.op == "slice":
                 continue
             reading = self._reading_phases(index)
+            # A step's memory is overwritten by the next step: what is read after the loop has a chunk's.
             if reading:
                 self._place_value(index, "chunk" if phase == "loop" and reading - {"loop"} else SCOPES[phase])
 
     def _reading_phases(self, index: int) -> set[Phase]:
-        """Return the phases of the stages that read a value from memory, alone, in slices or as a part of a whole."""
+        """Return the phases of the stages that read a value from memory: alone, in slices or as a part of a concat."""
         reading: set[Phase] = set()
         pending, seen = [index], {index}
         while pending:
@@ -115,6 +116,7 @@ class _Assignment:
     def _is_register(self, index: int, user: int) -> bool:
         """Whether a value is still in a register when a user of it is computed."""
         primitive = PRIMITIVES[self.graph[index].op]
+        # An epilogue goes through a tile row by row and column by column: of a value it has just these in registers.
         if primitive.reduction or primitive.movement or self.graph[user].op == "affine":
             return False
         return self.schedule.stage_of[user] == self.schedule.stage_of[index]
@@ -129,7 +131,7 @@ class _Assignment:
         self.locations[index] = location
 
     def _ensure_placed(self, index: int) -> None:
-        """Give a value memory of which at least a part is loaded to be stored again."""
+        """Place a value that a stage is going to load, all of it or a slice, to store it elsewhere."""
         while self.graph[index].op == "slice":
             index = self.graph[index].args[0]
         phase = self.phases.of.get(index)
@@ -139,10 +141,10 @@ class _Assignment:
     # Which stage stores them.
 
     def _store(self, index: int, location: Location, before: int | None = None) -> None:
-        """Have the stage that computes a value store it, and of a concatenation each part where it is in the whole.
+        """Have the stage that computes a value store it; of a concatenation, each part at its offset in the whole.
 
         Arguments:
-            before: the concatenation that this is stored for, if a stage waits for it.
+            before: the concatenation that it is a part of, if a stage waits for that.
         """
         pending = [(index, location.offset)]
         while pending:
@@ -156,8 +158,9 @@ class _Assignment:
                 self.stores[self._storing_stage(value, target, before)].setdefault(value, []).append(target)
 
     def _storing_stage(self, index: int, location: Location, before: int | None) -> str:
-        """Name the stage that stores a value; one that isn't computed there is loaded by it first."""
+        """Return the name of the stage that stores a value; it loads the value first if it doesn't compute it."""
         phase = self.phases.of.get(index)
+        # States and the caller's rows are addressed step by step, so that only a stage of the loop can write them.
         by_step = location.buffer.scope in ("state", "user", "step")
         primitive = PRIMITIVES[self.graph[index].op]
         if phase is not None and not (primitive.movement or primitive.reduction) and (phase == "loop" or not by_step):
@@ -165,12 +168,12 @@ class _Assignment:
         self._ensure_placed(index)
         if by_step:
             return self._moving_stage(index, "loop", before)
-        waiting: Phase = "hoisted" if before is None else self.phases.of[before]
-        at_hand: Phase = max(waiting, self._latest_phase(index), key=PHASES.index)
-        return self._moving_stage(index, phase or at_hand, before)
+        needed_in: Phase = "hoisted" if before is None else self.phases.of[before]
+        earliest: Phase = max(needed_in, self._latest_phase(index), key=PHASES.index)
+        return self._moving_stage(index, phase or earliest, before)
 
     def _moving_stage(self, index: int, phase: Phase, before: int | None) -> str:
-        """Name a stage of a value's width that runs after the value is ready, and before what waits for it.
+        """Return the name of a stage of a value's width that runs after the value is ready, and before it is needed.
 
         Where there is none, one is added that does nothing else.
         """
@@ -188,7 +191,7 @@ class _Assignment:
         return stage.name
 
     def _latest_phase(self, index: int) -> Phase:
-        """Return the first phase in which all is at hand that a value is computed from on the spot."""
+        """Return the first phase in which all values are available that a value without a phase is computed from."""
         latest: Phase = "once"
         pending, seen = [index], {index}
         while pending:
@@ -203,7 +206,7 @@ class _Assignment:
         return latest
 
     def place_outputs(self) -> dict[str, int]:
-        """Have states, saved values and outputs stored for the next step, the backward and the caller.
+        """Have new states, saved values and outputs stored for the next step, the backward and the caller.
 
         Returns:
             The outputs of stages outside the loop, which are copied to the caller's rows a chunk at a time.
@@ -225,7 +228,7 @@ class _Assignment:
         return scattered
 
     def copy_states_for_post(self) -> None:
-        """Have a state that a stage after the loop reads copied for it, step by step."""
+        """Have the states that stages after the loop read copied in each step, as the next step overwrites them."""
         for index in self.graph.leaves("state"):
             if "post" in self.phases.readers[index]:
                 node = self.graph[index]

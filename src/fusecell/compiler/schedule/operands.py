@@ -1,4 +1,4 @@
-"""Find where each stage and each sum reads its operands: the last step of a schedule, after which it is a plan."""
+"""Locate the operands of each stage and each sum: the last part of scheduling, which completes the plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def locate_operands(graph: Graph, buffers: Buffers, *, backward: bool) -> Plan:
     """Complete a schedule with the location of everything that is read from memory.
 
     Raises:
-        CompilerError: if an operand that can't be computed on the spot is nowhere in memory.
+        CompilerError: if an operand that must be in memory has no location: a defect of the scheduler.
     """
     sums = sums_over_rows(graph)
     operands = _Operands(graph, buffers, sums)
@@ -41,10 +41,10 @@ def locate_operands(graph: Graph, buffers: Buffers, *, backward: bool) -> Plan:
 
 
 class _Operands:
-    """Locate values for those who read them.
+    """Locations of values, by the phase that reads them.
 
     Attributes:
-        gathered: the inputs that stages outside the loop read, with the chunk's buffers they are copied into.
+        gathered: the inputs that stages outside the loop read, with the chunk's buffers that they are copied to.
     """
 
     def __init__(self, graph: Graph, buffers: Buffers, sums: Iterable[Sum]) -> None:
@@ -53,14 +53,18 @@ class _Operands:
         self.gathered = self._gathered(sums)
 
     def _gathered(self, sums: Iterable[Sum]) -> dict[int, Buffer]:
-        """Bring the inputs that are read outside the loop into rows of the chunk, but for what is saved."""
-        reading: set[int] = set()
+        """Assign a chunk's buffer to each input that is read outside the loop; saved values have such rows already.
+
+        A stage outside the loop takes all rows of a chunk as one matrix, while the caller's tensor may have any
+        strides, and rows in another order.
+        """
+        read: set[int] = set()
         for stage in self.buffers.stages:
             if stage.phase in ("hoisted", "post"):
-                reading |= self._inputs_of(stage)
+                read |= self._inputs_of(stage)
         for each in sums:
-            reading |= {_sliced(self.graph, operand)[0] for operand in (each.a, each.b) if operand is not None}
-        nodes = {index: self.graph[index] for index in sorted(reading)}
+            read |= {_sliced(self.graph, operand)[0] for operand in (each.a, each.b) if operand is not None}
+        nodes = {index: self.graph[index] for index in sorted(read)}
         return {
             index: Buffer(f"{node.name}.rows", "chunk", node.size)
             for index, node in nodes.items()
@@ -68,7 +72,7 @@ class _Operands:
         }
 
     def _inputs_of(self, stage: Stage) -> set[int]:
-        """List the inputs that a stage reads, directly or through values that it computes on the spot."""
+        """Return the inputs that a stage reads, directly or through values without a phase."""
         local = set(stage.results())
         pending = [arg for index in (*stage.reductions, *local) for arg in self.graph[index].args]
         pending += [index for index in stage.stores if index not in local]
@@ -84,12 +88,13 @@ class _Operands:
         return inputs
 
     def location(self, index: int, phase: Phase) -> Location | None:
-        """Return where a stage of ``phase`` finds a value; None if it is nowhere in memory."""
+        """Return where a stage of ``phase`` reads a value; None if it is not in memory."""
         index, offset = _sliced(self.graph, index)
         node = self.graph[index]
         if node.op == "input" and phase in ("hoisted", "post") and not node.name.startswith(SAVED):
             rows = self.gathered.get(index)
         elif node.op == "state" and phase == "post":
+            # After the loop the states' own memory holds those of the last step alone.
             rows = self.buffers.state_copies.get(index)
         else:
             location = self.buffers.locations.get(index)
@@ -97,7 +102,7 @@ class _Operands:
         return None if rows is None else Location(rows, offset)
 
     def operand(self, index: int, phase: Phase, user: str) -> Location:
-        """Return where a value is that can't be computed on the spot."""
+        """Return the location of a value that must be in memory."""
         location = self.location(index, phase)
         if location is None:
             raise CompilerError(f"{self.graph[index].name}, an operand of {user}, is nowhere in memory")
@@ -109,7 +114,7 @@ class _Operands:
         return replace(each, operands={index: self.operand(index, "post", each.name) for index in operands})
 
     def completed(self, stage: Stage) -> Stage:
-        """Complete a stage with the locations of all that it reads."""
+        """Complete a stage with the locations of all values that it reads."""
         operands: dict[int, Location] = {}
         starts: list[int] = []
         for index in stage.affines:

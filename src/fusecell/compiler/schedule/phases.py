@@ -1,13 +1,16 @@
 """Choose the phase in which each value of a graph is computed.
 
-once      what needs weights only: one row, once per call.
-hoisted   what needs x but no state and holds a product or a reduction: all rows of a chunk of steps at once, before
-          the loop. Compilers call this loop-invariant code motion.
-loop      what leads from state to state: the rows of one step.
-post      what nothing in the loop waits for: outputs read off by a product, sums for the gradients of weights.
+once      values that need weights only: one row, once per call.
+hoisted   values that need x but no state, and contain a product or a reduction: all rows of a chunk of steps at once,
+          before the loop. Compilers call this loop-invariant code motion.
+loop      the chain from state to state: the rows of one step.
+post      values that nothing in the loop waits for: outputs that are products of a state, the gradients of weights.
 
-Values in no phase are cheap ones of x and numbers. They are computed on the spot by every stage that reads them,
-which costs less than memory, unless somebody needs them in memory anyway.
+Products leave the loop because as one product over a chunk's rows they run at the rate of the multiply-adds, where a
+step of few rows is bound by reading the weights again each time.
+
+Values without a phase are cheap functions of x and numbers. Every stage that reads one computes it itself, which costs
+less than a load, unless it has to be in memory for another reason.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class Phases:
 
     Attributes:
         of: the phase of every value that has one.
-        readers: for each node, the phases that read it, looking through slices and what is computed on the spot.
+        readers: for each node, the phases that read it, directly, in slices, or through values without a phase.
     """
 
     of: Mapping[int, Phase]
@@ -49,15 +52,15 @@ def row_outputs(graph: Graph) -> dict[str, int]:
 
 def choose_phases(graph: Graph) -> Phases:
     """Choose a phase for each value, first for those that are costly or depend on a state, then for cheap ones."""
-    phases = _of_costly_values(graph)
-    readers = _of_cheap_values(graph, phases)
+    phases = _phases_of_costly_values(graph)
+    readers = _add_cheap_values(graph, phases)
     for index, node in graph:
         if node.op == "slice" and index not in phases and node.args[0] in phases:
             phases[index] = phases[node.args[0]]
     return Phases(phases, readers)
 
 
-def _of_costly_values(graph: Graph) -> dict[int, Phase]:
+def _phases_of_costly_values(graph: Graph) -> dict[int, Phase]:
     phases: dict[int, Phase] = {}
     depends_on_state = graph.reaches(graph.leaves("state"))
     needed_by_state = graph.needed(new for _, new in states_of(graph).values())
@@ -68,17 +71,18 @@ def _of_costly_values(graph: Graph) -> dict[int, Phase]:
         if node.type.kind == "weight":
             phases[index] = "once"
         elif depends_on_state[index]:
-            after = node.op == "affine" or any(phases.get(arg) == "post" for arg in node.args)
-            phases[index] = "post" if after and not needed_by_state[index] else "loop"
+            # Pointwise values that no state needs stay in the loop, where their arguments are in registers.
+            is_product = node.op == "affine" or any(phases.get(arg) == "post" for arg in node.args)
+            phases[index] = "post" if is_product and not needed_by_state[index] else "loop"
         elif costly[index]:
             phases[index] = "hoisted"
     return phases
 
 
-def _of_cheap_values(graph: Graph, phases: dict[int, Phase]) -> list[frozenset[Phase]]:
-    """Compute a cheap value that must be in memory where the first of its readers runs.
+def _add_cheap_values(graph: Graph, phases: dict[int, Phase]) -> list[frozenset[Phase]]:
+    """Give a cheap value that must be in memory the phase of the first of its readers.
 
-    Users come after what they use, so that going backwards all phases that may read a value are known.
+    Backwards through the graph, so that the phases of all users of a value are known before its own.
 
     Returns:
         For each node, the phases that read it.
@@ -90,6 +94,7 @@ def _of_cheap_values(graph: Graph, phases: dict[int, Phase]) -> list[frozenset[P
         readers[index] = _readers(graph, phases, readers, users[index])
         if index in phases or PRIMITIVES[node.op].leaf or node.type.kind == "sum":
             continue
+        # An output is stored step by step, unless a stage before the loop reads the value from memory, too.
         candidates: set[Phase] = {"loop"} if index in outputs else set()
         candidates |= readers[index]
         in_memory = node.op == "concat" or index in outputs or _is_read_whole(graph, users[index], index)
@@ -104,6 +109,7 @@ def _readers(
     reading: set[Phase] = set()
     for user in users:
         op = graph[user].op
+        # Gradients of weights are summed over the rows of a chunk, after its steps.
         if op in ("outer", "rowsum"):
             reading.add("post")
         elif user in phases and op != "slice":
@@ -114,7 +120,7 @@ def _readers(
 
 
 def _is_read_whole(graph: Graph, users: Sequence[int], index: int) -> bool:
-    """Whether a value is read from memory for some user, though it is cheap: an operand, or cut into parts."""
+    """Whether some user reads a value from memory, though it is cheap: as an operand of a product, or in slices."""
     for user in users:
         node = graph[user]
         if node.op in ("outer", "rowsum", "slice"):

@@ -1,7 +1,7 @@
-"""Define the plan of a kernel: its stages in the order in which they run, and where in memory each value is.
+"""Plan of a kernel: its stages in the order in which they run, and where in memory each value is.
 
-A plan is complete and frozen: each stage carries the location of all that it reads and writes, so that code
-generation looks up nothing.
+A plan is complete and frozen: each stage has the location of all that it reads and writes, so that code generation
+decides nothing about memory.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SCOPES: Mapping[Phase, Literal["call", "chunk", "step"]] = {
     "loop": "step",
     "post": "chunk",
 }
-"""How many rows the values of a phase have in memory."""
+"""The scope of the memory of a phase's values: how many rows they have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory for a value: one row per call, a row per row of a step, of a chunk, or of the caller's own tensor.
+    """Memory of a value: one row per call, or a row for each row of a step, of a chunk, or of the caller's tensor.
 
-    What is saved for the backward is the caller's too, but laid out as a chunk's rows are: one step after the other.
+    Saved values are the caller's too, but laid out as the rows of a chunk are: one step after the other.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Buffer:
 
     @property
     def stride(self) -> StrideKind:
-        """From a row to the next: nothing, the row padded to whole vectors, or what the caller's tensor has."""
+        """Bytes from a row to the next: none, those of a row padded to whole vectors, or the caller's stride."""
         if self.scope == "user":
             return "caller"
         return "none" if self.scope == "call" else "padded"
@@ -51,15 +51,10 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a value is in memory: a buffer, from one of its features on."""
+    """Location of a value in memory: a buffer, and the feature of it at which the value begins."""
 
     buffer: Buffer
     offset: int = 0
-
-    @property
-    def stride(self) -> StrideKind:
-        """From a row to the next."""
-        return self.buffer.stride
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +62,13 @@ class Sum:
     """A contribution to the gradient of a weight: the sum over rows of a^T b, or of b alone.
 
     Attributes:
-        name: what its function is called.
-        label: the output of the graph that it belongs to.
-        height: features of ``a``; 1 without.
+        name: of its function in the kernel.
+        label: of the output of the graph that it belongs to.
+        height: features of ``a``; 1 without it.
         width: features of ``b``.
-        corner: where in the gradient it belongs, in its own rows and columns.
+        corner: its position in the gradient, in its own rows and columns.
         flipped: whether its rows are the gradient's columns.
-        operands: where ``a`` and ``b`` are.
+        operands: the locations of ``a`` and ``b``.
     """
 
     name: str
@@ -88,25 +83,25 @@ class Sum:
 
     @property
     def part(self) -> str:
-        """The buffer of a block of rows that is being added up, from the second on."""
-        return f"{self.name}.block"
+        """The buffer in which row panels are added up, from the second on."""
+        return f"{self.name}.part"
 
     @property
     def total(self) -> str:
-        """The buffer of the blocks added up; the first begins there."""
+        """The buffer of the sum of row panels; the first is added up there."""
         return f"{self.name}.total"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Values of one width that are computed together, row by row, column block by column block.
+    """Values of one width that are computed together, row by row, column group by column group.
 
     Attributes:
-        rank: its turn among the stages of its phase; those of one rank need nothing of each other.
-        affines, pointwise, reductions: what it computes, as indices of nodes.
+        rank: its position among the stages of its phase; stages of one rank are independent of each other.
+        affines, pointwise, reductions: the values that it computes, as indices of nodes.
         stores: the values that it writes to memory, with every location that they are written to.
-        totals: where each of its reductions is written once all columns are done.
-        operands: where each value is that it reads from memory; what is in none is computed on the spot.
+        totals: the location of each of its reductions, written once all columns are done.
+        operands: the location of each value that it reads from memory; others are computed where they are needed.
     """
 
     phase: Phase
@@ -125,11 +120,11 @@ class Stage:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """What stages are sorted by."""
+        """The key by which stages are sorted."""
         return PHASES.index(self.phase), self.rank, self.width
 
     def results(self) -> Iterator[int]:
-        """All that is computed here, reductions aside."""
+        """Yield all that it computes, except reductions."""
         yield from self.affines
         yield from self.pointwise
 
@@ -141,8 +136,8 @@ class Plan:
     Attributes:
         buffers: all of the scratch memory, in its order.
         vectors: the weights that are vectors, with the buffer that each is copied to, padded to whole vectors.
-        gathered: the inputs whose rows are copied in, or read in place, for stages outside the loop.
-        scattered: the outputs of stages outside the loop, by label, with the location that they are copied out from.
+        gathered: the inputs that stages outside the loop read, with the buffer that their rows are copied to.
+        scattered: the outputs of stages outside the loop, by label, with the location that they are copied from.
         sums: the contributions to gradients of weights.
         states: each state's leaf and its new value, by name.
         backward: whether the states are gradients: a reset cuts them off after the step, not before it.
@@ -160,7 +155,7 @@ class Plan:
 
     @property
     def text(self) -> str:
-        """The plan for people: each stage with what it computes and where it goes."""
+        """The plan as text: each stage with the values that it computes, and where it stores them."""
         lines = []
         for stage in self.stages:
             lines.append(f"{stage.name}: {stage.width} wide")
@@ -180,7 +175,7 @@ class Plan:
         return [stage for stage in self.stages if stage.phase == phase]
 
     def covered(self) -> set[str]:
-        """Name the gradients that one sum makes whole: nothing has to be added up in them."""
+        """Return the labels of gradients that are a single sum: these are stored, not added."""
         labels = [each.label for each in self.sums]
         whole = set()
         for each in self.sums:
@@ -190,7 +185,7 @@ class Plan:
         return whole
 
     def saved(self) -> list[Buffer]:
-        """List what the forward saves for the backward, or what the backward reads of it."""
+        """List the values that the forward saves for the backward, or those that the backward reads."""
         graph = self.graph
         names = [label for label in graph.outputs if label.startswith(SAVED)]
         sizes = {label: graph[graph.outputs[label]].size for label in names}

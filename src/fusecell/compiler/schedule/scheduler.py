@@ -1,4 +1,4 @@
-"""Schedule a graph: decide when each value is computed, in which stage, and in which memory it is."""
+"""Schedule a graph: decide when each value is computed, in which stage, and where it is in memory."""
 
 from __future__ import annotations
 

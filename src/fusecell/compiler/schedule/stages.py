@@ -1,7 +1,8 @@
-"""Put the values of each phase into stages, so that a stage's operands are complete before it begins.
+"""Group the values of each phase into stages, so that the operands of a stage are complete before it begins.
 
 A stage computes values of one width, for every row: its products accumulate first, then its pointwise values are
-their epilogue. A value begins a new stage where it needs all columns of another: a product's operand, a reduction.
+their epilogue. A value begins a new stage where it needs all columns of another, as the operand of a product or a
+reduction, because a stage computes a tile of columns from start to end before it begins the next.
 """
 
 from __future__ import annotations
@@ -17,28 +18,29 @@ from fusecell.compiler.schedule.plan import Phase, Stage
 __all__ = ["Stages", "make_stages"]
 
 Sources = Mapping[tuple[Phase, int], tuple[int, int]]
-"""What a value is, or is computed from on the spot, by phase and width: the latest rank from which a column of it can
-be read, and from which all columns can. By these and not by node, so that a graph's depth costs nothing."""
+"""The values in stages that a value is, or is computed from without a stage: by phase and width, the latest rank from
+which a column of them can be read, and from which all columns can. Merged like this, and not listed node by node, they
+take the same time however deep a graph is."""
 STAGE_COST = 640
-"""Vector instructions, about, of a stage's pointwise values, from which on the rest goes to the next stage: LLVM's time
-for a function grows with the square of them."""
+"""Vector instructions of a stage's pointwise values, about, beyond which the next stage begins: LLVM's time for a
+function grows with the square of its length."""
 _COSTS = {
     **dict.fromkeys(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf"), 20),
     **dict.fromkeys(("sin", "cos", "pow"), 60),
 }
-"""Of one value, where it isn't an instruction or a few."""
+"""Vector instructions of one value, about, where it is not one instruction or a few."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a graph, without memory.
+    """Stages of a graph, before memory is assigned.
 
     Attributes:
         stages: in the order in which they run.
-        stage_of: the name of the stage that computes each value; values that are only moved are in none.
-        ranks: the rank of each value within its phase, of those moved too.
-        ready: for each node and phase, the rank from which all columns of a value, or of all that it is computed
-            from on the spot, are in memory; 0 where it isn't listed.
+        stage_of: the name of the stage that computes each value; slices and concats are in none.
+        ranks: the rank of each value within its phase, slices and concats included.
+        ready: for each node and phase, the rank from which all columns of a value, or of the values in stages that it
+            is computed from, are in memory; 0 where it isn't listed.
     """
 
     stages: tuple[Stage, ...]
@@ -48,7 +50,7 @@ class Stages:
 
 
 def make_stages(graph: Graph, phases: Phases) -> Stages:
-    """Give each value of a phase a rank, and join those of one rank and width into a stage."""
+    """Give each value of a phase a rank, and group those of one rank and width in a stage."""
     ranks: dict[int, int] = {}
     ready: list[Mapping[Phase, int]] = []
     sources: list[Sources] = []
@@ -62,15 +64,18 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
             continue
         primitive = PRIMITIVES[node.op]
         rank = _rank(graph, phases, ready, sources, index)
+        # Later is always possible: a value may be computed in any rank from its first one on.
         if primitive.pointwise:
             while costs.get((phase, rank, node.size), 0) >= STAGE_COST:
                 rank += 1
             costs[phase, rank, node.size] = costs.get((phase, rank, node.size), 0) + _COSTS.get(node.op, 1)
         ranks[index] = rank
+        # Within its stage a column of a value can be used at once; all its columns are there in the next rank.
         whole = rank if primitive.movement else rank + 1
         ready.append({phase: whole})
         in_memory = primitive.reduction or primitive.movement
         sources.append({(phase, node.size): (whole if in_memory else rank, whole)})
+        # One stage for each width, as the values of a stage share a loop over its columns.
         if not primitive.movement:
             values.setdefault((phase, rank, _width(graph, node)), []).append(index)
     stages = [_stage(graph, *key, indices) for key, indices in values.items()]
@@ -79,7 +84,7 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
 
 
 def _width(graph: Graph, node: Node) -> int:
-    """Return the columns that computing a value runs over."""
+    """Return the columns that computing a value runs over: of a reduction those of its argument."""
     return graph[node.args[0]].size if PRIMITIVES[node.op].reduction else node.size
 
 
@@ -91,7 +96,7 @@ def _stage(graph: Graph, phase: Phase, rank: int, width: int, indices: Sequence[
 
 
 def _latest_ready(ready: Sequence[Mapping[Phase, int]], node: Node) -> Mapping[Phase, int]:
-    """Return when all is ready that a value is computed from on the spot."""
+    """Return the rank, by phase, from which all arguments of a value without a phase are ready."""
     latest: dict[Phase, int] = {}
     for arg in node.args:
         for phase, rank in ready[arg].items():
@@ -100,7 +105,7 @@ def _latest_ready(ready: Sequence[Mapping[Phase, int]], node: Node) -> Mapping[P
 
 
 def _joined(sources: Sequence[Sources], node: Node) -> Sources:
-    """The sources of all arguments of a node together: the latest of each phase and width."""
+    """Merge the sources of all arguments of a node: the latest of each phase and width."""
     joined: dict[tuple[Phase, int], tuple[int, int]] = {}
     for arg in node.args:
         for key, (rank, whole) in sources[arg].items():
@@ -112,7 +117,7 @@ def _joined(sources: Sequence[Sources], node: Node) -> Sources:
 def _rank(
     graph: Graph, phases: Phases, ready: Sequence[Mapping[Phase, int]], sources: Sequence[Sources], index: int
 ) -> int:
-    """Return the first rank at which a value can be computed, or moved."""
+    """Return the first rank at which a value can be computed, or moved if it is a slice or concat."""
     node, phase = graph[index], phases.of[index]
     if node.op == "slice":
         return ready[node.args[0]].get(phase, 0)
@@ -128,6 +133,6 @@ def _rank(
 
 
 def _is_computed(graph: Graph, phases: Phases, index: int, phase: Phase) -> bool:
-    """Whether a stage of ``phase`` makes a value and can store it anywhere; else it has to be loaded first."""
+    """Whether a stage of ``phase`` has a value in registers and can store it anywhere; else it is loaded first."""
     primitive = PRIMITIVES[graph[index].op]
     return phases.of.get(index) == phase and not primitive.movement and not primitive.reduction

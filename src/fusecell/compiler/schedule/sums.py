@@ -1,4 +1,4 @@
-"""Find the sums over all rows and steps that the gradients of weights are made of."""
+"""Sums over all rows and steps, of which the gradients of weights consist."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Iterator
 
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.refusal import TooLarge
 from fusecell.compiler.schedule.plan import Sum
 
 __all__ = ["MOST_SUMS", "sums_over_rows"]
 
 MOST_SUMS = 1_000
-"""Sums over rows of a gradient: each is a function of its own, some 30 ms of LLVM's time."""
+"""Sums over rows of a gradient, at the most: each is a function of its own, some 30 ms of LLVM's time."""
 
 
 def sums_over_rows(graph: Graph) -> list[Sum]:
-    """List the sums of a gradient's graph, label by label, without the locations of their operands.
+    """List the sums of a gradient's graph, label by label, without the locations of their operands yet.
 
     Raises:
         TooLarge: if there are more than `MOST_SUMS`.
     """
     sums: list[Sum] = []
     for label, index in graph.outputs.items():
+        # One gradient may be several sums: of a weight that is used twice, or of parts of a concatenation.
         if graph[index].type.kind == "sum":
             for a, b, flipped, corner in _contributions(graph, index):
                 sums.append(_sum(graph, f"sum.{len(sums)}", label, a, b, flipped, corner))
@@ -35,15 +37,16 @@ def sums_over_rows(graph: Graph) -> list[Sum]:
 
 
 def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
-    """Return a sum whose columns, whole vectors, run over the operand that fills them better."""
+    """Return a sum whose columns run over the operand that fills whole vectors better."""
+    # a^T b or its transpose: rows are single features, columns are padded to 16.
     height, width = 1 if a is None else graph[a].size, graph[b].size
-    if a is not None and height * -(-width // LANES) > width * -(-height // LANES):
+    if a is not None and height * ceil_div(width, LANES) > width * ceil_div(height, LANES):
         a, b, height, width, corner, flipped = b, a, width, height, corner[::-1], not flipped
     return Sum(name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped)
 
 
 def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
-    """List the outer products and row sums that a gradient of a weight is made of; a vector is a matrix of one row."""
+    """Yield the outer products and row sums of a gradient of a weight; a vector is a matrix of one row."""
     pending: list[tuple[int, bool, tuple[int, int]]] = [(index, False, (0, 0))]
     while pending:
         value, flipped, corner = pending.pop()

@@ -1,12 +1,12 @@
-"""Cut a step and its gradient into two graphs, and choose what the forward saves for the backward.
+"""Partition a joint graph into forward and backward, and choose the values that the forward saves for the backward.
 
-What is saved is the smallest set, in numbers per row and step, from which the backward can compute all it needs
-without computing a product, a reduction or a transcendental function twice: a minimum cut of the joint graph.
+It saves the smallest set, in numbers per row and step, from which the backward can compute all it needs without
+computing a product, a reduction or a transcendental function twice: a minimum cut of the joint graph.
 
-To save less and compute some of it again is Chen et al.'s idea, "Training deep nets with sublinear memory cost"
-(arXiv:1604.06174), which chooses by hand. That the choice is a minimum cut, and a cheap operation free, is functorch's
-``min_cut_rematerialization_partition``. Here memory is all that counts: a loop over time reads what is saved from
-L3 or from memory, and a cheap value is computed again in a register.
+To save less and recompute the rest is the idea of Chen et al., "Training deep nets with sublinear memory cost"
+(arXiv:1604.06174), who choose by hand. To choose by a minimum cut, in which cheap operations are free, is that of
+functorch's ``min_cut_rematerialization_partition``. Here memory is all that counts: the backward reads saved values
+from L3 or from memory, and recomputes a cheap one in a register.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from fusecell.compiler.ir.sizes import padded
 __all__ = ["ForwardBackward", "partition"]
 
 _MANY = 2.0**20
-"""More than all features of a step together; a power of two, so that sums of widths are exact."""
+"""More than all features of a step together: the unit of what decides only between equal widths. A power of two, so
+that sums of widths are exact."""
 
 
 @dataclass(frozen=True)
 class ForwardBackward:
-    """The forward, with outputs ``saved.<name>``, and the backward, with inputs of the same names.
+    """Forward graph, with outputs ``saved.<name>``, and backward graph, with inputs of the same names.
 
     The backward runs from the last step to the first. Its states are ``grad.<state>``, its other inputs ``grad.output``
     and those of the forward's that it reads; its outputs ``grad.input.<name>`` and ``grad.weight.<leaf>``.
@@ -41,13 +42,15 @@ class ForwardBackward:
 
 
 def partition(joint: Graph, gradients: Collection[str], *, recompute: bool = False) -> ForwardBackward:
-    """Cut a graph traced with gradients into the step and its gradient.
+    """Partition a graph traced with gradients into the step and its gradient.
 
     Arguments:
         joint: the step and its gradient, before any pass.
-        gradients: the outputs that the backward is to have, ``grad.input.<name>`` and ``grad.weight.<leaf>``.
-        recompute: save the states alone; the backward computes everything else again.
+        gradients: the outputs of the backward, ``grad.input.<name>`` and ``grad.weight.<leaf>``.
+        recompute: save the states alone; the backward recomputes everything else.
     """
+    # Before any pass, what the step and its gradient both compute is one node. Afterwards each graph has passes of its
+    # own, so that what is saved changes no bit of the forward.
     after = {label: index for label, index in joint.outputs.items() if label.startswith("state.")}
     forward = {"output": joint.outputs["output"], **after}
     backward = {
@@ -60,7 +63,7 @@ def partition(joint: Graph, gradients: Collection[str], *, recompute: bool = Fal
         reached = joint.needed(demanded)
         nodes = [index for index in joint.leaves("state") if reached[index]]
     else:
-        nodes = _MinCut(joint, first, demanded).smallest()
+        nodes = _MinCut(joint, first, demanded).values_to_save()
     saved = {f"{SAVED}{joint[index].name}": index for index in nodes}
     return ForwardBackward(
         _copied(joint, {**forward, **saved}, {}, "step", keep_states=True),
@@ -81,24 +84,24 @@ def _demanded(joint: Graph, results: Collection[int], late: list[bool]) -> list[
 
 
 def _free(node: Node) -> bool:
-    """Whether the backward has a value without saving it: an input, a number, or a function of the weights."""
+    """Whether a value costs nothing to have in the backward: an input, a number, or a function of the weights."""
     return node.op in ("input", "const") or node.type.kind == "weight"
 
 
 class _MinCut:
-    """Find the smallest set of values between what is expensive to compute and what the backward reads.
+    """Minimum cut between the values that are expensive to compute and those that the backward reads.
 
-    A network of pipes: value i is one from node ``2i`` to node ``2i + 1``, as wide as the memory that it would take.
-    Water flows in where a value is expensive, or a state, and out where the backward reads. Pipes from a value to its
-    users are of endless width, so that a cut goes through values only. By the max-flow min-cut theorem the most that
-    can flow is the width of the narrowest cut, and the full pipes nearest to the source are one.
+    The network has an edge for each value i, from node ``2i`` to node ``2i + 1``, whose capacity is the memory that
+    saving it would take. The source leads to values that are expensive, or states; values that the backward reads lead
+    to the sink. Edges from a value to its users have infinite capacity, so that a cut goes through values only. By the
+    max-flow min-cut theorem the maximum flow is the capacity of the smallest cut, and the full edges that the source
+    still reaches are one.
 
     Attributes:
-        capacity: what each pipe can still take, by its two ends.
+        capacity: the residual capacity of each edge, by its two ends.
     """
 
     def __init__(self, joint: Graph, first: list[bool], demanded: Collection[int]) -> None:
-        self.joint = joint
         self.source, self.sink = -1, -2
         self.capacity: dict[int, dict[int, float]] = {}
         reached = joint.needed(demanded)
@@ -106,10 +109,12 @@ class _MinCut:
         for index, node in joint:
             if not reached[index] or _free(node):
                 continue
-            # Whole vectors count; among sets of as many, numbers do, and then whether they are at hand.
+            # Memory is in whole vectors. Of cuts of equal memory the one with fewer numbers is taken, and of these one
+            # of values that the forward computes anyway, not of parts of a sum that it would have to finish apart.
             width = padded(node.size) + (node.size + 0.5 * unfinished[index]) / _MANY
-            # A truth value is worked out again from numbers.
+            # Masks are never saved: the comparison is one instruction, and its operands are numbers.
             self._edge(2 * index, 2 * index + 1, float("inf") if node.type.kind == "mask" else width)
+            # The state before a step exists in the forward alone: to have it again means to run all steps again.
             if node.op == "state" or (first[index] and not PRIMITIVES[node.op].cheap):
                 self._edge(self.source, 2 * index, float("inf"))
             for arg in node.args:
@@ -123,65 +128,67 @@ class _MinCut:
         self.capacity.setdefault(start, {})[stop] = width
         self.capacity.setdefault(stop, {}).setdefault(start, 0.0)
 
-    def smallest(self) -> list[int]:
+    def values_to_save(self) -> list[int]:
         """List the values to save, in the order of the graph: of all smallest cuts the one nearest to the source."""
+        # Dinic's algorithm (1970): each turn sends flow along all shortest paths at once, as steps may have thousands
+        # of values.
         while self.sink in (distances := self._distances()):
-            self._block(distances)
-        near = distances
-        return sorted(node // 2 for node in near if node >= 0 and node % 2 == 0 and node + 1 not in near)
+            self._send_flow(distances)
+        reached = distances
+        return sorted(node // 2 for node in reached if node >= 0 and node % 2 == 0 and node + 1 not in reached)
 
     def _distances(self) -> dict[int, int]:
-        """Count for every node that flow can still reach over how many edges it does so at least."""
+        """Return the distance from the source, in edges, of every node that flow can still reach."""
         distances, queue = {self.source: 0}, deque([self.source])
         while queue:
-            here = queue.popleft()
-            for there, left in self.capacity.get(here, {}).items():
-                if left > 0 and there not in distances:
-                    distances[there] = distances[here] + 1
-                    queue.append(there)
+            start = queue.popleft()
+            for stop, residual in self.capacity.get(start, {}).items():
+                if residual > 0 and stop not in distances:
+                    distances[stop] = distances[start] + 1
+                    queue.append(stop)
         return distances
 
-    def _block(self, distances: dict[int, int]) -> None:
+    def _send_flow(self, distances: dict[int, int]) -> None:
         """Send flow along shortest paths until each has a full edge: Dinic's blocking flow.
 
-        Each edge of a path leads one further from the source; one that leads nowhere is left out from then on.
+        Each edge of a path leads one further from the source; a dead end is not entered again.
         """
         onward = {
-            node: iter([there for there in self.capacity[node] if distances.get(there) == distance + 1])
+            node: iter([stop for stop in self.capacity[node] if distances.get(stop) == distance + 1])
             for node, distance in distances.items()
             if node in self.capacity
         }
         heads: dict[int, int | None] = {}
         path = [self.source]
         while path:
-            here = path[-1]
-            if here == self.sink:
+            node = path[-1]
+            if node == self.sink:
                 path = path[: self._push(path) + 1]
                 continue
-            if here not in heads:
-                heads[here] = next(onward[here], None)
-            there = heads[here]
-            if there is None:
+            if node not in heads:
+                heads[node] = next(onward[node], None)
+            stop = heads[node]
+            if stop is None:
                 path.pop()
                 if path:
                     heads[path[-1]] = next(onward[path[-1]], None)
-            elif self.capacity[here][there] > 0:
-                path.append(there)
+            elif self.capacity[node][stop] > 0:
+                path.append(stop)
             else:
-                heads[here] = next(onward[here], None)
+                heads[node] = next(onward[node], None)
 
     def _push(self, path: list[int]) -> int:
-        """Send what a path can take along it; returns the position of its first edge that is full now."""
+        """Send as much flow as a path can take; return the position of its first edge that is full now."""
         edges = list(pairwise(path))
-        least = min(self.capacity[start][stop] for start, stop in edges)
+        flow = min(self.capacity[start][stop] for start, stop in edges)
         for start, stop in edges:
-            self.capacity[start][stop] -= least
-            self.capacity[stop][start] += least
-        return next(place for place, (start, stop) in enumerate(edges) if self.capacity[start][stop] <= 0)
+            self.capacity[start][stop] -= flow
+            self.capacity[stop][start] += flow
+        return next(position for position, (start, stop) in enumerate(edges) if self.capacity[start][stop] <= 0)
 
 
 def _unfinished(joint: Graph, first: list[bool]) -> list[bool]:
-    """For each node, whether it is a product to which the step adds more: only the sum is ever at hand."""
+    """Return, for each node, whether it is a product that the step only adds to others: just the sum is computed."""
     users = joint.users()
     unfinished = [False] * len(joint.nodes)
     accumulates = [False] * len(joint.nodes)
@@ -195,7 +202,7 @@ def _unfinished(joint: Graph, first: list[bool]) -> list[bool]:
 def _copied(
     graph: Graph, outputs: dict[str, int], leaves: dict[int, tuple[str, str]], title: str, *, keep_states: bool
 ) -> Graph:
-    """Copy the part of a graph that ``outputs`` need, with some values turned into leaves: (primitive, name)."""
+    """Copy the part of a graph that ``outputs`` need, with some values replaced by leaves: (primitive, name)."""
     builder = Builder(title, graph.dtype)
     needed = _needed_before(graph, outputs.values(), leaves)
     new: dict[int, int] = {}
@@ -211,7 +218,7 @@ def _copied(
 
 
 def _needed_before(graph: Graph, results: Collection[int], leaves: Collection[int]) -> list[bool]:
-    """For each node, whether ``results`` need it once the arguments of ``leaves`` need nothing."""
+    """Return, for each node, whether ``results`` need it if ``leaves`` have no arguments."""
     needed = [False] * len(graph.nodes)
     for index in results:
         needed[index] = True
@@ -223,6 +230,7 @@ def _needed_before(graph: Graph, results: Collection[int], leaves: Collection[in
 
 
 def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> Graph:
+    """Return the backward as a step of its own, whose states are the gradients of the states."""
     names = {joint[index].name: index for index in joint.leaves("input")}
     states = [joint[index].name for index in joint.leaves("state")]
     leaves = {index: ("input", name) for index, name in saved.items()}
@@ -235,7 +243,7 @@ def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> G
 
 
 def _with_all_states(gradient: Graph, joint: Graph, carried: dict[str, int | None]) -> Graph:
-    """Give a gradient every state in the cell's order; one that no gradient flows back through goes on with zeros."""
+    """Give a gradient every state, in the cell's order; the new value of one that no gradient reaches is zeros."""
     builder = Builder(gradient.title, gradient.dtype)
     states = [joint[index] for index in joint.leaves("state")]
     leaves = {

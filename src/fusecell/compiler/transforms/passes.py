@@ -1,4 +1,8 @@
-"""Bring a graph into the form that is scheduled, pass by pass: read the tuple ``PASSES`` from top to bottom."""
+"""Passes: rewrites of a graph into the form that is scheduled, run in the order of the tuple `PASSES`.
+
+Each is a function from graph to graph. A pass rewrites node by node in topological order (`rebuild`), so that the
+arguments of a node have been rewritten when it is reached.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ Pass = Callable[[Graph], Graph]
 
 
 def fold_constants(graph: Graph) -> Graph:
-    """Compute what needs numbers alone; x*1, x/1, x-0 and x+0 become x, which they are for every number but -0."""
+    """Compute arithmetic on numbers alone; replace x*1, x/1, x-0 and x+0 by x, their value for every x but -0."""
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -38,7 +42,7 @@ def fold_constants(graph: Graph) -> Graph:
 
 
 def spread_constants(graph: Graph) -> Graph:
-    """Make a row of a number that is an operand of a product, a sum over rows or a join: these read memory."""
+    """Make a row of a number that is an operand of a product, a sum over rows or a concat: these read memory."""
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -54,9 +58,9 @@ def _spread(builder: Builder, index: int) -> int:
 
 
 def split_concat_products(graph: Graph) -> Graph:
-    """Make a product of a concatenation the sum of its parts' products, so that the part of x can leave the loop.
+    """Split a product of a concatenation into a sum of its parts' products, so that the part of x can leave the loop.
 
-    cat(x, h) @ W is x @ W[:X] + h @ W[X:]. As one product all of it needs h and has to wait for the step before.
+    cat(x, h) @ W is x @ W[:X] + h @ W[X:]. As one product all of it needs h, and has to wait for the step before.
     """
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
@@ -76,7 +80,7 @@ def split_concat_products(graph: Graph) -> Graph:
 
 
 def save_in_parts(graph: Graph) -> Graph:
-    """Save a wide value that is otherwise used in slices only as these slices: it isn't computed whole too."""
+    """Save a wide value that is otherwise only used in slices as these, so that it is not computed whole as well."""
     only_sliced, cuts_of = _only_sliced(graph), _Cuts(graph)
     builder = Builder(graph.title, graph.dtype)
     new: list[int] = []
@@ -85,6 +89,7 @@ def save_in_parts(graph: Graph) -> Graph:
     outputs = {label: new[index] for label, index in graph.outputs.items()}
     for label, index in graph.outputs.items():
         cuts = sorted(cuts_of(index)) if label.startswith(SAVED) and only_sliced[index] else []
+        # The concat is no computation: each part is stored at its offset in what is saved.
         if len(cuts) > 2:
             parts = [builder.add("slice", new[index], start=start, stop=stop) for start, stop in pairwise(cuts)]
             outputs[label] = builder.add("concat", *parts, name=graph[index].name)
@@ -92,7 +97,7 @@ def save_in_parts(graph: Graph) -> Graph:
 
 
 class _Cuts:
-    """List the features at which the slices of a value, and of what is computed of it pointwise, begin and end."""
+    """Features at which the slices of a value, and of pointwise functions of it, begin and end."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph, self._users = graph, graph.users()
@@ -117,10 +122,12 @@ class _Cuts:
 
 
 def sink_slices(graph: Graph) -> Graph:
-    """Make a slice of a product a product with fewer columns, and a slice of a pointwise value the value of slices.
+    """Replace a slice of a product by a product with fewer columns, and one of a pointwise value by a value of slices.
 
-    A value that is also used whole is computed once and stays: what is sliced then is its memory.
+    A value that is also used whole stays, and is computed once: a slice of it is a part of its memory.
     """
+    # Cells compute their gates as one product of 3H or 4H columns and cut it apart. A stage has one width: as products
+    # of H columns each, all gates of a column are in registers at the same time, and so is what follows from them.
     only_sliced = _only_sliced(graph)
     sinker = _Sinker()
 
@@ -128,15 +135,15 @@ def sink_slices(graph: Graph) -> Graph:
         node = graph[index]
         if node.op == "slice":
             return sinker.sink(builder, (args[0], node.attrs["start"], node.attrs["stop"]), node.name)
-        copy = builder.add_like(node, args)
-        sinker.allow(copy, only_sliced[index])
-        return copy
+        new = builder.add_like(node, args)
+        sinker.allow(new, only_sliced[index])
+        return new
 
     return rebuild(graph, rewrite)
 
 
 def _only_sliced(graph: Graph) -> list[bool]:
-    """For each node, whether slices are all that is ever used of it, once those after it have sunk."""
+    """Return, for each node, whether only slices of it are used, once the slices of its users have sunk."""
     users, outputs = _users(graph), _results(graph)
     only_sliced = [False] * len(graph.nodes)
     for index in range(len(graph.nodes) - 1, -1, -1):
@@ -152,36 +159,40 @@ def _only_sliced(graph: Graph) -> list[bool]:
 
 
 def _results(graph: Graph) -> set[int]:
-    """List the outputs but for what is saved: whether a value is saved must not change how others are computed."""
+    """Return the outputs except saved values: that a value is saved must not change how, and to which bits, others are
+    computed."""
     return {index for label, index in graph.outputs.items() if not label.startswith(SAVED)}
 
 
 def _users(graph: Graph) -> list[list[int]]:
-    """For each node, the nodes that read it on the way to a result; what is read to be saved only does not count."""
+    """List, for each node, its users, except those that are computed only to be saved."""
     needed = graph.needed(_results(graph))
     return [[user for user in users if needed[user]] for users in graph.users()]
 
 
 _Part = tuple[int, int, int]
-"""A value, and the features from one to another of it."""
+"""A value, the first of its features, and the one after the last."""
 
 
 class _Sinker:
-    """Move slices towards the inputs; each part of a value is added once, however many values it is a part of."""
+    """Moves slices towards the inputs; each part of a value is added once, however many values it is a part of."""
 
     def __init__(self) -> None:
         self._allowed: dict[int, bool] = {}
         self._table: dict[_Part, int] = {}
 
     def allow(self, index: int, only_sliced: bool) -> None:
-        """Say of a value of the new graph whether slices may sink through it: nobody uses it whole."""
+        """Record whether slices may sink through a value of the new graph: only if it has no other users.
+
+        Several old nodes may become one new node; one that is used whole is enough to forbid it.
+        """
         before = self._allowed.get(index, True)
         self._allowed[index] = before and only_sliced
         if before and not only_sliced:
-            self._table.clear()  # slices above it were added as if they might
+            self._table.clear()  # entries were computed as if slices might sink through it
 
     def sink(self, builder: Builder, part: _Part, name: str) -> int:
-        """The node for a slice."""
+        """Return the node for a slice."""
         return resolve(
             part, self._table, lambda each: self._needs(builder, each), lambda each: self._add(builder, each, name)
         )
@@ -190,7 +201,7 @@ class _Sinker:
         return PRIMITIVES[builder.nodes[index].op].pointwise and self._allowed.get(index, True)
 
     def _needs(self, builder: Builder, part: _Part) -> list[_Part]:
-        """The slices of arguments that make a slice, where it sinks; of a slice or a join, the one that it is."""
+        """List the parts that a part is computed from: of all arguments, or of the one that it is itself a part of."""
         index, start, stop = part
         node = builder.nodes[index]
         if (start == 0 and stop == node.size) or node.op == "broadcast":
@@ -209,6 +220,7 @@ class _Sinker:
         return []
 
     def _add(self, builder: Builder, part: _Part, name: str) -> int:
+        """Return the node for a part, once those of `_needs` are in the table."""
         index, start, stop = part
         node = builder.nodes[index]
         if start == 0 and stop == node.size:
@@ -229,19 +241,18 @@ class _Sinker:
 
 
 def gather_affines(graph: Graph) -> Graph:
-    """Join products and what is added to them into one accumulation: init + sum of products, in one fixed order.
+    """Gather products and the values added to them in one accumulation: init + sum of products, in one fixed order.
 
-    First the init, a weight or what needs x only; then the terms that need x only; then the rest as written. A kernel
-    then keeps one set of sums in registers, which begin as the init, and stores none of them before all is added. The
-    order is what makes results have the same bits however the step was written, and lets the terms of x be cut off in
-    front without changing any.
+    First the init, a weight or a value that needs x only; then the terms that need x only; then the rest as written. A
+    kernel keeps the sums in registers from the init to the last term. The order gives results the same bits however the
+    step was written, and lets `split_affines` take the terms of x off the front without changing any.
 
-    An affine may take in more only while it is ``open_``: used by the one addition that would take it in, and no
-    output. Another user would need it computed twice.
+    An affine may take in more only while it is ``open_``: its only user is the addition that would take it in, and it
+    is no output. For any other user it would have to be computed twice.
     """
     users, outputs = _users(graph), _results(graph)
     open_: dict[int, bool] = {}
-    facts = _Facts()
+    dependences = _Dependences()
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -249,17 +260,20 @@ def gather_affines(graph: Graph) -> Graph:
         if node.op == "product":
             affine = _affine(builder, None, [(args[0], args[1], node.attrs)], node.name)
         elif node.op == "add":
-            affine = _merge(builder, args, node, open_, facts)
+            affine = _merge(builder, args, node, open_, dependences)
         if affine < 0:
             return builder.add_like(node, args)
+        # A node that is there already belongs to another place of the step as well.
         open_[affine] = affine not in open_ and len(users[index]) == 1 and index not in outputs
         return affine
 
     return rebuild(graph, rewrite)
 
 
-def _merge(builder: Builder, args: tuple[int, ...], node: Node, open_: dict[int, bool], facts: _Facts) -> int:
-    """Add the affine that an addition becomes if one of its arguments is an affine used here alone; else return -1."""
+def _merge(
+    builder: Builder, args: tuple[int, ...], node: Node, open_: dict[int, bool], dependences: _Dependences
+) -> int:
+    """Add the affine that an addition becomes, if one of its arguments is an open affine; else return -1."""
     for base, other in (args, args[::-1]):
         if not open_.get(base, False) or builder.size(base) != node.size or builder.size(other) != node.size:
             continue
@@ -269,29 +283,30 @@ def _merge(builder: Builder, args: tuple[int, ...], node: Node, open_: dict[int,
             second, more = affine_parts(builder.nodes[other])
             inits += [] if second is None else [second]
             terms = terms + more
-        elif facts.can_start(builder, other):
+        elif dependences.can_start(builder, other):
             inits.append(other)
         else:
             continue
+        # An accumulation starts from one value: two are added before, of weights once in a call, of x once in a chunk.
         if len(inits) == 2:
             inits = [builder.add("add", *inits, name=f"{node.name}.bias")]
-        early = [term for term in terms if not facts.late(builder, term[0])]
-        late = [term for term in terms if facts.late(builder, term[0])]
+        early = [term for term in terms if not dependences.on_state(builder, term[0])]
+        late = [term for term in terms if dependences.on_state(builder, term[0])]
         return _affine(builder, inits[0] if inits else None, early + late, node.name)
     return -1
 
 
 def split_affines(graph: Graph) -> Graph:
     """Split off the part of an accumulation that needs x only, as the init of the rest: it can leave the loop."""
-    facts = _Facts()
+    dependences = _Dependences()
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
         if node.op != "affine":
             return builder.add_like(node, args)
         init, terms = affine_parts(Node(node.name, node.op, args, node.attrs, node.type))
-        early = [term for term in terms if not facts.late(builder, term[0])]
-        late = [term for term in terms if facts.late(builder, term[0])]
+        early = [term for term in terms if not dependences.on_state(builder, term[0])]
+        late = [term for term in terms if dependences.on_state(builder, term[0])]
         if not early or not late:
             return builder.add_like(node, args)
         hoisted = _affine(builder, init, early, f"{node.name}.input")
@@ -303,20 +318,20 @@ def split_affines(graph: Graph) -> Graph:
 _HEAVY = frozenset(op for op, row in PRIMITIVES.items() if row.category == "product" or row.reduction)
 
 
-class _Facts:
-    """Tell what the nodes of a growing builder depend on, worked out once each: arguments come before their users."""
+class _Dependences:
+    """What the nodes of a growing builder depend on, computed once for each: arguments come before their users."""
 
     def __init__(self) -> None:
-        self._late: list[bool] = []
-        self._heavy: list[bool] = []
+        self._on_state: list[bool] = []
+        self._on_heavy: list[bool] = []
 
-    def late(self, builder: Builder, index: int) -> bool:
+    def on_state(self, builder: Builder, index: int) -> bool:
         """Whether a value depends on a state."""
-        return self._depends(self._late, builder, index, frozenset({"state"}))
+        return self._depends(self._on_state, builder, index, frozenset({"state"}))
 
-    def heavy(self, builder: Builder, index: int) -> bool:
+    def on_heavy(self, builder: Builder, index: int) -> bool:
         """Whether a value depends on a product or a reduction."""
-        return self._depends(self._heavy, builder, index, _HEAVY)
+        return self._depends(self._on_heavy, builder, index, _HEAVY)
 
     @staticmethod
     def _depends(table: list[bool], builder: Builder, index: int, ops: frozenset[str]) -> bool:
@@ -325,14 +340,14 @@ class _Facts:
         return table[index]
 
     def can_start(self, builder: Builder, index: int) -> bool:
-        """Whether an accumulation may start from a value: a weight, or what is in memory before the loop anyway."""
+        """Whether an accumulation may start from a value: a weight, or one that is in memory before the loop anyway."""
         node = builder.nodes[index]
         if node.type.kind == "weight":
             return True
         return (
             node.type.kind == "row"
-            and not self.late(builder, index)
-            and (node.op == "input" or self.heavy(builder, index))
+            and not self.on_state(builder, index)
+            and (node.op == "input" or self.on_heavy(builder, index))
         )
 
 
@@ -348,15 +363,15 @@ PASSES: tuple[Pass, ...] = (
     fold_constants,
     spread_constants,
     split_concat_products,
-    save_in_parts,
-    sink_slices,
+    save_in_parts,  # adds slices, which sink next
+    sink_slices,  # before products are gathered: of an affine there are no slices
     gather_affines,
     split_affines,
 )
 
 
 def optimise(graph: Graph) -> list[tuple[str, Graph]]:
-    """Run all passes; returns the graph as traced and after each, by name. The last is what is scheduled."""
+    """Run all passes; return the graph as traced and after each, by name. The last is the one that is scheduled."""
     stages = [("traced", graph)]
     for rewrite in PASSES:
         stages.append((rewrite.__name__, rewrite(stages[-1][1])))
@@ -370,7 +385,7 @@ def _number(builder: Builder, index: int) -> float | None:
 
 
 def _folded(fold: Callable[..., float] | None, values: Sequence[float | None]) -> float | None:
-    """Compute a primitive of numbers; None where it is left to the kernel: an argument is no number, or it is 1/0."""
+    """Compute a primitive of numbers; None leaves it to the kernel: an argument is no number, or Python raises."""
     if fold is None or any(value is None for value in values):
         return None
     try:

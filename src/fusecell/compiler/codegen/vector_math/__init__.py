@@ -1,4 +1,4 @@
-"""Vector maths as LLVM text: the functions that kernels call on 16 lanes at a time.
+"""Vector math as LLVM text: the functions that kernels call on 16 lanes at a time.
 
 Sixteen lanes on every target: LLVM splits the vector into the machine's registers, and as each lane goes through the
 same operations everywhere, its bits are the same everywhere. Denormals count as zero.

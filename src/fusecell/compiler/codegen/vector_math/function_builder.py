@@ -188,6 +188,7 @@ class VectorFunction(TextBuilder):
 
     def where_rare(self, mask: Value, op: str, x: Value, otherwise: Value) -> Value:
         """Return the function of ``op`` where the mask is set, called only if some lane needs it."""
+        # A branch for all lanes together, and a select within: what a lane gets doesn't depend on its neighbours.
         needed = self.let("needed", self.intrinsic(f"vector.reduce.or.v{LANES}i1", mask, result="i1"), "i1")
         self.lines += ["  br label %usual", "usual:", f"  br i1 {needed}, label %rare, label %done", "rare:"]
         name = function_name(op, self.precision.dtype)

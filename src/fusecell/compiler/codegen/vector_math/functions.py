@@ -59,6 +59,7 @@ def _scaled(coefficients: tuple[float, ...], first: float, ratio: float) -> list
 
 
 def exp(f: VectorFunction, x: Value) -> Value:
+    # Off by at most 1.0 ulp in float32, sigmoid by 2.5 (1.4 million arguments, against float64).
     p = f.precision
     least, largest = p.exp_range
     f.comment("exp(x) = 2^n exp(r), r = x - n ln 2")
@@ -89,7 +90,8 @@ def sigmoid(f: VectorFunction, x: Value) -> Value:
 
 
 def tanh(f: VectorFunction, x: Value) -> Value:
-    # By expm1, as (e^2x - 1) / (e^2x + 1) cancels near 0.
+    # By expm1, as (e^2x - 1) / (e^2x + 1) cancels near 0, and so does 2 sigmoid(2x) - 1. A rational approximation of
+    # degrees 13 and 6 needs no exponential, but is off by up to 4.5 ulp in float32, where this is by 2.3.
     p = f.precision
     f.comment("h / (h + 1) with h = expm1(2|x|) / 2; g = expm1(2r) / 2, |x| = r + n ln 2 / 2")
     a = f.at_most(f.fabs(x, "a"), p.tanh_limit, "a")

@@ -10,7 +10,8 @@
 
 Row panels: rows are added in the order in which the steps run; each 512 of them are added up from zero, then to the
 total. So a sum has the same bits however the steps are divided into chunks, and long ones stay accurate, as their error
-grows with the number of panels (blocked summation; Higham, "Accuracy and Stability", 2nd ed., 4.1).
+grows with the number of panels (blocked summation; Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed.,
+chapter 4).
 
 Splits (split-K): where a team of two would partition the rows of a call, and there are enough, each half of them is
 summed by itself, whichever thread does it, in row panels of as many whole steps as have 512 rows of a half; the halves
@@ -36,19 +37,19 @@ from fusecell.compiler.schedule.plan import Plan, Sum
 __all__ = ["ROW_PANEL", "GradientAccumulator"]
 
 ROW_PANEL = 512
-"""Rows that are added up before they are added to the total. Part of the numerical promise: it decides the bits."""
+"""Rows that are added up before they are added to the total. Part of the numerical promise: it decides bits."""
 _MIN_SPLIT_ROWS = 16
-"""Rows of a step from which split sums cost one thread little. Decides the bits, too."""
+"""Rows of a step from which split sums cost little on one thread. Decides bits, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Units:
-    """What a chunk is counted in: rows; where these are split whole steps, so that both splits fill panels together.
+    """Units in which a chunk is counted: rows; with split rows whole steps, so that both splits fill panels together.
 
     Attributes:
         count: in the chunk.
         per_panel: in a row panel.
-        rows: of a unit, in what is saved for the backward.
+        rows: of a unit, in the saved values.
         direction: from a unit to the next: 1, or -1 where steps run backwards.
         row_step: from a row of a unit to the next.
     """
@@ -61,7 +62,7 @@ class _Units:
 
 
 class GradientAccumulator:
-    """Writes what ``@work`` does for the gradients of weights: at the start, per chunk, at the end."""
+    """Writer of the parts of ``@work`` for the gradients of weights: at the start, per chunk, at the end."""
 
     def __init__(self, module: Module, layout: Layout, plan: Plan) -> None:
         self.module, self.layout, self.plan = module, layout, plan
@@ -73,25 +74,26 @@ class GradientAccumulator:
         # Counters are in memory, as loops of the builder carry vectors only.
         # By split: units in the current panel, and full panels so far.
         self._filled, self._full_panels = (f.alloca(name, 2) for name in ("filled.at", "full_panels.at"))
-        self._done = f.alloca("done.at")
+        self._done = f.alloca("units_done.at")
         for counters in (self._filled, self._full_panels):
             f.store_int(0, counters)
             f.store_int(0, f.at(counters, 8))
         self._in_place = {each.name: self._use_in_place(f, each) for each in self._whole_gradients()}
 
     def split_rows(self, f: Function, team: Team) -> Value:
-        """Decide whether rows are split, which splits are this thread's, and with whom it shares them.
+        """Decide whether rows are split, and which splits are this thread's alone, or shared with the others.
 
         Returns:
-            Whether each thread reads only rows that it has written, and so can have buffers of its own.
+            Whether each thread reads only rows that it has written, so that its buffers can be separate.
         """
         rows_of_call = f.mul(self.layout.integer(f, "steps"), team.rows)
         is_long = f.ge(rows_of_call, ROW_PANEL, "is_long")
         can_split = f.and_(team.is_regular, is_long if self.layout.partial_sums == 2 else FALSE, "can_split")
         min_rows = max(2 * team.min_rows, _MIN_SPLIT_ROWS)
+        # None of it asks for the threads of the call: a sum has the same bits on any number.
         self._is_split = f.and_(can_split, f.ge(team.rows, min_rows, "is_enough"), "is_split")
-        is_two = f.and_(f.eq(THREADS, 2, "is_pair"), team.by_rows, "is_pair_by_rows")
-        self._is_private = f.and_(is_two, self._is_split, "is_private")
+        is_pair = f.and_(f.eq(THREADS, 2, "is_pair"), team.by_rows, "is_pair_by_rows")
+        self._is_private = f.and_(is_pair, self._is_split, "is_private")
         self._is_shared = f.xor(self._is_private, team.is_team, "is_shared_sum")
         splits = f.select(self._is_split, 2, 1, "splits")
         self._first_split = f.select(self._is_private, THREAD_ID, 0, "split.from")
@@ -110,9 +112,9 @@ class GradientAccumulator:
         if not self.plan.sums:
             return
         chunk_steps = self.layout.integer(f, "chunk_steps")
-        # Threads that wrote their own rows now read those of others.
-        is_exchange = f.and_(team.by_rows, self._is_shared, "is_exchange")
-        team.barrier(is_exchange)
+        # By rows each thread has written its own rows; shared sums read those of all.
+        reads_all_rows = f.and_(team.by_rows, self._is_shared, "reads_all_rows")
+        team.barrier(reads_all_rows)
         units = self._units(f, team, steps, total, is_reverse)
         panels = f.udiv(units.count, units.per_panel, "panels")
         middle, odd = f.lshr(team.rows, 1, "middle"), f.and_(team.rows, 1, "odd")
@@ -123,19 +125,20 @@ class GradientAccumulator:
             f.store_int(0, self._done)
             # A chunk ends at most one panel begun before it, and begins at most one that it doesn't end.
             with f.for_range("turn", 0, f.add(panels, 2)):
-                done, filled = f.load_int(self._done, "done"), f.load_int(filled_at, "filled")
+                done, filled = f.load_int(self._done, "units_done"), f.load_int(filled_at, "filled")
                 count = f.minimum(f.sub(units.per_panel, filled), f.sub(units.count, done), "count")
-                mirrored = f.sub(f.sub(units.count, 1), done, "mirrored")
-                unit = f.select(is_reverse, mirrored, done, "unit")
+                reverse_unit = f.sub(f.sub(units.count, 1), done, "reverse_unit")
+                unit = f.select(is_reverse, reverse_unit, done, "unit")
                 rows = self._row_range(f, team, units, unit, count, (split, split_start, split_rows, chunk_steps))
                 self._add_range(f, rows, filled, full_panels_at)
                 f.store_int(f.add(done, count), self._done)
                 self._advance_panel(f, team, units, split, f.add(filled, count, "filled"), filled_at)
-        team.barrier(is_exchange)
+        team.barrier(reads_all_rows)
 
     def _units(self, f: Function, team: Team, steps: Integer, total: Value, is_reverse: Value) -> _Units:
         is_split = self._is_split
         count = f.select(is_split, steps, total, "units")
+        # A half of a step has half of its rows: 2 * 512 rows of both are 512 of each.
         whole_steps = f.udiv(2 * ROW_PANEL, f.maximum(team.rows, 1), "whole_steps")
         per_panel = f.select(is_split, f.maximum(whole_steps, 1), ROW_PANEL, "panel.units")
         rows = f.select(is_split, team.rows, 1, "unit.rows")
@@ -156,7 +159,7 @@ class GradientAccumulator:
         """Return the rows of ``count`` units from ``unit`` on: with splits a run per step, else one run.
 
         Arguments:
-            split: which it is, its first row in a step, its rows in a step, and the steps of the longest chunk.
+            split: its number, its first row in a step, its rows in a step, and the steps of the longest chunk.
         """
         index, split_start, split_rows, chunk_steps = split
         saved_first = f.add(f.mul(unit, units.rows), split_start, "first.saved")
@@ -180,31 +183,31 @@ class GradientAccumulator:
     def _advance_panel(
         self, f: Function, team: Team, units: _Units, split: Value, filled: Integer, filled_at: Value
     ) -> None:
-        """Note how full the row panel is; if it is full, close it."""
+        """Store how full the row panel is; if it is full, close it."""
         is_full = f.eq(filled, units.per_panel, "is_full")
         f.store_int(f.select(is_full, 0, filled, "filled"), filled_at)
-        with f.if_(is_full, "full"):
+        with f.if_(is_full, "full_panel"):
             self._close_panel(f, team, split)
 
     def finish(self, f: Function, team: Team) -> None:
-        """Close the last row panel and bring the totals to the caller's gradients."""
+        """Close the last row panel and add the totals to the caller's gradients."""
         if not self.plan.sums:
             return
         is_open, has_full = (
-            f.ne(f.load_int(f.at(counters, f.mul(self._first_split, 8)), "count"), 0, "is_some")
+            f.ne(f.load_int(f.at(counters, f.mul(self._first_split, 8)), "count"), 0, "is_positive")
             for counters in (self._filled, self._full_panels)
         )
-        with f.if_(is_open, "rest"), f.for_range("split", self._first_split, self._last_split) as split:
+        with f.if_(is_open, "open_panel"), f.for_range("split", self._first_split, self._last_split) as split:
             self._close_panel(f, team, split)
         # Without any row no accumulator has been written.
-        with f.unless(f.or_(is_open, has_full, "is_any"), "nothing"):
+        with f.unless(f.or_(is_open, has_full, "has_rows"), "no_rows"):
             self._clear(f)
             team.barrier(self._is_shared)
-        # Below, threads read the splits of others; of shared ones they have waited for each other already.
+        # Below, threads read splits that others have summed; of shared ones a barrier has come before.
         team.barrier(self._is_private)
         for reduction in self.plan.sums:
             in_place = self._in_place.get(reduction.name, FALSE)
-            with f.unless(in_place, "elsewhere"):
+            with f.unless(in_place, "not_in_place"):
                 self._add_to_caller(f, team, reduction, self.layout.buffer(f, reduction.total))
 
     def _whole_gradients(self) -> list[Sum]:
@@ -223,8 +226,8 @@ class GradientAccumulator:
         if reduction.a is None:
             strides = [(0, itemsize)]
         low_bits = f.and_(layout.integer(f, f"out.{label}.ptr"), ALIGNMENT - 1, "low_bits")
-        is_whole = f.not_(self._is_split, "is_whole")
-        fits = f.and_(is_whole, f.eq(low_bits, 0, "is_aligned"), "fits")
+        not_split = f.not_(self._is_split, "not_split")
+        fits = f.and_(not_split, f.eq(low_bits, 0, "is_aligned"), "fits")
         for dim, stride in strides:
             is_packed = f.eq(layout.integer(f, f"out.{label}.stride{dim}"), stride, "is_packed")
             fits = f.and_(fits, is_packed, "fits")
@@ -237,7 +240,7 @@ class GradientAccumulator:
         return reduction.height * self.module.row_bytes(reduction.width)
 
     def _panel(self, f: Function, reduction: Sum, split: Integer, is_first: Value) -> Value:
-        """Return the accumulators of the current row panel: of the first the total, of others memory of their own."""
+        """Return the accumulators of the current row panel: the total itself for the first panel, else the part."""
         total, part = (self.layout.buffer(f, name) for name in (reduction.total, reduction.part))
         panel = f.select(is_first, total, part, "panel")
         return f.at(panel, f.mul(split, self._bytes(reduction)), "acc")
@@ -248,7 +251,7 @@ class GradientAccumulator:
         full_panels = f.load_int(full_panels_at, "full_panels")
         f.store_int(f.add(full_panels, 1), full_panels_at)
         # The first row panel was added up in the total itself.
-        with f.if_(f.ne(full_panels, 0, "is_later"), "later"):
+        with f.if_(f.ne(full_panels, 0, "is_not_first"), "add_part"):
             team.barrier(self._is_shared)
             for reduction in self.plan.sums:
                 vectors = self._bytes(reduction) // self.module.vector_bytes
@@ -261,7 +264,7 @@ class GradientAccumulator:
             team.barrier(self._is_shared)
 
     def _clear(self, f: Function) -> None:
-        """Set the totals of no rows at all to zero."""
+        """Set all totals to zero, for a call without rows."""
         is_first = f.eq(self._thread_id, 0, "is_first_of_split")
         with f.if_(is_first, "clear"), f.for_range("split", self._first_split, self._last_split) as split:
             for reduction in self.plan.sums:
@@ -270,9 +273,9 @@ class GradientAccumulator:
                     f.store(f.zero, f.at(start, byte), self.module.vector_bytes)
 
     def _add_to_caller(self, f: Function, team: Team, reduction: Sum, source: Value) -> None:
-        """Add a total to its place in the caller's gradient, whatever its strides.
+        """Add a total to the caller's gradient, at its corner, whatever the strides.
 
-        A team partitions the rows of a gradient that is one sum; where several add up, one thread adds them in order.
+        A team partitions the rows of a gradient that is a single sum; several sums are added in order by one thread.
         """
         module, layout, label = self.module, self.layout, reduction.label
         is_matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
-from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling
+from fusecell.compiler.codegen.tile_cost import Product, Tiling, cheapest_tiling
 from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.schedule.plan import Plan, Sum
 
@@ -44,10 +44,8 @@ def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
 def outer_tiling(module: Module, reduction: Sum) -> Tiling:
     """Choose the tiles of a weight's gradient: their rows are features of one operand, and k counts a row group."""
     product = Product(fused=1, depth=module.target.tuning.pack_row_group)
-    _, tiling = TileCost(module.target, module.dtype).best(
-        [product], module.groups(reduction.width), [reduction.height]
-    )
-    return tiling
+    groups = module.groups(reduction.width)
+    return cheapest_tiling(module.target, module.dtype, (product,), groups, (reduction.height,))[1]
 
 
 def micro_panel_bytes(module: Module) -> int:

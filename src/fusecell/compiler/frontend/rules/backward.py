@@ -1,4 +1,8 @@
-"""What the ops of torch's gradients are in primitives."""
+"""Rules for ATen's backward operations, each as primitives: the formulas of torch's own kernels.
+
+``SUMS`` are rules for arithmetic on gradients of weights. These are sums over rows that are complete only after the
+last step: they can be scaled, moved and added to each other, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 import torch
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
-from fusecell.compiler.frontend.rules.pointwise import halves
+from fusecell.compiler.frontend.rules.pointwise import split_halves
 from fusecell.compiler.frontend.rules.reduction import centred, mean, total
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Untraceable, Value
 
@@ -68,6 +72,7 @@ def _gelu(w: Writer, g: Row, x: Row, approximate: str = "none") -> Row:
         steep = w.point("mul", w.point("mul", x, 0.5), w.point("sub", 1.0, w.point("mul", t, t)))
         slope = w.point("add", w.point("mul", w.point("add", t, 1.0), 0.5), w.point("mul", steep, rate))
         return w.point("mul", g, slope)
+    # x Phi(x) differentiated: Phi(x) + x phi(x), with the normal distribution's Phi and its density phi.
     bell = w.point("exp", w.point("mul", w.point("mul", x, x), -0.5))
     density = w.point("mul", bell, 1 / math.sqrt(2 * math.pi))
     below = w.point("mul", w.point("add", w.point("erf", w.point("mul", x, math.sqrt(0.5))), 1.0), 0.5)
@@ -117,12 +122,12 @@ def _shrink(w: Writer, g: Row, x: Row, lambd: float) -> Row:
 
 
 def _glu(w: Writer, g: Row, x: Row, dim: int) -> Row:
-    a, b = halves(w, x, dim)
+    a, b = split_halves(w, x, dim)
     s = w.point("sigmoid", b)
     first = w.point("mul", g, s)
     second = w.point("mul", w.point("mul", first, w.point("sub", 1.0, s)), a)
-    found: Row = w.move(lambda places: torch.cat(places, dim), [first, second])
-    return found
+    joined: Row = w.move(lambda numbers: torch.cat(numbers, dim), [first, second])
+    return joined
 
 
 def _softmax(w: Writer, g: Row, y: Row, dim: int, _dtype: object) -> Row:
@@ -143,18 +148,19 @@ def _layer_norm(
     scale: Row,
     gain: Operand | None,
     bias: Operand | None,
-    wanted: Sequence[bool],
+    output_mask: Sequence[bool],
 ) -> tuple[Row | None, Value | None, Value | None]:
     dims = list(range(-len(shape), 0))
     normed = w.point("mul", w.point("sub", x, average), scale)
     others = list(range(len(x.shape) - len(shape)))
-    made: Row | None = None
-    if wanted[0]:
+    x_gradient: Row | None = None
+    if output_mask[0]:
+        # The gradient of the normed value, less its mean and its component along that value.
         inner = g if gain is None else w.point("mul", g, gain)
         along = w.point("mul", normed, mean(w, w.point("mul", inner, normed), dims, True))
-        made = w.point("mul", w.point("sub", centred(w, inner, dims), along), scale)
-    gain_gradient = total(w, w.point("mul", g, normed), others) if wanted[1] else None
-    return made, gain_gradient, total(w, g, others) if wanted[2] else None
+        x_gradient = w.point("mul", w.point("sub", centred(w, inner, dims), along), scale)
+    gain_gradient = total(w, w.point("mul", g, normed), others) if output_mask[1] else None
+    return x_gradient, gain_gradient, total(w, g, others) if output_mask[2] else None
 
 
 BACKWARD: Mapping[str, Rule] = {
@@ -181,10 +187,11 @@ BACKWARD: Mapping[str, Rule] = {
 }
 
 
-# Gradients of weights: sums over rows, and what lies beyond the weights that the graph takes.
+# Gradients of weights: sums over rows, and external gradients, which are torch's to compute.
 
 
 def _accumulate(w: Writer, left: Value, right: Value, alpha: float = 1) -> Value:
+    # What torch adds to an external gradient is torch's to add again, when it runs the prologue's backward.
     if isinstance(left, ExternalGrad) or isinstance(right, ExternalGrad):
         return right if isinstance(left, ExternalGrad) else left
     return w.total(_sum(left), w.scaled(_sum(right), alpha) if alpha != 1 else _sum(right))
@@ -192,11 +199,11 @@ def _accumulate(w: Writer, left: Value, right: Value, alpha: float = 1) -> Value
 
 def _sum(value: Value) -> Sum:
     if not isinstance(value, Sum):
-        raise Untraceable("The gradient of a weight meets what is not one.")
+        raise Untraceable("The gradient of a weight is combined with a value that is not a weight gradient.")
     return value
 
 
-def _turn(w: Writer, value: Sum, *order: Any) -> Sum:
+def _permute(w: Writer, value: Sum, *order: Any) -> Sum:
     shape = value.shape
     dims = list(range(len(shape)))
     if not order:
@@ -206,45 +213,48 @@ def _turn(w: Writer, value: Sum, *order: Any) -> Sum:
     else:
         a, b = order[0] % len(shape), order[1] % len(shape)
         dims[a], dims[b] = b, a
-    turned = tuple(shape[dim] for dim in dims)
+    permuted = tuple(shape[dim] for dim in dims)
+    # Dimensions of size 1 may go anywhere: the node has only the others.
     long = [dim for dim in dims if shape[dim] != 1]
-    matrix = len(shape) == len(w.builder.nodes[value.node].type.shape) == 2
-    if long == sorted(long) and not (matrix and dims == [1, 0]):
-        return Sum(turned, value.node)
-    return Sum(turned, w.transposed(value).node)
+    is_matrix = len(shape) == len(w.builder.nodes[value.node].type.shape) == 2
+    if long == sorted(long) and not (is_matrix and dims == [1, 0]):
+        return Sum(permuted, value.node)
+    return Sum(permuted, w.transposed(value).node)
 
 
 def _view(w: Writer, value: Sum, shape: Sequence[int], **_: Any) -> Sum:
     sizes = list(shape)
     if -1 in sizes:
         sizes[sizes.index(-1)] = math.prod(value.shape) // -math.prod(sizes)
-    moved = [size for size in sizes if size != 1] != [size for size in value.shape if size != 1]
-    if moved and len(w.builder.nodes[value.node].type.shape) > 1:
-        raise Untraceable("It reshapes the gradient of a matrix.")
+    is_reshaped = [size for size in sizes if size != 1] != [size for size in value.shape if size != 1]
+    if is_reshaped and len(w.builder.nodes[value.node].type.shape) > 1:
+        raise Untraceable("The step reshapes the gradient of a matrix.")
     return Sum(tuple(sizes), value.node)
 
 
 def _unsqueeze(w: Writer, value: Sum, dim: int) -> Sum:
-    at = dim % (len(value.shape) + 1)
-    return Sum((*value.shape[:at], 1, *value.shape[at:]), value.node)
+    position = dim % (len(value.shape) + 1)
+    return Sum((*value.shape[:position], 1, *value.shape[position:]), value.node)
 
 
 def _squeeze(w: Writer, value: Sum, dims: Any = None) -> Sum:
-    chosen = [dims] if isinstance(dims, int) else dims
-    kept = range(len(value.shape)) if chosen is None else [dim % len(value.shape) for dim in chosen]
-    return Sum(tuple(n for dim, n in enumerate(value.shape) if n != 1 or dim not in kept), value.node)
+    several = [dims] if isinstance(dims, int) else dims
+    squeezed = range(len(value.shape)) if several is None else [dim % len(value.shape) for dim in several]
+    return Sum(tuple(n for dim, n in enumerate(value.shape) if n != 1 or dim not in squeezed), value.node)
 
 
 def _sum_of_units(w: Writer, value: Sum, dims: Any = None, keepdim: bool = False, **_: Any) -> Sum:
-    chosen = [dim % len(value.shape) for dim in dims]
-    if any(value.shape[dim] != 1 for dim in chosen):
-        raise Untraceable("It sums the gradient of a weight over a dimension.")
-    return Sum(tuple(n for dim, n in enumerate(value.shape) if keepdim or dim not in chosen), value.node)
+    """Sum over dimensions of size 1, as autograd does where torch has broadcast: nothing is added."""
+    reduced = [dim % len(value.shape) for dim in dims]
+    if any(value.shape[dim] != 1 for dim in reduced):
+        raise Untraceable("The step sums the gradient of a weight over a dimension.")
+    return Sum(tuple(n for dim, n in enumerate(value.shape) if keepdim or dim not in reduced), value.node)
 
 
 def _place(w: Writer, value: Sum, shape: Sequence[int], dim: int, start: int, stop: int, step: int = 1) -> Sum:
+    """Put the gradient of a slice where the slice was, among zeros."""
     if step != 1:
-        raise Untraceable("It takes every few elements of a weight.")
+        raise Untraceable(f"The step takes a slice of a weight with a step of {step}: only steps of 1 are compiled.")
     dim = dim % len(shape)
     begin = start + shape[dim] if start < 0 else start
     if value.shape == tuple(shape):
@@ -253,36 +263,36 @@ def _place(w: Writer, value: Sum, shape: Sequence[int], dim: int, start: int, st
     if stored == 1:
         size, corner = [math.prod(shape)], [begin * math.prod(shape[dim + 1 :])]
         if math.prod(shape[:dim]) != 1:
-            raise Untraceable("It takes columns of a weight that is used element by element.")
+            raise Untraceable("The step takes columns of a weight that is used element by element.")
     else:
-        size, corner = list(shape), [begin if place == dim else 0 for place in range(len(shape))]
+        size, corner = list(shape), [begin if position == dim else 0 for position in range(len(shape))]
     return Sum(tuple(shape), w.builder.add("place", value.node, shape=size, corner=corner))
 
 
 def _place_one(w: Writer, value: Sum, shape: Sequence[int], dim: int, index: int) -> Sum:
     if len(shape) != 1:
-        raise Untraceable("It takes a row of a weight that is also used whole.")
+        raise Untraceable("The step takes a row of a weight that is also used whole.")
     return _place(w, Sum((1,), value.node), shape, dim, index % shape[0], index % shape[0] + 1)
 
 
 def _join(w: Writer, values: Sequence[Value], dim: int = 0) -> Sum:
-    """Gradients of the parts of a weight, side by side."""
+    """Join gradients of the parts of a weight: each is placed in the whole, and these are added."""
     sums = [value for value in values if isinstance(value, Sum)]
     if any(not isinstance(value, Sum | ExternalGrad) and getattr(value, "fill", None) != 0 for value in values):
         raise Untraceable("The gradient of a part of a weight is no sum over rows.")
     dim = dim % len(sums[0].shape)
     whole = list(sums[0].shape)
     whole[dim] = sum(value.shape[dim] for value in values)
-    made, start = None, 0
+    joined, start = None, 0
     for value in values:
         if isinstance(value, Sum):
-            placed = _place(w, value, whole, dim, start, start + value.shape[dim])
-            made = placed if made is None else w.total(made, placed)
+            part = _place(w, value, whole, dim, start, start + value.shape[dim])
+            joined = part if joined is None else w.total(joined, part)
         start += value.shape[dim]
-    return _sum(made)  # type: ignore[arg-type]  # one of the values is a sum
+    return _sum(joined)  # type: ignore[arg-type]  # one of the values is a sum
 
 
-def _keep(w: Writer, value: Sum, *_: Any, **__: Any) -> Sum:
+def _same(w: Writer, value: Sum, *_: Any, **__: Any) -> Sum:
     return value
 
 
@@ -294,8 +304,8 @@ def _times(w: Writer, a: Any, b: Any) -> Sum:
 
 
 SUMS: Mapping[str, Rule] = {
-    **dict.fromkeys(("clone", "detach", "alias", "contiguous"), _keep),
-    **dict.fromkeys(("t", "transpose", "permute"), _turn),
+    **dict.fromkeys(("clone", "detach", "alias", "contiguous"), _same),
+    **dict.fromkeys(("t", "transpose", "permute"), _permute),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"), _view),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,

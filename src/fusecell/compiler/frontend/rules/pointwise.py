@@ -1,4 +1,8 @@
-"""What torch's elementwise ops are in primitives; NaN passes as it passes through torch."""
+"""Rules for elementwise ATen operations: each as primitives, with torch's results for NaN and at kinks.
+
+A comparison with NaN is false, and a ``where`` then takes its last argument: each rule has its comparison the way
+round in which NaN comes out as torch's kernel lets it.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +47,17 @@ def _div(w: Writer, a: Operand, b: Operand, rounding_mode: str | None = None) ->
 
 
 def power(w: Writer, base: Operand, exponent: Operand) -> Row:
-    """base to the exponent; the exponents that torch computes without pow are computed so here."""
+    """Write base to the exponent; exponents that torch computes without pow are computed like that here, too."""
     if isinstance(exponent, int | float):
-        known: dict[float, Callable[[], Row]] = {
+        special: dict[float, Callable[[], Row]] = {
             1: lambda: w.number(base),
             2: lambda: _square(w, base),
             3: lambda: _cube(w, base),
         }
-        known |= {0.5: lambda: w.point("sqrt", base), -0.5: lambda: w.point("rsqrt", base)}
-        known |= {-1: lambda: w.point("reciprocal", base), -2: lambda: w.point("reciprocal", _square(w, base))}
-        if exponent in known:
-            return known[exponent]()
+        special |= {0.5: lambda: w.point("sqrt", base), -0.5: lambda: w.point("rsqrt", base)}
+        special |= {-1: lambda: w.point("reciprocal", base), -2: lambda: w.point("reciprocal", _square(w, base))}
+        if exponent in special:
+            return special[exponent]()
     return w.point("pow", base, exponent)
 
 
@@ -105,10 +109,10 @@ def _silu(w: Writer, x: Operand) -> Row:
 def _gelu(w: Writer, x: Operand, approximate: str = "none") -> Row:
     if approximate == "tanh":
         inner = w.point("mul", _add(w, x, w.point("mul", _cube(w, x), 0.044715)), math.sqrt(2 / math.pi))
-        bent = w.point("tanh", inner)
+        curve = w.point("tanh", inner)
     else:
-        bent = w.point("erf", w.point("mul", x, math.sqrt(0.5)))
-    return w.point("mul", w.point("mul", x, 0.5), w.point("add", bent, 1.0))
+        curve = w.point("erf", w.point("mul", x, math.sqrt(0.5)))
+    return w.point("mul", w.point("mul", x, 0.5), w.point("add", curve, 1.0))
 
 
 def _softplus(w: Writer, x: Operand, beta: float = 1, threshold: float = 20) -> Row:
@@ -119,6 +123,7 @@ def _softplus(w: Writer, x: Operand, beta: float = 1, threshold: float = 20) -> 
 
 
 def _log_sigmoid(w: Writer, x: Operand) -> tuple[Row, Row]:
+    # min(x, 0) - log1p(exp(-|x|)): the exponential never overflows. torch returns it too, for the backward.
     tail = w.point("exp", w.point("neg", w.point("abs", x)))
     return w.point("sub", w.point("minimum", x, 0.0), w.point("log1p", tail)), tail
 
@@ -128,10 +133,10 @@ def _mish(w: Writer, x: Operand) -> Row:
 
 
 def _clamp(w: Writer, x: Operand, low: Operand | None = None, high: Operand | None = None) -> Row:
-    kept = w.number(x)
+    value = w.number(x)
     if low is not None:
-        kept = w.point("maximum", kept, low)
-    return kept if high is None else w.point("minimum", kept, high)
+        value = w.point("maximum", value, low)
+    return value if high is None else w.point("minimum", value, high)
 
 
 def _hardsigmoid(w: Writer, x: Operand) -> Row:
@@ -148,6 +153,7 @@ def _hardshrink(w: Writer, x: Operand, lambd: float = 0.5) -> Row:
 
 
 def _softshrink(w: Writer, x: Operand, lambd: float = 0.5) -> Row:
+    # x * 0 in the middle, not 0: NaN stays NaN.
     low = w.point("where", w.point("lt", x, -lambd), w.point("add", x, lambd), w.point("mul", x, 0.0))
     return w.point("where", w.point("gt", x, lambd), w.point("sub", x, lambd), low)
 
@@ -157,18 +163,18 @@ def _threshold(w: Writer, x: Operand, threshold: float, value: float) -> Row:
 
 
 def _glu(w: Writer, x: Row, dim: int = -1) -> Row:
-    a, b = halves(w, x, dim)
+    a, b = split_halves(w, x, dim)
     return w.point("mul", a, w.point("sigmoid", b))
 
 
-def halves(w: Writer, x: Row, dim: int) -> list[Row]:
-    """The two halves of a dimension."""
-    found: list[Row] = w.move(lambda places: places.chunk(2, dim), x)
-    return found
+def split_halves(w: Writer, x: Row, dim: int) -> list[Row]:
+    """Split a dimension in two halves."""
+    both: list[Row] = w.move(lambda numbers: numbers.chunk(2, dim), x)
+    return both
 
 
 def _lerp(w: Writer, a: Operand, b: Operand, weight: Operand) -> Row:
-    """As torch, from the end that is nearer."""
+    """Interpolate from the nearer end, as torch does: a weight of 1 gives b exactly."""
     distance = w.point("sub", b, a)
     near = w.point("add", a, w.point("mul", weight, distance))
     far = w.point("sub", b, w.point("mul", distance, w.point("sub", 1.0, weight)))
@@ -208,13 +214,13 @@ def _nan_to_num(
 ) -> Row:
     if high is None or low is None:
         raise Untraceable("nan_to_num without posinf and neginf depends on the format; give both.")
-    kept = w.point("where", w.point("ne", x, x), nan or 0.0, x)
-    kept = w.point("where", w.point("eq", kept, math.inf), high, kept)
-    return w.point("where", w.point("eq", kept, -math.inf), low, kept)
+    number = w.point("where", w.point("ne", x, x), nan or 0.0, x)
+    number = w.point("where", w.point("eq", number, math.inf), high, number)
+    return w.point("where", w.point("eq", number, -math.inf), low, number)
 
 
 def _named_as_in_aten() -> Mapping[str, Rule]:
-    """The rules of pointwise primitives that ATen has an operation of the same name and meaning for."""
+    """Return the rules of operations whose name and meaning in ATen are those of a primitive."""
     names = (name for name, primitive in PRIMITIVES.items() if primitive.pointwise and hasattr(torch.ops.aten, name))
     return {name: _same(name) for name in names}
 

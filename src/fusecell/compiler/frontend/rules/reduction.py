@@ -1,4 +1,8 @@
-"""What torch's reductions over the features, norms and softmaxes are in primitives; variances take two passes."""
+"""Rules for ATen operations that reduce features: sums, norms, softmaxes, variances.
+
+Written as torch computes them, where it matters: a variance takes two passes, mean first, as one pass over squares
+cancels; exponentials are taken of differences from the maximum, and so do not overflow.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,17 @@ def _dims(dims: Dims) -> Sequence[int] | None:
 
 
 def count(w: Writer, x: Row, dims: Dims) -> int:
-    """How many features a reduction joins."""
+    """Count the features that a reduction joins."""
     return math.prod(x.shape[dim] for dim in w.dims(x, _dims(dims)))
 
 
 def total(w: Writer, x: Operand, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row | Sum:
-    """The sum; over the batch dimension it is the gradient of a weight."""
+    """Write a sum; over the batch dimension it is the gradient of a weight."""
     row = w.row(x)
-    chosen = w.dims(row, _dims(dims))
-    if row.axis in chosen:
-        return w.rowsum(row, chosen, keepdim)
-    return w.reduce("sum", row, chosen, keepdim)
+    reduced = w.dims(row, _dims(dims))
+    if row.axis in reduced:
+        return w.rowsum(row, reduced, keepdim)
+    return w.reduce("sum", row, reduced, keepdim)
 
 
 def mean(w: Writer, x: Row, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row:
@@ -39,15 +43,15 @@ def mean(w: Writer, x: Row, dims: Dims = None, keepdim: bool = False, **_: Any) 
 
 
 def centred(w: Writer, x: Row, dims: Dims) -> Row:
-    """x less its mean."""
+    """Write x less its mean."""
     return w.point("sub", x, mean(w, x, dims, True))
 
 
 def _variance(w: Writer, x: Row, dims: Dims = None, correction: float | None = 1, keepdim: bool = False) -> Row:
-    away = centred(w, x, dims)
-    free = count(w, x, dims) - (1 if correction is None else correction)
-    squares = w.reduce("sum", w.point("mul", away, away), _dims(dims), keepdim)
-    return w.point("div", squares, float(max(free, 0)))
+    deviation = centred(w, x, dims)
+    freedom = count(w, x, dims) - (1 if correction is None else correction)
+    squares = w.reduce("sum", w.point("mul", deviation, deviation), _dims(dims), keepdim)
+    return w.point("div", squares, float(max(freedom, 0)))
 
 
 def _var_mean(w: Writer, x: Row, dims: Dims = None, **options: Any) -> tuple[Row, Row]:
@@ -64,37 +68,39 @@ def _extreme(op: str) -> Rule:
 
 def _extreme_of_dim(op: str) -> Rule:
     def rule(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
-        made = w.reduce(op, x, _dims(dim), keepdim)
-        return made if dim is None else (made, None)
+        extreme = w.reduce(op, x, _dims(dim), keepdim)
+        # torch returns its index too, which has no rule: None is refused only if the step uses it.
+        return extreme if dim is None else (extreme, None)
 
     return rule
 
 
 def _vector_norm(w: Writer, x: Row, order: float = 2, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row:
-    size = w.point("abs", x)
+    magnitude = w.point("abs", x)
     if order in (math.inf, -math.inf):
-        return w.reduce("amax" if order > 0 else "amin", size, _dims(dims), keepdim)
+        return w.reduce("amax" if order > 0 else "amin", magnitude, _dims(dims), keepdim)
     if order == 0:
         raise Untraceable("A norm of order 0 is not compiled.")
-    powers = size if order == 1 else power(w, x if order == 2 else size, order)
+    powers = magnitude if order == 1 else power(w, x if order == 2 else magnitude, order)
     return power(w, w.reduce("sum", powers, _dims(dims), keepdim), 1 / order)
 
 
 def _softmax(w: Writer, x: Row, dim: int, _half: bool = False) -> Row:
-    raised = w.point("exp", w.point("sub", x, w.reduce("amax", x, [dim], True)))
-    return w.point("div", raised, w.reduce("sum", raised, [dim], True))
+    exponentials = w.point("exp", w.point("sub", x, w.reduce("amax", x, [dim], True)))
+    return w.point("div", exponentials, w.reduce("sum", exponentials, [dim], True))
 
 
 def _log_softmax(w: Writer, x: Row, dim: int, _half: bool = False) -> Row:
-    away = w.point("sub", x, w.reduce("amax", x, [dim], True))
-    return w.point("sub", away, w.point("log", w.reduce("sum", w.point("exp", away), [dim], True)))
+    shifted = w.point("sub", x, w.reduce("amax", x, [dim], True))
+    return w.point("sub", shifted, w.point("log", w.reduce("sum", w.point("exp", shifted), [dim], True)))
 
 
 def _logsumexp(w: Writer, x: Row, dims: Dims, keepdim: bool = False) -> Row:
     most = w.reduce("amax", x, _dims(dims), True)
+    # As torch: from an infinite maximum nothing is subtracted, as inf - inf is NaN.
     finite = w.point("where", w.point("eq", w.point("abs", most), math.inf), 0.0, most)
     summed = w.reduce("sum", w.point("exp", w.point("sub", x, finite)), _dims(dims), keepdim)
-    shift = finite if keepdim else w.move(lambda places: places.squeeze(_dims(dims)), finite)
+    shift = finite if keepdim else w.move(lambda numbers: numbers.squeeze(_dims(dims)), finite)
     return w.point("add", w.point("log", summed), shift)
 
 
@@ -103,19 +109,19 @@ def _layer_norm(
 ) -> tuple[Row, Row, Row]:
     dims = list(range(-len(shape), 0))
     average = mean(w, x, dims, True)
-    away = w.point("sub", x, average)
-    variance = mean(w, w.point("mul", away, away), dims, True)
+    deviation = w.point("sub", x, average)
+    variance = mean(w, w.point("mul", deviation, deviation), dims, True)
     scale = w.point("rsqrt", w.point("add", variance, eps))
-    made = w.point("mul", away, scale)
+    normed = w.point("mul", deviation, scale)
     if gain is not None:
-        made = w.point("mul", made, gain)
+        normed = w.point("mul", normed, gain)
     if bias is not None:
-        made = w.point("add", made, bias)
-    return made, average, scale
+        normed = w.point("add", normed, bias)
+    return normed, average, scale
 
 
 def _matrix_vector(w: Writer, a: Row, b: Operand) -> Row | Sum:
-    """(N, K) rows times a vector, or (K, N) rows times a number per row, which sums over rows."""
+    """Write (N, K) rows times a vector, or (K, N) rows times a number per row, which is a sum over rows."""
     if isinstance(b, Row) and b.axis is not None:
         return w.rowsum(w.point("mul", a, b), [1], False)
     return w.reduce("sum", w.point("mul", a, b), [1], False)
