@@ -17,13 +17,13 @@ import torch
 
 from fusecell.module_snapshot import Change, Snapshot
 
-__all__ = ["changing_line", "sentence"]
+__all__ = ["changing_line", "explain_changes"]
 
 # Frames of these files are not the user's: torch, fusecell, functools, and generated code such as "<string>".
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), functools.__file__, "<")
 
 
-def sentence(changes: list[Change], line: str = "") -> str:
+def explain_changes(changes: list[Change], line: str = "") -> str:
     """Explain why a step that changes its module is not compiled, and what to write in its place.
 
     Arguments:
