@@ -1,6 +1,6 @@
 """The contract: a cell is one time step, written in plain PyTorch.
 
-Everything else, layers, stacks, streams, the compiler, needs nothing of a cell but what stands here.
+Layers, stacks, streams and the compiler use a cell through the attributes and methods of ``Cell`` alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.execution.call_cache import cached_call, store_call
-from fusecell.execution.call_form import CallForm
+from fusecell.execution.call_cache import SlowPath, call
+from fusecell.execution.call_form import step_form
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
-from fusecell.execution.results import without_dim
+from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import run
 from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
-from fusecell.validation import StateLike, all_inputs, bare, check_dtype, check_step_input, start_state
+from fusecell.validation import StateLike, all_inputs, check_dtype, check_step_input, start_state
 
 __all__ = ["Cell", "capture_intermediates", "one_step", "rewrite_intermediates", "step"]
 
@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 
 class _Default(Generic[T]):
-    """A computed attribute that a subclass may override by property, or an instance by plain assignment."""
+    """A computed attribute that a subclass may override by a property, or an instance by plain assignment."""
+
+    # Not a property: that would make ``self.output_size = 3`` in a user's __init__ an error. A descriptor without
+    # __set__ gives way to the instance's attribute of the same name.
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
         self.compute = compute
@@ -72,9 +75,9 @@ class Cell(nn.Module):
         inputs: the names of the inputs, in order; with more than one, ``step`` gets x as a tuple.
         state_sizes: the features of each state; override by property or assign in ``__init__``.
         output_size: the features of the output; likewise.
-        gates: what the blocks of rows of ``weight_ih``, ``weight_hh`` and the biases belong to, in order.
-        keeps, updates: the gate that keeps the old state as it opens, and the one that lets the new in; "" for none.
-            :mod:`fusecell.init` goes by these three.
+        gates: the names of the blocks of rows in ``weight_ih``, ``weight_hh`` and the biases, in order.
+        keeps, updates: the gate that keeps the old state where it is 1, and the one that lets the new one in; "" for
+            none. :mod:`fusecell.init` uses these three.
     """
 
     states: ClassVar[tuple[str, ...]] = ("h",)
@@ -122,7 +125,7 @@ class Cell(nn.Module):
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> State:
-        """The state a sequence begins with, and goes back to at a reset: zeros, (batch_size, size) each."""
+        """Return the state with which a sequence begins, and to which a reset goes back: zeros, (batch_size, size)."""
         return tuple([torch.zeros(batch_size, size, dtype=dtype, device=device) for size in self.state_sizes])
 
     def draw(
@@ -133,26 +136,34 @@ class Cell(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> State:
-        """Random inputs of a call, such as dropout masks and noise: appended to the inputs, once per call.
+        """Draw the random inputs of a call, such as dropout masks and noise; they are appended to the user's inputs.
+
+        It is called once per sequence, so a step itself is deterministic: it can be compiled, run again in the backward
+        and compared with a reference.
 
         Returns:
-            Tensors (steps, batch_size, ...), or (1, batch_size, ...) for what is constant over time. None by default.
+            Tensors (steps, batch_size, ...), or (1, batch_size, ...) for one that is constant over time; by default no
+            tensors.
         """
         return ()
 
     def note(self, name: str, value: Tensor) -> Tensor:
         """Name an intermediate value of ``step``, for :func:`fusecell.record` and wrappers such as RecurrentDropout.
 
-        Note a new state that the same step uses further, such as an LSTM's c, under the state's own name: then its
-        gradient on a tape includes the paths through the rest of the step.
+        Note a new state that the same step reads again, such as an LSTM's c, under the state's own name: its gradient
+        on a tape then includes the paths through the rest of the step.
+
+        Arguments:
+            name: unique within a step.
+            value: a tensor of N rows.
 
         Returns:
-            ``value``, or what a wrapper makes of it: go on with that, ``n = self.note("n", n)``.
+            ``value``, or its replacement by a wrapper. Continue with that: ``n = self.note("n", n)``.
         """
         return record_intermediate(self, name, value)
 
     def forward(self, input: Tensor | State, hx: StateLike | None = None) -> Tensor | State:
-        """One step, as torch.nn's cells do it.
+        """Run one step and return the new state, as torch.nn's cells do.
 
         Arguments:
             input: (N, input_size) or (input_size,); a tuple of such where the cell has several inputs.
@@ -160,11 +171,15 @@ class Cell(nn.Module):
 
         Returns:
             The new state: the tensor where there is one, else a tuple.
+
+        Raises:
+            TypeError, ValueError: where an argument doesn't fit, naming it.
         """
-        return bare(one_step(self, input, hx, False, _checked_step)[1])
+        after: Tensor | State = one_step(self, input, hx, False, _checked_step)[1]
+        return after
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks for first."""
+        """Refuse torch.jit.script, which calls this first."""
         refuse_script(type(self).__name__)
 
     def extra_repr(self) -> str:
@@ -172,7 +187,9 @@ class Cell(nn.Module):
 
 
 def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> tuple[Tensor, State]:
-    """Run one step of a cell and return its output beside its state.
+    r"""Run one step of a cell and return its output and its new state.
+
+    .. math:: (y, s') = \mathrm{step}(x, s)
 
     Example:
         >>> import torch, fusecell as fc
@@ -189,55 +206,39 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
         The output, (N, output_size), and the new state, always a tuple; without N if the input had none.
 
     Raises:
-        ValueError: where a shape doesn't fit, naming it.
+        TypeError, ValueError: where an argument doesn't fit, naming it.
     """
     output, after = one_step(cell, input, state, True, _checked_step)
-    assert output is not None
-    return output, after
-
-
-_BOTH = (False, True)
-_STEP = {(1 + batched, wanted): CallForm(batched=batched, outputs=wanted) for batched in _BOTH for wanted in _BOTH}
-LongWay = Callable[["Cell", Any, Any], tuple[Tensor | None, State]]
+    return output, (after,) if isinstance(after, Tensor) else after
 
 
 @natively
-def one_step(cell: Cell, input: Any, state: Any, outputs: bool, long_way: LongWay) -> tuple[Tensor | None, State]:
-    """One step by the way of an earlier one that was like it, if there is one, else by ``long_way``.
+def one_step(cell: Cell, input: Any, state: Any, outputs: bool, slow_path: SlowPath) -> tuple[Any, Any]:
+    """Run one step of a cell, through the cache of calls where that is possible.
 
     Arguments:
-        input, state: as a user hands them over.
-        outputs: whether the output is wanted; where it isn't, None may take its place.
-        long_way: checks what it is given, and runs the step.
+        input, state: as the user passed them.
+        outputs: whether the caller reads the output; where not, None may take its place.
+        slow_path: checks the arguments and runs the step.
+
+    Returns:
+        The output and the new state as users see it.
     """
+    # A trace by torch.compile has no addresses that a prepared kernel could be launched with.
     if torch.compiler.is_compiling() or not isinstance(input, Tensor):
-        return long_way(cell, input, state)
-    call_form = _STEP.get((input.dim(), outputs))
-    if state is None:
-        given: State = (input,)
-    elif isinstance(state, Tensor):
-        given = (input, state)
-    elif isinstance(state, tuple | list):
-        given = (input, *state)
-    else:
-        call_form = None
-    if call_form is None:
-        return long_way(cell, input, state)
-    found = cached_call(cell, call_form, given)
-    if found is None:
-        found = long_way(cell, input, state)
-        store_call(cell, call_form, given)
-    return found
+        return slow_path(cell, input, state)
+    return call(cell, input, state, step_form(input.dim() == 2, outputs), slow_path)
 
 
-def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Tensor | None, State]:
-    given = (input,) if isinstance(input, Tensor) else tuple(input)
-    unbatched = check_step_input(cell, given)
-    inputs = tuple(value[None, None] if unbatched else value[None] for value in given)
+def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Tensor, Tensor | State]:
+    """Check the arguments of one step and run it."""
+    inputs = (input,) if isinstance(input, Tensor) else tuple(input)
+    unbatched = check_step_input(cell, inputs)
+    inputs = tuple(value[None, None] if unbatched else value[None] for value in inputs)
     check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
     outputs = without_dim(outputs, 0)
     if unbatched:
-        return without_dim(outputs, 0), tuple(without_dim(value, 0) for value in after)
-    return outputs, after
+        return without_dim(outputs, 0), public_state(tuple(without_dim(value, 0) for value in after))
+    return outputs, public_state(after)

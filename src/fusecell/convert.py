@@ -12,7 +12,7 @@ from fusecell.drop_in import GRU, LSTM, RNN
 
 __all__ = ["Replaced", "replace"]
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+_TO_FUSECELL: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: RNN,
     nn.GRU: GRU,
     nn.LSTM: LSTM,
@@ -20,10 +20,10 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: GRUCell,
     nn.LSTMCell: LSTMCell,
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_TO_TORCH = {replacement: original for original, replacement in _TO_FUSECELL.items()}
 _LAYER: dict[str, Any] = {"recompute": False, "masked_output": "hold", "tbptt": None, "clip_state_grad": None}
 _GATED: dict[str, Any] = {"activation": "tanh", "gate_activation": "sigmoid"}
-# Attributes that ours have in addition to torch.nn's, with the values at which both compute the same.
+# The attributes that fusecell's classes add to torch.nn's, with the values at which both compute the same.
 _EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
     RNN: {**_LAYER, "activation": None},
     GRU: {**_LAYER, **_GATED, "reset_after": True},
@@ -32,7 +32,7 @@ _EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
     GRUCell: {**_GATED, "reset_after": True},
     LSTMCell: {**_GATED, "proj_size": 0},
 }
-# Extras that change no number torch.nn can compute: one saves memory, the other needs a mask.
+# Attributes that change no result of torch.nn's: one saves memory, the other acts only with a mask.
 _HARMLESS = ("recompute", "masked_output")
 
 
@@ -80,7 +80,7 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace takes a torch.nn.Module, got {type(model).__name__}.")
-    table = _THEIRS if back else _OURS
+    table = _TO_TORCH if back else _TO_FUSECELL
     modules = [(path, module) for path, module in model.named_modules() if type(module) in table]
     if back:
         for path, module in modules:
@@ -90,7 +90,9 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
         before, after = type(module), table[type(module)]
         for name, value in _EXTRAS[before if back else after].items():
             module.__dict__.pop(name, None) if back else module.__dict__.setdefault(name, value)
-        module.__class__ = after  # ours subclass torch.nn's and add no slots, so this is all a change takes
+        # fusecell's classes subclass torch.nn's and add no slots, so assigning the class is enough. The object stays,
+        # with its hooks, and optimizers keep referring to its parameters.
+        module.__class__ = after
         changed.append((path, _name(before), _name(after)))
     return Replaced(tuple(changed), () if back else tuple(_subclasses(model)))
 
@@ -112,9 +114,9 @@ def _subclasses(model: nn.Module) -> list[tuple[str, str]]:
     return [
         (path, f"a subclass, {type(module).__name__}")
         for path, module in model.named_modules()
-        if isinstance(module, kinds) and type(module) not in _THEIRS
+        if isinstance(module, kinds) and type(module) not in _TO_TORCH
     ]
 
 
 def _name(kind: type[nn.Module]) -> str:
-    return f"{'fusecell' if kind in _THEIRS else 'torch.nn'}.{kind.__name__}"
+    return f"{'fusecell' if kind in _TO_TORCH else 'torch.nn'}.{kind.__name__}"

@@ -4,7 +4,7 @@ FusecellError
  ├─ NotCompilable   a cell or a call can't be compiled, and the compiled runner was required
  ├─ CompilerError   the compiler's own checks rejected the code it generated
  ├─ StreamFileError a file is not a saved stream, is damaged, or asks for more than its reader allows
- └─ TapeFileError   the same of a tape
+ └─ TapeFileError   a file is not a saved tape, or is damaged
 EagerWarning        the automatic runner fell back to the Python loop; the text says why
 """
 
@@ -41,11 +41,11 @@ class CompilerError(FusecellError, RuntimeError):
 
 
 class StreamFileError(FusecellError, ValueError):
-    """A file is not a stream that was saved, is damaged, or asks for more than its reader allows."""
+    """Raised where a file is not a saved stream, is damaged, or asks for more than its reader allows."""
 
 
 class TapeFileError(FusecellError, ValueError):
-    """A file is not a tape that was saved, or is damaged."""
+    """Raised where a file is not a saved tape, or is damaged."""
 
 
 class EagerWarning(UserWarning):
@@ -53,6 +53,6 @@ class EagerWarning(UserWarning):
 
 
 def quoted(value: object, most: int = 80) -> str:
-    """Escape foreign text for a message, so that it can't steer a terminal, and cut it where it is long."""
+    """Escape untrusted text for a message, so that it can't send control codes to a terminal, and shorten it."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""What a fork of the process leaves behind: locks that survive it, and threads that don't."""
+"""Survive a fork of the process: locks that no child finds locked, and a flag for the missing threads."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import threading
 
 __all__ = ["in_forked_child", "new_lock"]
 
-_forked: list[int] = []
+_forked_pids: list[int] = []
 
 
 def in_forked_child() -> bool:
-    """Whether this process was forked after fusecell was imported: it has none of its parent's threads."""
-    return bool(_forked)
+    """Return whether this process was forked after fusecell was imported: it has none of its parent's threads."""
+    return bool(_forked_pids)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=lambda: _forked_pids.append(os.getpid()))
 
 
 def new_lock() -> threading.RLock:
-    """A lock that a fork waits for, so that no child finds it shut for ever by a thread that it doesn't have.
+    """Return a lock that a fork acquires, so that no child inherits it locked by a thread that it doesn't have.
 
-    A fork takes those first that were made last: make a lock after those that are taken while it is held.
+    A fork acquires the locks created last first, the reverse of registration. Create a lock after those that code
+    acquires while holding it, or a fork deadlocks with that code.
     """
-    made = threading.RLock()
+    lock = threading.RLock()
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=made.acquire, after_in_parent=made.release, after_in_child=made.release)
-    return made
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock

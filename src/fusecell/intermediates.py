@@ -1,4 +1,4 @@
-"""What steps note of themselves: who collects it, and who goes on with another value."""
+"""The named intermediate values of a step (``Cell.note``): capture them, or replace them while the step runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 __all__ = ["record_intermediate", "capture_intermediates", "rewrite_intermediates"]
 
 _COLLECT: ContextVar[Callable[[Cell, str, Tensor], None] | None] = ContextVar("fusecell_notes", default=None)
-_REWRITE = threading.local()  # torch.compile follows it where a ContextVar would break its graph
+# Thread-local rather than a ContextVar, at which torch.compile would break its graph: wrappers rewrite while it traces.
+_REWRITE = threading.local()
 
 Rewrite = Callable[["Cell", str, Tensor], Tensor]
-"""What a step goes on with where it notes a value: of the cell, the name and the value."""
+"""A function of the cell, the name and the value; the step continues with what it returns."""
 
 
 def record_intermediate(cell: Cell, name: str, value: Tensor) -> Tensor:
-    """What a step goes on with that notes a value, after all who want to know of it."""
+    """Report an intermediate value; return the value with which the step is to continue."""
     rewrite: Rewrite | None = getattr(_REWRITE, "function", None)
     if rewrite is not None:
         value = rewrite(cell, name, value)
@@ -36,7 +37,7 @@ def record_intermediate(cell: Cell, name: str, value: Tensor) -> Tensor:
 
 @contextmanager
 def capture_intermediates(collect: Callable[[Cell, str, Tensor], None]) -> Iterator[None]:
-    """Hand every ``note`` made inside the block to ``collect(cell, name, value)``."""
+    """Call ``collect(cell, name, value)`` for every value that a step notes inside a ``with`` block."""
     token = _COLLECT.set(collect)
     try:
         yield
@@ -46,15 +47,18 @@ def capture_intermediates(collect: Callable[[Cell, str, Tensor], None]) -> Itera
 
 @contextmanager
 def rewrite_intermediates(rewrite: Rewrite) -> Iterator[None]:
-    """Let steps inside the block go on with ``rewrite(cell, name, value)`` where they note ``value``."""
-    before: Rewrite | None = getattr(_REWRITE, "function", None)
+    """Replace every value that a step notes inside a ``with`` block by ``rewrite(cell, name, value)``.
 
-    def both(cell: Cell, name: str, value: Tensor) -> Tensor:
+    Blocks nest: the innermost rewrites first.
+    """
+    outer: Rewrite | None = getattr(_REWRITE, "function", None)
+
+    def composed(cell: Cell, name: str, value: Tensor) -> Tensor:
         value = rewrite(cell, name, value)
-        return value if before is None else before(cell, name, value)
+        return value if outer is None else outer(cell, name, value)
 
-    _REWRITE.function = both
+    _REWRITE.function = composed
     try:
         yield
     finally:
-        _REWRITE.function = before
+        _REWRITE.function = outer

@@ -1,46 +1,41 @@
-"""A module as it was: what has changed since, in words, and how to put it back.
+"""Take a snapshot of a module, list what has changed since, and undo it.
 
-Seen are the attributes of the module, of its submodules and of every object they hold, what lists, dicts, sets and
-arrays contain, and of each tensor its memory, its hooks, its gradient and whether it wants one. What a global variable
-or a closure refers to is not.
+A snapshot covers the attributes of the module, of its submodules and of every object that they refer to, the content
+of lists, dicts, sets and arrays, and of each tensor its memory, hooks, gradient and requires_grad. It doesn't cover
+what a global variable or a closure refers to.
 """
 
 from __future__ import annotations
 
-import functools
-import linecache
 import random
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, MutableSequence, MutableSet
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Change", "Snapshot", "changing_line", "left_as_it_was", "sentence"]
+__all__ = ["Change", "Snapshot", "preserved"]
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _LEAVES = (*_ATOMS, type, FunctionType, BuiltinFunctionType, ModuleType, torch._ops.OperatorBase, torch.Generator)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _PLAIN_CONTAINERS = (dict, list, set, deque, OrderedDict)
 _ABSENT = object()
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), functools.__file__, "<")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What has changed: an attribute, or what an attribute holds.
+    """A change of an attribute, or of something inside an attribute's value.
 
     Arguments:
-        path: from the module, ``"part.count"``.
+        path: the path from the module, ``"part.count"`` or ``"sizes[0]"``.
         how: "sets", "adds", "deletes" or "changes".
-        attribute: the path of the attribute of a module that ``path`` leads through.
+        attribute: the path of the module's attribute that ``path`` begins with.
     """
 
     path: str
@@ -49,7 +44,7 @@ class Change:
 
 
 class Snapshot:
-    """Remember a module, to tell later what has changed and to put it back.
+    """A copy of a module's state, to list later what has changed and to undo it.
 
     Example:
         >>> import fusecell as fc
@@ -64,35 +59,39 @@ class Snapshot:
         False
 
     Arguments:
-        module: it, and all that it holds.
-        values: copy the tensors' values too; without, a tensor that was written to is seen as changed where torch
-            counts its writes, and can't be put back.
+        module: the module, with everything that it refers to.
+        values: copy the tensors' values too. Without, a write to a tensor is noticed only where torch counts its writes
+            (not in inference mode), and can't be undone.
     """
 
     def __init__(self, module: nn.Module, *, values: bool = False) -> None:
         self._values = values
         self._seen: set[int] = set()
-        self._places: list[_Place] = []
+        self._parts: list[_Part] = []
         self._visit(module, "", "")
 
     def changes(self) -> list[Change]:
-        """What has changed, each attribute once."""
-        found: dict[str, Change] = {}
-        for place in self._places:
-            for path, how in place.changes():
-                attribute = place.attribute or path
-                found.setdefault(path, Change(path, how, attribute))
-        return list(found.values())
+        """List what has changed, each path once."""
+        changes: dict[str, Change] = {}
+        for part in self._parts:
+            for path, how in part.changes():
+                changes.setdefault(path, Change(path, how, part.attribute or path))
+        return list(changes.values())
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Undo all changes."""
         with torch.no_grad():
-            for place in self._places:
-                if any(True for _ in place.changes()):
-                    place.restore()
+            for part in self._parts:
+                if any(True for _ in part.changes()):
+                    part.restore()
 
     def _visit(self, value: Any, path: str, attribute: str) -> None:
-        """Remember a value and all that it holds; ``attribute`` is the module's attribute that it belongs to."""
+        """Copy a value and everything that it refers to.
+
+        Arguments:
+            path: from the module to the value.
+            attribute: the path of the module's attribute through which it is reached; empty for the module.
+        """
         if isinstance(value, _LEAVES) or id(value) in self._seen:
             return
         if isinstance(value, tuple | frozenset):
@@ -103,21 +102,21 @@ class Snapshot:
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
-            self._places.append(_Tensor(value, path, attribute, self._values))
+            self._parts.append(_Tensor(value, path, attribute, self._values))
         elif isinstance(value, nn.Module):
             self._visit_module(value, path, attribute)
         elif isinstance(value, dict):
-            self._places.append(_Mapping(value, path, attribute))
+            self._parts.append(_Mapping(value, path, attribute))
             for key, item in value.items():
                 self._visit(item, f"{path}[{key!r}]", attribute)
         elif isinstance(value, MutableSequence | MutableSet):
-            self._places.append(_Items(value, path, attribute))
+            self._parts.append(_Items(value, path, attribute))
             if not isinstance(value, bytearray):
                 self._visit_items(value, path, attribute)
         elif isinstance(value, np.ndarray):
-            self._places.append(_Array(value, path, attribute))
+            self._parts.append(_Array(value, path, attribute))
         elif isinstance(value, random.Random | np.random.Generator):
-            self._places.append(_Randomness(value, path, attribute))
+            self._parts.append(_Randomness(value, path, attribute))
         if not isinstance(value, nn.Module | Tensor) and type(value) not in _PLAIN_CONTAINERS:
             self._visit_fields(value, path, attribute)
 
@@ -129,52 +128,58 @@ class Snapshot:
     def _visit_module(self, module: nn.Module, path: str, attribute: str) -> None:
         start = path + "." if path else ""
         state = vars(module)
-        # A module inside a list or an object belongs to the attribute that holds it.
-        own = not attribute
-        self._places.append(_Mapping(state, path, attribute, named=True))
+        # A module in a list or an object is no submodule: a change in it counts as one of the attribute that has it.
+        is_submodule = not attribute
+        self._parts.append(_Mapping(state, path, attribute, named=True))
         for name, value in state.items():
-            table = name in _TABLES
-            if table and isinstance(value, dict):
-                self._places.append(_Mapping(value, path, attribute, named=True))
+            if name in _TABLES and isinstance(value, dict):
+                self._parts.append(_Mapping(value, path, attribute, named=True))
                 self._seen.add(id(value))
                 for key, item in value.items():
-                    inside = attribute if isinstance(item, nn.Module) and own else attribute or start + key
-                    self._visit(item, start + key, inside)
+                    nested = isinstance(item, nn.Module) and is_submodule
+                    self._visit(item, start + key, "" if nested else attribute or start + key)
             elif not isinstance(value, _LEAVES):
                 self._visit(value, start + name, attribute or start + name)
 
     def _visit_fields(self, value: Any, path: str, attribute: str) -> None:
-        """The attributes of an object, those in slots too."""
+        """Copy the attributes of an object, those in slots too."""
         fields = getattr(value, "__dict__", None)
         if isinstance(fields, dict):
-            self._places.append(_Mapping(fields, path, attribute, named=True))
+            self._parts.append(_Mapping(fields, path, attribute, named=True))
             for name, item in fields.items():
                 self._visit(item, f"{path}.{name}", attribute)
         names = [name for base in type(value).__mro__ for name in _slots(base)]
         if names:
-            self._places.append(_Slots(value, names, path, attribute))
+            self._parts.append(_Slots(value, names, path, attribute))
             for name in names:
                 self._visit(getattr(value, name, None), f"{path}.{name}", attribute)
 
 
 @dataclass
-class _Place:
-    """Something that can change, where it is, and what it was."""
+class _Part:
+    """A value that can change; subclasses copy its content.
+
+    Arguments:
+        value: the value itself.
+        path: from the module to it.
+        attribute: the path of the module's attribute through which it is reached.
+    """
 
     value: Any
     path: str
     attribute: str
 
     def changes(self) -> Iterator[tuple[str, str]]:
-        """The path of each change, and how it changed."""
+        """Iterate over (path, how) of each change."""
         raise NotImplementedError
 
     def restore(self) -> None:
+        """Undo all changes."""
         raise NotImplementedError
 
 
-class _Mapping(_Place):
-    """A dict; with ``named`` the attributes of an object."""
+class _Mapping(_Part):
+    """A dict; with ``named``, the one in which an object has its attributes."""
 
     def __init__(self, value: dict[Any, Any], path: str, attribute: str, named: bool = False) -> None:
         super().__init__(value, path, attribute)
@@ -194,8 +199,8 @@ class _Mapping(_Place):
         self.value.update(self.before)
 
 
-class _Slots(_Place):
-    """The attributes of an object that has slots."""
+class _Slots(_Part):
+    """The slots of an object."""
 
     def __init__(self, value: Any, names: list[str], path: str, attribute: str) -> None:
         super().__init__(value, path, attribute)
@@ -209,14 +214,14 @@ class _Slots(_Place):
         yield from _entries(self.before, self._now(), lambda name: f"{self.path}.{name}")
 
     def restore(self) -> None:
-        # Past a __setattr__ of the object's own, such as a frozen dataclass has.
+        # object's own methods: a frozen dataclass forbids its __setattr__.
         for name in self._now().keys() - self.before.keys():
             object.__delattr__(self.value, name)
         for name, value in self.before.items():
             object.__setattr__(self.value, name, value)
 
 
-class _Items(_Place):
+class _Items(_Part):
     """A list, a deque, a bytearray or a set."""
 
     def __init__(self, value: Any, path: str, attribute: str) -> None:
@@ -244,7 +249,7 @@ class _Items(_Place):
             self.value.extend(self.before)
 
 
-class _Array(_Place):
+class _Array(_Part):
     """A NumPy array."""
 
     def __init__(self, value: Any, path: str, attribute: str) -> None:
@@ -259,8 +264,8 @@ class _Array(_Place):
         self.value[...] = self.before
 
 
-class _Randomness(_Place):
-    """A random generator of Python's or NumPy's."""
+class _Randomness(_Part):
+    """A random generator of Python or NumPy."""
 
     def __init__(self, value: Any, path: str, attribute: str) -> None:
         super().__init__(value, path, attribute)
@@ -280,8 +285,8 @@ class _Randomness(_Place):
             self.value.bit_generator.state = self.before
 
 
-class _Tensor(_Place):
-    """A tensor: its memory, how often it was written to, its hooks, its gradient and whether it wants one."""
+class _Tensor(_Part):
+    """A tensor: its memory, the number of writes to it, its hooks, its gradient and requires_grad."""
 
     def __init__(self, value: Tensor, path: str, attribute: str, values: bool) -> None:
         super().__init__(value, path, attribute)
@@ -293,7 +298,7 @@ class _Tensor(_Place):
 
     def _now(self) -> tuple[Any, ...]:
         value: Tensor = self.value
-        # A tensor of inference mode counts no writes.
+        # _version raises for tensors of inference mode, whose writes torch doesn't count.
         version = None if value.is_inference() else value._version
         return version, value.requires_grad, self._address(value), value.shape, value.dtype
 
@@ -329,14 +334,16 @@ class _Tensor(_Place):
             value._backward_hooks.update(self.hooks)
         if self.copy is not None and not _equal(value.detach(), self.copy):
             value.detach().copy_(self.copy)
-        self.before = self._now()  # what was put back has been written to once more
+        self.before = self._now()  # the restoring copy_ counts as a write
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have equal values, NaN equal to NaN."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _entries(before: dict[Any, Any], now: dict[Any, Any], path: Callable[[Any], str]) -> Iterator[tuple[str, str]]:
+    """Iterate over (path, how) of each key whose value differs."""
     for key in [*before, *(key for key in now if key not in before)]:
         old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
         if old is _ABSENT:
@@ -348,7 +355,7 @@ def _entries(before: dict[Any, Any], now: dict[Any, Any], path: Callable[[Any], 
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether one may stand for the other: the same object, or an equal one that can't change."""
+    """Return whether two values are the same object, or equal ones of an immutable type."""
     if old is new:
         return True
     if type(old) is not type(new):
@@ -357,88 +364,22 @@ def _same(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(_same, old, new))
     if isinstance(old, MethodType):
         return old.__func__ is new.__func__ and old.__self__ is new.__self__
-    return isinstance(old, _ATOMS) and (old == new or (old != old and new != new))
+    return isinstance(old, _ATOMS) and (old == new or (old != old and new != new))  # NaN differs from itself
 
 
 def _slots(kind: type) -> list[str]:
+    """List the names of a class's slots, private ones mangled as the compiler of Python does."""
     names = vars(kind).get("__slots__", ())
     names = [names] if isinstance(names, str) else list(names)
-    hidden = [f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
-    return [name for name in hidden if name not in ("__dict__", "__weakref__")]
+    mangled = [f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
+    return [name for name in mangled if name not in ("__dict__", "__weakref__")]
 
 
 @contextmanager
-def left_as_it_was(module: nn.Module) -> Iterator[Snapshot]:
-    """Put back whatever of a module changes inside the block, its tensors' values too."""
+def preserved(module: nn.Module) -> Iterator[Snapshot]:
+    """Undo whatever changes in a module inside a ``with`` block, its tensors' values too."""
     before = Snapshot(module, values=True)
     try:
         yield before
     finally:
         before.restore()
-
-
-def sentence(changes: list[Change], line: str = "", name: str = "step") -> str:
-    """Why a step that changes its module is not compiled, and what to write in its place.
-
-    Arguments:
-        changes: at least one.
-        line: where, as words that follow ``in``; empty where that can't be told.
-        name: what changes the module.
-    """
-    said = _joined([f"{change.how} self.{change.path}" for change in changes])
-    first = changes[0].path.rpartition(".")[2].partition("[")[0]
-    return (
-        f"Its {name} changes the module: it {said}{f' in {line}' if line else ''}. The loop is compiled from one step, "
-        "so what a step leaves on the module never reaches the next. Keep it in the state: name it in "
-        f'`states = ("h", "{first}")`, give its size in `state_sizes`, and return its new value as part of the new '
-        "state; what never changes belongs in __init__."
-    )
-
-
-def _joined(parts: list[str]) -> str:
-    shown = parts[:4] + ([f"does as much to {len(parts) - 4} more"] if len(parts) > 4 else [])
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
-
-
-def changing_line(before: Snapshot, run: Callable[[], object]) -> str:
-    """Run something again, line by line, and tell at which of the user's lines something of a module has changed.
-
-    Returns:
-        The file and line, and the line itself; empty where nothing changed, or in no line of Python's. What ``run``
-        raises is no concern of this.
-    """
-    found: list[str] = []
-    last: list[tuple[str, int]] = []
-
-    def look(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
-        if found:
-            return None
-        if event == "call" and frame.f_code.co_filename.startswith(_LIBRARIES):
-            return None
-        if last and before.changes():
-            found.append(_line(*last[-1]))
-            return None
-        caller = frame.f_back if event == "return" else frame
-        while caller is not None and caller.f_code.co_filename.startswith(_LIBRARIES):
-            caller = caller.f_back
-        if caller is not None:
-            last[:] = [(caller.f_code.co_filename, caller.f_lineno)]
-        return look
-
-    tracing = sys.gettrace()
-    sys.settrace(look)
-    try:
-        run()
-    except Exception:
-        pass  # it raises again where it is run for its result
-    finally:
-        sys.settrace(tracing)
-    if not found and last and before.changes():
-        found.append(_line(*last[-1]))
-    return found[0] if found else ""
-
-
-def _line(name: str, number: int) -> str:
-    source = linecache.getline(name, number).strip()
-    source = source if len(source) < 100 else source[:97] + "..."
-    return f"{Path(name).name}, line {number}" + (f": `{source}`" if source else "")

@@ -1,4 +1,4 @@
-"""JSON from elsewhere, read strictly: no name twice in an object, and no deeper than its reader expects."""
+"""Parse JSON from an untrusted file: no name twice in an object, and no deeper nesting than the reader expects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(text: str, depth: int) -> Any:
-    """What a text says, read in time that grows as its length does, without recursion into what nests too deep.
+    """Parse a JSON text in linear time.
 
     Arguments:
-        depth: how many arrays and objects may lie in one another.
+        depth: the levels of arrays and objects that may be nested.
 
     Raises:
-        ValueError: if it is no JSON, nests deeper, or names something twice.
+        ValueError: if it isn't JSON, nests deeper, or has a name twice in one object.
     """
+    # Counted before json.loads, which recurses at each level: a hostile text would exhaust the stack.
     level = 0
     for token in _TOKEN.finditer(text):
         mark = token[0]
@@ -35,6 +36,7 @@ def parse_json(text: str, depth: int) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's members as a dict; json.loads would let the last of two equal names win."""
     members: dict[str, Any] = {}
     for name, value in pairs:
         if name in members:

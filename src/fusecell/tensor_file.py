@@ -1,6 +1,6 @@
-"""Safetensors files from elsewhere: read within limits, and held to the format in every particular.
+"""Read safetensors files from untrusted sources: within limits, and strict in every detail of the format.
 
-The file is read, not mapped: another process that cuts it short can't end this one.
+The file is read, not mapped: if another process truncates a mapped file, reading on is a fatal SIGBUS.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["FILE_BYTES", "HEADER_BYTES", "TensorFile", "is_text", "read_tensor_file"]
 
 FILE_BYTES, HEADER_BYTES = 2 << 30, 16 << 20
-"""What a file, and the header of one, may have unless its reader says otherwise."""
-_MOST_AXES, _MOST_NAME = 8, 1024
+"""The default limits of a file and of its header, in bytes."""
+_MAX_AXES, _MAX_NAME = 8, 1024
 _DTYPES = {"F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4), "F64": ("float64", 8)}
 _DTYPES |= {"I64": ("int64", 8)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor of a file: its dtype by torch's name, its shape, and the bytes that it begins and ends at."""
+    """A tensor in a file: its dtype by torch's name, its shape, and its range of bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,30 +42,36 @@ class _Stored:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """What a file holds: texts, and tensors by name."""
+    """The content of a file: metadata and tensors by name.
+
+    Attributes:
+        metadata: texts by name.
+        stored: the position and type of each tensor by name.
+        data: the bytes after the header, into which positions point.
+    """
 
     metadata: dict[str, str]
     stored: dict[str, _Stored]
     data: bytearray
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Every tensor as a NumPy array with memory of its own."""
+        """Copy every tensor into a NumPy array."""
         return {
             name: np.frombuffer(self.data, each.dtype, math.prod(each.shape), each.start).reshape(each.shape).copy()
             for name, each in self.stored.items()
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor as torch's, with memory of its own."""
+        """Copy every tensor into one of torch's."""
         import torch
 
-        found = {}
+        tensors = {}
         for name, each in self.stored.items():
             count, dtype = math.prod(each.shape), getattr(torch, each.dtype)
             flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=each.start) if count else torch.empty(0)
-            # Cloned, as vector code rounds differently where a file's tensors stand askew in memory.
-            found[name] = flat.to(dtype).reshape(each.shape).clone()
-        return found
+            # Cloned into aligned memory: torch's vector code rounds differently where a tensor starts unaligned.
+            tensors[name] = flat.to(dtype).reshape(each.shape).clone()
+        return tensors
 
 
 def read_tensor_file(
@@ -74,13 +80,14 @@ def read_tensor_file(
     """Read a safetensors file.
 
     Arguments:
-        dtypes: the dtypes, by the format's names, that its tensors may have.
-        file_bytes, header_bytes: how long the file and its header may be.
+        dtypes: the dtypes that its tensors may have, by the format's names.
+        file_bytes, header_bytes: the limits of the file and of its header.
 
     Raises:
         OSError: if it can't be read.
-        ValueError: if it is no such file, or breaks a limit: what is wrong, without the path.
+        ValueError: if it isn't such a file, or exceeds a limit. The text says what is wrong, without the path.
     """
+    # A directory is left to open(), whose IsADirectoryError says what is wrong; opening a pipe would wait forever.
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise ValueError("it is a pipe or a device, expected a file")
     with path.open("rb") as file:
@@ -94,22 +101,22 @@ def read_tensor_file(
             raise ValueError(f"its header has {length:,} bytes, more than the {header_bytes:,} that it may have")
         header = file.read(length)
         data = bytearray(file.read(size - 8 - length))
-    if len(data) != size - 8 - length:
+    if len(data) != size - 8 - length:  # another process may write to it meanwhile
         raise ValueError("it was cut short while it was read")
     try:
-        listed = parse_json(header.decode("utf-8"), 3)
+        entries = parse_json(header.decode("utf-8"), 3)
     except UnicodeDecodeError as error:
         raise ValueError(f"its header is no UTF-8: {error.reason} at byte {error.start}") from error
-    if not isinstance(listed, dict):
-        raise ValueError(f"its header is {quoted(listed)}, expected a JSON object")
-    metadata = _metadata(listed.pop("__metadata__", {}))
-    stored = {name: _stored(name, entry, dtypes) for name, entry in listed.items()}
+    if not isinstance(entries, dict):
+        raise ValueError(f"its header is {quoted(entries)}, expected a JSON object")
+    metadata = _metadata(entries.pop("__metadata__", {}))
+    stored = {name: _stored(name, entry, dtypes) for name, entry in entries.items()}
     _check_order(stored, len(data))
     return TensorFile(metadata, stored, data)
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is text that can be written again; half of a surrogate pair, which JSON can spell, is none."""
+    """Return whether a value is a text that can be encoded; JSON can spell half of a surrogate pair, which can't."""
     if not isinstance(value, str):
         return False
     try:
@@ -119,22 +126,24 @@ def is_text(value: object) -> bool:
     return True
 
 
-def _metadata(found: object) -> dict[str, str]:
-    if not isinstance(found, dict) or not all(is_text(text) for pair in found.items() for text in pair):
-        raise ValueError(f"its metadata are {quoted(found)}, expected texts by name")
-    return found
+def _metadata(value: object) -> dict[str, str]:
+    """Return the header's metadata after checking that they are texts by name."""
+    if not isinstance(value, dict) or not all(is_text(text) for pair in value.items() for text in pair):
+        raise ValueError(f"its metadata are {quoted(value)}, expected texts by name")
+    return value
 
 
 def _stored(name: str, entry: object, dtypes: Collection[str]) -> _Stored:
-    if not name.isprintable() or len(name) > _MOST_NAME:
-        raise ValueError(f"a tensor is called {quoted(name)}, expected up to {_MOST_NAME} characters that print")
+    """Return a tensor's entry in the header after checking each of its fields and that they agree."""
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise ValueError(f"a tensor is called {quoted(name)}, expected up to {_MAX_NAME} characters that print")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {quoted(name)} is described by {quoted(entry)}, expected dtype, shape, data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in dtypes:
         raise ValueError(f"tensor {quoted(name)} is of dtype {quoted(kind)}, expected {' or '.join(sorted(dtypes))}")
-    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
-        raise ValueError(f"tensor {quoted(name)} has the shape {quoted(shape)}, expected up to {_MOST_AXES} sizes")
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        raise ValueError(f"tensor {quoted(name)} has the shape {quoted(shape)}, expected up to {_MAX_AXES} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {quoted(name)} lies at {quoted(offsets)}, expected two offsets")
     dtype, width = _DTYPES[kind]
@@ -147,16 +156,17 @@ def _stored(name: str, entry: object, dtypes: Collection[str]) -> _Stored:
 
 
 def _are_sizes(value: object) -> bool:
-    """Whether a value is a list of whole numbers that memory could have; True is none, nor is 1.0."""
+    """Return whether a value is a list of integers from 0 to 2**48 - 1, the sizes of an address space."""
+    # By type, as True and 1.0 equal 1.
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
 
 
 def _check_order(stored: dict[str, _Stored], size: int) -> None:
-    """Whether tensors fill the file: none lies over another, and nothing between them."""
-    here = 0
+    """Raise ValueError unless the tensors fill the file without overlaps and gaps, as the format requires."""
+    end = 0
     for name, each in sorted(stored.items(), key=lambda pair: (pair[1].start, pair[1].stop)):
-        if each.start != here:
-            raise ValueError(f"tensor {quoted(name)} begins at byte {each.start}, expected {here}")
-        here = each.stop
-    if here != size:
-        raise ValueError(f"its tensors end at byte {here} of {size}")
+        if each.start != end:
+            raise ValueError(f"tensor {quoted(name)} begins at byte {each.start}, expected {end}")
+        end = each.stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of {size}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fusecell.execution.forked_child import one_thread_after_fork
-from fusecell.execution.natively import natively
 from fusecell.execution.options import State, steps_of
 from fusecell.execution.runners import autocasting
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "StateLike",
     "all_inputs",
-    "bare",
     "check_count",
     "check_dtype",
     "check_state",
@@ -36,19 +34,14 @@ StateLike = Tensor | Sequence[Tensor]
 """A state as users hand it over: the tensor where a cell has one state, else a sequence of tensors."""
 
 
-@natively
-def bare(state: State) -> Tensor | State:
-    """Return the state as users see it: the tensor where there is one, else the tuple."""
-    return state[0] if len(state) == 1 else state
-
-
 def state_tuple(cell: Cell, state: StateLike) -> State:
     """Return the state that a user passed as a tuple.
 
     Raises:
         TypeError, ValueError: if it is not one tensor for each of the cell's states.
     """
-    tensors = (state,) if isinstance(state, Tensor) else tuple(state)
+    several = not isinstance(state, Tensor) and isinstance(state, Iterable)
+    tensors = tuple(state) if several else (state,)
     names = ", ".join(cell.states)
     if not all(isinstance(value, Tensor) for value in tensors):
         kinds = ", ".join(type(value).__name__ for value in tensors)
@@ -56,7 +49,7 @@ def state_tuple(cell: Cell, state: StateLike) -> State:
     if len(tensors) != len(cell.state_sizes):
         raise ValueError(
             f"{_name(cell)} has {len(cell.state_sizes)} states ({names}), got {len(tensors)}. "
-            "One state comes and goes bare, several as a tuple in that order."
+            "Pass one state as the tensor itself, several as a tuple in that order."
         )
     return tensors
 
@@ -117,7 +110,7 @@ def all_inputs(cell: Cell, inputs: State, start: State) -> State:
             raise ValueError(
                 f"{_name(cell)}.draw returned a tensor of shape {tuple(value.shape)} for {steps} steps of "
                 f"{first.shape[1]} rows, expected ({steps}, {first.shape[1]}, ...), or (1, {first.shape[1]}, ...) for "
-                "what is constant over time."
+                "one that is constant over time."
             )
     return _cast(inputs + drawn, like.dtype)
 
@@ -129,7 +122,7 @@ def check_count(cell: Cell, passed: int, drawn: int) -> None:
         raise ValueError(
             f"{_name(cell)} takes the inputs ({', '.join(names)}) and draws {drawn} of them: it must be given "
             f"{len(names) - drawn}, got {passed}. Several go in as a tuple; in a Stack only the bottom cell is given "
-            "any, those above must draw theirs."
+            "any, those above must draw their own."
         )
 
 

@@ -288,7 +288,7 @@ def test_the_state_has_the_inputs_dtype(name):
     [
         ({"lengths": [5]}, ValueError, "one entry per row"),
         ({"lengths": [6, 1]}, ValueError, "between 0 and the 5 steps"),
-        ({"lengths": [5.0, 1.0]}, TypeError, "whole numbers"),
+        ({"lengths": [5.0, 1.0]}, TypeError, "integers"),
         ({"resets": torch.zeros(5, 2)}, TypeError, r"\.bool\(\)"),
         ({"resets": torch.zeros(2, 5, dtype=torch.bool)}, ValueError, r"shape \(5, 2\)"),
     ],

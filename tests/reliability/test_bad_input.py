@@ -60,15 +60,15 @@ def test_inputs(layer, kind):
 
 
 DATA = {
-    "lengths of fractions": ({"lengths": [1.5, 2, 3]}, TypeError, "whole numbers, got torch.float32"),
-    "lengths of booleans": ({"lengths": torch.ones(3, dtype=torch.bool)}, TypeError, "whole numbers"),
+    "lengths of fractions": ({"lengths": [1.5, 2, 3]}, TypeError, "integers, got torch.float32"),
+    "lengths of booleans": ({"lengths": torch.ones(3, dtype=torch.bool)}, TypeError, "integers"),
     "lengths below 0": ({"lengths": [-1, 2, 3]}, ValueError, "got -1 to 3"),
     "lengths beyond T": ({"lengths": [8, 2, 3]}, ValueError, "between 0 and the 7 steps"),
     "lengths beyond 32 bits": ({"lengths": [2**40, 2, 3]}, ValueError, "to 1099511627776"),
-    "lengths beyond 64 bits": ({"lengths": [2**65, 2, 3]}, TypeError, "whole numbers"),
+    "lengths beyond 64 bits": ({"lengths": [2**65, 2, 3]}, TypeError, "integers"),
     "too few lengths": ({"lengths": [1, 2]}, ValueError, r"shape \(3,\), got \(2,\)"),
     "lengths in two axes": ({"lengths": [[1], [2], [3]]}, ValueError, r"got \(3, 1\)"),
-    "lengths of a string": ({"lengths": "abc"}, TypeError, "whole numbers, as a tensor, an array or a list, got 'abc'"),
+    "lengths of a string": ({"lengths": "abc"}, TypeError, "integers, as a tensor, an array or a list, got 'abc'"),
     "lengths without values": (
         {"lengths": torch.ones(3, dtype=torch.long, device="meta")},
         ValueError,
@@ -83,8 +83,8 @@ DATA = {
         "no values",
     ),
     "sparse lengths": ({"lengths": torch.tensor([1, 2, 3]).to_sparse()}, TypeError, "plain tensor, got a sparse one"),
-    "no number among lengths": ({"lengths": [1, None, 2]}, TypeError, "whole numbers"),
-    "lengths that are not a number": ({"lengths": [float("nan")] * 3}, TypeError, "whole numbers, got torch.float32"),
+    "no number among lengths": ({"lengths": [1, None, 2]}, TypeError, "integers"),
+    "lengths that are not a number": ({"lengths": [float("nan")] * 3}, TypeError, "integers, got torch.float32"),
     "unsigned lengths beyond 63 bits": ({"lengths": np.array([1, 2, 2**63], np.uint64)}, ValueError, "between 0 and"),
     "complex lengths": ({"lengths": torch.ones(3, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
     "sparse resets": ({"resets": torch.ones(7, 3).bool().to_sparse()}, TypeError, "plain tensor, got a sparse one"),

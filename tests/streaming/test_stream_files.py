@@ -354,7 +354,7 @@ def test_limits(saved, name):
 
 def test_limits_are_whole_numbers():
     for value in (0, -1, True, 1.5, "many"):
-        with pytest.raises(ValueError, match="Limits takes whole numbers of 1 or more; got parts="):
+        with pytest.raises(ValueError, match="Limits takes integers of 1 or more; got parts="):
             Limits(parts=value)
 
 

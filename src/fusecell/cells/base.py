@@ -29,6 +29,7 @@ class WeightCell(Cell):
     options: ClassVar[tuple[str, ...]] = ()
     """Further constructor arguments, stored as attributes of the same names; ``repr`` shows them."""
 
+    # Declared for type checkers: nn.Module's __getattr__ returns parameters as Tensor | Module.
     weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor | None

@@ -99,6 +99,7 @@ class LeakyCell(WeightCell):
         x, noise = (x, None) if isinstance(x, Tensor) else x
         current = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh)
         if noise is not None:
+            # Times alpha, below, it is sqrt(2 * alpha): a variance per unit of time that doesn't depend on dt.
             current = current + math.sqrt(2 / self.alpha) * self.sigma * noise
         h = (1 - self.alpha) * h + self.alpha * _NONLINEARITIES[self.nonlinearity](self.note("current", current))
         return h, (h,)

@@ -12,10 +12,10 @@ from torch.nn.functional import linear
 from fusecell.cell import Cell, one_step
 from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
-from fusecell.execution.results import without_dim
+from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import autocasting, run
 from fusecell.execution.torchscript import is_tracing, refuse_trace
-from fusecell.validation import StateLike, all_inputs, bare, first_state
+from fusecell.validation import StateLike, all_inputs, first_state
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
 
@@ -48,7 +48,8 @@ class _TorchCell(Cell):
         """
         if len(self.inputs) > 1:  # a subclass of the user's, which torch.nn's checks know nothing of
             return super().forward(input, hx)
-        return bare(one_step(self, input, hx, False, _torch_step)[1])
+        after: Tensor | State = one_step(self, input, hx, False, _torch_step)[1]
+        return after
 
     def checked_step(self, input: Tensor, hx: StateLike | None) -> State:
         """Run one step with torch.nn's checks of the arguments; return the new state."""
@@ -76,14 +77,14 @@ class _TorchCell(Cell):
         return tuple([without_dim(value, 0) for value in after]) if unbatched else after
 
     def _traced_step(self, input: Tensor, hx: StateLike | None) -> State:
-        """torch.nn's own cell, for torch.jit to record."""
+        """Run torch.nn's own cell for torch.jit to record."""
         if not self._is_torchs():
             refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
         after: Any = super(Cell, self).forward(input, hx)
         return (after,) if isinstance(after, Tensor) else after
 
     def _is_torchs(self) -> bool:
-        """Whether the cell's equation is the one that torch.nn's has."""
+        """Return whether the cell has the equation of torch.nn's cell."""
         return True
 
     def _state_of(self, hx: StateLike, rank: int) -> State:
@@ -139,9 +140,9 @@ class _TorchCell(Cell):
         return super(Cell, self).extra_repr()  # torch.nn's: Cell comes before it in the order of resolution
 
 
-def _torch_step(cell: Any, input: Tensor, hx: StateLike | None) -> tuple[None, State]:
+def _torch_step(cell: Any, input: Tensor, hx: StateLike | None) -> tuple[None, Tensor | State]:
     """Run one step with torch.nn's checks; None takes the place of the output, which these cells don't return."""
-    return None, cell.checked_step(input, hx)
+    return None, public_state(cell.checked_step(input, hx))
 
 
 class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes what Cell's takes

@@ -1,4 +1,4 @@
-"""What is handed to a layer, checked with torch.nn's texts."""
+"""Validate the arguments of a drop-in layer, with torch.nn's texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_hidden", "check_input"]
 
 
 def check_input(layer: Scanned, input: Any, weight: Tensor) -> Tensor:
-    """The input's tensor, a PackedSequence's data."""
+    """Validate the input; return the tensor, of a PackedSequence its data."""
     name, packed = type(layer).__name__, isinstance(input, PackedSequence)
     x = input.data if packed else input
     if not isinstance(x, Tensor):
@@ -44,22 +44,22 @@ def check_input(layer: Scanned, input: Any, weight: Tensor) -> Tensor:
 
 
 def check_hidden(layer: Scanned, hx: Any, x: Tensor, rows: int, unbatched: bool, packed: bool) -> State:
-    """The given state as a tuple of (num_layers * directions, N, size) tensors."""
-    given = _hidden_tensors(layer, hx)
+    """Validate a state; return it as a tuple of (num_layers * directions, N, size) tensors."""
+    states = _hidden_tensors(layer, hx)
     rank = 2 if unbatched else 3
-    if not packed and any(value.dim() != rank and not value.is_nested for value in given):
+    if not packed and any(value.dim() != rank and not value.is_nested for value in states):
         kind = "unbatched" if unbatched else "batched"
-        ranks = ", ".join(f"{value.dim()}-D" for value in given)
+        ranks = ", ".join(f"{value.dim()}-D" for value in states)
         got = f"hx should also be {rank}-D but got {ranks} tensor"
-        if len(given) > 1:
+        if len(states) > 1:
             got = f"hx and cx should also be {rank}-D but got ({ranks}) tensors"
         raise RuntimeError(f"For {kind} {rank}-D input, {got}")
     if unbatched:
-        given = tuple(value if value.is_nested else value[:, None] for value in given)
+        states = tuple(value if value.is_nested else value[:, None] for value in states)
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     sizes = layer.state_sizes()
-    for index, value in enumerate(given):
-        label = "hidden" if len(given) == 1 else f"hidden[{index}]"
+    for index, value in enumerate(states):
+        label = "hidden" if len(states) == 1 else f"hidden[{index}]"
         if value.is_nested:
             raise TypeError(f"{type(layer).__name__} takes no nested tensor as {label}: its rows are all of one size.")
         expected = (count, rows, sizes[index])
@@ -71,26 +71,28 @@ def check_hidden(layer: Scanned, hx: Any, x: Tensor, rows: int, unbatched: bool,
                 f"Input and hidden tensors are not the same dtype, found input tensor with {x.dtype} and {label} "
                 f"tensor with {value.dtype}. Convert it: .to({x.dtype})"
             )
-    return given
+    return states
 
 
 def _hidden_tensors(layer: Scanned, hx: Any) -> State:
-    """What was handed over, as a tuple of as many tensors as there are states."""
-    name, states = type(layer).__name__, layer.cell_type.states
-    found = (hx,) if isinstance(hx, Tensor) else tuple(hx) if isinstance(hx, tuple | list) else ()
-    if len(states) == 1 and not isinstance(hx, Tensor):
-        raise TypeError(f"{name} expected hx as one tensor h_0, got {type(hx).__name__}.")
-    if len(states) == 1:
-        return found
-    if not isinstance(hx, tuple | list) or not all(isinstance(value, Tensor) for value in found):
-        kinds = ", ".join(type(value).__name__ for value in found)
+    """Return ``hx`` as a tuple of tensors, one for each of the cells' states."""
+    name, count = type(layer).__name__, len(layer.cell_type.states)
+    if count == 1:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{name} expected hx as one tensor h_0, got {type(hx).__name__}.")
+        return (hx,)
+    tensors = (hx,) if isinstance(hx, Tensor) else tuple(hx) if isinstance(hx, tuple | list) else ()
+    if not isinstance(hx, tuple | list) or not all(isinstance(value, Tensor) for value in tensors):
+        kinds = ", ".join(type(value).__name__ for value in tensors)
         raise TypeError(f"{name} expected hx as a pair of tensors (h_0, c_0), got {type(hx).__name__} ({kinds}).")
-    if len(found) != len(states):
-        raise ValueError(f"{name} expected hx as a pair of tensors (h_0, c_0), got {len(found)} of them.")
-    return found
+    if len(tensors) != count:
+        raise ValueError(f"{name} expected hx as a pair of tensors (h_0, c_0), got {len(tensors)} of them.")
+    return tensors
 
 
 def _check_device(x: Tensor, kind: str, other: Tensor) -> None:
+    """Raise RuntimeError, with torch.nn's text, unless a parameter or state is on the input's device."""
+    # is_cpu is an attribute; comparing two torch.device objects takes several times as long.
     if not (x.is_cpu and other.is_cpu) and x.device != other.device:
         raise RuntimeError(
             f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} "

@@ -1,4 +1,4 @@
-"""The three layers: what each adds to torch.nn's namesake."""
+"""RNN, GRU and LSTM: the arguments and the cell that each adds to torch.nn's class of the same name."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How a call of a cell reaches the runner that computes it."""
+"""The seam between layers and runners: options, the runner in force, and the cache of calls."""

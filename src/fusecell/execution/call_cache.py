@@ -1,8 +1,12 @@
-"""The cache of calls: one that is like an earlier one goes straight to its kernel."""
+"""The one path of every call that may repeat an earlier one: through the cache of prepared calls, or the slow path.
+
+A step of a small GRU takes some 70 us on the slow path, for all its checks, and 11 us by a prepared call.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,40 +16,83 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import State
 from fusecell.execution.torchscript import is_tracing
 
-__all__ = ["CallCache", "register_call_cache", "store_call", "cached_call"]
+__all__ = ["CallCache", "SlowPath", "call", "register_call_cache"]
+
+SlowPath = Callable[..., tuple[Any, Any]]
+"""A function of (owner, input, state, *options) that checks them, runs the cell, and returns what ``call`` does."""
 
 
 class CallCache(Protocol):
-    """Who remembers calls, so that one like an earlier one needs no second look at anything but addresses."""
+    """A cache of prepared calls: each a kernel for tensors of known shapes and strides, behind guards."""
 
-    def find(self, owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None: ...
-    def keep(self, owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None) -> None: ...
+    def find(self, owner: nn.Module, form: CallForm, tensors: State, /) -> tuple[Tensor | None, State] | None:
+        """Run the prepared call whose guards hold, and return the outputs and the state; None if there is none.
+
+        Arguments:
+            owner: the cell, or the module that builds one for each call.
+            tensors: the input and, if the caller passed them, the states.
+        """
+        ...
+
+    def keep(self, owner: nn.Module, form: CallForm, tensors: State, factory: CellFactory | None, /) -> None:
+        """Prepare a call that has just succeeded on the slow path for the next time.
+
+        Arguments:
+            factory: how to build the cell of an owner that is no cell itself.
+        """
+        ...
 
 
-_memory: CallCache | None = None
+_cache: CallCache | None = None
+_SEQUENCES = (tuple, list)
 
 
-def register_call_cache(memory: CallCache) -> None:
-    """Make ``memory`` the one that calls are remembered in."""
-    global _memory  # noqa: PLW0603  # one per process, registered as runners are
-    _memory = memory
+def register_call_cache(cache: CallCache) -> None:
+    """Set the process's cache of calls; the compiled runner does, when it is imported."""
+    global _cache  # noqa: PLW0603  # one per process, registered as runners are
+    _cache = cache
 
 
 @natively
-def cached_call(owner: nn.Module, call_form: CallForm, given: State) -> tuple[Tensor | None, State] | None:
-    """Outputs and states of a call that is like one that was remembered, in everything but tensors' values; else None.
+def call(
+    owner: nn.Module,
+    input: Tensor,
+    state: Any,
+    form: CallForm,
+    slow_path: SlowPath,
+    options: tuple[Any, ...] = (),
+    factory: Callable[[Any], CellFactory] | None = None,
+) -> tuple[Any, Any]:
+    """Launch the prepared kernel of an earlier call like this one, else take ``slow_path`` and prepare the next.
 
     Arguments:
-        owner: the cell, or what makes cells of itself.
-        given: exactly what was handed over: the input, and the states if they were.
+        owner: the cell, or the module that builds one for each call.
+        input, state: as the user passed them; nothing is checked but that the input is a tensor.
+        form: their layout.
+        slow_path: called with (owner, input, state, *options); checks them and runs the cell.
+        options: what ``slow_path`` takes besides; ``form`` must tell calls with different options apart.
+        factory: called with an owner that is no cell itself, returns how to build its cell.
+
+    Returns:
+        The outputs, or None where ``form`` has none, and the state as users see it.
     """
-    if _memory is None or not is_compiled():
-        return None
-    return _memory.find(owner, call_form, given)
-
-
-@natively
-def store_call(owner: nn.Module, call_form: CallForm, given: State, view: CellFactory | None = None) -> None:
-    """Keep what a call that has just gone well takes, for others that are like it, if it is the runner's in force."""
-    if _memory is not None and is_compiled() and not is_tracing():
-        _memory.keep(owner, call_form, given, view)
+    # Positional parameters, and options in place of a closure: a hit takes 11 us in all, a closure 0.2 of them.
+    tensors: State
+    if state is None:
+        tensors = (input,)
+    elif isinstance(state, Tensor):
+        tensors = (input, state)
+    elif isinstance(state, _SEQUENCES):
+        tensors = (input, *state)
+    else:
+        return slow_path(owner, input, state, *options)
+    if _cache is not None and is_compiled():
+        result = _cache.find(owner, form, tensors)
+        if result is not None:
+            outputs, after = result
+            return outputs, after[0] if len(after) == 1 else after  # `public_state`, without another call
+    result = slow_path(owner, input, state, *options)
+    # Looked at anew: the first slow path of a process imports the compiled runner, which registers the cache.
+    if _cache is not None and is_compiled() and not is_tracing():
+        _cache.keep(owner, form, tensors, None if factory is None else factory(owner))
+    return result

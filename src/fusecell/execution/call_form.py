@@ -1,33 +1,34 @@
-"""The layout of a call: which dimensions its tensors have, and how a module makes the cell that is called."""
+"""The layout of a call: which dimensions its tensors have, and how a module builds the cell that is called."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from fusecell.execution.natively import natively
 from fusecell.execution.options import State
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
 
-__all__ = ["CallForm", "CellFactory"]
+__all__ = ["CallForm", "CellFactory", "sequence_form", "step_form"]
 
 
 class CallForm(NamedTuple):
-    """How a call without lengths and resets hands over its input and state, as they are given, and takes its results.
+    """The layout of a call without lengths and resets: the dimensions of its tensors, and what it returns.
 
-    Outputs come as the input does, states as they are given.
+    Outputs have the layout of the input, returned states that of the states passed.
 
     Arguments:
-        steps: the input has a dimension of steps; else it is one step.
-        batched: input and state have a dimension of rows.
-        batch_first: the input's rows come before its steps.
-        layered: the state has a dimension of layers, of which there is one.
-        outputs: the outputs are wanted, not only the state.
-        reverse, recompute: as in :class:`Options`.
-        part: which of an owner's cells it is that is called.
+        steps: the input has a dimension of steps; without, it is one step.
+        batched: input and states have a dimension of rows.
+        batch_first: the input's dimension of rows comes before that of steps.
+        layered: the states have a leading dimension of layers, of size 1, as torch.nn's layers have.
+        outputs: the call returns outputs; without, only states.
+        reverse, recompute: as in :class:`fusecell.execution.options.Options`.
     """
 
     steps: bool = False
@@ -37,15 +38,18 @@ class CallForm(NamedTuple):
     outputs: bool = True
     reverse: bool = False
     recompute: bool = False
-    part: int = 0
 
-    def fits(self, given: State) -> bool:
-        """Whether an input, and the states if they are given, have the right number of dimensions."""
+    def fits(self, tensors: State) -> bool:
+        """Return whether the input, and the states after it, have the number of dimensions of this form."""
         rank = 1 + self.batched
-        return given[0].dim() == rank + self.steps and all(value.dim() == rank + self.layered for value in given[1:])
+        return tensors[0].dim() == rank + self.steps and all(
+            value.dim() == rank + self.layered for value in tensors[1:]
+        )
+
+    # From the caller's layout to a kernel's, always by views.
 
     def sequence(self, value: Tensor) -> Tensor:
-        """The input as (T, N, ...)."""
+        """Return an input as (T, N, ...)."""
         if not self.batched:
             value = value[..., None, :]
         elif self.batch_first:
@@ -53,26 +57,28 @@ class CallForm(NamedTuple):
         return value if self.steps else value[None]
 
     def rows_of(self, state: Tensor) -> Tensor:
-        """A state as (N, size)."""
+        """Return a state as (N, size)."""
         state = state[0] if self.layered else state
         return state if self.batched else state[None]
 
+    def scanned(self, outputs: Tensor) -> Tensor:
+        """Return outputs, or their gradient, as (T, N, size): the inverse of :meth:`output`."""
+        outputs = outputs.transpose(0, 1) if self.rows_first else outputs
+        outputs = outputs if self.batched else outputs[..., None, :]
+        return outputs if self.steps else outputs[None]
+
+    # And back.
+
     def state(self, rows: Tensor) -> Tensor:
-        """A state as it is given, of (N, size)."""
+        """Return a state (N, size) in the caller's layout."""
         state = rows if self.batched else rows[0]
         return state[None] if self.layered else state
 
     def output(self, outputs: Tensor) -> Tensor:
-        """Outputs as they are returned, of (T, N, size)."""
+        """Return outputs (T, N, size) in the caller's layout."""
         outputs = outputs if self.steps else outputs[0]
         outputs = outputs if self.batched else outputs[..., 0, :]
         return outputs.transpose(0, 1) if self.rows_first else outputs
-
-    def scanned(self, outputs: Tensor) -> Tensor:
-        """Outputs as (T, N, size), of what is returned."""
-        outputs = outputs.transpose(0, 1) if self.rows_first else outputs
-        outputs = outputs if self.batched else outputs[..., None, :]
-        return outputs if self.steps else outputs[None]
 
     @property
     def rows_first(self) -> bool:
@@ -80,20 +86,40 @@ class CallForm(NamedTuple):
         return self.steps and self.batched and self.batch_first
 
     def output_shape(self, steps: int, rows: int, size: int) -> tuple[int, ...]:
-        """The shape of outputs in memory, where steps come before rows whichever comes first in what is returned."""
+        """Return the shape that outputs have in memory: steps before rows, even where (N, T, size) is returned."""
         return (steps,) * self.steps + (rows,) * self.batched + (size,)
 
     def state_shape(self, rows: int, size: int) -> tuple[int, ...]:
+        """Return the shape of a state in the caller's layout."""
         return (1,) * self.layered + (rows,) * self.batched + (size,)
 
 
+# Cached: building a named tuple takes longer than looking one up, and a small call has few microseconds in all.
+
+
+@functools.cache
+@natively
+def step_form(batched: bool, outputs: bool) -> CallForm:
+    """Return the form of one step."""
+    return CallForm(batched=batched, outputs=outputs)
+
+
+@functools.cache
+@natively
+def sequence_form(
+    batched: bool, batch_first: bool, layered: bool, reverse: bool = False, recompute: bool = False
+) -> CallForm:
+    """Return the form of a scan over a sequence."""
+    return CallForm(True, batched, batch_first, layered, reverse=reverse, recompute=recompute)
+
+
 class CellFactory(NamedTuple):
-    """What a module that is no cell itself makes a cell of, each time it is called.
+    """How a module that is no cell itself builds one for each call.
 
     Arguments:
-        cell: makes it.
-        attributes: the names of all the module's attributes that go into it.
-        weights: the name of the module's parameter for each of the cell's.
+        cell: builds it.
+        attributes: the names of all the module's attributes that it depends on.
+        weights: the name of the module's parameter for each parameter of the cell.
     """
 
     cell: Callable[[], Cell]

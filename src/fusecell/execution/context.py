@@ -1,4 +1,4 @@
-"""What is in force in a thread: the runner, recomputing, recording."""
+"""The runner in force in a thread, and whether it recomputes or records; set by ``with`` blocks."""
 
 from __future__ import annotations
 
@@ -31,28 +31,27 @@ RunnerName = Literal["auto", "compiled", "eager"]
 _COMPILED = ("auto", "compiled")
 
 
-class _Choice(threading.local):
-    """What is in force in a thread."""
+class _Context(threading.local):
+    """The settings of one thread."""
 
-    name: Any = None  # a RunnerName, or "record"
+    name: Any = None  # a RunnerName, or "record", a runner that users can't name
     recompute = False
     keep: Any = None
 
 
-_CHOICE = _Choice()
+_CONTEXT = _Context()
 
 
 def active_runner() -> RunnerName:
-    """The runner in force in this thread: the innermost ``with runner(...)``, else ``FUSECELL_RUNNER``, else auto."""
-    chosen: Any = _CHOICE.name
-    found: RunnerName = default_runner() if chosen is None else chosen
-    return found
+    """Return the runner in force here: the innermost ``with runner(...)``, else ``FUSECELL_RUNNER``, else auto."""
+    name: RunnerName | None = _CONTEXT.name
+    return default_runner() if name is None else name
 
 
 @functools.cache
 def default_runner() -> RunnerName:
-    """The runner of the process, where no ``with runner(...)`` is in force."""
-    # Read once: a look into os.environ costs a tenth of a small cell's step.
+    """Return the runner of the process, used where no ``with runner(...)`` is in force."""
+    # Read once: os.environ.get takes a tenth of a small cell's step.
     return _checked(os.environ.get("FUSECELL_RUNNER", "auto"), "the environment variable FUSECELL_RUNNER")
 
 
@@ -60,9 +59,9 @@ def default_runner() -> RunnerName:
 def runner(name: RunnerName) -> Iterator[None]:
     """Choose how cells run inside a ``with`` block, in this thread.
 
-    ``"compiled"`` runs machine code and raises :class:`fusecell.NotCompilable` where it can't; ``"eager"`` loops
-    over ``cell.step`` in Python; ``"auto"``, the default, compiles where it can and falls back to eager with one
-    :class:`fusecell.EagerWarning` per cell.
+    ``"compiled"`` runs machine code, or raises :class:`fusecell.NotCompilable`; ``"eager"`` loops over ``cell.step`` in
+    Python; ``"auto"``, the default, runs machine code where the cell can be compiled, else the Python loop, with one
+    :class:`fusecell.EagerWarning` per class of cell.
 
     Example:
         >>> import torch, fusecell as fc
@@ -72,21 +71,21 @@ def runner(name: RunnerName) -> Iterator[None]:
     Raises:
         ValueError: for any other name.
     """
-    before = _CHOICE.name
-    _CHOICE.name = _checked(name, "runner()")
+    before = _CONTEXT.name
+    _CONTEXT.name = _checked(name, "runner()")
     try:
         yield
     finally:
-        _CHOICE.name = before
+        _CONTEXT.name = before
 
 
 @contextmanager
 def recompute(enabled: bool = True) -> Iterator[None]:
-    """Keep less for the backward inside a ``with`` block, in this thread.
+    """Save less for the backward inside a ``with`` block, in this thread.
 
-    Training keeps, for each row and step, the products and transcendentals that the gradient needs: for a GRU five
-    numbers per unit. Recomputing keeps the states only and works out the rest in the backward, for about a third more
-    arithmetic. The layers' keyword ``recompute=True`` does the same for one layer.
+    Training saves, for each row and step, the products and transcendental functions that the gradient needs: for a GRU
+    five numbers per unit. With recomputation only the states are saved and the backward computes the rest again, about
+    a third more arithmetic. The layers' argument ``recompute=True`` does the same for one layer.
 
     Example:
         >>> import torch, fusecell as fc
@@ -99,43 +98,47 @@ def recompute(enabled: bool = True) -> Iterator[None]:
         enabled: False to switch it off again inside another block; a layer's own ``recompute=True`` stays.
     """
     before = recomputing()
-    _CHOICE.recompute = enabled
+    _CONTEXT.recompute = enabled
     try:
         yield
     finally:
-        _CHOICE.recompute = before
+        _CONTEXT.recompute = before
 
 
 def recomputing() -> bool:
-    """Whether ``with recompute():`` is in force in this thread."""
-    return _CHOICE.recompute
+    """Return whether ``with recompute():`` is in force in this thread."""
+    return _CONTEXT.recompute
 
 
 @contextmanager
 def recording(keep: Callable[[Cell, dict[str, Any], Options], None]) -> Iterator[None]:
-    """Hand what happens inside every cell that runs in a ``with`` block to ``keep``, in this thread."""
-    before = _CHOICE.name, _CHOICE.keep
-    _CHOICE.name, _CHOICE.keep = "record", keep
+    """Run the cells in a ``with`` block with the recording runner, in this thread.
+
+    Arguments:
+        keep: called after each cell's sequence with the cell, its recorded values by name, and the options.
+    """
+    before = _CONTEXT.name, _CONTEXT.keep
+    _CONTEXT.name, _CONTEXT.keep = "record", keep
     try:
         yield
     finally:
-        _CHOICE.name, _CHOICE.keep = before
+        _CONTEXT.name, _CONTEXT.keep = before
 
 
 def recording_into() -> Callable[[Cell, dict[str, Any], Options], None]:
-    """Who gets what is recorded in this thread."""
-    keep: Callable[[Cell, dict[str, Any], Options], None] = _CHOICE.keep
+    """Return the ``keep`` of the innermost ``with recording(...)`` in this thread."""
+    keep: Callable[[Cell, dict[str, Any], Options], None] = _CONTEXT.keep
     return keep
 
 
 def is_compiled() -> bool:
-    """Whether calls in this thread may run machine code."""
-    return (_CHOICE.name or default_runner()) in _COMPILED
+    """Return whether calls in this thread may run machine code."""
+    return (_CONTEXT.name or default_runner()) in _COMPILED
 
 
 def chosen_runner() -> RunnerName | None:
-    """The runner of this thread's innermost ``with runner(...)``; None outside."""
-    name: RunnerName | None = _CHOICE.name
+    """Return the runner of this thread's innermost ``with runner(...)``; None outside."""
+    name: RunnerName | None = _CONTEXT.name
     return name
 
 

@@ -1,4 +1,4 @@
-"""torch's operators in a forked child, which has none of its parent's threads."""
+"""Keep torch's operators to one thread in a forked child, which has none of its parent's threads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["one_thread_after_fork"]
 
 @contextmanager
 def one_thread_after_fork() -> Iterator[None]:
-    """In a forked child torch's operators do without other threads.
+    """Set torch's number of threads to 1 inside a ``with`` block or a decorated function, in a forked child only.
 
-    If the parent had an OpenMP team, the child waits for ever for threads that it doesn't have, as soon as an operator
-    asks for them, however small its tensors are.
+    If the parent had an OpenMP team, the runtime in the child still counts on its threads: the first operator that asks
+    for more than one, however small its tensors are, would wait forever.
     """
     threads = torch.get_num_threads() if in_forked_child() else 1
     if threads == 1:

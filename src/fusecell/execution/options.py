@@ -1,4 +1,4 @@
-"""What a sequence is run with besides its input and state."""
+"""``Options``, the arguments of a runner besides the cell, its inputs and its state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a sequence is run beside its input and state; every tensor is time-major and already checked.
+    """Options of a run over a sequence; tensors are time-major and validated.
 
     Arguments:
         lengths: (N,) int64, row n is valid for t < lengths[n].
         resets: (T, N) bool, True puts a row back to the initial state before the step at t.
         reverse: run from the last step to the first.
-        recompute: keep the states only for the backward, which computes everything else again.
+        recompute: save only the states for the backward, which computes everything else again.
     """
 
     lengths: Tensor | None = None
@@ -29,7 +29,7 @@ class Options:
 
 
 def steps_of(inputs: State) -> int:
-    """The steps of a sequence: those of any input that is not constant over time."""
+    """Return the number of steps of a sequence: that of any input that is not constant over time."""
     for value in inputs:
         if value.shape[0] != 1:
             return value.shape[0]

@@ -1,7 +1,7 @@
-"""Results brought to the form that a caller sees, in place: a view of them could not be detached or changed there.
+"""Turn a runner's results into what users get; dimensions are changed in place, so that no result is a view.
 
-torch refuses ``h.detach_()`` for a view. A runner's results share memory with nothing, so their own dimensions are
-changed. While torch.compile or torch.export traces, the same is said without a change in place.
+torch refuses ``h.detach_()`` for a view. A runner's results share memory with nothing, so changing their own dimensions
+is safe. While torch.compile or torch.export traces, which can't follow that, they are views.
 """
 
 from __future__ import annotations
@@ -9,19 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["swap_time_and_batch", "with_dim", "without_dim"]
+from fusecell.execution.natively import natively
+from fusecell.execution.options import State
+
+__all__ = ["public_state", "swap_time_and_batch", "with_dim", "without_dim"]
+
+
+@natively
+def public_state(state: State) -> Tensor | State:
+    """Return a state as users see it: the tensor where there is one, else the tuple."""
+    return state[0] if len(state) == 1 else state
 
 
 def swap_time_and_batch(outputs: Tensor) -> Tensor:
-    """Turn (T, N, ...) into (N, T, ...), the memory as it is."""
+    """Turn (T, N, ...) into (N, T, ...) without moving memory."""
     return outputs.transpose(0, 1) if torch.compiler.is_compiling() else outputs.transpose_(0, 1)
 
 
 def with_dim(value: Tensor) -> Tensor:
-    """Put a dimension of 1 in front."""
+    """Add a leading dimension of size 1."""
     return value.unsqueeze(0) if torch.compiler.is_compiling() else value.unsqueeze_(0)
 
 
 def without_dim(value: Tensor, dim: int) -> Tensor:
-    """Take a dimension of 1 away."""
+    """Remove a dimension of size 1."""
     return value.squeeze(dim) if torch.compiler.is_compiling() else value.squeeze_(dim)

@@ -1,7 +1,7 @@
-"""Runners: each maps (cell, inputs, state, options) to (outputs, state); ``run`` takes the one in force.
+"""The registry of runners, functions of (cell, inputs, state, options) that return (outputs, state); ``run`` calls one.
 
-Layers and cells call :func:`run` and know nothing of what is behind it. A runner is a module that registers a
-function here when it is imported; runners stand above this module, so they are imported by name, on first use.
+Layers and cells call :func:`run` and depend on no runner. A runner is a module that registers a function here when it
+is imported. Runners are above this module in the order of imports, so they are imported by name, on first use.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def register(name: str, function: Runner) -> None:
 def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run ``cell`` over ``inputs``, each (T, N, ...) or (1, N, ...), with the runner in force.
 
-    Autocast is switched off: a recurrence in its weights' dtype is what torch.nn's own layers compute.
+    Autocast is off inside: torch.nn's own layers compute in their weights' dtype too.
 
     Raises:
         RuntimeError: while torch.jit traces.
@@ -67,7 +67,7 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
         refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled():  # one look for all types of device; a context manager takes longer
         device = inputs[0].device.type
         if autocasting(device):
             with torch.autocast(device, enabled=False):
@@ -76,47 +76,49 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
 
 
 def traced_runner() -> Runner:
-    """What runs a cell while torch.compile or torch.export traces it."""
+    """Return the runner for a cell that torch.compile or torch.export traces."""
     return _RUNNERS[_traced_name(chosen_runner())]
 
 
 def traced_as_operator() -> bool:
-    """Whether that is the operator, which takes a drop-in layer and the place of its cell; else the Python loop."""
+    """Return whether it is the operator, which takes a drop-in layer and its cell's index; else it is the loop."""
     return _traced_name(chosen_runner()) == "traced"
 
 
-def _traced_name(chosen: RunnerName | None) -> str:
-    """The traced runner in force, imported: torch runs this, where it would trace anything else.
+def _traced_name(runner: RunnerName | None) -> str:
+    """Import the runner for traces, and return its name; torch calls this function rather than trace it.
 
     Arguments:
-        chosen: handed over, because torch's tracer sets the thread's choice in its own bookkeeping only.
+        runner: that of this thread. Passed, as a ``with runner(...)`` inside the traced function has happened only in
+            the tracer's model of the thread, which this function, running for real, doesn't see.
     """
-    name = "eager" if (chosen or default_runner()) == "eager" else "traced"
+    name = "eager" if (runner or default_runner()) == "eager" else "traced"
     if name not in _RUNNERS:
         _load(name)
     return name
 
 
-# What torch.compiler.assume_constant_result does, which would import torch's compiler here.
+# As torch.compiler.assume_constant_result does, but without importing torch's compiler.
 _traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocasting(device_type: str) -> bool:
-    """Whether autocast is on for a type of device; some, such as ``meta``, have none."""
+    """Return whether autocast is on for a type of device; some, such as ``meta``, have none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def prepare() -> None:
-    """Import the runner that calls will want, so that the first one needn't wait for it."""
+    """Import the default runner now, so that the first call doesn't have to."""
     if os.environ.get("FUSECELL_RUNNER", "auto") != "eager":
         _load("auto")
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Hold back Python's cyclic garbage collector inside a ``with`` block.
+    """Switch Python's cyclic garbage collector off inside a ``with`` block.
 
-    Beside torch's objects a full collection takes longer than all else of a first call, and would find nothing.
+    Imports and traces allocate so many objects that full collections start, each of which visits all of torch's: they
+    take longer than the rest of a first call, and find nothing.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""TorchScript: what torch.jit.trace and torch.jit.script may do with a cell, and the sentence where they may not."""
+"""TorchScript: detect torch.jit.trace, and refuse it and torch.jit.script with a message that names the way out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["is_tracing", "refuse_script", "refuse_trace"]
 
 
 def is_tracing() -> bool:
-    """Whether torch.jit.trace, or the ONNX exporter that is built on it, records this call."""
+    """Return whether torch.jit.trace, or the ONNX exporter that is built on it, records this call."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def refuse_trace(name: str, reason: str) -> NoReturn:
-    """Raise RuntimeError, as torch.jit.trace can't record a call.
+    """Raise RuntimeError: torch.jit.trace can't record a call.
 
     Arguments:
-        name: of the class of the cell or layer.
-        reason: why, a sentence.
+        name: the class of the cell or layer.
+        reason: a sentence that says why.
     """
     raise RuntimeError(
         f"torch.jit.trace, and torch.onnx.export(dynamo=False), can't record {name}: {reason} "
@@ -29,7 +29,7 @@ def refuse_trace(name: str, reason: str) -> NoReturn:
 
 
 def refuse_script(name: str) -> NoReturn:
-    """Raise RuntimeError, as torch.jit.script can't compile a module."""
+    """Raise RuntimeError: torch.jit.script can't compile a module of the class ``name``."""
     raise RuntimeError(
         f"torch.jit.script can't compile {name}: it reads source code in a part of Python that fusecell isn't written "
         "in. Script torch.nn's own layers, fusecell.replace(copy.deepcopy(model), back=True), or use "

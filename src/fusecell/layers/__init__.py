@@ -1,4 +1,4 @@
-"""Layers: cells over whole sequences."""
+"""Layers: run cells over whole sequences."""
 
 from fusecell.layers.recurrent import Bidirectional, Recurrent
 from fusecell.layers.scan import scan

@@ -1,4 +1,4 @@
-"""Layers: a cell over a whole sequence, and two layers in opposite directions."""
+"""``Recurrent``, a cell as a layer over sequences, and ``Bidirectional``, two of them in opposite directions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from fusecell.cell import Cell
 from fusecell.execution.options import State
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
-from fusecell.layers.scan_wrappers import MaskedOutput, check_extras, describe
+from fusecell.layers.scan_wrappers import MaskedOutput, describe, wrap_options
 from fusecell.validation import StateLike
 
 __all__ = ["Bidirectional", "Recurrent"]
 
 
 class Recurrent(nn.Module):
-    """A cell as a layer over whole sequences.
+    r"""A cell as a layer over whole sequences.
+
+    .. math:: (y_t, s_t) = \mathrm{step}(x_t, s_{t-1}), \quad t = 0 \ldots T-1
 
     Example:
         >>> import torch, fusecell as fc
@@ -33,12 +35,12 @@ class Recurrent(nn.Module):
         cell: any :class:`fusecell.Cell`, a :class:`fusecell.Stack` of them included.
         batch_first: input and output are (N, T, features) instead of (T, N, features). States never are.
         reverse: run from the last step to the first.
-        recompute: keep the states only for the backward, which computes everything else again: less memory, about a
+        recompute: save only the states for the backward, which computes everything else again: less memory, about a
             third more arithmetic. See :func:`fusecell.recompute`.
-        masked_output, tbptt, clip_state_grad: how the layer answers and trains, as in :func:`fusecell.scan`.
+        masked_output, tbptt, clip_state_grad: as in :func:`fusecell.scan`.
 
     Raises:
-        TypeError: if ``cell`` is not a fusecell cell, or an argument of another type.
+        TypeError: if ``cell`` is not a fusecell cell, or an argument has the wrong type.
         ValueError: for a value that an argument doesn't take.
     """
 
@@ -60,7 +62,7 @@ class Recurrent(nn.Module):
         self.batch_first = batch_first
         self.reverse = reverse
         self.recompute = recompute
-        check_extras("Recurrent", masked_output, tbptt, clip_state_grad)
+        wrap_options("Recurrent", masked_output, tbptt, clip_state_grad)
         self.masked_output: MaskedOutput = masked_output
         self.tbptt = tbptt
         self.clip_state_grad = clip_state_grad
@@ -88,7 +90,7 @@ class Recurrent(nn.Module):
     def run(
         self, input: Input, state: StateLike | None, reverse: bool, **data: Any
     ) -> tuple[Tensor | PackedSequence, Tensor | State]:
-        """``forward`` in either direction."""
+        """Run the cell in a given direction; otherwise as ``forward``."""
         return scan(
             self.cell,
             input,
@@ -104,12 +106,12 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         flags = {"batch_first": self.batch_first, "reverse": self.reverse, "recompute": self.recompute}
-        found = [f"{name}=True" for name, value in flags.items() if value]
-        return ", ".join(found + describe(check_extras("", self.masked_output, self.tbptt, self.clip_state_grad)))
+        parts = [f"{name}=True" for name, value in flags.items() if value]
+        return ", ".join(parts + describe(wrap_options("", self.masked_output, self.tbptt, self.clip_state_grad)))
 
 
 class Bidirectional(nn.Module):
-    r"""Two layers over the same input, the second from its end to its start, their outputs side by side.
+    r"""Two layers over the same input, the second in reverse, with their outputs concatenated.
 
     .. math:: y_t = [\,\overrightarrow{y}_t,\ \overleftarrow{y}_t\,]
 
@@ -121,11 +123,12 @@ class Bidirectional(nn.Module):
         torch.Size([7, 3, 14])
 
     Arguments:
-        forward_layer: a forward-running layer.
+        forward_layer: a layer with ``reverse=False``.
         backward_layer: another; it is run reversed, each row within its own length, and its outputs are aligned to
             input time, so that its last state is that at t = 0.
 
     Raises:
+        TypeError: if either is not a :class:`fusecell.Recurrent`.
         ValueError: if either has ``reverse=True``, or they disagree in ``batch_first``.
     """
 
@@ -172,23 +175,27 @@ class Bidirectional(nn.Module):
 
         Arguments:
             input: as in :func:`fusecell.scan`.
-            state: a pair, each in its layer's own form; None for the initial state.
+            state: the pair of states, each as its layer takes it; None for an initial state.
             lengths, resets, mask: as in :func:`fusecell.scan`, for both.
 
         Returns:
-            The outputs side by side on the last axis, and the pair of states.
+            The outputs, concatenated along the features, and the pair of states.
+
+        Raises:
+            TypeError, ValueError: where an argument doesn't fit, naming it.
         """
         if state is None:
             state = (None, None)
         if not isinstance(state, tuple | list) or len(state) != 2:
             raise ValueError("Bidirectional takes its state as a pair: (forward state, backward state).")
         data = {"lengths": lengths, "resets": resets, "mask": mask}
-        ahead, h_ahead = self.forward_layer(input, state[0], **data)
-        back, h_back = self.backward_layer.run(input, state[1], True, **data)
-        return _side_by_side(ahead, back), (h_ahead, h_back)
+        forward, forward_state = self.forward_layer(input, state[0], **data)
+        backward, backward_state = self.backward_layer.run(input, state[1], True, **data)
+        return _concatenated(forward, backward), (forward_state, backward_state)
 
 
-def _side_by_side(ahead: Any, back: Any) -> Any:
-    if isinstance(ahead, PackedSequence):
-        return ahead._replace(data=torch.cat((ahead.data, back.data), -1))
-    return torch.cat((ahead, back), -1)
+def _concatenated(forward: Any, backward: Any) -> Any:
+    """Concatenate two outputs along the features."""
+    if isinstance(forward, PackedSequence):
+        return forward._replace(data=torch.cat((forward.data, backward.data), -1))
+    return torch.cat((forward, backward), -1)

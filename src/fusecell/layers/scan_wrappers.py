@@ -1,4 +1,4 @@
-"""What a scan may ask of every step beside lengths and resets, each a cell around the cell, and so compiled with it."""
+"""Masking, truncated backpropagation and gradient clipping: wrappers around a cell, so that they compile with it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State, steps_of
+from fusecell.execution.runners import run
 from fusecell.wrappers import Wrapper
 
-__all__ = ["PLAIN", "Extras", "MaskedOutput", "asked_of", "check_extras", "describe", "wrapped"]
+__all__ = ["PLAIN", "MaskedOutput", "WrapOptions", "describe", "run_wrapped", "wrap_options", "unwrapped"]
 
 MaskedOutput = Literal["hold", "zero"]
 _MASKED_OUTPUTS = get_args(MaskedOutput)
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
-    """What is asked of a scan beside :class:`fusecell.execution.options.Options`; tensors are time-major and checked.
+class WrapOptions:
+    """Options of a scan that wrappers around its cell carry out; runners know nothing of them.
 
     Arguments:
-        mask: (T, N) bool, False where a row takes no part in a step.
+        mask: (T, N) bool, time-major and checked; False where a row takes no part in a step.
         hold: outputs at masked steps repeat the last valid one; else they are 0.
-        tbptt: cut the state's gradient every so many steps.
-        clip: bound of the state's gradient at every step.
+        tbptt: the number of steps after which the state's gradient is cut.
+        clip: the bound of the state's gradient at every step.
     """
 
     mask: Tensor | None = None
@@ -35,14 +36,17 @@ class Extras:
     clip: float | None = None
 
 
-PLAIN = Extras()
+PLAIN = WrapOptions()
+"""The one instance for a scan without any of them: compare by identity, as every call does."""
 
 
-def check_extras(where: str, masked_output: MaskedOutput, tbptt: int | None, clip_state_grad: float | None) -> Extras:
-    """How a layer answers and trains, checked.
+def wrap_options(
+    where: str, masked_output: MaskedOutput, tbptt: int | None, clip_state_grad: float | None
+) -> WrapOptions:
+    """Validate a layer's options; return ``PLAIN`` itself where all are the defaults.
 
     Raises:
-        TypeError, ValueError: where an argument is not what it may be.
+        TypeError, ValueError: naming the argument that doesn't fit; ``where`` is the class or function it belongs to.
     """
     if masked_output not in _MASKED_OUTPUTS:
         raise ValueError(f"{where}: masked_output must be 'hold' or 'zero', got {masked_output!r}.")
@@ -51,34 +55,35 @@ def check_extras(where: str, masked_output: MaskedOutput, tbptt: int | None, cli
             raise TypeError(f"{where}: tbptt is the number of steps a gradient goes back, an int, got {tbptt!r}.")
         if tbptt < 1:
             raise ValueError(f"{where}: tbptt must be 1 or more steps, got {tbptt}.")
-        if tbptt >= 2**63:
+        if tbptt >= 2**63:  # compared with positions, which are int64
             raise ValueError(f"{where}: tbptt must be less than 2**63 steps, got {tbptt}.")
     if clip_state_grad is not None:
         if isinstance(clip_state_grad, bool) or not isinstance(clip_state_grad, int | float):
             raise TypeError(f"{where}: clip_state_grad is a bound for a gradient, got {clip_state_grad!r}.")
-        if not clip_state_grad > 0:
+        if not clip_state_grad > 0:  # NaN too
             raise ValueError(f"{where}: clip_state_grad must be above 0, got {clip_state_grad}.")
         clip_state_grad = float(clip_state_grad)
     if masked_output == "hold" and tbptt is None and clip_state_grad is None:
         return PLAIN
-    return Extras(None, masked_output == "hold", tbptt, clip_state_grad)
+    return WrapOptions(None, masked_output == "hold", tbptt, clip_state_grad)
 
 
-def describe(extras: Extras) -> list[str]:
-    """What of a layer's ``repr`` is not the default."""
-    found = [] if extras.hold else ["masked_output='zero'"]
-    if extras.tbptt is not None:
-        found.append(f"tbptt={extras.tbptt}")
-    return found if extras.clip is None else [*found, f"clip_state_grad={extras.clip}"]
+def describe(options: WrapOptions) -> list[str]:
+    """Format the options that differ from their defaults, for a layer's ``repr``."""
+    parts = [] if options.hold else ["masked_output='zero'"]
+    if options.tbptt is not None:
+        parts.append(f"tbptt={options.tbptt}")
+    return parts if options.clip is None else [*parts, f"clip_state_grad={options.clip}"]
 
 
 class Masked(Wrapper):
-    """A step that leaves the state as it is where the mask is 0."""
+    """A cell whose state and output stay as they are in steps where the mask, an additional input, is 0."""
 
     def __init__(self, cell: Cell, hold: bool) -> None:
         super().__init__(cell)
         self.hold = hold
 
+    # A held output is a state: each step gives the next the output that a masked step repeats.
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.cell.states, "held") if self.hold else self.cell.states
@@ -100,97 +105,98 @@ class Masked(Wrapper):
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         valid = noise[0] > 0.5
-        # Selected before the step, never multiplied: what is masked may hold NaN.
-        given = tuple(x) if isinstance(x, tuple) else (x,)
-        given = tuple(torch.where(valid, value, torch.zeros_like(value)) for value in given)
+        # Selected before the step, never multiplied: masked input may hold NaN, which 0 * NaN and the step's own
+        # gradient at NaN would spread.
+        inputs = tuple(x) if isinstance(x, tuple) else (x,)
+        inputs = tuple(torch.where(valid, value, torch.zeros_like(value)) for value in inputs)
         before = state[:-1] if self.hold else state
-        output, new = self.cell.step(given if len(given) > 1 else given[0], before)
+        output, new = self.cell.step(inputs if len(inputs) > 1 else inputs[0], before)
         after = tuple(torch.where(valid, *pair) for pair in zip(new, before, strict=True))
         other = state[-1] if self.hold else torch.zeros_like(output)
         output = torch.where(valid, output, other)
         return output, ((*after, output) if self.hold else after)
 
 
-class Cut(Wrapper):
-    """A step whose gradient for the state before it is clipped, and 0 where the flag is set."""
+class GradientLimited(Wrapper):
+    """A cell whose gradient for the incoming state is clipped, and 0 in steps where the cut, an input, is 1."""
 
-    def __init__(self, cell: Cell, clip: float | None, flagged: bool) -> None:
+    def __init__(self, cell: Cell, clip: float | None, has_cuts: bool) -> None:
         super().__init__(cell)
-        self.clip, self.flagged = clip, flagged
+        self.clip, self.has_cuts = clip, has_cuts
 
     def noise_names(self) -> tuple[str, ...]:
-        return ("cut",) if self.flagged else ()
+        return ("cut",) if self.has_cuts else ()
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
-        flag = noise[0] if self.flagged else None
-        return self.cell.step(x, tuple(_bounded(value, flag, self.clip) for value in state))
+        cut = noise[0] if self.has_cuts else None
+        return self.cell.step(x, tuple(_limit_gradient(value, cut, self.clip) for value in state))
 
 
-class _Gradient(torch.autograd.Function):
-    """A value as it is, its gradient clipped and cut."""
+class _LimitGradient(torch.autograd.Function):
+    """The identity, with a gradient that is clipped and cut."""
 
     @staticmethod
-    def forward(value: Tensor, flag: Tensor | None, clip: float | None) -> Tensor:
+    def forward(value: Tensor, cut: Tensor | None, clip: float | None) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, flag, ctx.clip = inputs
-        ctx.save_for_backward(*(() if flag is None else (flag,)))
+        _, cut, ctx.clip = inputs
+        ctx.save_for_backward(*(() if cut is None else (cut,)))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.clip is not None:
             gradient = gradient.clamp(-ctx.clip, ctx.clip)
-        for flag in ctx.saved_tensors:
-            gradient = torch.where(flag > 0.5, torch.zeros_like(gradient), gradient)
+        for cut in ctx.saved_tensors:
+            # Selected, not multiplied: a cut must stop an infinite gradient too.
+            gradient = torch.where(cut > 0.5, torch.zeros_like(gradient), gradient)
         return gradient, None, None
 
 
-def _bounded(value: Tensor, flag: Tensor | None, clip: float | None) -> Tensor:
-    found: Tensor = _Gradient.apply(value, flag, clip)  # type: ignore[no-untyped-call]
-    return found
+def _limit_gradient(value: Tensor, cut: Tensor | None, clip: float | None) -> Tensor:
+    result: Tensor = _LimitGradient.apply(value, cut, clip)  # type: ignore[no-untyped-call]
+    return result
 
 
-def asked_of(cell: Cell) -> Cell:
-    """The cell inside what a scan has put around it."""
-    while isinstance(cell, Masked | Cut):
+def unwrapped(cell: Cell) -> Cell:
+    """Return the user's cell inside the wrappers of :func:`run_wrapped`."""
+    while isinstance(cell, Masked | GradientLimited):
         cell = cell.cell
     return cell
 
 
-@dataclass(frozen=True, slots=True)
-class Wrapped:
-    """A cell with what is asked around it, and the arguments it then takes."""
+def run_wrapped(cell: Cell, inputs: State, state: State, options: Options, wrap: WrapOptions) -> tuple[Tensor, State]:
+    """Run a cell inside the wrappers that ``wrap`` asks for.
 
-    cell: Cell
-    inputs: State
-    state: State
-    options: Options
-    kept: int
-    """How many of its states are the cell's own."""
+    Arguments:
+        inputs: time-major, those that the cell draws included.
+        wrap: any but ``PLAIN``.
 
-
-def wrapped(cell: Cell, inputs: State, state: State, options: Options, extras: Extras) -> Wrapped:
-    """Put what ``extras`` ask around a cell; ``inputs`` hold what it draws."""
-    kept = len(state)
-    if (extras.tbptt or extras.clip is not None) and torch.is_grad_enabled():
-        cell = Cut(cell, extras.clip, extras.tbptt is not None)
-        if extras.tbptt is not None:
-            inputs = (*inputs, _cuts(extras.tbptt, inputs, state, options))
-    if extras.mask is not None:
-        cell = Masked(cell, extras.hold)
+    Returns:
+        The outputs (T, N, output_size) and the cell's own states after the last step.
+    """
+    count = len(state)
+    # Without autograd there is no gradient to limit, and the wrapper would be compiled for nothing.
+    if (wrap.tbptt or wrap.clip is not None) and torch.is_grad_enabled():
+        cell = GradientLimited(cell, wrap.clip, wrap.tbptt is not None)
+        if wrap.tbptt is not None:
+            inputs = (*inputs, _cuts(wrap.tbptt, inputs, state, options))
+    if wrap.mask is not None:
+        cell = Masked(cell, wrap.hold)
         like = state[0] if state else inputs[0]
-        inputs = (*inputs, extras.mask[..., None].to(like.dtype))
-        if extras.hold:
+        inputs = (*inputs, wrap.mask[..., None].to(like.dtype))
+        if wrap.hold:
             state = (*state, like.new_zeros(like.shape[0] if state else like.shape[1], cell.output_size))
         if options.resets is not None:
-            options = replace(options, resets=options.resets & extras.mask)
-    return Wrapped(cell, inputs, state, options, kept)
+            # A runner resets rows before the step, which the wrapper couldn't undo in a masked one.
+            options = replace(options, resets=options.resets & wrap.mask)
+    outputs, after = run(cell, inputs, state, options)
+    return outputs, after[:count]
 
 
 def _cuts(every: int, inputs: State, state: State, options: Options) -> Tensor:
-    """(T, N or 1, 1): 1 where a row has gone ``every`` steps, counted in the order in which it goes them."""
+    """Return (T, N or 1, 1): 1 before every ``every``-th step of a row, in the order in which it runs; else 0."""
     like = state[0] if state else inputs[0]
     time = torch.arange(steps_of(inputs), device=like.device)[:, None]
     if options.reverse:

@@ -1,4 +1,4 @@
-"""Recurrent layers and per-step modules in a row."""
+"""``Sequential``, recurrent layers and per-step modules in a row, and ``detach``, for the states it returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Sequential", "detach", "is_recurrent"]
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Whether a module takes and returns a state beside its sequence."""
+    """Return whether a module takes a state and returns one, in addition to its sequence."""
     return isinstance(module, Recurrent | Bidirectional | Sequential | nn.RNNBase)
 
 
@@ -32,7 +32,7 @@ class Sequential(nn.Sequential):
         (torch.Size([7, 3, 2]), torch.Size([3, 16]))
 
     Arguments:
-        parts: modules; those that are recurrent get their state, lengths and resets, the others the features alone.
+        parts: modules; recurrent ones get their state, lengths, resets and mask, the others only the features.
     """
 
     def forward(
@@ -47,15 +47,15 @@ class Sequential(nn.Sequential):
         """Run the parts in order.
 
         Arguments:
-            input: as the first part takes it; a PackedSequence goes through per-step modules by its data.
-            state: one entry per recurrent part, each in its own form; None for initial states.
+            input: as the first part takes it; per-step modules are applied to the data of a PackedSequence.
+            state: one entry per recurrent part, each as that part takes it; None for initial states.
             lengths, resets, mask: for every recurrent part, as in :func:`fusecell.scan`.
 
         Returns:
             The outputs of the last part, and a tuple with one state per recurrent part.
 
         Raises:
-            ValueError: if ``state`` has not one entry per recurrent part.
+            ValueError: if ``state`` doesn't have one entry per recurrent part.
         """
         count = sum(is_recurrent(part) for part in self)
         states = (None,) * count if state is None else state
@@ -65,7 +65,8 @@ class Sequential(nn.Sequential):
         value: Any = input
         after: list[Any] = []
         data: dict[str, Any] = {"lengths": lengths, "resets": resets, "mask": mask}
-        data = {name: given for name, given in data.items() if given is not None}
+        # Only those that were passed: torch.nn's own layers, which may be parts, take none of them.
+        data = {name: value for name, value in data.items() if value is not None}
         for part in self:
             if is_recurrent(part):
                 value, new = part(value, states[len(after)], **data)
@@ -78,7 +79,7 @@ class Sequential(nn.Sequential):
 
 
 def detach(state: Any) -> Any:
-    """The same state cut from its history, whatever its form: what truncated backpropagation carries over.
+    """Detach a state of any structure from autograd's graph, for truncated backpropagation.
 
     Example:
         >>> import torch, fusecell as fc
@@ -88,6 +89,12 @@ def detach(state: Any) -> Any:
 
     Arguments:
         state: a tensor, None, or any nesting of tuples, lists and dicts of them.
+
+    Returns:
+        The same structure of detached tensors, which share the memory of the old ones.
+
+    Raises:
+        TypeError: for anything else in it.
     """
     if state is None:
         return None

@@ -1,4 +1,4 @@
-"""A cell made of cells, one above the other."""
+"""``Stack``, a cell made of cells, each above the last."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Stack"]
 
 
 class Stack(Cell):
-    r"""Cells above one another within a step: the output of each is the input of the next.
+    r"""A cell made of cells: within a step the output of each is the input of the next.
 
     .. math:: (y^l_t, s^l_t) = \mathrm{step}^l(\mathrm{dropout}(y^{l-1}_t) [+ y^{l-2}_t], s^l_{t-1})
 
@@ -29,16 +29,16 @@ class Stack(Cell):
         (torch.Size([7, 3, 16]), torch.Size([3, 32]), torch.Size([3, 16]))
 
     Arguments:
-        cells: bottom first; each takes as many features as the one below gives out. Stacks nest.
-        dropout: on the output of every cell but the last, in training. Over a sequence it is one dropout of the
-            (T, N, size) output between layers, as torch.nn draws it.
+        cells: bottom first; the ``input_size`` of each is the ``output_size`` of the one below. Stacks nest.
+        dropout: the probability with which a feature of every cell's output but the last's is dropped, in training.
+            Over a sequence it is one dropout of the (T, N, size) output between layers, as torch.nn draws it.
         residual: add a cell's input to its output, after dropout, wherever the sizes agree.
-        skip: give every cell above the first the stack's input too, behind the output of the cell below, and put the
-            outputs of all cells side by side, as Graves's and Haiku's deep networks do.
+        skip: concatenate the stack's input to the input of every cell above the first, and return the outputs of all
+            cells concatenated, as Graves's and Haiku's deep networks do.
 
     Raises:
         TypeError: for anything that is not a cell.
-        ValueError: where sizes don't follow one another, or ``residual`` finds no place.
+        ValueError: where the sizes of neighbours disagree, or no cell has the sizes that ``residual`` needs.
 
     Paper, of ``skip``: A. Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
@@ -56,7 +56,7 @@ class Stack(Cell):
         """The cells, bottom first."""
         return cast("list[Cell]", list(self.cells))
 
-    # A stack's names and sizes follow its cells', which may change (a wrapper that draws only in training).
+    # Properties: the cells' names and sizes may change, as those of a wrapper that draws only in training do.
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]
         """The cells' states in order, each name with its layer: ``h0``, ``h1``, ``c1``."""
@@ -64,7 +64,7 @@ class Stack(Cell):
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The bottom cell's inputs, then what the cells above draw for themselves."""
+        """The bottom cell's inputs, then those that the cells above draw for themselves."""
         above = [f"{name}{layer}" for layer, cell in enumerate(self.layers) if layer for name in cell.inputs[1:]]
         return (*self.layers[0].inputs, *above)
 
@@ -79,21 +79,22 @@ class Stack(Cell):
         return self.layers[-1].output_size
 
     def step(self, x: Any, state: State) -> tuple[Tensor, State]:
-        given = list(x) if len(self.inputs) > 1 else [x]
-        taken = len(self.layers[0].inputs)
-        own, extras = given[:taken], given[taken:]
-        output, after, first = own[0], cast("State", ()), own[0]
+        # As in `inputs`: those of the bottom cell, then what each cell above has drawn, its first input excepted.
+        inputs = list(x) if len(self.inputs) > 1 else [x]
+        count = len(self.layers[0].inputs)
+        cell_inputs, drawn = inputs[:count], inputs[count:]
+        output, after, first = cell_inputs[0], cast("State", ()), cell_inputs[0]
         outputs: list[Tensor] = []
         for layer, (cell, part) in enumerate(zip(self.layers, self.split(state), strict=True)):
             if layer:
                 count = len(cell.inputs) - 1
-                own, extras = [self.feed(output, first), *extras[:count]], extras[count:]
-            output, new = cell.step(tuple(own) if len(own) > 1 else own[0], part)
+                cell_inputs, drawn = [self.feed(output, first), *drawn[:count]], drawn[count:]
+            output, new = cell.step(tuple(cell_inputs) if len(cell_inputs) > 1 else cell_inputs[0], part)
             after += tuple(new)
             outputs.append(output)
             if layer + 1 < len(self.cells):
                 output = self.drop(output)
-            output = self.join(output, own[0])
+            output = self.join(output, cell_inputs[0])
         return self.result(output, outputs), after
 
     def initial_state(
@@ -116,7 +117,7 @@ class Stack(Cell):
         return tuple(value for drawn in each for value in drawn)
 
     def split(self, state: State) -> list[State]:
-        """The state of each cell."""
+        """Split the stack's state into the state of each cell."""
         parts, start = [], 0
         for cell in self.layers:
             count = len(cell.state_sizes)
@@ -125,19 +126,19 @@ class Stack(Cell):
         return parts
 
     def drop(self, output: Tensor) -> Tensor:
-        """Dropout between layers."""
+        """Apply dropout to an output between layers."""
         return nn.functional.dropout(output, self.dropout, self.training)
 
     def join(self, output: Tensor, below: Tensor) -> Tensor:
-        """The residual connection past a cell, where there is one."""
+        """Add the residual connection past a cell, where there is one."""
         return output + below if self.residual and output.shape[-1] == below.shape[-1] else output
 
     def feed(self, below: Tensor, first: Tensor) -> Tensor:
-        """What a cell above the first takes: the output below, and the stack's input behind it where that skips."""
+        """Return the input of a cell above the first: the output below, with ``skip`` and the stack's input."""
         return torch.cat((below, first), -1) if self.skip else below
 
     def result(self, last: Tensor, outputs: list[Tensor]) -> Tensor:
-        """What the stack gives: the last output, or those of all cells, as the cells gave them."""
+        """Return the stack's output: the last one, or with ``skip`` those of all cells, before dropout."""
         return torch.cat(outputs, -1) if self.skip else last
 
     def extra_repr(self) -> str:
@@ -146,19 +147,20 @@ class Stack(Cell):
 
 
 def _check(cells: tuple[Cell, ...], dropout: float, residual: bool, skip: bool) -> None:
+    """Validate the arguments of a Stack."""
     if not cells:
         raise ValueError("Stack needs at least one cell, got none.")
     for cell in cells:
         if not isinstance(cell, Cell):
             raise TypeError(f"Stack takes cells, got {type(cell).__name__}. For layers use fusecell.Sequential.")
     if residual and skip:
-        raise ValueError("Stack: residual adds a cell's input to its output, skip puts them side by side; choose one.")
+        raise ValueError("Stack: residual adds a cell's input to its output, skip concatenates them; choose one.")
     for below, above in pairwise(cells):
         width = below.output_size + (cells[0].input_size if skip else 0)
         if width != above.input_size:
-            beside = f", with the stack's {cells[0].input_size} behind them {width}," if skip else ""
+            skipped = f", with the stack's {cells[0].input_size} behind them {width}," if skip else ""
             raise ValueError(
-                f"Stack: {type(below).__name__} gives {below.output_size} features{beside} and {type(above).__name__} "
+                f"Stack: {type(below).__name__} gives {below.output_size} features{skipped} and {type(above).__name__} "
                 f"above it takes {above.input_size}; they must agree."
             )
     if isinstance(dropout, bool) or not 0 <= dropout <= 1:

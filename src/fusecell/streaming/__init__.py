@@ -1,4 +1,4 @@
-"""Streams: a layer one step at a time; saved, in a process without torch."""
+"""Streams: run a layer one step at a time; a saved stream runs without torch."""
 
 from fusecell.streaming.file import load_stream
 from fusecell.streaming.limits import Limits

@@ -14,7 +14,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
 from fusecell.layers import Recurrent, Sequential, Stack
-from fusecell.module_snapshot import left_as_it_was
+from fusecell.module_snapshot import preserved
 from fusecell.streaming.bound_step import Part
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
@@ -31,7 +31,7 @@ class _PerStep(Cell):
         super().__init__(input_size, input_size)
         self.module = module
         like = torch.zeros(1, input_size, dtype=weights_dtype(module))
-        with torch.no_grad(), left_as_it_was(module):
+        with torch.no_grad(), preserved(module):
             self.output_size = module(like).shape[-1]
 
     def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -1,7 +1,7 @@
-"""A stream in a file: tensors by safetensors, each step's graph as its canonical text, and a checksum of both.
+"""Save a stream to a file and load it: a safetensors file with each step's graph as text, and a checksum of both.
 
-What is read is checked before it is used: the text is parsed into primitives, types and sizes, and every tensor must
-fit them, within limits. A file can't hold code, so a hostile one computes something else at worst.
+Everything is checked before it is used: the text is parsed into primitives, types and sizes, and every tensor must fit
+them, within limits. A file can't contain code, so the worst that a hostile one does is to compute something else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DEFAULT_LIMITS = Limits()
 
 
 def write(parts: Sequence[Part], path: str | Path) -> None:
-    """Write a stream's parts."""
+    """Write a stream's parts to a file."""
     from safetensors.numpy import save
 
     tensors: dict[str, Array] = {}
@@ -47,27 +47,27 @@ def write(parts: Sequence[Part], path: str | Path) -> None:
         described.append({"kind": part.kind, "graph": part.graph.text})
     text = json.dumps(described)
     about = {"format": _FORMAT, "parts": text, "sha256": digest(text, tensors)}
-    # Beside its place and then into it: nobody finds half a file.
-    beside = Path(f"{path}.{os.getpid()}.part")
+    # Written under another name, then renamed, which is atomic: no reader ever sees half a file.
+    temporary = Path(f"{path}.{os.getpid()}.part")
     try:
-        beside.write_bytes(save(tensors, about))
-        beside.replace(path)
+        temporary.write_bytes(save(tensors, about))
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def digest(parts: str, tensors: Mapping[str, Array]) -> str:
-    """What a file says of its own content, so that damage is found."""
-    found = hashlib.sha256(parts.encode())
+    """Return the checksum of a file's content: it finds damage, not forgery."""
+    checksum = hashlib.sha256(parts.encode())
     for name in sorted(tensors):
         value = tensors[name]
-        found.update(f"{name} {value.dtype} {value.shape}".encode())
-        found.update(np.ascontiguousarray(value).data)
-    return found.hexdigest()
+        checksum.update(f"{name} {value.dtype} {value.shape}".encode())
+        checksum.update(np.ascontiguousarray(value).data)
+    return checksum.hexdigest()
 
 
 def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFAULT_LIMITS) -> Stream:
-    """A stream that :meth:`fusecell.Stream.save` wrote, in its initial state; torch is not needed, nor imported.
+    """Load a stream that :meth:`fusecell.Stream.save` wrote, in its initial state, without importing torch.
 
     Example:
         >>> import tempfile, pathlib, numpy as np, fusecell as fc
@@ -78,20 +78,24 @@ def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFA
 
     Arguments:
         path: the file.
-        batch_size: rows that run side by side.
-        limits: the most that the file may ask for, :class:`fusecell.streaming.Limits`; to be raised for a large
-            model of a source that one trusts.
+        batch_size: the number of rows, each with its own state.
+        limits: the most that the file may ask for, :class:`fusecell.streaming.Limits`; raise them for a large model
+            from a source that you trust.
+
+    Returns:
+        The :class:`fusecell.Stream`.
 
     Raises:
-        OSError: if it can't be read.
-        StreamFileError: if it is no such file, is damaged, or breaks a limit; a ValueError.
+        OSError: if the file can't be read.
+        StreamFileError: if it is not a saved stream, is damaged, or exceeds a limit; a ValueError.
+        ValueError: for a batch_size below 1.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"load_stream takes a batch_size of 1 or more, got {batch_size!r}.")
     try:
         file = _read(Path(path), limits)
         described = _described(file.metadata, limits)
-        # All is checked before anything is compiled.
+        # All parts are checked before the first is compiled: a hostile file costs as little as possible.
         steps = _steps(described, file, limits)
         _check_chain(steps)
         parts: list[Part] = []
@@ -105,7 +109,7 @@ def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFA
 
 
 class _Step(NamedTuple):
-    """A part of a stream as its file has it: the cell's class, its step, its weights and first states of one row."""
+    """A part of a stream as read from a file: the cell's class, its graph, weights, and initial states of one row."""
 
     kind: str
     graph: Graph
@@ -114,6 +118,7 @@ class _Step(NamedTuple):
 
 
 def _read(path: Path, limits: Limits) -> TensorFile:
+    """Read the file and check its format and the names of its metadata."""
     file = read_tensor_file(path, ("F32", "F64"), file_bytes=limits.file_bytes, header_bytes=limits.header_bytes)
     about = file.metadata
     if about.get("format") != _FORMAT:
@@ -124,6 +129,7 @@ def _read(path: Path, limits: Limits) -> TensorFile:
 
 
 def _described(about: Mapping[str, str], limits: Limits) -> list[Any]:
+    """Parse the list of parts."""
     described = parse_json(about["parts"], 2)
     if not isinstance(described, list) or not described:
         raise ValueError("it describes no steps")
@@ -133,12 +139,12 @@ def _described(about: Mapping[str, str], limits: Limits) -> list[Any]:
 
 
 def _steps(described: list[Any], file: TensorFile, limits: Limits) -> list[_Step]:
-    """Each part's graph and tensors, checked."""
+    """Check the graph and the tensors of each part, against the checksum and within the limits."""
     tensors = file.arrays()
     if file.metadata["sha256"] != digest(file.metadata["parts"], tensors):
         raise ValueError("its content is not what its checksum says; save the stream again")
     steps: list[_Step] = []
-    nodes, features, work = limits.nodes, limits.features, limits.multiply_adds
+    nodes, features, work = limits.nodes, limits.features, limits.multiply_adds  # what is left for the next part
     for place, entry in enumerate(described):
         try:
             step = _step(place, entry, tensors, GraphLimits(nodes=nodes, features=features))
@@ -156,6 +162,7 @@ def _steps(described: list[Any], file: TensorFile, limits: Limits) -> list[_Step
 
 
 def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits) -> _Step:
+    """Check one part; take its tensors out of ``tensors``."""
     if not isinstance(entry, dict) or entry.keys() != {"kind", "graph"}:
         raise CompilerError(f"it is {quoted(entry)}, expected an object of kind and graph")
     kind, text = entry["kind"], entry["graph"]
@@ -163,6 +170,7 @@ def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits
         raise CompilerError(f"its kind is {quoted(kind)}, expected up to 256 characters that print")
     if not isinstance(text, str):
         raise CompilerError(f"its graph is {quoted(text)}, expected a text")
+    # Before parsing, which takes time for each line; a value and a result take a line each.
     if text.count("\n") > 2 * limits.nodes + 1:
         raise CompilerError(f"its graph has more lines than {max(limits.nodes, 0):,} values and results would take")
     graph = Graph.parse(text)
@@ -177,7 +185,7 @@ def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits
 
 
 def _check_step(graph: Graph) -> None:
-    """Whether it is a step that a stream can run: one input, an output, states, and nothing else."""
+    """Raise CompilerError unless a graph has what a stream's step has: one input, an output, and states."""
     inputs = [graph[index].name for index in graph.leaves("input")]
     if len(inputs) != 1 or inputs[0].startswith(SAVED):
         raise CompilerError(f"a stream's step has one input, this has {quoted(inputs)}")
@@ -187,7 +195,7 @@ def _check_step(graph: Graph) -> None:
 
 
 def _multiply_adds(graph: Graph) -> int:
-    """Of a step of one row, at the most."""
+    """Return an upper bound of the multiply-adds of a step of one row."""
     total = 0
     for _, node in graph:
         if node.op == "product":
@@ -201,28 +209,30 @@ def _multiply_adds(graph: Graph) -> int:
 def _tensor(tensors: dict[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if name not in tensors:
         raise CompilerError(f"{name} is missing")
-    found = tensors.pop(name)
-    if found.shape != shape or found.dtype != dtype:
-        raise CompilerError(f"{name} is {found.dtype} of shape {found.shape}, expected {dtype} of shape {shape}")
-    return found
+    value = tensors.pop(name)
+    if value.shape != shape or value.dtype != dtype:
+        raise CompilerError(f"{name} is {value.dtype} of shape {value.shape}, expected {dtype} of shape {shape}")
+    return value
 
 
 def _check_chain(steps: Sequence[_Step]) -> None:
+    """Raise ValueError unless each step takes the output of the one below."""
     for below, above in pairwise(steps):
         (leaf,) = above.graph.leaves("input")
-        output, taken = below.graph[below.graph.outputs["output"]].size, above.graph[leaf].size
-        if output != taken or below.graph.dtype != above.graph.dtype:
+        output, input = below.graph[below.graph.outputs["output"]].size, above.graph[leaf].size
+        if output != input or below.graph.dtype != above.graph.dtype:
             raise ValueError(
                 f"{below.kind} gives {output} features in {below.graph.dtype}, {above.kind} above it "
-                f"takes {taken} in {above.graph.dtype}"
+                f"takes {input} in {above.graph.dtype}"
             )
 
 
 def _part(place: int, step: _Step, rows: int, limits: Limits, code_bytes: int) -> Part:
+    """Compile one part."""
     try:
         kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=code_bytes)
     except (AssertionError, LookupError, RecursionError) as error:
-        # A defect of the compiler's own: a graph that keeps the contract is one that it should take.
+        # check_graph has passed, so the defect is the compiler's; a reader still has only one error to catch.
         name = type(error).__name__
         raise CompilerError(f"the compiler fails on its step {place}, please report it ({name}: {error})") from error
     _check_scratch(place, kernel, limits)
@@ -230,6 +240,7 @@ def _part(place: int, step: _Step, rows: int, limits: Limits, code_bytes: int) -
 
 
 def _check_scratch(place: int, kernel: Kernel, limits: Limits) -> None:
+    """Raise CompilerError if a kernel needs more scratch memory for one row than the limit."""
     size = kernel.emitted.scratch.bytes(1, kernel.chunk(MOST_STEPS, 1))
     if size > limits.scratch_bytes:
         raise CompilerError(

@@ -1,4 +1,4 @@
-"""What a stream's file may ask for."""
+"""``Limits``: the most memory, work and compilation that a stream's file may ask for."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The most that a stream's file may ask for; what asks for more is refused.
+    """The limits within which a stream's file is loaded; one that asks for more is refused.
 
     Example:
         >>> from fusecell.streaming import Limits
-        >>> Limits(nodes=20_000).nodes  # for a file that one trusts
+        >>> Limits(nodes=20_000).nodes  # for a file that you trust
         20000
 
     Arguments:
-        file_bytes: of the file, and so of its weights in memory.
-        header_bytes: of what stands before its tensors: names, shapes, and the graphs' texts.
-        parts: cells, one above the other.
-        nodes: values of a step, of all parts together.
-        features: numbers per row of those values.
-        multiply_adds: of a step of one row.
-        code_bytes: of the text that is compiled, of all parts together: some 5 seconds of compiling for each MiB.
-        scratch_bytes: of memory beside weights and states, for each row.
+        file_bytes: the size of the file, and so of its weights in memory.
+        header_bytes: the size of the header: names, shapes, and the texts of the graphs.
+        parts: the number of cells.
+        nodes: the number of values in a step, over all parts.
+        features: the numbers per row in those values.
+        multiply_adds: the multiply-adds of a step of one row.
+        code_bytes: the size of the LLVM text that is compiled, over all parts; 1 MiB takes some 5 seconds.
+        scratch_bytes: the memory per row besides weights and states.
 
     Raises:
-        ValueError: unless all are whole numbers of 1 or more.
+        ValueError: unless all are integers of 1 or more.
     """
 
     file_bytes: int = FILE_BYTES
@@ -45,4 +45,4 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not int or value < 1:
-                raise ValueError(f"Limits takes whole numbers of 1 or more; got {name}={quoted(value)}.")
+                raise ValueError(f"Limits takes integers of 1 or more; got {name}={quoted(value)}.")

@@ -33,7 +33,7 @@ from fusecell.execution.context import recording, recording_into
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
-from fusecell.layers.scan_wrappers import asked_of
+from fusecell.layers.scan_wrappers import unwrapped
 from fusecell.tape.tape import Tape, Track
 from fusecell.validation import first_state
 from fusecell.wrappers import Wrapper
@@ -81,7 +81,7 @@ def record(
     def add(cell: Cell, values: dict[str, Any], options: Options) -> None:
         inputs.append(values.pop("input"))
         equation, source = _equation(cell), _source(cell)
-        kind = type(asked_of(cell)).__name__
+        kind = type(unwrapped(cell)).__name__
         track = Track(kind, options.reverse, tuple(cell.states), **values, equation=equation, source=source)
         tracks.append(track)
         # The same for all cells of one call: a layer hands its lengths to each.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.module_snapshot import left_as_it_was
+from fusecell.module_snapshot import preserved
 from fusecell.testing import sequence_checks, step_checks
 from fusecell.testing.harness import Trial, kinds, name_of
 
@@ -118,7 +118,7 @@ def check_cell(
     device = trial.like.device
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     # Checks run the cell in every way that it may be wrong: the caller's cell and random numbers must not notice.
-    with generators, left_as_it_was(cell):
+    with generators, preserved(cell):
         trial.check_extras()
         checks = {name: check for name, check in CHECKS.items() if name not in skip}
         for name, check in checks.items():

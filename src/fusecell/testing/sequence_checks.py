@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State
+from fusecell.execution.results import public_state
 from fusecell.execution.runners import run
 from fusecell.testing.harness import Outcome, Trial, apart, kinds, same
-from fusecell.validation import bare, state_tuple
+from fusecell.validation import state_tuple
 
 __all__ = [
     "check_aliasing",
@@ -142,7 +143,7 @@ def _call(trial: Trial, inputs: State, state: State) -> State:
     torch.manual_seed(trial.seed + 2)
     x = tuple(value[0] for value in inputs)
     with torch.no_grad():
-        return state_tuple(trial.cell, trial.cell(x if len(x) > 1 else x[0], bare(state)))
+        return state_tuple(trial.cell, trial.cell(x if len(x) > 1 else x[0], public_state(state)))
 
 
 def check_aliasing(trial: Trial) -> Iterator[str]:

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.execution.options import State
-from fusecell.module_snapshot import Snapshot, changing_line, sentence
+from fusecell.module_snapshot import Snapshot
+from fusecell.step_changes import changing_line, explain_changes
 from fusecell.testing.harness import Trial, apart, kinds, same
 
 __all__ = [
@@ -119,7 +120,7 @@ def check_module(trial: Trial) -> Iterator[str]:
         changes = before.changes()
         before.restore()
         if changes:
-            yield sentence(changes, changing_line(before, run))
+            yield explain_changes(changes, changing_line(before, run))
     finally:
         before.restore()
 

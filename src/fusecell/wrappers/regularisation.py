@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
-from fusecell.module_snapshot import left_as_it_was
+from fusecell.module_snapshot import preserved
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]
@@ -68,7 +68,7 @@ class Zoneout(Wrapper):
         if not self.training:
             return ()
         sizes = zip(self.state_sizes, self.p, strict=True)
-        return tuple([_coins(p, steps, batch_size, size, dtype=dtype, device=device) for size, p in sizes if p])
+        return tuple([_bernoulli(p, steps, batch_size, size, dtype=dtype, device=device) for size, p in sizes if p])
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         output, new = self.cell.step(x, state)
@@ -324,7 +324,7 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _coins(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+def _bernoulli(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     """Draw a tensor of 1 with probability p, else 0."""
     # Two numbers from each 64 random bits, so p is exact to 2**-32: bernoulli_ takes three times as long.
     count = math.prod(shape)
@@ -335,7 +335,7 @@ def _coins(p: float, *shape: int, dtype: torch.dtype | None, device: torch.devic
 
 def _dropout_mask(p: float, *shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     """Draw a tensor of 0 with probability p, else 1 / (1 - p)."""
-    return _coins(1 - p, *shape, dtype=dtype, device=device) / (1 - p)
+    return _bernoulli(1 - p, *shape, dtype=dtype, device=device) / (1 - p)
 
 
 def _trial(cell: Cell) -> tuple[Any, State]:
@@ -357,7 +357,7 @@ def _intermediate_sizes(cell: Cell) -> dict[str, int]:
     sizes: dict[str, int] = {}
     x, state = _trial(cell)
     collect = capture_intermediates(lambda _, name, value: sizes.__setitem__(name, value.shape[-1]))
-    with torch.no_grad(), left_as_it_was(cell), collect:
+    with torch.no_grad(), preserved(cell), collect:
         cell.step(x, state)
     return sizes
 
@@ -365,7 +365,7 @@ def _intermediate_sizes(cell: Cell) -> dict[str, int]:
 def _check_product(cell: Cell) -> None:
     """Raise ValueError if no matrix product in a cell's step reads its first state."""
     x, state = _trial(cell)
-    with torch.no_grad(), left_as_it_was(cell), _Products(state[0], torch.ones_like(state[0])) as products:
+    with torch.no_grad(), preserved(cell), _Products(state[0], torch.ones_like(state[0])) as products:
         cell.step(x, state)
     if not products.count:
         raise ValueError(

@@ -312,7 +312,7 @@ def test_torchs_operator() -> None:
     layer = fc.Recurrent(cell)
     x = torch.ones(8, 2, 3)
     with pytest.warns(
-        fc.EagerWarning, match=r"is unrolled: Its step changes the module: it sets self.t in test_module_mut"
+        fc.EagerWarning, match=r"is unrolled: The step changes the module: it sets self.t in test_module_mut"
     ):
         torch.export.export(layer, (x,))
 

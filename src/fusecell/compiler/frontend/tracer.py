@@ -27,7 +27,8 @@ from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
-from fusecell.module_snapshot import Change, Snapshot, changing_line, sentence
+from fusecell.module_snapshot import Change, Snapshot
+from fusecell.step_changes import changing_line, explain_changes
 
 __all__ = ["Traced", "trace"]
 
@@ -120,7 +121,7 @@ def _refuse_changes(run: _Run, before: Snapshot, changes: list[Change]) -> Refus
     before.restore()
     again = replace(run, named=False, names={}, outputs={})
     line = changing_line(before, again.run)
-    return Refusal((sentence(changes, line),), tuple(dict.fromkeys(change.attribute for change in changes)))
+    return Refusal((explain_changes(changes, line),), tuple(dict.fromkeys(change.attribute for change in changes)))
 
 
 def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
