@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusecell.torch_internals import OPERATOR_TYPE
+
 __all__ = ["Change", "Snapshot", "preserved"]
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_LEAVES = (*_ATOMS, type, FunctionType, BuiltinFunctionType, ModuleType, torch._ops.OperatorBase, torch.Generator)
+_LEAVES = (*_ATOMS, type, FunctionType, BuiltinFunctionType, ModuleType, OPERATOR_TYPE, torch.Generator)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _PLAIN_CONTAINERS = (dict, list, set, deque, OrderedDict)
 _ABSENT = object()

@@ -6,8 +6,8 @@ Only ``tensor_guards`` does without, as nothing but speed depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,17 +19,44 @@ __all__ = [
     "OPERATOR_TYPE",
     "any_autocast",
     "apply_directly",
+    "autograd_node",
     "disable_current_modes",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
     "in_functorch_transform",
+    "in_jit_trace",
     "is_batched_gradient",
     "tensor_guards",
+    "with_torch_functions",
+    "without_functorch",
+    "without_jit_trace",
+    "without_modes",
+    "without_saved_tensor_hooks",
+    "without_torch_functions",
 ]
 
 OPERATOR_TYPE: type = torch._ops.OperatorBase
 """Base class of ``torch.ops.aten.add.Tensor`` and of higher-order operators."""
+
+
+with_torch_functions: Any = torch._C._EnableTorchFunction
+"""Context manager: ``__torch_function__`` is called, also inside another one, where torch turns it off."""
+without_torch_functions: Any = torch._C.DisableTorchFunction
+"""Context manager: no mode and no subclass gets ``__torch_function__`` called; ``DisableTorchFunctionSubclass`` is
+public, and leaves the modes on."""
+without_functorch: Any = torch._C._DisableFuncTorch
+"""Context manager: no transform of torch.func is active."""
+
+
+def autograd_node() -> Any:
+    """Return the node whose backward the engine is running in this thread; None outside."""
+    return torch._C._current_autograd_node()
+
+
+def in_jit_trace() -> bool:
+    """Whether torch.jit.trace records: there is a tracing state, which :func:`without_jit_trace` takes away."""
+    return torch._C._get_tracing_state() is not None
 
 
 def in_dispatch_mode() -> bool:
@@ -93,3 +120,45 @@ def apply_directly(function: type[torch.autograd.Function]) -> Any:
 def disable_current_modes() -> AbstractContextManager[Any]:
     """Leave all dispatch modes for a ``with`` block, such as the one of fake tensors in a trace of torch."""
     return _disable_current_modes()
+
+
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Keep the caller's saved-tensor hooks from the trace, whose tensors they would count, move or encrypt.
+
+    They are not taken off, but ignored, as torch ignores them while it traces: where the caller has forbidden new hooks
+    they could not be put back.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+@contextmanager
+def without_jit_trace() -> Iterator[None]:
+    """Suspend a trace of torch.jit, in which sizes are tensors, and which would record this one."""
+    before = torch._C._get_tracing_state()
+    if before is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in its stubs
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(before)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Take the caller's function and dispatch modes off their stacks for the block."""
+    functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    dispatches = [torch._C._pop_torch_dispatch_stack() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(dispatches):
+            torch._C._push_on_torch_dispatch_stack(mode)
+        for mode in reversed(functions):
+            torch._C._push_on_torch_function_stack(mode)

@@ -20,6 +20,7 @@ from fusecell.execution.context import RunnerName, active_runner, chosen_runner,
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.torchscript import refuse_trace
+from fusecell.torch_internals import any_autocast, in_jit_trace
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -63,11 +64,11 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
     """
     if torch.compiler.is_compiling():
         return traced_runner()(cell, inputs, state, options)
-    if torch._C._get_tracing_state() is not None:
+    if in_jit_trace():
         refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
-    if torch._C._is_any_autocast_enabled():  # one look for all types of device; a context manager takes longer
+    if any_autocast():  # one look for all types of device; a context manager takes longer
         device = inputs[0].device.type
         if autocasting(device):
             with torch.autocast(device, enabled=False):

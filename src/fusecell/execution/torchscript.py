@@ -6,12 +6,14 @@ from typing import NoReturn
 
 import torch
 
+from fusecell.torch_internals import in_jit_trace
+
 __all__ = ["is_tracing", "refuse_script", "refuse_trace"]
 
 
 def is_tracing() -> bool:
     """Return whether torch.jit.trace, or the ONNX exporter that is built on it, records this call."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    return not torch.compiler.is_compiling() and in_jit_trace()
 
 
 def refuse_trace(name: str, reason: str) -> NoReturn:

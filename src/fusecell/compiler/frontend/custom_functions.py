@@ -20,6 +20,7 @@ from torch.autograd.function import _SingleLevelFunction
 from fusecell.compiler.frontend.aten_arguments import tensors_in
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.traced_values import Untraceable
+from fusecell.torch_internals import OPERATOR_TYPE
 
 __all__ = ["is_custom_node", "is_of_operator", "intercepted", "plain_arguments", "tensor_results"]
 
@@ -29,7 +30,7 @@ Apply = Callable[..., Any]
 # Types of constants: values that a later call may be given again.
 _PLAIN = (
     bool, int, float, complex, str, bytes, type(None), slice, range, np.generic, Enum, type, BuiltinFunctionType,
-    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch._ops.OperatorBase,
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, OPERATOR_TYPE,
 )  # fmt: skip
 
 

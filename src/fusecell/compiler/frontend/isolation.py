@@ -15,6 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from fusecell.compiler.frontend.traced_values import Untraceable
 from fusecell.execution.forked_child import one_thread_after_fork
+from fusecell.torch_internals import (
+    with_torch_functions,
+    without_functorch,
+    without_jit_trace,
+    without_modes,
+    without_saved_tensor_hooks,
+)
 
 __all__ = ["ValueReadGuard", "isolated", "users_line"]
 
@@ -76,32 +83,18 @@ def isolated() -> Iterator[None]:
     """Switch grad mode on for the block, and inference mode, autocast, functorch and all modes of the caller off."""
     with ExitStack() as stack:
         stack.enter_context(one_thread_after_fork())
-        stack.enter_context(_without_modes())
+        stack.enter_context(without_modes())
         # A user's __torch_function__ may run with torch functions disabled, and values would be read unseen.
-        stack.enter_context(torch._C._EnableTorchFunction())
-        stack.enter_context(torch._C._DisableFuncTorch())
+        stack.enter_context(with_torch_functions())
+        stack.enter_context(without_functorch())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(_without_saved_tensor_hooks())
+        stack.enter_context(without_saved_tensor_hooks())
         stack.enter_context(_without_nan_checks())
-        stack.enter_context(_without_jit())
+        stack.enter_context(without_jit_trace())
         stack.enter_context(_with_computing_default_dtype())
         yield
-
-
-@contextmanager
-def _without_saved_tensor_hooks() -> Iterator[None]:
-    """Keep the caller's saved-tensor hooks from the trace, whose tensors they would count, move or encrypt.
-
-    They are not taken off, but ignored, as torch ignores them while it traces: where the caller has forbidden new hooks
-    they could not be put back.
-    """
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
-    try:
-        yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
 
 
 @contextmanager
@@ -119,20 +112,6 @@ def _without_nan_checks() -> Iterator[None]:
 
 
 @contextmanager
-def _without_jit() -> Iterator[None]:
-    """Suspend a trace of torch.jit, in which sizes are tensors, and which would record this one."""
-    before = torch._C._get_tracing_state()
-    if before is None:
-        yield
-        return
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in its stubs
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(before)  # type: ignore[attr-defined]
-
-
-@contextmanager
 def _with_computing_default_dtype() -> Iterator[None]:
     """Replace a default dtype that nothing is compiled in, such as bfloat16, by float32 for numbers of the step."""
     before = torch.get_default_dtype()
@@ -144,17 +123,3 @@ def _with_computing_default_dtype() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _without_modes() -> Iterator[None]:
-    """Take the caller's function and dispatch modes off their stacks for the block."""
-    functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    dispatches = [torch._C._pop_torch_dispatch_stack() for _ in range(torch._C._len_torch_dispatch_stack())]
-    try:
-        yield
-    finally:
-        for mode in reversed(dispatches):
-            torch._C._push_on_torch_dispatch_stack(mode)
-        for mode in reversed(functions):
-            torch._C._push_on_torch_function_stack(mode)

@@ -24,6 +24,7 @@ from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
+from fusecell.torch_internals import autograd_node, without_torch_functions
 
 __all__ = ["MOST_NODES", "RULES", "Recorder"]
 
@@ -199,7 +200,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     ) -> Any:
         if self.backward:
             # The guard against reading values is in force there for the user's code, not for this.
-            with torch._C.DisableTorchFunction():
+            with without_torch_functions():
                 return self._dispatch(func, args, kwargs or {})
         return self._dispatch(func, args, kwargs or {})
 
@@ -217,7 +218,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             for key in stale:
                 self._values[key] = Unsupported(key[2], _STALE)
             # The recorder may read values of its own tensors, such as index tables; the step may not.
-            with torch._C.DisableTorchFunction():
+            with without_torch_functions():
                 self._record(func, name, args, values, options, result, target)
         except Untraceable as refusal:
             raise Untraceable(self._located(refusal, name)) from None
@@ -230,7 +231,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return text
         place = users_line()
         if self.backward:
-            node = torch._C._current_autograd_node()
+            node = autograd_node()
             place = f" in the gradient of {node.name()}" if node is not None else ""
         return f"{text.removesuffix('.')} [aten.{name}{place}]."
 
