@@ -21,6 +21,7 @@ __all__ = [
     "apply_directly",
     "autograd_node",
     "disable_current_modes",
+    "forward_ad",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
