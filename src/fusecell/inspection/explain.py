@@ -16,8 +16,8 @@ from fusecell.compiler.dispatch.runner import find_program, find_trainable
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.refusal import Refusal
+from fusecell.compiler.runtime.debug_output import KernelStages, check_stage
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.compiler.runtime.stages import KernelStages, check_stage
 from fusecell.compiler.schedule.plan import Stage
 from fusecell.errors import NotCompilable
 from fusecell.execution.context import active_runner, recomputing
