@@ -325,6 +325,8 @@ def test_equal_work_takes_turns(corpus):
     lanes = [Lane(name, trainer, Budget(6.0), 1, None) for name, trainer in zip("ab", trainers, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fusecell.demo.comparison.save_checkpoint", lambda trainer, corpus, folder: None)
+        # Points are left out where evaluating takes too long, which depends on the machine.
+        patch.setattr("fusecell.demo.comparison._EVALUATION", math.inf)
         race(lanes, corpus, small_exam(corpus), quiet(), points=3)
     turns = ["".join(group) for _, group in itertools.groupby(order)]
     assert [turn[0] for turn in turns] == ["a", "b"] * 6

@@ -100,7 +100,7 @@ class Caught(Exception):
 def arguments():
     """The arguments of torch's operator, for inference and for training."""
     from fusecell.compiler.dispatch import scan_operator
-    from fusecell.compiler.dispatch import torch_operator as operator
+    from fusecell.compiler.dispatch import torch_compile as operator
 
     calls = {}
     for training in (False, True):

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fusecell as fc
-from fusecell.compiler.dispatch import torch_operator as operator
+from fusecell.compiler.dispatch import torch_compile as operator
 from fusecell.compiler.dispatch.scan_operator import scan
 
 
