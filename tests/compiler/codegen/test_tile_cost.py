@@ -78,7 +78,7 @@ def test_a_panel_in_l1_is_read_again_for_nothing(target):
 
 
 def test_what_is_said_of_tiles_is_what_they_cost(target):
-    """The share is that of multiply-adds at the full rate: 16 rows, two products of depth 64, four groups of columns."""
+    """The share is that of multiply-adds at the full rate: 16 rows, two products of depth 64, four column groups."""
     cost, products = TileCost(target, DType.F32), (Product(2, 64),)
     _, tiling = cheapest_tiling(target, DType.F32, products, 4)
     report = cost.describe(tiling, products, 4)
