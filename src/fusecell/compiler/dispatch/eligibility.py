@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
+from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES
 from fusecell.execution.options import State
 from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
 
@@ -19,7 +20,7 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
     """Return why a call must run eagerly, whatever its cell; empty if it can be compiled."""
     dtype = inputs[0].dtype
     # One pass for the usual case: this runs in every call on the slow path.
-    usual = dtype is torch.float32 or dtype is torch.float64
+    usual = dtype in COMPILED_DTYPES
     for value in (*inputs, *state):
         usual = usual and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
         usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
@@ -39,9 +40,9 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
         return ("An input or state is a subclass of Tensor.",)
     if not all(value.is_cpu and value.layout is torch.strided for value in tensors):
         return ("An input or state is not a dense tensor on the CPU.",)
-    if first.dtype not in (torch.float32, torch.float64) or any(value.dtype != first.dtype for value in tensors):
+    if first.dtype not in COMPILED_DTYPES or any(value.dtype != first.dtype for value in tensors):
         kinds = ", ".join(sorted({str(value.dtype) for value in tensors}))
-        return (f"Inputs and states must all be float32 or all float64, got {kinds}.",)
+        return (f"Inputs and states must be of one dtype, float32, float64, bfloat16 or float16, got {kinds}.",)
     if any(value.is_neg() for value in tensors):
         return ("An input or state is a lazy negation.",)
     return ("The input is empty: T, N or a size is 0.",)
