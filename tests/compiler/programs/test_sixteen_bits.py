@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusecell as fc
-from fusecell.compiler.dispatch import fast_path
+from fusecell.compiler.dispatch import eligibility, fast_path
+from fusecell.compiler.dispatch import runner as runners
 from fusecell.compiler.frontend import trace
 from fusecell.compiler.refusal import Refusal
+from fusecell.eager import run_eager
 
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = ["RNN", "GRU", "LSTM"]
@@ -64,15 +66,15 @@ SHAPES = {"small": (7, 3, 5, 9), "odd": (13, 5, 17, 33), "one row": (40, 1, 16, 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_drop_ins_are_nearer_to_float64_than_torchs_own(kind, shape, dtype):
     steps, rows, inputs, units = SHAPES[shape]
-    own, reference = getattr(fc, kind)(inputs, units).to(dtype), getattr(nn, kind)(inputs, units).to(dtype)
-    own.load_state_dict(reference.state_dict())
+    layer, reference = getattr(fc, kind)(inputs, units).to(dtype), getattr(nn, kind)(inputs, units).to(dtype)
+    layer.load_state_dict(reference.state_dict())
     x = torch.randn(steps, rows, inputs).to(dtype)
     exact = trained(copy.deepcopy(reference).double(), x.double())
     with fc.runner("compiled"):
-        actual = trained(own, x)
-    for value, theirs, truth in zip(actual, trained(reference, x), exact, strict=True):
+        actual = trained(layer, x)
+    for value, torch_value, truth in zip(actual, trained(reference, x), exact, strict=True):
         assert value.dtype == dtype
-        assert error(value, truth) <= error(theirs, truth)
+        assert error(value, truth) <= error(torch_value, truth)
 
 
 @every_dtype
@@ -118,19 +120,19 @@ def test_lengths_resets_and_masks(kind, reverse, dtype):
 @every_kind
 def test_layers_directions_and_packed_sequences(kind, dtype):
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
-    own, reference = getattr(fc, kind)(5, 9, **options).to(dtype), getattr(nn, kind)(5, 9, **options).to(dtype)
-    own.load_state_dict(reference.state_dict())
+    layer, reference = getattr(fc, kind)(5, 9, **options).to(dtype), getattr(nn, kind)(5, 9, **options).to(dtype)
+    layer.load_state_dict(reference.state_dict())
     exact, x = copy.deepcopy(reference).double(), torch.randn(3, 7, 5).to(dtype)
     with fc.runner("compiled"):
-        actual = trained(own, x)
-        packed, _ = own(pack_padded_sequence(x, [7, 5, 2], batch_first=True))
-    for value, theirs, truth in zip(actual, trained(reference, x), trained(exact, x.double()), strict=True):
+        actual = trained(layer, x)
+        packed, _ = layer(pack_padded_sequence(x, [7, 5, 2], batch_first=True))
+    for value, torch_value, truth in zip(actual, trained(reference, x), trained(exact, x.double()), strict=True):
         assert value.dtype == dtype
-        assert error(value, truth) <= error(theirs, truth)
+        assert error(value, truth) <= error(torch_value, truth)
     truth, _ = exact(pack_padded_sequence(x.double(), [7, 5, 2], batch_first=True))
-    theirs, _ = reference(pack_padded_sequence(x, [7, 5, 2], batch_first=True))
+    torch_value, _ = reference(pack_padded_sequence(x, [7, 5, 2], batch_first=True))
     assert packed.data.dtype == dtype
-    assert error(packed.data, truth.data) <= error(theirs.data, truth.data)
+    assert error(packed.data, truth.data) <= error(torch_value.data, truth.data)
 
 
 @every_dtype
@@ -487,13 +489,34 @@ def test_a_weight_changed_before_the_backward(dtype):
         layer.cell.weight_hh.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         outputs.sum().backward()
-    # The fast path has its own copies alone, and so the gradient of its forward.
+    # The fast path reads its copies alone, and so has the gradient of its forward.
     layer.load_state_dict(before.state_dict())
     outputs, _ = layer(x)
     with torch.no_grad():
         layer.cell.weight_hh.mul_(2)
     outputs.sum().backward()
     assert torch.equal(layer.cell.weight_hh.grad, before.cell.weight_hh.grad)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_few_steps_of_a_large_cell_run_the_loop(grad, monkeypatch):
+    monkeypatch.setattr(eligibility, "_LARGE_CELL", 400)
+    large, small = (fc.Recurrent(fc.GRUCell(5, size)).bfloat16() for size in (9, 4))
+    for layer, steps, loops in ((large, 1, True), (large, 2, True), (large, 3, False), (small, 1, False)):
+        x = torch.randn(steps, 3, 5).bfloat16()
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                with monkeypatch.context() as patch:
+                    runs = []
+                    patch.setattr(runners, "run_eager", lambda *args, runs=runs: runs.append(1) or run_eager(*args))
+                    layer(x)
+                assert bool(runs) == loops
+            with fc.runner("compiled"):
+                expected = tensors_in(copy.deepcopy(layer).float()(x.float()))
+                same(tensors_in(layer(x)), rounded(expected, torch.bfloat16))
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(runners, "run_eager", None)
+        large.float()(torch.randn(1, 3, 5))  # nothing is converted
 
 
 # The rest of the package

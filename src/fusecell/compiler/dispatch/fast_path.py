@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.bound_kernels import BoundBackward, BoundForward, ExampleCall
-from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
+from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
@@ -32,7 +32,7 @@ from fusecell.compiler.runtime.argument_block import NotPreparable
 from fusecell.eager import run_eager
 from fusecell.execution.call_cache import CallCache
 from fusecell.execution.call_form import CallForm, CellFactory
-from fusecell.execution.context import recomputing
+from fusecell.execution.context import active_runner, recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.torch_internals import (
@@ -140,7 +140,7 @@ def _prepare(
     if guards is None:
         return None
     cell: Any = owner if factory is None else factory.cell()
-    if not _starts_from_zeros(cell, args):
+    if not _starts_from_zeros(cell, args) or (active_runner() == "auto" and loop_is_faster(cell, inputs)):
         return None
     trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
