@@ -169,19 +169,36 @@ def _time(kernel: Any, text: str, x: Any, weights: Sequence[object], cell: Any, 
 
 def _median(call: Callable[[], object], seconds: float) -> float:
     """Return the median time of a function over some seconds, of five calls at least."""
+    return statistics.median(_times(call, seconds))
+
+
+def _times(call: Callable[[], object], seconds: float) -> list[float]:
+    """Time a function over some seconds, five calls at least."""
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < until:
         began = time.perf_counter()
         call()
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return times
 
 
 def machine_limits(seconds: float = 0.5) -> tuple[float, float]:
-    """Measure the operations per second of a tile in L1, and the bytes per second of a one-row tile from L2."""
+    """Measure the operations per second of a tile in L1, and the bytes per second of a one-row tile from L2.
+
+    The tiles are those that the target's registers hold: one that spills would make the machine look slower.
+    """
+    from fusecell.compiler.backend.target import host_target
+    from fusecell.compiler.codegen.tile_cost import MAX_GROUPS, Product, cheapest_tiling
+    from fusecell.compiler.ir.sizes import DType
+
+    _, tiling = cheapest_tiling(host_target(), DType.F32, (Product(fused=1, depth=64),), MAX_GROUPS)
+    rows = tiling.max_rows
     # A one-row tile does two operations, a multiply-add, with each float32 of 4 bytes: bytes are twice the operations.
-    return _rate(8, 3, 1, 64, 1, seconds), 2 * _rate(1, 1, 8, 128, 8, seconds)
+    return (
+        _rate(rows, 1, tiling.width(rows), 64, 1, seconds),
+        2 * _rate(1, 1, tiling.width(1), 128, 8 * MAX_GROUPS // tiling.width(1), seconds),
+    )
 
 
 def _rate(rows: int, products: int, groups: int, depth: int, panels: int, seconds: float) -> float:
@@ -223,7 +240,8 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
     flops = 2 * rows * products * groups * 16 * depth * panels
     # About a millisecond in machine code, so that the call from Python doesn't count.
     times = max(1, int(1e8 / flops))
-    return flops * times / _median(lambda: run(acc, a, weights, times), seconds)
+    # The best of many: what a machine can do is not what another process left of it.
+    return flops * times / min(_times(lambda: run(acc, a, weights, times), seconds))
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,30 @@ def _cells(row: Row, columns: Sequence[str]) -> list[str]:
     ]
 
 
-def as_table(rows: Sequence[Row], title: str) -> Table:
-    """Make a table of the rows of one mode: microseconds per step, and the best peer's time over ours."""
+def _marked(names: Sequence[str], unheld: Collection[str]) -> list[str]:
+    return [f"{name}*" if name in unheld else name for name in names]
+
+
+def as_table(rows: Sequence[Row], title: str, unheld: Collection[str] = ()) -> Table:
+    """Make a table of the rows of one mode: microseconds per step, and the best peer's time over ours.
+
+    Arguments:
+        unheld: contestants to mark, as they were not held to the level of CPUs that the others were.
+    """
     columns = _columns(rows)
     table = Table(title=title, caption="us per time step; last column: the best peer's time over fusecell's")
     table.add_column("cell T/N/I/H", no_wrap=True)
-    for name in (*columns, "to best peer"):
+    for name in (*_marked(columns, unheld), "to best peer"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*_cells(row, columns), style="red" if (row.ratio() or 1) < 1 else None)
     return table
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def as_markdown(rows: Sequence[Row], unheld: Collection[str] = ()) -> str:
     """Format the same table in Markdown, for a page of the documentation."""
     columns = _columns(rows)
-    lines = [["cell T/N/I/H", *columns, "to best peer"], ["---", *["---:"] * (len(columns) + 1)]]
+    lines = [["cell T/N/I/H", *_marked(columns, unheld), "to best peer"], ["---", *["---:"] * (len(columns) + 1)]]
     lines += [_cells(row, columns) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

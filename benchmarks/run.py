@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.levels import LEVELS, UNHELD, hold
 from benchmarks.machine import bind, describe, revision, versions
 from benchmarks.shapes import Mode, Shape, pick
 
@@ -34,6 +35,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one small shape of each cell in each mode")
     parser.add_argument("--only", metavar="SUBSTRING", help="shapes with this in their name, such as 'lstm' or '/1/'")
     parser.add_argument("--peers", metavar="NAMES", help="separated by commas; all that are installed if left out")
+    parser.add_argument(
+        "--level", choices=LEVELS, help="hold all to a level of CPUs: x86-64-v3 is AVX2; a * marks those that can't be"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="timing of a shape, all contestants together")
     parser.add_argument("--json", type=Path, default=Path("bench-output/bench.json"), help="where the figures go")
     parser.add_argument("--markdown", action="store_true", help="print the tables once more for a page")
@@ -48,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not jobs:
         names = ", ".join(dict.fromkeys(shape.name for mode in modes for shape in pick(mode, quick=options.quick)))
         raise SystemExit(f"--only {options.only!r} is in no shape's name; there are {names}.")
+    if options.level:
+        hold(options.level)
     try:
         cores = bind(options.threads)
     except ValueError as error:
@@ -60,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "revision": revision(),
         "versions": versions(_PACKAGES),
         "threads": options.threads,
+        "level": options.level,
+        "not_held_to_level": list(UNHELD) if options.level else [],
     }
     _run(jobs, options, about)
 
@@ -88,13 +96,17 @@ def _run(jobs: Sequence[tuple[Shape, Mode]], options: argparse.Namespace, about:
         rows.append(measure(shape, mode, peers, options.threads, options.seconds))
         if rows[-1].refused:
             console.print(rows[-1].refused)
+    unheld = UNHELD if options.level else ()
+    level = f", held to {options.level}" if options.level else ""
     for mode, of_mode in report.by_mode(rows).items():
-        console.print(report.as_table(of_mode, f"{mode.title}, {options.threads} thread(s)"))
+        console.print(report.as_table(of_mode, f"{mode.title}, {options.threads} thread(s){level}", unheld))
         mean = report.geometric_mean(of_mode)
         if mean is not None:
             console.print(f"Geometric mean over the best peer: {mean:.2f}x.")
         if options.markdown:
-            print(f"## {mode.title}\n\n{report.as_markdown(of_mode)}\n")
+            print(f"## {mode.title}\n\n{report.as_markdown(of_mode, unheld)}\n")
+    if unheld:
+        console.print(f"* not held to {options.level}: {', '.join(unheld)}.")
     if missing:
         console.print(f"Not installed, so left out: {', '.join(missing)}.")
     report.write_json(options.json, report.as_json(rows, {**about, "not_installed": missing}))

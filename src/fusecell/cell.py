@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fusecell.execution.call_cache import SlowPath, call
 from fusecell.execution.call_form import step_form
+from fusecell.execution.call_path import SlowPath, call
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, without_dim

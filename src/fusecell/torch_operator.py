@@ -11,6 +11,6 @@ Example:
     torch.Size([3, 2, 5])
 """
 
-import fusecell.compiler.dispatch.torch_operator  # noqa: F401  # registers the operator
+import fusecell.compiler.dispatch.torch_compile  # noqa: F401  # registers the operator
 
 __all__: list[str] = []

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import platform
 import subprocess
 import sys
 
@@ -178,6 +179,29 @@ def test_ratios_are_to_the_fastest_peer():
     assert result.microseconds("absent") is None
     assert row(fusecell=1.0).ratio() is None
     assert report.geometric_mean([result, row(fusecell=1.0, fast=6.0), row(fast=1.0)]) == pytest.approx(3.0)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are x86-64's")
+def test_all_are_held_to_a_level(tmp_path):
+    """What torch runs can be asked in the same process; of the rest the figures say what was asked for."""
+    written, level = tmp_path / "run.json", "x86-64-v2"
+    program = (
+        "from benchmarks.run import main\n"
+        f"main(['--quick', '--only', 'lstm', '--peers', 'torch.nn', '--mode', 'inference', '--seconds', '0', "
+        f"'--level', {level!r}, '--json', {str(written)!r}])\n"
+        "import torch, fusecell as fc\n"
+        "print(torch.backends.cpu.get_cpu_capability(), fc.show_config().target)"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith(f"DEFAULT {level}")
+    assert f"held to {level}" in process.stdout
+    assert json.loads(written.read_text(encoding="utf-8"))["level"] == level
+
+
+def test_a_peer_that_cannot_be_held_is_marked():
+    text = report.as_markdown([row(fusecell=4e-4, fast=1e-4)], unheld=["fast"])
+    assert text.splitlines()[0] == "| cell T/N/I/H | fusecell | fast* | to best peer |"
 
 
 def test_the_page_shows_losses_too():

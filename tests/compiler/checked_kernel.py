@@ -7,7 +7,7 @@ import torch
 import fusecell as fc
 from fusecell.compiler.dispatch.runner import find_program
 from fusecell.compiler.runtime import guard_pages as check
-from fusecell.compiler.runtime.guarded_extents import extents
+from fusecell.compiler.runtime.guard_page_extents import extents
 
 __all__ = ["run_checked"]
 

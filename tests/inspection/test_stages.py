@@ -12,7 +12,7 @@ import torch
 import fusecell as fc
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.ir.graph import Graph
-from fusecell.compiler.runtime.stages import STAGES, debug_stages
+from fusecell.compiler.runtime.debug_output import STAGES, debug_stages
 from fusecell.compiler.transforms.passes import PASSES
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.runtime.guard_page_extents import extents
 from fusecell.compiler.runtime.guard_pages import Bytes
-from fusecell.compiler.runtime.guarded_extents import extents
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 
 STEPS, ROWS = 5, 3

@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys
 from fusecell.drop_in.checks import check_hidden, check_input
-from fusecell.execution.call_cache import call
 from fusecell.execution.call_form import CellFactory, sequence_form
+from fusecell.execution.call_path import call
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, swap_time_and_batch, with_dim, without_dim

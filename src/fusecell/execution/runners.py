@@ -42,7 +42,7 @@ _MODULES = {
     "eager": "fusecell.eager",
     "auto": "fusecell.compiler.dispatch.runner",
     "compiled": "fusecell.compiler.dispatch.runner",
-    "traced": "fusecell.compiler.dispatch.torch_operator",
+    "traced": "fusecell.compiler.dispatch.torch_compile",
     "record": "fusecell.tape.recording",
 }
 _RUNNERS: dict[str, Runner] = {}

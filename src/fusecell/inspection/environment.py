@@ -13,7 +13,7 @@ from fusecell import __version__
 from fusecell.compiler.backend.disk_cache import cache_info
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.runtime import guard_pages as check
-from fusecell.compiler.runtime.stages import debug_stages
+from fusecell.compiler.runtime.debug_output import debug_stages
 from fusecell.execution.context import active_runner
 
 __all__ = ["Config", "show_config"]

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.cell_tree import HasCells
+from fusecell.compiler.codegen.tile_cost import TileReport
 from fusecell.compiler.dispatch.runner import find_program, find_trainable
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, has_16_bits
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.refusal import Refusal
+from fusecell.compiler.runtime.debug_output import KernelStages, check_stage
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.compiler.runtime.stages import KernelStages, check_stage
 from fusecell.compiler.schedule.plan import Stage
 from fusecell.errors import NotCompilable
 from fusecell.execution.context import active_runner, recomputing
@@ -332,7 +333,10 @@ def _describe(kernel: Kernel) -> list[str]:
     for phase, when in _PHASES.items():
         stages = [stage for stage in plan.stages if stage.phase == phase]
         lines += [f"    {when}"] if stages else []
-        lines += [f"      {_describe_stage(kernel, stage)}" for stage in stages]
+        for stage in stages:
+            lines.append(f"      {_describe_stage(kernel, stage)}")
+            if stage.affines:
+                lines.append(f"        {_describe_tiles(emitted.tiles[stage.name])}")
     if plan.sums:
         # A dict, as an ordered set: a weight used twice has a sum for each use.
         sums = {each.label.removeprefix("grad.weight."): None for each in plan.sums}
@@ -359,12 +363,20 @@ def _describe_stage(kernel: Kernel, stage: Stage) -> str:
     if products:
         # The innermost dimension of a microkernel is a vector of 16 numbers, whatever the CPU's own vectors.
         parts.append(
-            f"products {', '.join(products)} by microkernels of rows x vectors {kernel.emitted.tiles[stage.name]}"
+            f"products {', '.join(products)} by microkernels of rows x vectors {kernel.emitted.tiles[stage.name].tiles}"
         )
     for what, indices in (("", stage.pointwise), ("reductions ", stage.reductions)):
         if indices:
             parts.append(what + ", ".join(graph[index].name for index in indices))
     return f"{stage.width} features: {'; '.join(parts) or 'copies'}"
+
+
+def _describe_tiles(report: TileReport) -> str:
+    at_once = "one product" if report.fused == 1 else f"{report.fused} products"
+    return (
+        f"{at_once} at a time; by the model {report.rows} rows take {report.cycles:,.0f} cycles, "
+        f"{report.share:.0%} of them multiply-adds"
+    )
 
 
 def _describe_refusal(program: object, trainable: Refusal) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
-from fusecell.execution.call_cache import call
 from fusecell.execution.call_form import sequence_form
+from fusecell.execution.call_path import call
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.results import public_state, swap_time_and_batch, without_dim

@@ -16,7 +16,7 @@ from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
-from fusecell.compiler.runtime.guarded_extents import run_guarded
+from fusecell.compiler.runtime.guard_page_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
 
 __all__ = ["MOST_STEPS", "Array", "BoundStep", "Part"]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusecell.compiler.ir.contract import GraphLimits, check_graph
 from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.graph_contract import GraphLimits, check_graph
 from fusecell.compiler.ir.primitives import region
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.errors import CompilerError, StreamFileError, quoted

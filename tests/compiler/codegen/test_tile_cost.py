@@ -75,3 +75,13 @@ def test_a_panel_in_l1_is_read_again_for_nothing(target):
 
     assert per_tile(short, 8) <= per_tile(short, 1)
     assert per_tile(long, 8) == pytest.approx(per_tile(long, 1))
+
+
+def test_what_is_said_of_tiles_is_what_they_cost(target):
+    """The share is that of multiply-adds at the full rate: 16 rows, two products of depth 64, four groups of columns."""
+    cost, products = TileCost(target, DType.F32), (Product(2, 64),)
+    _, tiling = cheapest_tiling(target, DType.F32, products, 4)
+    report = cost.describe(tiling, products, 4)
+    assert (report.tiles, report.fused, report.rows) == (tiling.text, 2, 16)
+    assert report.share * report.cycles == pytest.approx(16 * 2 * 64 * 4 * cost.registers_each / 2)
+    assert 0 < report.share <= 1

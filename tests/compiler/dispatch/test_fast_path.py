@@ -20,7 +20,7 @@ from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.frontend.guards import guards_of
 from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs import launch
-from fusecell.execution.call_cache import register_call_cache
+from fusecell.execution.call_path import register_call_cache
 
 
 class Scaled(fc.Cell):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fusecell as fc
-from fusecell.compiler import program_registry
-from fusecell.compiler.dispatch import scan_operator, torch_operator
+from fusecell.compiler import cache_registry
+from fusecell.compiler.dispatch import scan_operator, torch_compile
 
 GAIN = {"value": 1.0}
 
@@ -151,16 +151,16 @@ def test_what_torch_has_traced_runs_on_after_a_refresh() -> None:
 
 
 def test_prologues_that_torch_s_traces_refer_to_are_kept_once_and_as_long_as_their_module() -> None:
-    count = len(torch_operator._PROLOGUES)
+    count = len(torch_compile._PROLOGUES)
     layer: Any = fc.Recurrent(Computed())
     for _ in range(3):
         torch.compiler.reset()
         torch.compile(layer, backend="eager", fullgraph=True)(X)
-    assert len(torch_operator._PROLOGUES) == count + 1
+    assert len(torch_compile._PROLOGUES) == count + 1
     del layer
     torch.compiler.reset()
     gc.collect()
-    assert len(torch_operator._PROLOGUES) <= count
+    assert len(torch_compile._PROLOGUES) <= count
 
 
 def test_a_cache_is_forgotten_with_its_object() -> None:
@@ -170,12 +170,12 @@ def test_a_cache_is_forgotten_with_its_object() -> None:
         def forget(self, kinds: Any = None) -> None:
             Cache.calls += 1
 
-    count, cache = len(program_registry._FORGETS), Cache()
-    program_registry.register_cache(cache.forget)
+    count, cache = len(cache_registry._FORGETS), Cache()
+    cache_registry.register_cache(cache.forget)
     fc.refresh()
     assert Cache.calls == 1
     del cache
     gc.collect()
     fc.refresh()
     assert Cache.calls == 1
-    assert len(program_registry._FORGETS) == count
+    assert len(cache_registry._FORGETS) == count

@@ -14,9 +14,9 @@ from fusecell.compiler.frontend import recorder, trace
 from fusecell.compiler.ir.graph import Builder, Graph
 from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.ir.sizes import DType
-from fusecell.compiler.ir.walk import resolve
+from fusecell.compiler.ir.traversal import resolve
 from fusecell.compiler.runtime.kernel import compile_graph
-from fusecell.compiler.schedule import sums
+from fusecell.compiler.schedule import weight_gradients
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise
 from tests.compiler.traced_cells import partitioned
@@ -178,7 +178,7 @@ def test_a_weight_used_too_often_is_refused_by_number(monkeypatch):
                 u = torch.tanh(u * self.weight)
             return u, (u,)
 
-    monkeypatch.setattr(sums, "MOST_SUMS", 39)
+    monkeypatch.setattr(weight_gradients, "MOST_SUMS", 39)
     explanation = fc.explain(Often())
     assert (explanation.runner, explanation.training_runner) == ("compiled", "eager")
     assert explanation.reasons == (

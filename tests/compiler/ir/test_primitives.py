@@ -10,7 +10,7 @@ import torch
 from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
 from fusecell.compiler.codegen.vector_math import BINARY_OPS, OPS
 from fusecell.compiler.frontend.graph_writer import Writer
-from fusecell.compiler.frontend.recorder import RULES
+from fusecell.compiler.frontend.rules import RULES
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
 from fusecell.compiler.ir.graph import Builder

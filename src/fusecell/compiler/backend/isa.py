@@ -1,4 +1,4 @@
-"""Instruction sets: what kernels need that LLVM does not abstract from, in one record each.
+"""Instruction sets, a record each: levels of CPUs, how to flush denormals and to pause, which LLVM doesn't tell.
 
 To support another, add a record to ``_INSTRUCTION_SETS`` and the spellings of its triples to its ``spellings``.
 """

@@ -27,6 +27,7 @@ from fusecell.compiler.codegen.main_loop import emit_main_loop
 from fusecell.compiler.codegen.microkernel import StaticStrides
 from fusecell.compiler.codegen.pack_weights import emit_packing
 from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
+from fusecell.compiler.codegen.tile_cost import Product, TileCost, TileReport
 from fusecell.compiler.codegen.work_sharing import MIN_ROWS_PER_THREAD, emit_barrier, emit_entries
 from fusecell.compiler.schedule.plan import Plan
 
@@ -51,7 +52,7 @@ class Emitted:
     scratch: Size
     buffers: dict[str, Size]
     slack: int
-    tiles: dict[str, str]
+    tiles: dict[str, TileReport]
 
 
 def emit(plan: Plan, target: Target) -> Emitted:
@@ -65,7 +66,16 @@ def emit(plan: Plan, target: Target) -> Emitted:
     strides = _static_strides(module, (each for of_stage in products.values() for each in of_stage))
     for stage in plan.stages:
         StageEmitter(module, layout, plan, stage, products[stage.name], strides, tilings[stage.name]).emit()
-    tiles = {stage.name: tilings[stage.name].text for stage in plan.stages if stage.affines}
+    cost = TileCost(target, module.dtype)
+    tiles = {
+        stage.name: cost.describe(
+            tilings[stage.name],
+            [Product(each.count, each.panel.depth) for each in products[stage.name]],
+            module.groups(stage.width),
+        )
+        for stage in plan.stages
+        if stage.affines
+    }
     emit_packing(module, layout, panels)
     emit_barrier(module)
     emit_main_loop(module, layout, plan, panels)

@@ -18,7 +18,7 @@ from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.ir.walk import resolve
+from fusecell.compiler.ir.traversal import resolve
 from fusecell.compiler.schedule.plan import Buffer, Location, Plan, Stage
 
 __all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "reads", "start_values", "step_rows"]

@@ -19,13 +19,16 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType, ceil_div
 
-__all__ = ["MAX_GROUPS", "MAX_ROWS", "Product", "TileCost", "Tiling", "cheapest", "cheapest_tiling", "split_evenly"]
+__all__ = [
+    "MAX_GROUPS", "MAX_ROWS", "Product", "TileCost", "TileReport", "Tiling", "cheapest", "cheapest_tiling",
+    "split_evenly",
+]  # fmt: skip
 
 MAX_ROWS = MAX_GROUPS = 8
 """Limits of a tile's rows and column groups, and so of the number of functions to compile."""
@@ -84,6 +87,24 @@ class Tiling:
         """The tiles as text, rows x column groups."""
         heights = dict.fromkeys((self.max_rows, *range(self.short, 0, -1)))
         return ", ".join(f"{height}x{self.width(height)}" for height in heights)
+
+
+class TileReport(NamedTuple):
+    """What was chosen for a stage, and what it costs by the model.
+
+    Attributes:
+        tiles: rows x column groups of each kind of tile.
+        fused: products computed at once.
+        rows: the number of rows that the next two are of.
+        cycles: of all products of the stage.
+        share: of these cycles, those in which every unit for multiply-adds would be busy.
+    """
+
+    tiles: str
+    fused: int
+    rows: int
+    cycles: float
+    share: float
 
 
 class TileCost:
@@ -145,6 +166,14 @@ class TileCost:
             for portions, portion in split_evenly(groups, width)
             for product in products
         )
+
+    def describe(self, tiling: Tiling, products: Sequence[Product], groups: int) -> TileReport:
+        """Return the tiles of a stage and what they cost, for people."""
+        rows = _TYPICAL_ROWS[-1]
+        cycles = self.stage(tiling, products, groups, rows)
+        columns = sum(product.fused * product.depth for product in products) * groups
+        ideal = rows * columns * self.registers_each / self.rates.fma_units
+        return TileReport(tiling.text, max(product.fused for product in products), rows, cycles, ideal / cycles)
 
     def portion(self, heights: Sequence[tuple[int, int]], product: Product, groups: int) -> float:
         """Return the cycles of all tiles over some column groups.

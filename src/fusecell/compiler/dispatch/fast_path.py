@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.bound_kernels import BoundBackward, BoundForward, ExampleCall
+from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
+from fusecell.compiler.dispatch.prepared_kernels import BoundBackward, BoundForward, ExampleCall
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
-from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import IndexedKernel, Training
 from fusecell.compiler.runtime.argument_block import NotPreparable
 from fusecell.eager import run_eager
-from fusecell.execution.call_cache import CallCache
 from fusecell.execution.call_form import CallForm, CellFactory
+from fusecell.execution.call_path import CallCache
 from fusecell.execution.context import active_runner, recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
@@ -88,7 +88,7 @@ def forget(kinds: Collection[type] | None = None) -> None:
 
 
 def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, State] | None:
-    """See :class:`fusecell.execution.call_cache.CallCache`; ``args`` are the input and, if passed, the states."""
+    """See :class:`fusecell.execution.call_path.CallCache`; ``args`` are the input and, if passed, the states."""
     module_calls = _CALLS.get(id(owner))
     if module_calls is None or module_calls.owner() is not owner:
         return None
@@ -108,7 +108,7 @@ def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, 
 
 
 def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | None) -> None:
-    """See :class:`fusecell.execution.call_cache.CallCache`; ``args`` are the input and, if passed, the states."""
+    """See :class:`fusecell.execution.call_path.CallCache`; ``args`` are the input and, if passed, the states."""
     module_calls = _CALLS.get(id(owner))
     if module_calls is None or module_calls.owner() is not owner:
         module_calls = _CALLS[id(owner)] = _ModuleCalls(owner)
@@ -346,4 +346,4 @@ class _FastPath:
 
 
 CACHE: CallCache = _FastPath()
-"""The cache that the compiled runner registers; see :mod:`fusecell.execution.call_cache`."""
+"""The cache that the compiled runner registers; see :mod:`fusecell.execution.call_path`."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.frontend.signature import Key, signature, split_numbers, without_attributes
-from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.autograd import compile_trainable
 from fusecell.compiler.programs.inference import compile_step
 from fusecell.compiler.refusal import Refusal

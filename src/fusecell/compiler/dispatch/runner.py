@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.cell_tree import iter_cells
+from fusecell.compiler.cache_registry import forget_programs, register_cache
 from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
-from fusecell.compiler.program_registry import forget_programs, register_cache
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
-from fusecell.execution.call_cache import register_call_cache
+from fusecell.execution.call_path import register_call_cache
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusecell.compiler.ir.contract import check_graph
+from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.graph_contract import check_graph
 from fusecell.compiler.ir.sizes import ALIGNMENT
-from fusecell.compiler.program_registry import register_cache
 from fusecell.compiler.programs.inference import run_forward, without_notes
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph

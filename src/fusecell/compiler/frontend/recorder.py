@@ -18,18 +18,16 @@ from fusecell.compiler.frontend.custom_functions import is_custom_node, is_of_op
 from fusecell.compiler.frontend.dtypes import mixes_with
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_line
-from fusecell.compiler.frontend.rules.backward import BACKWARD, SUMS
-from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, PRODUCTS, filled
-from fusecell.compiler.frontend.rules.pointwise import POINTWISE
-from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
+from fusecell.compiler.frontend.rules import RULES
+from fusecell.compiler.frontend.rules.backward import SUMS
+from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import autograd_node, without_torch_functions
 
-__all__ = ["MOST_NODES", "RULES", "Recorder"]
+__all__ = ["MOST_NODES", "Recorder"]
 
-RULES = {**POINTWISE, **REDUCTIONS, **PRODUCTS, **BACKWARD}
 _NUMBERS = (torch.bool, torch.int64)
 MOST_NODES = 25_000
 """Values of a step and its gradient, beyond which it isn't compiled: that would take minutes."""

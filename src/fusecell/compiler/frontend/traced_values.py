@@ -1,4 +1,8 @@
-"""Traced values: each tensor of a trace is a value per row, a weight, or a sum over rows, of certain features."""
+"""What each tensor of a trace is to the compiler: a value of every row, a weight, or a sum over rows.
+
+Each lists the graph nodes that hold its features. A tensor that no graph can hold is `Unsupported`, the gradient of
+what the trace doesn't see an `ExternalGrad`.
+"""
 
 from __future__ import annotations
 

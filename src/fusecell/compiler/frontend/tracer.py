@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.compiler.frontend.custom_functions import intercepted
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES
-from fusecell.compiler.frontend.gradient_check import check_gradients
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
+from fusecell.compiler.frontend.prologue_check import check_gradients
 from fusecell.compiler.frontend.recorder import Recorder
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue

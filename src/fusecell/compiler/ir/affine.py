@@ -1,4 +1,4 @@
-"""Read an affine node: its initial value and its products."""
+"""Affine nodes, sums of matrix products and one more value: take one apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a kernel for torch: scratch memory, rows of different lengths, the number of threads."""
+"""Run a kernel for torch: scratch memory, rows of different lengths, one thread or a team."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.backend import tuning
-from fusecell.compiler.codegen import MIN_ROWS_PER_THREAD
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
+from fusecell.compiler.programs.team_size import is_worth_team, step_us, team_size
 from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
-from fusecell.compiler.runtime.guarded_extents import run_guarded
+from fusecell.compiler.runtime.guard_page_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.compiler.runtime.thread_team import backs_off, run_team
+from fusecell.compiler.runtime.thread_team import run_team
 from fusecell.execution.options import State
 
-__all__ = ["PreparedCall", "RaggedRows", "run", "team_size"]
+__all__ = ["PreparedCall", "RaggedRows", "run"]
 
 
 @dataclass(frozen=True)
@@ -79,39 +79,11 @@ def run(
 def _start(kernel: Kernel, steps: int, rows: int, threads: int, address: int) -> None:
     """Run a kernel over the argument block at an address."""
     if threads > 1:
-        run_team(kernel.team, address, threads, _step_us(kernel, rows) * steps)
+        run_team(kernel.team, address, threads, step_us(kernel, rows) * steps)
     elif kernel.macs * steps * rows < tuning.TUNING.short_call_macs:
         kernel.short(address)
     else:
         kernel.long(address)
-
-
-def _worth_team(kernel: Kernel, steps: int, rows: int) -> bool:
-    """Whether a call is long enough for more than one thread."""
-    return _step_us(kernel, rows) * steps >= tuning.TUNING.team_call_us
-
-
-def team_size(kernel: Kernel, steps: int, rows: int) -> int:
-    """Return how many of the threads that torch would take a call is worth."""
-    threads = torch.get_num_threads() if _worth_team(kernel, steps, rows) else 1
-    if threads == 1 or backs_off():
-        return 1
-    # With few rows each, threads divide the columns of a step, and meet at a barrier in every one of them.
-    if rows < MIN_ROWS_PER_THREAD * threads and _step_us(kernel, rows) < tuning.TUNING.team_step_us:
-        return 1
-    return threads
-
-
-def _step_us(kernel: Kernel, rows: int) -> float:
-    """Estimate the microseconds of a step on one thread.
-
-    A roofline: products of the loop take as long as reading their weights or as multiplying by them, whichever is
-    longer. All other products are done for many steps at once, so that reading their weights is shared.
-    """
-    item, rates = kernel.itemsize, tuning.TUNING
-    macs_per_us = 4 * rates.macs_per_us  # times the bytes of a number: of float64 half as many
-    loop = max(kernel.loop_macs * item / rates.bytes_per_us, rows * kernel.loop_macs * item / macs_per_us)
-    return loop + rows * (kernel.macs - kernel.loop_macs) * item / macs_per_us
 
 
 class PreparedCall:
@@ -140,7 +112,7 @@ class PreparedCall:
         kernel.set_sizes(block, steps, rows, reverse, 0)
         self._values, self._scratch_slot = block.freeze(), kernel.slots.scratch
         self._run_alone = kernel.short if kernel.macs * steps * rows < tuning.TUNING.short_call_macs else kernel.long
-        self._worth_team = _worth_team(kernel, steps, rows)
+        self._worth_team = is_worth_team(kernel, steps, rows)
         self._unread, offset = [], 0
         for slot, size in unread:
             self._unread.append((slot, offset))

@@ -1,4 +1,7 @@
-"""Train a step: its forward and its backward kernel, and the calls that they make together."""
+"""The forward and the backward kernel of a step as a pair: what one saves for the other, and running them.
+
+`autograd` makes the pair of a cell, and joins it to torch's autograd.
+"""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from fusecell.compiler.backend import tuning
 from fusecell.compiler.backend.jit import Loaded, load
 from fusecell.compiler.backend.target import host_target, l2_bytes
 from fusecell.compiler.codegen import Emitted, emit
-from fusecell.compiler.ir.contract import check_graph
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.graph_contract import check_graph
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up, ceil_div
 from fusecell.compiler.runtime.argument_block import ArgumentBlock, Slots
-from fusecell.compiler.runtime.stages import debug_stages, print_stages
+from fusecell.compiler.runtime.debug_output import debug_stages, print_stages
 from fusecell.compiler.schedule.plan import Plan
 from fusecell.compiler.schedule.scheduler import plan
 from fusecell.compiler.transforms.passes import optimise

@@ -1,5 +1,7 @@
 """Thread teams: run a kernel on the threads of torch's OpenMP runtime, or else on Python's.
 
+How many threads a call gets is decided in `programs.team_size`.
+
 After an operator of torch, OpenMP's threads keep spinning for the next one (GOMP_SPINCOUNT, KMP_BLOCKTIME), and other
 threads would have to share cores with them. So where torch has loaded an OpenMP runtime with GNU's entry point, as on
 Linux, a team is made of its threads. Elsewhere it is made of Python threads, and the kernel runs without the GIL.

@@ -1,4 +1,4 @@
-"""Locate the operands of each stage and each sum: the last part of scheduling, which completes the plan."""
+"""Find the buffer, and the place in it, of every operand of the stages and the sums: the last part of scheduling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.schedule.buffers import Buffers
 from fusecell.compiler.schedule.phases import states_of
 from fusecell.compiler.schedule.plan import Buffer, Location, Phase, Plan, Stage, Sum
-from fusecell.compiler.schedule.sums import sums_over_rows
+from fusecell.compiler.schedule.weight_gradients import sums_over_rows
 from fusecell.errors import CompilerError
 
 __all__ = ["locate_operands"]

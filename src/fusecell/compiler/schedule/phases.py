@@ -1,4 +1,4 @@
-"""Choose the phase in which each value of a graph is computed.
+"""Choose the phase in which each value is computed: once, hoisted out of the loop, in the loop, or after it.
 
 once      values that need weights only: one row, once per call.
 hoisted   values that need x but no state, and contain a product or a reduction: all rows of a chunk of steps at once,

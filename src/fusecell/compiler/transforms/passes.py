@@ -13,7 +13,7 @@ from fusecell.compiler.ir.affine import Term, affine_parts
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node, rebuild
 from fusecell.compiler.ir.naming import restore_names
 from fusecell.compiler.ir.primitives import PRIMITIVES
-from fusecell.compiler.ir.walk import resolve
+from fusecell.compiler.ir.traversal import resolve
 
 __all__ = ["PASSES", "optimise"]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from functools import cache
 
 from fusecell.compiler.codegen.vector_math.constants import PRECISIONS, Precision
-from fusecell.compiler.codegen.vector_math.double_precision import cos, power, sin
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction, function_name
 from fusecell.compiler.codegen.vector_math.functions import ARITHMETIC, Rule
+from fusecell.compiler.codegen.vector_math.via_float64 import cos, power, sin
 
 __all__ = ["BINARY_OPS", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
 

@@ -1,6 +1,8 @@
 """The one path of every call that may repeat an earlier one: through the cache of prepared calls, or the slow path.
 
-A step of a small GRU takes some 70 us on the slow path, for all its checks, and 11 us by a prepared call.
+Whether an earlier call's guards hold, so that the checks can be skipped, is decided in `compiler.dispatch.fast_path`,
+which registers itself here. A step of a small GRU takes some 70 us on the slow path, for all its checks, and 11 us by a
+prepared call.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 
 import fusecell as fc
 from fusecell.compiler.frontend import trace
-from fusecell.compiler.ir.contract import GraphLimits, check_graph
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.graph_contract import GraphLimits, check_graph
 from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
 from fusecell.compiler.runtime.kernel import compile_graph

@@ -299,7 +299,7 @@ def test_exported_programs_take_any_length_and_batch(kind, tmp_path):
     torch.save((x, expected), tmp_path / "data.pt")
     # Another process has neither the layer nor its cell, only the operator.
     script = f"""
-import torch, fusecell.compiler.dispatch.torch_operator
+import torch, fusecell.compiler.dispatch.torch_compile
 x, expected = torch.load({str(tmp_path / "data.pt")!r})
 program = torch.export.load({str(tmp_path / "layer.pt2")!r})
 assert torch.equal(program.module()(x)[0], expected)

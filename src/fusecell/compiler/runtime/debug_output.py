@@ -83,7 +83,7 @@ def debug_stages() -> tuple[str, ...]:
 
     Example:
         >>> import os
-        >>> from fusecell.compiler.runtime.stages import debug_stages
+        >>> from fusecell.compiler.runtime.debug_output import debug_stages
         >>> os.environ["FUSECELL_DEBUG"] = "plan, asm"
         >>> debug_stages()
         ('plan', 'asm')

@@ -8,7 +8,7 @@ import torch
 import fusecell as fc
 import fusecell.compiler.dispatch.runner  # the first import registers a cache: here, not within a test
 from fusecell.compiler.dispatch import fast_path
-from fusecell.execution import call_cache
+from fusecell.execution import call_path
 from fusecell.execution.call_form import CellFactory, sequence_form, step_form
 
 FORM = step_form(True, True)
@@ -33,11 +33,11 @@ class Cache:
 def register():
     def register(result=None):
         cache = Cache(result)
-        call_cache.register_call_cache(cache)
+        call_path.register_call_cache(cache)
         return cache
 
     yield register
-    call_cache.register_call_cache(fast_path.CACHE)
+    call_path.register_call_cache(fast_path.CACHE)
 
 
 def refuse(*args):
@@ -52,7 +52,7 @@ def echo(*args):
 @pytest.mark.parametrize(("states", "expected"), [((H,), H), ((H, C), (H, C))])
 def test_a_hit_takes_no_slow_path_and_returns_the_state_as_users_see_it(register, states, expected):
     cache, cell = register((X, states)), fc.GRUCell(5, 4)
-    outputs, after = call_cache.call(cell, X, H, FORM, refuse)
+    outputs, after = call_path.call(cell, X, H, FORM, refuse)
     assert outputs is X
     assert after is expected or after == expected
     assert cache.stored == []
@@ -65,7 +65,7 @@ def test_a_hit_takes_no_slow_path_and_returns_the_state_as_users_see_it(register
 )
 def test_a_miss_is_looked_up_and_stored_by_its_tensors(register, state, tensors):
     cache, cell = register(), fc.GRUCell(5, 4)
-    _, (owner, x, state_passed, *options) = call_cache.call(cell, X, state, FORM, echo, ("first", "second"))
+    _, (owner, x, state_passed, *options) = call_path.call(cell, X, state, FORM, echo, ("first", "second"))
     assert (owner, x, state_passed, options) == (cell, X, state, ["first", "second"])
     (looked_up,), (stored,) = cache.looked_up, cache.stored
     assert looked_up == stored[:3]
@@ -83,10 +83,10 @@ def test_a_module_that_builds_its_cell_is_asked_how_only_for_storing(register):
 
     layer = fc.GRU(5, 4)
     register((X, (H,)))
-    call_cache.call(layer, X, None, FORM, refuse, factory=factory_of)
+    call_path.call(layer, X, None, FORM, refuse, factory=factory_of)
     assert asked == []
     cache = register()
-    call_cache.call(layer, X, None, FORM, echo, factory=factory_of)
+    call_path.call(layer, X, None, FORM, echo, factory=factory_of)
     assert asked == [layer]
     assert cache.stored[0][3] is factory
 
@@ -94,7 +94,7 @@ def test_a_module_that_builds_its_cell_is_asked_how_only_for_storing(register):
 def test_the_eager_runner_neither_looks_up_nor_stores(register):
     cache = register((X, (H,)))
     with fc.runner("eager"):
-        assert call_cache.call(fc.GRUCell(5, 4), X, None, FORM, echo)[0] == "slow"
+        assert call_path.call(fc.GRUCell(5, 4), X, None, FORM, echo)[0] == "slow"
     assert cache.looked_up == cache.stored == []
 
 
@@ -102,14 +102,14 @@ def test_the_eager_runner_neither_looks_up_nor_stores(register):
 def test_a_state_of_another_type_is_left_to_the_checks(register, state):
     """An iterator too: it can be read once, and the slow path needs what it has."""
     cache = register((X, (H,)))
-    assert call_cache.call(fc.GRUCell(5, 4), X, state, FORM, echo)[1][2] is state
+    assert call_path.call(fc.GRUCell(5, 4), X, state, FORM, echo)[1][2] is state
     assert cache.looked_up == cache.stored == []
 
 
 def test_a_call_that_fails_is_not_stored(register):
     cache = register()
     with pytest.raises(AssertionError, match="slow path"):
-        call_cache.call(fc.GRUCell(5, 4), X, None, FORM, refuse)
+        call_path.call(fc.GRUCell(5, 4), X, None, FORM, refuse)
     assert cache.stored == []
 
 

@@ -1,4 +1,4 @@
-"""Gradient check: weights that the prologue computes must have the gradients that they have in the step.
+"""Check the weight prologue's gradients: what is computed once from weights must learn as it does in the step.
 
 The prologue consists of the step's ATen calls and custom Functions. A step can change a gradient by other means: hooks,
 and whatever else torch may come to offer. So the gradients of the two are compared by numbers, on the cell's weights.

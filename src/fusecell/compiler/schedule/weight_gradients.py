@@ -1,4 +1,4 @@
-"""Sums over all rows and steps, of which the gradients of weights consist."""
+"""Plan the gradients of weights: each is a few sums over all rows and steps, done after the loop of a chunk."""
 
 from __future__ import annotations
 
