@@ -66,24 +66,26 @@ def of_cell(member: fc.cells.ZooCell) -> tuple[float, float]:
     return float((compiled - exact).abs().max()), float((eager - exact).abs().max())
 
 
-def of_gradients(kind: str, steps: int) -> tuple[float, float]:
-    """Return the largest error of a gradient over its norm: of fusecell's layer, and of torch's."""
+def of_gradients(kind: str, steps: int, dtype: torch.dtype = torch.float32) -> list[tuple[float, float]]:
+    """Return the error over its norm of the output, and the largest such of a gradient, for fusecell and for torch."""
     torch.manual_seed(0)
-    reference = getattr(nn, kind)(64, 128)  # all three layers get its weights
-    x, weight = torch.randn(steps, 8, 64), torch.randn(steps, 8, 128)
-    gradients = []
-    for module, dtype in ((nn, torch.float64), (fc, torch.float32), (nn, torch.float32)):
-        layer = getattr(module, kind)(64, 128).to(dtype)
+    reference = getattr(nn, kind)(64, 128).to(dtype)  # all three layers get its weights
+    x, weight = torch.randn(steps, 8, 64).to(dtype), torch.randn(steps, 8, 128).to(dtype)
+    results = []
+    for module, each in ((nn, torch.float64), (fc, dtype), (nn, dtype)):
+        layer = getattr(module, kind)(64, 128).to(each)
         layer.load_state_dict(reference.state_dict())
-        leaf = x.to(dtype, copy=True).requires_grad_()
-        (layer(leaf)[0] * weight.to(dtype)).sum().backward()
-        gradients.append([value.grad.double() for value in (leaf, *layer.parameters())])
-    exact = gradients[0]
-    error, torch_error = (
-        max(float((one - true).norm() / true.norm()) for one, true in zip(each, exact, strict=True))
-        for each in gradients[1:]
-    )
-    return error, torch_error
+        leaf = x.to(each, copy=True).requires_grad_()
+        output = layer(leaf)[0]
+        output.backward(weight.to(each))
+        gradients = [value.grad for value in (leaf, *layer.parameters())]
+        results.append([value.detach().double() for value in (output, *gradients)])
+    exact = results[0]
+    errors = [
+        [float((one - true).norm() / true.norm()) for one, true in zip(values, exact, strict=True)]
+        for values in results[1:]
+    ]
+    return [(each[0], max(each[1:])) for each in errors]
 
 
 def loss_curve(module: Any, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
@@ -133,8 +135,14 @@ def main() -> None:
     print("\n| layer | steps | fusecell | torch, float32 |\n|---|---:|---:|---:|")
     for kind in ("RNN", "GRU", "LSTM"):
         for steps in (35, 1000):
-            error, torch_error = of_gradients(kind, steps)
+            (_, error), (_, torch_error) = of_gradients(kind, steps)
             print(f"| {kind} | {steps} | {error:.1e} | {torch_error:.1e} |")
+    print("\n| layer | dtype | output | torch's | gradient | torch's |\n|---|---|---:|---:|---:|---:|")
+    for kind in ("RNN", "GRU", "LSTM"):
+        for dtype in (torch.bfloat16, torch.float16):
+            (output, gradient), (torch_output, torch_gradient) = of_gradients(kind, 100, dtype)
+            name = str(dtype).removeprefix("torch.")
+            print(f"| {kind} | {name} | {output:.1e} | {torch_output:.1e} | {gradient:.1e} | {torch_gradient:.1e} |")
     print("\n| layer | first loss | last loss | fusecell | torch, float32 |\n|---|---:|---:|---:|---:|")
     for kind in ("RNN", "GRU", "LSTM"):
         first, last, error, torch_error = of_training(kind)

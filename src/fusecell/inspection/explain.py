@@ -14,6 +14,7 @@ from fusecell.cell import Cell
 from fusecell.cell_tree import HasCells
 from fusecell.compiler.codegen.tile_cost import TileReport
 from fusecell.compiler.dispatch.runner import find_program, find_trainable
+from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, has_16_bits
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.refusal import Refusal
@@ -249,12 +250,14 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> ExplainedCell:
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
     dtype = weights_dtype(cell) or torch.get_default_dtype()
-    # Refused here, before anything is traced: kernels exist for two dtypes.
-    if dtype not in (torch.float32, torch.float64):
-        reason = f"Its weights are {dtype}; only float32 and float64 are compiled."
+    # Refused here, before anything is traced.
+    if dtype not in COMPILED_DTYPES:
+        reason = f"Its weights are {dtype}; only float32, float64, bfloat16 and float16 are compiled."
         return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
     inputs = _inputs(cell, input_sizes, dtype)
     lines = [title]
+    if has_16_bits(dtype):
+        lines.append(f"  {str(dtype).removeprefix('torch.')} outside, float32 in the kernels")
     reasons: tuple[str, ...] = ()
     training_reasons: tuple[str, ...] = ()
     inference: KernelStages | None = None

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusecell.cell import Cell
 from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_trainable
+from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, kernel_dtype
 from fusecell.compiler.refusal import Refusal
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.layers import Bidirectional, Recurrent, Sequential
@@ -264,7 +265,7 @@ class _Walk:
         like = _like(cell)
         drawn = cell.draw(1, self.rows, **like)
         # The widths of further inputs are unknown before a call, and other dtypes are never compiled.
-        if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in (torch.float32, torch.float64):
+        if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in COMPILED_DTYPES:
             return None
         inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
         with torch.enable_grad():
@@ -272,7 +273,7 @@ class _Walk:
             if isinstance(trainable, Refusal):
                 return None
             numbers = trainable.saved_numbers(cell, [False] * len(inputs), self.recompute)
-        return int(numbers * like["dtype"].itemsize * self.seq_len * self.rows)
+        return int(numbers * kernel_dtype(like["dtype"]).itemsize * self.seq_len * self.rows)
 
     def _step_macs(self, cell: Cell) -> int | None:
         """Return the multiply-accumulates of one step; None for a cell with several inputs."""

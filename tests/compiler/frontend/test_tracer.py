@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import fusecell as fc
 from fusecell.cells import ZooCell
-from fusecell.compiler.frontend import recorder, trace
+from fusecell.compiler.frontend import Traced, recorder, trace
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.refusal import Refusal
@@ -248,11 +248,21 @@ def test_refusals(name: str) -> None:
         assert torch.equal(before[key], value), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
-    result = trace(fc.GRUCell(5, 6).to(dtype), [(5,)], dtype, gradients=False)
+def test_other_dtypes_are_refused() -> None:
+    result = trace(fc.GRUCell(5, 6), [(5,)], torch.complex64, gradients=False)
     assert isinstance(result, Refusal)
-    assert str(dtype) in result.reasons[0]
+    assert "torch.complex64" in result.reasons[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_have_the_graph_of_float32(dtype: torch.dtype) -> None:
+    cell = fc.GRUCell(5, 6)
+    expected = trace(cell, [(5,)], torch.float32, gradients=True)
+    result = trace(cell.to(dtype), [(5,)], dtype, gradients=True)
+    assert isinstance(expected, Traced)
+    assert isinstance(result, Traced)
+    assert result.graph.text == expected.graph.text
+    assert (result.dtype, expected.dtype) == (dtype, torch.float32)
 
 
 def test_hooks_are_refused() -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.cache_registry import register_cache
-from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
+from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.prepared_kernels import BoundBackward, BoundForward, ExampleCall
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
@@ -31,7 +32,7 @@ from fusecell.compiler.runtime.argument_block import NotPreparable
 from fusecell.eager import run_eager
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.call_path import CallCache
-from fusecell.execution.context import recomputing
+from fusecell.execution.context import active_runner, recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.torch_internals import (
@@ -139,7 +140,7 @@ def _prepare(
     if guards is None:
         return None
     cell: Any = owner if factory is None else factory.cell()
-    if not _starts_from_zeros(cell, args):
+    if not _starts_from_zeros(cell, args) or (active_runner() == "auto" and loop_is_faster(cell, inputs)):
         return None
     trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
@@ -151,20 +152,27 @@ def _prepare(
     if factory is not None:
         indices = {path: indices[name] for path, name in factory.weights.items()}
     weights, tensors = [indices[path] for path, _ in leaves], args + module_tensors
-    matrices = tuple([leaf.of(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
     check = tensor_guards(tensors)
+    conversion = None
+    if has_16_bits(args[0].dtype):
+        conversion = _Conversion(tensors, [*range(len(args)), *weights])
+        tensors, weights = conversion.widened(tensors), list(range(len(args), len(args) + len(weights)))
+    matrices = tuple([leaf.of(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
     # A leaf that is a copy of its weight would have to be copied in every call.
     pairs = zip(matrices, weights, strict=True)
     if check is None or any(matrix.data_ptr() != tensors[index].data_ptr() for matrix, index in pairs):
         return None
     call = ExampleCall(form, tensors, len(args), weights, matrices)
+    run: Any
     try:
-        if not trainable:
-            return _CachedCall(guards, check, _InferenceCall(step, call))
-        template = None if factory is None else _without_weights(cell)
-        return _CachedCall(guards, check, _TrainingCall(step, template, [path for path, _ in leaves], call))
+        if trainable:
+            template = None if factory is None else _without_weights(cell)
+            run = _TrainingCall(step, template, [path for path, _ in leaves], call, conversion)
+        else:
+            run = _InferenceCall(step, call)
     except NotPreparable:
         return None
+    return _CachedCall(guards, check, run if conversion is None else _ConvertedCall(run, conversion))
 
 
 def _starts_from_zeros(cell: Cell, args: State) -> bool:
@@ -173,6 +181,42 @@ def _starts_from_zeros(cell: Cell, args: State) -> bool:
     if len(cell.inputs) > 1 or "draw" in attributes or "initial_state" in attributes:
         return False
     return len(args) > 1 or kind.initial_state is Cell.initial_state or not cell.states
+
+
+class _Conversion:
+    """The tensors of a 16-bit call that a kernel takes, converted to its float32 and back.
+
+    Arguments:
+        tensors: all of an example call's.
+        indices: of those that the kernel takes; the input comes first.
+    """
+
+    def __init__(self, tensors: State, indices: Sequence[int]) -> None:
+        self._select = _selector(indices)
+        self._dtypes = [tensors[index].dtype for index in indices]
+        self.dtype = self._dtypes[0]
+
+    def widened(self, tensors: State) -> State:
+        """Select and convert those that the kernel takes."""
+        return widened(self._select(tensors))
+
+    def restored(self, tensors: State) -> State:
+        """Convert the tensors that :meth:`widened` returned back to what they were."""
+        return tuple([value.to(dtype) for value, dtype in zip(tensors, self._dtypes, strict=True)])
+
+
+class _ConvertedCall:
+    """A cached call of a 16-bit layer, around the call of its float32 kernels."""
+
+    def __init__(self, run: _InferenceCall | _TrainingCall, conversion: _Conversion) -> None:
+        self._run, self._conversion = run, conversion
+
+    def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
+        result = self._run(owner, self._conversion.widened(tensors))
+        if result is None:
+            return None
+        (outputs, after), dtype = result, self._conversion.dtype
+        return None if outputs is None else outputs.to(dtype), rounded(after, dtype)
 
 
 class _InferenceCall:
@@ -193,10 +237,18 @@ class _TrainingCall:
     Arguments:
         template: a copy of the cell without its weights, where the cell is built anew for each call.
         paths: of each weight in the cell.
+        conversion: what the tensors went through, in a 16-bit layer.
     """
 
-    def __init__(self, step: TrainableStep, template: Cell | None, paths: Sequence[str], call: ExampleCall) -> None:
-        self._template, self._step, self._paths = template, step, paths
+    def __init__(
+        self,
+        step: TrainableStep,
+        template: Cell | None,
+        paths: Sequence[str],
+        call: ExampleCall,
+        conversion: _Conversion | None,
+    ) -> None:
+        self._template, self._step, self._paths, self._conversion = template, step, paths, conversion
         self.form, self._count = call.form, call.count
         # Only these go through autograd, which takes time for each tensor.
         self._select = _selector([*range(call.count), *call.weights])
@@ -222,6 +274,8 @@ class _TrainingCall:
 
     def eager(self, owner: nn.Module, tensors: State) -> State:
         """Run the Python loop with torch's autograd, for gradients of gradients."""
+        if self._conversion is not None:  # the loop's results have the layer's dtype, their gradients the kernel's
+            tensors = self._conversion.restored(tensors)
         args, weights, form = tensors[: self._count], tensors[self._count :], self.form
         cell: Any = self._template
         if cell is None:
@@ -233,7 +287,8 @@ class _TrainingCall:
         cell = rebound(cell, dict(zip(self._paths, weights, strict=True)), ())
         outputs, after = run_eager(cell, (x,), state, Options(reverse=form.reverse))
         states = tuple([form.state(value) for value in after])
-        return (form.output(outputs), *states) if form.outputs else states
+        results = (form.output(outputs), *states) if form.outputs else states
+        return results if self._conversion is None else widened(results)
 
 
 def _selector(indices: Sequence[int]) -> Callable[[State], State]:

@@ -12,7 +12,7 @@ from fusecell.cell import Cell
 from fusecell.cell_tree import iter_cells
 from fusecell.compiler.cache_registry import forget_programs, register_cache
 from fusecell.compiler.dispatch import fast_path
-from fusecell.compiler.dispatch.eligibility import call_reasons, needs_gradient
+from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
@@ -46,8 +46,8 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 @one_thread_after_fork()
 def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
     """Run machine code if possible, else the Python loop; warn once per class of cells and reason."""
-    # Neither is worth a warning: torch compiles the loop itself, and another call of the cell may be compiled.
-    if torch.compiler.is_compiling() or call_reasons(inputs, state):
+    # None is worth a warning: torch compiles the loop itself, and another call of the cell may be compiled.
+    if torch.compiler.is_compiling() or call_reasons(inputs, state) or loop_is_faster(cell, inputs):
         return run_eager(cell, inputs, state, options)
     result = _run(cell, inputs, state, options)
     if not isinstance(result, Refusal):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.scan_operator import inference_kernel, scan, training_kernels
 from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import constants
 from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.programs.rebind import rebound
@@ -81,11 +82,18 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
         if isinstance(owner, Cell):
             start = first_state(owner, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
     flags = None if wanted is None else [*wanted, *[value.requires_grad for value in weights]]
-    outputs, *after = scan(
-        text, list(inputs), list(state), list(start), list(weights), options.lengths, options.resets,
-        options.reverse, recompute, flags,
-    )  # fmt: skip
-    return outputs, tuple(after[: len(state)])
+    dtype = inputs[0].dtype
+    if has_16_bits(dtype):
+        inputs, state, start = widened(inputs), widened(state), widened(start)
+    results: State = tuple(
+        scan(
+            text, list(inputs), list(state), list(start), list(weights), options.lengths, options.resets,
+            options.reverse, recompute, flags,
+        )
+    )[: 1 + len(state)]  # fmt: skip
+    if has_16_bits(dtype):
+        results = rounded(results, dtype)
+    return results[0], results[1:]
 
 
 def _usual(tensors: State) -> bool:

@@ -79,8 +79,12 @@ def users_line() -> str:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
-    """Switch grad mode on for the block, and inference mode, autocast, functorch and all modes of the caller off."""
+def isolated(dtype: torch.dtype) -> Iterator[None]:
+    """Switch grad mode on for the block, and inference mode, autocast, functorch and all modes of the caller off.
+
+    Arguments:
+        dtype: what the step computes in.
+    """
     with ExitStack() as stack:
         stack.enter_context(one_thread_after_fork())
         stack.enter_context(without_modes())
@@ -93,7 +97,7 @@ def isolated() -> Iterator[None]:
         stack.enter_context(without_saved_tensor_hooks())
         stack.enter_context(_without_nan_checks())
         stack.enter_context(without_jit_trace())
-        stack.enter_context(_with_computing_default_dtype())
+        stack.enter_context(_with_computing_default_dtype(dtype))
         yield
 
 
@@ -112,10 +116,10 @@ def _without_nan_checks() -> Iterator[None]:
 
 
 @contextmanager
-def _with_computing_default_dtype() -> Iterator[None]:
-    """Replace a default dtype that nothing is compiled in, such as bfloat16, by float32 for numbers of the step."""
+def _with_computing_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Replace a default dtype of 16 bits that is not the step's own by float32, for numbers of the step."""
     before = torch.get_default_dtype()
-    if before in (torch.float32, torch.float64):
+    if before in (torch.float32, torch.float64, dtype):
         yield
         return
     torch.set_default_dtype(torch.float32)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.compiler.frontend.aten_arguments import Key, key_of, mapped, tensors_in, values_in
 from fusecell.compiler.frontend.custom_functions import is_custom_node, is_of_operator, plain_arguments, tensor_results
+from fusecell.compiler.frontend.dtypes import mixes_with
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.rules import RULES
@@ -52,6 +53,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
         self.dtype = dtype
+        self._dtypes = mixes_with(dtype)
         self.sources = sources
         self.weights = Weights(builder, dtype)
         self.writer = Writer(builder, rows, self.weights.leaf)
@@ -375,7 +377,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def _cast(self, value: Value, result: Tensor) -> Row:
         if result.dtype == torch.bool:
             return self.writer.truth(value)
-        if result.dtype != self.dtype:
+        if result.dtype not in self._dtypes:
             raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
         return self.writer.number(value)
 
@@ -462,7 +464,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
-            if tensor.dtype not in (self.dtype, *_NUMBERS) and not constant:
+            if tensor.dtype not in (*self._dtypes, *_NUMBERS) and not constant:
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)

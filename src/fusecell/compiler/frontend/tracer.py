@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.compiler.frontend.custom_functions import intercepted
+from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.prologue_check import check_gradients
 from fusecell.compiler.frontend.recorder import Recorder
@@ -23,7 +24,6 @@ from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.graph import Builder, Graph
 from fusecell.compiler.ir.naming import name_values
-from fusecell.compiler.ir.sizes import DType
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
@@ -32,7 +32,6 @@ from fusecell.step_changes import changing_line, explain_changes
 
 __all__ = ["Traced", "trace"]
 
-_DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
 # Numbers of rows to choose from. Prime, so that a dimension that is merged with the rows can be told from any other.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -48,10 +47,12 @@ class Traced:
     Attributes:
         graph: the step and, if asked for, its gradient: one joint graph.
         weights: how the weight leaves of the graph are made at each call, in the order of ``graph.leaves("weight")``.
+        dtype: of the step's inputs, states and results; the graph computes in float32 where it has 16 bits.
     """
 
     graph: Graph
     weights: Prologue
+    dtype: torch.dtype
 
     @cached_property
     def weight_names(self) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     Arguments:
         cell: any cell; it is not changed, and nothing is drawn from torch's global generator.
         inputs: for each input of a step, drawn ones included, its shape without time and batch.
-        dtype: float32 or float64.
+        dtype: of the inputs, float32, float64, bfloat16 or float16; the graph of the last two is in float32.
         gradients: record the backward too.
 
     Returns:
@@ -86,7 +87,7 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     if reasons:
         return Refusal(reasons)
     runs: list[_Run] = []
-    with _LOCK, isolated(), _without_parameter_hooks(cell):
+    with _LOCK, isolated(dtype), _without_parameter_hooks(cell):
         before = Snapshot(cell)
         try:
             # Twice, with other numbers and another batch size: whatever the step computes in Python from either, and a
@@ -126,8 +127,8 @@ def _refuse_changes(run: _Run, before: Snapshot, changes: list[Change]) -> Refus
 
 def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
     """List the reasons for which a cell is not traced at all."""
-    if dtype not in _DTYPES:
-        return (f"Only float32 and float64 are compiled, the cell computes in {dtype}.",)
+    if dtype not in COMPILED_DTYPES:
+        return (f"Only float32, float64, bfloat16 and float16 are compiled, the cell computes in {dtype}.",)
     reasons = [
         f"The submodule {name} has hooks, which may do anything."
         for name, module in cell.named_modules()
@@ -231,7 +232,7 @@ class _Run:
         sources: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in _attributes(self.cell):
             sources.setdefault(id(tensor), (path, tensor))
-        self.builder = Builder("step", _DTYPES[self.dtype])
+        self.builder = Builder("step", GRAPH_DTYPES[self.dtype])
         self.recorder = Recorder(self.builder, self.rows, self.dtype, sources)
         # Another seed for each run: a branch on a value then goes two ways, if it can.
         self.generator = torch.Generator().manual_seed(self.rows)
@@ -269,7 +270,7 @@ class _Run:
                 of_state = label.startswith("grad.state.")
                 names.setdefault(node, f"grad.{name.partition('.')[2]}{'.new' * of_state}")
         graph = name_values(self.builder.build(self.outputs, keep_all=True), names)
-        return Traced(graph, self.recorder.weights.prologue())
+        return Traced(graph, self.recorder.weights.prologue(), self.dtype)
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
+from fusecell.compiler.frontend.dtypes import kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
 
@@ -128,8 +129,8 @@ class Prologue:
 
     @property
     def stored_leaves(self) -> list[tuple[str, Leaf]] | None:
-        """Each leaf with its path, where each is an attribute in the dtype of the graph; else None."""
-        if self.steps or any(leaf.dtype is not None for leaf in self.leaves):
+        """Each leaf with its path, where each is an attribute, if in another shape or dtype; else None."""
+        if self.steps:
             return None
         paths = {slot: path for path, slot in self.sources}
         return [(paths[leaf.slot], leaf) for leaf in self.leaves]
@@ -303,7 +304,8 @@ class Weights:
             if leaf[1] != form:
                 raise Untraceable(f"The step uses {weight.name} both in a product and element by element.")
             return leaf[0]
-        if weight.dtype.is_complex or (weight.dtype != self.dtype and weight.dtype.is_floating_point and weight.shape):
+        mixes = weight.dtype in mixes_with(self.dtype) or not (weight.dtype.is_floating_point and weight.shape)
+        if weight.dtype.is_complex or not mixes:
             raise Untraceable(f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}.")
         if 0 in weight.shape:
             raise Untraceable(f"The weight {weight.name} has no elements.")
@@ -328,7 +330,8 @@ class Weights:
     def _leaf(self, slot: int, form: str) -> Leaf:
         weight = self.slots[slot]
         shape = _leaf_shape(weight.shape, form)
-        return Leaf(slot, None if shape == weight.shape else shape, None if weight.dtype == self.dtype else self.dtype)
+        dtype = kernel_dtype(self.dtype)
+        return Leaf(slot, None if shape == weight.shape else shape, None if weight.dtype == dtype else dtype)
 
 
 def weight_views(

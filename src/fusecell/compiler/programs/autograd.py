@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
@@ -59,9 +60,15 @@ class TrainableStep:
         if isinstance(training, Refusal):
             return training
         reset = () if options.resets is None else reset_state(cell, inputs[0])
+        dtype = inputs[0].dtype
+        if has_16_bits(dtype):
+            # Under autograd, which so rounds the gradient of each once.
+            inputs, state, reset = map(widened, (inputs, state, reset))
         call = Call.of(training, inputs, state, reset, weights, options)
-        outputs, *after = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
-        return outputs, tuple(after)
+        results = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
+        if has_16_bits(dtype):
+            results = rounded(results, dtype)
+        return results[0], results[1:]
 
     def check_unchanged(self, cell: Cell) -> None:
         """Raise RuntimeError if the cell's step would no longer compute what was traced."""
@@ -156,12 +163,15 @@ def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) ->
     call: Call = ctx.call
     step: TrainableStep = ctx.step
     step.check_unchanged(ctx.cell)
+    dtype = step.traced.dtype
 
     def eager(aliases: State) -> State:
         inputs, state, reset, weights, originals = call.split(aliases)
+        if has_16_bits(dtype):  # back to the numbers that they were made from
+            inputs, state, reset = (rounded(values, dtype) for values in (inputs, state, reset))
         cell = rebound(ctx.cell, step.traced.weights.bindings(weights, originals), reset)
         outputs, after = run_eager(cell, inputs, state, call.options)
-        return outputs, *after
+        return widened((outputs, *after))
 
     return differentiated(eager, tensors, ctx.needs_input_grad[3:], grads)
 

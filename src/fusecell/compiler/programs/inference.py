@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
@@ -76,9 +77,15 @@ def run_all(
 ) -> tuple[dict[str, Tensor], State]:
     """Run a forward kernel of several outputs; return each, (T, N, size), by name, and the states after the last step.
 
+    Tensors of 16 bits are converted to the kernel's float32, and results back.
+
     Arguments:
         reset: the states that resets go back to.
     """
+    dtype = inputs[0].dtype
+    if has_16_bits(dtype):
+        outputs, after = run_all(kernel, weights, widened(inputs), widened(state), widened(reset), options)
+        return dict(zip(outputs, rounded(tuple(outputs.values()), dtype), strict=True)), rounded(after, dtype)
     steps, rows = steps_of(inputs), inputs[0].shape[1]
     after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
     outputs = _new_outputs(kernel, inputs[0], steps, rows)

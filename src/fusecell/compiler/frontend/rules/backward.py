@@ -296,6 +296,13 @@ def _same(w: Writer, value: Sum, *_: Any, **__: Any) -> Sum:
     return value
 
 
+def _cast(w: Writer, value: Sum, *, dtype: Any = None, **_: Any) -> Sum:
+    """Keep a sum as it is where autograd casts it to the dtype of its weight: the prologue casts the kernel's."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise Untraceable(f"The gradient of a weight is cast to {dtype}.")
+    return value
+
+
 def _times(w: Writer, a: Any, b: Any) -> Sum:
     value, factor = (a, b) if isinstance(a, Sum) else (b, a)
     if not isinstance(factor, int | float):
@@ -306,6 +313,7 @@ def _times(w: Writer, a: Any, b: Any) -> Sum:
 SUMS: Mapping[str, Rule] = {
     **dict.fromkeys(("clone", "detach", "alias", "contiguous"), _same),
     **dict.fromkeys(("t", "transpose", "permute"), _permute),
+    "_to_copy": _cast,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"), _view),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
