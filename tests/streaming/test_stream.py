@@ -180,7 +180,8 @@ def test_streaming_allocates_no_memory_per_step(loaded, tmp_path):
         stream = fc.load_stream(tmp_path / "it")
     x, out = np.zeros(1, np.float32), np.empty(2, np.float32)
     for call in (lambda: stream.step(x), lambda: stream.step(x, out=out), lambda: stream.push(x[None])):
-        assert allocated_by(2000, call) < 2000 * 8  # the smallest object has more
+        # The smallest object has more than 8 bytes. What other threads allocate is counted too, but not each time.
+        assert any(allocated_by(2000, call) < 2000 * 8 for _ in range(3))
     for part in stream.parts:
         declared = re.findall(r"^declare .*@([\w.]+)\(", part.kernel.loaded.llvm, re.MULTILINE)
         assert all(name.startswith("llvm.") for name in declared), declared
