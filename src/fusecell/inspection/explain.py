@@ -368,7 +368,8 @@ def _describe_stage(kernel: Kernel, stage: Stage) -> str:
     for what, indices in (("", stage.pointwise), ("reductions ", stage.reductions)):
         if indices:
             parts.append(what + ", ".join(graph[index].name for index in indices))
-    return f"{stage.width} features: {'; '.join(parts) or 'copies'}"
+    features = "feature" if stage.width == 1 else "features"
+    return f"{stage.width} {features}: {'; '.join(parts) or 'copies'}"
 
 
 def _describe_tiles(report: TileReport) -> str:
