@@ -36,7 +36,7 @@ def test_vector_functions_are_pointwise_primitives_of_as_many_arguments() -> Non
 
 def test_what_is_expensive_is_a_vector_function() -> None:
     """A primitive of one instruction is cheaper to recompute than to save; a series or iteration is not."""
-    expensive = {name for name, primitive in PRIMITIVES.items() if primitive.expensive}
+    expensive = {name for name, primitive in PRIMITIVES.items() if primitive.expensive and primitive.pointwise}
     assert expensive <= set(OPS)
     cheap = {"neg", "abs", "sign", "floor", "maximum", "minimum", "reciprocal"}
     assert set(OPS) - expensive == cheap, "a new vector function: say expensive=True in its row, or name it here"
@@ -80,7 +80,9 @@ def test_an_identity_leaves_the_other_argument(name: str) -> None:
 def test_the_table_of_primitives_is_consistent() -> None:
     for name, primitive in PRIMITIVES.items():
         assert primitive.leaf == (primitive.arity == 0), name
-        assert primitive.pointwise or not (primitive.expensive or primitive.fold or primitive.identities), name
+        assert primitive.pointwise or not (primitive.fold or primitive.identities), name
+        assert primitive.pointwise or primitive.nest or not primitive.expensive, name
         assert primitive.arity == 2 or not primitive.commutes, name
-        assert primitive.cheap == (name in ("slice", "concat") or (primitive.pointwise and not primitive.expensive))
+        moves = ("slice", "concat", "view", "gather", "interleave")
+        assert primitive.cheap == (name in moves or (primitive.pointwise and not primitive.expensive)), name
     assert {"input", "state", "weight"} == ARGUMENTS

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusecell.compiler.ir.axes_interpreter import EVALUATE_AXES, flat_rows
 from fusecell.compiler.ir.graph import Graph, Node
 from fusecell.compiler.ir.primitives import ARGUMENTS, PRIMITIVES
 
@@ -57,9 +58,13 @@ def interpret(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             results[index] = torch.tensor([[node.attrs["value"]]], dtype=torch.float64).to(dtype)
         else:
             args = [results[arg] for arg in node.args]
-            if node.op in ("outer", "rowsum"):
+            if node.op in EVALUATE_AXES:
+                args = [flat_rows(results[arg], graph[arg].type.kind == "weight") for arg in node.args]
+            if node.op in ("outer", "rowsum", "contract_sum", "scatter_sum"):
                 args = [arg.expand(rows, arg.shape[-1]) for arg in args]
             results[index] = EVALUATE[node.op](args, node.attrs)
+            if node.type.kind == "weight":
+                results[index] = results[index].reshape(node.type.shape)
     return {label: _whole(graph[index], results[index], rows) for label, index in graph.outputs.items()}
 
 
@@ -144,4 +149,5 @@ EVALUATE: Mapping[str, Rule] = {
     "transpose": lambda args, attrs: args[0].T,
     "total": lambda args, attrs: torch.stack(list(args)).sum(0),
     "place": _place,
+    **EVALUATE_AXES,
 }

@@ -1,188 +1,47 @@
 """Table of the primitives: what each takes, the type of its result, and the properties that passes use.
 
-A value of a graph has a kind and a size:
-
-======  ==========================================================================================
-row     (N, size) numbers: a value per row of the batch and feature. Size 1 broadcasts over features.
-mask    (N, size) truth values, from comparisons.
-weight  what depends on parameters alone, the same for all rows and steps: a matrix or a vector.
-sum     a weight-shaped sum over all rows and steps: the gradient of a weight, or a part of it.
-======  ==========================================================================================
-
-``PRIMITIVES`` has one row for each. Three other tables read it, and a test holds their keys to it: how torch spells a
-primitive is in ``frontend.rules``, what it computes in ``ir.interpreter``, its machine code in
-``codegen.pointwise_ops``. Row vectors are flat: a step's (N, 3, H) is size 3H, row-major.
+``PRIMITIVES`` has one row for each; those that compute along axes are in `axes`. Three other tables read it, and a test
+holds their keys to it: how torch spells a primitive is in ``frontend.rules``, what it computes in ``ir.interpreter``,
+its machine code in ``codegen.pointwise_ops``.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
 
+from fusecell.compiler.ir.axes import AXIS_PRIMITIVES
+from fusecell.compiler.ir.types import (
+    LANES,
+    MOST_ELEMENTS,
+    Attrs,
+    Category,
+    Kind,
+    Primitive,
+    Type,
+    expect,
+    features_of,
+    integer,
+    integers,
+    names_of,
+    row,
+    shape_of,
+)
 from fusecell.errors import CompilerError, quoted
 
 __all__ = ["ARGUMENTS", "LANES", "MOST_ELEMENTS", "PRIMITIVES", "Category", "Kind", "Primitive", "Type"]
-
-LANES = 16
-"""Features computed together, on every target: a reduction has as many partial results, whose number decides bits."""
-MOST_ELEMENTS = 1 << 40
-"""Features of a value, and elements of a weight, at the most: offsets in bytes are then far from 64 bits."""
-Kind = Literal["row", "mask", "weight", "sum"]
-Category = Literal["argument", "constant", "pointwise", "reduction", "movement", "product", "row sum"]
-"""Kind of computation of a primitive.
-
-argument   a value that is passed to a call: an input, a state or a weight.
-constant   a number written in the step.
-pointwise  computes each feature of a row from the same feature of its arguments.
-reduction  computes one number of all features of a row.
-movement   moves features and computes nothing.
-product    multiplies rows by a weight.
-row sum    adds up all rows and steps for the gradient of a weight, or combines such sums.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Type:
-    """A value's kind, and its features per row (row, mask) or its shape (weight, sum)."""
-
-    kind: Kind
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Features per row; a vector weight broadcasts over rows with as many."""
-        if len(self.shape) > 1:
-            raise CompilerError(f"a matrix of shape {self.shape} is used where a value per feature is needed")
-        return self.shape[0] if self.shape else 1
-
-    def __str__(self) -> str:
-        return f"{self.kind}[{', '.join(map(str, self.shape))}]"
-
-
-Attrs = Mapping[str, Any]
-Rule = Callable[[Sequence[Type], Attrs], Type]
-
-
-@dataclass(frozen=True, slots=True)
-class Primitive:
-    """Properties of one primitive; the defaults are those of most.
-
-    Attributes:
-        arity: how many arguments it takes; None stands for any number.
-        rule: the type of its result, from the types of its arguments and its attributes.
-        category: the kind of its computation.
-        commutes: whether its two arguments may change places without changing a bit.
-        expensive: whether the backward should rather read a pointwise value from memory than recompute it.
-        fold: its function of Python's numbers. Done in double precision and rounded once, as torch does it.
-        identities: (position, number) of each argument that leaves the other one unchanged.
-        label: the name of its values where the user gave them none; by default the primitive's.
-        attributes: the names of all its attributes.
-    """
-
-    arity: int | None
-    rule: Rule
-    category: Category
-    commutes: bool = False
-    expensive: bool = False
-    fold: Callable[..., float] | None = None
-    identities: tuple[tuple[int, float], ...] = ()
-    label: str = ""
-    attributes: frozenset[str] = frozenset()
-
-    @property
-    def leaf(self) -> bool:
-        """Whether it has no arguments: a tensor of the call, or a number."""
-        return self.category in ("argument", "constant")
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether each feature of its result needs the same feature of its arguments only."""
-        return self.category == "pointwise"
-
-    @property
-    def reduction(self) -> bool:
-        """Whether it joins all features of a row."""
-        return self.category == "reduction"
-
-    @property
-    def movement(self) -> bool:
-        """Whether it moves features and computes nothing."""
-        return self.category == "movement"
-
-    @property
-    def cheap(self) -> bool:
-        """Whether computing its result again costs less than reading it from memory."""
-        return self.movement or (self.pointwise and not self.expensive)
-
-    def result(self, op: str, args: Sequence[Type], attrs: Attrs) -> Type:
-        """Return the type of its result.
-
-        Raises:
-            CompilerError: for arguments or attributes that it is not defined for.
-        """
-        if self.arity is not None and self.arity != len(args):
-            raise CompilerError(f"{op} takes {self.arity} arguments, got {len(args)}")
-        if attrs.keys() != self.attributes:
-            raise CompilerError(f"{op} has {_names(self.attributes)}, got {_names(attrs)}")
-        return self.rule(args, attrs)
-
-
-def row(size: int) -> Type:
-    return Type("row", (size,))
-
-
-# Checks that the rules share. Graphs come from files as well: whatever a text holds, they raise CompilerError.
-
-
-def _names(names: Iterable[object]) -> str:
-    listed = sorted(map(quoted, names))
-    return f"the attributes {', '.join(listed[:8])}" if listed else "no attributes"
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    """Return a size or an offset if it is an integer in range; True and 1.0 are none."""
-    if type(value) is not int or not least <= value <= MOST_ELEMENTS:
-        raise CompilerError(f"{name} is an integer from {least} to {MOST_ELEMENTS}, got {quoted(value)}")
-    return value
-
-
-def _integers(name: str, value: object, least: int, counts: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or len(value) not in counts:
-        expected = " or ".join(map(str, counts))
-        raise CompilerError(f"{name} is a list of {expected} integers, got {quoted(value)}")
-    return tuple([_integer(name, item, least) for item in value])
-
-
-def _shape(attrs: Attrs, ranks: Sequence[int]) -> tuple[int, ...]:
-    shape = _integers("shape", attrs["shape"], 1, ranks)
-    if math.prod(shape) > MOST_ELEMENTS:
-        raise CompilerError(f"the shape {list(shape)} has more than {MOST_ELEMENTS} elements")
-    return shape
-
-
-def _is(arg: Type, *kinds: Kind) -> None:
-    if arg.kind not in kinds:
-        raise CompilerError(f"{arg} is an argument where a {' or a '.join(kinds)} is needed")
-
-
-def _features(size: int) -> int:
-    if size > MOST_ELEMENTS:
-        raise CompilerError(f"{size} features are more than {MOST_ELEMENTS}")
-    return size
 
 
 # The rules.
 
 
 def _row_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
-    return Type("row", _shape(attrs, (1,)))
+    return Type("row", shape_of(attrs, (1,)))
 
 
 def _weight_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
-    return Type("weight", _shape(attrs, (1, 2)))
+    return Type("weight", shape_of(attrs, (1, 2)))
 
 
 def _const(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -202,7 +61,7 @@ def _common_size(args: Sequence[Type]) -> int:
 def _numbers(args: Sequence[Type], attrs: Attrs) -> Type:
     """Return the type of arithmetic on numbers: a weight if all arguments are weights, else a row."""
     for arg in args:
-        _is(arg, "row", "weight")
+        expect(arg, "row", "weight")
     size = _common_size(args)
     if args and all(arg.kind == "weight" for arg in args):
         return Type("weight", (size,))
@@ -215,24 +74,24 @@ def _comparison(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def _logic(args: Sequence[Type], attrs: Attrs) -> Type:
     for arg in args:
-        _is(arg, "mask")
+        expect(arg, "mask")
     return Type("mask", (_common_size(args),))
 
 
 def _where(args: Sequence[Type], attrs: Attrs) -> Type:
-    _is(args[0], "mask")
+    expect(args[0], "mask")
     _numbers(args[1:], attrs)
     return row(_common_size(args))
 
 
 def _reduce(args: Sequence[Type], attrs: Attrs) -> Type:
-    _is(args[0], "row")
+    expect(args[0], "row")
     return row(1)
 
 
 def _slice(args: Sequence[Type], attrs: Attrs) -> Type:
-    _is(args[0], "row", "mask", "weight")
-    start, stop = _integer("start", attrs["start"], 0), _integer("stop", attrs["stop"], 1)
+    expect(args[0], "row", "mask", "weight")
+    start, stop = integer("start", attrs["start"], 0), integer("stop", attrs["stop"], 1)
     if not start < stop <= args[0].size:
         raise CompilerError(f"slice {start}:{stop} of {args[0]}")
     return Type(args[0].kind, (stop - start,))
@@ -241,13 +100,13 @@ def _slice(args: Sequence[Type], attrs: Attrs) -> Type:
 def _concat(args: Sequence[Type], attrs: Attrs) -> Type:
     if len({arg.kind for arg in args}) != 1:
         raise CompilerError("concat joins values of one kind, and at least one")
-    _is(args[0], "row", "mask", "weight")
-    return Type(args[0].kind, (_features(sum(arg.size for arg in args)),))
+    expect(args[0], "row", "mask", "weight")
+    return Type(args[0].kind, (features_of(sum(arg.size for arg in args)),))
 
 
 def _broadcast(args: Sequence[Type], attrs: Attrs) -> Type:
-    _is(args[0], "row", "mask", "weight")
-    size = _integer("size", attrs["size"], 1)
+    expect(args[0], "row", "mask", "weight")
+    size = integer("size", attrs["size"], 1)
     if args[0].size not in (1, size):
         raise CompilerError(f"{args[0]} doesn't broadcast to {size}")
     return Type("mask" if args[0].kind == "mask" else "row", (size,))
@@ -255,9 +114,9 @@ def _broadcast(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def region(weight: Type, attrs: Attrs) -> tuple[int, int]:
     """Return (K, F), the shape of the part of a weight that a product reads, transposed if the product says so."""
-    _is(weight, "weight")
-    k0, k1 = _integers("rows", attrs["rows"], 0, (2,))
-    f0, f1 = _integers("cols", attrs["cols"], 0, (2,))
+    expect(weight, "weight")
+    k0, k1 = integers("rows", attrs["rows"], 0, (2,))
+    f0, f1 = integers("cols", attrs["cols"], 0, (2,))
     if type(attrs["transposed"]) is not bool:
         raise CompilerError(f"transposed is true or false, got {quoted(attrs['transposed'])}")
     shape = weight.shape[::-1] if attrs["transposed"] else weight.shape
@@ -283,10 +142,10 @@ def _affine(args: Sequence[Type], attrs: Attrs) -> Type:
     sizes = set()
     for position, term in enumerate(terms):
         if not isinstance(term, Mapping) or term.keys() != _REGION:
-            raise CompilerError(f"a term of an affine has {_names(_REGION)}, got {quoted(term)}")
+            raise CompilerError(f"a term of an affine has {names_of(_REGION)}, got {quoted(term)}")
         sizes.add(_product(args[start + 2 * position : start + 2 * position + 2], term).size)
     if start:
-        _is(args[0], "row", "weight")
+        expect(args[0], "row", "weight")
         sizes.add(args[0].size)
     if len(sizes) != 1:
         raise CompilerError(f"an affine of sizes {sorted(sizes)}")
@@ -295,18 +154,18 @@ def _affine(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def _outer(args: Sequence[Type], attrs: Attrs) -> Type:
     for arg in args:
-        _is(arg, "row")
-    _features(args[0].size * args[1].size)
+        expect(arg, "row")
+    features_of(args[0].size * args[1].size)
     return Type("sum", (args[0].size, args[1].size))
 
 
 def _rowsum(args: Sequence[Type], attrs: Attrs) -> Type:
-    _is(args[0], "row")
+    expect(args[0], "row")
     return Type("sum", (args[0].size,))
 
 
 def _transpose(args: Sequence[Type], attrs: Attrs) -> Type:
-    _is(args[0], "sum")
+    expect(args[0], "sum")
     return Type("sum", args[0].shape[::-1])
 
 
@@ -318,9 +177,9 @@ def _total(args: Sequence[Type], attrs: Attrs) -> Type:
 
 def _place(args: Sequence[Type], attrs: Attrs) -> Type:
     """Return the type of a sum at an offset inside zeros of attrs["shape"]: the gradient of a slice."""
-    _is(args[0], "sum")
+    expect(args[0], "sum")
     rank = len(args[0].shape)
-    shape, corner = _shape(attrs, (rank,)), _integers("corner", attrs["corner"], 0, (rank,))
+    shape, corner = shape_of(attrs, (rank,)), integers("corner", attrs["corner"], 0, (rank,))
     for size, offset, whole in zip(args[0].shape, corner, shape, strict=True):
         if offset + size > whole:
             raise CompilerError(f"{args[0]} at {list(corner)} doesn't lie inside a sum of shape {list(shape)}")
@@ -392,6 +251,7 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "total": Primitive(None, _total, "row sum"),
     "transpose": Primitive(1, _transpose, "row sum"),
     "place": Primitive(1, _place, "row sum", attributes=frozenset({"shape", "corner"})),
+    **AXIS_PRIMITIVES,
 }
 ARGUMENTS = frozenset(name for name, primitive in PRIMITIVES.items() if primitive.category == "argument")
 """The primitives whose values are passed to a call: they stay in a graph even if nothing needs them."""
