@@ -1,8 +1,6 @@
-"""Write graph nodes for torch's operations: broadcasting, moves of features, reductions, products.
+"""Write graph nodes for torch's operations: broadcasting, reductions, products with weights, sums over rows.
 
-torch moves elements of tensors about; a graph has flat features per row. So every value keeps, besides its node, the
-feature behind each of its elements (`Row.index`). A view changes the index alone; nodes that move features, slices and
-concatenations, are written only where an operation needs the features in order.
+Moves of features, which all of these may need, are in `feature_moves`.
 """
 
 from __future__ import annotations
@@ -12,8 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from fusecell.compiler.frontend.feature_moves import FeatureMoves
+from fusecell.compiler.frontend.feature_reductions import reduced_lines
+from fusecell.compiler.frontend.index_maps import access_of, inverse
+from fusecell.compiler.frontend.sums_over_rows import as_matrix
 from fusecell.compiler.frontend.traced_values import (
     Index,
     Matrix,
@@ -25,7 +26,6 @@ from fusecell.compiler.frontend.traced_values import (
     Value,
     Vector,
     Weight,
-    runs,
     scalar,
 )
 from fusecell.compiler.ir.graph import Builder, Node
@@ -34,11 +34,9 @@ __all__ = ["Operand", "Writer"]
 
 Operand = Value | float | int | bool
 _LOGIC = ("and", "or", "not")
-# Slices that one move of features, or reduction, may become: each is a store of its own in the kernel.
-_MOST_PARTS = 256
 
 
-class Writer:
+class Writer(FeatureMoves):
     """Writer of a graph: its methods take and return traced values, and add nodes for them.
 
     Arguments:
@@ -48,8 +46,7 @@ class Writer:
     """
 
     def __init__(self, builder: Builder, rows: int, leaf: Callable[[int, str], int]) -> None:
-        self.builder = builder
-        self.rows = rows
+        super().__init__(builder, rows)
         self.leaf = leaf
 
     # operands
@@ -66,10 +63,12 @@ class Writer:
             raise Untraceable(operand.reason)
         raise Untraceable("The step mixes the rows of the batch: a sum over rows is used row by row.")
 
-    def const(self, value: float, shape: Shape = (), axis: int | None = None) -> Row:
+    def const(
+        self, value: float, shape: Shape = (), axis: int | None = None, split: tuple[int, int] = (1, 1)
+    ) -> Row:
         """Return a tensor filled with a number."""
-        row = Row(shape, self.builder.const(value), axis)
-        return Row(shape, row.node, axis, np.zeros(row.features, dtype=np.int64))
+        row = Row(shape, self.builder.const(value), axis, None, split)
+        return Row(shape, row.node, axis, np.zeros(row.features, dtype=np.int64), split)
 
     def _weight(self, weight: Weight) -> Row:
         if weight.fill is not None:
@@ -77,13 +76,6 @@ class Writer:
         if isinstance(weight.view, Vector):
             return self.indexed(weight.shape, self.leaf(weight.view.slot, "vector"), None, weight.view.index)
         return Row(weight.shape, self.leaf(weight.slot, "vector"), None)
-
-    def indexed(self, shape: Shape, node: int, axis: int | None, index: Index) -> Row:
-        """Return these features of a node as a row; without an index where they are all of them in order."""
-        size = self.builder.size(node)
-        if index.size == size and np.array_equal(index.ravel(), np.arange(size)):
-            return Row(shape, node, axis)
-        return Row(shape, node, axis, index)
 
     def is_mask(self, row: Row) -> bool:
         return self.builder.nodes[row.node].type.kind == "mask"
@@ -107,12 +99,35 @@ class Writer:
             for position, value in enumerate(operands)
         ]
         shape = tuple(np.broadcast_shapes(*(row.shape for row in rows)))
+        merged = next((row for row in rows if row.is_merged), None)
+        if merged is not None:
+            apart = [self._apart_like(row, merged) for row in rows]
+            return self.point(op, *apart).merged(merged.split)
         axis = self.common_axis(rows, len(shape))
         features = shape if axis is None else shape[:axis] + shape[axis + 1 :]
-        node = self.builder.add(op, *(self._aligned(row, shape, axis, features) for row in rows))
+        layout = self._layout(rows, shape, axis)
+        node = self.builder.add(op, *(self._aligned(row, shape, axis, features, layout) for row in rows))
         if self.builder.size(node) == math.prod(features):
-            return Row(shape, node, axis)
+            return Row(shape, node, axis, None if layout is None else layout.reshape(features))
         return Row(shape, node, axis, np.zeros(features, dtype=np.int64))
+
+    def _apart_like(self, row: Row, merged: Row) -> Row:
+        """Return an operand with its dimension that meets the batch of a merged one as three: before, batch, after."""
+        assert merged.axis is not None
+        if row.is_merged:
+            if (row.split, len(row.shape) - (row.axis or 0)) != (merged.split, len(merged.shape) - merged.axis):
+                raise Untraceable("The step mixes the rows of the batch: two values meet whose batches differ.")
+            return row.apart()
+        axis = merged.axis - len(merged.shape) + len(row.shape)
+        if axis < 0:
+            return row
+        index = row.full_index
+        if index.size and bool((index == index.flat[0]).all()):
+            return Row((), row.node, None, index.ravel()[:1].reshape(()))
+        if row.axis is not None or row.shape[axis] != 1:
+            raise Untraceable("The step mixes the rows of the batch: two values meet whose batches differ.")
+        shape = (*row.shape[:axis], 1, 1, 1, *row.shape[axis + 1 :])
+        return Row(shape, row.node, None, index.reshape(shape))
 
     def common_axis(self, rows: Sequence[Row], dims: int) -> int | None:
         """Return the batch dimension of what ``rows`` broadcast to."""
@@ -122,9 +137,25 @@ class Writer:
             raise Untraceable("The step mixes the rows of the batch: two values meet whose batch dimensions differ.")
         return dims - from_end.pop() if from_end else None
 
-    def _aligned(self, row: Row, shape: Shape, axis: int | None, features: Shape) -> int:
+    def _layout(self, rows: Sequence[Row], shape: Shape, axis: int | None) -> Index | None:
+        """Return the order of features to compute in, as the feature of each element; None for torch's own order.
+
+        Values that are all transposed alike are computed as they are stored: nothing is moved.
+        """
+        whole = [row for row in rows if row.shape == shape and row.axis == axis]
+        stored = [row.index for row in whole if row.index is not None and row.index.size == self.features(row.node)]
+        if len(stored) <= sum(row.index is None for row in whole):
+            return None
+        votes = [sum(np.array_equal(index, other) for other in stored) for index in stored]
+        layout = stored[int(np.argmax(votes))]
+        access = access_of(layout)
+        if max(votes) <= len(whole) - len(stored) or access is None or access.offset or min(access.strides, default=0) < 0:
+            return None
+        return layout if inverse(layout, layout.size) is not None else None
+
+    def _aligned(self, row: Row, shape: Shape, axis: int | None, features: Shape, layout: Index | None) -> int:
         """Return the node of an operand, with its features where those of the result are."""
-        if row.index is None and row.shape == shape and row.axis == axis:
+        if row.index is layout and row.shape == shape and row.axis == axis and self._is_flat(row.node):
             return row.node
         index = row.full_index
         if row.axis is None and axis is not None and index.ndim >= len(shape) - axis:
@@ -135,155 +166,41 @@ class Writer:
         # One feature broadcasts in a kernel, without a row of copies of it.
         if index.size and bool((index == index.flat[0]).all()):
             return self.single(row.node, int(index.flat[0]))
-        return self.gather([row.node], np.broadcast_to(index, features).ravel())
+        index = np.broadcast_to(index, features)
+        return self.gather([row.node], index if layout is None else index.transpose(_stored_order(layout)))
+
+    def _is_flat(self, node: int) -> bool:
+        return len(self.builder.nodes[node].type.shape) == 1
 
     def flat(self, operand: Operand) -> int:
         """Return the node of a value with all its features in torch's order."""
         row = self.row(operand)
-        node = row.node if row.index is None else self.gather([row.node], row.full_index.ravel())
+        node = row.node if row.index is None else self.gather([row.node], row.full_index)
         size = math.prod(row.features)
         kind = self.builder.nodes[node].type.kind
         if self.builder.size(node) != size or kind == "weight":
             return self.builder.add("broadcast", node, size=size)
         return node
 
-    # features
-
-    def single(self, node: int, feature: int) -> int:
-        """Return one feature of a node; -1 is zero."""
-        if feature < 0:
-            zero = self.builder.const(0.0)
-            return self.builder.add("ne", zero, zero) if self._is_mask(node) else zero
-        if self.builder.size(node) == 1:
-            return node
-        return self._slice(node, feature, 1)[0]
-
-    def _slice(self, node: int, start: int, length: int) -> list[int]:
-        """Return features of a node: one node, or of a concat the parts of what it joins."""
-        whole = self.builder.nodes[node]
-        if whole.size == length:
-            return [node]
-        if whole.op != "concat":
-            return [self.builder.add("slice", node, start=start, stop=start + length)]
-        # A slice of a join would keep all of the join in memory, and tie what needs x only to what needs a state.
-        parts, begin = [], 0
-        for arg in whole.args:
-            size = self.builder.size(arg)
-            low, high = max(start, begin), min(start + length, begin + size)
-            if low < high:
-                parts += self._slice(arg, low - begin, high - low)
-            begin += size
-        return parts
-
-    def gather(self, nodes: Sequence[int], flat: Index) -> int:
-        """Return the features ``flat`` of ``nodes``, counted through all of them, as one node."""
-        if len(nodes) == 1 and len(flat) == self.builder.size(nodes[0]) and np.array_equal(flat, np.arange(len(flat))):
-            return nodes[0]
-        starts = np.cumsum([0, *(self.builder.size(node) for node in nodes)])
-        parts: list[int] = []
-        for first, length, step in runs(flat):
-            parts += self._part(nodes, starts, first, length, step)
-            if len(parts) > _MOST_PARTS:
-                raise Untraceable(
-                    f"The step permutes features in more than {_MOST_PARTS} pieces; gathers are not compiled."
-                )
-        if len(parts) == 1:
-            return parts[0]
-        kinds = {self.builder.nodes[part].type.kind for part in parts}
-        # A concat joins values of one kind: next to rows, a part of a weight becomes a row.
-        if len(kinds) > 1:
-            parts = [
-                self.builder.add("broadcast", part, size=self.builder.size(part))
-                if self.builder.nodes[part].type.kind == "weight"
-                else part
-                for part in parts
-            ]
-        inner = (self.builder.nodes[part] for part in parts)
-        flat_parts = [arg for part, node in zip(parts, inner, strict=True) for arg in _joined(part, node)]
-        return self.builder.add("concat", *flat_parts)
-
-    def _part(self, nodes: Sequence[int], starts: Index, first: int, length: int, step: int) -> list[int]:
-        """Return consecutive, or equal, features as nodes, one for each node that they reach into."""
-        source = int(np.searchsorted(starts, max(first, 0), side="right")) - 1
-        if step == 0 or first < 0:
-            one = self.single(nodes[source], first - int(starts[source]) if first >= 0 else -1)
-            return [self.builder.add("broadcast", one, size=length) if length > 1 else one]
-        parts: list[int] = []
-        while length:
-            feature = first - int(starts[source])
-            count = min(length, self.builder.size(nodes[source]) - feature)
-            if count:
-                parts += self._slice(nodes[source], feature, count)
-            first, length, source = first + count, length - count, source + 1
-        return parts
-
-    def _is_mask(self, node: int) -> bool:
-        return self.builder.nodes[node].type.kind == "mask"
-
     def move(self, func: Callable[..., Any], values: Value | Sequence[Value], *args: Any, **kwargs: Any) -> Any:
-        """Return the result of an op that only moves elements of a value, or of a list of them.
-
-        The op is run on tensors of numbers that say which element each is; number 0 is for zeros that it fills in.
-        """
-        # So every view and every join that torch has follows from torch's own implementation of it.
+        """Return the result of an operation that only moves elements of a value, or of a list of them."""
         several = not isinstance(values, Row | Weight)
         rows = [self.row(value) for value in values] if several else [self.row(values)]  # type: ignore[union-attr,arg-type]
         if len({self.is_mask(row) for row in rows}) > 1:
             rows = [self.number(row) for row in rows]
-        sizes = [self.builder.size(row.node) for row in rows]
-        total, starts = sum(sizes), np.cumsum([0, *sizes])
-        numbers = [self._numbered(row, int(start), total) for row, start in zip(rows, starts, strict=False)]
-        result = func(numbers if several else numbers[0], *args, **kwargs)
-        nodes = [row.node for row in rows]
-        is_batched = any(row.axis is not None for row in rows)
-        if isinstance(result, torch.Tensor):
-            return self._row_of_numbers(result, nodes, total, is_batched)
-        return [self._row_of_numbers(part, nodes, total, is_batched) for part in result]
-
-    def _numbered(self, row: Row, start: int, total: int) -> torch.Tensor:
-        """Return a tensor of a value's shape whose elements are numbers: feature + 1, from ``start`` on.
-
-        Each further row of the batch has numbers higher by ``total``.
-        """
-        index = row.full_index
-        numbers = np.where(index < 0, 0, index + 1 + start)
-        if row.axis is not None:
-            numbers = np.expand_dims(numbers, row.axis)
-            shape = [1] * numbers.ndim
-            shape[row.axis] = self.rows
-            per_row = (np.arange(self.rows, dtype=np.int64) * total).reshape(shape)
-            numbers = np.where(numbers > 0, numbers + per_row, 0)
-        return torch.from_numpy(np.ascontiguousarray(numbers))
-
-    def _row_of_numbers(self, result: torch.Tensor, nodes: Sequence[int], total: int, is_batched: bool) -> Row:
-        """Read a value off its elements' numbers after a move, and find which dimension is the batch now."""
-        numbers, shape = result.numpy(), tuple(result.shape)
-        # The batch is the dimension along which every element moves on by one row. Its size alone would not prove it.
-        for axis in (dim for dim, size in enumerate(shape) if size == self.rows):
-            first = numbers.take(0, axis)
-            along = np.arange(self.rows, dtype=np.int64).reshape(
-                [-1 if dim == axis else 1 for dim in range(len(shape))]
-            )
-            head = np.expand_dims(first, axis)
-            if np.array_equal(numbers, np.where(head > 0, head + along * (total if is_batched else 0), 0)):
-                return self._row_of_index(shape, nodes, axis, first - 1)
-        if is_batched:
-            raise Untraceable("The step mixes the rows of the batch: the batch dimension is cut, merged or reordered.")
-        return self._row_of_index(shape, nodes, None, numbers - 1)
-
-    def _row_of_index(self, shape: Shape, nodes: Sequence[int], axis: int | None, index: Index) -> Row:
-        if len(nodes) == 1:
-            return self.indexed(shape, nodes[0], axis, index)
-        return Row(shape, self.gather(nodes, index.ravel()), axis) if index.size else self.const(0.0, shape, axis)
+        return self.moved(func, rows, several, *args, **kwargs)
 
     # over features
 
     def reduce(self, op: str, operand: Operand, dims: Sequence[int] | None, keepdim: bool) -> Row:
-        """Add a ``sum``, ``amax`` or ``amin`` over dimensions that are not the batch."""
+        """Add a reduction of `ir.axes.REDUCTIONS` over dimensions that are not the batch."""
         row = self.number(operand)
         reduced = self.dims(row, dims)
         if row.axis in reduced:
             raise Untraceable("The step mixes the rows of the batch: a reduction over the batch dimension.")
+        if row.axis is not None and row.is_merged:
+            apart = [dim if dim < row.axis else dim + 2 for dim in reduced]
+            return self.reduce(op, row.apart(), apart, keepdim).merged(row.split)
         shape = tuple(
             1 if dim in reduced else size for dim, size in enumerate(row.shape) if keepdim or dim not in reduced
         )
@@ -292,9 +209,9 @@ class Writer:
             axis -= sum(dim < axis for dim in reduced)
         index = row.full_index if row.axis is None else np.expand_dims(row.full_index, row.axis)
         others = [dim for dim in range(index.ndim) if dim not in reduced]
-        count = math.prod(index.shape[dim] for dim in reduced)
-        table = index.transpose(*others, *reduced).reshape(-1, count)
-        return Row(shape, self._reduced(op, row.node, table), axis)
+        lines = tuple(index.shape[dim] for dim in others)
+        index = index.transpose(*others, *reduced)
+        return Row(shape, reduced_lines(self, op, row.node, index, lines), axis)
 
     def dims(self, row: Row, dims: Sequence[int] | None) -> list[int]:
         """List dimensions counted from 0, all of them where none are named."""
@@ -302,41 +219,10 @@ class Writer:
             return list(range(len(row.shape)))
         return sorted(dim % len(row.shape) for dim in dims)
 
-    def _reduced(self, op: str, node: int, table: Index) -> int:
-        """Reduce each line of a table of features: by a primitive per line, or column by column, all lines at once."""
-        builder, (lines, count) = self.builder, table.shape
-        if count == 1:
-            return self.gather([node], table[:, 0])
-        # A reduction ends a stage of the kernel; joining a few columns is pointwise, and vectors run over the lines.
-        if lines > 1 and count <= lines:
-            parts = [self._gathered_rows(node, table[:, column]) for column in range(count)]
-            result, join = parts[0], {"sum": "add", "amax": "maximum", "amin": "minimum"}[op]
-            for part in parts[1:]:
-                result = builder.add(join, result, part)
-            return result
-        if lines > _MOST_PARTS:
-            raise Untraceable(f"The step reduces {lines} groups of {count} features.")
-        totals = [builder.add(op, self._gathered_rows(node, table[line])) for line in range(lines)]
-        return totals[0] if lines == 1 else builder.add("concat", *totals)
-
-    def _gathered_rows(self, node: int, flat: Index) -> int:
-        """Return features of a node as a value per row, those of a weight too."""
-        features = self.gather([node], flat)
-        if self.builder.nodes[features].type.kind == "weight":
-            return self.builder.add("broadcast", features, size=len(flat))
-        return features
-
     # products and sums over rows
 
-    def product(self, operand: Value, weight: Weight) -> Row:
+    def product(self, row: Row, weight: Weight) -> Row:
         """Add a product of (N, K) rows and a (K, F) weight."""
-        row = self.number(operand)
-        if row.axis != 0 or len(row.shape) != 2:
-            shape = tuple("N" if dim == row.axis else str(size) for dim, size in enumerate(row.shape))
-            raise Untraceable(
-                f"The step multiplies a weight by a tensor of shape ({', '.join(shape)}): only (N, features) is "
-                "compiled."
-            )
         view = weight.view
         if not isinstance(view, Matrix):
             view = Matrix(weight.slot, (0, weight.shape[-2]), (0, weight.shape[-1]))
@@ -360,6 +246,11 @@ class Writer:
     def rowsum(self, operand: Operand, dims: Sequence[int], keepdim: bool) -> Sum:
         """Add a sum over the rows, and over the other ``dims`` too."""
         row = self.number(operand)
+        if row.axis is not None and row.is_merged:
+            apart = [part for dim in dims for part in _parts_of(dim, row.axis)]
+            total = self.rowsum(row.apart(), apart, True)
+            shape = tuple(1 if d in dims else n for d, n in enumerate(row.shape) if keepdim or d not in dims)
+            return Sum(shape, total.node)
         others = [dim for dim in dims if dim != row.axis]
         reduced = self.reduce("sum", row, others, True) if others else row
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(row.shape) if keepdim or dim not in dims)
@@ -371,8 +262,12 @@ class Writer:
 
     def _scaled(self, index: int, factor: float) -> int:
         node, builder = self.builder.nodes[index], self.builder
-        if node.op in ("outer", "rowsum"):
-            return builder.add(node.op, builder.add("mul", node.args[0], builder.const(factor)), *node.args[1:])
+        if node.op in ("outer", "rowsum", "contract_sum", "scatter_sum"):
+            # Of a scatter the positions come first, then the values.
+            args = list(node.args)
+            scaled = 1 if node.op == "scatter_sum" else 0
+            args[scaled] = builder.add("mul", args[scaled], builder.const(factor))
+            return builder.add(node.op, *args, **node.attrs)
         return builder.add(node.op, *(self._scaled(arg, factor) for arg in node.args), **node.attrs)
 
     def transposed(self, sum_: Sum) -> Sum:
@@ -388,9 +283,22 @@ class Writer:
         for part in (left, right):
             node = self.builder.nodes[part.node]
             parts += node.args if node.op == "total" else [part.node]
+        ranks = {len(self.builder.nodes[part].type.shape) for part in parts}
         shape = tuple(np.broadcast_shapes(left.shape, right.shape))
+        if len(ranks) > 1:
+            parts = [as_matrix(self.builder, part, shape[-2:]) for part in parts]
         return Sum(shape, self.builder.add("total", *parts))
 
 
-def _joined(index: int, node: Node) -> tuple[int, ...]:
-    return node.args if node.op == "concat" else (index,)
+def _stored_order(layout: Index) -> tuple[int, ...]:
+    """Return the axes of a permutation of features in the order in which these are stored."""
+    access = access_of(layout)
+    assert access is not None
+    return tuple(sorted(range(layout.ndim), key=lambda axis: (-access.strides[axis], axis)))
+
+
+def _parts_of(dim: int, batch: int) -> tuple[int, ...]:
+    """Return a dimension of a merged value as dimensions of the value with its batch apart."""
+    if dim == batch:
+        return dim, dim + 1, dim + 2
+    return (dim,) if dim < batch else (dim + 2,)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "NEXT_NODE",
     "ExternalGrad",
     "Matrix",
     "Row",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 Index = npt.NDArray[np.int64]
+NEXT_NODE = 1 << 40
+"""Distance of the features of two nodes in an index of several: no run and no stride of one node reaches the next."""
 Shape = tuple[int, ...]
 
 
@@ -47,16 +50,48 @@ class Row:
         axis: which dimension is the batch; None for what is the same for all rows.
         index: for each element of a row (``shape`` without ``axis``) the feature of ``node``, -1 for zero;
             None where they are the node's features in order.
+        split: where a view has merged the batch with other dimensions, their sizes before and after it: dimension
+            ``axis`` of h.view(N * 4, 3), the fourth of each row's features, has (1, 4). In ``index`` they are two.
     """
 
     shape: Shape
     node: int
     axis: int | None = 0
     index: Index | None = None
+    split: tuple[int, int] = (1, 1)
 
     @property
     def features(self) -> Shape:
-        return self.shape if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        """The shape of a row's elements: torch's without the batch."""
+        if self.axis is None:
+            return self.shape
+        return (*self.shape[: self.axis], *(self.split if self.is_merged else ()), *self.shape[self.axis + 1 :])
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether its batch dimension holds other dimensions too."""
+        return self.split != (1, 1)
+
+    def apart(self) -> Row:
+        """Return the same elements with the batch as a dimension of its own."""
+        if self.axis is None or not self.is_merged:
+            return self
+        before, after = self.split
+        rows = self.shape[self.axis] // (before * after)
+        shape = (*self.shape[: self.axis], before, rows, after, *self.shape[self.axis + 1 :])
+        return Row(shape, self.node, self.axis + 1, self.index)
+
+    def merged(self, split: tuple[int, int]) -> Row:
+        """Return the same elements with the batch and the dimensions beside it as one: the inverse of `apart`."""
+        if split == (1, 1):
+            return self
+        assert self.axis is not None and (self.shape[self.axis - 1], self.shape[self.axis + 1]) == split
+        shape = (
+            *self.shape[: self.axis - 1],
+            math.prod(self.shape[self.axis - 1 : self.axis + 2]),
+            *self.shape[self.axis + 2 :],
+        )
+        return Row(shape, self.node, self.axis - 1, self.index, split)
 
     @property
     def full_index(self) -> Index:

@@ -120,13 +120,6 @@ def _layer_norm(
     return normed, average, scale
 
 
-def _matrix_vector(w: Writer, a: Row, b: Operand) -> Row | Sum:
-    """Write (N, K) rows times a vector, or (K, N) rows times a number per row, which is a sum over rows."""
-    if isinstance(b, Row) and b.axis is not None:
-        return w.rowsum(w.point("mul", a, b), [1], False)
-    return w.reduce("sum", w.point("mul", a, b), [1], False)
-
-
 REDUCTIONS: Mapping[str, Rule] = {
     "sum": total,
     "mean": mean,
@@ -143,5 +136,4 @@ REDUCTIONS: Mapping[str, Rule] = {
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
     "native_layer_norm": _layer_norm,
-    "mv": _matrix_vector,
 }
