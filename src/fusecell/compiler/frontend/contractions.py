@@ -46,9 +46,10 @@ class Labelled:
         return dict(zip(self.labels, self.index.shape, strict=True))
 
     def over(self, labels: Sequence[str], sizes: Mapping[str, int]) -> Index:
-        """Return its index over other labels: along those that it doesn't have it repeats."""
+        """Return its index over other labels, which lack none but of size 1: along what it doesn't have it repeats."""
         order = [self.labels.index(label) for label in labels if label in self.labels]
-        index = self.index.transpose(order)
+        units = [axis for axis in range(self.index.ndim) if axis not in order]
+        index = self.index.transpose(*units, *order)
         shape = [sizes[label] if label in self.labels else 1 for label in labels]
         return np.broadcast_to(index.reshape(shape), tuple(sizes[label] for label in labels))
 

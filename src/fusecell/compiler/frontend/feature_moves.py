@@ -25,6 +25,13 @@ from fusecell.compiler.ir.graph import Builder, Node
 
 __all__ = ["FeatureMoves"]
 
+_OF_FLOATS = (
+    torch.ops.aten.upsample_nearest1d.default,
+    torch.ops.aten.upsample_nearest1d.vec,
+    torch.ops.aten.upsample_nearest2d.default,
+    torch.ops.aten.upsample_nearest2d.vec,
+)
+"""Moves that torch does not do on integers; float64 has all integers up to 2^53."""
 _FEW_PARTS = 4
 """Runs of features, at the most, that become slices whatever else they could be: a kernel reads these in place."""
 _MOST_PARTS = 256
@@ -197,7 +204,10 @@ class FeatureMoves:
         """
         total = self.features(rows[0].node) if len(rows) == 1 else len(rows) * NEXT_NODE
         numbers = [self._numbered(row, position * NEXT_NODE, total) for position, row in enumerate(rows)]
-        result = func(numbers if several else numbers[0], *args, **kwargs)
+        if func in _OF_FLOATS:
+            result = func(numbers[0].double(), *args, **kwargs).long()
+        else:
+            result = func(numbers if several else numbers[0], *args, **kwargs)
         nodes = [row.node for row in rows]
         is_batched = any(row.axis is not None for row in rows)
         if isinstance(result, torch.Tensor):

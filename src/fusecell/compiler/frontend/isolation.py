@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fusecell.compiler.frontend.replacements import REPLACEMENTS
 from fusecell.compiler.frontend.traced_values import Untraceable
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.torch_internals import (
@@ -62,6 +63,7 @@ class ValueReadGuard(TorchFunctionMode):
         how = _READS.get(func)
         if how is not None:
             raise Untraceable(f"The step reads the value of a tensor ({how}){users_line()}.")
+        func = REPLACEMENTS.get(func, func)
         return func(*args, **(kwargs or {}))
 
 
@@ -97,7 +99,10 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(without_saved_tensor_hooks())
         stack.enter_context(_without_nan_checks())
         stack.enter_context(without_jit_trace())
+        # A scripted function is run as it is written at its first call, and otherwise optimised at its second.
+        stack.enter_context(torch.jit.optimized_execution(False))
         stack.enter_context(_with_computing_default_dtype(dtype))
+        stack.enter_context(_attention_as_products())
         yield
 
 
@@ -127,3 +132,16 @@ def _with_computing_default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _attention_as_products() -> Iterator[None]:
+    """Let attention be computed as products and a softmax: torch's fused operations for it have no rules."""
+    flash, fast = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -32,6 +32,12 @@ _NUMBERS = (torch.bool, torch.int64)
 MOST_NODES = 25_000
 """Values of a step and its gradient, beyond which it isn't compiled: that would take minutes."""
 
+_VALUE_CHECKS = ("_linalg_check_errors",)
+"""Calls that raise for some values, singular matrices, and return nothing: compiled, these give infinities and NaN."""
+
+_FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
+"""Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
+
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
 _STALE = "The step changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
 
@@ -206,6 +212,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
+        if name in _VALUE_CHECKS:
+            return None
         try:
             if self._inside is not None:
                 return self._call_inside(func, args, kwargs)
@@ -339,7 +347,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return [operands[0]]
         # A weight meets rows as a row, too: `Writer.row` turns operands into rows.
         try:
-            return self._of_rows(func, name, values, options, results)
+            return self._of_rows(func, name, args, values, options, results)
         except Untraceable as refusal:
             # The backward computes on weights alone as well; it is refused only if a gradient needs the result.
             if not self.backward or any(isinstance(value, Row) for value in operands):
@@ -355,11 +363,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return [Unsupported(tuple(result.shape), first.reason) for result in results]
 
     def _of_rows(
-        self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
     ) -> Sequence[Value | None]:
         writer = self.writer
         if name in ("_to_copy", "to"):
-            return [self._cast(values[0], results[0])]
+            return [self._cast(values[0], results[0], args[0].dtype)]
         if name == "copy":
             return [writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])]
         if name in MOVES:
@@ -374,9 +388,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         result = rule(writer, *values, **options)
         return list(result) if isinstance(result, tuple) else [result]
 
-    def _cast(self, value: Value, result: Tensor) -> Row:
+    def _cast(self, value: Value, result: Tensor, source: torch.dtype) -> Row:
         if result.dtype == torch.bool:
             return self.writer.truth(value)
+        if result.dtype == torch.int64:
+            row = self.writer.number(value)
+            trunc: Row = RULES["trunc"](self.writer, row)
+            return trunc if source.is_floating_point else row
         if result.dtype not in self._dtypes:
             raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
         return self.writer.number(value)
@@ -478,7 +496,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         Yields:
             Handles, to be removed after the backward.
         """
-        for slot in self.weights.leaves:
+        for slot in sorted(self.weights.leaf_slots()):
             if self.weights.slots[slot].tensor is not None:
                 continue  # a leaf of autograd: the engine returns its gradient
             for node, output in self._edges.get(slot, ()):
@@ -521,9 +539,8 @@ def _fill(name: str, values: list[Any], operands: list[Value]) -> float | None:
 
 
 def _is_view(name: str) -> bool:
-    return (name in MOVES and not name.endswith("backward") and name not in ("cat", "stack", "constant_pad_nd")) or (
-        name in KEEPS
-    )
+    fills_in = name.endswith("backward") or name in _FILLING
+    return (name in MOVES and not fills_in) or name in KEEPS
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

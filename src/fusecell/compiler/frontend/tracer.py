@@ -20,6 +20,7 @@ from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.prologue_check import check_gradients
 from fusecell.compiler.frontend.recorder import Recorder
+from fusecell.compiler.frontend.sums_over_rows import as_matrix
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.graph import Builder, Graph
@@ -383,18 +384,20 @@ class _Run:
         """Add the gradient of every weight leaf to the outputs."""
         recorder = self.recorder
         for slot, gradient in recorder.gradients.items():
-            if isinstance(gradient, Sum) and slot not in recorder.weights.leaves:
-                # A custom Function multiplies with what it makes of a weight, and has a gradient for the weight itself.
-                is_matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
-                recorder.weights.leaf(slot, "matrix" if is_matrix else "vector")
-        for slot, (node, _) in recorder.weights.leaves.items():
-            total = recorder.gradients.get(slot)
-            if not isinstance(total, Sum):
+            if not isinstance(gradient, Sum):
                 continue
-            leaf = self.builder.nodes[node]
-            if self.builder.nodes[total.node].type.shape != leaf.type.shape:
+            # Of a weight that the graph takes in two forms the leaf of the gradient's form has all of the gradient. A
+            # custom Function may have a gradient for a weight that it multiplies with what it makes of the weight.
+            is_matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
+            forms = [form for leaf_slot, form in recorder.weights.leaves if leaf_slot == slot]
+            form = "matrix" if is_matrix else "vector"
+            node = gradient.node
+            if forms == ["matrix"] and not is_matrix:
+                form, node = "matrix", as_matrix(self.builder, node, gradient.shape[-2:])
+            leaf = self.builder.nodes[recorder.weights.leaf(slot, form)]
+            if self.builder.nodes[node].type.shape != leaf.type.shape:
                 raise Untraceable(f"The gradient of {leaf.name} has another shape than {leaf.name}.")
-            self.outputs[f"grad.weight.{leaf.name}"] = total.node
+            self.outputs[f"grad.weight.{leaf.name}"] = node
 
 
 @contextmanager

@@ -218,7 +218,8 @@ class Weights:
         self.dtype = dtype
         self.slots: list[_Slot] = []
         self.steps: list[Step] = []
-        self.leaves: dict[int, tuple[int, str]] = {}
+        self.leaves: dict[tuple[int, str], int] = {}
+        """The weight node of a slot in each form that the graph takes it in: ``"matrix"`` or flat ``"vector"``."""
         self._gradients: bool | None = None
 
     @contextmanager
@@ -284,7 +285,7 @@ class Weights:
     def record_write(self, func: Callable[..., Any], args: Any, kwargs: Any, target: Weight) -> None:
         """Record a call that writes into the result of an earlier step."""
         # A leaf is read once, after all steps: an earlier use of it would see the new value.
-        if target.slot in self.leaves:
+        if target.slot in self.leaf_slots():
             raise Untraceable("The step changes in place a weight that the step has already used.")
         gradients = self._with_gradients()
         self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,), gradients))
@@ -297,25 +298,26 @@ class Weights:
 
     def leaf(self, slot: int, form: str) -> int:
         """Return the weight node of a slot, as a matrix or as a flat vector."""
-        leaf = self.leaves.get(slot)
-        weight = self.slots[slot]
+        leaf = self.leaves.get((slot, form))
         if leaf is not None:
-            # One leaf has one shape, and one gradient of that shape.
-            if leaf[1] != form:
-                raise Untraceable(f"The step uses {weight.name} both in a product and element by element.")
-            return leaf[0]
+            return leaf
+        weight = self.slots[slot]
         mixes = weight.dtype in mixes_with(self.dtype) or not (weight.dtype.is_floating_point and weight.shape)
         if weight.dtype.is_complex or not mixes:
             raise Untraceable(f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}.")
         if 0 in weight.shape:
             raise Untraceable(f"The weight {weight.name} has no elements.")
         node = self.builder.append("weight", (), {"shape": list(_leaf_shape(weight.shape, form))}, weight.name)
-        self.leaves[slot] = (node, form)
+        self.leaves[slot, form] = node
         return node
+
+    def leaf_slots(self) -> set[int]:
+        """Return the slots that the graph takes, in whatever form."""
+        return {slot for slot, _ in self.leaves}
 
     def prologue(self) -> Prologue:
         """Return the prologue of the leaves: the steps that they need, and no others."""
-        needed = set(self.leaves)
+        needed = self.leaf_slots()
         steps: list[Step] = []
         for step in reversed(self.steps):
             # A write into a view changes what it is a view of.
@@ -324,7 +326,7 @@ class Weights:
                 steps.append(step)
                 needed.update(ref.slot for ref in _refs((step.args, step.kwargs)))
         sources = [(each.path, slot) for slot, each in enumerate(self.slots) if each.path and slot in needed]
-        leaves = [self._leaf(slot, form) for slot, (_, form) in self.leaves.items()]
+        leaves = [self._leaf(slot, form) for slot, form in self.leaves]
         return Prologue(sources, steps[::-1], leaves)
 
     def _leaf(self, slot: int, form: str) -> Leaf:

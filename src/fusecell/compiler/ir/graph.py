@@ -182,7 +182,7 @@ class Builder:
     _computed: dict[object, int] = field(default_factory=dict)
     _names: dict[str, int] = field(default_factory=dict)
 
-    def add(self, op: str, *args: int, name: str | None = None, **attrs: Any) -> int:
+    def add(self, op: str, /, *args: int, name: str | None = None, **attrs: Any) -> int:
         """Return the node for ``op`` of ``args``, added if it isn't there yet."""
         # Arguments that may change places are sorted: a + b and b + a are one node, and one text.
         if PRIMITIVES[op].commutes:

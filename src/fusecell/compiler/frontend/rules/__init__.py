@@ -1,18 +1,34 @@
 """How each ATen operation is written in primitives of the IR: one function for each, in tables by kind.
 
-`pointwise`, `reduction`, `products`, `convolution`, `movement` (views, slices) and `backward` (what autograd calls)
-have a table each; an operation is added to one of them. `RULES` is all of those that compute something.
+Each module here has a table; `backward` has what autograd calls, and `movement` the names of views and joins, which need
+no rule. An operation is added to one of them. `RULES` is all of those that compute something.
 """
 
 from __future__ import annotations
 
 from fusecell.compiler.frontend.rules.backward import BACKWARD
 from fusecell.compiler.frontend.rules.convolution import CONVOLUTIONS
+from fusecell.compiler.frontend.rules.indexing import INDEXING
+from fusecell.compiler.frontend.rules.norms import NORMS
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
+from fusecell.compiler.frontend.rules.pooling import POOLING
 from fusecell.compiler.frontend.rules.products import PRODUCTS
 from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
+from fusecell.compiler.frontend.rules.scans import SCANS
+from fusecell.compiler.frontend.rules.small_matrices import SMALL_MATRICES
 
 __all__ = ["RULES"]
 
-RULES = {**POINTWISE, **REDUCTIONS, **PRODUCTS, **CONVOLUTIONS, **BACKWARD}
+RULES = {
+    **POINTWISE,
+    **REDUCTIONS,
+    **SCANS,
+    **NORMS,
+    **PRODUCTS,
+    **CONVOLUTIONS,
+    **POOLING,
+    **INDEXING,
+    **SMALL_MATRICES,
+    **BACKWARD,
+}
 """The function of each ATen operation, by its name."""

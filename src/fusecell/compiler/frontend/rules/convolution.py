@@ -26,13 +26,13 @@ from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.reduction import total
 from fusecell.compiler.frontend.traced_values import Index, Row, Sum, Untraceable, Value, arranged
 
-__all__ = ["CONVOLUTIONS"]
+__all__ = ["CONVOLUTIONS", "Geometry", "image_gradient"]
 
 Sizes = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Geometry:
+class Geometry:
     """Stride, padding and dilation of each spatial dimension, and the groups of channels."""
 
     stride: tuple[int, ...]
@@ -41,7 +41,7 @@ class _Geometry:
     groups: int
 
     @classmethod
-    def of(cls, dims: int, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> _Geometry:
+    def of(cls, dims: int, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Geometry:
         each = (tuple(value) * (dims if len(value) == 1 else 1) for value in (stride, padding, dilation))
         return cls(*each, groups)
 
@@ -60,7 +60,7 @@ def _convolution(
 ) -> Row:
     row, kernel = w.number(image), weight_row(w, weight)
     dims = len(kernel.shape) - 2
-    geometry = _Geometry.of(dims, stride, padding, dilation, groups)
+    geometry = Geometry.of(dims, stride, padding, dilation, groups)
     if transposed:
         extents = [
             (size - 1) * s - 2 * p + d * (k - 1) + extra + 1
@@ -74,7 +74,7 @@ def _convolution(
                 strict=True,
             )
         ]
-        result = _image_gradient(w, row, kernel, extents, geometry)
+        result = image_gradient(w, row, kernel, extents, geometry)
     else:
         result = _forward(w, row, kernel, geometry)
     if bias is None:
@@ -98,14 +98,14 @@ def _convolution_backward(
 ) -> tuple[Row | None, Sum | None, Row | Sum | None]:
     g, x, kernel = w.number(gradient), w.number(image), weight_row(w, weight)
     dims = len(kernel.shape) - 2
-    geometry = _Geometry.of(dims, stride, padding, dilation, groups)
+    geometry = Geometry.of(dims, stride, padding, dilation, groups)
     of_image: Row | None = None
     of_weight: Sum | None = None
     if output_mask[0]:
         of_image = (
             _forward(w, g, kernel, geometry)
             if transposed
-            else _image_gradient(w, g, kernel, x.shape[2:], geometry)
+            else image_gradient(w, g, kernel, x.shape[2:], geometry)
         )
     if output_mask[1]:
         # A transposed convolution is the gradient of a plain one: its input and its output change places.
@@ -115,7 +115,7 @@ def _convolution_backward(
     return of_image, of_weight, of_bias
 
 
-def _forward(w: Writer, image: Row, kernel: Row, geometry: _Geometry) -> Row:
+def _forward(w: Writer, image: Row, kernel: Row, geometry: Geometry) -> Row:
     windows, lead = _windows(w, image, kernel.shape[2:], geometry)
     spatial = len(kernel.shape) - 2
     positions, taps = _axes("y", spatial), _axes("k", spatial)
@@ -124,7 +124,7 @@ def _forward(w: Writer, image: Row, kernel: Row, geometry: _Geometry) -> Row:
     return _image(w, image, a, b, (*lead, "g", "o", *positions))
 
 
-def _image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geometry: _Geometry) -> Row:
+def image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geometry: Geometry) -> Row:
     def spread(numbers: Tensor) -> Tensor:
         dims = range(len(extents))
         spaced = [(size - 1) * s + 1 for size, s in zip(numbers.shape[2:], geometry.stride, strict=True)]
@@ -137,7 +137,7 @@ def _image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geome
         return functional.pad(result, padding)
 
     ones = (1,) * len(extents)
-    plain = _Geometry(ones, (0,) * len(extents), geometry.dilation, geometry.groups)
+    plain = Geometry(ones, (0,) * len(extents), geometry.dilation, geometry.groups)
     spread_gradient: Row = w.move(spread, gradient)
     windows, lead = _windows(w, spread_gradient, kernel.shape[2:], plain)
     spatial = len(extents)
@@ -148,7 +148,7 @@ def _image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geome
     return _image(w, gradient, a, b, (*lead, "g", "c", *positions))
 
 
-def _weight_gradient(w: Writer, small: Row, large: Row, shape: tuple[int, ...], geometry: _Geometry) -> Sum:
+def _weight_gradient(w: Writer, small: Row, large: Row, shape: tuple[int, ...], geometry: Geometry) -> Sum:
     windows, lead = _windows(w, large, shape[2:], geometry)
     spatial = len(shape) - 2
     positions, taps = _axes("y", spatial), _axes("k", spatial)
@@ -170,7 +170,7 @@ class _Windows:
     index: Index
 
 
-def _windows(w: Writer, image: Row, taps: Sizes, geometry: _Geometry) -> tuple[_Windows, tuple[str, ...]]:
+def _windows(w: Writer, image: Row, taps: Sizes, geometry: Geometry) -> tuple[_Windows, tuple[str, ...]]:
     """Return an image's windows, padded, and the labels of the dimensions that are merged with the batch."""
     padding = [amount for p in reversed(geometry.padding) for amount in (p, p)]
     padded: Row = _batch_first(image)

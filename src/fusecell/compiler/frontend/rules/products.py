@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fusecell.compiler.frontend.contractions import contracted
@@ -101,6 +101,65 @@ def _dot(w: Writer, a: Operand, b: Operand) -> Row | Sum:
     return total(w, w.point("mul", a, b))
 
 
+def _trilinear(
+    w: Writer,
+    a: Operand,
+    b: Operand,
+    c: Operand,
+    expand_a: Sequence[int],
+    expand_b: Sequence[int],
+    expand_c: Sequence[int],
+    summed: Sequence[int],
+    _unroll: int = 1,
+) -> Row | Sum:
+    """Write the product of three tensors over common dimensions, of which some are summed: that of a bilinear layer."""
+    letters = "abcdefgh"[: len(w.row(a).shape) + len(expand_a)]
+    labels = [
+        "".join(letter for place, letter in enumerate(letters) if place not in expanded)
+        for expanded in (expand_a, expand_b, expand_c)
+    ]
+    result = "".join(letter for place, letter in enumerate(letters) if place not in summed)
+    # First the pair whose product is no sum over rows: of values of rows and the weight, or of two values of rows.
+    pairs = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
+    operands = (a, b, c)
+    is_weight = [isinstance(operand, Weight) for operand in operands]
+    first, second, third = next((pair for pair in pairs if is_weight[pair[0]] or is_weight[pair[1]]), pairs[0])
+    needed = set(result) | set(labels[third])
+    between = "".join(letter for letter in letters if letter in labels[first] + labels[second] and letter in needed)
+    product = contracted(w, operands[first], operands[second], labels[first], labels[second], between)
+    if isinstance(product, Sum):
+        raise Untraceable("The step multiplies a sum over rows by a value of the step.")
+    return contracted(w, product, operands[third], between, labels[third], result)
+
+
+def _distances(w: Writer, a: Operand, b: Operand, p: float, _mode: int | None = None) -> Row:
+    """Write the distances between the points of two sets, by the p-norm."""
+    difference = _differences(w, a, b)
+    if p == 1:
+        return w.reduce("sum", w.point("abs", difference), [-1], False)
+    if p != 2:
+        raise Untraceable("Distances are compiled for p = 1 and p = 2.")
+    return w.point("sqrt", w.reduce("sum", w.point("mul", difference, difference), [-1], False))
+
+
+def _differences(w: Writer, a: Operand, b: Operand) -> Row:
+    x = w.move(lambda numbers: numbers.unsqueeze(-2), w.number(a))
+    y = w.move(lambda numbers: numbers.unsqueeze(-3), w.number(b))
+    return w.point("sub", x, y)
+
+
+def _distances_backward(w: Writer, g: Row, a: Operand, b: Operand, p: float, distance: Row) -> Row:
+    difference = _differences(w, a, b)
+    gradient: Row = w.move(lambda numbers: numbers.unsqueeze(-1), g)
+    if p == 1:
+        each = w.point("mul", w.point("sign", difference), gradient)
+    else:
+        length = w.move(lambda numbers: numbers.unsqueeze(-1), distance)
+        slope = w.point("div", w.point("mul", difference, gradient), length)
+        each = w.point("where", w.point("eq", length, 0.0), 0.0, slope)
+    return w.reduce("sum", each, [-2], False)
+
+
 PRODUCTS: Mapping[str, Rule] = {
     "mm": _mm,
     "addmm": _addmm,
@@ -110,4 +169,7 @@ PRODUCTS: Mapping[str, Rule] = {
     "addmv": _addmv,
     "dot": _dot,
     "vdot": _dot,
+    "_trilinear": _trilinear,
+    "_cdist_forward": _distances,
+    "_cdist_backward": _distances_backward,
 }

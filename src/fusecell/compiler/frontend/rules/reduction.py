@@ -66,15 +66,6 @@ def _extreme(op: str) -> Rule:
     return lambda w, x, dims=None, keepdim=False: w.reduce(op, x, _dims(dims), keepdim)
 
 
-def _extreme_of_dim(op: str) -> Rule:
-    def rule(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
-        extreme = w.reduce(op, x, _dims(dim), keepdim)
-        # torch returns its index too, which has no rule: None is refused only if the step uses it.
-        return extreme if dim is None else (extreme, None)
-
-    return rule
-
-
 def _vector_norm(w: Writer, x: Row, order: float = 2, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row:
     magnitude = w.point("abs", x)
     if order in (math.inf, -math.inf):
@@ -88,6 +79,12 @@ def _vector_norm(w: Writer, x: Row, order: float = 2, dims: Dims = None, keepdim
 def _softmax(w: Writer, x: Row, dim: int, _half: bool = False) -> Row:
     exponentials = w.point("exp", w.point("sub", x, w.reduce("amax", x, [dim], True)))
     return w.point("div", exponentials, w.reduce("sum", exponentials, [dim], True))
+
+
+def _safe_softmax(w: Writer, x: Row, dim: int, _dtype: object = None) -> Row:
+    # As attention has it: where all is masked off nothing is attended to.
+    is_masked = w.point("eq", w.reduce("amax", x, [dim], True), -math.inf)
+    return w.point("where", is_masked, 0.0, _softmax(w, x, dim))
 
 
 def _log_softmax(w: Writer, x: Row, dim: int, _half: bool = False) -> Row:
@@ -129,10 +126,9 @@ REDUCTIONS: Mapping[str, Rule] = {
     "std_mean": _std_mean,
     "amax": _extreme("amax"),
     "amin": _extreme("amin"),
-    "max": _extreme_of_dim("amax"),
-    "min": _extreme_of_dim("amin"),
     "linalg_vector_norm": _vector_norm,
     "_softmax": _softmax,
+    "_safe_softmax": _safe_softmax,
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
     "native_layer_norm": _layer_norm,

@@ -1,0 +1,88 @@
+"""Functions of torch that look at a tensor's values where nothing need depend on them, written so that they don't.
+
+``one_hot`` checks its classes, and the gradients of products look for zeros, to divide where there are none. While a
+step is traced, these stand for them: with torch's numbers, and gradients without a division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecell.compiler.frontend.traced_values import Untraceable
+
+__all__ = ["REPLACEMENTS"]
+
+
+class _RunningProduct(torch.autograd.Function):
+    """Running product along the last dimension: d out[j] / d x[k] is the product of all x[i] up to j but x[k]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # Line k has 1 in the place of x[k].
+        ctx.save_for_backward(x, torch.eye(x.shape[-1], dtype=torch.bool))
+        return torch.cumprod(x, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x, own = ctx.saved_tensors
+        size = x.shape[-1]
+        ones = torch.ones(size, size, dtype=x.dtype)
+        lines = torch.where(own, ones, x.unsqueeze(-2).expand(*x.shape, size))
+        slopes = torch.cumprod(lines, -1) * ones.triu()
+        return (slopes * gradients[0].unsqueeze(-2)).sum(-1)
+
+
+class _Product(torch.autograd.Function):
+    """Product over the last dimension: its slope in x[k] is the product of what is before and of what is after."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.prod(x, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        one = torch.ones_like(x[..., :1])
+        before = torch.cumprod(torch.cat((one, x[..., :-1]), -1), -1)
+        after = torch.cumprod(torch.cat((one, x[..., 1:].flip(-1)), -1), -1).flip(-1)
+        return before * after * gradients[0].unsqueeze(-1)
+
+
+def _running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    value = _as_number(x, dtype)
+    result: Tensor = _RunningProduct.apply(value.movedim(dim, -1))  # type: ignore[no-untyped-call]
+    return result.movedim(-1, dim)
+
+
+def _product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    value = _as_number(x, dtype)
+    if dim is None:
+        raise Untraceable("The step mixes the rows of the batch: prod() of all elements; give it a dimension.")
+    result: Tensor = _Product.apply(value.movedim(dim, -1))  # type: ignore[no-untyped-call]
+    return result.unsqueeze(dim) if keepdim else result
+
+
+def _as_number(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None:
+        return x.to(dtype)
+    return x if x.dtype.is_floating_point else x.to(torch.int64)
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes <= 0:
+        raise Untraceable("one_hot without num_classes reads the largest class off the tensor; give it num_classes.")
+    return (tensor.unsqueeze(-1) == torch.arange(num_classes)).to(torch.int64)
+
+
+REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
+    torch.prod: _product,
+    Tensor.prod: _product,
+    torch.cumprod: _running_product,
+    Tensor.cumprod: _running_product,
+    torch.nn.functional.one_hot: _one_hot,
+}

@@ -1,0 +1,308 @@
+"""Rules for taking elements by positions: gather, index_select, embedding, sort, topk; and for their gradients.
+
+Positions are values as any others, whole numbers in the graph's own format. Those of a row pick from the row itself, or
+from a weight's rows; the gradient adds up in a fixed order what was picked from one place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusecell.compiler.frontend.contractions import weight_row
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.rules.scans import along
+from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable, Value
+
+__all__ = ["INDEXING", "gather", "scattered"]
+
+_MOST_WRITES = 16
+"""Values that a scatter may write over one another, at the most: each write is a few nodes."""
+_MIXES = (
+    "The step mixes the rows of the batch: it picks rows of the batch by position; pick features of each row with "
+    "torch.gather instead."
+)
+
+
+def _like_index(w: Writer, x: Row, dim: int, index: Row) -> Row:
+    """Return x cut to the sizes that index has beside ``dim``, as gather takes no more of it."""
+    axis = dim % len(x.shape)
+    for position, size in enumerate(index.shape):
+        if position not in (axis, x.axis) and x.shape[position] != size:
+            x = w.move(lambda numbers, at=position, to=size: numbers.narrow(at, 0, to), x)
+    return x
+
+
+def gather(w: Writer, x: Operand, dim: int, index: Operand, sparse_grad: bool = False) -> Row:
+    positions = w.number(index)
+    row = _like_index(w, w.number(x), dim, positions)
+    outer, count, inner = along(w, row, dim)
+    _, picks, _ = along(w, positions, dim)
+    axis = _common_axis(row, positions)
+    node = w.builder.add(
+        "take", w.flat(row), w.flat(positions), outer=outer, count=count, inner=inner, picks=picks, positions="each"
+    )
+    return Row(positions.shape, node, axis, None, positions.split if positions.is_merged else row.split)
+
+
+def _common_axis(row: Row, positions: Row) -> int | None:
+    if None not in (row.axis, positions.axis) and (row.axis, row.split) != (positions.axis, positions.split):
+        raise Untraceable(_MIXES)
+    return row.axis if positions.axis is None else positions.axis
+
+
+def _scatter_add(w: Writer, x: Operand, dim: int, index: Operand, source: Operand) -> Row:
+    positions, values, base = w.number(index), w.number(source), w.row(x)
+    values = _like_index(w, values, dim, positions)
+    result = scattered(w, base.shape, dim, positions, values)
+    return w.point("add", base, result) if not _is_zero(w, base) else result
+
+
+def scattered(w: Writer, shape: tuple[int, ...], dim: int, positions: Row, values: Row) -> Row:
+    """Return zeros of a shape, to which values are added at positions along a dimension."""
+    axis = dim % len(shape)
+    _, picks, _ = along(w, positions, dim)
+    beside = [n for position, n in enumerate(positions.shape) if position != axis]
+    if beside != [n for position, n in enumerate(shape) if position != axis]:
+        raise Untraceable("The step scatters into a part of a tensor; cut it out first.")
+    whole = Row(shape, positions.node, _common_axis(values, positions), None, positions.split)
+    outer, count, inner = along(w, whole, dim)
+    node = w.builder.add(
+        "scatter_add",
+        w.flat(positions),
+        w.flat(values),
+        outer=outer,
+        count=count,
+        inner=inner,
+        picks=picks,
+        positions="each",
+    )
+    return Row(shape, node, whole.axis, None, whole.split)
+
+
+def _is_zero(w: Writer, row: Row) -> bool:
+    node = w.builder.nodes[row.node]
+    return node.op == "const" and node.attrs["value"] == 0
+
+
+def _scatter(w: Writer, x: Operand, dim: int, index: Operand, source: Operand, **options: Any) -> Row:
+    if options.get("reduce") is not None:
+        raise Untraceable("scatter with reduce is not compiled; use scatter_add or scatter_reduce of sums.")
+    positions, base = w.number(index), w.row(x)
+    values = w.number(source)
+    if not values.shape:
+        values = w.point("add", w.point("mul", positions, 0.0), values)
+    values = _like_index(w, values, dim, positions)
+    parts = along(w, positions, dim)[1]
+    result = base
+    # One after the other, as torch does it: of several values for one place the last one stays.
+    if parts == 1 or _are_distinct(w, positions):
+        added = scattered(w, base.shape, dim, positions, values)
+        if _is_zero(w, base):
+            return added
+        ones = w.point("add", w.point("mul", positions, 0.0), 1.0)
+        return w.point("where", w.truth(scattered(w, base.shape, dim, positions, ones)), added, base)
+    if parts > _MOST_WRITES:
+        raise Untraceable(f"The step scatters {parts} values over one another: at most {_MOST_WRITES} are compiled.")
+    for place in range(parts):
+        at = [w.move(lambda numbers, at=place: numbers.narrow(dim, at, 1), each) for each in (positions, values)]
+        result = _scatter(w, result, dim, at[0], at[1])
+    return result
+
+
+def _are_distinct(w: Writer, positions: Row) -> bool:
+    """Whether positions are those that sort, of which no two are equal."""
+    node = w.builder.nodes[positions.node]
+    while node.op in ("slice", "view", "broadcast") and len(node.args) == 1:
+        node = w.builder.nodes[node.args[0]]
+    return node.op == "argsort"
+
+
+def _index_select(w: Writer, x: Value, dim: int, index: Operand) -> Row:
+    """Write elements along a dimension, at positions that are the same for all that is beside it."""
+    row, positions = weight_row(w, x), w.number(index)
+    axis = dim % max(len(row.shape), 1)
+    shape = (*row.shape[:axis], *positions.shape, *row.shape[axis + 1 :])
+    outer, count, inner = along(w, row, dim)
+    if row.axis is not None and positions.axis is not None:
+        raise Untraceable(_MIXES)
+    picks = math.prod(positions.features)
+    batch, split = row.axis, row.split
+    if batch is not None and axis < batch:
+        batch += len(positions.shape) - 1
+    if positions.axis is not None:
+        batch, split = axis + positions.axis, positions.split
+    node = w.builder.add(
+        "take",
+        _whole(w, row),
+        w.flat(positions),
+        outer=outer,
+        count=count,
+        inner=inner,
+        picks=picks,
+        positions="shared",
+    )
+    return Row(shape, node, batch, None, split)
+
+
+def _whole(w: Writer, row: Row) -> int:
+    """Return the node of all elements in order; a matrix weight as it is."""
+    index, size = row.full_index, w.features(row.node)
+    is_whole = index.size == size and np.array_equal(index.ravel(), np.arange(size))
+    if is_whole and w.builder.nodes[row.node].type.kind == "weight":
+        return row.node
+    return w.flat(row)
+
+
+def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row:
+    places = [place for place, index in enumerate(indices) if index is not None]
+    if len(places) != 1:
+        raise Untraceable(
+            "The step indexes with several tensors at once; take elements along one dimension with torch.gather."
+        )
+    index = indices[places[0]]
+    assert index is not None
+    if w.is_mask(w.row(index)):
+        raise Untraceable(
+            "The step picks elements by a mask, whose number depends on values; select with torch.where instead."
+        )
+    return _index_select(w, x, places[0], _counted_from_start(w, index, x.shape[places[0]]))
+
+
+def _counted_from_start(w: Writer, index: Operand, size: int) -> Row:
+    """Return positions, of which negative ones count from the end."""
+    return w.point("where", w.point("lt", index, 0.0), w.point("add", index, float(size)), index)
+
+
+def _index_put(
+    w: Writer, x: Operand, indices: Sequence[Operand | None], value: Operand, accumulate: bool = False, *_: Any
+) -> Row | Sum:
+    places = [place for place, index in enumerate(indices) if index is not None]
+    index = indices[places[0]]
+    assert index is not None
+    if len(places) == 1 and w.is_mask(w.row(index)):
+        if accumulate or w.row(value).features not in ((), (1,)):
+            raise Untraceable("The step writes values at places of a mask; write torch.where(mask, value, tensor).")
+        mask: Row = w.move(
+            lambda numbers: numbers.reshape(*[1] * places[0], *numbers.shape, *[1] * (len(w.row(x).shape) - places[0] - numbers.ndim)),
+            w.row(index),
+        )
+        return w.point("where", mask, value, x)
+    if len(places) != 1 or not accumulate:
+        raise Untraceable("The step writes at positions; use scatter along one dimension.")
+    base = w.row(x)
+    positions = _counted_from_start(w, index, base.shape[places[0]])
+    return _index_add(w, x, places[0], positions, value)
+
+
+def _index_add(w: Writer, x: Operand, dim: int, index: Operand, source: Operand, alpha: float = 1) -> Row | Sum:
+    """Write a tensor to which slices are added along a dimension: the gradient of `_index_select`."""
+    base, positions, values = w.row(x), w.number(index), w.number(source)
+    if alpha != 1:
+        values = w.point("mul", values, alpha)
+    axis = dim % len(base.shape)
+    if positions.axis is not None:
+        if axis != 0 or not _is_zero(w, base):
+            raise Untraceable(_MIXES)
+        return _sum_at(w, positions, values, base.shape)
+    picks = math.prod(positions.features)
+    spread = Row(base.shape, values.node, values.axis, None, values.split)
+    outer, count, inner = along(w, spread, dim)
+    node = w.builder.add(
+        "scatter_add",
+        w.flat(positions),
+        w.flat(values),
+        outer=outer,
+        count=count,
+        inner=inner,
+        picks=picks,
+        positions="shared",
+    )
+    result = Row(base.shape, node, values.axis, None, values.split)
+    return result if _is_zero(w, base) else w.point("add", base, result)
+
+
+def _sum_at(w: Writer, positions: Row, values: Row, shape: tuple[int, ...]) -> Sum:
+    """Add up values of all rows in the rows of a weight of a shape, at each row's positions."""
+    picks = math.prod(positions.features)
+    attrs = {"count": shape[0], "inner": math.prod(shape[1:]), "picks": picks}
+    node = w.builder.add("scatter_sum", w.flat(positions), w.flat(values), **attrs)
+    return Sum(shape, node)
+
+
+def _embedding(w: Writer, weight: Value, indices: Operand, padding: int = -1, *_: Any) -> Row:
+    return _index_select(w, weight, 0, indices)
+
+
+def _embedding_backward(
+    w: Writer, gradient: Row, indices: Operand, count: int, padding: int = -1, by_frequency: bool = False, *_: Any
+) -> Sum:
+    if by_frequency:
+        raise Untraceable("An embedding's gradient is scaled by how often the whole batch has each id: not compiled.")
+    positions = w.number(indices)
+    if padding >= 0:
+        is_padding: Row = w.move(lambda numbers: numbers.unsqueeze(-1), w.point("eq", positions, float(padding)))
+        gradient = w.point("where", is_padding, 0.0, gradient)
+    return _sum_at(w, positions, w.number(gradient), (count, gradient.shape[-1]))
+
+
+def _sorted(w: Writer, x: Row, dim: int = -1, descending: bool = False) -> tuple[Row, Row]:
+    """Write a value's elements in order along a dimension, and their positions."""
+    row = w.number(x)
+    if not row.shape:
+        return row, w.const(0.0)
+    last: Row = w.move(lambda numbers: numbers.movedim(dim, -1), row)
+    outer, count, _ = along(w, last, -1)
+    node = w.builder.add("argsort", w.flat(last), outer=outer, count=count, descending=descending)
+    order = Row(last.shape, node, last.axis, None, last.split)
+    order = w.move(lambda numbers: numbers.movedim(-1, dim), order)
+    return gather(w, row, dim, order), order
+
+
+def _sort(w: Writer, x: Row, dim: int = -1, descending: bool = False, **options: Any) -> tuple[Row, Row]:
+    return _sorted(w, x, options.get("dim", dim), options.get("descending", descending))
+
+
+def _topk(w: Writer, x: Row, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Row, Row]:
+    _, order = _sorted(w, x, dim, largest)
+    positions: Row = w.move(lambda numbers: numbers.narrow(dim, 0, k), order)
+    return gather(w, x, dim, positions), positions
+
+
+def _kth(w: Writer, x: Row, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Row, Row]:
+    _, order = _sorted(w, x, dim)
+    positions: Row = w.move(lambda numbers: numbers.narrow(dim, k - 1, 1), order)
+    both = gather(w, x, dim, positions), positions
+    if keepdim:
+        return both
+    values, places = (w.move(lambda numbers: numbers.squeeze(dim), each) for each in both)
+    return values, places
+
+
+def _median(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
+    if dim is None:
+        raise Untraceable("The median of all elements mixes the rows of the batch; give it a dimension.")
+    return _kth(w, x, (x.shape[dim] + 1) // 2, dim, keepdim)
+
+
+INDEXING: Mapping[str, Callable[..., Any]] = {
+    "gather": gather,
+    "scatter": _scatter,
+    "scatter_add": _scatter_add,
+    "index_select": _index_select,
+    "index": _index,
+    "_unsafe_index": _index,
+    "index_put": _index_put,
+    "_index_put_impl": _index_put,
+    "index_add": _index_add,
+    "embedding": _embedding,
+    "embedding_dense_backward": _embedding_backward,
+    "sort": _sort,
+    "argsort": lambda w, x, *args, **options: _sort(w, x, *args, **options)[1],
+    "topk": _topk,
+    "kthvalue": _kth,
+    "median": _median,
+}

@@ -1,0 +1,154 @@
+"""Rules for pooling over windows of an image, and for resizing by whole factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecell.compiler.frontend.graph_writer import Writer
+from fusecell.compiler.frontend.rules.convolution import Geometry, image_gradient
+from fusecell.compiler.frontend.rules.indexing import gather, scattered
+from fusecell.compiler.frontend.traced_values import Row, Untraceable, arranged
+
+__all__ = ["POOLING"]
+
+Sizes = Sequence[int]
+
+
+def _each(value: Sizes, dims: int) -> tuple[int, ...]:
+    return tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def _max_pool(
+    w: Writer,
+    x: Row,
+    kernel: Sizes,
+    stride: Sizes = (),
+    padding: Sizes = (0,),
+    dilation: Sizes = (1,),
+    ceil_mode: bool = False,
+) -> tuple[Row, Row]:
+    dims = len(kernel)
+    if ceil_mode:
+        raise Untraceable("Pooling with ceil_mode=True is not compiled; pad the image.")
+    pads = _each(padding, dims)
+    outside = w.const(-math.inf, (x.shape[0], *[1] * (len(x.shape) - 1)), x.axis)
+
+    def windows(numbers: Sequence[Tensor]) -> Tensor:
+        image, filling = numbers
+        whole = filling.expand(*image.shape[:-dims], *(n + 2 * p for n, p in zip(image.shape[-dims:], pads, strict=True)))
+        whole = whole.clone()
+        inside = tuple(slice(p, p + n) for p, n in zip(pads, image.shape[-dims:], strict=True))
+        whole[(..., *inside)] = image
+        return _unfolded(whole, kernel, _each(stride or kernel, dims), _each(dilation, dims))
+
+    cut: Row = w.move(windows, [x, outside])
+    most, place = w.reduce("amax", cut, [-1], False), w.reduce("argmax", cut, [-1], False)
+    # The position in the image of each tap of each window, cut from an image of positions as the windows are.
+    size = math.prod(x.shape[-dims:])
+    counted = w.builder.add("broadcast", w.builder.const(1.0), size=size)
+    counted = w.builder.add("scan", counted, op="sum", outer=1, count=size, inner=1, reverse=False)
+    positions = Row(tuple(x.shape[-dims:]), w.builder.add("sub", counted, w.builder.const(1.0)), None)
+    nowhere = w.const(0.0, (1,) * dims)
+    table: Row = w.move(windows, [positions, nowhere])
+    spread = w.move(lambda numbers: numbers.expand(*most.shape, numbers.shape[-1]), table)
+    at = gather(w, spread, -1, w.move(lambda numbers: numbers.unsqueeze(-1), place))
+    return most, w.move(lambda numbers: numbers.squeeze(-1), at)
+
+
+def _unfolded(image: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes) -> Tensor:
+    """Return the windows of an image: all dimensions of a window flattened as the last one."""
+    dims = len(kernel)
+    first = image.ndim - dims
+    for axis, (taps, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        image = image.unfold(first + axis, gap * (taps - 1) + 1, step)[..., ::gap]
+    return image.flatten(first + dims)
+
+
+def _max_pool_backward(w: Writer, g: Row, x: Row, kernel: Sizes, *args: Any) -> Row:
+    indices = args[-1]
+    dims = len(kernel)
+    flat = [w.move(lambda numbers: numbers.flatten(-dims), each) for each in (indices, g)]
+    shape = (*x.shape[:-dims], math.prod(x.shape[-dims:]))
+    row = scattered(w, shape, -1, flat[0], flat[1])
+    result: Row = w.move(lambda numbers: numbers.reshape(x.shape), row)
+    return result
+
+
+def _average_pool(
+    w: Writer,
+    x: Row,
+    kernel: Sizes,
+    stride: Sizes = (),
+    padding: Sizes = (0,),
+    ceil_mode: bool = False,
+    count_padding: bool = True,
+    divisor: int | None = None,
+) -> Row:
+    dims = len(kernel)
+    pads = _each(padding, dims)
+    _check_average(pads, ceil_mode, count_padding)
+
+    def windows(numbers: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(numbers, [amount for p in reversed(pads) for amount in (p, p)])
+        return _unfolded(padded, kernel, _each(stride or kernel, dims), (1,) * dims)
+
+    total = w.reduce("sum", w.move(windows, x), [-1], False)
+    return w.point("div", total, float(divisor or math.prod(kernel)))
+
+
+def _average_pool_backward(
+    w: Writer,
+    g: Row,
+    x: Row,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    ceil_mode: bool,
+    count_padding: bool,
+    divisor: int | None,
+) -> Row:
+    dims = len(kernel)
+    pads = _each(padding, dims)
+    _check_average(pads, ceil_mode, count_padding)
+    # Each channel is convolved by itself, with a kernel of equal numbers.
+    channels = math.prod(x.shape[1:-dims])
+    shape = (channels, 1, *kernel)
+    node = w.builder.add("broadcast", w.builder.const(1.0 / (divisor or math.prod(kernel))), size=math.prod(shape))
+    kernel_row = Row(shape, node, None, arranged(shape))
+    geometry = Geometry(_each(stride or kernel, dims), pads, (1,) * dims, channels)
+    flat: Row = w.move(lambda numbers: numbers.reshape(numbers.shape[0], channels, *numbers.shape[-dims:]), g)
+    image = image_gradient(w, flat, kernel_row, x.shape[-dims:], geometry)
+    result: Row = w.move(lambda numbers: numbers.reshape(x.shape), image)
+    return result
+
+
+def _check_average(padding: Sizes, ceil_mode: bool, count_padding: bool) -> None:
+    if ceil_mode or (any(padding) and not count_padding):
+        raise Untraceable("Average pooling with ceil_mode, or without its padding counted, is not compiled.")
+
+
+def _nearest_backward(w: Writer, g: Row, output: Sizes, whole: Sizes, *_: Any) -> Row:
+    """Add up what each element was copied to, where an image was enlarged by whole factors."""
+    dims = len(output)
+    sizes = whole[-dims:]
+    if any(large % small for large, small in zip(output, sizes, strict=True)):
+        raise Untraceable("An image is enlarged by a factor that is no whole number.")
+    split = [n for large, small in zip(output, sizes, strict=True) for n in (small, large // small)]
+    parts: Row = w.move(lambda numbers: numbers.reshape(*numbers.shape[:-dims], *split), g)
+    first = len(g.shape) - dims
+    return w.reduce("sum", parts, [first + 1 + 2 * axis for axis in range(dims)], False)
+
+
+POOLING: Mapping[str, Callable[..., Any]] = {
+    "max_pool2d_with_indices": _max_pool,
+    "max_pool2d_with_indices_backward": _max_pool_backward,
+    "avg_pool2d": _average_pool,
+    "avg_pool2d_backward": _average_pool_backward,
+    "upsample_nearest1d_backward": _nearest_backward,
+    "upsample_nearest2d_backward": _nearest_backward,
+}

@@ -1,0 +1,105 @@
+"""Rules for cumulative operations, and for products and positions of extremes over axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.traced_values import Row, Untraceable
+
+__all__ = ["SCANS", "along", "scanned"]
+
+_MOST_LOG_TERMS = 64
+"""Terms of a running logarithm of sums, at the most: each is a value of its own."""
+
+
+def along(w: Writer, row: Row, dim: int) -> tuple[int, int, int]:
+    """Return (outer, count, inner) of a value's features along a dimension."""
+    features = list(row.apart().shape)
+    if not row.shape:
+        return 1, 1, 1
+    axis = dim % len(row.shape)
+    if axis == row.axis:
+        raise Untraceable(
+            "The step mixes the rows of the batch: it computes along the batch dimension; each row is a sequence of "
+            "its own."
+        )
+    if row.axis is not None:
+        apart = row.apart()
+        assert apart.axis is not None
+        axis += 2 * (row.is_merged and axis > row.axis)
+        features.pop(apart.axis)
+        axis -= axis > apart.axis
+    return math.prod(features[:axis]), features[axis], math.prod(features[axis + 1 :])
+
+
+def scanned(w: Writer, op: str, x: Operand, dim: int) -> Row:
+    """Return the running sum, product or extreme along a dimension."""
+    row = w.number(x)
+    outer, count, inner = along(w, row, dim)
+    if count == 1:
+        return row
+    node = w.builder.add("scan", w.flat(row), op=op, outer=outer, count=count, inner=inner, reverse=False)
+    return Row(row.shape, node, row.axis, None, row.split)
+
+
+def _scan(op: str) -> Callable[..., Any]:
+    return lambda w, x, dim, **_: scanned(w, op, x, dim)
+
+
+def _log_sum(w: Writer, x: Row, dim: int) -> Row:
+    # Of the running maximum, not of the whole one: what comes later must not take digits from what comes before.
+    most = scanned(w, "amax", x, dim)
+    outer, count, inner = along(w, x, dim)
+    if count > _MOST_LOG_TERMS:
+        raise Untraceable(f"logcumsumexp along more than {_MOST_LOG_TERMS} features is not compiled.")
+    values = [_part(w, x, dim, place) for place in range(count)]
+    mosts = [_part(w, most, dim, place) for place in range(count)]
+    sums = [w.const(1.0)]
+    for place in range(1, count):
+        before = w.point("mul", sums[-1], w.point("exp", w.point("sub", mosts[place - 1], mosts[place])))
+        sums.append(w.point("add", before, w.point("exp", w.point("sub", values[place], mosts[place]))))
+    parts = [w.point("add", most_part, w.point("log", each)) for most_part, each in zip(mosts, sums, strict=True)]
+    joined: Row = w.move(lambda numbers: torch.cat(numbers, dim), parts)
+    return joined
+
+
+def _part(w: Writer, x: Row, dim: int, place: int) -> Row:
+    row: Row = w.move(lambda numbers: numbers.narrow(dim, place, 1), x)
+    return row
+
+
+def _product(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False, **_: Any) -> Row:
+    return w.reduce("prod", x, None if dim is None else [dim], keepdim)
+
+
+def _extreme_position(op: str) -> Callable[..., Any]:
+    def rule(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Row:
+        return w.reduce(op, x, None if dim is None else [dim], keepdim)
+
+    return rule
+
+
+def _extreme_of_dim(op: str) -> Callable[..., Any]:
+    def rule(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
+        if dim is None:
+            return w.reduce(op, x, None, keepdim)
+        return w.reduce(op, x, [dim], keepdim), w.reduce(op.replace("a", "arg", 1), x, [dim], keepdim)
+
+    return rule
+
+
+SCANS: Mapping[str, Callable[..., Any]] = {
+    "cumsum": _scan("sum"),
+    "cumprod": _scan("prod"),
+    "logcumsumexp": _log_sum,
+    "prod": _product,
+    "argmax": _extreme_position("argmax"),
+    "argmin": _extreme_position("argmin"),
+    "max": _extreme_of_dim("amax"),
+    "min": _extreme_of_dim("amin"),
+}

@@ -1,0 +1,189 @@
+"""Rules for linear algebra of small matrices, of up to four rows: written out element by element.
+
+An element of all matrices of a row is one value, so that vectors run over the matrices. Larger ones need loops whose
+order depends on values, and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.traced_values import Row, Untraceable
+
+__all__ = ["SMALL_MATRICES"]
+
+_MOST_ROWS = 4
+Elements = list[list[Row]]
+
+
+def _elements(w: Writer, matrix: Operand) -> Elements:
+    row = w.number(matrix)
+    height, width = row.shape[-2:]
+    if row.axis is not None and row.axis >= len(row.shape) - 2:
+        raise Untraceable("The step mixes the rows of the batch: a matrix is made of several of them.")
+    if max(height, width) > _MOST_ROWS:
+        raise Untraceable(
+            f"Linear algebra of {height} x {width} matrices is not compiled: of up to {_MOST_ROWS} x {_MOST_ROWS} it "
+            "is. Compute it of parameters alone, outside the loop, or solve iteratively with products."
+        )
+    return [
+        [w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)
+    ]
+
+
+def _matrix(w: Writer, elements: Elements) -> Row:
+    flat = [element for line in elements for element in line]
+    height, width = len(elements), len(elements[0])
+    shape = max((element.shape for element in flat), key=len)
+    wide = [w.move(lambda numbers: numbers.expand(shape), element) for element in flat]
+    stacked: Row = w.move(lambda numbers: torch.stack(numbers, -1).unflatten(-1, (height, width)), wide)
+    return stacked
+
+
+def _minor(w: Writer, m: Elements, rows: Sequence[int], cols: Sequence[int]) -> Row:
+    """Return the determinant of some rows and columns, by its first row."""
+    if len(rows) == 1:
+        return m[rows[0]][cols[0]]
+    total: Row | None = None
+    for place, col in enumerate(cols):
+        rest = [other for other in cols if other != col]
+        term = w.point("mul", m[rows[0]][col], _minor(w, m, rows[1:], rest))
+        total = term if total is None else w.point("sub" if place % 2 else "add", total, term)
+    assert total is not None
+    return total
+
+
+def _determinant(w: Writer, matrix: Operand) -> tuple[Row, None, None]:
+    m = _elements(w, matrix)
+    everything = range(len(m))
+    return _minor(w, m, everything, everything), None, None
+
+
+def _inverse_elements(w: Writer, m: Elements) -> Elements:
+    size = len(m)
+    everything = list(range(size))
+    determinant = _minor(w, m, everything, everything)
+    if size == 1:
+        return [[w.point("div", 1.0, determinant)]]
+    inverse: Elements = []
+    for i in everything:
+        line = []
+        for j in everything:
+            rows, cols = [r for r in everything if r != j], [c for c in everything if c != i]
+            cofactor = _minor(w, m, rows, cols)
+            if (i + j) % 2:
+                cofactor = w.point("neg", cofactor)
+            line.append(w.point("div", cofactor, determinant))
+        inverse.append(line)
+    return inverse
+
+
+def _inverse(w: Writer, matrix: Operand, **_: Any) -> tuple[Row, Row]:
+    result = _matrix(w, _inverse_elements(w, _elements(w, matrix)))
+    return result, _success(w, result)
+
+
+def _success(w: Writer, like: Row) -> Row:
+    """Return the report that torch gives for each matrix: 0, as nothing here reads values to find a failure."""
+    shape = like.shape[:-2]
+    return w.const(0.0, shape, like.axis if like.axis is not None and like.axis < len(shape) else None)
+
+
+def _solve(w: Writer, a: Operand, b: Operand, *, left: bool = True, **_: Any) -> tuple[Any, ...]:
+    inverse = _inverse_elements(w, _elements(w, a))
+    right = w.number(b)
+    is_vector = len(right.shape) == len(w.number(a).shape) - 1
+    if is_vector:
+        right = w.move(lambda numbers: numbers.unsqueeze(-1), right)
+    columns = _elements_of_any(w, right)
+    first, second = (inverse, columns) if left else (columns, inverse)
+    result = _matrix(w, _times(w, first, second))
+    if is_vector:
+        result = w.move(lambda numbers: numbers.squeeze(-1), result)
+    return result, None, None, _success(w, w.number(a))
+
+
+def _elements_of_any(w: Writer, row: Row) -> Elements:
+    height, width = row.shape[-2:]
+    return [
+        [w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)
+    ]
+
+
+def _times(w: Writer, a: Elements, b: Elements) -> Elements:
+    return [[_dot(w, line, [other[j] for other in b]) for j in range(len(b[0]))] for line in a]
+
+
+def _dot(w: Writer, a: Sequence[Row], b: Sequence[Row]) -> Row:
+    terms = [w.point("mul", x, y) for x, y in zip(a, b, strict=True)]
+    return reduce(lambda total, term: w.point("add", total, term), terms)
+
+
+def _cholesky(w: Writer, matrix: Operand, *, upper: bool = False, **_: Any) -> tuple[Row, Row]:
+    m = _elements(w, matrix)
+    size = len(m)
+    zero = w.const(0.0)
+    factor: Elements = [[zero] * size for _ in range(size)]
+    for j in range(size):
+        for i in range(j, size):
+            value = m[j][i] if upper else m[i][j]
+            for k in range(j):
+                value = w.point("sub", value, w.point("mul", factor[i][k], factor[j][k]))
+            factor[i][j] = w.point("sqrt", value) if i == j else w.point("div", value, factor[j][j])
+    if upper:
+        factor = [[factor[j][i] for j in range(size)] for i in range(size)]
+    result = _matrix(w, factor)
+    return result, _success(w, result)
+
+
+def _triangular(
+    w: Writer, a: Operand, b: Operand, *, upper: bool, left: bool = True, unitriangular: bool = False, **_: Any
+) -> Row:
+    m, right = _elements(w, a), _elements_of_any(w, w.number(b))
+    size = len(m)
+    if not left:
+        # X A = B is Aᵀ Xᵀ = Bᵀ.
+        m = [[m[j][i] for j in range(size)] for i in range(size)]
+        right = [[line[i] for line in right] for i in range(len(right[0]))]
+        upper = not upper
+    order = range(size - 1, -1, -1) if upper else range(size)
+    solution: Elements = [[] for _ in range(size)]
+    for i in order:
+        solved = range(i + 1, size) if upper else range(i)
+        for column in range(len(right[0])):
+            value = right[i][column]
+            for k in solved:
+                value = w.point("sub", value, w.point("mul", m[i][k], solution[k][column]))
+            solution[i].append(value if unitriangular else w.point("div", value, m[i][i]))
+    if not left:
+        solution = [[line[i] for line in solution] for i in range(len(solution[0]))]
+    return _matrix(w, solution)
+
+
+def _cross(w: Writer, a: Operand, b: Operand, *, dim: int = -1) -> Row:
+    x, y = w.number(a), w.number(b)
+
+    def turned(row: Row, by: int) -> Row:
+        result: Row = w.move(lambda numbers: numbers.roll(by, dim), row)
+        return result
+
+    return w.point(
+        "sub",
+        w.point("mul", turned(x, -1), turned(y, -2)),
+        w.point("mul", turned(x, -2), turned(y, -1)),
+    )
+
+
+SMALL_MATRICES: Mapping[str, Callable[..., Any]] = {
+    "_linalg_det": _determinant,
+    "linalg_inv_ex": _inverse,
+    "_linalg_solve_ex": _solve,
+    "linalg_cholesky_ex": _cholesky,
+    "linalg_solve_triangular": _triangular,
+    "linalg_cross": _cross,
+}
