@@ -8,6 +8,7 @@ A kernel's functions, callers first; each module's docstring has the loop nest t
     @pack.<panel>                       pack_weights       weights into the order in which microkernels read them
     @<stage>, .start, .epilogue         stage              tiles of products, and their epilogue of pointwise values
     @tile.<rows>x<products>x<groups>    microkernel        multiply-adds in registers
+    @<stage of a nest>                  nests              contractions, moves and reductions along axes
     @<gradient>, @outer.<...>           weight_gradients   sums over rows and steps
     @fc.<op>.<dtype>                    vector_math        tanh, exp, ... of 16 lanes
 
@@ -25,6 +26,7 @@ from fusecell.compiler.codegen.kernel_abi import Layout, Panel, Size, fixed_stri
 from fusecell.compiler.codegen.llvm_builder import Module
 from fusecell.compiler.codegen.main_loop import emit_main_loop
 from fusecell.compiler.codegen.microkernel import StaticStrides
+from fusecell.compiler.codegen.nests import emit_nest
 from fusecell.compiler.codegen.pack_weights import emit_packing
 from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
 from fusecell.compiler.codegen.tile_cost import Product, TileCost, TileReport
@@ -65,6 +67,9 @@ def emit(plan: Plan, target: Target) -> Emitted:
     layout = Layout(module, plan, list(panels))
     strides = _static_strides(module, (each for of_stage in products.values() for each in of_stage))
     for stage in plan.stages:
+        if stage.nest is not None:
+            emit_nest(module, layout, plan, stage)
+            continue
         StageEmitter(module, layout, plan, stage, products[stage.name], strides, tilings[stage.name]).emit()
     cost = TileCost(target, module.dtype)
     tiles = {

@@ -289,6 +289,14 @@ class Function(TextBuilder):
     def xor(self, a: Integer, b: Integer, name: str) -> Value:
         return self._bitwise("xor", a, b, name)
 
+    def as_number(self, a: Integer, name: str) -> Value:
+        """Return an integer as a number of the module's format."""
+        return self.let(name, f"sitofp i64 {a} to {self.module.scalar}", self.module.scalar)
+
+    def as_integer(self, a: Value, name: str) -> Value:
+        """Return a whole number as an integer."""
+        return self.let(name, f"fptosi {typed(a)} to i64")
+
     def not_(self, a: Value, name: str) -> Value:
         """Negate a condition, or every lane of a mask."""
         return self.xor(a, TRUE if a.type == "i1" else Value("splat (i1 true)", a.type), name)
@@ -463,7 +471,15 @@ class Function(TextBuilder):
         return self.splat(self.load_scalar(pointer, f"{name}.scalar"), name)
 
     def first_lane(self, vector: Value, name: str) -> Value:
-        return self.let(name, f"extractelement {typed(vector)}, i64 0", self.module.scalar)
+        return self.lane(vector, 0, name)
+
+    def lane(self, vector: Value, lane: int, name: str) -> Value:
+        """Return the number in one lane."""
+        return self.let(name, f"extractelement {typed(vector)}, i64 {lane}", self.module.scalar)
+
+    def insert_lane(self, vector: Value, number: Value, lane: int, name: str) -> Value:
+        """Return a vector with another number in one lane."""
+        return self.let(name, f"insertelement {typed(vector)}, {typed(number)}, i64 {lane}", vector.type)
 
     def shuffle(self, a: Value, b: Value | None, lanes: Sequence[int], name: str) -> Value:
         """Return some lanes of two vectors, those of ``b`` numbered from 16 on, or of one vector."""

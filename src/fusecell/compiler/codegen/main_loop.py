@@ -48,6 +48,7 @@ from fusecell.compiler.codegen.weight_gradients.accumulator import GradientAccum
 from fusecell.compiler.codegen.weight_gradients.kernels import emit_reductions
 from fusecell.compiler.codegen.work_sharing import CALLER_ARGS, WORK_PARAMS, Team
 from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.graph import Node
 from fusecell.compiler.schedule.plan import Phase, Plan, Stage
 
 __all__ = ["emit_main_loop"]
@@ -163,9 +164,22 @@ class _MainLoop:
             target = self.layout.buffer(f, f"{node.name}.packed")
             source = self.layout.pointer(f, f"weight.{node.name}.ptr")
             stride = self.layout.integer(f, f"weight.{node.name}.stride0")
+            if len(node.type.shape) == 2:
+                self._copy_matrix(node, source, stride, target)
+                continue
             with f.for_range("feature", 0, node.size) as feature:
                 value = f.load_scalar(f.at(source, f.mul(feature, stride)), "value")
                 f.store_scalar(value, f.at(target, f.mul(feature, module.itemsize)))
+
+    def _copy_matrix(self, node: Node, source: Value, stride: Value, target: Value) -> None:
+        """Copy a matrix that nests read, row after row without gaps."""
+        f, item, (rows, columns) = self.f, self.module.itemsize, node.type.shape
+        column_stride = self.layout.integer(f, f"weight.{node.name}.stride1")
+        with f.for_range("row", 0, rows) as row:
+            source_row, target_row = f.at(source, f.mul(row, stride)), f.at(target, f.mul(row, columns * item))
+            with f.for_range("column", 0, columns) as column:
+                value = f.load_scalar(f.at(source_row, f.mul(column, column_stride)), "value")
+                f.store_scalar(value, f.at(target_row, f.mul(column, item)))
 
     # Chunks and steps.
 
@@ -211,8 +225,8 @@ class _MainLoop:
         where = StepRows(t, base, saved_base, old_state)
         first, last = team.thread_rows(0, rows)
         for stage in self.plan.stages_of("loop"):
-            if stage.reductions:
-                # A row's reduction takes its columns in order, so one thread does it: rows are partitioned, always.
+            if stage.reductions or stage.nest is not None:
+                # A row's reduction or nest has one order, so one thread does it: rows are partitioned, always.
                 share_first, share_last = f.partition(rows, team.column_thread, team.column_threads)
                 begin, end = f.maximum(first, share_first), f.select(team.by_rows, last, share_last, "end")
                 self._call(stage, where, (begin, end), (0, 1))
@@ -252,6 +266,8 @@ class _MainLoop:
         results = set(stage.results())
         locations = [location for each in stage.stores.values() for location in each]
         locations += reads(plan, stage, epilogue_roots(plan, stage), results)
+        if stage.nest is not None:
+            locations += [stage.operands[arg] for arg in plan.graph[stage.nest].args]
         for index in stage.affines:
             start, terms = affine_parts(plan.graph[index])
             locations += reads(plan, stage, [row for row, *_ in terms] + ([] if start is None else [start]), ())

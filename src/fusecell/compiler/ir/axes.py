@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fusecell.compiler.ir.types import Attrs, Primitive, Type, expect, features_of, integer, integers, row, shape_of
+from fusecell.compiler.ir.types import Attrs, Primitive, Type, expect, features_of, integer, integers, shape_of
 from fusecell.errors import CompilerError, quoted
 
 __all__ = ["AXIS_PRIMITIVES", "REDUCTIONS", "SCANS", "is_sequential"]
@@ -78,6 +78,12 @@ def _like(arg: Type, size: int) -> Type:
     return Type(arg.kind, (features_of(size),))
 
 
+def _computed(args: Sequence[Type], size: int) -> Type:
+    """Return the type of ``size`` numbers that are computed: of weights alone they are a weight, too."""
+    is_weight = all(arg.kind == "weight" for arg in args)
+    return Type("weight" if is_weight else "row", (features_of(size),))
+
+
 def _view(args: Sequence[Type], attrs: Attrs) -> Type:
     expect(args[0], "row", "mask", "weight")
     shape = _array(attrs)
@@ -109,7 +115,7 @@ def _reduce(args: Sequence[Type], attrs: Attrs) -> Type:
     if attrs["op"] not in REDUCTIONS:
         raise CompilerError(f"a reduction is one of {', '.join(REDUCTIONS)}, got {quoted(attrs['op'])}")
     outer, _, inner = _axes(args[0], attrs)
-    return row(outer * inner)
+    return _computed(args, outer * inner)
 
 
 def _scan(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -118,7 +124,7 @@ def _scan(args: Sequence[Type], attrs: Attrs) -> Type:
         raise CompilerError(f"a scan is one of {', '.join(SCANS)}, got {quoted(attrs['op'])}")
     if type(attrs["reverse"]) is not bool:
         raise CompilerError(f"reverse is true or false, got {quoted(attrs['reverse'])}")
-    return row(math.prod(_axes(args[0], attrs)))
+    return _computed(args, math.prod(_axes(args[0], attrs)))
 
 
 def _contraction(args: Sequence[Type], attrs: Attrs) -> tuple[int, ...]:
@@ -135,7 +141,7 @@ def _contraction(args: Sequence[Type], attrs: Attrs) -> tuple[int, ...]:
 
 
 def _contract(args: Sequence[Type], attrs: Attrs) -> Type:
-    return row(features_of(math.prod(_contraction(args, attrs))))
+    return _computed(args, math.prod(_contraction(args, attrs)))
 
 
 def _contract_sum(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -163,7 +169,7 @@ def _positions(arg: Type, attrs: Attrs) -> int:
 def _take(args: Sequence[Type], attrs: Attrs) -> Type:
     expect(args[0], "row", "weight")
     outer, _, inner = _axes(args[0], attrs)
-    return row(features_of(outer * _positions(args[1], attrs) * inner))
+    return _computed(args, outer * _positions(args[1], attrs) * inner)
 
 
 def _scatter_add(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -171,7 +177,7 @@ def _scatter_add(args: Sequence[Type], attrs: Attrs) -> Type:
     outer, inner = integer("outer", attrs["outer"], 1), integer("inner", attrs["inner"], 1)
     if _flat(args[1]) != outer * _positions(args[0], attrs) * inner:
         raise CompilerError(f"{args[1]} has not as many values as positions")
-    return row(features_of(outer * integer("count", attrs["count"], 1) * inner))
+    return _computed(args, outer * integer("count", attrs["count"], 1) * inner)
 
 
 def _scatter_sum(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -187,7 +193,7 @@ def _argsort(args: Sequence[Type], attrs: Attrs) -> Type:
     outer, count = integer("outer", attrs["outer"], 1), integer("count", attrs["count"], 1)
     if outer * count != _flat(args[0]) or type(attrs["descending"]) is not bool:
         raise CompilerError(f"{args[0]} is no {outer} arrays of {count}, to be sorted up or down")
-    return row(outer * count)
+    return _computed(args, outer * count)
 
 
 _ARRAY = frozenset({"shape", *_ACCESS})
@@ -204,6 +210,10 @@ AXIS_PRIMITIVES: Mapping[str, Primitive] = {
     "take": Primitive(2, _take, "nest", expensive=True, attributes=_TAKE),
     "scatter_add": Primitive(2, _scatter_add, "nest", expensive=True, attributes=_TAKE),
     "argsort": Primitive(1, _argsort, "nest", expensive=True, attributes=frozenset({"outer", "count", "descending"})),
-    "contract_sum": Primitive(2, _contract_sum, "row sum", attributes=_CONTRACTION | {"result"}),
-    "scatter_sum": Primitive(2, _scatter_sum, "row sum", attributes=frozenset({"count", "inner", "picks"})),
+    "contract_sum": Primitive(
+        2, _contract_sum, "row sum", attributes=_CONTRACTION | {"result"}, reads_values=True
+    ),
+    "scatter_sum": Primitive(
+        2, _scatter_sum, "row sum", attributes=frozenset({"count", "inner", "picks"}), reads_values=True
+    ),
 }

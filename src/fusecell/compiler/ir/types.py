@@ -79,6 +79,7 @@ class Primitive:
         identities: (position, number) of each argument that leaves the other one unchanged.
         label: the name of its values where the user gave them none; by default the primitive's.
         attributes: the names of all its attributes.
+        reads_values: of a row sum, whether its arguments are values per row.
     """
 
     arity: int | None
@@ -90,6 +91,7 @@ class Primitive:
     identities: tuple[tuple[int, float], ...] = ()
     label: str = ""
     attributes: frozenset[str] = frozenset()
+    reads_values: bool = False
 
     @property
     def leaf(self) -> bool:
@@ -115,6 +117,16 @@ class Primitive:
     def nest(self) -> bool:
         """Whether it is computed by a loop nest of its own, from all features of its arguments."""
         return self.category == "nest"
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it adds up all rows and steps of its arguments; others of its category combine such sums."""
+        return self.category == "row sum" and self.reads_values
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each feature of its result may need all features of its arguments, in memory."""
+        return self.nest or self.reads_rows
 
     @property
     def cheap(self) -> bool:

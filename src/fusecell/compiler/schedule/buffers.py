@@ -77,11 +77,14 @@ class _Assignment:
                 self._place(index, node.name if saved else f"in.{node.name}", "saved" if saved else "user")
             elif node.op == "state":
                 self._place(index, f"state.{node.name}", "state")
-            elif node.op == "weight" and len(node.type.shape) < 2:
+            elif node.op == "weight" and (len(node.type.shape) < 2 or self._is_read_by_nest(index)):
                 self._place(index, f"{node.name}.packed", "call")
 
+    def _is_read_by_nest(self, index: int) -> bool:
+        return any(PRIMITIVES[self.graph[user].op].is_whole for user in self.users[index])
+
     def _place(self, index: int, name: str, scope: Scope) -> None:
-        self.locations[index] = Location(Buffer(name, scope, self.graph[index].size))
+        self.locations[index] = Location(Buffer(name, scope, math.prod(self.graph[index].type.shape)))
 
     def place_shared_values(self) -> None:
         """Place every value that another stage reads."""
@@ -105,7 +108,7 @@ class _Assignment:
                     if user not in seen:
                         seen.add(user)
                         pending.append(user)
-                elif self.graph[user].op in ("outer", "rowsum"):
+                elif PRIMITIVES[self.graph[user].op].reads_rows:
                     reading.add("post")
                 elif user not in self.phases.of:
                     reading |= self.phases.readers[user]
@@ -115,18 +118,18 @@ class _Assignment:
 
     def _is_register(self, index: int, user: int) -> bool:
         """Whether a value is still in a register when a user of it is computed."""
-        primitive = PRIMITIVES[self.graph[index].op]
+        primitive, op = PRIMITIVES[self.graph[index].op], self.graph[user].op
         # An epilogue goes through a tile row by row and column by column: of a value it has just these in registers.
-        if primitive.reduction or primitive.movement or self.graph[user].op == "affine":
+        if primitive.reduction or primitive.movement or primitive.nest or op == "affine" or PRIMITIVES[op].nest:
             return False
         return self.schedule.stage_of[user] == self.schedule.stage_of[index]
 
     def _place_value(self, index: int, scope: Scope) -> None:
-        """Give a value a buffer and have its stage store it there; a reduction's total is written there anyway."""
+        """Give a value a buffer and have its stage store it there; of a reduction or nest it is written there anyway."""
         node = self.graph[index]
         # The prefix tells it from a kernel's own buffers, whatever the user's variable is called.
         location = Location(Buffer(f"value.{node.name}", scope, node.size))
-        if not PRIMITIVES[node.op].reduction:
+        if not (PRIMITIVES[node.op].reduction or PRIMITIVES[node.op].nest):
             self._store(index, location, before=index if node.op == "concat" else None)
         self.locations[index] = location
 
@@ -163,7 +166,8 @@ class _Assignment:
         # States and the caller's rows are addressed step by step, so that only a stage of the loop can write them.
         by_step = location.buffer.scope in ("state", "user", "step")
         primitive = PRIMITIVES[self.graph[index].op]
-        if phase is not None and not (primitive.movement or primitive.reduction) and (phase == "loop" or not by_step):
+        in_memory = primitive.movement or primitive.reduction or primitive.nest
+        if phase is not None and not in_memory and (phase == "loop" or not by_step):
             return self.schedule.stage_of[index]
         self._ensure_placed(index)
         if by_step:
@@ -182,7 +186,8 @@ class _Assignment:
         if before is not None and self.phases.of[before] == phase:
             end = self.schedule.ranks[before]
         for stage in self.stages:
-            if stage.phase == phase and stage.width == size and rank <= stage.rank < end:
+            is_free = stage.nest is None and stage.phase == phase and stage.width == size
+            if is_free and rank <= stage.rank < end:
                 return stage.name
         stage = Stage(phase=phase, rank=rank, width=size)
         self.stages.append(stage)

@@ -24,7 +24,7 @@ def locate_operands(graph: Graph, buffers: Buffers, *, backward: bool) -> Plan:
     """
     sums = sums_over_rows(graph)
     operands = _Operands(graph, buffers, sums)
-    vectors = [index for index in graph.leaves("weight") if len(graph[index].type.shape) < 2]
+    vectors = [index for index in graph.leaves("weight") if index in buffers.locations]
     return Plan(
         graph=graph,
         stages=tuple(operands.completed(stage) for stage in buffers.stages),
@@ -74,7 +74,7 @@ class _Operands:
     def _inputs_of(self, stage: Stage) -> set[int]:
         """Return the inputs that a stage reads, directly or through values without a phase."""
         local = set(stage.results())
-        pending = [arg for index in (*stage.reductions, *local) for arg in self.graph[index].args]
+        pending = [arg for index in stage.computed() for arg in self.graph[index].args]
         pending += [index for index in stage.stores if index not in local]
         inputs, seen = set(), set(pending)
         while pending:
@@ -122,10 +122,14 @@ class _Operands:
             starts += [] if start is None else [start]
             for row, _, _ in terms:
                 operands[row] = self.operand(row, stage.phase, stage.name)
+        if stage.nest is not None:
+            for arg in self.graph[stage.nest].args:
+                operands[arg] = self.operand(arg, stage.phase, stage.name)
         local = set(stage.results())
         ends = [*stage.stores, *(self.graph[index].args[0] for index in stage.reductions)]
         operands |= self._read(stage.phase, starts, set()) | self._read(stage.phase, ends, local)
-        totals = {index: self.buffers.locations[index] for index in stage.reductions}
+        in_memory = stage.reductions if stage.nest is None else (stage.nest,)
+        totals = {index: self.buffers.locations[index] for index in in_memory}
         return replace(stage, totals=totals, operands=operands)
 
     def _read(self, phase: Phase, roots: Iterable[int], local: set[int]) -> dict[int, Location]:

@@ -1,7 +1,7 @@
 """Choose the phase in which each value is computed: once, hoisted out of the loop, in the loop, or after it.
 
 once      values that need weights only: one row, once per call.
-hoisted   values that need x but no state, and contain a product or a reduction: all rows of a chunk of steps at once,
+hoisted   values that need x but no state, and contain a product, reduction or nest: all rows of a chunk of steps at once,
           before the loop. Compilers call this loop-invariant code motion.
 loop      the chain from state to state: the rows of one step.
 post      values that nothing in the loop waits for: outputs that are products of a state, the gradients of weights.
@@ -64,7 +64,11 @@ def _phases_of_costly_values(graph: Graph) -> dict[int, Phase]:
     phases: dict[int, Phase] = {}
     depends_on_state = graph.reaches(graph.leaves("state"))
     needed_by_state = graph.needed(new for _, new in states_of(graph).values())
-    costly = graph.reaches(i for i, node in graph if node.op == "affine" or PRIMITIVES[node.op].reduction)
+    costly = graph.reaches(
+        index
+        for index, node in graph
+        if node.op == "affine" or PRIMITIVES[node.op].reduction or PRIMITIVES[node.op].nest
+    )
     for index, node in graph:
         if PRIMITIVES[node.op].leaf or node.type.kind == "sum":
             continue
@@ -110,7 +114,7 @@ def _readers(
     for user in users:
         op = graph[user].op
         # Gradients of weights are summed over the rows of a chunk, after its steps.
-        if op in ("outer", "rowsum"):
+        if PRIMITIVES[op].reads_rows:
             reading.add("post")
         elif user in phases and op != "slice":
             reading.add(phases[user])
@@ -123,7 +127,7 @@ def _is_read_whole(graph: Graph, users: Sequence[int], index: int) -> bool:
     """Whether some user reads a value from memory, though it is cheap: as an operand of a product, or in slices."""
     for user in users:
         node = graph[user]
-        if node.op in ("outer", "rowsum", "slice"):
+        if node.op == "slice" or PRIMITIVES[node.op].is_whole:
             return True
         if node.op == "affine" and index in [row for row, _, _ in affine_parts(node)[1]]:
             return True

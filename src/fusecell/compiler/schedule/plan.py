@@ -59,7 +59,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sum:
-    """A contribution to the gradient of a weight: the sum over rows of a^T b, or of b alone.
+    """A contribution to the gradient of a weight: the sum over rows of a^T b, of b alone, or of a nest of both.
 
     Attributes:
         name: of its function in the kernel.
@@ -68,6 +68,7 @@ class Sum:
         width: features of ``b``.
         corner: its position in the gradient, in its own rows and columns.
         flipped: whether its rows are the gradient's columns.
+        nest: the node of the graph that it is, if that is a contraction or a scatter.
         operands: the locations of ``a`` and ``b``.
     """
 
@@ -79,6 +80,7 @@ class Sum:
     width: int
     corner: tuple[int, int]
     flipped: bool
+    nest: int | None = None
     operands: Mapping[int, Location] = field(default_factory=dict)
 
     @property
@@ -99,8 +101,10 @@ class Stage:
     Attributes:
         rank: its position among the stages of its phase; stages of one rank are independent of each other.
         affines, pointwise, reductions: the values that it computes, as indices of nodes.
+        nest: the one value that it computes by loops of its own, if it does.
+        label: what tells it from other stages of its phase, rank and width: the name of its nest.
         stores: the values that it writes to memory, with every location that they are written to.
-        totals: the location of each of its reductions, written once all columns are done.
+        totals: the location of each of its reductions, written once all columns are done, or of its nest.
         operands: the location of each value that it reads from memory; others are computed where they are needed.
     """
 
@@ -110,13 +114,15 @@ class Stage:
     affines: tuple[int, ...] = ()
     pointwise: tuple[int, ...] = ()
     reductions: tuple[int, ...] = ()
+    nest: int | None = None
+    label: str = ""
     stores: Mapping[int, tuple[Location, ...]] = field(default_factory=dict)
     totals: Mapping[int, Location] = field(default_factory=dict)
     operands: Mapping[int, Location] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"{self.phase}{self.rank}.{self.width}"
+        return f"{self.phase}{self.rank}.{self.width}" if not self.label else f"{self.phase}{self.rank}.nest.{self.label}"
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -124,9 +130,16 @@ class Stage:
         return PHASES.index(self.phase), self.rank, self.width
 
     def results(self) -> Iterator[int]:
-        """Yield all that it computes, except reductions."""
+        """Yield all that it computes, except reductions and nests: what it has in registers."""
         yield from self.affines
         yield from self.pointwise
+
+    def computed(self) -> Iterator[int]:
+        """Yield all that it computes."""
+        yield from self.results()
+        yield from self.reductions
+        if self.nest is not None:
+            yield self.nest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +172,7 @@ class Plan:
         lines = []
         for stage in self.stages:
             lines.append(f"{stage.name}: {stage.width} wide")
-            for index in (*stage.results(), *stage.reductions):
+            for index in stage.computed():
                 node = self.graph[index]
                 lines.append(f"  {node.name} = {node.op}({', '.join(self.graph[arg].name for arg in node.args)})")
             for index, locations in stage.stores.items():

@@ -56,6 +56,7 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
     sources: list[Sources] = []
     values: dict[tuple[Phase, int, int], list[int]] = {}
     costs: dict[tuple[Phase, int, int], int] = {}
+    nests: list[Stage] = []
     for index, node in graph:
         phase = phases.of.get(index)
         if phase is None:
@@ -64,6 +65,8 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
             continue
         primitive = PRIMITIVES[node.op]
         rank = _rank(graph, phases, ready, sources, index)
+        if primitive.nest:
+            nests.append(Stage(phase=phase, rank=rank, width=node.size, nest=index, label=node.name))
         # Later is always possible: a value may be computed in any rank from its first one on.
         if primitive.pointwise:
             while costs.get((phase, rank, node.size), 0) >= STAGE_COST:
@@ -73,13 +76,13 @@ def make_stages(graph: Graph, phases: Phases) -> Stages:
         # Within its stage a column of a value can be used at once; all its columns are there in the next rank.
         whole = rank if primitive.movement else rank + 1
         ready.append({phase: whole})
-        in_memory = primitive.reduction or primitive.movement
+        in_memory = primitive.reduction or primitive.movement or primitive.nest
         sources.append({(phase, node.size): (whole if in_memory else rank, whole)})
         # One stage for each width, as the values of a stage share a loop over its columns.
-        if not primitive.movement:
+        if not (primitive.movement or primitive.nest):
             values.setdefault((phase, rank, _width(graph, node)), []).append(index)
-    stages = [_stage(graph, *key, indices) for key, indices in values.items()]
-    stage_of = {index: stage.name for stage in stages for index in (*stage.results(), *stage.reductions)}
+    stages = [*(_stage(graph, *key, indices) for key, indices in values.items()), *nests]
+    stage_of = {index: stage.name for stage in stages for index in stage.computed()}
     return Stages(tuple(sorted(stages, key=lambda stage: stage.order)), stage_of, ranks, ready)
 
 
@@ -126,8 +129,9 @@ def _rank(
     latest = 0
     for (source_phase, width), (rank, whole) in _joined(sources, node).items():
         if source_phase == phase:
-            # A product needs all columns of its operand, and so does a value of another width.
-            columns = node.op == "affine" or (not PRIMITIVES[node.op].reduction and width != node.size)
+            # A product or a nest needs all columns of its operand, and so does a value of another width.
+            primitive = PRIMITIVES[node.op]
+            columns = node.op == "affine" or primitive.nest or (not primitive.reduction and width != node.size)
             latest = max(latest, whole if columns else rank)
     return latest
 
@@ -135,4 +139,4 @@ def _rank(
 def _is_computed(graph: Graph, phases: Phases, index: int, phase: Phase) -> bool:
     """Whether a stage of ``phase`` has a value in registers and can store it anywhere; else it is loaded first."""
     primitive = PRIMITIVES[graph[index].op]
-    return phases.of.get(index) == phase and not primitive.movement and not primitive.reduction
+    return phases.of.get(index) == phase and not (primitive.movement or primitive.reduction or primitive.nest)

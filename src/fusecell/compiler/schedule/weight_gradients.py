@@ -26,8 +26,8 @@ def sums_over_rows(graph: Graph) -> list[Sum]:
     for label, index in graph.outputs.items():
         # One gradient may be several sums: of a weight that is used twice, or of parts of a concatenation.
         if graph[index].type.kind == "sum":
-            for a, b, flipped, corner in _contributions(graph, index):
-                sums.append(_sum(graph, f"sum.{len(sums)}", label, a, b, flipped, corner))
+            for value, flipped, corner in _contributions(graph, index):
+                sums.append(_sum(graph, f"sum.{len(sums)}", label, value, flipped, corner))
     if len(sums) > MOST_SUMS:
         raise TooLarge(
             f"The step uses its weights {len(sums):,} times, and each use is a sum in the gradient: at most "
@@ -36,8 +36,23 @@ def sums_over_rows(graph: Graph) -> list[Sum]:
     return sums
 
 
-def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bool, corner: tuple[int, int]) -> Sum:
-    """Return a sum whose columns run over the operand that fills whole vectors better."""
+def _sum(graph: Graph, name: str, label: str, value: int, flipped: bool, corner: tuple[int, int]) -> Sum:
+    """Return a sum; one of two operands has columns that run over the operand that fills whole vectors better."""
+    node = graph[value]
+    if node.op in ("contract_sum", "scatter_sum"):
+        height, width = (1, *node.type.shape)[-2:]
+        return Sum(
+            name=name,
+            label=label,
+            a=node.args[0],
+            b=node.args[1],
+            height=height,
+            width=width,
+            corner=corner,
+            flipped=flipped,
+            nest=value,
+        )
+    a, b = (None, node.args[0]) if node.op == "rowsum" else node.args
     # a^T b or its transpose: rows are single features, columns are padded to 16.
     height, width = 1 if a is None else graph[a].size, graph[b].size
     if a is not None and height * ceil_div(width, LANES) > width * ceil_div(height, LANES):
@@ -45,8 +60,8 @@ def _sum(graph: Graph, name: str, label: str, a: int | None, b: int, flipped: bo
     return Sum(name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped)
 
 
-def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, bool, tuple[int, int]]]:
-    """Yield the outer products and row sums of a gradient of a weight; a vector is a matrix of one row."""
+def _contributions(graph: Graph, index: int) -> Iterator[tuple[int, bool, tuple[int, int]]]:
+    """Yield the sums over rows of a gradient of a weight, and where they are; a vector is a matrix of one row."""
     pending: list[tuple[int, bool, tuple[int, int]]] = [(index, False, (0, 0))]
     while pending:
         value, flipped, corner = pending.pop()
@@ -58,7 +73,5 @@ def _contributions(graph: Graph, index: int) -> Iterator[tuple[int | None, int, 
         elif node.op == "place":
             row, column = (0, *node.attrs["corner"])[-2:]
             pending.append((node.args[0], flipped, (corner[0] + row, corner[1] + column)))
-        elif node.op == "outer":
-            yield node.args[0], node.args[1], flipped, corner
         else:
-            yield None, node.args[0], flipped, corner
+            yield value, flipped, corner

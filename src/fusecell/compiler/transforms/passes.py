@@ -42,11 +42,11 @@ def fold_constants(graph: Graph) -> Graph:
 
 
 def spread_constants(graph: Graph) -> Graph:
-    """Make a row of a number that is an operand of a product, a sum over rows or a concat: these read memory."""
+    """Make a row of a number that is an operand of a product, a nest, a sum over rows or a concat: these read memory."""
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
-        if node.op in ("product", "outer", "rowsum", "concat"):
+        if node.op in ("product", "concat") or PRIMITIVES[node.op].is_whole:
             args = tuple([_spread(builder, arg) for arg in args])
         return builder.add_like(node, args)
 
@@ -315,7 +315,7 @@ def split_affines(graph: Graph) -> Graph:
     return rebuild(graph, rewrite)
 
 
-_HEAVY = frozenset(op for op, row in PRIMITIVES.items() if row.category == "product" or row.reduction)
+_HEAVY = frozenset(op for op, row in PRIMITIVES.items() if row.category == "product" or row.reduction or row.nest)
 
 
 class _Dependences:
@@ -330,7 +330,7 @@ class _Dependences:
         return self._depends(self._on_state, builder, index, frozenset({"state"}))
 
     def on_heavy(self, builder: Builder, index: int) -> bool:
-        """Whether a value depends on a product or a reduction."""
+        """Whether a value depends on a product, a reduction or a nest."""
         return self._depends(self._on_heavy, builder, index, _HEAVY)
 
     @staticmethod
@@ -351,6 +351,18 @@ class _Dependences:
         )
 
 
+def write_views(graph: Graph) -> Graph:
+    """Replace views by copies of what they are views of: kernels read values in order."""
+
+    def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
+        node = graph[index]
+        if node.op == "view":
+            return builder.add("gather", *args, name=node.name, **node.attrs)
+        return builder.add_like(node, args)
+
+    return rebuild(graph, rewrite)
+
+
 def _affine(builder: Builder, init: int | None, terms: Sequence[Term], name: str) -> int:
     args = [] if init is None else [init]
     for row, weight, _ in terms:
@@ -367,6 +379,7 @@ PASSES: tuple[Pass, ...] = (
     sink_slices,  # before products are gathered: of an affine there are no slices
     gather_affines,
     split_affines,
+    write_views,
 )
 
 

@@ -223,7 +223,7 @@ class GradientAccumulator:
         """Accumulate directly in the caller's gradient when its layout matches and no second split exists."""
         layout, itemsize, label = self.layout, self.module.itemsize, reduction.label
         strides = [(0, self.module.row_bytes(reduction.width)), (1, itemsize)]
-        if reduction.a is None:
+        if len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 1:
             strides = [(0, itemsize)]
         low_bits = f.and_(layout.integer(f, f"out.{label}.ptr"), ALIGNMENT - 1, "low_bits")
         not_split = f.not_(self._is_split, "not_split")

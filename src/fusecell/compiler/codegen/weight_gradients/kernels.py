@@ -23,6 +23,7 @@ from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layou
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i1, i64, ptr
 from fusecell.compiler.codegen.microkernel import outer_product
+from fusecell.compiler.codegen.nests import SummedRows, emit_contract_sum, emit_scatter_sum
 from fusecell.compiler.codegen.tile_cost import split_evenly
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
@@ -33,6 +34,7 @@ from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     outer_tiling,
     packed_bytes,
 )
+from fusecell.compiler.ir.graph import Node
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.schedule.plan import Plan, Sum
 
@@ -111,6 +113,8 @@ def emit_reductions(module: Module, layout: Layout, plan: Plan) -> None:
         emitter = _Reduction(module, layout, plan, reduction)
         if reduction.a is None:
             emitter.row_sum()
+        elif reduction.nest is not None:
+            emitter.nest_sum(plan.graph[reduction.nest], reduction.a)
         else:
             emitter.outer_sum(reduction.a)
 
@@ -154,6 +158,15 @@ class _Reduction:
             sums[:] = carried
         for at, value in zip(targets, sums, strict=True):
             f.store(value, at, vector_bytes)
+
+    def nest_sum(self, nest: Node, a_index: int) -> None:
+        """Write the sum of a nest of each row."""
+        a, b = self._operand(a_index, "a"), self._operand(self.reduction.b, "b")
+        runs, strides = (_RANGE.runs, _RANGE.rows), ((a.run, b.run), (a.k, b.k))
+        rows = SummedRows(a.start, b.start, *runs, *strides, (THREAD_ID, THREADS))
+        emit = emit_contract_sum if nest.op == "contract_sum" else emit_scatter_sum
+        emit(self.f, nest.attrs, rows, _ACC, _OPENS)
+        self.f.end()
 
     def outer_sum(self, a_index: int) -> None:
         """Write the sum of a^T b, row group by row group: of long runs a part of one, of short ones several."""
