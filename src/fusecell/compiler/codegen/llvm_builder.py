@@ -185,15 +185,15 @@ class Function(TextBuilder):
             return b if a == 1 else a
         return self._pure(name, f"mul nsw i64 {a}, {b}")
 
-    def udiv(self, a: Integer, b: Integer, name: str) -> Value:
-        return self.let(name, f"udiv i64 {a}, {b}")
+    def udiv(self, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
+        return self._pure(name, f"udiv i64 {a}, {b}", once=once)
 
-    def urem(self, a: Integer, b: Integer, name: str) -> Value:
-        return self.let(name, f"urem i64 {a}, {b}")
+    def urem(self, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
+        return self._pure(name, f"urem i64 {a}, {b}", once=once)
 
-    def exact_div(self, a: Integer, b: int, name: str) -> Value:
+    def exact_div(self, a: Integer, b: int, name: str, *, once: bool = False) -> Value:
         """Divide by a number, without a remainder."""
-        return self.let(name, f"sdiv exact i64 {a}, {b}")
+        return self._pure(name, f"sdiv exact i64 {a}, {b}", once=once)
 
     def lshr(self, a: Integer, bits: int, name: str) -> Value:
         return self.let(name, f"lshr i64 {a}, {bits}")

@@ -9,7 +9,7 @@ The pointwise values of a stage are one such nest, fused: between two of them no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fusecell.compiler.codegen.kernel_abi import STEP, Layout, RowAddress, row_address
@@ -185,11 +185,25 @@ class Body:
         f, pointer = self.f, self._read_rows[location]
         if size == 1:
             return f.load_splat(pointer, name)
+        if location.axes is not None:
+            return self._load_view(location.axes, pointer, name)
         pointer = self._in_group(pointer)
         # Behind the last feature of a caller's row is other memory; rows of the kernel's buffers are padded.
         if location.buffer.scope == "user" and size % LANES:
             return f.load_masked(pointer, self._mask(size), name)
         return f.load(pointer, name, self._alignment(location))
+
+    def _load_view(self, axes: Sequence[tuple[int, int]], pointer: Value, name: str) -> Value:
+        """Load a group of a view: its last axis is whole groups, of neighbours or of one number."""
+        f, item = self.f, self.module.itemsize
+        # The group's place along each axis: digits of its first feature, from the last axis on.
+        rest: Integer = f.exact_div(f.add(self._first, self._column), item, "feature", once=True)
+        for extent, stride in reversed(axes[1:]):
+            digit = f.urem(rest, extent, "digit", once=True)
+            rest = f.udiv(rest, extent, "rest", once=True)
+            pointer = f.at(pointer, f.mul(digit, stride * item))
+        pointer = f.at(pointer, f.mul(rest, axes[0][1] * item))
+        return f.load_splat(pointer, name) if axes[-1][1] == 0 else f.load(pointer, name, item)
 
     def _alignment(self, location: Location) -> int:
         is_aligned = location.buffer.scope != "user" and location.offset % LANES == 0

@@ -114,6 +114,11 @@ class Primitive:
         return self.category == "movement"
 
     @property
+    def in_place(self) -> bool:
+        """Whether its result is a part of its argument, and read there."""
+        return self.movement and self.arity == 1
+
+    @property
     def nest(self) -> bool:
         """Whether it is computed by a loop nest of its own, from all features of its arguments."""
         return self.category == "nest"

@@ -81,7 +81,8 @@ class _Assignment:
                 self._place(index, f"{node.name}.packed", "call")
 
     def _is_read_by_nest(self, index: int) -> bool:
-        return any(PRIMITIVES[self.graph[user].op].is_whole for user in self.users[index])
+        primitives = (PRIMITIVES[self.graph[user].op] for user in self.users[index])
+        return any(primitive.is_whole or primitive.in_place for primitive in primitives)
 
     def _place(self, index: int, name: str, scope: Scope) -> None:
         self.locations[index] = Location(Buffer(name, scope, math.prod(self.graph[index].type.shape)))
@@ -90,7 +91,7 @@ class _Assignment:
         """Place every value that another stage reads."""
         for index, node in self.graph:
             phase = self.phases.of.get(index)
-            if phase is None or node.op == "slice":
+            if phase is None or PRIMITIVES[node.op].in_place:
                 continue
             reading = self._reading_phases(index)
             # A step's memory is overwritten by the next step: what is read after the loop has a chunk's.
@@ -135,7 +136,7 @@ class _Assignment:
 
     def _ensure_placed(self, index: int) -> None:
         """Place a value that a stage is going to load, all of it or a slice, to store it elsewhere."""
-        while self.graph[index].op == "slice":
+        while PRIMITIVES[self.graph[index].op].in_place:
             index = self.graph[index].args[0]
         phase = self.phases.of.get(index)
         if phase is not None and index not in self.locations:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from fusecell.compiler.ir.affine import affine_parts
-from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.graph import SAVED, Graph, Node
+from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.schedule.buffers import Buffers
 from fusecell.compiler.schedule.phases import states_of
 from fusecell.compiler.schedule.plan import Buffer, Location, Phase, Plan, Stage, Sum
@@ -82,13 +83,14 @@ class _Operands:
             node = self.graph[index]
             if node.op == "input":
                 inputs.add(index)
-            elif index not in local and (node.op == "slice" or self.location(index, stage.phase) is None):
+            elif index not in local and (PRIMITIVES[node.op].in_place or self.location(index, stage.phase) is None):
                 pending += [arg for arg in node.args if arg not in seen]
                 seen.update(node.args)
         return inputs
 
     def location(self, index: int, phase: Phase) -> Location | None:
         """Return where a stage of ``phase`` reads a value; None if it is not in memory."""
+        axes = _axes(self.graph[index])
         index, offset = _sliced(self.graph, index)
         node = self.graph[index]
         if node.op == "input" and phase in ("hoisted", "post") and not node.name.startswith(SAVED):
@@ -98,8 +100,8 @@ class _Operands:
             rows = self.buffers.state_copies.get(index)
         else:
             location = self.buffers.locations.get(index)
-            return location and Location(location.buffer, location.offset + offset)
-        return None if rows is None else Location(rows, offset)
+            return location and Location(location.buffer, location.offset + offset, axes)
+        return None if rows is None else Location(rows, offset, axes)
 
     def operand(self, index: int, phase: Phase, user: str) -> Location:
         """Return the location of a value that must be in memory."""
@@ -157,9 +159,17 @@ class _Operands:
 
 
 def _sliced(graph: Graph, index: int) -> tuple[int, int]:
-    """Return the value that a slice, or a slice of a slice, is a part of, and the feature at which the part begins."""
+    """Return the value that a slice, or a view, is a part of, and the feature at which the part begins."""
     offset = 0
-    while graph[index].op == "slice":
-        offset += graph[index].attrs["start"]
-        index = graph[index].args[0]
+    while PRIMITIVES[graph[index].op].in_place:
+        node = graph[index]
+        offset += node.attrs["start"] if node.op == "slice" else node.attrs["offset"]
+        index = node.args[0]
     return index, offset
+
+
+def _axes(node: Node) -> tuple[tuple[int, int], ...] | None:
+    """Return the axes of a view, which is never one of another view."""
+    if node.op != "view":
+        return None
+    return tuple(zip(node.attrs["shape"], node.attrs["strides"], strict=True))

@@ -55,7 +55,7 @@ def choose_phases(graph: Graph) -> Phases:
     phases = _phases_of_costly_values(graph)
     readers = _add_cheap_values(graph, phases)
     for index, node in graph:
-        if node.op == "slice" and index not in phases and node.args[0] in phases:
+        if PRIMITIVES[node.op].in_place and index not in phases and node.args[0] in phases:
             phases[index] = phases[node.args[0]]
     return Phases(phases, readers)
 
@@ -116,7 +116,7 @@ def _readers(
         # Gradients of weights are summed over the rows of a chunk, after its steps.
         if PRIMITIVES[op].reads_rows:
             reading.add("post")
-        elif user in phases and op != "slice":
+        elif user in phases and not PRIMITIVES[op].in_place:
             reading.add(phases[user])
         else:
             reading |= readers[user]
@@ -127,7 +127,7 @@ def _is_read_whole(graph: Graph, users: Sequence[int], index: int) -> bool:
     """Whether some user reads a value from memory, though it is cheap: as an operand of a product, or in slices."""
     for user in users:
         node = graph[user]
-        if node.op == "slice" or PRIMITIVES[node.op].is_whole:
+        if PRIMITIVES[node.op].in_place or PRIMITIVES[node.op].is_whole:
             return True
         if node.op == "affine" and index in [row for row, _, _ in affine_parts(node)[1]]:
             return True

@@ -51,10 +51,15 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Location of a value in memory: a buffer, and the feature of it at which the value begins."""
+    """Location of a value in memory: a buffer, and the feature of it at which the value begins.
+
+    Attributes:
+        axes: (extent, stride) of each axis of a view, in features; None where the value's features are neighbours.
+    """
 
     buffer: Buffer
     offset: int = 0
+    axes: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

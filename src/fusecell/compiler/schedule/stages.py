@@ -122,7 +122,7 @@ def _rank(
 ) -> int:
     """Return the first rank at which a value can be computed, or moved if it is a slice or concat."""
     node, phase = graph[index], phases.of[index]
-    if node.op == "slice":
+    if PRIMITIVES[node.op].in_place:
         return ready[node.args[0]].get(phase, 0)
     if node.op == "concat":
         return max(ready[arg].get(phase, 0) + (not _is_computed(graph, phases, arg, phase)) for arg in node.args)

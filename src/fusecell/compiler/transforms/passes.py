@@ -12,7 +12,7 @@ from itertools import pairwise
 from fusecell.compiler.ir.affine import Term, affine_parts
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node, rebuild
 from fusecell.compiler.ir.naming import restore_names
-from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 from fusecell.compiler.ir.traversal import resolve
 
 __all__ = ["PASSES", "optimise"]
@@ -352,11 +352,21 @@ class _Dependences:
 
 
 def write_views(graph: Graph) -> Graph:
-    """Replace views by copies of what they are views of: kernels read values in order."""
+    """Replace views by copies of what they are views of, but those that pointwise values can read in place.
+
+    These read sixteen features at a time: neighbours, or one number for all.
+    """
+    users, outputs = graph.users(), set(graph.outputs.values())
+
+    def is_readable(index: int) -> bool:
+        attrs = graph[index].attrs
+        is_vectors = attrs["strides"][-1] in (0, 1) and attrs["shape"][-1] % LANES == 0
+        primitives = [PRIMITIVES[graph[user].op] for user in users[index]]
+        return is_vectors and index not in outputs and all(each.pointwise or each.reduction for each in primitives)
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
-        if node.op == "view":
+        if node.op == "view" and not is_readable(index):
             return builder.add("gather", *args, name=node.name, **node.attrs)
         return builder.add_like(node, args)
 

@@ -76,7 +76,7 @@ class _Tile:
     Attributes:
         lanes: the axis that lanes run along, of the result or summed.
         tall: the axis that accumulators are below one another along; None for a height of 1.
-        wide: the axis that they are side by side along: that of the lanes if it is the result's, by sixteen.
+        wide: the axis that they are side by side along: another, or that of the lanes, by sixteen.
     """
 
     lanes: Axis
@@ -161,11 +161,11 @@ class Contraction:
     def _tiles(self, at: Pointers) -> None:
         tile = self.tile
         for height, rows in self._steps(tile.tall, tile.height, at):
-            for width, tail, columns in self._portions(rows):
+            for counts, columns in self._portions(rows):
                 if tile.sums_lanes:
-                    self._partial_sums(columns, height, width)
+                    self._partial_sums(columns, height, len(counts))
                 else:
-                    self._sums(columns, height, width, tail)
+                    self._sums(columns, height, counts)
 
     def _steps(self, axis: Axis | None, most: int, at: Pointers) -> Iterator[tuple[int, Pointers]]:
         """Loop over an axis in steps; yield the size of a step and its addresses, once for each size."""
@@ -190,15 +190,15 @@ class Contraction:
                     yield most, at.along(f, axis, position)
                 start, most = stop, most // 2
 
-    def _portions(self, at: Pointers) -> Iterator[tuple[int, int, Pointers]]:
-        """Loop over the columns of a tile; yield its width, the lanes of its last group, and its addresses."""
+    def _portions(self, at: Pointers) -> Iterator[tuple[list[int], Pointers]]:
+        """Loop over the columns of a tile; yield the lanes that each of its columns uses, and its addresses."""
         f, tile = self.f, self.tile
         if tile.wide is not tile.lanes:
-            for width, columns in self._steps(tile.wide, tile.width, at):
-                yield width, LANES, columns
+            for count, of_group in [(LANES, at)] if tile.sums_lanes else self._groups(at):
+                for width, columns in self._steps(tile.wide, tile.width, of_group):
+                    yield [count] * width, columns
             return
-        extent = tile.lanes.extent
-        assert isinstance(extent, int), "lanes run along an axis of known extent"
+        extent = _known(tile.lanes.extent)
         tail, group = extent % LANES, 0
         portions = split_evenly(ceil_div(extent, LANES), tile.width)
         for number, (count, width) in enumerate(portions):
@@ -207,56 +207,80 @@ class Contraction:
             loops = count - is_last
             stop = group + loops * width
             if loops == 1:
-                yield width, LANES, at.along(f, tile.lanes, group * LANES)
+                yield [LANES] * width, at.along(f, tile.lanes, group * LANES)
             elif loops:
                 with f.for_range(tile.lanes.name, group * LANES, stop * LANES, width * LANES) as first:
-                    yield width, LANES, at.along(f, tile.lanes, first)
+                    yield [LANES] * width, at.along(f, tile.lanes, first)
             if is_last:
-                yield width, tail, at.along(f, tile.lanes, stop * LANES)
+                yield [*[LANES] * (width - 1), tail], at.along(f, tile.lanes, stop * LANES)
             group += count * width
+
+    def _groups(self, at: Pointers) -> Iterator[tuple[int, Pointers]]:
+        """Loop over groups of sixteen lanes; yield how many of them are used, and their addresses."""
+        f, lanes = self.f, self.tile.lanes
+        extent = _known(lanes.extent)
+        whole = extent - extent % LANES
+        if whole == LANES:
+            yield LANES, at
+        elif whole:
+            with f.for_range(lanes.name, 0, whole, LANES) as first:
+                yield LANES, at.along(f, lanes, first)
+        if extent % LANES:
+            yield extent % LANES, at.along(f, lanes, whole)
 
     # Lanes along the result.
 
-    def _sums(self, at: Pointers, height: int, width: int, tail: int) -> None:
-        """Write the sums of a tile whose lanes are elements of the result."""
-        f, lanes, tall = self.f, self.tile.lanes, self.tile.tall
-        counts = [LANES] * (width - 1) + [tail]
-        targets = [
-            f.at(f.at(at.out, f.mul(line, _out(tall))), group * LANES * _out(lanes))
-            for line in range(height)
-            for group in range(width)
-        ]
-        starts = [
-            self._start(target, counts[number % width]) for number, target in enumerate(targets)
-        ]
+    def _sums(self, at: Pointers, height: int, counts: Sequence[int]) -> None:
+        """Write the sums of a tile whose lanes are elements of the result.
+
+        Arguments:
+            counts: the lanes that each of its columns uses.
+        """
+        f, lanes, width = self.f, self.tile.lanes, len(counts)
+        places = [(line, column) for line in range(height) for column in range(width)]
+        targets = [self._of_pair(at.out, line, column, 2) for line, column in places]
+        starts = [self._start(target, counts[column]) for target, (_, column) in zip(targets, places, strict=True)]
 
         def step(now: Pointers, so_far: Lines) -> Lines:
-            a, b = (
-                [
-                    [
-                        load_lanes(f, self._in_tile(now, which, line, group), _known(stride), counts[group], name,
-                                   exact=self.exact[which])
-                        for group in (range(width) if stride else (0,))
-                    ]
-                    for line in (range(height) if _stride(tall, which) else (0,))
-                ]
-                for which, name, stride in ((0, "a", lanes.a), (1, "b", lanes.b))
-            )  # fmt: skip
+            a, b = (self._loaded(now, which, height, counts, exact=self.exact[which]) for which in range(2))
             return [
-                f.fma(_item(_item(a, line), group), _item(_item(b, line), group), so_far[line * width + group], "sum")
-                for line in range(height)
-                for group in range(width)
+                f.fma(_item(_item(a, line), column), _item(_item(b, line), column), total, "sum")
+                for total, (line, column) in zip(so_far, places, strict=True)
             ]
 
         sums = self._summed(self.summed, at, starts, step)
-        for number, (total, target) in enumerate(zip(sums, targets, strict=True)):
-            store_lanes(f, total, target, _known(_out(lanes)), counts[number % width])
+        for total, target, (_, column) in zip(sums, targets, places, strict=True):
+            store_lanes(f, total, target, _known(_out(lanes)), counts[column])
 
-    def _in_tile(self, at: Pointers, which: int, line: int, group: int) -> Value:
-        """Return the address of an operand's elements for one accumulator."""
+    def _loaded(
+        self, at: Pointers, which: int, height: int, counts: Sequence[int], *, exact: bool
+    ) -> list[list[Value]]:
+        """Load an operand's elements for all accumulators: once for those that share them."""
+        tile = self.tile
+        columns = range(len(counts)) if self._unit(tile.wide, which) != 0 else (0,)
+        lines = range(height) if self._unit(tile.tall, which) != 0 else (0,)
+        stride, name = _known(_stride(tile.lanes, which)), "ab"[which]
+        return [
+            [
+                load_lanes(
+                    self.f, self._of_pair(at[which], line, column, which), stride, counts[column], name, exact=exact
+                )
+                for column in columns
+            ]
+            for line in lines
+        ]
+
+    def _of_pair(self, start: Value, line: int, column: int, which: int) -> Value:
+        """Return the address of the elements of one accumulator: of a, b, or the result."""
         f, tile = self.f, self.tile
-        start = f.at(at[which], f.mul(line, _stride(tile.tall, which)))
-        return f.at(start, f.mul(group * LANES, _stride(tile.lanes, which)))
+        return f.at(
+            f.at(start, f.mul(line, self._unit(tile.tall, which))), f.mul(column, self._unit(tile.wide, which))
+        )
+
+    def _unit(self, axis: Axis | None, which: int) -> Integer:
+        """Return the bytes between the elements of neighbouring accumulators along an axis of the tile."""
+        stride = _out(axis) if which == 2 else _stride(axis, which)
+        return self.f.mul(stride, LANES if axis is self.tile.lanes else 1)
 
     def _start(self, target: Value, count: int) -> Value:
         """Return what a sum goes on from."""
@@ -287,33 +311,20 @@ class Contraction:
 
     def _partial_sums(self, at: Pointers, height: int, width: int) -> None:
         """Write the sums of a tile whose accumulators are sixteen partial sums each, and join them."""
-        f, tile = self.f, self.tile
-        lanes, extent = tile.lanes, tile.lanes.extent
-        assert isinstance(extent, int), "lanes run along an axis of known extent"
+        f, lanes = self.f, self.tile.lanes
+        extent = _known(lanes.extent)
         whole, tail = extent - extent % LANES, extent % LANES
+        places = [(line, column) for line in range(height) for column in range(width)]
 
         def group(now: Pointers, so_far: Lines, count: int) -> Lines:
             # Behind the last element of the axis are others: as zeros in both operands they add nothing.
-            a, b = (
-                [
-                    [
-                        load_lanes(f, self._of_pair(now, which, line, column), _known(_stride(lanes, which)), count,
-                                   name, exact=True)
-                        for column in (range(width) if _stride(tile.wide, which) else (0,))
-                    ]
-                    for line in (range(height) if _stride(tile.tall, which) else (0,))
-                ]
-                for which, name in ((0, "a"), (1, "b"))
-            )  # fmt: skip
+            a, b = (self._loaded(now, which, height, [count] * width, exact=True) for which in range(2))
             if count < LANES and 0 in (lanes.a, lanes.b):
-                which = (a, b)[lanes.b == 0]
-                which[:] = [
-                    [f.select(f.first_lanes(count), value, f.zero, "valid") for value in line] for line in which
-                ]
+                shared = (a, b)[lanes.b == 0]
+                shared[:] = [[f.select(f.first_lanes(count), each, f.zero, "valid") for each in line] for line in shared]
             return [
-                f.fma(_item(_item(a, line), column), _item(_item(b, line), column), so_far[line * width + column], "sum")
-                for line in range(height)
-                for column in range(width)
+                f.fma(_item(_item(a, line), column), _item(_item(b, line), column), total, "sum")
+                for total, (line, column) in zip(so_far, places, strict=True)
             ]
 
         def step(now: Pointers, so_far: Lines) -> Lines:
@@ -326,20 +337,19 @@ class Contraction:
 
         others = [axis for axis in self.summed if axis is not lanes]
         sums = self._summed(others, at, [f.zero] * (height * width), step)
-        for number, partial in enumerate(sums):
-            line, column = divmod(number, width)
-            target = f.at(f.at(at.out, f.mul(line, _out(tile.tall))), f.mul(column, _out(tile.wide)))
-            total = join_lanes(f, "sum", partial)
-            if self.opens is not None:
-                so_far = f.load_scalar(target, "so_far")
-                start = f.select(self.opens, Value("0.0", f.module.scalar), so_far, "start")
-                total = f.fadd(start, total, "total")
-            f.store_scalar(total, target)
+        targets = [self._of_pair(at.out, line, column, 2) for line, column in places]
+        for first in range(0, len(sums), LANES):
+            totals = _joined(f, sums[first : first + LANES])
+            for total, target in zip(totals, targets[first : first + LANES], strict=True):
+                f.store_scalar(self._gone_on(total, target), target)
 
-    def _of_pair(self, at: Pointers, which: int, line: int, column: int) -> Value:
-        f, tile = self.f, self.tile
-        start = f.at(at[which], f.mul(line, _stride(tile.tall, which)))
-        return f.at(start, f.mul(column, _stride(tile.wide, which)))
+    def _gone_on(self, total: Value, target: Value) -> Value:
+        """Return a sum added to what it goes on from."""
+        f = self.f
+        if self.opens is None:
+            return total
+        so_far = f.load_scalar(target, "so_far")
+        return f.fadd(f.select(self.opens, Value("0.0", f.module.scalar), so_far, "start"), total, "total")
 
     # The tile.
 
@@ -350,7 +360,8 @@ class Contraction:
         talls: list[Axis | None] = [None, *others]
         best: tuple[tuple[float, int, int], _Tile] | None = None
         for tall in talls:
-            wides = [lanes] if lanes.out is not None else [None, *(axis for axis in others if axis is not tall)]
+            beside = [axis for axis in others if axis is not tall]
+            wides = [lanes, *beside] if lanes.out is not None else [None, *beside]
             for wide in wides:
                 for height in range(1, _extent(tall, 1) + 1):
                     for width in range(1, _extent(wide, LANES if wide is lanes else 1) + 1):
@@ -413,9 +424,36 @@ def _out(axis: Axis | None) -> Integer:
     return 0 if axis is None or axis.out is None else axis.out
 
 
-def _known(stride: Integer) -> int:
-    assert isinstance(stride, int), "lanes have a stride that is known when the kernel is written"
-    return stride
+def _known(number: Integer) -> int:
+    assert isinstance(number, int), "lanes run along an axis whose extent and strides are known in the text"
+    return number
+
+
+def _joined(f: Function, partials: Sequence[Value]) -> list[Value]:
+    """Return the sums of up to sixteen vectors' lanes: lanes l and l + 8, then l + 4, l + 2, l + 1.
+
+    Two vectors are joined as one, half by half, so that an addition serves as many of them as it has room for.
+    """
+    vectors, width = list(partials), LANES
+    if len(vectors) == 1:
+        return [join_lanes(f, "sum", vectors[0])]
+    while width > 1:
+        width //= 2
+        pairs = [vectors[first : first + 2] for first in range(0, len(vectors), 2)]
+        # Lanes of the blocks of 2 * width that belong to one sum each: their lower halves, and their upper ones.
+        lower = [lane for block in range(0, LANES, 2 * width) for lane in range(block, block + width)]
+        upper = [lane + width for lane in lower]
+        vectors = []
+        for pair in pairs:
+            second = pair[1] if len(pair) == 2 else None
+            orders = [
+                [*half, *(lane + LANES if second is not None else lane for lane in half)] for half in (lower, upper)
+            ]
+            halves = [f.shuffle(pair[0], second, order, "half") for order in orders]
+            vectors.append(f.fadd(*halves, "joined"))
+    assert len(vectors) == 1, "sixteen vectors at the most are joined"
+    return [f.lane(vectors[0], number, "total") for number in range(len(partials))]
+
 
 
 def _item(items: list[Any], position: int) -> Any:
