@@ -1,6 +1,7 @@
 """Functions of torch that look at a tensor's values where nothing need depend on them, written so that they don't.
 
-``one_hot`` checks its classes, and the gradients of products look for zeros, to divide where there are none. While a
+``one_hot`` checks its classes, and the gradients of products and determinants look for zeros, to divide where there are
+none. While a
 step is traced, these stand for them: with torch's numbers, and gradients without a division.
 """
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from fusecell.compiler.frontend.traced_values import Untraceable
 
 __all__ = ["REPLACEMENTS"]
+
+_MOST_ROWS = 4
 
 
 class _RunningProduct(torch.autograd.Function):
@@ -79,10 +82,28 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor.unsqueeze(-1) == torch.arange(num_classes)).to(torch.int64)
 
 
+def _determinant(A: Tensor) -> Tensor:
+    """Expand a determinant by its first row: torch's gradient of it would look for zeros."""
+    size = A.shape[-1]
+    if size > _MOST_ROWS:
+        raise Untraceable(f"Determinants of {size} x {size} matrices are not compiled: of up to {_MOST_ROWS} rows they are.")
+    if size == 1:
+        return A[..., 0, 0]
+    total = torch.zeros_like(A[..., 0, 0])
+    for column in range(size):
+        rest = torch.cat((A[..., 1:, :column], A[..., 1:, column + 1 :]), -1)
+        term = A[..., 0, column] * _determinant(rest)
+        total = total - term if column % 2 else total + term
+    return total
+
+
 REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.prod: _product,
     Tensor.prod: _product,
     torch.cumprod: _running_product,
     Tensor.cumprod: _running_product,
     torch.nn.functional.one_hot: _one_hot,
+    torch.det: _determinant,
+    Tensor.det: _determinant,
+    torch.linalg.det: _determinant,
 }

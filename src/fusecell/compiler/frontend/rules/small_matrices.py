@@ -58,10 +58,11 @@ def _minor(w: Writer, m: Elements, rows: Sequence[int], cols: Sequence[int]) -> 
     return total
 
 
-def _determinant(w: Writer, matrix: Operand) -> tuple[Row, None, None]:
-    m = _elements(w, matrix)
-    everything = range(len(m))
-    return _minor(w, m, everything, everything), None, None
+def _factors(w: Writer, matrix: Operand) -> tuple[Row, Row]:
+    """Return what stands for a matrix's LU factors and pivots, which only `_solve_by_factors` takes: the matrix."""
+    row = w.number(matrix)
+    shape = row.shape[:-1]
+    return row, w.const(0.0, shape, row.axis if row.axis is not None and row.axis < len(shape) else None)
 
 
 def _inverse_elements(w: Writer, m: Elements) -> Elements:
@@ -95,7 +96,21 @@ def _success(w: Writer, like: Row) -> Row:
 
 
 def _solve(w: Writer, a: Operand, b: Operand, *, left: bool = True, **_: Any) -> tuple[Any, ...]:
-    inverse = _inverse_elements(w, _elements(w, a))
+    return _solved(w, _elements(w, a), a, b, left), *_factors(w, a), _success(w, w.number(a))
+
+
+def _solve_by_factors(
+    w: Writer, factors: Operand, _pivots: Operand, b: Operand, *, left: bool = True, adjoint: bool = False
+) -> Row:
+    m = _elements(w, factors)
+    if adjoint:
+        m = [[line[i] for line in m] for i in range(len(m))]
+    return _solved(w, m, factors, b, left)
+
+
+def _solved(w: Writer, m: Elements, a: Operand, b: Operand, left: bool) -> Row:
+    """Return the solution of a x = b, or of x a = b, by the inverse of a."""
+    inverse = _inverse_elements(w, m)
     right = w.number(b)
     is_vector = len(right.shape) == len(w.number(a).shape) - 1
     if is_vector:
@@ -105,7 +120,7 @@ def _solve(w: Writer, a: Operand, b: Operand, *, left: bool = True, **_: Any) ->
     result = _matrix(w, _times(w, first, second))
     if is_vector:
         result = w.move(lambda numbers: numbers.squeeze(-1), result)
-    return result, None, None, _success(w, w.number(a))
+    return result
 
 
 def _elements_of_any(w: Writer, row: Row) -> Elements:
@@ -180,9 +195,9 @@ def _cross(w: Writer, a: Operand, b: Operand, *, dim: int = -1) -> Row:
 
 
 SMALL_MATRICES: Mapping[str, Callable[..., Any]] = {
-    "_linalg_det": _determinant,
     "linalg_inv_ex": _inverse,
     "_linalg_solve_ex": _solve,
+    "linalg_lu_solve": _solve_by_factors,
     "linalg_cholesky_ex": _cholesky,
     "linalg_solve_triangular": _triangular,
     "linalg_cross": _cross,

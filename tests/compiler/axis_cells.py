@@ -1,0 +1,166 @@
+"""Cells whose steps compute along axes: heads, matrices, images, positions; for the tracer's tests and the kernels'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fusecell as fc
+
+Body = Callable[[Any, Tensor], Tensor]
+
+
+class AxisCell(fc.Cell):
+    """A cell of 24 features; its step is a function of (cell, z) with any result of 24 features."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(5, 24)
+        self.body = body
+        self.inp = nn.Linear(5, 24)
+        self.rec = nn.Linear(24, 24, bias=False)
+        for name, shape in {
+            "heads": (3, 8, 8),
+            "narrow": (3, 8, 4),
+            "square": (8, 8),
+            "mix": (3, 3),
+            "kernel1": (3, 3, 4),
+            "depth": (3, 1, 3),
+            "kernel2": (4, 2, 3, 3),
+            "back2": (2, 3, 2, 2),
+            "bias": (4,),
+            "table": (7, 24),
+            "cube": (5, 4, 6),
+            "gain": (4,),
+        }.items():
+            self.register_parameter(name, nn.Parameter(torch.rand(shape) * 0.8 - 0.3))
+        self.register_buffer("order", torch.tensor([5, 3, 0, 23, 7, 7, 11, 2]))
+        self.register_buffer("mean", torch.rand(3))
+        self.register_buffer("variance", torch.rand(3) + 0.5)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (h,) = state
+        y = self.body(self, torch.tanh(self.inp(x) + self.rec(h)))
+        return y, (torch.tanh(y),)
+
+
+def heads(z: Tensor) -> Tensor:
+    return z.view(-1, 3, 8)
+
+
+def image(z: Tensor) -> Tensor:
+    return z.view(-1, 2, 3, 4)
+
+
+def square(z: Tensor) -> Tensor:
+    """Well-conditioned matrices: two of 2 x 2 for each of six."""
+    return z.view(-1, 6, 2, 2) * 0.2 + torch.eye(2, dtype=z.dtype)
+
+
+def fit(z: Tensor) -> Tensor:
+    """Repeat or cut features to 24."""
+    flat = z.flatten(1)
+    return flat.repeat(1, -(-24 // flat.shape[1]))[:, :24]
+
+
+def _positive(z: Tensor) -> Tensor:
+    a = z.view(-1, 6, 2, 2)
+    return a @ a.mT + torch.eye(2, dtype=z.dtype)
+
+
+def _lower(z: Tensor) -> Tensor:
+    return torch.tril(z.view(-1, 6, 2, 2), -1) + 2 * torch.eye(2, dtype=z.dtype)
+
+
+def _ids(z: Tensor, count: int) -> Tensor:
+    return ((z * 0.5 + 0.5) * (count - 0.01)).long()
+
+
+# What is computed along axes: of products,
+PRODUCTS: dict[str, Body] = {
+    "a_weight_per_head": lambda c, z: fit(torch.einsum("nhd,hde->nhe", heads(z), c.heads)),
+    "a_narrow_weight_per_head": lambda c, z: fit(torch.einsum("nhd,hde->neh", heads(z), c.narrow)),
+    "one_weight_for_all_heads": lambda c, z: fit(F.linear(heads(z), c.square) + heads(z) @ c.square),
+    "a_weight_on_the_left": lambda c, z: fit(c.mix @ heads(z)),
+    "a_weight_that_also_scales": lambda c, z: fit(heads(z) @ c.square + c.square[:3] * heads(z)),
+    "matrices_of_a_row": lambda c, z: fit(heads(z).mT @ heads(z * 2)),
+    "matrix_times_vector": lambda c, z: fit(torch.einsum("nij,nj->ni", z.view(-1, 4, 6), z[:, :6])),
+    "outer_product": lambda c, z: fit(torch.einsum("ni,nj->nij", z[:, :4], z[:, 4:10])),
+    "attention": lambda c, z: fit(c.attention(heads(z), heads(z * z), heads(z), need_weights=False)[0]),
+    "scaled_dot_product": lambda c, z: fit(F.scaled_dot_product_attention(heads(z), heads(z * 2), heads(z))),
+    "baddbmm": lambda c, z: fit(torch.baddbmm(heads(z), heads(z), heads(z).mT @ heads(z), beta=0.5, alpha=2.0)),
+    "bilinear": lambda c, z: fit(F.bilinear(z[:, :4], z[:, 4:10], c.cube)),
+    "distances": lambda c, z: fit(torch.cdist(heads(z), heads(z * z + 1)) + torch.cdist(heads(z), heads(z * 3), p=1.0)),
+    "a_vector_per_head": lambda c, z: fit(heads(z) @ c.square[0]) + fit(torch.einsum("nhd,d->nh", heads(z), c.square[:, 1])),
+    "dots": lambda c, z: z * torch.stack([torch.dot(c.square[0], c.square[1])]) + z,
+}
+# images,
+IMAGES: dict[str, Body] = {
+    "conv1d": lambda c, z: fit(F.conv1d(heads(z), c.kernel1, c.gain[:3])),
+    "depthwise": lambda c, z: fit(F.conv1d(heads(z), c.depth, padding=1, groups=3)),
+    "depthwise_to_a_point": lambda c, z: fit(F.conv1d(heads(z)[..., :3], c.depth, groups=3)),
+    "conv2d": lambda c, z: fit(F.conv2d(image(z), c.kernel2, c.bias, padding=1)),
+    "conv2d_strided": lambda c, z: fit(F.conv2d(image(z), c.kernel2, padding=(1, 2), stride=(1, 2), dilation=1)),
+    "conv2d_dilated": lambda c, z: fit(F.conv2d(image(z), c.kernel2, padding=2, dilation=2)),
+    "conv_transposed": lambda c, z: fit(F.conv_transpose2d(image(z), c.back2, stride=2, padding=1, output_padding=1)),
+    "max_pool": lambda c, z: fit(F.max_pool2d(image(z), 2, 1)) + fit(F.max_pool1d(heads(z), 3, 2, 1)),
+    "average_pool": lambda c, z: fit(F.avg_pool2d(image(z), 2, 1, 1)) + fit(F.avg_pool1d(heads(z), 2)),
+    "nearest": lambda c, z: fit(F.interpolate(image(z)[:, :, ::2, ::2], scale_factor=2)),
+    "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
+}
+# norms and reductions,
+REDUCTIONS: dict[str, Body] = {
+    "group_norm": lambda c, z: F.group_norm(z.view(-1, 4, 6), 2, c.gain, c.bias).flatten(1),
+    "group_norm_plain": lambda c, z: F.group_norm(z, 3),
+    "batch_norm": lambda c, z: F.batch_norm(heads(z), c.mean, c.variance, c.gain[:3], c.bias[:3]).flatten(1),
+    "layer_norm": lambda c, z: F.layer_norm(heads(z), (8,)).flatten(1),
+    "softmax_over_heads": lambda c, z: heads(z).softmax(1).flatten(1) + heads(z).log_softmax(2).flatten(1),
+    "sums": lambda c, z: fit(heads(z).sum((1,)) + z.view(-1, 8, 3).sum(2)) + z.view(-1, 12, 2).mean(1).repeat(1, 12),
+    "extremes": lambda c, z: fit(heads(z).amax(1) + heads(z).amin(2, keepdim=True).sum(1)),
+    "extremes_of_dim": lambda c, z: fit(heads(z).max(1).values - heads(z).min(2, keepdim=True).values.sum(1)),
+    "products": lambda c, z: fit(heads(z).prod(1)) + fit(z.view(-1, 12, 2).prod(1)),
+    "positions": lambda c, z: z * fit(heads(z).argmax(1)) + z * fit(heads(z).argmin(2)),
+    "cumulative": lambda c, z: fit(heads(z).cumsum(1) + heads(z).cumprod(2)) + z.view(-1, 2, 12).cumsum(1).flatten(1),
+    "cumulative_log": lambda c, z: fit(z.view(-1, 6, 4).logcumsumexp(2)),
+    "norms": lambda c, z: fit(F.normalize(heads(z), dim=1) + heads(z).norm(dim=2, keepdim=True)),
+}
+# positions,
+INDEXING: dict[str, Body] = {
+    "embedding": lambda c, z: F.embedding(_ids(z[:, 0], 7), c.table) + F.embedding(_ids(z[:, :2], 7), c.table).sum(1),
+    "embedding_with_padding": lambda c, z: F.embedding(_ids(z[:, 0], 7), c.table, padding_idx=3) * z,
+    "one_hot": lambda c, z: z * F.one_hot(z.argmax(1), 24),
+    "gather": lambda c, z: fit(heads(z).gather(2, heads(z)[..., :4].argsort(2))),
+    "gather_over_heads": lambda c, z: fit(heads(z).gather(1, heads(z).argsort(1)[:, :2])),
+    "take": lambda c, z: fit(z.index_select(1, c.order)) + fit(z[:, c.order - 3]),
+    "sort": lambda c, z: torch.sort(heads(z), 1).values.flatten(1) + z.sort(1, descending=True)[0],
+    "topk": lambda c, z: fit(heads(z).topk(3, 2).values) + fit(z.topk(5, largest=False).values),
+    "kth": lambda c, z: fit(heads(z).kthvalue(2, 2).values + heads(z).median(2).values),
+    "scatter_add": lambda c, z: torch.zeros_like(z).scatter_add(1, _ids(z, 24), z),
+    "scatter": lambda c, z: z.scatter(1, z.argmax(1, keepdim=True), 2.0) + _at_best(z),
+    "index_add": lambda c, z: z.index_add(1, c.order, z[:, :8], alpha=2.0),
+    "index_of_a_table": lambda c, z: c.table[_ids(z[:, :3], 7)].sum(1),
+    "index_of_a_plane": lambda c, z: fit(image(z)[:, :, c.order[2:4] % 3]),
+}
+# and small matrices.
+MATRICES: dict[str, Body] = {
+    "inverse": lambda c, z: torch.linalg.inv(square(z)).flatten(1),
+    "solve": lambda c, z: fit(torch.linalg.solve(square(z), z.view(-1, 6, 2, 2)[..., :1])),
+    "determinant": lambda c, z: z * fit(torch.linalg.det(square(z))),
+    "cholesky": lambda c, z: torch.linalg.cholesky(_positive(z)).flatten(1),
+    "triangular": lambda c, z: fit(torch.linalg.solve_triangular(_lower(z), z.view(-1, 6, 2, 2), upper=False)),
+    "cross": lambda c, z: torch.linalg.cross(z.view(-1, 8, 3), z.view(-1, 8, 3).flip(1)).flatten(1),
+    "triangles": lambda c, z: fit(torch.triu(z.view(-1, 6, 4), 1) + torch.tril(z.view(-1, 6, 4))),
+    "diagonals": lambda c, z: fit(torch.diag_embed(z[:, :5])) + fit(z.view(-1, 4, 6).diagonal(dim1=1, dim2=2)),
+}
+
+
+def _at_best(z: Tensor) -> Tensor:
+    best = z.topk(3)
+    return torch.zeros_like(z).scatter(1, best.indices, best.values * 2)
+
+
+AXES: dict[str, Body] = {**PRODUCTS, **IMAGES, **REDUCTIONS, **INDEXING, **MATRICES}
