@@ -123,7 +123,7 @@ def test_kernels_of_the_operator() -> None:
 def test_warnings_come_again() -> None:
     class Refused(fc.Cell):
         def step(self, x: Tensor, state: tuple[Tensor, ...]) -> Any:
-            return x.cumsum(1), state
+            return x.mode(1, keepdim=True)[0] + x, state
 
     cell = Refused(3, 3)
     for expected in (1, 0):
@@ -132,7 +132,7 @@ def test_warnings_come_again() -> None:
             fc.scan(cell, X)
         assert len(warned) == expected
     fc.refresh(cell)
-    with pytest.warns(fc.EagerWarning, match="cumsum"):
+    with pytest.warns(fc.EagerWarning, match="mode"):
         fc.scan(cell, X)
 
 
