@@ -234,7 +234,6 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "in_place_while_viewed": (lambda c, x, h: _changed_while_viewed(h), "in place"),
     "other_format": (lambda c, x, h: h.float().double(), "float32 where the cell is torch.float64"),
     "no_rule": (lambda c, x, h: h * h.mode(1, keepdim=True)[0], r"mode has no rule.*test_tracer.py"),
-    "many_places": (lambda c, x, h: h[:, c.mask.nonzero()[:, 0]], "nonzero"),
     "error": (lambda c, x, h: h.missing, "AttributeError"),
     "shape": (lambda c, x, h: h[:, :3], "expected"),
 }
