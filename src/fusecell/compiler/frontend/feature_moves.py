@@ -4,8 +4,9 @@ torch moves elements of tensors about; a graph has flat features per row. So eve
 feature behind each of its elements (`Row.index`). A view changes the index alone. Nodes are written only where an
 operation needs the features in order; by what the index is, these are
 
-    a few runs of features       slices, and a concat of them
+    one run of features          a slice, or a broadcast of one feature
     an offset and strides        a view
+    a few runs                   slices, and a concat of them
     blocks of these, and zeros   an interleave of them
     anything else                up to 256 slices
 """
@@ -33,7 +34,7 @@ _OF_FLOATS = (
 )
 """Moves that torch does not do on integers; float64 has all integers up to 2^53."""
 _FEW_PARTS = 4
-"""Runs of features, at the most, that become slices whatever else they could be: a kernel reads these in place."""
+"""Runs of features, at the most, that become slices rather than blocks: each is stored where it belongs."""
 _MOST_PARTS = 256
 """Slices that one move of features may become: each is a store of its own in the kernel."""
 _MOST_DEPTH = 8
@@ -96,11 +97,13 @@ class FeatureMoves:
         if int(flat.max()) < 0:
             return [self._spread(self.zero(self.is_mask_node(nodes[0])), len(flat))]
         pieces = self._runs(flat, _FEW_PARTS)
-        if pieces is not None:
+        if pieces is not None and len(pieces) == 1:
             return self._slices(nodes, pieces)
         access = access_of(index)
         if access is not None:
             return [self._view(nodes, index, access.attrs())]
+        if pieces is not None:
+            return self._slices(nodes, pieces)
         blocks = blocks_of(index) if depth else None
         if blocks is not None:
             parts = [self._join(self._gathered(nodes, part, depth - 1), 1) for part in blocks.parts]

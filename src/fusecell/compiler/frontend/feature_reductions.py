@@ -17,8 +17,6 @@ _JOINS = {"sum": "add", "amax": "maximum", "amin": "minimum"}
 """Reductions that a primitive of a whole row does, and the pointwise primitive that joins two values."""
 _MOST_JOINED = 8
 """Values that are joined one by one, at the most: pointwise values of a stage cost no memory."""
-_MOST_LINES = 4
-"""Reductions of whole rows, at the most: each is a stage's end of its own."""
 
 
 def reduced_lines(w: FeatureMoves, op: str, node: int, index: Index, lines: tuple[int, ...]) -> int:
@@ -33,20 +31,22 @@ def reduced_lines(w: FeatureMoves, op: str, node: int, index: Index, lines: tupl
         return w.gather([node], index.reshape(lines or (1,)))
     if op in _JOINS and number == 1:
         return w.builder.add(op, _row_of(w, node, index))
-    if op in _JOINS and count <= number and count <= _MOST_JOINED:
+    if op in _JOINS and count <= number and count <= _MOST_JOINED and _are_runs(table):
         # Vectors run over the lines.
         parts = [_row_of(w, node, table[:, column].reshape(lines)) for column in range(count)]
         result = parts[0]
         for part in parts[1:]:
             result = w.builder.add(_JOINS[op], result, part)
         return result
-    if op in _JOINS and number <= _MOST_LINES and number < count:
-        totals = [w.builder.add(op, _row_of(w, node, table[line])) for line in range(number)]
-        return w.builder.add("concat", *totals)
     axes = _stored_axes(w, node, index, len(lines))
     if axes is not None:
         return w.builder.add("reduce", node, op=op, outer=axes[0], count=axes[1], inner=axes[2])
     return w.builder.add("reduce", _row_of(w, node, table), op=op, outer=number, count=count, inner=1)
+
+
+def _are_runs(table: Index) -> bool:
+    """Whether each column of a table is neighbouring features."""
+    return bool((np.diff(table, axis=0) == 1).all())
 
 
 def _row_of(w: FeatureMoves, node: int, index: Index) -> int:

@@ -6,6 +6,7 @@ Nothing here needs torch: a stream that was saved runs kernels on NumPy's memory
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code
         long=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
         team=loaded.address("team"),
         loop_macs=sum(
-            _macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.affines
+            _macs_of(schedule.graph, index) for stage in schedule.stages_of("loop") for index in stage.computed()
         ),
     )
     print_stages(kernel, about, shown)
@@ -139,12 +140,16 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code
 def _macs(schedule: Plan) -> int:
     """Count the multiply-adds per row and step."""
     graph = schedule.graph
-    total = sum(each.height * each.width for each in schedule.sums if each.a is not None)
-    return total + sum(_macs_of(graph, index) for index, node in graph if node.op == "affine")
+    outer = sum(each.height * each.width for each in schedule.sums if each.a is not None and each.nest is None)
+    return outer + sum(_macs_of(graph, index) for index, _ in graph)
 
 
 def _macs_of(graph: Graph, index: int) -> int:
-    """Count the multiply-adds of the products of one node per row."""
+    """Count the multiply-adds of the products or the contraction of one node per row; other nodes have none."""
     node = graph[index]
+    if node.op in ("contract", "contract_sum"):
+        return math.prod((*node.attrs["shape"], *node.attrs["count"]))
+    if node.op != "affine":
+        return 0
     terms: Any = node.attrs["terms"]
     return sum((term["rows"][1] - term["rows"][0]) * node.size for term in terms)
