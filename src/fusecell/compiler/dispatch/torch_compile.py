@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import Tensor, nn
 
+from fusecell.attribute_paths import is_plain
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.scan_operator import inference_kernel, scan, training_kernels
 from fusecell.compiler.frontend import Traced, trace
@@ -134,6 +135,15 @@ def _described(
         reasons = traced.reasons if isinstance(traced, Refusal) else _compiled(traced, twin, wanted, recompute)
         if isinstance(traced, Refusal) or reasons:
             warnings.warn(f"{type(cell).__name__} is unrolled: {' '.join(reasons)}", EagerWarning, stacklevel=2)
+            return Described("", (), -1, ())
+        inside = [path for path, _ in traced.weights.sources if not is_plain(path)]
+        if inside:
+            warnings.warn(
+                f"{type(cell).__name__} is unrolled: torch.compile reads the attributes of a module alone, and the step "
+                f"reads {inside[0]}; keep it on the cell with register_buffer.",
+                EagerWarning,
+                stacklevel=2,
+            )
             return Described("", (), -1, ())
         prologue, values = traced.weights, () if leaf >= 0 else tuple(constants(cell))
         paths = prologue.direct_paths

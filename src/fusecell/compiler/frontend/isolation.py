@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fusecell.torch_internals import (
     without_saved_tensor_hooks,
 )
 
-__all__ = ["ValueReadGuard", "isolated", "users_line"]
+__all__ = ["ValueReadGuard", "isolated", "users_globals", "users_line"]
 
 # The functions that return the value of a tensor, or its memory, to Python. Some, such as numpy() and data_ptr(), never
 # reach the dispatcher; others would only be seen there as _local_scalar_dense, without the name of what was called.
@@ -67,11 +68,23 @@ class ValueReadGuard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _users_frame() -> FrameType | None:
+    """Return the innermost frame that is the user's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
+        frame = frame.f_back
+    return frame
+
+
+def users_globals() -> dict[str, Any] | None:
+    """Return the global variables of the user's code that is being run; None if there is none."""
+    frame = _users_frame()
+    return None if frame is None else frame.f_globals
+
+
 def users_line() -> str:
     """Return the line of the user's code that is being run, as words to add to a sentence; empty if there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
-        frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
+    frame = _users_frame()
     if frame is None:
         return ""
     name, line = frame.f_code.co_filename, frame.f_lineno

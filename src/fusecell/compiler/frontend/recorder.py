@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusecell.attribute_paths import global_path
 from fusecell.compiler.frontend.aten_arguments import Key, key_of, mapped, tensors_in, values_in
 from fusecell.compiler.frontend.custom_functions import is_custom_node, is_of_operator, plain_arguments, tensor_results
 from fusecell.compiler.frontend.dtypes import mixes_with
 from fusecell.compiler.frontend.graph_writer import Writer
-from fusecell.compiler.frontend.isolation import users_line
+from fusecell.compiler.frontend.isolation import users_globals, users_line
 from fusecell.compiler.frontend.rules import RULES
 from fusecell.compiler.frontend.rules.backward import SUMS
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled
@@ -37,6 +38,9 @@ _VALUE_CHECKS = ("_linalg_check_errors",)
 
 _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 """Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
+
+_MOST_LITERALS = 1 << 16
+"""Elements of a tensor that a step may spell out: its numbers are part of the text that two traces must agree in."""
 
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
 _STALE = "The step changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
@@ -106,6 +110,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         """Return the value of a tensor that is met for the first time: an attribute of the cell."""
         path, source = self.sources.get(id(tensor), ("", tensor))
         if not path:
+            path = self._global_path(tensor)
+        if not path:
             shape = tuple(tensor.shape)
             return Unsupported(
                 shape,
@@ -114,6 +120,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             )
         self.know(source, self.weights.source(path, source), fixed=True)
         return self._values[key_of(source)]
+
+    def _global_path(self, tensor: Tensor) -> str:
+        """Return the path of a tensor that is a global variable of the user's code; empty if it is none."""
+        names = None if self.backward else users_globals()
+        path = None if names is None else global_path(tensor, names)
+        if path is not None:
+            self.sources[id(tensor)] = path, tensor
+        return path or ""
+
+    def _know_literal(self, tensor: Tensor) -> None:
+        """Set the value of a tensor of numbers that the step spells out, such as a list of positions."""
+        if not tensor.shape or tensor.numel() > _MOST_LITERALS or self.is_known(tensor) or id(tensor) in self.sources:
+            return
+        self.know(tensor, self.weights.literal(tensor), fixed=True)
 
     def is_known(self, tensor: Tensor) -> bool:
         return key_of(tensor) in self._values
@@ -217,6 +237,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         try:
             if self._inside is not None:
                 return self._call_inside(func, args, kwargs)
+            if name == "lift_fresh" and not self.backward:
+                self._know_literal(args[0])
             target = self._check(func, args, kwargs)
             stale = self._stale(target)
             # Looked up before the call: what is written in place still has its old value.

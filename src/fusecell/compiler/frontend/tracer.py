@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusecell.attribute_paths import tensors_inside
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.compiler.frontend.custom_functions import intercepted
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.prologue_check import check_gradients
 from fusecell.compiler.frontend.recorder import Recorder
+from fusecell.compiler.frontend.signature import attribute_names
 from fusecell.compiler.frontend.sums_over_rows import as_matrix
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.frontend.weight_prologue import Prologue
@@ -175,10 +177,13 @@ def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor that is an attribute of a cell or of its submodules, with its path."""
     for prefix, module in cell.named_modules():
         start = prefix + "." if prefix else ""
+        own = attribute_names(module)
         for table in (module._parameters, module._buffers, vars(module)):
             for name, value in table.items():
                 if isinstance(value, Tensor):
                     yield start + name, value
+                elif name in own and name.isidentifier():
+                    yield from tensors_inside(value, start + name)
 
 
 @contextmanager

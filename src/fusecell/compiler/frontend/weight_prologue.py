@@ -8,7 +8,8 @@ Every tensor that is read or computed has a *slot*; a step of the prologue reads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusecell.attribute_paths import getter, is_plain
 from fusecell.cell import Cell
 from fusecell.compiler.frontend.dtypes import kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
+
 
 __all__ = ["CustomCall", "Prologue", "Ref", "Weights"]
 
@@ -111,11 +114,21 @@ class Prologue:
         sources: path and slot of each parameter, buffer or tensor attribute that is read.
         steps: the calls on weights alone, in order.
         leaves: in the order of ``graph.leaves("weight")``.
+        globals_: shape and dtype of the sources that are global variables.
+        literals: the sources that the step spells out.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, int]], steps: Sequence[Step], leaves: Sequence[Leaf]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[tuple[str, int]],
+        steps: Sequence[Step],
+        leaves: Sequence[Leaf],
+        globals_: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+        literals: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.sources = tuple(sources)
         self.steps = tuple(steps)
+        self.globals, self.literals = dict(globals_ or {}), dict(literals or {})
         self.leaves = tuple(leaves)
         self._read_leaves = self._getter()
 
@@ -125,12 +138,12 @@ class Prologue:
         if self.steps or any(leaf.shape is not None or leaf.dtype is not None for leaf in self.leaves):
             return None
         paths = {slot: path for path, slot in self.sources}
-        return [paths[leaf.slot] for leaf in self.leaves]
+        return [paths[leaf.slot] for leaf in self.leaves] if all(map(is_plain, paths.values())) else None
 
     @property
     def stored_leaves(self) -> list[tuple[str, Leaf]] | None:
         """Each leaf with its path, where each is an attribute, if in another shape or dtype; else None."""
-        if self.steps:
+        if self.steps or not all(is_plain(path) for path, _ in self.sources):
             return None
         paths = {slot: path for path, slot in self.sources}
         return [(paths[leaf.slot], leaf) for leaf in self.leaves]
@@ -168,18 +181,34 @@ class Prologue:
         """Return the attributes that the leaves are computed from; none where each leaf is an attribute unchanged."""
         if self._read_leaves is not None:
             return ()
-        return tuple(attrgetter(path)(cell) for path, _ in self.sources)
+        return tuple(
+            self.literals[path] if path in self.literals else self._checked(path, getter(path)(cell))
+            for path, _ in self.sources
+        )
+
+    def _checked(self, path: str, value: Tensor) -> Tensor:
+        """Return a tensor if it is what the graph was traced with, where no signature of the cell says so."""
+        expected = self.globals.get(path)
+        if expected is not None and (tuple(value.shape), value.dtype) != expected:
+            raise ValueError(
+                f"{path} has shape {tuple(value.shape)} and dtype {value.dtype}, where the cell was compiled with "
+                f"{expected[0]} and {expected[1]}: a global tensor keeps its shape and dtype. Keep it on the cell, where "
+                "a change compiles it anew."
+            )
+        return value
 
     def bindings(self, leaves: Sequence[Tensor], originals: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the attributes, by path, that an earlier call of :meth:`values` and :meth:`originals` returned."""
         if self._read_leaves is None:
-            return {path: value for (path, _), value in zip(self.sources, originals, strict=True)}
+            sources = zip(self.sources, originals, strict=True)
+            return {path: value for (path, _), value in sources if path not in self.literals}
         paths = {slot: path for path, slot in self.sources}
         return {paths[leaf.slot]: value for leaf, value in zip(self.leaves, leaves, strict=True)}
 
     def describe(self) -> str:
         """Return the prologue as text, a line for each source, step and leaf; equal prologues have equal texts."""
-        lines = [f"%{slot} = {path}" for path, slot in self.sources]
+        values = {path: f"{path}: {value.dtype} {value.tolist()}" for path, value in self.literals.items()}
+        lines = [f"%{slot} = {values.get(path, path)}" for path, slot in self.sources]
         lines += [str(step) for step in self.steps]
         for leaf in self.leaves:
             shape = "" if leaf.shape is None else f" as {list(leaf.shape)}"
@@ -218,6 +247,7 @@ class Weights:
         self.dtype = dtype
         self.slots: list[_Slot] = []
         self.steps: list[Step] = []
+        self.literals: dict[str, Tensor] = {}
         self.leaves: dict[tuple[int, str], int] = {}
         """The weight node of a slot in each form that the graph takes it in: ``"matrix"`` or flat ``"vector"``."""
         self._gradients: bool | None = None
@@ -240,7 +270,7 @@ class Weights:
             _Slot(
                 tuple(tensor.shape),
                 tensor.dtype,
-                path.replace(".", "_"),
+                re.sub(r"\W+", "_", path.rpartition("globals[")[2]).strip("_"),
                 path,
                 tensor,
                 _storage(tensor),
@@ -248,6 +278,12 @@ class Weights:
             )
         )
         return _whole(tuple(tensor.shape), len(self.slots) - 1)
+
+    def literal(self, tensor: Tensor) -> Weight:
+        """Add a slot for a tensor whose numbers the step spells out; return its value."""
+        path = f"literals[{len(self.literals)}]"
+        self.literals[path] = tensor.detach().clone()
+        return self.source(path, tensor)
 
     def record(
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, results: Sequence[Tensor]
@@ -327,7 +363,10 @@ class Weights:
                 needed.update(ref.slot for ref in _refs((step.args, step.kwargs)))
         sources = [(each.path, slot) for slot, each in enumerate(self.slots) if each.path and slot in needed]
         leaves = [self._leaf(slot, form) for slot, form in self.leaves]
-        return Prologue(sources, steps[::-1], leaves)
+        read = {path: self.slots[slot] for path, slot in sources if path.startswith("globals[")}
+        globals_ = {path: (slot.shape, slot.dtype) for path, slot in read.items()}
+        literals = {path: self.literals[path] for path, _ in sources if path in self.literals}
+        return Prologue(sources, steps[::-1], leaves, globals_, literals)
 
     def _leaf(self, slot: int, form: str) -> Leaf:
         weight = self.slots[slot]

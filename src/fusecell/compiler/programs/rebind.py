@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from fusecell.attribute_paths import with_tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import State
 
@@ -27,8 +28,7 @@ def rebound(cell: Cell, tensors: Mapping[str, Tensor], reset: State) -> Cell:
     result = _copied(cell, {})
     assert isinstance(result, Cell)
     for path, value in tensors.items():
-        owner, _, name = path.rpartition(".")
-        _replace(result.get_submodule(owner), name, value)
+        with_tensor(result, path, value)
     if reset:
         # Python finds an instance's attribute before its class's method.
         result.__dict__["initial_state"] = lambda batch_size, *, dtype=None, device=None: reset
@@ -50,12 +50,3 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
             if part is not None:
                 result._modules[name] = _copied(part, copies)
     return copies[id(module)]
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a tensor past nn.Module's ``__setattr__``, which wants a parameter in a parameter's place."""
-    for table in (module._parameters, module._buffers, module.__dict__):
-        if name in table:
-            table[name] = value  # type: ignore[assignment]  # a gradient flows through plain tensors too
-            return
-    raise AttributeError(f"{type(module).__name__} has no tensor {name!r}.")
