@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "numpy": (lambda c, x, h: h * float(h.detach().numpy().sum()), r"\.numpy\(\)"),
     "tolist": (lambda c, x, h: h * h.detach().tolist()[0][0], r"\.tolist\(\)"),
     "print": (lambda c, x, h: h * len(str(h)), "print"),
-    "closure": (lambda c, x, h: h * OUTSIDE, r"neither an input.*register_buffer.*test_tracer.py"),
+    "closure": (lambda c, x, h: h * _hidden(), r"neither an input.*register_buffer.*test_tracer.py"),
     "literal": (lambda c, x, h: h * torch.tensor([1.0, 2, 3, 4, 5, 6]), "neither an input"),
     "random": (lambda c, x, h: h + torch.randn_like(h), "Cell.draw"),
     "dropout": (lambda c, x, h: F.dropout(h, 0.5, True), "Cell.draw"),

@@ -115,7 +115,7 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
         # A scripted function is run as it is written at its first call, and otherwise optimised at its second.
         stack.enter_context(torch.jit.optimized_execution(False))
         stack.enter_context(_with_computing_default_dtype(dtype))
-        stack.enter_context(_attention_as_products())
+        stack.enter_context(_without_fused_operations())
         yield
 
 
@@ -148,13 +148,14 @@ def _with_computing_default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _attention_as_products() -> Iterator[None]:
-    """Let attention be computed as products and a softmax: torch's fused operations for it have no rules."""
+def _without_fused_operations() -> Iterator[None]:
+    """Let attention and recurrent layers be computed by operations that have rules, not by fused ones."""
     flash, fast = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)
         torch.backends.mha.set_fastpath_enabled(fast)

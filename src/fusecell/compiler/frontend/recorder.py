@@ -22,6 +22,7 @@ from fusecell.compiler.frontend.isolation import users_globals, users_line
 from fusecell.compiler.frontend.rules import RULES
 from fusecell.compiler.frontend.rules.backward import SUMS
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled
+from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten, strided
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
@@ -43,7 +44,6 @@ _MOST_LITERALS = 1 << 16
 """Elements of a tensor that a step may spell out: its numbers are part of the text that two traces must agree in."""
 
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
-_STALE = "The step changes a tensor in place while a view of it, or a tensor that it is a view of, is still in use."
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates it in part
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self.writer = Writer(builder, rows, self.weights.leaf)
         self.backward = False
         self.gradients: dict[int, Value] = {}
-        self._values: dict[Key, Value] = {}
+        self._values: dict[Key, Value | Overwritten] = {}
         self._by_storage: dict[int, set[Key]] = {}
         self._fixed: set[int] = {tensor.untyped_storage()._cdata for _, tensor in sources.values()}
         self._keep_alive: list[Tensor] = []
@@ -99,9 +99,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def value(self, tensor: Tensor) -> Value:
         """Return the value of a tensor; `Unsupported` for one that neither the cell nor the step has."""
-        value = self._values.get(key_of(tensor))
+        key = key_of(tensor)
+        value = self._values.get(key)
         if value is None:
             value = self._source(tensor)
+        if isinstance(value, Overwritten):
+            with without_torch_functions():
+                value = self._values[key] = self._settled(value)
         if isinstance(value, Weight) and tensor.grad_fn is not None and not self.backward:
             self._edges.setdefault(value.slot, {}).setdefault((tensor.grad_fn, tensor.output_nr), tensor)
         return value
@@ -240,16 +244,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             if name == "lift_fresh" and not self.backward:
                 self._know_literal(args[0])
             target = self._check(func, args, kwargs)
-            stale = self._stale(target)
+            sharing = self._sharing(target)
             # Looked up before the call: what is written in place still has its old value.
             values = mapped(args, self.value, name)
             options = mapped(kwargs, self.value, name)
             result = func(*args, **kwargs)
-            for key in stale:
-                self._values[key] = Unsupported(key[2], _STALE)
             # The recorder may read values of its own tensors, such as index tables; the step may not.
             with without_torch_functions():
                 self._record(func, name, args, values, options, result, target)
+                if target is not None:
+                    self._overwrite(sharing, target)
         except Untraceable as refusal:
             raise Untraceable(self._located(refusal, name)) from None
         return result
@@ -301,8 +305,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 )
         return "The step changes an input or a state in place; compute a new tensor instead."
 
-    def _stale(self, target: Tensor | None) -> list[Key]:
-        """List the other tensors that share the memory a call is about to write to: their values will not be known."""
+    def _settled(self, value: Value | Overwritten) -> Value:
+        """Return the value of a tensor of whose memory a part was written to."""
+        if not isinstance(value, Overwritten):
+            return value
+        before, written = self._settled(value.before), self._settled(value.written)
+        return Overwritten(before, written, value.places).value(self.writer)
+
+    def _overwrite(self, keys: Sequence[Key], target: Tensor) -> None:
+        """Note that tensors have other elements now, where they share memory with one that was written to."""
+        written = self._values[key_of(target)]
+        for key in keys:
+            places = overwritten(key, target)
+            if places is not None:
+                # Looked at only if the step reads the tensor again: most are temporaries.
+                self._values[key] = Overwritten(self._values[key], written, places)
+
+    def _sharing(self, target: Tensor | None) -> list[Key]:
+        """List the other tensors that share the memory a call is about to write to."""
         # Writes to computed weights are steps of the prologue, where views see them as they do in the step.
         if target is None or isinstance(self.value(target), Weight):
             return []
@@ -396,6 +416,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         writer = self.writer
         if name in ("_to_copy", "to"):
             return [self._cast(values[0], results[0], args[0].dtype)]
+        if name == "as_strided":
+            return [writer.move(lambda numbers: strided(numbers, args[0], results[0]), values[0])]
         if name == "copy":
             return [writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])]
         if name in MOVES:

@@ -37,6 +37,7 @@ __all__ = ["Traced", "trace"]
 
 # Numbers of rows to choose from. Prime, so that a dimension that is merged with the rows can be told from any other.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
+_IN_PLACE = "is a view and is being modified inplace"
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # One trace at a time: `intercepted` patches a class of torch's, and `isolated` changes settings of the whole process.
@@ -97,7 +98,7 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
             # graph would hold as a constant, then comes out differently.
             for rows in _batch_sizes(cell, inputs):
                 runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
-                runs[-1].run()
+                runs[-1] = _ran(runs[-1])
                 changes = before.changes()
                 if changes:
                     return _refuse_changes(runs[-1], before, changes)
@@ -109,6 +110,19 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
         finally:
             before.restore()
     return runs[0].traced() if first == second else Refusal((_difference(first, second),))
+
+
+def _ran(run: _Run) -> _Run:
+    """Run a step; without gradients once more where torch allows an operation in place only then."""
+    try:
+        run.run()
+    except RuntimeError as error:
+        if run.gradients or _IN_PLACE not in str(error):
+            raise
+        run = replace(run, names={}, outputs={})
+        with torch.no_grad():
+            run.run()
+    return run
 
 
 def _refuse(reason: str, runs: Sequence[_Run], before: Snapshot) -> Refusal:

@@ -1,0 +1,81 @@
+"""What tensors hold that share memory with one that a step writes to in place: views of it, and what it is a view of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusecell.compiler.frontend.graph_writer import Writer
+from fusecell.compiler.frontend.traced_values import Row, Unsupported, Value
+
+__all__ = ["Overwritten", "overwritten", "strided"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Overwritten:
+    """Value of a tensor after a write to a part of its memory.
+
+    Attributes:
+        before: its value before the write.
+        written: the value that was written.
+        places: for each of the tensor's elements the element of ``written`` that is there now, -1 for none.
+    """
+
+    before: Value
+    written: Value
+    places: Tensor
+
+    def value(self, w: Writer) -> Value:
+        """Return the value as nodes of a graph."""
+        if isinstance(self.before, Unsupported) or isinstance(self.written, Unsupported):
+            return self.before if isinstance(self.before, Unsupported) else self.written
+        is_new = self.places >= 0
+
+        def joined(numbers: list[Tensor]) -> Tensor:
+            before, written = numbers
+            return torch.where(is_new, written.reshape(-1)[self.places.clamp(min=0)], before)
+
+        if bool(is_new.all()):
+            result: Row = w.move(lambda numbers: numbers.reshape(-1)[self.places], self.written)
+        else:
+            result = w.move(joined, [w.row(self.before), w.row(self.written)])
+        return result
+
+
+def overwritten(tensor_key: tuple[object, ...], target: Tensor) -> Tensor | None:
+    """Return, for each element of a tensor, the element of ``target`` in the same memory; None if they share none.
+
+    Arguments:
+        tensor_key: of the tensor, by `aten_arguments.key_of`: its storage, offset, shape and strides.
+    """
+    _, offset, shape, strides, *_ = tensor_key
+    assert isinstance(offset, int) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    here, there = _addresses(offset, shape, strides), _addresses(target.storage_offset(), target.shape, target.stride())
+    if not here.size or not there.size:
+        return None
+    order = np.argsort(there.ravel(), kind="stable")
+    ordered = there.ravel()[order]
+    at = np.searchsorted(ordered, here)
+    at[at == len(ordered)] = 0
+    places = np.where(ordered[at] == here, order[at], -1)
+    return torch.from_numpy(places) if (places >= 0).any() else None
+
+
+def _addresses(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Return where in its storage each element of a tensor is."""
+    addresses = np.full((), offset, dtype=np.int64)
+    for size, stride in zip(shape, strides, strict=True):
+        addresses = addresses[..., None] + np.arange(size, dtype=np.int64) * stride
+    return addresses
+
+
+def strided(numbers: Tensor, source: Tensor, result: Tensor) -> Tensor:
+    """Return the elements that ``result``, by as_strided, has of ``source``, whose elements are ``numbers``."""
+    here = _addresses(source.storage_offset(), source.shape, source.stride())
+    there = _addresses(result.storage_offset(), result.shape, result.stride())
+    storage = np.zeros(max(int(here.max(initial=0)), int(there.max(initial=0))) + 1, dtype=np.int64)
+    storage[here] = numbers.numpy()
+    return torch.from_numpy(storage[there])
