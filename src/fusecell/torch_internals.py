@@ -33,6 +33,7 @@ __all__ = [
     "without_functorch",
     "without_jit_trace",
     "without_modes",
+    "without_onednn",
     "without_saved_tensor_hooks",
     "without_torch_functions",
 ]
@@ -149,6 +150,17 @@ def without_jit_trace() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(before)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Keep torch from computing by oneDNN for the block; what is public for it, ``flags``, warns on some machines."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 @contextmanager

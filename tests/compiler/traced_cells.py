@@ -15,6 +15,7 @@ from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.transforms.partition import ForwardBackward, partition
 
+OUTSIDE = torch.rand(6, dtype=torch.float64)
 Body = Callable[[Any, Tensor, Tensor], Tensor]
 Function = Callable[[Tensor], Tensor]
 
@@ -28,6 +29,9 @@ class BodyCell(fc.Cell):
         self.inp = nn.Linear(4, 6)
         self.rec = nn.Linear(6, 6, bias=False)
         self.norm = nn.LayerNorm(6)
+        self.gru, self.lstm, self.elman = nn.GRUCell(6, 6), nn.LSTMCell(6, 6), nn.RNNCell(4, 6)
+        self.layer = nn.LSTM(6, 6)
+        self.held = {"gain": torch.rand(6), "taps": [torch.rand(6), nn.Parameter(torch.rand(6))]}
         for name, shape in {
             "vector": (6,),
             "scalar": (),
@@ -241,11 +245,30 @@ FUNCTIONS: dict[str, Function] = {
     "filled": lambda z: z + torch.zeros_like(z) + torch.ones_like(z) * 2 + z.new_full((len(z), 6), 3.0),
     "factories": lambda z: z * torch.ones(len(z), 1).double() + torch.tensor(2.0) * z + torch.zeros(6).double(),
     "in_place": lambda z: (z * 2).add_(1).mul_(z).clamp_(-1, 1),
+    "a_part_in_place": lambda z: _part_changed(z),
+    "in_place_while_viewed": lambda z: _changed_while_viewed(z),
+    "spelled_out": lambda z: z[:, [4, 0, 1, 1, 5, 2]] * torch.tensor([1.0, 2, 3, 4, 5, 6]).double() + OUTSIDE * z,
     "detached": lambda z: z * z.detach(),
     "small_products": lambda z: torch.bmm(_square(z), z.view(-1, 3, 2)).flatten(1).repeat(1, 2)[:, :6],
     "outer_products": lambda z: (z[:, :3, None] * z[:, None, :2]).flatten(1),
     "cosine_similarity": lambda z: z * F.cosine_similarity(z[:, :3], z[:, 3:], dim=1)[:, None],
 }
+
+
+def _changed_while_viewed(z: Tensor) -> Tensor:
+    doubled = z * 2
+    part, whole = doubled[:, :3], doubled.view(-1, 2, 3)
+    doubled.add_(1)
+    return torch.cat([part, part], 1) + whole.flatten(1)
+
+
+def _part_changed(z: Tensor) -> Tensor:
+    doubled = z * 2
+    halves = doubled.view(-1, 2, 3)
+    doubled[:, :2] += 1
+    doubled[:, 1::2] = z[:, :3] * z[:, 3:]
+    halves[z[:, :6].view(-1, 2, 3) < -0.3] = 0.25
+    return doubled * halves.flatten(1)
 
 
 def _norm(z: Tensor, order: float) -> Tensor:
@@ -303,5 +326,8 @@ WEIGHTS: dict[str, Body] = {
         torch.where(h > c.vector, h, c.vector) + torch.maximum(h, c.vector) + h.clamp(min=c.scalar)
     ),
     "chained": lambda c, x, h: F.linear(h * F.linear(h, c.square), c.square),
+    "cells_of_torch": lambda c, x, h: c.gru(h, h * 2) + c.lstm(h, (h, h * h))[1] + c.elman(x, h),
+    "one_step_of_a_layer": lambda c, x, h: c.layer(h[None], (h[None], h[None]))[0][0],
+    "in_containers": lambda c, x, h: h * c.held["gain"].to(h.dtype) + c.held["taps"][0].to(h.dtype) * h,
     "scaled": lambda c, x, h: F.linear(h, c.square / c.square.norm()) + F.linear(h, c.square * c.vector[:, None]),
 }

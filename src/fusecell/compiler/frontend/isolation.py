@@ -22,6 +22,7 @@ from fusecell.torch_internals import (
     without_functorch,
     without_jit_trace,
     without_modes,
+    without_onednn,
     without_saved_tensor_hooks,
 )
 
@@ -154,7 +155,7 @@ def _without_fused_operations() -> Iterator[None]:
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.backends.mkldnn.flags(enabled=False):
+        with without_onednn():
             yield
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)

@@ -26,7 +26,7 @@ from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten, s
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
-from fusecell.torch_internals import autograd_node, without_torch_functions
+from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
 
 __all__ = ["MOST_NODES", "Recorder"]
 
@@ -104,7 +104,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if value is None:
             value = self._source(tensor)
         if isinstance(value, Overwritten):
-            with without_torch_functions():
+            # Asked for by the tracer, too, while the recorder is in force.
+            with without_torch_functions(), disable_current_modes():
                 value = self._values[key] = self._settled(value)
         if isinstance(value, Weight) and tensor.grad_fn is not None and not self.backward:
             self._edges.setdefault(value.slot, {}).setdefault((tensor.grad_fn, tensor.output_nr), tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.frontend.graph_writer import Writer
-from fusecell.compiler.frontend.traced_values import Row, Unsupported, Value
+from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Value
 
 __all__ = ["Overwritten", "overwritten", "strided"]
 
@@ -30,8 +30,11 @@ class Overwritten:
 
     def value(self, w: Writer) -> Value:
         """Return the value as nodes of a graph."""
-        if isinstance(self.before, Unsupported) or isinstance(self.written, Unsupported):
-            return self.before if isinstance(self.before, Unsupported) else self.written
+        for part in (self.before, self.written):
+            if isinstance(part, Unsupported | ExternalGrad):
+                return part
+            if isinstance(part, Sum):
+                return Unsupported(tuple(self.places.shape), "The gradient of a weight is changed in place in part.")
         is_new = self.places >= 0
 
         def joined(numbers: list[Tensor]) -> Tensor:
