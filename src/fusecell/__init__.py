@@ -42,6 +42,7 @@ _HOME = {
     "Stream": "streaming",
     "load_stream": "streaming",
     "replace": "convert",
+    "wrap": "wrapped_module",
     "Tape": "tape",
     "record": "tape",
     "runner": "execution.context",

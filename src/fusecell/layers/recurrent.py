@@ -15,6 +15,7 @@ from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
 from fusecell.layers.scan_wrappers import MaskedOutput, describe, wrap_options
 from fusecell.validation import StateLike
+from fusecell.wrapped_module import wrap
 
 __all__ = ["Bidirectional", "Recurrent"]
 
@@ -32,7 +33,8 @@ class Recurrent(nn.Module):
         (torch.Size([3, 7, 10]), torch.Size([3, 10]))
 
     Arguments:
-        cell: any :class:`fusecell.Cell`, a :class:`fusecell.Stack` of them included.
+        cell: any :class:`fusecell.Cell`, a :class:`fusecell.Stack` of them included; or a cell of torch.nn's. Other
+            modules become cells by :func:`fusecell.wrap`.
         batch_first: input and output are (N, T, features) instead of (T, N, features). States never are.
         reverse: run from the last step to the first.
         recompute: save only the states for the backward, which computes everything else again: less memory, about a
@@ -46,7 +48,7 @@ class Recurrent(nn.Module):
 
     def __init__(
         self,
-        cell: Cell,
+        cell: Cell | nn.RNNCellBase,
         *,
         batch_first: bool = False,
         reverse: bool = False,
@@ -56,6 +58,8 @@ class Recurrent(nn.Module):
         clip_state_grad: float | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(cell, nn.RNNCellBase) and not isinstance(cell, Cell):
+            cell = wrap(cell)
         if not isinstance(cell, Cell):
             raise TypeError(f"Recurrent: {not_a_cell(cell)}")
         self.cell = cell

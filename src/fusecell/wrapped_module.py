@@ -1,0 +1,252 @@
+"""``wrap``: any module that computes one time step as a cell, its hidden state passed in, or kept in attributes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.execution.options import State
+
+__all__ = ["WrappedCell", "wrap"]
+
+_FORMS = (
+    "a wrapped module takes (x, h) and returns h, or (output, h); or (x, (h, c)) and returns (h, c), or (output, (h, c))"
+)
+_ROWS = 2
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    input_size: int | None = None,
+    state_sizes: int | Sequence[int] | None = None,
+    states: Sequence[str] | None = None,
+) -> WrappedCell:
+    r"""Make a cell of a module that computes one time step.
+
+    .. math:: (y_t, s_t) = \mathrm{module}(x_t, s_{t-1})
+
+    Where the state is passed in, the module's forward is one of ``(x, h) -> h``, ``(x, h) -> (output, h)``,
+    ``(x, (h, c)) -> (h, c)`` and ``(x, (h, c)) -> (output, (h, c))``. Where the module keeps its state itself, as
+    snntorch's neurons with ``init_hidden`` and spikingjelly's do, name its attributes as ``states``: each step then begins
+    with them set to the state, and the module is left as it was.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> layer = fc.Recurrent(fc.wrap(torch.nn.LSTMCell(5, 10)))
+        >>> y, (h, c) = layer(torch.randn(7, 3, 5))
+        >>> y.shape, c.shape
+        (torch.Size([7, 3, 10]), torch.Size([3, 10]))
+
+        A neuron that keeps its potential in an attribute:
+
+        >>> class Leaky(torch.nn.Module):
+        ...     mem = 0.0
+        ...     def forward(self, x):
+        ...         self.mem = 0.9 * self.mem + x
+        ...         return torch.relu(self.mem - 1)
+        >>> cell = fc.wrap(Leaky(), input_size=4, states=("mem",))
+        >>> cell.states, cell.state_sizes
+        (('mem',), (4,))
+
+    Arguments:
+        module: any module; it is a submodule of the cell, ``cell.module``, not a copy.
+        input_size: features of x; by default the module's ``input_size`` or ``in_features``.
+        state_sizes: features of each state, in the order in which they are passed; by default the module's
+            ``hidden_size``, as many as it returns, or the sizes of the named attributes after one step.
+        states: names of the attributes that are the state, with the path of their submodule: ``("0.mem", "2.mem")``.
+
+    Raises:
+        TypeError: if ``module`` is no module.
+        ValueError: if a size can't be found out, or the module returns something else than a step does.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"wrap: expected an nn.Module, got {type(module).__name__}.")
+    if isinstance(module, Cell):
+        raise TypeError(f"wrap: {type(module).__name__} is a fusecell cell already; use it as it is.")
+    features = _input_size(module, input_size)
+    if states is not None:
+        names = tuple(states)
+        if not names:
+            raise ValueError("wrap: states names no attribute; leave it out where the state is passed to forward.")
+        sizes = _attribute_sizes(module, features, names) if state_sizes is None else _as_tuple(state_sizes)
+        if len(sizes) != len(names):
+            raise ValueError(f"wrap: {len(names)} states are named, and state_sizes has {len(sizes)} sizes.")
+        return WrappedCell(module, features, sizes, names)
+    return WrappedCell(module, features, _passed_sizes(module, features, state_sizes), None)
+
+
+class WrappedCell(Cell):
+    """Cell whose step is a module's forward; made by :func:`wrap`.
+
+    Arguments:
+        module: computes one time step.
+        input_size: features of x.
+        sizes: features of each state.
+        attributes: the module's attributes that are the state; None where it is passed to forward.
+    """
+
+    def __init__(
+        self, module: nn.Module, input_size: int, sizes: tuple[int, ...], attributes: tuple[str, ...] | None
+    ) -> None:
+        super().__init__(input_size, sizes[0])
+        self.module = module
+        self.attributes = attributes
+        if attributes is None:
+            self.states = ("h", "c")[: len(sizes)] if len(sizes) < 3 else tuple(f"h{i}" for i in range(len(sizes)))
+        else:
+            self.states = tuple(name.replace(".", "_") for name in attributes)
+            self.states = tuple(f"state_{name}" if name[0].isdigit() else name for name in self.states)
+        self.state_sizes = sizes
+        output = _probed(self)
+        self.output_size = int(output.shape[-1])
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if self.attributes is not None:
+            with _attributes_set(self.module, self.attributes, state) as owners:
+                output = self.module(x)
+                after = tuple([getattr(owner, name) for owner, name in owners])
+            return _only_tensor(output), after
+        return _split(self.module(x, state[0] if len(state) == 1 else tuple(state)), len(state))
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.state_sizes}"
+
+
+def _input_size(module: nn.Module, input_size: int | None) -> int:
+    for value in (input_size, getattr(module, "input_size", None), getattr(module, "in_features", None)):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    raise ValueError(f"wrap: {type(module).__name__} has no input_size; pass wrap(module, input_size=...).")
+
+
+def _as_tuple(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def _passed_sizes(
+    module: nn.Module, input_size: int, state_sizes: int | Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the sizes of states that are passed in, found by a step with one state, and then with two."""
+    if state_sizes is not None:
+        return _as_tuple(state_sizes)
+    hidden = getattr(module, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise ValueError(
+            f"wrap: {type(module).__name__} has no hidden_size; pass wrap(module, state_sizes=...), or the names of its "
+            "attributes as states if it keeps its state itself."
+        )
+    failures = []
+    for count in (1, 2):
+        sizes = (hidden,) * count
+        try:
+            with torch.no_grad():
+                probe, state = _inputs(module, input_size, sizes)
+                _, after = _split(copy.deepcopy(module).eval()(probe, state[0] if count == 1 else state), count)
+        except Exception as error:  # the module's own, in a form that it doesn't take
+            failures.append(f"with {count} state{'s' * (count > 1)}: {type(error).__name__}: {error}")
+            continue
+        if tuple(value.shape[-1] for value in after) == sizes:
+            return sizes
+        failures.append(f"with {count} state{'s' * (count > 1)} it returns {[tuple(value.shape) for value in after]}")
+    raise ValueError(f"wrap: {type(module).__name__} is no step: {_FORMS}. Tried {'; '.join(failures)}.")
+
+
+def _attribute_sizes(module: nn.Module, input_size: int, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the sizes of named attributes, after a step of a copy of the module."""
+    twin = copy.deepcopy(module).eval()
+    with torch.no_grad():
+        twin(_inputs(module, input_size, ())[0])
+    sizes = []
+    for owner, name in _owners(twin, names):
+        value = getattr(owner, name, None)
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"wrap: after a step {name} is {shape}, expected a tensor of shape (N, size).")
+        sizes.append(int(value.shape[-1]))
+    return tuple(sizes)
+
+
+def _inputs(module: nn.Module, input_size: int, sizes: tuple[int, ...]) -> tuple[Tensor, State]:
+    like = next((value for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()), None)
+    dtype, device = (None, None) if like is None else (like.dtype, like.device)
+    state = tuple(torch.zeros(_ROWS, size, dtype=dtype, device=device) for size in sizes)
+    return torch.zeros(_ROWS, input_size, dtype=dtype, device=device), state
+
+
+def _probed(cell: WrappedCell) -> Tensor:
+    """Return the output of a step, which shows that the module is one."""
+    twin = copy.deepcopy(cell).eval()
+    with torch.no_grad():
+        x, state = _inputs(cell.module, cell.input_size, cell.state_sizes)
+        output, after = twin.step(x, state)
+    expected = [(_ROWS, size) for size in cell.state_sizes]
+    if not isinstance(output, Tensor) or [tuple(getattr(value, "shape", ())) for value in after] != expected:
+        shapes = [tuple(getattr(value, "shape", ())) for value in after]
+        raise ValueError(f"wrap: {type(cell.module).__name__} returns states {shapes}, expected {expected}; {_FORMS}.")
+    return output
+
+
+def _split(result: Any, count: int) -> tuple[Tensor, State]:
+    """Return what a module returns as the output and the new state."""
+    if isinstance(result, Tensor):
+        if count == 1:
+            return result, (result,)
+    elif isinstance(result, tuple | list):
+        if len(result) == 2 and isinstance(result[1], tuple | list) and len(result[1]) == count:
+            return result[0], tuple(result[1])
+        if count == 1 and len(result) == 2 and all(isinstance(value, Tensor) for value in result):
+            return result[0], (result[1],)
+        if count > 1 and len(result) == count and all(isinstance(value, Tensor) for value in result):
+            return result[0], tuple(result)
+        if count > 1 and len(result) == count + 1 and all(isinstance(value, Tensor) for value in result):
+            return result[0], tuple(result[1:])
+    raise ValueError(f"wrap: the module returns {type(result).__name__} for {count} states; {_FORMS}.")
+
+
+def _only_tensor(output: Any) -> Tensor:
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    if not isinstance(output, Tensor):
+        raise ValueError(f"wrap: the module returns {type(output).__name__}, expected a tensor, its output.")
+    return output
+
+
+def _owners(module: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
+    return [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+
+
+_ABSENT = object()
+
+
+@contextmanager
+def _attributes_set(
+    module: nn.Module, names: Sequence[str], state: State
+) -> Iterator[list[tuple[nn.Module, str]]]:
+    """Set attributes to the state for the block; afterwards the module is as it was."""
+    owners = _owners(module, names)
+    before = [_stored(owner, name) for owner, name in owners]
+    for (owner, name), value in zip(owners, state, strict=True):
+        _table(owner, name)[name] = value
+    try:
+        yield owners
+    finally:
+        for (owner, name), value in zip(owners, before, strict=True):
+            if value is not _ABSENT:
+                _table(owner, name)[name] = value
+            else:
+                owner.__dict__.pop(name, None)
+
+
+def _stored(owner: nn.Module, name: str) -> Any:
+    return owner._buffers[name] if name in owner._buffers else owner.__dict__.get(name, _ABSENT)
+
+
+def _table(owner: nn.Module, name: str) -> dict[str, Any]:
+    return owner._buffers if name in owner._buffers else owner.__dict__

@@ -1,0 +1,125 @@
+"""``wrap``: modules of other libraries' forms as cells, against loops over the modules themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusecell as fc
+
+
+class Output(nn.Module):
+    """(x, h) -> (output, h)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size = 5, 7
+        self.cell, self.head = nn.RNNCell(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.cell(x, h)
+        return self.head(h), h
+
+
+class Pair(nn.Module):
+    """(x, (h, c)) -> (output, (h, c))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size = 5, 7
+        self.cell = nn.LSTMCell(5, 7)
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, c = self.cell(x, state)
+        return h * 2, (h, c)
+
+
+class Leaky(nn.Module):
+    """A neuron that keeps its potential in a buffer, and its spikes in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 5)
+        self.register_buffer("mem", torch.zeros(0))
+        self.beta = nn.Parameter(torch.tensor(0.9))
+        self.spikes: Any = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem = self.mem if self.mem.numel() else torch.zeros(len(x), 5)
+        self.mem = self.beta * mem + self.lin(x) - self.spikes * 0.5
+        self.spikes = torch.sigmoid(5 * (self.mem - 0.2))
+        return self.spikes
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRUCell(5, 7), lambda: nn.LSTMCell(5, 7), Output, Pair])
+def test_state_that_is_passed(make: Any) -> None:
+    torch.manual_seed(0)
+    module = make()
+    cell = fc.wrap(module)
+    count = len(cell.states)
+    x = torch.randn(4, 3, 5)
+    state = tuple(torch.randn(3, 7) for _ in range(count))
+    assert fc.explain(cell).training_runner == "compiled"
+    output, after = fc.Recurrent(cell)(x, state if count > 1 else state[0])
+    expected, now = [], state[0] if count == 1 else state
+    for value in x:
+        result = module(value, now)
+        if isinstance(result, Tensor):
+            expected, now = [*expected, result], result
+        elif make in (Output, Pair):
+            expected, now = [*expected, result[0]], result[1]
+        else:
+            expected, now = [*expected, result[0]], result
+    torch.testing.assert_close(output, torch.stack(expected))
+    torch.testing.assert_close(after, now)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_state_in_attributes() -> None:
+    torch.manual_seed(0)
+    module, x = Leaky(), torch.randn(6, 3, 5)
+    cell = fc.wrap(module, input_size=5, states=("mem", "spikes"))
+    assert (cell.states, cell.state_sizes) == (("mem", "spikes"), (5, 5))
+    assert fc.explain(cell).training_runner == "compiled"
+    output, (mem, spikes) = fc.Recurrent(cell)(x)
+    assert module.mem.numel() == 0 and module.spikes == 0.0
+    expected = torch.stack([module(value) for value in x])
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close((mem, spikes), (module.mem, module.spikes))
+
+
+def test_state_of_submodules() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(Leaky(), nn.Linear(5, 5), Leaky()), torch.randn(6, 3, 5)
+    cell = fc.wrap(module, input_size=5, states=("0.mem", "0.spikes", "2.mem", "2.spikes"))
+    assert cell.states == ("state_0_mem", "state_0_spikes", "state_2_mem", "state_2_spikes")
+    output, _ = fc.Recurrent(cell)(x)
+    torch.testing.assert_close(output, torch.stack([module(value) for value in x]))
+
+
+def test_recurrent_wraps_cells_of_torch() -> None:
+    module, x = nn.GRUCell(5, 7), torch.randn(4, 3, 5)
+    layer = fc.Recurrent(module)
+    assert layer.cell.module is module
+    ours = fc.GRUCell(5, 7)
+    ours.load_state_dict(module.state_dict())
+    torch.testing.assert_close(layer(x)[0], fc.Recurrent(ours)(x)[0])
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="expected an nn.Module"):
+        fc.wrap(torch.tanh)
+    with pytest.raises(TypeError, match="fusecell cell already"):
+        fc.wrap(fc.GRUCell(3, 4))
+    with pytest.raises(ValueError, match="no input_size"):
+        fc.wrap(nn.Tanh())
+    with pytest.raises(ValueError, match="no hidden_size"):
+        fc.wrap(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="is no step.*with 1 state"):
+        fc.wrap(nn.GRU(3, 4))
+    with pytest.raises(ValueError, match="after a step nothing"):
+        fc.wrap(nn.Linear(3, 4), states=("nothing",))
