@@ -126,6 +126,7 @@ REDUCTIONS: dict[str, Body] = {
     "positions": lambda c, z: z * fit(heads(z).argmax(1)) + z * fit(heads(z).argmin(2)),
     "cumulative": lambda c, z: fit(heads(z).cumsum(1) + heads(z).cumprod(2)) + z.view(-1, 2, 12).cumsum(1).flatten(1),
     "cumulative_log": lambda c, z: fit(z.view(-1, 6, 4).logcumsumexp(2)),
+    "all_and_any": lambda c, z: z * fit((heads(z) > -0.9).all(2)) + z * fit((heads(z) > 0.9).any(1, keepdim=True)),
     "norms": lambda c, z: fit(F.normalize(heads(z), dim=1) + heads(z).norm(dim=2, keepdim=True)),
 }
 # positions,

@@ -132,8 +132,9 @@ def test_warnings_come_again() -> None:
             fc.scan(cell, X)
         assert len(warned) == expected
     fc.refresh(cell)
-    with pytest.warns(fc.EagerWarning, match="mode"):
-        fc.scan(cell, X)
+    with pytest.warns(fc.EagerWarning, match="mode") as again:
+        fc.Recurrent(cell)(X)
+    assert again[0].filename == __file__, "a warning points at the user's code"
 
 
 class Computed(Amplifier):

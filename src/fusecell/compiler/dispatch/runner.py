@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ from fusecell.execution.runners import register
 
 __all__ = ["find_trainable", "find_program", "refresh", "run_auto", "run_compiled"]
 
+# Frames of files that begin with these are not the user's.
+_OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), contextlib.__file__)
 _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 
@@ -55,8 +60,16 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
     if (type(cell), result.reasons) not in _warned:
         _warned.add((type(cell), result.reasons))
         reasons = " ".join(result.reasons)
-        warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, stacklevel=3)
+        warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, _users_level())
     return run_eager(cell, inputs, state, options)
+
+
+def _users_level() -> int:
+    """Return the stack level, for a warning of the caller's, of the innermost frame that is the user's code."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:

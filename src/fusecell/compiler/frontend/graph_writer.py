@@ -61,7 +61,8 @@ class Writer(FeatureMoves):
             return self.const(scalar(operand))
         if isinstance(operand, Unsupported):
             raise Untraceable(operand.reason)
-        raise Untraceable("The step mixes the rows of the batch: a sum over rows is used row by row.")
+        raise Untraceable("The step mixes the rows of the batch: it sums over them and uses the sum in each. Sum over features, "
+            "x.sum(-1), or pass what the batch shares as an input.")
 
     def const(
         self, value: float, shape: Shape = (), axis: int | None = None, split: tuple[int, int] = (1, 1)
@@ -197,7 +198,10 @@ class Writer(FeatureMoves):
         row = self.number(operand)
         reduced = self.dims(row, dims)
         if row.axis in reduced:
-            raise Untraceable("The step mixes the rows of the batch: a reduction over the batch dimension.")
+            raise Untraceable(
+                "The step mixes the rows of the batch: it reduces the batch dimension. Each row is a sequence of its own; "
+                "reduce features, with dim=-1."
+            )
         if row.axis is not None and row.is_merged:
             apart = [dim if dim < row.axis else dim + 2 for dim in reduced]
             return self.reduce(op, row.apart(), apart, keepdim).merged(row.split)

@@ -64,7 +64,10 @@ class ValueReadGuard(TorchFunctionMode):
     ) -> Any:
         how = _READS.get(func)
         if how is not None:
-            raise Untraceable(f"The step reads the value of a tensor ({how}){users_line()}.")
+            raise Untraceable(
+                f"The step reads the value of a tensor ({how}){users_line()}. A compiled loop computes the same for all "
+                "values: write torch.where(condition, a, b), which chooses row by row, and iterate a fixed number of times."
+            )
         func = REPLACEMENTS.get(func, func)
         return func(*args, **(kwargs or {}))
 

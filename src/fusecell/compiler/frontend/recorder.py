@@ -43,6 +43,14 @@ _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 _MOST_LITERALS = 1 << 16
 """Elements of a tensor that a step may spell out: its numbers are part of the text that two traces must agree in."""
 
+_DECISIONS = ("_is_all_true", "_is_any_true", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2")
+"""Operations whose only use is to decide what to do by a tensor's values, or whose result's size depends on these."""
+_READS = (
+    "The step reads the value of a tensor, to decide what to compute. A compiled loop computes the same for all values: "
+    "write torch.where(condition, a, b), which takes both branches and chooses row by row; run an iteration a fixed "
+    "number of times; and give torch.distributions validate_args=False."
+)
+
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
 
 
@@ -342,7 +350,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     ) -> None:
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, list | tuple) or not all(isinstance(r, Tensor) or r is None for r in results):
-            raise Untraceable("The step reads the value of a tensor.")
+            raise Untraceable(_READS)
         operands = list(values_in((values, options)))
         if target is not None and isinstance(operands[0], Weight):
             self._change_weight(func, args, values, operands)
@@ -427,6 +435,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             rows = writer.move(func, *values, **options)
             return rows if isinstance(rows, list) else [rows]
         rule = RULES.get(name)
+        if name in _DECISIONS:
+            raise Untraceable(_READS)
         if rule is None:
             raise Untraceable(f"The op {name} has no rule.")
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
@@ -451,7 +461,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return [ExternalGrad(tuple(result.shape)) for result in results]
         rule = SUMS.get(name)
         if rule is None or not self.backward:
-            raise Untraceable("The step mixes the rows of the batch.")
+            raise Untraceable(
+                "The step mixes the rows of the batch: it computes with a sum over them. Sum over features, x.sum(-1)."
+            )
         return [rule(self.writer, *values, **options)]
 
     def _of_weights(
@@ -523,7 +535,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def _check_result(self, tensor: Tensor, value: Value) -> None:
         """Check a value against the tensor that torch computed: a defect of a rule must not become wrong numbers."""
         if isinstance(value, Sum) and not self.backward:
-            raise Untraceable("The step mixes the rows of the batch: it sums over them.")
+            raise Untraceable(
+                "The step mixes the rows of the batch: it sums over them. Each row is a sequence of its own; sum over "
+                "features, x.sum(-1), or pass what the batch shares as an input."
+            )
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"

@@ -117,6 +117,20 @@ def _layer_norm(
     return normed, average, scale
 
 
+def _all(w: Writer, x: Operand, dims: Dims = None, keepdim: bool = False, op: str = "amin") -> Row:
+    """Write whether all truth values are true along dimensions, or by the maximum any."""
+    if dims is None:
+        raise Untraceable(
+            "The step asks whether all or any elements of the batch are true, which mixes its rows; give the dimension of "
+            "features, and use torch.where in place of a branch."
+        )
+    return w.truth(w.reduce(op, w.number(w.truth(x)), _dims(dims), keepdim))
+
+
+def _any(w: Writer, x: Operand, dims: Dims = None, keepdim: bool = False) -> Row:
+    return _all(w, x, dims, keepdim, "amax")
+
+
 REDUCTIONS: Mapping[str, Rule] = {
     "sum": total,
     "mean": mean,
@@ -124,6 +138,8 @@ REDUCTIONS: Mapping[str, Rule] = {
     "std": lambda w, x, *args, **options: w.point("sqrt", _variance(w, x, *args, **options)),
     "var_mean": _var_mean,
     "std_mean": _std_mean,
+    "all": _all,
+    "any": _any,
     "amax": _extreme("amax"),
     "amin": _extreme("amin"),
     "linalg_vector_norm": _vector_norm,
