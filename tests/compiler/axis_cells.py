@@ -37,6 +37,7 @@ class AxisCell(fc.Cell):
             "gain": (4,),
         }.items():
             self.register_parameter(name, nn.Parameter(torch.rand(shape) * 0.8 - 0.3))
+        self.phases = nn.Parameter(torch.randn(3, dtype=torch.complex128))
         self.register_buffer("order", torch.tensor([5, 3, 0, 23, 7, 7, 11, 2]))
         self.register_buffer("mean", torch.rand(3))
         self.register_buffer("variance", torch.rand(3) + 0.5)
@@ -159,9 +160,26 @@ MATRICES: dict[str, Body] = {
 }
 
 
+def _rotating(c: Any, z: Tensor) -> Tensor:
+    state = torch.view_as_complex(z.view(-1, 12, 2))
+    turned = state * torch.exp(torch.complex(-c.gain.abs().repeat(3), c.bias.repeat(3))) + torch.polar(
+        z[:, :12], z[:, 12:]
+    )
+    mixed = torch.einsum("ni,nij->nj", turned[:, :3], turned.view(-1, 3, 4)) / (2 + 1j)
+    return torch.view_as_real(turned - 0.5 * turned.conj()).flatten(1) + fit(mixed.real) + fit(turned.abs())
+
+
+COMPLEX: dict[str, Body] = {
+    "rotations": _rotating,
+    "complex_parameters": lambda c, z: fit((torch.complex(z[:, :3], z[:, 3:6]) * c.phases).imag),
+    "fourier": lambda c, z: torch.fft.irfft(torch.fft.rfft(z) * torch.fft.rfft(c.table[0]), n=24),
+    "fourier_of_heads": lambda c, z: fit(torch.fft.fft(torch.complex(heads(z), heads(z * z)), dim=1).real),
+}
+
+
 def _at_best(z: Tensor) -> Tensor:
     best = z.topk(3)
     return torch.zeros_like(z).scatter(1, best.indices, best.values * 2)
 
 
-AXES: dict[str, Body] = {**PRODUCTS, **IMAGES, **REDUCTIONS, **INDEXING, **MATRICES}
+AXES: dict[str, Body] = {**PRODUCTS, **IMAGES, **REDUCTIONS, **INDEXING, **MATRICES, **COMPLEX}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Value, Weight
+from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Row, Sum, Unsupported, Value, Weight
 
 __all__ = ["Key", "key_of", "mapped", "tensors_in", "values_in"]
 
@@ -25,6 +25,8 @@ def key_of(tensor: Tensor) -> Key:
         tuple(tensor.shape),
         tensor.stride(),
         tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
     )
 
 
@@ -55,7 +57,7 @@ def _literal(tensor: Tensor, change: Callable[[Any], Any]) -> Any:
 
 def values_in(value: Any) -> Iterator[Value]:
     """Yield the traced values in nested lists, tuples and dicts."""
-    if isinstance(value, Row | Weight | Sum | ExternalGrad | Unsupported):
+    if isinstance(value, Row | Complex | Weight | Sum | ExternalGrad | Unsupported):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fusecell.compiler.frontend.feature_moves import FeatureMoves
 from fusecell.compiler.frontend.feature_reductions import reduced_lines
@@ -43,11 +44,25 @@ class Writer(FeatureMoves):
         builder: the graph so far.
         rows: the number of rows N it is traced with.
         leaf: returns the node of a slot of the prologue, as a ``"matrix"`` or a ``"vector"``.
+        literal: adds a tensor of numbers to the prologue.
     """
 
-    def __init__(self, builder: Builder, rows: int, leaf: Callable[[int, str], int]) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        rows: int,
+        leaf: Callable[[int, str], int],
+        literal: Callable[[torch.Tensor], Weight] | None = None,
+    ) -> None:
         super().__init__(builder, rows)
         self.leaf = leaf
+        self._literal = literal
+
+    def literal(self, tensor: torch.Tensor) -> Weight:
+        """Return a tensor of numbers that a rule computes, such as a table of sines, as a weight."""
+        if self._literal is None:
+            raise Untraceable("A table of numbers is needed where there is no prologue.")
+        return self._literal(tensor)
 
     # operands
 

@@ -21,9 +21,10 @@ from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_globals, users_line
 from fusecell.compiler.frontend.rules import RULES
 from fusecell.compiler.frontend.rules.backward import SUMS
+from fusecell.compiler.frontend.rules.complex_numbers import COMPLEX, KEEPS_PAIR, MAKES_COMPLEX, moved_pair, sum_of_pairs
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled
 from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten, strided
-from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
+from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
@@ -74,7 +75,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self._dtypes = mixes_with(dtype)
         self.sources = sources
         self.weights = Weights(builder, dtype)
-        self.writer = Writer(builder, rows, self.weights.leaf)
+        self.writer = Writer(builder, rows, self.weights.leaf, self.weights.literal)
         self.backward = False
         self.gradients: dict[int, Value] = {}
         self._values: dict[Key, Value | Overwritten] = {}
@@ -83,6 +84,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self._keep_alive: list[Tensor] = []
         # By slot: the tensors that have its value and a gradient, by their edge in autograd's graph.
         self._edges: dict[int, dict[tuple[Any, int], Tensor]] = {}
+        self._parts: dict[int, Weight] = {}
+        """The real and imaginary parts of the slots that are complex, as slots of their own."""
         self._prologue_nodes: set[Any] = set()
         """The autograd nodes of Functions and operators that the prologue applies as the step did."""
         self._inside: tuple[frozenset[int], set[int]] | None = None
@@ -392,6 +395,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             of_weights = self._of_weights(func, name, args, values, options, results, operands)
             if of_weights is not None:
                 return of_weights
+        is_complex = name in MAKES_COMPLEX or any(result is not None and result.is_complex() for result in results)
+        if is_complex or any(isinstance(value, Complex) for value in operands):
+            return self._of_complex(func, name, values, options)
         if name in CONSTANTS:
             return [filled(self.writer, name, values, results[0])]
         if name in KEEPS:
@@ -412,6 +418,49 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if any(isinstance(value, ExternalGrad) for value in operands):
             return [ExternalGrad(tuple(result.shape)) for result in results]
         return [Unsupported(tuple(result.shape), first.reason) for result in results]
+
+    def _of_complex(
+        self, func: Any, name: str, values: list[Any], options: dict[str, Any]
+    ) -> Sequence[Value | None]:
+        """Return the values of an operation on complex numbers, as pairs of real values."""
+        writer = self.writer
+        if any(isinstance(value, Complex) and isinstance(value.real, Sum) for value in values_in(values)):
+            return [self._of_complex_sums(name, values, options)]
+        values = mapped(values, self._pair_of_weight, name, Weight)
+        if name in KEEPS_PAIR or (name in ("_to_copy", "to") and isinstance(values[0], Complex)):
+            return [values[0]]
+        if name in MOVES:
+            moved = moved_pair(writer, func, *values, **options)
+            return moved if isinstance(moved, list) else [moved]
+        rule = COMPLEX.get(name)
+        if rule is None:
+            raise Untraceable(f"The op {name} has no rule for complex numbers; compute with their real and imaginary parts.")
+        result = rule(writer, *values, **{key: value for key, value in options.items() if key != "dtype"})
+        return list(result) if isinstance(result, tuple) else [result]
+
+    def _of_complex_sums(self, name: str, values: list[Any], options: dict[str, Any]) -> Value:
+        """Return the result of an operation on gradients of complex weights: the same on both of their parts."""
+        rule = SUMS.get(name)
+        if rule is None or name in ("mul", "div"):
+            raise Untraceable(f"The gradient of a complex weight goes through {name}; keep the weight as two real ones.")
+        real, imaginary = (
+            rule(self.writer, *mapped(values, part, name, Complex), **options)
+            for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
+        )
+        return Complex(real.shape, real, imaginary)
+
+    def _pair_of_weight(self, value: Weight) -> Value:
+        """Return a weight, a complex one as its two parts, which the prologue takes apart."""
+        if value.fill is not None or not self.weights.slots[value.slot].dtype.is_complex:
+            return value
+        parts = self._parts.get(value.slot)
+        if parts is None:
+            real = torch.empty(*self.weights.slots[value.slot].shape, 2, dtype=self.dtype)
+            view = torch.ops.aten.view_as_real.default
+            (parts,) = self.weights.record(view, "view_as_real", [Ref(value.slot)], {}, [real])
+            self._parts[value.slot] = parts
+        pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
+        return pair
 
     def _of_rows(
         self,
@@ -539,6 +588,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 "The step mixes the rows of the batch: it sums over them. Each row is a sequence of its own; sum over "
                 "features, x.sum(-1), or pass what the batch shares as an input."
             )
+        if isinstance(value, Complex):
+            if value.shape != tuple(tensor.shape):
+                raise Untraceable(f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this.")
+            if tensor.dtype not in (torch.complex64, torch.complex128):
+                raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
@@ -556,7 +610,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         Yields:
             Handles, to be removed after the backward.
         """
-        for slot in sorted(self.weights.leaf_slots()):
+        for slot in sorted({*self.weights.leaf_slots(), *self._parts}):
             if self.weights.slots[slot].tensor is not None:
                 continue  # a leaf of autograd: the engine returns its gradient
             for node, output in self._edges.get(slot, ()):
@@ -579,6 +633,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         """Add to the gradient of a slot."""
         if isinstance(gradient, ExternalGrad):
             return
+        if isinstance(gradient, Complex) and slot in self._parts:
+            with without_torch_functions(), disable_current_modes():
+                slot, gradient = self._parts[slot].slot, sum_of_pairs(self.writer, gradient)
         if not isinstance(gradient, Sum):
             raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows.")
         so_far = self.gradients.get(slot)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 __all__ = [
     "NEXT_NODE",
+    "Complex",
     "ExternalGrad",
     "Matrix",
     "Row",
@@ -99,6 +100,15 @@ class Row:
         return arranged(self.features) if self.index is None else self.index
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Complex:
+    """A complex value, as its real and its imaginary part: two rows, or two sums over rows."""
+
+    shape: Shape
+    real: Any
+    imaginary: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight as a rectangle of a stored matrix, transposed if ``flipped``; ``rows`` and ``cols`` are the stored."""
@@ -163,7 +173,7 @@ class Unsupported:
     reason: str
 
 
-Value = Row | Weight | Sum | ExternalGrad | Unsupported
+Value = Row | Complex | Weight | Sum | ExternalGrad | Unsupported
 
 
 def arranged(shape: Sequence[int]) -> Index:

@@ -1,0 +1,287 @@
+"""Rules for complex numbers: pairs of real values, by which complex states and products are computed.
+
+A graph has real numbers alone. The order of operations is that of the textbook formulas, which torch's kernels have too,
+except for division and square roots, where torch scales against overflow; these are not compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusecell.compiler.frontend.contractions import contracted
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.traced_values import Complex, Row, Sum, Untraceable
+
+__all__ = ["COMPLEX", "KEEPS_PAIR", "MAKES_COMPLEX", "moved_pair", "pair_of", "sum_of_pairs"]
+
+_MOST_POINTS = 512
+"""Points of a Fourier transform, at the most: as a product it takes the square of them."""
+
+Pair = Complex | Row | float | int | complex | bool
+
+
+def pair_of(w: Writer, value: Any) -> Complex:
+    """Return any operand as a pair of real values."""
+    if isinstance(value, Complex):
+        return value
+    if isinstance(value, complex):
+        return Complex((), w.const(value.real), w.const(value.imag))
+    real = w.number(value)
+    return Complex(real.shape, real, w.const(0.0))
+
+
+def _of(w: Writer, real: Row, imaginary: Row) -> Complex:
+    shape = tuple(np.broadcast_shapes(real.shape, imaginary.shape))
+    if imaginary.shape != shape or imaginary.axis != real.axis:
+        # A part that is a number takes the shape of the other.
+        imaginary = w.point("add", w.point("mul", real, 0.0), imaginary)
+    if real.shape != shape:
+        real = w.point("add", w.point("mul", imaginary, 0.0), real)
+    return Complex(shape, real, imaginary)
+
+
+def _each(op: str) -> Callable[..., Complex]:
+    def rule(w: Writer, a: Pair, b: Pair, alpha: float = 1) -> Complex:
+        x, y = pair_of(w, a), pair_of(w, b)
+        if alpha != 1:
+            y = Complex(y.shape, w.point("mul", y.real, alpha), w.point("mul", y.imaginary, alpha))
+        return _of(w, w.point(op, x.real, y.real), w.point(op, x.imaginary, y.imaginary))
+
+    return rule
+
+
+def _mul(w: Writer, a: Pair, b: Pair) -> Complex:
+    if not isinstance(b, Complex | complex):
+        a, b = b, a
+    if not isinstance(a, Complex | complex):
+        # A real factor scales both parts.
+        y = pair_of(w, b)
+        return _of(w, w.point("mul", y.real, a), w.point("mul", y.imaginary, a))
+    x, y = pair_of(w, a), pair_of(w, b)
+    return _of(
+        w,
+        w.point("sub", w.point("mul", x.real, y.real), w.point("mul", x.imaginary, y.imaginary)),
+        w.point("add", w.point("mul", x.real, y.imaginary), w.point("mul", x.imaginary, y.real)),
+    )
+
+
+def _div(w: Writer, a: Pair, b: Pair) -> Complex:
+    if not isinstance(b, Complex | complex):
+        x = pair_of(w, a)
+        return _of(w, w.point("div", x.real, b), w.point("div", x.imaginary, b))
+    y = pair_of(w, b)
+    square = w.point("add", w.point("mul", y.real, y.real), w.point("mul", y.imaginary, y.imaginary))
+    product = _mul(w, pair_of(w, a), _conj(w, y))
+    return _of(w, w.point("div", product.real, square), w.point("div", product.imaginary, square))
+
+
+def _conj(w: Writer, x: Complex) -> Complex:
+    return Complex(x.shape, x.real, w.point("neg", x.imaginary))
+
+
+def _neg(w: Writer, x: Complex) -> Complex:
+    return Complex(x.shape, w.point("neg", x.real), w.point("neg", x.imaginary))
+
+
+def _abs(w: Writer, x: Complex) -> Row:
+    return w.point("sqrt", w.point("add", w.point("mul", x.real, x.real), w.point("mul", x.imaginary, x.imaginary)))
+
+
+def _sgn(w: Writer, x: Complex) -> Complex:
+    length = _abs(w, x)
+    is_zero = w.point("eq", length, 0.0)
+    parts = [w.point("where", is_zero, 0.0, w.point("div", part, length)) for part in (x.real, x.imaginary)]
+    return Complex(x.shape, *parts)
+
+
+def _exp(w: Writer, x: Complex) -> Complex:
+    size = w.point("exp", x.real)
+    return _of(
+        w, w.point("mul", size, w.point("cos", x.imaginary)), w.point("mul", size, w.point("sin", x.imaginary))
+    )
+
+
+def _sum(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: Any) -> Complex:
+    several = [dims] if isinstance(dims, int) else dims
+    reduced = w.dims(x.real, several)
+    if x.real.axis in reduced:
+        # The gradient of a complex weight.
+        sums = [w.rowsum(part, reduced, keepdim) for part in (x.real, x.imaginary)]
+        return Complex(sums[0].shape, *sums)
+    real, imaginary = (w.reduce("sum", part, several, keepdim) for part in (x.real, x.imaginary))
+    return Complex(real.shape, real, imaginary)
+
+
+def sum_of_pairs(w: Writer, pair: Complex) -> Sum:
+    """Return the gradient of a complex weight as that of its parts, real and imaginary in turn."""
+    node = _joined_sums(w, pair.real.node, pair.imaginary.node)
+    return Sum((*pair.shape, 2), node)
+
+
+def _joined_sums(w: Writer, real: int, imaginary: int) -> int:
+    first, second = w.builder.nodes[real], w.builder.nodes[imaginary]
+    if first.op == second.op == "rowsum":
+        size = w.builder.size(first.args[0])
+        rows = [Row((w.rows, size, 1), node.args[0]) for node in (first, second)]
+        joined: Row = w.move(lambda numbers: torch.cat(numbers, 2), rows)
+        return w.rowsum(joined, [0], False).node
+    if first.op == second.op == "total" and len(first.args) == len(second.args):
+        parts = [_joined_sums(w, a, b) for a, b in zip(first.args, second.args, strict=True)]
+        return w.builder.add("total", *parts)
+    raise Untraceable(
+        "The gradient of a complex weight is no sum of values of each row; keep the weight as two real parameters, its "
+        "real and imaginary parts."
+    )
+
+
+def _mean(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: Any) -> Complex:
+    several = [dims] if isinstance(dims, int) else dims
+    count = math.prod(x.shape[dim] for dim in w.dims(x.real, several))
+    total = _sum(w, x, dims, keepdim)
+    return _div(w, total, float(count))
+
+
+def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
+    def rule(w: Writer, a: Pair, b: Pair) -> Complex:
+        x, y = pair_of(w, a), pair_of(w, b)
+        if y.imaginary.shape != y.shape:
+            y = Complex(y.shape, y.real, w.point("mul", y.real, 0.0))
+
+        def times(left: Operand, right: Operand) -> Row:
+            result = contracted(w, left, right, *labels)
+            if isinstance(result, Sum):
+                raise Untraceable(
+                    "The step multiplies rows by a complex weight: keep the weight as its real and imaginary parts, two "
+                    "real parameters."
+                )
+            return result
+
+        real, imaginary = times(x.real, y.real), times(x.real, y.imaginary)
+        # A real operand has the number 0 as its imaginary part.
+        if x.imaginary.shape == x.shape:
+            real = w.point("sub", real, times(x.imaginary, y.imaginary))
+            imaginary = w.point("add", imaginary, times(x.imaginary, y.real))
+        return Complex(real.shape, real, imaginary)
+
+    return rule
+
+
+def _view_as_real(w: Writer, x: Complex) -> Row:
+    joined: Row = w.move(lambda numbers: torch.stack(numbers, -1), [x.real, x.imaginary])
+    return joined
+
+
+def _view_as_complex(w: Writer, x: Row) -> Complex:
+    real, imaginary = (w.move(lambda numbers, part=part: numbers[..., part], x) for part in range(2))
+    return Complex(real.shape, real, imaginary)
+
+
+def _complex(w: Writer, real: Operand, imaginary: Operand) -> Complex:
+    return _of(w, w.number(real), w.number(imaginary))
+
+
+def _polar(w: Writer, size: Operand, angle: Operand) -> Complex:
+    return _of(w, w.point("mul", size, w.point("cos", angle)), w.point("mul", size, w.point("sin", angle)))
+
+
+def moved_pair(w: Writer, func: Callable[..., Any], values: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the result of an operation that only moves elements of a pair, or of a list of them."""
+    several = not isinstance(values, Complex)
+    pairs = [pair_of(w, value) for value in values] if several else [values]
+    real, imaginary = (
+        w.move(func, [part(pair) for pair in pairs] if several else part(pairs[0]), *args, **kwargs)
+        for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
+    )
+    if isinstance(real, Row):
+        return Complex(real.shape, real, imaginary)
+    return [Complex(a.shape, a, b) for a, b in zip(real, imaginary, strict=True)]
+
+
+def _fourier(w: Writer, x: Pair, dims: Sequence[int], normalisation: int, sign: float) -> Complex:
+    """Write a Fourier transform along one dimension, as a product with the table of its sines and cosines."""
+    pair = pair_of(w, x)
+    if len(dims) != 1:
+        raise Untraceable("Fourier transforms are compiled along one dimension.")
+    dim = dims[0] % len(pair.shape)
+    size = pair.shape[dim]
+    if size > _MOST_POINTS:
+        raise Untraceable(f"A Fourier transform of {size} points is not compiled: of up to {_MOST_POINTS} it is.")
+    angle = 2 * math.pi * np.outer(np.arange(size), np.arange(size)) / size
+    scale = {0: 1.0, 1: size**-0.5, 2: 1.0 / size}[normalisation]
+    table = Complex((size, size), _table(w, np.cos(angle) * scale), _table(w, sign * np.sin(angle) * scale))
+    letters = "abcdefgh"[: len(pair.shape)]
+    labels = (letters, letters[dim] + "z", letters.replace(letters[dim], "z"))
+    return _product(labels)(w, pair, table)
+
+
+def _table(w: Writer, numbers: np.ndarray[Any, Any]) -> Row:
+    return w.row(w.literal(torch.from_numpy(np.ascontiguousarray(numbers))))
+
+
+def _fft_c2c(w: Writer, x: Complex, dims: Sequence[int], normalisation: int, forward: bool) -> Complex:
+    return _fourier(w, x, dims, normalisation, -1.0 if forward else 1.0)
+
+
+def _fft_r2c(w: Writer, x: Row, dims: Sequence[int], normalisation: int, onesided: bool) -> Complex:
+    whole = _fourier(w, x, dims, normalisation, -1.0)
+    if not onesided:
+        return whole
+    half: Complex = moved_pair(
+        w, lambda numbers: numbers.narrow(dims[0], 0, numbers.shape[dims[0]] // 2 + 1), whole
+    )
+    return half
+
+
+def _fft_c2r(w: Writer, x: Complex, dims: Sequence[int], normalisation: int, last: int) -> Row:
+    dim = dims[0]
+
+    # The other half is the first one's conjugate, backwards.
+    def rest(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.narrow(dim, 1, last - numbers.shape[dim]).flip(dim)
+
+    mirrored: Complex = moved_pair(w, rest, x)
+    whole: Complex = moved_pair(w, lambda numbers: torch.cat(numbers, dim), [x, _conj(w, mirrored)])
+    return _fourier(w, whole, dims, normalisation, 1.0).real
+
+
+MAKES_COMPLEX: Mapping[str, Callable[..., Any]] = {
+    "complex": _complex,
+    "polar": _polar,
+    "view_as_complex": _view_as_complex,
+    "_fft_r2c": _fft_r2c,
+}
+"""Rules for operations of real values with complex results."""
+
+COMPLEX: Mapping[str, Callable[..., Any]] = {
+    **MAKES_COMPLEX,
+    "add": _each("add"),
+    "sub": _each("sub"),
+    "mul": _mul,
+    "div": _div,
+    "neg": _neg,
+    "_conj": _conj,
+    "_conj_physical": _conj,
+    "conj_physical": _conj,
+    "abs": _abs,
+    "sgn": _sgn,
+    "exp": _exp,
+    "sum": _sum,
+    "mean": _mean,
+    "mm": _product(("ik", "kj", "ij")),
+    "bmm": _product(("bik", "bkj", "bij")),
+    "mv": _product(("ik", "k", "i")),
+    "view_as_real": _view_as_real,
+    "real": lambda w, x: x.real,
+    "imag": lambda w, x: x.imaginary,
+    "_fft_c2c": _fft_c2c,
+    "_fft_c2r": _fft_c2r,
+}
+"""Rules for operations of which an operand is complex."""
+
+KEEPS_PAIR = frozenset({"clone", "detach", "alias", "contiguous", "lift_fresh", "resolve_conj", "resolve_neg"})
+"""Operations whose result has the value of their argument, where that is complex."""
