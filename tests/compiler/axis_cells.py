@@ -35,9 +35,9 @@ class AxisCell(fc.Cell):
             "table": (7, 24),
             "cube": (5, 4, 6),
             "gain": (4,),
+            "phases": (3, 2),
         }.items():
             self.register_parameter(name, nn.Parameter(torch.rand(shape) * 0.8 - 0.3))
-        self.phases = nn.Parameter(torch.randn(3, dtype=torch.complex128))
         self.register_buffer("order", torch.tensor([5, 3, 0, 23, 7, 7, 11, 2]))
         self.register_buffer("mean", torch.rand(3))
         self.register_buffer("variance", torch.rand(3) + 0.5)
@@ -171,8 +171,8 @@ def _rotating(c: Any, z: Tensor) -> Tensor:
 
 COMPLEX: dict[str, Body] = {
     "rotations": _rotating,
-    "complex_parameters": lambda c, z: fit((torch.complex(z[:, :3], z[:, 3:6]) * c.phases).imag),
-    "fourier": lambda c, z: torch.fft.irfft(torch.fft.rfft(z) * torch.fft.rfft(c.table[0]), n=24),
+    "complex_parameters": lambda c, z: fit((torch.complex(z[:, :3], z[:, 3:6]) * torch.view_as_complex(c.phases)).imag),
+    "fourier": lambda c, z: torch.fft.irfft(torch.fft.rfft(z) * torch.sigmoid(c.table[0, :13]), n=24),
     "fourier_of_heads": lambda c, z: fit(torch.fft.fft(torch.complex(heads(z), heads(z * z)), dim=1).real),
 }
 
