@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fusecell.compiler.frontend.graph_writer import Writer
-from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Unsupported, Value
+from fusecell.compiler.frontend.rules.complex_numbers import moved_pair
+from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Sum, Unsupported, Value
 
 __all__ = ["Overwritten", "overwritten", "strided"]
 
@@ -36,15 +38,17 @@ class Overwritten:
             if isinstance(part, Sum):
                 return Unsupported(tuple(self.places.shape), "The gradient of a weight is changed in place in part.")
         is_new = self.places >= 0
+        is_complex = isinstance(self.before, Complex) or isinstance(self.written, Complex)
+        move = partial(moved_pair, w) if is_complex else w.move
 
         def joined(numbers: list[Tensor]) -> Tensor:
             before, written = numbers
             return torch.where(is_new, written.reshape(-1)[self.places.clamp(min=0)], before)
 
         if bool(is_new.all()):
-            result: Row = w.move(lambda numbers: numbers.reshape(-1)[self.places], self.written)
+            result: Value = move(lambda numbers: numbers.reshape(-1)[self.places], self.written)
         else:
-            result = w.move(joined, [w.row(self.before), w.row(self.written)])
+            result = move(joined, [self.before, self.written])
         return result
 
 
