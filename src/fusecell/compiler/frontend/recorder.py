@@ -395,11 +395,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             of_weights = self._of_weights(func, name, args, values, options, results, operands)
             if of_weights is not None:
                 return of_weights
+        if name in CONSTANTS:
+            return [filled(self.writer, name, values, results[0])]
         is_complex = name in MAKES_COMPLEX or any(result is not None and result.is_complex() for result in results)
         if is_complex or any(isinstance(value, Complex) for value in operands):
             return self._of_complex(func, name, values, options)
-        if name in CONSTANTS:
-            return [filled(self.writer, name, values, results[0])]
         if name in KEEPS:
             return [operands[0]]
         # A weight meets rows as a row, too: `Writer.row` turns operands into rows.

@@ -32,7 +32,12 @@ def pair_of(w: Writer, value: Any) -> Complex:
     if isinstance(value, complex):
         return Complex((), w.const(value.real), w.const(value.imag))
     real = w.number(value)
-    return Complex(real.shape, real, w.const(0.0))
+    return Complex(real.shape, real, w.const(0.0, real.shape, real.axis, real.split))
+
+
+def _is_zero(w: Writer, row: Row) -> bool:
+    node = w.builder.nodes[row.node]
+    return node.op == "const" and node.attrs["value"] == 0
 
 
 def _of(w: Writer, real: Row, imaginary: Row) -> Complex:
@@ -149,8 +154,6 @@ def _mean(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: A
 def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
     def rule(w: Writer, a: Pair, b: Pair) -> Complex:
         x, y = pair_of(w, a), pair_of(w, b)
-        if y.imaginary.shape != y.shape:
-            y = Complex(y.shape, y.real, w.point("mul", y.real, 0.0))
 
         def times(left: Operand, right: Operand) -> Row:
             result = contracted(w, left, right, *labels)
@@ -162,8 +165,7 @@ def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
             return result
 
         real, imaginary = times(x.real, y.real), times(x.real, y.imaginary)
-        # A real operand has the number 0 as its imaginary part.
-        if x.imaginary.shape == x.shape:
+        if not _is_zero(w, x.imaginary):
             real = w.point("sub", real, times(x.imaginary, y.imaginary))
             imaginary = w.point("add", imaginary, times(x.imaginary, y.real))
         return Complex(real.shape, real, imaginary)
