@@ -399,7 +399,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return [filled(self.writer, name, values, results[0])]
         is_complex = name in MAKES_COMPLEX or any(result is not None and result.is_complex() for result in results)
         if is_complex or any(isinstance(value, Complex) for value in operands):
-            return self._of_complex(func, name, values, options)
+            return self._of_complex(func, name, values, options, results)
         if name in KEEPS:
             return [operands[0]]
         # A weight meets rows as a row, too: `Writer.row` turns operands into rows.
@@ -420,7 +420,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         return [Unsupported(tuple(result.shape), first.reason) for result in results]
 
     def _of_complex(
-        self, func: Any, name: str, values: list[Any], options: dict[str, Any]
+        self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
     ) -> Sequence[Value | None]:
         """Return the values of an operation on complex numbers, as pairs of real values."""
         writer = self.writer
@@ -429,6 +429,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         values = mapped(values, self._pair_of_weight, name, Weight)
         if name in KEEPS_PAIR or (name in ("_to_copy", "to") and isinstance(values[0], Complex)):
             return [values[0]]
+        if name == "copy":
+            return [moved_pair(writer, lambda numbers: numbers.expand(results[0].shape), values[1])]
         if name in MOVES:
             moved = moved_pair(writer, func, *values, **options)
             return moved if isinstance(moved, list) else [moved]

@@ -37,6 +37,7 @@ __all__ = ["Traced", "trace"]
 
 # Numbers of rows to choose from. Prime, so that a dimension that is merged with the rows can be told from any other.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
+_ABOUT_ROWS = "rows"
 _IN_PLACE = "is a view and is being modified inplace"
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -90,13 +91,26 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     reasons = _unsupported(cell, dtype)
     if reasons:
         return Refusal(reasons)
+    sizes = _batch_sizes(cell, inputs)
+    result = _traced_with(cell, inputs, dtype, gradients, sizes[:2])
+    # A dimension that the step makes may be as long as the batch was, and then looks like it: of another length it isn't.
+    if isinstance(result, Refusal) and any(_ABOUT_ROWS in reason for reason in result.reasons) and len(sizes) > 2:
+        again = _traced_with(cell, inputs, dtype, gradients, sizes[2:])
+        return again if isinstance(again, Traced) else result
+    return result
+
+
+def _traced_with(
+    cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, gradients: bool, sizes: Sequence[int]
+) -> Traced | Refusal:
+    """Trace a step with two numbers of rows."""
     runs: list[_Run] = []
     with _LOCK, isolated(dtype), _without_parameter_hooks(cell):
         before = Snapshot(cell)
         try:
             # Twice, with other numbers and another batch size: whatever the step computes in Python from either, and a
             # graph would hold as a constant, then comes out differently.
-            for rows in _batch_sizes(cell, inputs):
+            for rows in sizes:
                 runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
                 runs[-1] = _ran(runs[-1])
                 changes = before.changes()
@@ -178,13 +192,13 @@ def _difference(first: str, second: str) -> str:
 
 
 def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
-    """Choose two numbers of rows that no dimension has, or is a multiple of."""
+    """Choose two numbers of rows that no dimension has, or is a multiple of, and two more for another attempt."""
     # A dimension of the trace that has this size is then the batch, whatever the step has reshaped.
     dims = {cell.input_size, cell.hidden_size, *cell.state_sizes}
     dims.update(size for shape in inputs for size in shape)
     dims.update(size for _, tensor in _attributes(cell) for size in tensor.shape)
     free = [prime for prime in _PRIMES if all(size == 0 or size % prime for size in dims)]
-    return (free or [10007, 10009])[:2] if len(free) != 1 else [free[0], 10007]
+    return (free + [10007, 10009])[:4]
 
 
 def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:

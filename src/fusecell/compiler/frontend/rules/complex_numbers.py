@@ -193,8 +193,8 @@ def _polar(w: Writer, size: Operand, angle: Operand) -> Complex:
 
 def moved_pair(w: Writer, func: Callable[..., Any], values: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the result of an operation that only moves elements of a pair, or of a list of them."""
-    several = not isinstance(values, Complex)
-    pairs = [pair_of(w, value) for value in values] if several else [values]
+    several = isinstance(values, list | tuple)
+    pairs = [pair_of(w, value) for value in (values if several else [values])]
     real, imaginary = (
         w.move(func, [part(pair) for pair in pairs] if several else part(pairs[0]), *args, **kwargs)
         for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
