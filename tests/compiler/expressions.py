@@ -1,6 +1,6 @@
 """Expressions for the lines of random cells; ``{a}`` and ``{b}`` are values of the step."""
 
-__all__ = ["BINARY", "GROUPED", "NORMS", "ORDERS", "POWERS", "REDUCTIONS", "TENSORS", "UNARY"]
+__all__ = ["AXES", "AXIS_WEIGHTS", "BINARY", "GROUPED", "NORMS", "ORDERS", "POWERS", "REDUCTIONS", "TENSORS", "UNARY"]
 
 UNARY = (
     *(f"torch.{name}({{a}})" for name in ("tanh", "sigmoid", "sin", "cos", "abs", "neg", "square", "sign", "erf")),
@@ -101,4 +101,53 @@ GROUPED = (
     "({a}.view(-1, {p}, {q}) - {a}.view(-1, {p}, {q}).mean(2, keepdim=True)).flatten(1)",
     "{a}.view(-1, {p}, {q}).transpose(1, 2).tanh().reshape(-1, {w})",
 )
+# Along axes, of p x q features: with a value of as many features, and how much larger the result may be.
+AXES = {
+    "({A} @ {B}.transpose(1, 2)).flatten(1)": ("p * p", "{q} * x * x"),
+    "({A}.transpose(1, 2) @ {B}).flatten(1)": ("q * q", "{p} * x * x"),
+    "torch.einsum('npq,nq->np', {A}, {b}[:, :{q}])": ("p", "{q} * x * x"),
+    "torch.einsum('np,nq->npq', {b}[:, :{p}], {a}[:, :{q}]).flatten(1)": ("p * q", "x * x"),
+    "({A} * {b}[:, :{p}, None]).flatten(1)": ("p * q", "x * x"),
+    "({A} + {B}.transpose(1, 2).reshape(-1, {p}, {q})).flatten(1)": ("p * q", "2 * x"),
+    "{A}.transpose(1, 2).flatten(1)": ("p * q", "x"),
+    "{A}.flip(1, 2).flatten(1)": ("p * q", "x"),
+    "{A}[:, :, ::2].flatten(1)": ("p * ((q + 1) // 2)", "x"),
+    "F.pad({A}, (1, 0, 0, 1)).flatten(1)": ("(p + 1) * (q + 1)", "x"),
+    "torch.cat(({A}, {B} * 2), 2).flatten(1)": ("2 * p * q", "2 * x"),
+    "torch.stack(({A}, {B}), -1).flatten(1)": ("2 * p * q", "x"),
+    "{A}.sum(1)": ("q", "{p} * x"),
+    "{A}.sum(2)": ("p", "{q} * x"),
+    "{A}.amax(1)": ("q", "x"),
+    "{A}.max(2).values": ("p", "x"),
+    "torch.tanh({A}).prod(1)": ("q", "1"),
+    "{A}.cumsum(1).flatten(1)": ("p * q", "{p} * x"),
+    "torch.tanh({A}).cumprod(2).flatten(1)": ("p * q", "1"),
+    "{A}.logsumexp(1)": ("q", "x + 3"),
+    "{A}.softmax(1).flatten(1)": ("p * q", "1"),
+    "F.layer_norm({A}, ({q},), None, None, 0.1).flatten(1)": ("p * q", "4"),
+    "F.group_norm({A}, {p}, None, None, 0.1).flatten(1)": ("p * q", "4"),
+    "{A}.sort(2).values.flatten(1)": ("p * q", "x"),
+    "{A}.topk(2, 1).values.flatten(1)": ("2 * q", "x"),
+    "{A}.gather(2, {B}.argmax(2, keepdim=True)).flatten(1)": ("p", "x"),
+    "F.one_hot({A}.argmax(2), {q}).to({a}.dtype).flatten(1)": ("p * q", "1"),
+    "F.scaled_dot_product_attention({A}, {B}, {A}).flatten(1)": ("p * q", "x"),
+    "F.avg_pool1d({A}, 2, 1).flatten(1)": ("p * (q - 1)", "x"),
+    "F.max_pool1d({A}, 2, 1).flatten(1)": ("p * (q - 1)", "x"),
+    "torch.diagonal({A}, dim1=1, dim2=2)": ("min(p, q)", "x"),
+    "torch.tril({A}).flatten(1)": ("p * q", "x"),
+}
+# And with a weight of a shape.
+AXIS_WEIGHTS = {
+    "torch.einsum('npq,pqr->npr', {A}, {W}).flatten(1)": ("p, q, 3", "3 * p"),
+    "F.linear({A}, {W}).flatten(1)": ("5, q", "5 * p"),
+    "({A} @ {W}).flatten(1)": ("q, 2", "2 * p"),
+    "({W} @ {A}).flatten(1)": ("4, p", "4 * q"),
+    "F.conv1d({A}, {W}, padding=1).flatten(1)": ("2, p, 3", "2 * q"),
+    "F.conv1d({A}, {W}, padding=1, groups={p}).flatten(1)": ("p, 1, 2", "p * (q + 1)"),
+    "F.conv2d({A}[:, None], {W}, padding=1).flatten(1)": ("2, 1, 3, 3", "2 * p * q"),
+    "F.conv_transpose1d({A}, {W}, stride=2).flatten(1)": ("p, 2, 2", "2 * (2 * q)"),
+    "({A} * {W}).flatten(1)": ("p, 1", "p * q"),
+    "F.embedding(({a}[:, :2].tanh() * 1.4 + 1.5).long(), {W}).flatten(1)": ("4, 3", "6"),
+    "F.bilinear({a}[:, :2], {b}[:, :2], {W})": ("3, 2, 2", "3"),
+}
 ORDERS = ("{a}.flip(1)", "torch.roll({a}, 1, 1)", "torch.stack({a}.unbind(1)[::-1], 1)")

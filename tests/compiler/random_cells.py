@@ -36,7 +36,7 @@ from tests.compiler.cell_recipes import (
     check_forward,
     source,
 )
-from tests.compiler.expressions import BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
+from tests.compiler.expressions import AXES, AXIS_WEIGHTS, BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
 from tests.compiler.tuned import tuned
 
 __all__ = ["SIZES", "calls", "recipes"]
@@ -46,8 +46,8 @@ Drawn = TypeVar("Drawn")
 SIZES = (1, 2, 3, 5, 7, 10, 13, 16, 17, 31, 33, 40)
 MOST = 30.0
 """Larger values go through tanh, so that sequences stay finite and their rounding small."""
-FEW = 8
-"""Up to so many features are moved one by one: more is a gather, which the tracer refuses."""
+MOST_ORDERED = 200
+"""Features that are put in another order, at the most: one by one they become as many nodes of a trace."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,36 @@ class _Writer:
         form = self.choice(GROUPED).format(a=a.name, w=a.width, p=p, q=a.width // p)
         return self.add(form, (a,), a.width, max(4.0, 2 * a.bound))
 
+    def axes(self) -> _Value:
+        """What is computed along axes, of one value or of two."""
+        a, b, p, q = self._matrices()
+        form = self.choice(AXES)
+        width, bound = AXES[form]
+        names = {"a": a.name, "b": b.name, "p": p, "q": q}
+        names |= {name.upper(): f"{names[name]}.view(-1, {p}, {q})" for name in ("a", "b")}
+        args = (a, b) if "{b}" in form or "{B}" in form else (a,)
+        grown = eval(bound.format(p=p, q=q), {"x": max(a.bound, b.bound)})
+        return self.add(form.format(**names), args, eval(width, {"p": p, "q": q, "min": min}), grown)
+
+    def axis_weight(self) -> _Value:
+        """What is computed along axes with a weight: heads, convolutions, an embedding."""
+        a, b, p, q = self._matrices()
+        form = self.choice(AXIS_WEIGHTS)
+        shape, width = AXIS_WEIGHTS[form]
+        sizes = tuple(eval(f"[{shape}]", {"p": p, "q": q}))
+        terms = max(sizes[-1], p, q) * 2
+        weight = f"self.{self.weight('k', f'torch.randn({sizes}) * {terms ** -0.5:.2f}')}"
+        form = form.format(A=f"{a.name}.view(-1, {p}, {q})", W=weight, a=a.name, b=b.name, p=p, q=q)
+        args = (a, b) if f"{b.name}[" in form else (a,)
+        return self.add(form, args, eval(width, {"p": p, "q": q}), 4 * a.bound * b.bound)
+
+    def _matrices(self) -> tuple[_Value, _Value, int, int]:
+        """Two values of p x q features, which may be one."""
+        a = self.value(lambda width: bool(_factors(width))) or self.product(self.choice([6, 10, 12, 40]))
+        b = self.value(lambda width: width == a.width) or a
+        p = self.choice(_factors(a.width))
+        return a, b, p, a.width // p
+
     def part(self) -> _Value:
         """Some of a value's features."""
         a = self.value(lambda width: width > 1) or self.product(3)
@@ -272,7 +302,7 @@ class _Writer:
             forms[f"{a.name}.split([{start}, {a.width - start}], 1)[1]"] = a.width - start
         if a.width % 2 == 0:
             forms |= {f"{a.name}.chunk(2, 1)[{self.choice([0, 1])}]": a.width // 2, f"F.glu({a.name})": a.width // 2}
-        if a.width <= FEW:
+        if a.width > 1:
             forms |= {f"{a.name}[:, ::2]": -(-a.width // 2), f"F.pad({a.name}, (1, 2))": a.width + 3}
         forms |= {f"{a.name}[:, 0, None]": 1}
         form = self.choice(forms)
@@ -283,11 +313,11 @@ class _Writer:
         a, b = self.any_value(), self.any_value()
         form = f"torch.cat(({a.name}, {b.name}), 1)"
         if a.width == b.width and self.draw(st.booleans()):
-            form = f"torch.stack(({a.name}, {b.name}), {self.choice([1, 2]) if a.width <= FEW else 1}).flatten(1)"
+            form = f"torch.stack(({a.name}, {b.name}), {self.choice([1, 2])}).flatten(1)"
         return self.add(form, (a, b), a.width + b.width, max(a.bound, b.bound))
 
     def order(self) -> _Value:
-        a = self.value(lambda width: 1 < width <= FEW) or self.product(3)
+        a = self.value(lambda width: 1 < width <= MOST_ORDERED) or self.product(3)
         return self.add(self.choice(ORDERS).format(a=a.name), (a,), a.width, a.bound)
 
     def small(self) -> _Value:
@@ -325,12 +355,12 @@ class _Writer:
 
 
 def _factors(width: int) -> list[int]:
-    """The numbers of groups that ``width`` features part into; few, else they would be moved one by one."""
-    return [p for p in range(2, width) if width % p == 0 and width <= 16]
+    """The numbers of groups that ``width`` features part into."""
+    return [p for p in range(2, width) if width % p == 0 and width <= 100]
 
 
 KINDS = ("product", "product", "product", "unary", "unary", "unary", "binary", "binary", "binary", "logic")
-KINDS += ("reduction", "norm", "grouped", "part", "join", "order", "small")
+KINDS += ("axes", "axes", "axis_weight", "reduction", "norm", "grouped", "part", "join", "order", "small")
 
 
 @st.composite

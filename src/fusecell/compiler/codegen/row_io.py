@@ -23,7 +23,7 @@ from fusecell.compiler.codegen.kernel_abi import ARGS, Layout
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import FALSE, NULL, Integer, Value
 from fusecell.compiler.codegen.work_sharing import Team
-from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.schedule.plan import Location, Plan
 
@@ -205,6 +205,10 @@ class CallerRows:
             return False
         parts = {index}
         for other, node in graph:
+            # Nests read vectors from any feature on.
+            reads_anywhere = PRIMITIVES[node.op].nest or node.op in ("contract_sum", "scatter_sum")
+            if reads_anywhere and parts.intersection(node.args):
+                return False
             if node.op == "slice" and node.args[0] in parts:
                 parts.add(other)
                 # A slice from the middle of a vector is read by whole vectors, the last one across the row's end.

@@ -287,7 +287,8 @@ class Contraction:
         f = self.f
         if self.opens is None:
             return f.zero
-        so_far = load_lanes(f, target, _known(_out(self.tile.lanes)), count, "so_far")
+        # Accumulators may be the caller's gradient itself.
+        so_far = load_lanes(f, target, _known(_out(self.tile.lanes)), count, "so_far", exact=True)
         return f.select(self.opens, f.zero, so_far, "start")
 
     def _summed(

@@ -120,7 +120,7 @@ def add_run_to(f: Function, source: Value, target: Value, extent: int, exact: bo
     def group(first: Integer, count: int) -> None:
         at = f.at(target, f.mul(first, item))
         value = load_lanes(f, f.at(source, f.mul(first, item)), item, count, "value", exact=exact)
-        so_far = load_lanes(f, at, item, count, "so_far")
+        so_far = load_lanes(f, at, item, count, "so_far", exact=True)
         store_lanes(f, f.fadd(so_far, value, "sum"), at, item, count)
 
     for_groups(f, "column", extent, group)

@@ -9,7 +9,7 @@ from fusecell.compiler.codegen.llvm_builder import Function
 from fusecell.compiler.codegen.llvm_text import Integer, Value
 from fusecell.compiler.schedule.plan import Location
 
-__all__ = ["RowsAt", "rows_at"]
+__all__ = ["RowsAt", "is_callers", "rows_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +40,9 @@ def rows_at(f: Function, layout: Layout, location: Location, at: StepRows = STEP
     rows: RowAddress = row_address(f, layout, f.module, location.buffer, at)
     start = f.at(rows.start, location.offset * f.module.itemsize)
     order = layout.buffer(f, "order") if rows.in_caller_order else None
-    return RowsAt(start, rows.stride, location.buffer.scope == "user", order)
+    return RowsAt(start, rows.stride, is_callers(location), order)
+
+
+def is_callers(location: Location) -> bool:
+    """Whether a value is in a tensor of the caller's; saved values are too, but have slack behind them."""
+    return location.buffer.scope == "user"

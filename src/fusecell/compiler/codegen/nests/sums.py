@@ -36,6 +36,7 @@ class SummedRows:
         runs, rows: how many runs there are, and rows of each.
         run_bytes, row_bytes: bytes from each to the next, of a and of b.
         shared_by: the number of the thread, and of threads, that share the accumulators.
+        exact: of each operand, whether nothing behind its last row may be read.
     """
 
     a: Value
@@ -45,6 +46,7 @@ class SummedRows:
     run_bytes: tuple[Integer, Integer]
     row_bytes: tuple[Integer, Integer]
     shared_by: tuple[Value, Value]
+    exact: tuple[bool, bool]
 
 
 def emit_contract_sum(f: Function, attrs: Attrs, rows: SummedRows, acc: Value, opens: Value) -> None:
@@ -60,7 +62,7 @@ def emit_contract_sum(f: Function, attrs: Attrs, rows: SummedRows, acc: Value, o
     run = Axis("run", rows.runs, *rows.run_bytes, None)
     row = Axis("row", rows.rows, *rows.row_bytes, None)
     at = Pointers(f.at(rows.a, attrs["a"]["offset"] * item), f.at(rows.b, attrs["b"]["offset"] * item), acc)
-    contraction = Contraction(f, result, [run, row, *inner], opens=opens)
+    contraction = Contraction(f, result, [run, row, *inner], rows.exact, opens)
     if not contraction.sums_lanes:
         contraction.emit(at, rows.shared_by)
         return
@@ -70,7 +72,8 @@ def emit_contract_sum(f: Function, attrs: Attrs, rows: SummedRows, acc: Value, o
         with f.for_range("row", 0, rows.rows) as row_number:
             is_first = f.eq(f.add(run_number, row_number), 0, "is_first")
             opens_now = f.and_(opens, is_first, "opens_now")
-            Contraction(f, result, inner, opens=opens_now).emit(of_run.along(f, row, row_number), rows.shared_by)
+            nest = Contraction(f, result, inner, rows.exact, opens_now)
+            nest.emit(of_run.along(f, row, row_number), rows.shared_by)
 
 
 def _result_strides(f: Function, attrs: Attrs) -> list[Integer]:
@@ -107,4 +110,4 @@ def emit_scatter_sum(f: Function, attrs: Attrs, rows: SummedRows, acc: Value, op
             is_own = f.and_(f.ge(place, first, "is_after"), f.lt(place, last, "is_before"), "is_own")
             with f.if_(is_own, "own"):
                 value = f.at(values, f.mul(pick, inner * item))
-                add_run_to(f, value, f.at(acc, f.mul(place, row_bytes)), inner, False)
+                add_run_to(f, value, f.at(acc, f.mul(place, row_bytes)), inner, rows.exact[1])

@@ -23,7 +23,7 @@ from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layou
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i1, i64, ptr
 from fusecell.compiler.codegen.microkernel import outer_product
-from fusecell.compiler.codegen.nests import SummedRows, emit_contract_sum, emit_scatter_sum
+from fusecell.compiler.codegen.nests import SummedRows, emit_contract_sum, emit_scatter_sum, is_callers
 from fusecell.compiler.codegen.tile_cost import split_evenly
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
@@ -163,7 +163,8 @@ class _Reduction:
         """Write the sum of a nest of each row."""
         a, b = self._operand(a_index, "a"), self._operand(self.reduction.b, "b")
         runs, strides = (_RANGE.runs, _RANGE.rows), ((a.run, b.run), (a.k, b.k))
-        rows = SummedRows(a.start, b.start, *runs, *strides, (THREAD_ID, THREADS))
+        exact = tuple(is_callers(self.reduction.operands[index]) for index in (a_index, self.reduction.b))
+        rows = SummedRows(a.start, b.start, *runs, *strides, (THREAD_ID, THREADS), (exact[0], exact[1]))
         emit = emit_contract_sum if nest.op == "contract_sum" else emit_scatter_sum
         emit(self.f, nest.attrs, rows, _ACC, _OPENS)
         self.f.end()
