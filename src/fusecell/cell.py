@@ -19,6 +19,7 @@ from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import run
 from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
+from fusecell.shapes import Outputs, OutputSize, Size, feature_shape, map_outputs
 from fusecell.validation import StateLike, all_inputs, check_dtype, check_step_input, start_state
 
 __all__ = ["Cell", "capture_intermediates", "one_step", "rewrite_intermediates", "step"]
@@ -67,14 +68,18 @@ class Cell(nn.Module):
         (torch.Size([7, 3, 10]), torch.Size([3, 10]))
 
     Arguments:
-        input_size: features of the input x.
-        hidden_size: features of each state and of the output, unless ``state_sizes`` or ``output_size`` say otherwise.
+        input_size: features of the input x, or the shape of a row of it: with ``(3, 16, 16)`` a step gets
+            (N, 3, 16, 16). ``()`` is one number per row, such as a token's id.
+        hidden_size: features or shape of each state and of the output, unless ``state_sizes`` or ``output_size`` say
+            otherwise.
 
     Attributes:
         states: the names of the states, in order.
         inputs: the names of the inputs, in order; with more than one, ``step`` gets x as a tuple.
-        state_sizes: the features of each state; override by property or assign in ``__init__``.
-        output_size: the features of the output; likewise.
+        state_sizes: the features or shape of each state, ``((4, 16, 16), 128)``; override by property or assign in
+            ``__init__``.
+        output_size: the features or shape of the output; likewise. Of a step that returns several outputs, a dict of
+            sizes, ``{"logits": 10, "map": (4, 4)}``, or a tuple of sizes with a shape among them, ``((10,), (4, 4))``.
         gates: the names of the blocks of rows in ``weight_ih``, ``weight_hh`` and the biases, in order.
         keeps, updates: the gate that keeps the old state where it is 1, and the one that lets the new one in; "" for
             none. :mod:`fusecell.init` uses these three.
@@ -86,36 +91,36 @@ class Cell(nn.Module):
     keeps: ClassVar[str] = ""
     updates: ClassVar[str] = ""
 
-    input_size: int
-    hidden_size: int
+    input_size: Size
+    hidden_size: Size
 
-    def __init__(self, input_size: int, hidden_size: int) -> None:
+    def __init__(self, input_size: Size, hidden_size: Size) -> None:
         super().__init__()
         self.input_size = input_size
         self.hidden_size = hidden_size
 
     @_Default
-    def state_sizes(self) -> tuple[int, ...]:
-        """The features of each state: ``hidden_size`` each."""
+    def state_sizes(self) -> tuple[Size, ...]:
+        """The features or shape of each state: ``hidden_size`` each."""
         return (self.hidden_size,) * len(self.states)
 
     @_Default
-    def output_size(self) -> int:
-        """The features of the output: ``hidden_size``."""
-        size: int = self.hidden_size
+    def output_size(self) -> OutputSize:
+        """The features or shape of the output: ``hidden_size``."""
+        size: Size = self.hidden_size
         return size
 
-    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Any, state: State) -> tuple[Outputs, State]:
         """Compute one time step; the only definition of the cell's maths.
 
         It must be pure in x, state, parameters and buffers, and must not branch on a tensor's value.
 
         Arguments:
             x: (N, input_size), or a tuple in the order of ``inputs`` where there are several.
-            state: a tuple of (N, size) tensors in the order of ``states``.
+            state: a tuple of (N, size) tensors in the order of ``states``; (N, d1, ..., dk) where a size is a shape.
 
         Returns:
-            The output, (N, output_size), and the new state, a tuple like ``state``.
+            The output, (N, output_size), or a tuple or dict of such where ``output_size`` is one, and the new state, a tuple like ``state``.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no step. Write step(self, x, state) -> (output, new_state), "
@@ -126,7 +131,9 @@ class Cell(nn.Module):
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> State:
         """Return the state with which a sequence begins, and to which a reset goes back: zeros, (batch_size, size)."""
-        return tuple([torch.zeros(batch_size, size, dtype=dtype, device=device) for size in self.state_sizes])
+        return tuple(
+            [torch.zeros((batch_size, *feature_shape(size)), dtype=dtype, device=device) for size in self.state_sizes]
+        )
 
     def draw(
         self,
@@ -186,7 +193,7 @@ class Cell(nn.Module):
         return f"{self.input_size}, {self.hidden_size}"
 
 
-def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> tuple[Tensor, State]:
+def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> tuple[Outputs, State]:
     r"""Run one step of a cell and return its output and its new state.
 
     .. math:: (y, s') = \mathrm{step}(x, s)
@@ -227,10 +234,12 @@ def one_step(cell: Cell, input: Any, state: Any, outputs: bool, slow_path: SlowP
     # A trace by torch.compile has no addresses that a prepared kernel could be launched with.
     if torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return slow_path(cell, input, state)
+    if isinstance(cell.input_size, tuple):  # prepared calls are of flat rows
+        return slow_path(cell, input, state)
     return call(cell, input, state, step_form(input.dim() == 2, outputs), slow_path)
 
 
-def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Tensor, Tensor | State]:
+def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Outputs, Tensor | State]:
     """Check the arguments of one step and run it."""
     inputs = (input,) if isinstance(input, Tensor) else tuple(input)
     unbatched = check_step_input(cell, inputs)
@@ -238,7 +247,7 @@ def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) ->
     check_dtype(cell, f"input {cell.inputs[0]}", inputs[0])
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
-    outputs = without_dim(outputs, 0)
+    outputs = map_outputs(lambda value: without_dim(value, 0), outputs)
     if unbatched:
-        return without_dim(outputs, 0), public_state(tuple(without_dim(value, 0) for value in after))
+        return map_outputs(lambda value: without_dim(value, 0), outputs), public_state(tuple(without_dim(value, 0) for value in after))
     return outputs, public_state(after)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import register
+from fusecell.shapes import Outputs, feature_shape, is_size, map_outputs, output_shapes, size_text, tensors_of, zero_outputs
 from fusecell.validation import first_state
 
 __all__ = ["run_eager"]
 
 
-def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State]:
     """Run a cell over a sequence in a Python loop.
 
     Arguments:
@@ -34,7 +37,7 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
     rows = list(zip(*streams, strict=True))
     order = range(steps - 1, -1, -1) if options.reverse else range(steps)
     valid, resets, start = _row_masks(cell, steps, state, options)
-    outputs: list[Tensor] = [inputs[0]] * steps
+    outputs: list[Outputs] = [inputs[0]] * steps
     for t in order:
         x = rows[t]
         before = state
@@ -45,14 +48,15 @@ def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tupl
             state = tuple(_select(resets[t], *pair) for pair in zip(start, state, strict=True))
         output, state = _checked_step(cell, x, state)
         if valid is not None:
-            output = _select(valid[t], output, torch.zeros_like(output))
+            output = map_outputs(partial(_or_zero, valid[t]), output)
             state = tuple(_select(valid[t], *pair) for pair in zip(state, before, strict=True))
         outputs[t] = output
     # Cloned: a step may return its state unchanged, and results never share memory with arguments.
-    return torch.stack(outputs), tuple(value.clone() for value in state)
+    stacked = map_outputs(lambda *values: torch.stack(values), *outputs)
+    return stacked, tuple(value.clone() for value in state)
 
 
-def _checked_step(cell: Cell, x: State, state: State) -> tuple[Tensor, State]:
+def _checked_step(cell: Cell, x: State, state: State) -> tuple[Outputs, State]:
     """Call ``cell.step`` and check that its result has the types, shapes and dtypes the cell declares."""
     result: object = cell.step(x if len(cell.inputs) > 1 else x[0], state)
     name, n = type(cell).__name__, state[0].shape[0] if state else x[0].shape[0]
@@ -62,15 +66,11 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Tensor, State]:
     sizes = cell.state_sizes
     if len(after) != len(sizes):
         raise ValueError(f"{name}.step returned {len(after)} states, expected {len(sizes)} ({', '.join(cell.states)}).")
-    if tuple(output.shape) != (n, cell.output_size):
-        raise ValueError(
-            f"{name}.step returned an output of shape {tuple(output.shape)}, expected ({n}, {cell.output_size}). "
-            "If the output is not as wide as the state, set self.output_size."
-        )
+    output = _checked_output(cell, output, n)
     for label, size, old, new in zip(cell.states, sizes, state, after, strict=True):
-        if tuple(new.shape) != (n, size):
+        if tuple(new.shape) != (n, *feature_shape(size)):
             raise ValueError(
-                f"{name}.step returned state {label} of shape {tuple(new.shape)}, expected ({n}, {size}). "
+                f"{name}.step returned state {label} of shape {tuple(new.shape)}, expected {size_text(size, n)}. "
                 "If a state is not hidden_size wide, set self.state_sizes."
             )
         if new.dtype != old.dtype:
@@ -79,6 +79,36 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Tensor, State]:
                 f"convert it in step with .to({old.dtype})."
             )
     return output, after
+
+
+def _checked_output(cell: Cell, output: Outputs, rows: int) -> Outputs:
+    """Check the structure and shapes of a step's output; return a dict in the order of ``output_size``."""
+    name, size = type(cell).__name__, cell.output_size
+    shapes = output_shapes(size)
+    if is_size(size):
+        fits = isinstance(output, Tensor)
+        expected = "a tensor"
+    elif isinstance(size, Mapping):
+        fits = isinstance(output, Mapping) and output.keys() == size.keys()
+        expected = f"a dict of {', '.join(map(repr, size))}"
+        output = {key: output[key] for key in size} if fits else output
+    else:
+        fits = isinstance(output, tuple | list) and len(output) == len(size)
+        expected = f"a tuple of {len(size)} tensors"
+    if not fits:
+        kind = f"dict of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else _describe(output)
+        raise TypeError(
+            f"{name}.step returned {kind} as its output, expected {expected}, as output_size says. Set "
+            "self.output_size to a dict or a tuple of sizes where step returns a dict or a tuple of tensors."
+        )
+    for (label, shape), value in zip(shapes.items(), tensors_of(output), strict=True):
+        if tuple(value.shape) != (rows, *shape):
+            what = "an output" if label == "output" else label
+            raise ValueError(
+                f"{name}.step returned {what} of shape {tuple(value.shape)}, expected {size_text(shape, rows)}. "
+                "If the output is not as wide as the state, set self.output_size."
+            )
+    return output
 
 
 def _row_masks(cell: Cell, steps: int, state: State, options: Options) -> tuple[Tensor | None, Tensor | None, State]:
@@ -101,9 +131,14 @@ def _select(rows: Tensor, value: Tensor, other: Tensor) -> Tensor:
     return torch.where(rows.reshape(-1, *[1] * (value.dim() - 1)), value, other)
 
 
-def _empty(cell: Cell, inputs: State, state: State) -> Tensor:
+def _or_zero(rows: Tensor, value: Tensor) -> Tensor:
+    """Return ``value`` in rows whose flag is set and zero in the rest."""
+    return _select(rows, value, torch.zeros_like(value))
+
+
+def _empty(cell: Cell, inputs: State, state: State) -> Outputs:
     like = state[0] if state else inputs[0]
-    return like.new_zeros(0, inputs[0].shape[1], cell.output_size)
+    return zero_outputs(cell.output_size, like.new_zeros, 0, inputs[0].shape[1])
 
 
 def _describe(result: object) -> str:

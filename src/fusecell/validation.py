@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import State, steps_of
 from fusecell.execution.runners import autocasting
+from fusecell.shapes import feature_shape, size_text
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -20,6 +21,7 @@ __all__ = [
     "all_inputs",
     "check_count",
     "check_dtype",
+    "check_features",
     "check_state",
     "check_step_input",
     "compute_dtype",
@@ -71,7 +73,8 @@ def start_state(cell: Cell, state: StateLike | None, inputs: State, *, unbatched
         return first_state(cell, rows, dtype=dtype, device=first.device)
     states = state_tuple(cell, state)
     if unbatched:
-        states = tuple(value[None] if value.dim() == 1 else value for value in states)
+        ranks = [len(feature_shape(size)) for size in cell.state_sizes]
+        states = tuple(value[None] if value.dim() == rank else value for value, rank in zip(states, ranks, strict=True))
     check_state(cell, states, rows)
     # A cell without weights computes in whatever dtype it gets.
     if weights_dtype(cell) is None:
@@ -201,9 +204,10 @@ def check_state(cell: Cell, state: State, batch_size: int) -> None:
     for name, size, value in zip(cell.states, cell.state_sizes, state, strict=True):
         if value.is_nested:
             raise TypeError(f"{_name(cell)} takes no nested tensor as state {name}: its rows are all of one size.")
-        if tuple(value.shape) != (batch_size, size):
+        shape = (batch_size, *size) if isinstance(size, tuple | list) else (batch_size, size)
+        if tuple(value.shape) != shape:
             raise ValueError(
-                f"{_name(cell)} expected state {name} of shape ({batch_size}, {size}), got {tuple(value.shape)}. "
+                f"{_name(cell)} expected state {name} of shape {shape}, got {tuple(value.shape)}. "
                 "A state has a row for each row of the input and is never batch-first or broadcast."
             )
 
@@ -217,18 +221,14 @@ def check_step_input(cell: Cell, inputs: State) -> bool:
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         kinds = ", ".join(type(value).__name__ for value in inputs)
         raise TypeError(f"{_name(cell)} takes tensors for its inputs ({', '.join(cell.inputs)}), got ({kinds}).")
-    first = inputs[0]
-    if first.dim() not in (1, 2):
+    first, shape = inputs[0], feature_shape(cell.input_size)
+    if first.dim() - len(shape) not in (0, 1):
         raise ValueError(
-            f"{_name(cell)} expected an input of shape (N, {cell.input_size}) or ({cell.input_size},) for one step, "
+            f"{_name(cell)} expected an input of shape {size_text(shape, 'N')} or {tuple(shape)} for one step, "
             f"got {tuple(first.shape)}. For a whole sequence use fusecell.Recurrent(cell)."
         )
-    if first.shape[-1] != cell.input_size:
-        raise ValueError(
-            f"{_name(cell)} expected {cell.input_size} input features, got {first.shape[-1]} "
-            f"in an input of shape {tuple(first.shape)}."
-        )
-    unbatched = first.dim() == 1
+    check_features(cell, first)
+    unbatched = first.dim() == len(shape)
     for name, value in zip(cell.inputs[1:], inputs[1:], strict=False):
         if not unbatched and (value.dim() < 1 or value.shape[0] != first.shape[0]):
             raise ValueError(
@@ -236,6 +236,22 @@ def check_step_input(cell: Cell, inputs: State) -> bool:
                 f"got {tuple(value.shape)}."
             )
     return unbatched
+
+
+def check_features(cell: Cell, first: Tensor) -> None:
+    """Raise ValueError unless the last dimensions of an input are the cell's features."""
+    size = cell.input_size
+    if not isinstance(size, tuple | list):
+        if first.shape[-1] != size:
+            raise ValueError(
+                f"{_name(cell)} expected {size} input features, got {first.shape[-1]} "
+                f"in an input of shape {tuple(first.shape)}."
+            )
+    elif tuple(first.shape[first.dim() - len(size) :]) != tuple(size):
+        raise ValueError(
+            f"{_name(cell)} expected an input whose last dimensions are {tuple(size)}, as its input_size says, "
+            f"got a shape of {tuple(first.shape)}. Permute or reshape the input, or set the cell's input_size."
+        )
 
 
 def _name(cell: Cell) -> str:

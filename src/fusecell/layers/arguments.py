@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
-from fusecell.validation import check_dtype
+from fusecell.shapes import feature_shape, size_text
+from fusecell.validation import check_dtype, check_features
 
 __all__ = ["Lengths", "SequenceShape", "check_inputs"]
 
@@ -36,20 +37,19 @@ def check_inputs(cell: Cell, inputs: State, batch_first: bool) -> tuple[State, b
     first = inputs[0]
     if first.is_nested:
         raise TypeError(f"{name} takes no nested tensor. Pad it, first.to_padded_tensor(0.0), and pass lengths=.")
-    if first.dim() not in (2, 3):
-        layout = "(N, T, {0})" if batch_first else "(T, N, {0})"
+    rank = len(feature_shape(cell.input_size))
+    if first.dim() - rank not in (1, 2):
+        leading = ("N", "T") if batch_first else ("T", "N")
+        fix = "" if rank == 1 else " Reshape the input, or set the cell's input_size to the shape of a row."
         raise ValueError(
-            f"{name} expected a sequence of shape {layout.format(cell.input_size)} or (T, {cell.input_size}), "
-            f"got {tuple(first.shape)}."
+            f"{name} expected a sequence of shape {size_text(cell.input_size, *leading)} or "
+            f"{size_text(cell.input_size, 'T')}, got {tuple(first.shape)}.{fix}"
         )
-    if first.shape[-1] != cell.input_size:
-        raise ValueError(
-            f"{name} expected {cell.input_size} input features, got {first.shape[-1]} "
-            f"in an input of shape {tuple(first.shape)}."
-        )
-    unbatched = first.dim() == 2
+    check_features(cell, first)
+    unbatched = first.dim() == rank + 1
+    leading_dims = 1 if unbatched else 2
     for label, value in zip(cell.inputs[1:], inputs[1:], strict=False):
-        if value.dim() < first.dim() - 1:
+        if value.dim() < leading_dims:
             raise ValueError(
                 f"{name} expected input {label} with a time {'' if unbatched else 'and a batch '}dimension, as "
                 f"{cell.inputs[0]} has, got {tuple(value.shape)}. An input that is constant over time has a T of 1."

@@ -20,6 +20,7 @@ from fusecell.layers.arguments import Lengths, SequenceShape, check_inputs
 from fusecell.layers.packed import Packing, check_packed
 from fusecell.layers.scan_wrappers import PLAIN, MaskedOutput, WrapOptions, run_wrapped, wrap_options
 from fusecell.layers.stack import Stack
+from fusecell.shapes import Outputs, map_outputs
 from fusecell.validation import StateLike, all_inputs, start_state
 
 __all__ = ["Input", "not_a_cell", "scan", "scan_time_major"]
@@ -41,7 +42,7 @@ def scan(
     masked_output: MaskedOutput = "hold",
     tbptt: int | None = None,
     clip_state_grad: float | None = None,
-) -> tuple[Tensor | PackedSequence, Tensor | State]:
+) -> tuple[Outputs, Tensor | State]:
     r"""Run a cell over a whole sequence.
 
     .. math:: (y_t, s_t) = \mathrm{step}(x_t, s_{t-1}), \quad t = 0 \ldots T-1
@@ -54,8 +55,8 @@ def scan(
 
     Arguments:
         cell: any :class:`fusecell.Cell`.
-        input: (T, N, input_size), (N, T, input_size) if ``batch_first``, (T, input_size), or a PackedSequence; a tuple
-            of such where the cell has several inputs. A T of 1 next to longer inputs means constant over time.
+        input: (T, N, input_size), (N, T, input_size) if ``batch_first``, (T, input_size), or a PackedSequence, where
+            an ``input_size`` that is a shape stands for as many dimensions, (T, N, C, H, W); a tuple of such where the cell has several inputs. A T of 1 next to longer inputs means constant over time.
         state: the state before the first step, (N, size) each and never batch-first: the tensor where the cell has one
             state, else a tuple. ``cell.initial_state`` if left out.
         lengths: (N,) integers on any device, in any order: row n is valid for t < lengths[n]. Outputs beyond are 0 and
@@ -76,7 +77,8 @@ def scan(
             [-clip_state_grad, clip_state_grad].
 
     Returns:
-        The outputs, in the form of the input, and the state after the last step.
+        The outputs, in the form of the input, and the state after the last step. A cell whose ``output_size`` is a
+        tuple or dict gives a tuple or dict of outputs.
 
     Raises:
         TypeError, ValueError: where an argument doesn't fit, naming it.
@@ -94,6 +96,7 @@ def scan(
         return _scan_packed(cell, input, state, reverse, recompute, wrap)
     # A prepared kernel runs one cell, so no Stack; while torch traces there are no addresses to launch one with.
     is_one_kernel = wrap is PLAIN and not has_data and not isinstance(cell, Stack)
+    is_one_kernel = is_one_kernel and not isinstance(cell.input_size, tuple)  # prepared calls are of flat rows
     if not is_one_kernel or not isinstance(input, Tensor) or torch.compiler.is_compiling():
         return _scan_padded(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
@@ -115,7 +118,7 @@ def _scan_padded(
     lengths: Lengths | None = None,
     resets: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor | State]:
+) -> tuple[Outputs, Tensor | State]:
     """Validate the arguments of a scan over padded sequences, and run it."""
     inputs, unbatched = check_inputs(cell, tuple(input) if isinstance(input, tuple | list) else (input,), batch_first)
     options = Options(reverse=reverse, recompute=recompute)
@@ -126,14 +129,15 @@ def _scan_padded(
     start = start_state(cell, state, inputs, unbatched=unbatched)
     outputs, after = scan_time_major(cell, inputs, start, options, wrap)
     if unbatched:
-        return without_dim(outputs, 1), public_state(tuple(without_dim(value, 0) for value in after))
-    return (swap_time_and_batch(outputs) if batch_first else outputs), public_state(after)
+        outputs = map_outputs(lambda value: without_dim(value, 1), outputs)
+        return outputs, public_state(tuple(without_dim(value, 0) for value in after))
+    return (map_outputs(swap_time_and_batch, outputs) if batch_first else outputs), public_state(after)
 
 
 @natively
 def _scan_packed(
     cell: Cell, packed: PackedSequence, state: StateLike | None, reverse: bool, recompute: bool, wrap: WrapOptions
-) -> tuple[PackedSequence, Tensor | State]:
+) -> tuple[Outputs, Tensor | State]:
     """Validate the arguments of a scan over a PackedSequence, and run it."""
     check_packed(packed)
     packing = Packing.open(packed)
@@ -143,7 +147,16 @@ def _scan_packed(
         start = tuple(packing.sort(value) for value in start)
     options = Options(packing.lengths, reverse=reverse, recompute=recompute)
     outputs, after = scan_time_major(cell, inputs, start, options, wrap, packing)
-    return packing.repack(outputs), public_state(tuple(packing.unsort(value) for value in after))
+    return _repacked(packing, outputs), public_state(tuple(packing.unsort(value) for value in after))
+
+
+def _repacked(packing: Packing, outputs: Outputs) -> Outputs:
+    """Return outputs (T, N, ...) as PackedSequences."""
+    if isinstance(outputs, Tensor):
+        return packing.repack(outputs)
+    if isinstance(outputs, dict):
+        return {name: packing.repack(value) for name, value in outputs.items()}
+    return tuple(packing.repack(value) for value in outputs)
 
 
 def scan_time_major(
@@ -153,7 +166,7 @@ def scan_time_major(
     options: Options,
     wrap: WrapOptions = PLAIN,
     packing: Packing | None = None,
-) -> tuple[Tensor, State]:
+) -> tuple[Outputs, State]:
     """Run a cell over validated inputs (T, N, ...), a Stack layer by layer.
 
     Arguments:
@@ -173,7 +186,7 @@ def scan_time_major(
 
 def _scan_stack(
     stack: Stack, inputs: State, state: State, options: Options, wrap: WrapOptions, packing: Packing | None
-) -> tuple[Tensor, State]:
+) -> tuple[Outputs, State]:
     """Run each cell of a stack over the whole sequence, then the next.
 
     Layer by layer rather than step by step: a cell's product with its input has no recurrence then, and becomes one
@@ -207,15 +220,20 @@ def _as_output(value: Tensor, options: Options, wrap: WrapOptions) -> Tensor:
     within = time < (value.shape[0] if options.lengths is None else options.lengths)
     valid = within if wrap.mask is None else within & wrap.mask
     if wrap.mask is None or not wrap.hold:
-        return torch.where(valid[..., None], value, torch.zeros_like(value))
+        return torch.where(_like_rows(valid, value), value, torch.zeros_like(value))
     # For each step the index of the last valid one in the order of running; out of range where there is none yet.
     if options.reverse:
         source = torch.where(valid, time, len(value)).flip(0).cummin(0).values.flip(0)
     else:
         source = torch.where(valid, time, -1).cummax(0).values
     exists = within & (source >= 0) & (source < len(value))
-    held = value.gather(0, source.clamp(0, len(value) - 1)[..., None].expand_as(value))
-    return torch.where(exists[..., None], held, torch.zeros_like(value))
+    held = value.gather(0, _like_rows(source.clamp(0, len(value) - 1), value).expand_as(value))
+    return torch.where(_like_rows(exists, value), held, torch.zeros_like(value))
+
+
+def _like_rows(flags: Tensor, value: Tensor) -> Tensor:
+    """Return (T, N) with a dimension of size 1 for each feature dimension of a (T, N, ...) value."""
+    return flags.reshape(*flags.shape, *[1] * (value.dim() - 2))
 
 
 def not_a_cell(value: object) -> str:
