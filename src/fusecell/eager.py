@@ -15,7 +15,7 @@ from fusecell.execution.runners import register
 from fusecell.shapes import Outputs, feature_shape, is_size, map_outputs, output_shapes, size_text, tensors_of, zero_outputs
 from fusecell.validation import first_state
 
-__all__ = ["run_eager"]
+__all__ = ["checked_output", "run_eager"]
 
 
 def run_eager(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State]:
@@ -66,7 +66,7 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Outputs, State]:
     sizes = cell.state_sizes
     if len(after) != len(sizes):
         raise ValueError(f"{name}.step returned {len(after)} states, expected {len(sizes)} ({', '.join(cell.states)}).")
-    output = _checked_output(cell, output, n)
+    output = checked_output(cell, output, n)
     for label, size, old, new in zip(cell.states, sizes, state, after, strict=True):
         if tuple(new.shape) != (n, *feature_shape(size)):
             raise ValueError(
@@ -81,7 +81,7 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Outputs, State]:
     return output, after
 
 
-def _checked_output(cell: Cell, output: Outputs, rows: int) -> Outputs:
+def checked_output(cell: Cell, output: Outputs, rows: int) -> Outputs:
     """Check the structure and shapes of a step's output; return a dict in the order of ``output_size``."""
     name, size = type(cell).__name__, cell.output_size
     shapes = output_shapes(size)

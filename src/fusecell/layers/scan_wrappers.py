@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import run
+from fusecell.shapes import Outputs, OutputSize, Size, is_size, map_outputs, tensors_of, zero_outputs
 from fusecell.wrappers import Wrapper
 
 __all__ = ["PLAIN", "MaskedOutput", "WrapOptions", "describe", "run_wrapped", "wrap_options", "unwrapped"]
@@ -86,11 +89,16 @@ class Masked(Wrapper):
     # A held output is a state: each step gives the next the output that a masked step repeats.
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (*self.cell.states, "held") if self.hold else self.cell.states
+        if not self.hold:
+            return self.cell.states
+        size = self.output_size
+        held = ("held",) if is_size(size) else tuple(f"held{place}" for place in range(len(size)))
+        return (*self.cell.states, *held)
 
     @property
-    def state_sizes(self) -> tuple[int, ...]:
-        return (*self.cell.state_sizes, self.output_size) if self.hold else self.cell.state_sizes
+    def state_sizes(self) -> tuple[Size, ...]:
+        sizes = self.cell.state_sizes
+        return (*sizes, *_output_sizes(self.output_size)) if self.hold else sizes
 
     def noise_names(self) -> tuple[str, ...]:
         return ("mask",)
@@ -101,20 +109,42 @@ class Masked(Wrapper):
         start = self.cell.initial_state(batch_size, dtype=dtype, device=device)
         if not self.hold:
             return start
-        return (*start, torch.zeros(batch_size, self.output_size, dtype=dtype, device=device))
+        held = zero_outputs(self.output_size, partial(torch.zeros, dtype=dtype, device=device), batch_size)
+        return (*start, *tensors_of(held))
 
-    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+    def around(self, x: Any, state: State, noise: State) -> tuple[Outputs, State]:
         valid = noise[0] > 0.5
         # Selected before the step, never multiplied: masked input may hold NaN, which 0 * NaN and the step's own
         # gradient at NaN would spread.
         inputs = tuple(x) if isinstance(x, tuple) else (x,)
-        inputs = tuple(torch.where(valid, value, torch.zeros_like(value)) for value in inputs)
-        before = state[:-1] if self.hold else state
+        inputs = tuple(_where(valid, value, torch.zeros_like(value)) for value in inputs)
+        count = len(self.cell.state_sizes)
+        before = state[:count]
         output, new = self.cell.step(inputs if len(inputs) > 1 else inputs[0], before)
-        after = tuple(torch.where(valid, *pair) for pair in zip(new, before, strict=True))
-        other = state[-1] if self.hold else torch.zeros_like(output)
-        output = torch.where(valid, output, other)
-        return output, ((*after, output) if self.hold else after)
+        after = tuple(_where(valid, *pair) for pair in zip(new, before, strict=True))
+        if not self.hold:
+            return map_outputs(lambda value: _where(valid, value, torch.zeros_like(value)), output), after
+        others = iter(state[count:])
+        output = map_outputs(lambda value: _where(valid, value, next(others)), _in_order(output, self.output_size))
+        return output, (*after, *tensors_of(output))
+
+
+def _where(rows: Tensor, value: Tensor, other: Tensor) -> Tensor:
+    """Return ``value`` in rows of which the (N, 1) flag is set, ``other`` in the rest."""
+    rows = rows if value.dim() == 2 else rows.reshape(-1, *[1] * (value.dim() - 1))
+    return torch.where(rows, value, other)
+
+
+def _output_sizes(size: OutputSize) -> tuple[Size, ...]:
+    """Return the size of each output, in order."""
+    if is_size(size):
+        return (size,)
+    return tuple(size.values()) if isinstance(size, Mapping) else tuple(size)
+
+
+def _in_order(output: Outputs, size: OutputSize) -> Outputs:
+    """Return a dict of outputs in the order of ``output_size``."""
+    return {name: output[name] for name in size} if isinstance(size, Mapping) else output
 
 
 class GradientLimited(Wrapper):
@@ -127,7 +157,7 @@ class GradientLimited(Wrapper):
     def noise_names(self) -> tuple[str, ...]:
         return ("cut",) if self.has_cuts else ()
 
-    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+    def around(self, x: Any, state: State, noise: State) -> tuple[Outputs, State]:
         cut = noise[0] if self.has_cuts else None
         return self.cell.step(x, tuple(_limit_gradient(value, cut, self.clip) for value in state))
 
@@ -150,7 +180,7 @@ class _LimitGradient(torch.autograd.Function):
             gradient = gradient.clamp(-ctx.clip, ctx.clip)
         for cut in ctx.saved_tensors:
             # Selected, not multiplied: a cut must stop an infinite gradient too.
-            gradient = torch.where(cut > 0.5, torch.zeros_like(gradient), gradient)
+            gradient = _where(cut > 0.5, torch.zeros_like(gradient), gradient)
         return gradient, None, None
 
 
@@ -166,7 +196,7 @@ def unwrapped(cell: Cell) -> Cell:
     return cell
 
 
-def run_wrapped(cell: Cell, inputs: State, state: State, options: Options, wrap: WrapOptions) -> tuple[Tensor, State]:
+def run_wrapped(cell: Cell, inputs: State, state: State, options: Options, wrap: WrapOptions) -> tuple[Outputs, State]:
     """Run a cell inside the wrappers that ``wrap`` asks for.
 
     Arguments:
@@ -187,7 +217,8 @@ def run_wrapped(cell: Cell, inputs: State, state: State, options: Options, wrap:
         like = state[0] if state else inputs[0]
         inputs = (*inputs, wrap.mask[..., None].to(like.dtype))
         if wrap.hold:
-            state = (*state, like.new_zeros(like.shape[0] if state else like.shape[1], cell.output_size))
+            rows = like.shape[0] if state else like.shape[1]
+            state = (*state, *tensors_of(zero_outputs(cell.output_size, like.new_zeros, rows)))
         if options.resets is not None:
             # A runner resets rows before the step, which the wrapper couldn't undo in a masked one.
             options = replace(options, resets=options.resets & wrap.mask)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
+from fusecell.shapes import Outputs, OutputSize, Size
 
 __all__ = ["Wrapper", "check_probability"]
 
@@ -58,11 +59,11 @@ class Wrapper(Cell):
         return tuple(names)
 
     @property
-    def state_sizes(self) -> tuple[int, ...]:
+    def state_sizes(self) -> tuple[Size, ...]:
         return self.cell.state_sizes
 
     @property
-    def output_size(self) -> int:
+    def output_size(self) -> OutputSize:
         return self.cell.output_size
 
     def noise_names(self) -> tuple[str, ...]:
@@ -79,7 +80,7 @@ class Wrapper(Cell):
         """
         return ()
 
-    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+    def around(self, x: Any, state: State, noise: State) -> tuple[Outputs, State]:
         """Compute one time step; by default the inner cell's, unchanged.
 
         Arguments:
@@ -107,7 +108,7 @@ class Wrapper(Cell):
         inner = self.cell.draw(steps, batch_size, dtype=dtype, device=device)
         return inner + self.noise(steps, batch_size, dtype=dtype, device=device)
 
-    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Any, state: State) -> tuple[Outputs, State]:
         inputs = tuple(x) if isinstance(x, tuple | list) else (x,)
         count = len(self.cell.inputs)
         return self.around(inputs[:count] if count > 1 else inputs[0], state, inputs[count:])

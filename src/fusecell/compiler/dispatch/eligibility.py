@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, has_16_bits
+from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State, steps_of
 from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
 
-__all__ = ["call_reasons", "loop_is_faster", "needs_gradient"]
+__all__ = ["as_numbers", "call_reasons", "loop_is_faster", "needs_gradient"]
 
 # A subclass may give any operator another meaning.
 _EXACT = (Tensor, nn.Parameter)
@@ -19,6 +20,8 @@ _EXACT = (Tensor, nn.Parameter)
 # 1 and 16 rows, Zen 4 with AVX512_BF16). With 0.4 million, or from eight steps of one row on, the loop took longer.
 _LARGE_CELL = 2**19
 _FEW_STEPS = 2
+_EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53, torch.bfloat16: 2**8, torch.float16: 2**11}
+"""The largest number up to which a dtype has every integer."""
 
 
 def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
@@ -51,6 +54,28 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
     if any(value.is_neg() for value in tensors):
         return ("An input or state is a lazy negation.",)
     return ("The input is empty: T, N or a size is 0.",)
+
+
+def as_numbers(inputs: State, dtype: torch.dtype) -> State | Refusal:
+    """Return inputs with integers as the numbers of the dtype of the cell's states, which kernels take.
+
+    Only integers that each are such a number: a token's id beyond is another token's.
+    """
+    for value in inputs:
+        if value.dtype is torch.int64 and dtype in _EXACT_INTEGERS:
+            most = _EXACT_INTEGERS[dtype]
+            if value.numel() and not (type(value) in _EXACT and value.is_cpu):
+                return inputs
+            if value.numel() and (int(value.max()) > most or int(value.min()) < -most):
+                kind = str(dtype).removeprefix("torch.")
+                return Refusal(
+                    (
+                        f"An input has integers up to {max(int(value.max()), -int(value.min())):,}, and a kernel takes "
+                        f"integers as {kind}, which has all of them up to {most:,} only. Convert the model with "
+                        ".double(), or look the ids up outside the cell.",
+                    )
+                )
+    return tuple([value.to(dtype) if value.dtype is torch.int64 else value for value in inputs])
 
 
 def loop_is_faster(cell: Cell, inputs: State) -> bool:

@@ -35,6 +35,7 @@ from fusecell.execution.call_path import CallCache
 from fusecell.execution.context import active_runner, recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
+from fusecell.shapes import all_flat
 from fusecell.torch_internals import (
     any_autocast,
     apply_directly,
@@ -140,6 +141,8 @@ def _prepare(
     if guards is None:
         return None
     cell: Any = owner if factory is None else factory.cell()
+    if not all_flat(cell):  # a form has one dimension of features
+        return None
     if not _starts_from_zeros(cell, args) or (active_runner() == "auto" and loop_is_faster(cell, inputs)):
         return None
     trainable = needs_gradient(cell, args)

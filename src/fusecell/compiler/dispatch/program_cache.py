@@ -38,10 +38,11 @@ class ProgramCache(Generic[Compiled]):
     """What was compiled for cells, by all that it depends on; first in, first out.
 
     Arguments:
-        build: compiles a cell for the feature shape of each input and a dtype.
+        build: compiles a cell for the feature shape of each input and a dtype, and the dtype of each input where some
+            have another.
     """
 
-    def __init__(self, build: Callable[[Cell, Sequence[tuple[int, ...]], torch.dtype], Compiled | Refusal]) -> None:
+    def __init__(self, build: Callable[..., Compiled | Refusal]) -> None:
         self._build = build
         self._programs: OrderedDict[Key, Compiled | Refusal] = OrderedDict()
         # For each cell and all else that it depends on, the values of each number that it was compiled with.
@@ -49,9 +50,18 @@ class ProgramCache(Generic[Compiled]):
         self._changing: WeakKeyDictionary[Cell, list[_ChangingCell]] = WeakKeyDictionary()
         register_cache(self.forget)
 
-    def find(self, cell: Cell, inputs: State) -> Compiled | Refusal:
-        """Return what was compiled for a cell as it is now, or compile it, for the target that is in force."""
-        key = (signature(cell), tuple([value.shape[2:] for value in inputs]), inputs[0].dtype)
+    def find(self, cell: Cell, inputs: State, dtype: torch.dtype | None = None) -> Compiled | Refusal:
+        """Return what was compiled for a cell as it is now, or compile it, for the target that is in force.
+
+        Arguments:
+            dtype: that of the cell's states, where an input may be of integers.
+        """
+        first = inputs[0].dtype if dtype is None else dtype
+        key: Key = (signature(cell), tuple([value.shape[2:] for value in inputs]), first)
+        for value in inputs:
+            if value.dtype is not first:
+                key = (*key, tuple([value.dtype for value in inputs]))
+                break
         # Without the lock, as a dict's get is atomic: most calls find their program.
         return self._programs.get(key) or self._new(key, cell, inputs)
 
@@ -74,7 +84,7 @@ class ProgramCache(Generic[Compiled]):
             if program is None:
                 features = [tuple(value.shape[2:]) for value in inputs]
                 with no_collection():
-                    program = self._build(cell, features, inputs[0].dtype)
+                    program = self._build(cell, features, *key[2:])
                 if isinstance(program, Refusal):
                     program = self._refuse(key, cell, program, changing)
                 self._programs[key] = program

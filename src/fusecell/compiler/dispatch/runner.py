@@ -9,13 +9,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusecell.cell import Cell
 from fusecell.cell_tree import iter_cells
 from fusecell.compiler.cache_registry import forget_programs, register_cache
 from fusecell.compiler.dispatch import fast_path
-from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
+from fusecell.compiler.dispatch.eligibility import as_numbers, call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
@@ -24,6 +24,8 @@ from fusecell.execution.call_path import register_call_cache
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
+from fusecell.shapes import Outputs, is_size, unpacked
+from fusecell.validation import compute_dtype
 
 __all__ = ["find_trainable", "find_program", "refresh", "run_auto", "run_compiled"]
 
@@ -33,15 +35,16 @@ _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 
 @one_thread_after_fork()
-def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State]:
     """Run machine code.
 
     Raises:
         NotCompilable: with the reasons, if the cell or the call cannot be compiled.
     """
-    reasons = call_reasons(inputs, state)
+    numbers = _numbers(cell, inputs, state)
+    reasons = numbers.reasons if isinstance(numbers, Refusal) else call_reasons(numbers, state)
     if not reasons:
-        result = _run(cell, inputs, state, options)
+        result = _run(cell, inputs, numbers, state, options)
         if not isinstance(result, Refusal):
             return result
         reasons = result.reasons
@@ -49,12 +52,18 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
 
 
 @one_thread_after_fork()
-def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State]:
     """Run machine code if possible, else the Python loop; warn once per class of cells and reason."""
     # None is worth a warning: torch compiles the loop itself, and another call of the cell may be compiled.
-    if torch.compiler.is_compiling() or call_reasons(inputs, state) or loop_is_faster(cell, inputs):
+    if torch.compiler.is_compiling():
         return run_eager(cell, inputs, state, options)
-    result = _run(cell, inputs, state, options)
+    numbers = _numbers(cell, inputs, state)
+    if isinstance(numbers, Refusal):
+        result: tuple[Outputs, State] | Refusal = numbers
+    elif call_reasons(numbers, state) or loop_is_faster(cell, numbers):
+        return run_eager(cell, inputs, state, options)
+    else:
+        result = _run(cell, inputs, numbers, state, options)
     if not isinstance(result, Refusal):
         return result
     if (type(cell), result.reasons) not in _warned:
@@ -72,10 +81,24 @@ def _users_level() -> int:
     return level
 
 
-def _run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
+def _numbers(cell: Cell, inputs: State, state: State) -> State | Refusal:
+    """Return inputs as kernels take them, integers as numbers."""
+    for value in inputs:
+        if value.dtype is torch.int64:
+            return as_numbers(inputs, state[0].dtype if state else compute_dtype(cell, value))
+    return inputs
+
+
+def _run(
+    cell: Cell, inputs: State, numbers: State, state: State, options: Options
+) -> tuple[Outputs, State] | Refusal:
     find = find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program
-    program = find(cell, inputs)
-    return program if isinstance(program, Refusal) else program(cell, inputs, state, options)
+    program = find(cell, inputs, numbers[0].dtype)
+    result = program if isinstance(program, Refusal) else program(cell, numbers, state, options)
+    size = cell.output_size
+    if isinstance(result, Refusal) or is_size(size):
+        return result
+    return unpacked(size, result[0], 2), result[1]
 
 
 find_program = PROGRAMS.find

@@ -29,6 +29,7 @@ from fusecell.errors import CompilerError, EagerWarning
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
+from fusecell.shapes import Outputs, is_size, unpacked
 from fusecell.torch_internals import disable_current_modes
 from fusecell.validation import first_state
 
@@ -53,13 +54,14 @@ class Described(NamedTuple):
     constants: Constants
 
 
-def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, leaf: int = -1) -> tuple[Tensor, State]:
+def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, leaf: int = -1) -> tuple[Outputs, State]:
     """Run a cell while torch traces it: one operator, or a loop that torch unrolls where the cell can't be compiled.
 
     Arguments:
         owner: the cell, or a drop-in layer.
         leaf: which of the layer's cells.
     """
+    size: Any = (owner.output_size if isinstance(owner, Cell) else None)
     wanted = tuple([value.requires_grad for value in inputs]) if torch.is_grad_enabled() else None
     # A size may be symbolic in a trace; the length of a list is an integer, and torch guards it.
     features = tuple([tuple([len([0] * size) for size in value.shape[2:]]) for value in inputs])
@@ -84,6 +86,11 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
             start = first_state(owner, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
     flags = None if wanted is None else [*wanted, *[value.requires_grad for value in weights]]
     dtype = inputs[0].dtype
+    shapes = [value.shape for value in state]
+    # The operator has all features of a row in one dimension.
+    inputs = tuple([value.flatten(2) if value.dim() > 3 else value for value in inputs])
+    inputs = tuple([value[..., None] if value.dim() < 3 else value for value in inputs])
+    state, start = _flat_rows(state), _flat_rows(start)
     if has_16_bits(dtype):
         inputs, state, start = widened(inputs), widened(state), widened(start)
     results: State = tuple(
@@ -94,7 +101,17 @@ def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, 
     )[: 1 + len(state)]  # fmt: skip
     if has_16_bits(dtype):
         results = rounded(results, dtype)
-    return results[0], results[1:]
+    outputs: Outputs = results[0]
+    if isinstance(size, tuple) and is_size(size):
+        outputs = results[0].reshape(*results[0].shape[:2], *size)
+    elif size is not None:
+        outputs = unpacked(size, results[0], 2)
+    return outputs, tuple([value.reshape(shape) for value, shape in zip(results[1:], shapes, strict=True)])
+
+
+def _flat_rows(state: State) -> State:
+    """Return states as (N, size) each."""
+    return tuple([value if value.dim() == 2 else value.reshape(value.shape[0], -1) for value in state])
 
 
 def _usual(tensors: State) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,9 +28,11 @@ from fusecell.compiler.frontend.weight_prologue import Prologue
 from fusecell.compiler.ir.graph import Builder, Graph
 from fusecell.compiler.ir.naming import name_values
 from fusecell.compiler.refusal import Refusal
+from fusecell.eager import checked_output
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
 from fusecell.module_snapshot import Change, Snapshot
+from fusecell.shapes import Shape, feature_shape, is_size, output_shape, output_shapes, packed, size_text
 from fusecell.step_changes import changing_line, explain_changes
 
 __all__ = ["Traced", "trace"]
@@ -53,11 +55,13 @@ class Traced:
         graph: the step and, if asked for, its gradient: one joint graph.
         weights: how the weight leaves of the graph are made at each call, in the order of ``graph.leaves("weight")``.
         dtype: of the step's inputs, states and results; the graph computes in float32 where it has 16 bits.
+        shapes: of a row of each output and note, by its label in the graph, which has all features in one dimension.
     """
 
     graph: Graph
     weights: Prologue
     dtype: torch.dtype
+    shapes: Mapping[str, Shape]
 
     @cached_property
     def weight_names(self) -> tuple[str, ...]:
@@ -65,7 +69,14 @@ class Traced:
         return tuple(self.graph[index].name for index in self.graph.leaves("weight"))
 
 
-def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, gradients: bool) -> Traced | Refusal:
+def trace(
+    cell: Cell,
+    inputs: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    *,
+    gradients: bool,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> Traced | Refusal:
     """Trace one step of a cell.
 
     The outputs of the graph are ``output``, ``state.<name>`` and ``note.<name>``. With ``gradients`` there are also
@@ -84,6 +95,7 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
         inputs: for each input of a step, drawn ones included, its shape without time and batch.
         dtype: of the inputs, float32, float64, bfloat16 or float16; the graph of the last two is in float32.
         gradients: record the backward too.
+        dtypes: of each input in the step, where some are integers; a kernel has these as numbers of ``dtype``.
 
     Returns:
         The graph, or the reasons why there is none.
@@ -92,16 +104,21 @@ def trace(cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, *, 
     if reasons:
         return Refusal(reasons)
     sizes = _batch_sizes(cell, inputs)
-    result = _traced_with(cell, inputs, dtype, gradients, sizes[:2])
+    result = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[:2])
     # A dimension that the step makes may be as long as the batch was, and then looks like it: of another length it isn't.
     if isinstance(result, Refusal) and any(_ABOUT_ROWS in reason for reason in result.reasons) and len(sizes) > 2:
-        again = _traced_with(cell, inputs, dtype, gradients, sizes[2:])
+        again = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[2:])
         return again if isinstance(again, Traced) else result
     return result
 
 
 def _traced_with(
-    cell: Cell, inputs: Sequence[tuple[int, ...]], dtype: torch.dtype, gradients: bool, sizes: Sequence[int]
+    cell: Cell,
+    inputs: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    gradients: bool,
+    dtypes: Sequence[torch.dtype] | None,
+    sizes: Sequence[int],
 ) -> Traced | Refusal:
     """Trace a step with two numbers of rows."""
     runs: list[_Run] = []
@@ -111,7 +128,7 @@ def _traced_with(
             # Twice, with other numbers and another batch size: whatever the step computes in Python from either, and a
             # graph would hold as a constant, then comes out differently.
             for rows in sizes:
-                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs))
+                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs, dtypes=dtypes))
                 runs[-1] = _ran(runs[-1])
                 changes = before.changes()
                 if changes:
@@ -133,7 +150,7 @@ def _ran(run: _Run) -> _Run:
     except RuntimeError as error:
         if run.gradients or _IN_PLACE not in str(error):
             raise
-        run = replace(run, names={}, outputs={})
+        run = replace(run, names={}, outputs={}, row_shapes={})
         with torch.no_grad():
             run.run()
     return run
@@ -151,7 +168,7 @@ def _refuse(reason: str, runs: Sequence[_Run], before: Snapshot) -> Refusal:
 def _refuse_changes(run: _Run, before: Snapshot, changes: list[Change]) -> Refusal:
     """Refuse a step that changes its module; it is run once more, line by line, to name the user's line."""
     before.restore()
-    again = replace(run, named=False, names={}, outputs={})
+    again = replace(run, named=False, names={}, outputs={}, row_shapes={})
     line = changing_line(before, again.run)
     return Refusal((explain_changes(changes, line),), tuple(dict.fromkeys(change.attribute for change in changes)))
 
@@ -194,8 +211,10 @@ def _difference(first: str, second: str) -> str:
 def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
     """Choose two numbers of rows that no dimension has, or is a multiple of, and two more for another attempt."""
     # A dimension of the trace that has this size is then the batch, whatever the step has reshaped.
-    dims = {cell.input_size, cell.hidden_size, *cell.state_sizes}
-    dims.update(size for shape in inputs for size in shape)
+    sizes = (cell.input_size, cell.hidden_size, *cell.state_sizes)
+    shapes = [*map(feature_shape, sizes), *output_shapes(cell.output_size).values(), *inputs]
+    # Merged with others too, as a flat row is.
+    dims = {size for shape in shapes for size in (*shape, math.prod(shape))}
     dims.update(size for _, tensor in _attributes(cell) for size in tensor.shape)
     free = [prime for prime in _PRIMES if all(size == 0 or size % prime for size in dims)]
     return (free + [10007, 10009])[:4]
@@ -251,6 +270,7 @@ class _Run:
     Arguments:
         shapes: of the inputs of a step, without time and batch.
         named: whether the names of the step's variables are taken.
+        dtypes: of the inputs, where some are integers.
     """
 
     cell: Cell
@@ -261,6 +281,8 @@ class _Run:
     named: bool
     names: dict[int, str] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
+    dtypes: Sequence[torch.dtype] | None = None
+    row_shapes: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sources: dict[int, tuple[str, Tensor]] = {}
@@ -273,9 +295,13 @@ class _Run:
 
     def run(self) -> None:
         """Run the step, and its gradient if asked for, under the recorder."""
-        x = [self._leaf("input", name, shape) for name, shape in zip(self.cell.inputs, self.shapes, strict=True)]
+        dtypes = self.dtypes or (self.dtype,) * len(self.shapes)
+        x = [
+            self._leaf("input", name, shape, dtype)
+            for name, shape, dtype in zip(self.cell.inputs, self.shapes, dtypes, strict=True)
+        ]
         state = [
-            self._leaf("state", name, (size,))
+            self._leaf("state", name, feature_shape(size), self.dtype)
             for name, size in zip(self.cell.states, self.cell.state_sizes, strict=True)
         ]
         recorder = self.recorder
@@ -304,24 +330,26 @@ class _Run:
                 of_state = label.startswith("grad.state.")
                 names.setdefault(node, f"grad.{name.partition('.')[2]}{'.new' * of_state}")
         graph = name_values(self.builder.build(self.outputs, keep_all=True), names)
-        return Traced(graph, self.recorder.weights.prologue(), self.dtype)
+        return Traced(graph, self.recorder.weights.prologue(), self.dtype, self.row_shapes)
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.
         return _variables_of_steps(self._name_variable) if self.named else nullcontext()
 
-    def _leaf(self, op: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _leaf(self, op: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         node = self.builder.append(op, (), {"shape": [math.prod(shape)]}, name)
-        tensor = self._random((self.rows, *shape))
-        if self.gradients and not name.startswith("grad."):
+        tensor = self._random((self.rows, *shape), dtype)
+        if self.gradients and dtype.is_floating_point and not name.startswith("grad."):
             # No leaf of autograd: in place on one torch raises before the recorder can say where.
             tensor = tensor.requires_grad_().clone()
         self.recorder.know(tensor, Row(tuple(tensor.shape), node), fixed=True)
         return tensor
 
-    def _random(self, shape: tuple[int, ...]) -> Tensor:
+    def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not dtype.is_floating_point:  # 0 and 1 are indices of nearly every table
+            return torch.randint(0, 2, shape, generator=self.generator, dtype=dtype, device="cpu")
         # Between 0.1 and 0.9: logarithms and roots are finite, and no value lies at a kink of an activation.
-        return torch.rand(shape, generator=self.generator, dtype=self.dtype, device="cpu") * 0.8 + 0.1
+        return torch.rand(shape, generator=self.generator, dtype=dtype, device="cpu") * 0.8 + 0.1
 
     # names
 
@@ -332,6 +360,7 @@ class _Run:
             raise Untraceable(f"The step notes {name} twice.")
         node = self._node(value)
         self.outputs[label] = node
+        self.row_shapes[label] = tuple(value.shape[1:])
         self.names.setdefault(node, name)
 
     def _name_variable(self, name: str, value: Tensor) -> None:
@@ -353,13 +382,26 @@ class _Run:
         if len(after) != len(self.cell.states):
             raise Untraceable(f"{name}.step returns {len(after)} states, {len(self.cell.states)} are expected.")
         labels = ["output", *(f"state.{state}" for state in self.cell.states)]
-        sizes = [self.cell.output_size, *self.cell.state_sizes]
-        for label, size, value in zip(labels, sizes, [output, *after], strict=True):
-            if tuple(value.shape) != (self.rows, size) or value.dtype != self.dtype:
+        output = self._packed(output)
+        shapes = [output_shape(self.cell.output_size), *map(feature_shape, self.cell.state_sizes)]
+        for label, shape, value in zip(labels, shapes, [output, *after], strict=True):
+            if tuple(value.shape) != (self.rows, *shape) or value.dtype != self.dtype:
                 actual = f"{tuple(value.shape)} and {value.dtype}"
-                raise Untraceable(f"{label} has shape and dtype {actual}, expected (N, {size}) and {self.dtype}.")
+                raise Untraceable(f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}.")
             self.outputs[label] = self._node(value)
+            self.row_shapes[label] = shape
         return output, after
+
+    def _packed(self, output: Any) -> Any:
+        """Return a tuple or dict of outputs as one flat row."""
+        size = self.cell.output_size
+        if is_size(size):
+            return output
+        try:
+            with self.recorder:
+                return packed(checked_output(self.cell, output, self.rows), 1)
+        except (TypeError, ValueError) as error:
+            raise Untraceable(str(error)) from error
 
     def _node(self, tensor: Tensor) -> int:
         """Return the node of all features of a tensor, as numbers per row."""
@@ -384,14 +426,19 @@ class _Run:
         labels = ["grad.output", *(f"grad.{name}" for name in cell.states)]
         results = [output, *after]
         seeds = [
-            self._leaf("input", label, tuple(value.shape[1:])) for label, value in zip(labels, results, strict=True)
+            self._leaf("input", label, tuple(value.shape[1:]), self.dtype)
+            for label, value in zip(labels, results, strict=True)
         ]
         slots = recorder.weights
         sources = {slot: slots.slots[slot].tensor for slot in range(len(slots.slots))}
         sources = {slot: tensor for slot, tensor in sources.items() if tensor is not None and tensor.requires_grad}
         if not any(value.requires_grad for value in results):
             return
-        leaves: list[Any] = [*x, *state, *sources.values()]
+        # Of integers there are no gradients.
+        named = [*zip((f"grad.input.{name}" for name in cell.inputs), x, strict=True)]
+        named = [(label, value) for label, value in named if value.is_floating_point()]
+        named += zip((f"grad.state.{name}" for name in cell.states), state, strict=True)
+        leaves: list[Any] = [*(value for _, value in named), *sources.values()]
         recorder.backward = True
         with recorder, ValueReadGuard():
             handles = list(recorder.watch())
@@ -404,11 +451,10 @@ class _Run:
             finally:
                 for handle in handles:
                     handle.remove()
-        names = [f"grad.input.{name}" for name in cell.inputs] + [f"grad.state.{name}" for name in cell.states]
-        for label, gradient in zip(names, gradients, strict=False):
+        for (label, _), gradient in zip(named, gradients, strict=False):
             if gradient is not None:
                 self.outputs[label] = self._node(gradient)
-        for slot, gradient in zip(sources, gradients[len(names) :], strict=True):
+        for slot, gradient in zip(sources, gradients[len(named) :], strict=True):
             if gradient is not None:
                 recorder.collect(slot, recorder.value(gradient))
         self._weight_gradients()

@@ -24,6 +24,7 @@ from fusecell.execution.context import recomputing
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.forks import new_lock
+from fusecell.shapes import packed
 from fusecell.torch_internals import apply_directly, in_functorch_transform, is_batched_gradient
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
@@ -38,10 +39,19 @@ class TrainableStep:
         inputs: the names of the step's inputs.
         key: all of the cell's signature but its tensors, to be checked before the step is run again.
         about: the class of the cell, for ``FUSECELL_DEBUG``.
+        dtypes: of each input in the step, where some are integers.
     """
 
-    def __init__(self, traced: Traced, inputs: Sequence[str], key: Key = (), about: str = "step") -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        inputs: Sequence[str],
+        key: Key = (),
+        about: str = "step",
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> None:
         self.traced = traced
+        self.dtypes = dtypes
         self._about = about
         self._key = key
         self._inputs = tuple(inputs)
@@ -64,7 +74,7 @@ class TrainableStep:
         if has_16_bits(dtype):
             # Under autograd, which so rounds the gradient of each once.
             inputs, state, reset = map(widened, (inputs, state, reset))
-        call = Call.of(training, inputs, state, reset, weights, options)
+        call = Call.of(training, inputs, state, reset, weights, options, self.traced.shapes["output"])
         results = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
         if has_16_bits(dtype):
             results = rounded(results, dtype)
@@ -108,16 +118,22 @@ class TrainableStep:
             return self._trainings[key]
 
 
-def compile_trainable(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> TrainableStep | Refusal:
+def compile_trainable(
+    cell: Cell,
+    features: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> TrainableStep | Refusal:
     """Trace a cell's step together with its gradient.
 
     Arguments:
         features: the shape of each input behind (T, N).
+        dtypes: of each input in the step, where some are integers.
     """
-    traced = trace(cell, features, dtype, gradients=True)
+    traced = trace(cell, features, dtype, gradients=True, dtypes=dtypes)
     if isinstance(traced, Refusal):
         return traced
-    return TrainableStep(traced, cell.inputs, without_tensors(signature(cell)), type(cell).__name__)
+    return TrainableStep(traced, cell.inputs, without_tensors(signature(cell)), type(cell).__name__, dtypes)
 
 
 class _Scan(torch.autograd.Function):
@@ -169,9 +185,11 @@ def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) ->
         inputs, state, reset, weights, originals = call.split(aliases)
         if has_16_bits(dtype):  # back to the numbers that they were made from
             inputs, state, reset = (rounded(values, dtype) for values in (inputs, state, reset))
+        if step.dtypes is not None:  # and the numbers of an integer input back to integers
+            inputs = tuple(value.to(kind) for value, kind in zip(inputs, step.dtypes, strict=True))
         cell = rebound(ctx.cell, step.traced.weights.bindings(weights, originals), reset)
         outputs, after = run_eager(cell, inputs, state, call.options)
-        return widened((outputs, *after))
+        return widened((packed(outputs, 2), *after))
 
     return differentiated(eager, tensors, ctx.needs_input_grad[3:], grads)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,12 @@ from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.errors import CompilerError
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
+from fusecell.shapes import Shape
 from fusecell.validation import first_state
 
 __all__ = ["Program", "compile_step", "reset_state", "run_all", "run_forward", "without_notes"]
+
+_FLAT: Mapping[str, Shape] = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Program:
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
         reset = () if options.resets is None else reset_state(cell, inputs[0])
-        return run_forward(self.kernel, self.traced.weights.values(cell), inputs, state, reset, options)
+        weights = self.traced.weights.values(cell)
+        return run_forward(self.kernel, weights, inputs, state, reset, options, self.traced.shapes)
 
 
 def reset_state(cell: Cell, like: Tensor) -> State:
@@ -61,34 +65,48 @@ def reset_state(cell: Cell, like: Tensor) -> State:
 
 @one_thread_after_fork()
 def run_forward(
-    kernel: Kernel, weights: State, inputs: State, state: State, reset: State, options: Options
+    kernel: Kernel,
+    weights: State,
+    inputs: State,
+    state: State,
+    reset: State,
+    options: Options,
+    shapes: Mapping[str, Shape] = _FLAT,
 ) -> tuple[Tensor, State]:
     """Run a forward kernel without gradient; return the output and the states after the last step.
 
     Arguments:
         reset: the states that resets go back to.
+        shapes: of a row of the output; flat where it has none.
     """
-    outputs, after = run_all(kernel, weights, inputs, state, reset, options)
+    outputs, after = run_all(kernel, weights, inputs, state, reset, options, shapes)
     return outputs["output"], after
 
 
 def run_all(
-    kernel: Kernel, weights: State, inputs: State, state: State, reset: State, options: Options
+    kernel: Kernel,
+    weights: State,
+    inputs: State,
+    state: State,
+    reset: State,
+    options: Options,
+    shapes: Mapping[str, Shape] = _FLAT,
 ) -> tuple[dict[str, Tensor], State]:
-    """Run a forward kernel of several outputs; return each, (T, N, size), by name, and the states after the last step.
+    """Run a forward kernel of several outputs; return each, (T, N, ...), by name, and the states after the last step.
 
     Tensors of 16 bits are converted to the kernel's float32, and results back.
 
     Arguments:
         reset: the states that resets go back to.
+        shapes: of a row of each output, by name; flat where it has none.
     """
     dtype = inputs[0].dtype
     if has_16_bits(dtype):
-        outputs, after = run_all(kernel, weights, widened(inputs), widened(state), widened(reset), options)
+        outputs, after = run_all(kernel, weights, widened(inputs), widened(state), widened(reset), options, shapes)
         return dict(zip(outputs, rounded(tuple(outputs.values()), dtype), strict=True)), rounded(after, dtype)
     steps, rows = steps_of(inputs), inputs[0].shape[1]
-    after = tuple([value.new_empty(rows, value.shape[1]) for value in state])
-    outputs = _new_outputs(kernel, inputs[0], steps, rows)
+    after = tuple([value.new_empty(value.shape) for value in state])
+    outputs = _new_outputs(kernel, inputs[0], steps, rows, shapes)
     ragged = None
     if options.lengths is not None:
         ragged = RaggedRows.of(options.lengths, steps)
@@ -102,25 +120,36 @@ def run_all(
     return outputs, after
 
 
-def _new_outputs(kernel: Kernel, like: Tensor, steps: int, rows: int) -> dict[str, Tensor]:
-    """Allocate each output, (T, N, size), by name."""
+def _new_outputs(
+    kernel: Kernel, like: Tensor, steps: int, rows: int, shapes: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """Allocate each output, (T, N, ...), by name."""
     sizes = kernel.output_sizes
     if len(sizes) == 1:
-        return {label: new_empty(like, steps, rows, size) for label, size in sizes.items()}
+        return {label: new_empty(like, steps, rows, *shapes.get(label, (size,))) for label, size in sizes.items()}
     # All in one piece of memory, which is sooner large enough for huge pages than each by itself.
     memory = new_empty(like, steps * rows * sum(sizes.values()))
     parts = torch.split(memory, [steps * rows * size for size in sizes.values()])
-    return {label: part.view(steps, rows, size) for (label, size), part in zip(sizes.items(), parts, strict=True)}
+    return {
+        label: part.view(steps, rows, *shapes.get(label, (size,)))
+        for (label, size), part in zip(sizes.items(), parts, strict=True)
+    }
 
 
-def compile_step(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:
+def compile_step(
+    cell: Cell,
+    features: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> Program | Refusal:
     """Trace a cell's step and compile it.
 
     Arguments:
         features: the shape of each input behind (T, N).
+        dtypes: of each input in the step, where some are integers.
     """
     began = time.perf_counter()
-    traced = trace(cell, features, dtype, gradients=False)
+    traced = trace(cell, features, dtype, gradients=False, dtypes=dtypes)
     if isinstance(traced, Refusal):
         return traced
     try:

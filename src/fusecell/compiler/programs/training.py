@@ -21,6 +21,7 @@ from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.compiler.transforms.partition import ForwardBackward
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
+from fusecell.shapes import Shape
 
 __all__ = ["Call", "IndexedKernel", "Training", "write_saved"]
 
@@ -132,6 +133,7 @@ class Call:
 
     Arguments:
         all_rows: rows of all steps together.
+        output: the shape of a row of the output.
         ends: where inputs, states, states to reset to, and weights end among the call's tensors. The tensors that
             weights are computed from come last.
     """
@@ -143,19 +145,33 @@ class Call:
     ragged: RaggedRows | None
     all_rows: int
     ends: tuple[int, int, int, int]
+    output: Shape = ()
 
     @classmethod
     def of(
-        cls, training: Training, inputs: State, state: State, reset: State, weights: State, options: Options
+        cls,
+        training: Training,
+        inputs: State,
+        state: State,
+        reset: State,
+        weights: State,
+        options: Options,
+        output: Shape | None = None,
     ) -> Call:
-        """Describe a call with these tensors; ``reset`` are the states that resets go back to, if there are any."""
+        """Describe a call with these tensors.
+
+        Arguments:
+            reset: the states that resets go back to, if there are any.
+            output: the shape of a row of the output; flat if left out.
+        """
         steps, rows = steps_of(inputs), inputs[0].shape[1]
         ragged = None if options.lengths is None else RaggedRows.of(options.lengths, steps)
         all_rows = steps * rows if ragged is None else ragged.all_rows
         a = len(inputs)
         b = a + len(state)
         c = b + len(reset)
-        return cls(training, options, steps, rows, ragged, all_rows, (a, b, c, c + len(weights)))
+        output = (training.output_size,) if output is None else output
+        return cls(training, options, steps, rows, ragged, all_rows, (a, b, c, c + len(weights)), output)
 
     def split(self, tensors: State) -> tuple[State, State, State, State, State]:
         """Split a call's tensors into inputs, states, states to reset to, weights, and what weights come from."""
@@ -168,7 +184,7 @@ class Call:
         inputs, state, reset, weights, _ = self.split(tensors)
         training, like = self.training, inputs[0]
         saved = new_empty(like, training.saved_size(self.all_rows))
-        outputs = self._new_rows(like, training.output_size)
+        outputs = self._new_rows(like, *self.output)
         after = tuple([value.new_empty(value.shape) for value in state])
         block = training.forward.kernel.block()
         training.forward.bind(block, inputs, weights)
@@ -187,7 +203,7 @@ class Call:
         training = self.training
         # A gradient may be lazily negated, which its memory does not show.
         grads = [grad if grad is None or not grad.is_neg() else grad.resolve_neg() for grad in grads]
-        grad_output = saved.new_zeros(1, self.rows, training.output_size) if grads[0] is None else grads[0]
+        grad_output = saved.new_zeros(1, self.rows, *self.output) if grads[0] is None else grads[0]
         grad_after = [
             saved.new_zeros(value.shape) if grad is None else grad for grad, value in zip(grads[1:], state, strict=True)
         ]
@@ -219,11 +235,11 @@ class Call:
         write_saved(block.values, indexed.saved_offsets(self.all_rows), saved)
         run(indexed.kernel, block, self.steps, self.rows, reverse, self.ragged)
 
-    def _new_rows(self, like: Tensor, size: int) -> Tensor:
-        """Allocate a (T, N, size) result; zeros where rows end before the others, as kernels don't write there."""
+    def _new_rows(self, like: Tensor, *shape: int) -> Tensor:
+        """Allocate a (T, N, ...) result; zeros where rows end before the others, as kernels don't write there."""
         if self.options.lengths is None:
-            return new_empty(like, self.steps, self.rows, size)
-        return like.new_zeros(self.steps, self.rows, size)
+            return new_empty(like, self.steps, self.rows, *shape)
+        return like.new_zeros(self.steps, self.rows, *shape)
 
 
 def _like_input(grad: Tensor, value: Tensor) -> Tensor:

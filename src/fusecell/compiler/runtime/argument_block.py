@@ -121,11 +121,11 @@ class ArgumentBlock:
         """Write the addresses and strides of some of a call's tensors, in the order in which the kernel has them.
 
         Arguments:
-            inputs: (T, N, size); one of a single step is the same at all steps.
+            inputs: (T, N, ...), all features of a row side by side or copied; one of a single step is the same at all steps.
             weights: of any strides.
-            first, last: (N, size), each state before the first step and after the last one.
+            first, last: (N, ...), each state before the first step and after the last one.
             reset: (N, size), the states that resets go back to; in a backward, their gradients.
-            outputs: (T, N, size), written by the kernel.
+            outputs: (T, N, ...), contiguous from the third dimension on, written by the kernel.
             sums: the memory for each weight's gradient.
             resets: (T, N) bool, which rows go back to ``reset``.
             ragged: order, counts and offsets of rows of different lengths.
@@ -159,23 +159,29 @@ class ArgumentBlock:
             strides = tensor.stride()
             # Kernels load whole vectors of features, so these must lie side by side.
             if len(strides) != 3 or (strides[2] != 1 and tensor.shape[2] > 1):
-                tensor = tensor.reshape(tensor.shape[0], tensor.shape[1], -1).contiguous()
+                tensor = self._flat(tensor, 2)
                 strides = tensor.stride()
-                self.copies.append(tensor)
             values[address], values[row] = tensor.data_ptr(), strides[1] * itemsize
             # A stride of 0 repeats the only step of an input that is the same at all of them.
             values[step] = strides[0] * itemsize if tensor.shape[0] > 1 else 0
 
     def bind_states(self, table: Iterable[_Indices], tensors: Iterable[Strided]) -> None:
-        """Bind a (N, size) tensor for each entry of a table of slots."""
+        """Bind a (N, ...) tensor for each entry of a table of slots."""
         values, itemsize = self.values, self.slots.itemsize
         for (address, row), tensor in zip(table, tensors, strict=True):
             strides = tensor.stride()
-            if strides[1] != 1 and tensor.shape[1] > 1:
-                tensor = tensor.contiguous()
+            if len(strides) != 2 or (strides[1] != 1 and tensor.shape[1] > 1):
+                tensor = self._flat(tensor, 1)
                 strides = tensor.stride()
-                self.copies.append(tensor)
             values[address], values[row] = tensor.data_ptr(), strides[0] * itemsize
+
+    def _flat(self, tensor: Strided, leading: int) -> Strided:
+        """Return a tensor with its features in one dimension, side by side: a view where its strides allow."""
+        flat = tensor.reshape(*tensor.shape[:leading], -1)
+        flat = flat if flat.stride()[-1] == 1 or flat.shape[-1] == 1 else flat.contiguous()
+        if flat.data_ptr() != tensor.data_ptr():
+            self.copies.append(flat)
+        return flat
 
     def _bind_matrices(self, table: Iterable[_Indices], tensors: Iterable[Strided]) -> None:
         """Bind a vector or matrix for each entry of a table of slots: kernels read weights with any strides."""
