@@ -81,8 +81,13 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Outputs, State]:
     return output, after
 
 
-def checked_output(cell: Cell, output: Outputs, rows: int) -> Outputs:
-    """Check the structure and shapes of a step's output; return a dict in the order of ``output_size``."""
+def checked_output(cell: Cell, output: Outputs, rows: int | None) -> Outputs:
+    """Check the structure of a step's output, and its shapes for so many rows; return a dict in the declared order.
+
+    Raises:
+        TypeError: for another structure than ``output_size`` declares.
+        ValueError: for another shape; not where ``rows`` is None.
+    """
     name, size = type(cell).__name__, cell.output_size
     shapes = output_shapes(size)
     if is_size(size):
@@ -102,7 +107,7 @@ def checked_output(cell: Cell, output: Outputs, rows: int) -> Outputs:
             "self.output_size to a dict or a tuple of sizes where step returns a dict or a tuple of tensors."
         )
     for (label, shape), value in zip(shapes.items(), tensors_of(output), strict=True):
-        if tuple(value.shape) != (rows, *shape):
+        if rows is not None and tuple(value.shape) != (rows, *shape):
             what = "an output" if label == "output" else label
             raise ValueError(
                 f"{name}.step returned {what} of shape {tuple(value.shape)}, expected {size_text(shape, rows)}. "

@@ -24,6 +24,7 @@ from fusecell.compiler.schedule.plan import Stage
 from fusecell.errors import NotCompilable
 from fusecell.execution.context import active_runner, recomputing
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
+from fusecell.shapes import Size, feature_shape
 from fusecell.validation import weights_dtype
 
 __all__ = ["ExplainedCell", "Explanation", "explain"]
@@ -202,7 +203,12 @@ class Explanation:
         return self.text
 
 
-def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> Explanation:
+def explain(
+    module: nn.Module,
+    *,
+    input_sizes: Sequence[Size] | None = None,
+    input_dtypes: Sequence[torch.dtype] | None = None,
+) -> Explanation:
     """Explain how a layer or cell runs: trace and compile it, and describe each stage.
 
     Example:
@@ -215,7 +221,8 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
 
     Arguments:
         module: a cell, or any module with cells inside: Recurrent, Stack, Bidirectional, Sequential, GRU, LSTM, RNN.
-        input_sizes: the features of each input, for a cell with several inputs.
+        input_sizes: the features or shape of each input, for a cell with several inputs.
+        input_dtypes: the dtype of each input, for a cell that takes integers: ``(torch.int64,)`` for token ids.
 
     Returns:
         An :class:`Explanation`; print it.
@@ -227,7 +234,7 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
     cells = _leaves(module)
     if not cells:
         raise TypeError(f"explain takes a layer or a cell of fusecell, got {type(module).__name__}, which has none.")
-    explained = tuple(_explain_cell(name, cell, input_sizes) for name, cell in cells)
+    explained = tuple(_explain_cell(name, cell, input_sizes, input_dtypes) for name, cell in cells)
     reasons = []
     for (_, cell), each in zip(cells, explained, strict=True):
         kind = type(cell).__name__
@@ -247,14 +254,16 @@ def explain(module: nn.Module, *, input_sizes: Sequence[int] | None = None) -> E
     )
 
 
-def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> ExplainedCell:
+def _explain_cell(
+    name: str, cell: Cell, input_sizes: Sequence[Size] | None, input_dtypes: Sequence[torch.dtype] | None
+) -> ExplainedCell:
     title = f"{name}{type(cell).__name__}({cell.input_size}, {cell.hidden_size})"
     dtype = weights_dtype(cell) or torch.get_default_dtype()
     # Refused here, before anything is traced.
     if dtype not in COMPILED_DTYPES:
         reason = f"Its weights are {dtype}; only float32, float64, bfloat16 and float16 are compiled."
         return ExplainedCell(title, f"{title}: eager\n  {reason}", (reason,), (reason,))
-    inputs = _inputs(cell, input_sizes, dtype)
+    inputs = _inputs(cell, input_sizes, input_dtypes, dtype)
     lines = [title]
     if has_16_bits(dtype):
         lines.append(f"  {str(dtype).removeprefix('torch.')} outside, float32 in the kernels")
@@ -264,7 +273,7 @@ def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> E
     kernels: tuple[KernelStages, KernelStages] | None = None
     # As a training call would find them, whatever the caller's mode: programs compiled here serve later calls too.
     with torch.inference_mode(False), torch.enable_grad():
-        program, trainable = find_program(cell, inputs), find_trainable(cell, inputs)
+        program, trainable = find_program(cell, inputs, dtype), find_trainable(cell, inputs, dtype)
     if isinstance(program, Refusal):
         reasons = program.reasons
         lines += ["  eager", *(f"    {reason}" for reason in program.reasons)]
@@ -286,7 +295,9 @@ def _explain_cell(name: str, cell: Cell, input_sizes: Sequence[int] | None) -> E
     return ExplainedCell(title, "\n".join(lines), reasons, training_reasons, inference, joint, kernels)
 
 
-def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _inputs(
+    cell: Cell, sizes: Sequence[Size] | None, dtypes: Sequence[torch.dtype] | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """Make one step of one row of each input, zeros, or what the cell draws."""
     drawn = cell.draw(1, 1, dtype=dtype, device="cpu")
     count = len(cell.inputs) - len(drawn)
@@ -300,9 +311,14 @@ def _inputs(cell: Cell, sizes: Sequence[int] | None, dtype: torch.dtype) -> tupl
         raise ValueError(
             f"{type(cell).__name__} takes {count} inputs ({names}), got {len(sizes)} input_sizes: pass one for each."
         )
-    widths = (cell.input_size,) if sizes is None else tuple(sizes)
+    if dtypes is not None and len(dtypes) != count:
+        raise ValueError(
+            f"{type(cell).__name__} takes {count} inputs ({names}), got {len(dtypes)} input_dtypes: pass one for each."
+        )
+    shapes = map(feature_shape, (cell.input_size,) if sizes is None else tuple(sizes))
+    pairs = zip(shapes, dtypes or (dtype,) * count, strict=True)
     # One of each will do: a program serves any number of steps and rows.
-    return (*(torch.zeros(1, 1, width, dtype=dtype) for width in widths), *drawn)
+    return (*(torch.zeros((1, 1, *shape), dtype=each) for shape, each in pairs), *drawn)
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, Cell]]:

@@ -19,6 +19,8 @@ from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, kernel_dtype
 from fusecell.compiler.refusal import Refusal
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.layers import Bidirectional, Recurrent, Sequential
+from fusecell.execution.options import State
+from fusecell.shapes import Size, feature_shape, output_shape
 from fusecell.validation import first_weight
 
 __all__ = ["LayerSummary", "Summary", "count_cells", "summary"]
@@ -193,7 +195,7 @@ class _Walk:
     batch_first: bool = False
     recompute: bool = False
 
-    def describe(self, module: nn.Module, name: str = "") -> tuple[list[LayerSummary], int]:
+    def describe(self, module: nn.Module, name: str = "") -> tuple[list[LayerSummary], Size]:
         """Describe the parts of a module; return them and the features of its output."""
         if isinstance(module, Sequential):
             return self._sequential(module, name)
@@ -219,7 +221,7 @@ class _Walk:
         walk = replace(self, batch_first=layer.batch_first, recompute=layer.recompute)
         return walk._cells(layer.cell, _join(name, "cell"), " reverse" if reverse else "")
 
-    def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], int]:
+    def _sequential(self, module: Sequential, name: str) -> tuple[list[LayerSummary], Size]:
         walk = replace(self, batch_first=any(getattr(part, "batch_first", False) for part in module))
         rows: list[LayerSummary] = []
         features = _input_size(module)
@@ -232,18 +234,18 @@ class _Walk:
                 rows += lines
             else:
                 rows.append(walk._per_step(part, _join(name, label), features, _like(module)))
-                features = rows[-1].output[-1]
+                features = rows[-1].output[2:]
         return rows, features
 
-    def _per_step(self, module: nn.Module, name: str, features: int, like: dict[str, Any]) -> LayerSummary:
+    def _per_step(self, module: nn.Module, name: str, features: Size, like: dict[str, Any]) -> LayerSummary:
         """Describe a module that is applied to each step independently, such as a Linear."""
         if isinstance(module, nn.Embedding):
             x = torch.zeros(1, self.rows, dtype=torch.int64, device=like["device"])
         else:
-            x = torch.zeros(1, self.rows, features, **like)
+            x = torch.zeros((1, self.rows, *feature_shape(features)), **like)
         # One step stands for all: such a module sees no other step.
         macs, output = _count_macs(module, x)
-        shape = self._sequence(output.shape[-1])
+        shape = self._sequence(*output.shape[2:])
         return LayerSummary(name, type(module).__name__, _parameters(module), macs * self.seq_len, shape, {}, 0)
 
     def _cells(self, cell: Cell, name: str, suffix: str = "") -> list[LayerSummary]:
@@ -253,11 +255,11 @@ class _Walk:
 
     def _cell(self, cell: Cell, name: str, suffix: str) -> LayerSummary:
         states: dict[str, Shape] = {
-            state: (self.rows, size) for state, size in zip(cell.states, cell.state_sizes, strict=True)
+            state: (self.rows, *feature_shape(size)) for state, size in zip(cell.states, cell.state_sizes, strict=True)
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
-        kind, shape, saved = type(cell).__name__ + suffix, self._sequence(cell.output_size), self._saved(cell)
+        kind, shape, saved = type(cell).__name__ + suffix, self._sequence(*output_shape(cell.output_size)), self._saved(cell)
         return LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
 
     def _saved(self, cell: Cell) -> int | None:
@@ -267,9 +269,11 @@ class _Walk:
         # The widths of further inputs are unknown before a call, and other dtypes are never compiled.
         if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in COMPILED_DTYPES:
             return None
-        inputs = (torch.zeros(1, self.rows, cell.input_size, **like), *drawn)
+        inputs = (torch.zeros((1, self.rows, *feature_shape(cell.input_size)), **like), *drawn)
         with torch.enable_grad():
             trainable = find_trainable(cell, inputs)
+            if isinstance(trainable, Refusal):  # of token ids it may compile
+                trainable = find_trainable(cell, (inputs[0].long(), *drawn), like["dtype"])
             if isinstance(trainable, Refusal):
                 return None
             numbers = trainable.saved_numbers(cell, [False] * len(inputs), self.recompute)
@@ -281,11 +285,18 @@ class _Walk:
         drawn = cell.draw(1, self.rows, **like)
         if len(cell.inputs) > 1 + len(drawn):
             return None
-        inputs = (torch.zeros(self.rows, cell.input_size, **like), *(value[0] for value in drawn))
-        x = inputs if len(inputs) > 1 else inputs[0]
-        return _count_macs(cell.step, x, cell.initial_state(self.rows, **like))[0]
+        first = torch.zeros((self.rows, *feature_shape(cell.input_size)), **like)
+        try:
+            return self._macs(cell, (first, *(value[0] for value in drawn)))
+        except (RuntimeError, TypeError, IndexError):  # a cell of token ids takes no other numbers
+            return self._macs(cell, (first.long(), *(value[0] for value in drawn)))
 
-    def _torch_layers(self, module: nn.RNNBase, name: str) -> tuple[list[LayerSummary], int]:
+    def _macs(self, cell: Cell, inputs: State) -> int:
+        """Return the multiply-accumulates of one step on these inputs."""
+        x = inputs if len(inputs) > 1 else inputs[0]
+        return _count_macs(cell.step, x, cell.initial_state(self.rows, **_like(cell)))[0]
+
+    def _torch_layers(self, module: nn.RNNBase, name: str) -> tuple[list[LayerSummary], Size]:
         """Describe each layer and direction of a torch.nn layer or a drop-in."""
         width = module.proj_size or module.hidden_size
         states: dict[str, Shape] = {"h": (self.rows, width)}
@@ -317,9 +328,9 @@ class _Walk:
         macs = sum(value.numel() for value in tensors if value.dim() == 2) * self.seq_len * self.rows
         return LayerSummary(name, kind, sum(value.numel() for value in tensors), macs, output, states, self.seq_len)
 
-    def _sequence(self, features: int) -> Shape:
+    def _sequence(self, *features: int) -> Shape:
         leading = (self.rows, self.seq_len) if self.batch_first else (self.seq_len, self.rows)
-        return (*leading, features)
+        return (*leading, *features)
 
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -382,14 +393,15 @@ def _like(module: nn.Module) -> dict[str, Any]:
     return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
 
 
-def _input_size(module: Sequential) -> int:
+def _input_size(module: Sequential) -> Size:
     """Return the features a Sequential takes: those of the first part that declares them.
 
     The parts before it, activations and norms, don't change the number of features.
     """
     for part in module:
         for attribute in ("input_size", "in_features", "embedding_dim"):
-            if isinstance(size := getattr(part, attribute, None), int):
+            size = getattr(part, attribute, None)
+            if isinstance(size, int | tuple):
                 return size
         if isinstance(part, Sequential):
             return _input_size(part)

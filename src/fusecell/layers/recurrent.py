@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fusecell.execution.options import State
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
 from fusecell.layers.scan_wrappers import MaskedOutput, describe, wrap_options
+from fusecell.shapes import Outputs, OutputSize, Size, feature_shape, is_size
 from fusecell.validation import StateLike
 from fusecell.wrapped_module import wrap
 
@@ -72,11 +73,11 @@ class Recurrent(nn.Module):
         self.clip_state_grad = clip_state_grad
 
     @property
-    def input_size(self) -> int:
+    def input_size(self) -> Size:
         return self.cell.input_size
 
     @property
-    def output_size(self) -> int:
+    def output_size(self) -> OutputSize:
         return self.cell.output_size
 
     def forward(
@@ -87,13 +88,13 @@ class Recurrent(nn.Module):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+    ) -> tuple[Outputs, Tensor | State]:
         """Run the cell over a sequence; arguments and returns as in :func:`fusecell.scan`."""
         return self.run(input, state, self.reverse, lengths=lengths, resets=resets, mask=mask)
 
     def run(
         self, input: Input, state: StateLike | None, reverse: bool, **data: Any
-    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+    ) -> tuple[Outputs, Tensor | State]:
         """Run the cell in a given direction; otherwise as ``forward``."""
         return scan(
             self.cell,
@@ -151,6 +152,7 @@ class Bidirectional(nn.Module):
                 f"Bidirectional: both layers must agree in batch_first, got {forward_layer.batch_first} "
                 f"and {backward_layer.batch_first}."
             )
+        _concatenated_size(forward_layer.output_size, backward_layer.output_size)  # raises where they don't fit
         self.forward_layer = forward_layer
         self.backward_layer = backward_layer
 
@@ -159,12 +161,12 @@ class Bidirectional(nn.Module):
         return self.forward_layer.batch_first
 
     @property
-    def input_size(self) -> int:
+    def input_size(self) -> Size:
         return self.forward_layer.input_size
 
     @property
-    def output_size(self) -> int:
-        return self.forward_layer.output_size + self.backward_layer.output_size
+    def output_size(self) -> OutputSize:
+        return _concatenated_size(self.forward_layer.output_size, self.backward_layer.output_size)
 
     def forward(
         self,
@@ -174,7 +176,7 @@ class Bidirectional(nn.Module):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
+    ) -> tuple[Outputs, tuple[Any, Any]]:
         """Run both directions.
 
         Arguments:
@@ -183,7 +185,7 @@ class Bidirectional(nn.Module):
             lengths, resets, mask: as in :func:`fusecell.scan`, for both.
 
         Returns:
-            The outputs, concatenated along the features, and the pair of states.
+            The outputs, concatenated along their features, of a shape (C, H, W) along C, and the pair of states.
 
         Raises:
             TypeError, ValueError: where an argument doesn't fit, naming it.
@@ -195,11 +197,38 @@ class Bidirectional(nn.Module):
         data = {"lengths": lengths, "resets": resets, "mask": mask}
         forward, forward_state = self.forward_layer(input, state[0], **data)
         backward, backward_state = self.backward_layer.run(input, state[1], True, **data)
-        return _concatenated(forward, backward), (forward_state, backward_state)
+        return _concatenated(forward, backward, self.forward_layer.output_size), (forward_state, backward_state)
 
 
-def _concatenated(forward: Any, backward: Any) -> Any:
-    """Concatenate two outputs along the features."""
+def _concatenated(forward: Any, backward: Any, size: OutputSize) -> Any:
+    """Concatenate two outputs along the first dimension of their features."""
     if isinstance(forward, PackedSequence):
-        return forward._replace(data=torch.cat((forward.data, backward.data), -1))
-    return torch.cat((forward, backward), -1)
+        return forward._replace(data=_concatenated(forward.data, backward.data, size))
+    if is_size(size):
+        return torch.cat((forward, backward), -len(feature_shape(size)))
+    if isinstance(size, Mapping):
+        return {name: _concatenated(forward[name], backward[name], size[name]) for name in size}
+    return tuple(_concatenated(*values) for values in zip(forward, backward, size, strict=True))
+
+
+def _concatenated_size(forward: OutputSize, backward: OutputSize) -> OutputSize:
+    """Return the size of two outputs concatenated.
+
+    Raises:
+        ValueError: if they differ in more than the first dimension of their features.
+    """
+    if isinstance(forward, int) and isinstance(backward, int):
+        return forward + backward
+    if is_size(forward) and is_size(backward):
+        one, other = feature_shape(forward), feature_shape(backward)
+        if one and other and one[1:] == other[1:]:
+            return (one[0] + other[0], *one[1:])
+    elif isinstance(forward, Mapping) and isinstance(backward, Mapping):
+        if forward.keys() == backward.keys():
+            return {name: _concatenated_size(size, backward[name]) for name, size in forward.items()}
+    elif isinstance(forward, tuple) and isinstance(backward, tuple) and len(forward) == len(backward):
+        return tuple(_concatenated_size(*sizes) for sizes in zip(forward, backward, strict=True))
+    raise ValueError(
+        f"Bidirectional concatenates the outputs of its layers along the first dimension of their features, which have "
+        f"the sizes {forward} and {backward}: all other dimensions, and the names or number of outputs, must agree."
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
+from fusecell.shapes import Outputs, OutputSize, Size
 from fusecell.validation import check_count
 
 __all__ = ["Stack"]
@@ -29,7 +30,7 @@ class Stack(Cell):
         (torch.Size([7, 3, 16]), torch.Size([3, 32]), torch.Size([3, 16]))
 
     Arguments:
-        cells: bottom first; the ``input_size`` of each is the ``output_size`` of the one below. Stacks nest.
+        cells: bottom first; the ``input_size`` of each, a number or a shape, is the ``output_size`` of the one below. Stacks nest.
         dropout: the probability with which a feature of every cell's output but the last's is dropped, in training.
             Over a sequence it is one dropout of the (T, N, size) output between layers, as torch.nn draws it.
         residual: add a cell's input to its output, after dropout, wherever the sizes agree.
@@ -69,16 +70,16 @@ class Stack(Cell):
         return (*self.layers[0].inputs, *above)
 
     @property
-    def state_sizes(self) -> tuple[int, ...]:
+    def state_sizes(self) -> tuple[Size, ...]:
         return tuple(size for cell in self.layers for size in cell.state_sizes)
 
     @property
-    def output_size(self) -> int:
+    def output_size(self) -> OutputSize:
         if self.skip:
-            return sum(cell.output_size for cell in self.layers)
+            return sum(cast("int", cell.output_size) for cell in self.layers)
         return self.layers[-1].output_size
 
-    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Any, state: State) -> tuple[Outputs, State]:
         # As in `inputs`: those of the bottom cell, then what each cell above has drawn, its first input excepted.
         inputs = list(x) if len(self.inputs) > 1 else [x]
         count = len(self.layers[0].inputs)
@@ -131,7 +132,9 @@ class Stack(Cell):
 
     def join(self, output: Tensor, below: Tensor) -> Tensor:
         """Add the residual connection past a cell, where there is one."""
-        return output + below if self.residual and output.shape[-1] == below.shape[-1] else output
+        if not self.residual or output.shape[-1] != below.shape[-1]:
+            return output
+        return output + below if output.dim() < 4 or output.shape == below.shape else output
 
     def feed(self, below: Tensor, first: Tensor) -> Tensor:
         """Return the input of a cell above the first: the output below, with ``skip`` and the stack's input."""
@@ -153,10 +156,18 @@ def _check(cells: tuple[Cell, ...], dropout: float, residual: bool, skip: bool) 
     for cell in cells:
         if not isinstance(cell, Cell):
             raise TypeError(f"Stack takes cells, got {type(cell).__name__}. For layers use fusecell.Sequential.")
+    odd = [cell for cell in cells for size in (cell.input_size, cell.output_size) if not isinstance(size, int)]
+    if skip and odd:
+        raise ValueError(
+            f"Stack: skip concatenates vectors of features, {type(odd[0]).__name__}'s input or output has another "
+            "shape. Flatten them in the cells, or use residual=True."
+        )
     if residual and skip:
         raise ValueError("Stack: residual adds a cell's input to its output, skip concatenates them; choose one.")
     for below, above in pairwise(cells):
-        width = below.output_size + (cells[0].input_size if skip else 0)
+        width = below.output_size
+        if skip and isinstance(width, int) and isinstance(cells[0].input_size, int):
+            width += cells[0].input_size
         if width != above.input_size:
             skipped = f", with the stack's {cells[0].input_size} behind them {width}," if skip else ""
             raise ValueError(

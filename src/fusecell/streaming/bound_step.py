@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +19,25 @@ from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.guard_page_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
 
-__all__ = ["MOST_STEPS", "Array", "BoundStep", "Part"]
+__all__ = ["MOST_STEPS", "Array", "BoundStep", "Part", "RowShapes"]
 
 Array = np.ndarray[Any, Any]
 
 MOST_STEPS = 64
 """The most steps of one kernel call in ``push``; scratch memory is allocated for these."""
+
+
+class RowShapes(NamedTuple):
+    """The shapes of a row of a cell's input, of its output and of each of its states."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    states: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether each is one dimension of features."""
+        return all(len(shape) == 1 for shape in (self.input, self.output, *self.states))
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Part:
         kernel: the kernel compiled from it.
         weights: in the order of the graph's weight leaves.
         start: the initial states, (rows, size) each.
+        shapes: of a row of the input, the output and each state, as users see them; flat if left out.
     """
 
     kind: str
@@ -44,6 +58,7 @@ class Part:
     kernel: Kernel
     weights: Sequence[Array]
     start: Sequence[Array]
+    shapes: RowShapes | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -57,6 +72,13 @@ class Part:
     @functools.cached_property
     def output_size(self) -> int:
         return self.kernel.output_sizes["output"]
+
+    @property
+    def row_shapes(self) -> RowShapes:
+        """The shapes of a row, as users see them."""
+        if self.shapes is not None:
+            return self.shapes
+        return RowShapes((self.input_size,), (self.output_size,), tuple([value.shape[1:] for value in self.start]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +114,9 @@ class BoundStep:
         self.part, self._rows = part, source.shape[0]
         self.start = part.start
         self.state = [value.copy() for value in part.start]
+        # The same memory in the users' shapes.
+        rows = [(self._rows, *shape) for shape in part.row_shapes.states]
+        self.shaped_state = [value.reshape(shape) for value, shape in zip(self.state, rows, strict=True)]
         self.input, self.output = source, np.zeros((self._rows, part.output_size), part.dtype)
         states = [_View(value) for value in self.state]
         self._block = block = kernel.block()

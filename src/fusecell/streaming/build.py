@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
 from fusecell.layers import Recurrent, Sequential, Stack
 from fusecell.module_snapshot import preserved
-from fusecell.streaming.bound_step import Part
+from fusecell.shapes import Size, feature_shape, is_size, output_shapes, size_text
+from fusecell.streaming.bound_step import Part, RowShapes
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
 
@@ -27,12 +29,13 @@ class _PerStep(Cell):
 
     states = ()
 
-    def __init__(self, module: nn.Module, input_size: int) -> None:
+    def __init__(self, module: nn.Module, input_size: Size) -> None:
         super().__init__(input_size, input_size)
         self.module = module
-        like = torch.zeros(1, input_size, dtype=weights_dtype(module))
+        like = torch.zeros((1, *feature_shape(input_size)), dtype=weights_dtype(module))
         with torch.no_grad(), preserved(module):
-            self.output_size = module(like).shape[-1]
+            shape = tuple(module(like).shape[1:])
+        self.output_size = shape[0] if len(shape) == 1 else shape
 
     def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.module(x), ()
@@ -51,6 +54,7 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
     cells = list(_cells(module, None))
     for cell in cells:
         _check(cell, rows)
+    _check_chain(cells)
     kinds = {dtype for cell in cells if (dtype := weights_dtype(cell)) is not None} or {torch.get_default_dtype()}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
         raise TypeError(
@@ -64,7 +68,10 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
 
 def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     """Compile one cell."""
-    program = compile_step(cell, [(cell.input_size,)], dtype)
+    shapes = RowShapes(
+        feature_shape(cell.input_size), feature_shape(cell.output_size), tuple(map(feature_shape, cell.state_sizes))
+    )
+    program = compile_step(cell, [shapes.input], dtype)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
     # Copies: training may go on with the module while the stream runs.
@@ -75,11 +82,12 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
         without_notes(program.traced.graph),
         program.kernel,
         weights,
-        [np.array(value.to(dtype).numpy(), order="C") for value in start],
+        [np.array(value.to(dtype).numpy(), order="C").reshape(rows, -1) for value in start],
+        None if shapes.is_flat else shapes,
     )
 
 
-def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
+def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
     """Iterate over the cells of a module, bottom first.
 
     Not ``iter_cells``: the order is that of execution, and what can't run step by step is refused.
@@ -125,7 +133,22 @@ def _cells(module: nn.Module, width: int | None) -> Iterator[Cell]:
 def _check(cell: Cell, rows: int) -> None:
     """Raise TypeError for a cell that needs more than one input in a step."""
     name = type(cell).__name__
+    if not is_size(cell.output_size):
+        raise TypeError(
+            f"Stream gives one output at a step, {name} has several ({', '.join(output_shapes(cell.output_size))}). "
+            "Return those that you need concatenated, or use fusecell.step."
+        )
     if cell.draw(1, rows):
         raise TypeError(f"Stream: {name} draws random inputs; eval() it first.")
     if len(cell.inputs) > 1:
         raise TypeError(f"Stream takes cells with one input, {name} has {len(cell.inputs)}: {', '.join(cell.inputs)}.")
+
+
+def _check_chain(cells: Sequence[Cell]) -> None:
+    """Raise ValueError unless each cell takes rows of the shape that the one below gives; kernels see flat rows."""
+    for below, above in pairwise(cells):
+        if feature_shape(below.output_size) != feature_shape(above.input_size):
+            raise ValueError(
+                f"Stream: {type(below).__name__} gives rows of {size_text(below.output_size)} and "
+                f"{type(above).__name__} above it takes {size_text(above.input_size)}; they must agree."
+            )

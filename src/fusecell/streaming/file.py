@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -21,7 +22,7 @@ from fusecell.compiler.ir.graph_contract import GraphLimits, check_graph
 from fusecell.compiler.ir.primitives import region
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.errors import CompilerError, StreamFileError, quoted
-from fusecell.streaming.bound_step import MOST_STEPS, Array, Part
+from fusecell.streaming.bound_step import MOST_STEPS, Array, Part, RowShapes
 from fusecell.streaming.limits import Limits
 from fusecell.streaming.stream import Stream
 from fusecell.strict_json import parse_json
@@ -31,6 +32,7 @@ __all__ = ["StreamFileError", "digest", "load_stream", "write"]
 
 _FORMAT = "fusecell stream 1"
 _DEFAULT_LIMITS = Limits()
+_MOST_DIMS = 16
 
 
 def write(parts: Sequence[Part], path: str | Path) -> None:
@@ -44,7 +46,10 @@ def write(parts: Sequence[Part], path: str | Path) -> None:
             tensors[f"{place}.weight.{index}"] = np.ascontiguousarray(value)
         for index, value in enumerate(part.start):
             tensors[f"{place}.start.{index}"] = np.ascontiguousarray(value[:1])
-        described.append({"kind": part.kind, "graph": part.graph.text})
+        entry: dict[str, Any] = {"kind": part.kind, "graph": part.graph.text}
+        if part.shapes is not None:
+            entry["shapes"] = part.shapes._asdict()
+        described.append(entry)
     text = json.dumps(described)
     about = {"format": _FORMAT, "parts": text, "sha256": digest(text, tensors)}
     # Written under another name, then renamed, which is atomic: no reader ever sees half a file.
@@ -109,12 +114,16 @@ def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFA
 
 
 class _Step(NamedTuple):
-    """A part of a stream as read from a file: the cell's class, its graph, weights, and initial states of one row."""
+    """A part of a stream as read from a file.
+
+    Its cell's class, its graph, weights, initial states of one row, and the shapes of a row unless all are flat.
+    """
 
     kind: str
     graph: Graph
     weights: list[Array]
     start: list[Array]
+    shapes: RowShapes | None
 
 
 def _read(path: Path, limits: Limits) -> TensorFile:
@@ -130,7 +139,7 @@ def _read(path: Path, limits: Limits) -> TensorFile:
 
 def _described(about: Mapping[str, str], limits: Limits) -> list[Any]:
     """Parse the list of parts."""
-    described = parse_json(about["parts"], 2)
+    described = parse_json(about["parts"], 5)
     if not isinstance(described, list) or not described:
         raise ValueError("it describes no steps")
     if len(described) > limits.parts:
@@ -163,7 +172,7 @@ def _steps(described: list[Any], file: TensorFile, limits: Limits) -> list[_Step
 
 def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits) -> _Step:
     """Check one part; take its tensors out of ``tensors``."""
-    if not isinstance(entry, dict) or entry.keys() != {"kind", "graph"}:
+    if not isinstance(entry, dict) or entry.keys() - {"shapes"} != {"kind", "graph"}:
         raise CompilerError(f"it is {quoted(entry)}, expected an object of kind and graph")
     kind, text = entry["kind"], entry["graph"]
     if not isinstance(kind, str) or not kind.isprintable() or not 0 < len(kind) <= 256:
@@ -181,7 +190,31 @@ def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits
     weights = [_tensor(tensors, f"{place}.weight.{i}", shape, dtype) for i, shape in enumerate(leaves)]
     sizes = [graph[index].size for index in graph.leaves("state")]
     start = [_tensor(tensors, f"{place}.start.{i}", (1, size), dtype) for i, size in enumerate(sizes)]
-    return _Step(kind, graph, weights, start)
+    return _Step(kind, graph, weights, start, _row_shapes(entry["shapes"], graph) if "shapes" in entry else None)
+
+
+def _row_shapes(entry: Any, graph: Graph) -> RowShapes:
+    """Check the shapes of a row, which must have as many features as the graph's rows."""
+    if not isinstance(entry, dict) or entry.keys() != {"input", "output", "states"}:
+        raise CompilerError(f"its shapes are {quoted(entry)}, expected an object of input, output and states")
+    (leaf,) = graph.leaves("input")
+    states = [graph[index].size for index in graph.leaves("state")]
+    if not isinstance(entry["states"], list) or len(entry["states"]) != len(states):
+        raise CompilerError(f"its shapes of states are {quoted(entry['states'])}, expected {len(states)}")
+    return RowShapes(
+        _shape(entry["input"], graph[leaf].size),
+        _shape(entry["output"], graph[graph.outputs["output"]].size),
+        tuple(_shape(shape, size) for shape, size in zip(entry["states"], states, strict=True)),
+    )
+
+
+def _shape(shape: Any, size: int) -> tuple[int, ...]:
+    """Check the shape of a row of so many features."""
+    is_shape = isinstance(shape, list) and len(shape) <= _MOST_DIMS
+    # A bool is an int to Python, and no dimension.
+    if not is_shape or not all(type(dim) is int and 0 < dim <= size for dim in shape) or math.prod(shape) != size:
+        raise CompilerError(f"the shape of a row is {quoted(shape)}, expected dimensions of {size} features in all")
+    return tuple(shape)
 
 
 def _check_step(graph: Graph) -> None:
@@ -236,7 +269,8 @@ def _part(place: int, step: _Step, rows: int, limits: Limits, code_bytes: int) -
         name = type(error).__name__
         raise CompilerError(f"the compiler fails on its step {place}, please report it ({name}: {error})") from error
     _check_scratch(place, kernel, limits)
-    return Part(step.kind, step.graph, kernel, step.weights, [value.repeat(rows, 0) for value in step.start])
+    start = [value.repeat(rows, 0) for value in step.start]
+    return Part(step.kind, step.graph, kernel, step.weights, start, step.shapes)
 
 
 def _check_scratch(place: int, kernel: Kernel, limits: Limits) -> None:

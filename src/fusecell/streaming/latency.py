@@ -54,9 +54,11 @@ def measure(stream: Stream, steps: int, *, progress: Callable[[int], object] | N
         steps: the number of steps to time, after up to 1000 to warm up.
         progress: called about a hundred times with the number of steps done.
     """
-    rows = (stream.batch_size, stream.input_size)
+    size = stream.input_size
+    rows = (stream.batch_size, *(size if isinstance(size, tuple) else (size,)))
     inputs = np.random.default_rng(0).normal(size=(256, *rows)).astype(stream.dtype)
-    out = np.empty((stream.batch_size, stream.output_size), stream.dtype)
+    size = stream.output_size
+    out = np.empty((stream.batch_size, *(size if isinstance(size, tuple) else (size,))), stream.dtype)
     # Local names and 256 inputs made before: the loop is to time steps and nothing else.
     clock, step, ticks = time.perf_counter_ns, stream.step, np.empty(steps, np.int64)
     for index in range(min(steps, 1000)):

@@ -42,7 +42,7 @@ class Stream:
         batch_size: the number of rows, each with its own state.
 
     Attributes:
-        input_size, output_size: features of a step.
+        input_size, output_size: features of a step, or the shape of a row.
         dtype: NumPy's, of inputs, outputs and states.
 
     Raises:
@@ -79,17 +79,20 @@ class Stream:
     def _bind(self, parts: Sequence[Part], rows: int, module: nn.Module | None) -> None:
         self._module = module
         self._rows = rows
-        self.input_size, self.output_size, self.dtype = parts[0].input_size, parts[-1].output_size, parts[0].dtype
+        self.dtype = parts[0].dtype
+        self._one, self._output_shape = parts[0].row_shapes.input, parts[-1].row_shapes.output
+        self.input_size, self.output_size = _size(self._one), _size(self._output_shape)
         self._cells: list[BoundStep] = []
-        source = np.zeros((rows, self.input_size), self.dtype)
+        source = np.zeros((rows, parts[0].input_size), self.dtype)
         for part in parts:
             self._cells.append(BoundStep(part, source))
             source = self._cells[-1].output
-        self._input, self._output = self._cells[0].input, source
+        # Views of the kernels' buffers in the users' shapes.
+        self._input = self._cells[0].input.reshape(rows, *self._one)
+        self._output = source.reshape(rows, *self._output_shape)
         self._calls: list[tuple[Callable[[int], None], int]] = [(cell.run, cell.address) for cell in self._cells]
         self._order = np.arange(rows, dtype=np.int64)
         self._count = np.array([rows], dtype=np.int64)
-        self._one = (self.input_size,)
 
     @property
     def batch_size(self) -> int:
@@ -125,7 +128,8 @@ class Stream:
         """Run one step.
 
         Arguments:
-            x: (batch_size, input_size), or (input_size,) if there is one row; an array or a tensor.
+            x: (batch_size, input_size), or (input_size,) if there is one row; an array or a tensor. An ``input_size``
+                that is a shape stands for as many dimensions.
             rows: (batch_size,) bool, True for rows that take part. The others keep their state, and their output is 0.
             out: an array for the output, in place of a new one.
 
@@ -182,12 +186,14 @@ class Stream:
             ValueError: where a shape doesn't fit.
         """
         x = np.asarray(self._real("chunk", _array(chunk)), dtype=self.dtype)
-        shape, unbatched = x.shape, x.ndim == 2 and self._rows == 1
+        shape, unbatched = x.shape, x.shape[1:] == self._one and self._rows == 1
         x = x[:, None] if unbatched else x
-        if x.ndim != 3 or x.shape[1:] != self._input.shape:
+        if x.shape[1:] != self._input.shape or x.ndim != self._input.ndim + 1:
             raise ValueError(f"Stream.push expected a chunk of shape (T, *{self._input.shape}), got {shape}.")
-        outputs = [self._push(np.ascontiguousarray(piece)) for piece in _pieces(x)]
+        flat = x.reshape(len(x), self._rows, -1) if len(x) else x
+        outputs = [self._push(np.ascontiguousarray(piece)) for piece in _pieces(flat)]
         y = np.concatenate(outputs) if outputs else np.empty((0, *self._output.shape), self.dtype)
+        y = y.reshape(len(x), *self._output.shape)
         return y[:, 0] if unbatched else y
 
     def _real(self, name: str, value: Array) -> Array:
@@ -230,12 +236,12 @@ class Stream:
 
     @property
     def state(self) -> tuple[Array, ...]:
-        """Copies of the states, (batch_size, size) each, cell by cell from the bottom; can be assigned."""
-        return tuple([value.copy() for cell in self._cells for value in cell.state])
+        """Copies of the states, (batch_size, size) or (batch_size, d1, ..., dk) each, cell by cell from the bottom; can be assigned."""
+        return tuple([value.copy() for cell in self._cells for value in cell.shaped_state])
 
     @state.setter
     def state(self, state: tuple[Array | Tensor, ...] | Array | Tensor) -> None:
-        buffers = [value for cell in self._cells for value in cell.state]
+        buffers = [value for cell in self._cells for value in cell.shaped_state]
         values = (state,) if hasattr(state, "shape") else tuple(state)
         arrays = [self._real("state", _array(value)) for value in values]
         shapes = [buffer.shape for buffer in buffers]
@@ -273,6 +279,11 @@ class Stream:
     def __repr__(self) -> str:
         kinds = ", ".join(part.kind for part in self.parts)
         return f"Stream({self.input_size} -> {self.output_size}, {self.dtype}, batch_size={self._rows}: {kinds})"
+
+
+def _size(shape: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Return a shape of one dimension as the number of features."""
+    return shape[0] if len(shape) == 1 else shape
 
 
 def _array(value: Any) -> Array:

@@ -23,7 +23,7 @@ __all__ = ["FORMAT", "TapeContent", "read"]
 FORMAT = "fusecell tape 1"
 _DTYPES = ("F16", "BF16", "F32", "F64", "I64")
 # Far above any recorded layer, so that a hostile file costs neither time nor memory.
-_MOST_NAME, _MOST_TRACKS, _MOST_DIRECTIONS = 256, 4096, 2
+_MOST_NAME, _MOST_TRACKS, _MOST_DIRECTIONS, _MOST_DIMS = 256, 4096, 2, 18
 _FIELDS = frozenset(("kind", "reverse", "states", "equation", "source", "layer", "names", "gradients"))
 
 
@@ -129,9 +129,9 @@ def _add(layers: list[list[Track]], layer: object, track: Track) -> None:
 
 
 def _check_shapes(track: Track, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless all values are (T, N, size) floats, and a state before a step is like that after it."""
+    """Raise ValueError unless all values are (T, N, ...) floats, and a state before a step is like that after it."""
     for name, value in (*track.values.items(), *track.before.items()):
-        if value.dim() != 3 or value.shape[:2] != shape or not value.is_floating_point():
+        if not 2 <= value.dim() <= _MOST_DIMS or value.shape[:2] != shape or not value.is_floating_point():
             raise ValueError(f"{quoted(name)} of {track.kind} is {_spelled(value)}, expected numbers of {shape}, size")
     for name, value in track.before.items():
         if value.shape != track.values[name].shape or value.dtype != track.values[name].dtype:

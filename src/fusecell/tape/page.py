@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusecell.tape.plots import is_gate
-from fusecell.tape.tape import Tape, Track
+from fusecell.tape.tape import Tape, Track, flat
 
 __all__ = ["page"]
 
@@ -67,10 +67,10 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
     for name, value in track.values.items():
         # An output that is a state, as a GRU's, would be drawn twice.
         if name != "output" or not any(value.equal(track.values[state]) for state in track.states):
-            values[name] = _packed(value[:, rows])
+            values[name] = _packed(flat(value)[:, rows])
     gradients = {}
     if tape.has_gradients:
-        gradients = {name: _packed(tape.gradient(name, layer, direction)[:, rows]) for name in values}
+        gradients = {name: _packed(flat(tape.gradient(name, layer, direction))[:, rows]) for name in values}
     return {
         "kind": track.kind,
         "layer": layer,
@@ -89,7 +89,7 @@ def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[i
 
     These are the first step and the resets; the page draws the jump.
     """
-    after, before = track.values[name], track.before[name]
+    after, before = flat(track.values[name]), flat(track.before[name])
     shifted = torch.roll(after, -1 if track.reverse else 1, 0)
     starts = []
     for row in rows:

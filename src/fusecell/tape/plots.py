@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from fusecell.tape.tape import flat
 
 if TYPE_CHECKING:
     from fusecell.tape.tape import Tape
@@ -31,7 +34,7 @@ def plot(tape: Tape, names: Sequence[str] | None, layer: int, direction: int, ro
         len(names), 1, figsize=(width, 1.7 * len(names) + 0.6), squeeze=False, sharex=True, layout="constrained"
     )
     for axis, name in zip(axes[:, 0], names, strict=True):
-        value = tape.value(name, layer, direction)[:, row]
+        value = flat(tape.value(name, layer, direction))[:, row]
         # Gates from 0 to 1, so that their colours compare; other values on a symmetric scale, on which 0 is white.
         gate, most = is_gate(value), float(value.abs().max()) or 1.0
         image = axis.imshow(
@@ -65,7 +68,7 @@ def table(tape: Tape) -> str:
                 shut, open_ = tape.saturation(name, layer, direction)
                 shares = (f"{shut:.0%}", f"{open_:.0%}")
             mean = f"{tape.valid(value).double().mean().item():.3f}"
-            texts = [str(layer), str(direction), track.kind, name, str(value.shape[-1]), mean, *shares]
+            texts = [str(layer), str(direction), track.kind, name, str(math.prod(value.shape[2:])), mean, *shares]
             lines.append("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>")
     about = f"Tape of {tape.steps} steps, {tape.rows} rows"
     return f"<p>{about}</p><table>{''.join(lines)}</table>"

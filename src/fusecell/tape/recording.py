@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.cells import CELLS, ZooCell
+from fusecell.compiler.dispatch.eligibility import as_numbers
 from fusecell.compiler.dispatch.program_cache import ProgramCache
 from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
@@ -31,11 +32,12 @@ from fusecell.eager import run_eager
 from fusecell.errors import CompilerError
 from fusecell.execution.context import recording, recording_into
 from fusecell.execution.forked_child import one_thread_after_fork
-from fusecell.execution.options import Options, State
+from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import register
 from fusecell.layers.scan_wrappers import unwrapped
+from fusecell.shapes import Outputs, is_size, map_outputs, tensors_of, unpacked
 from fusecell.tape.tape import Tape, Track
-from fusecell.validation import first_state
+from fusecell.validation import compute_dtype, first_state
 from fusecell.wrappers import Wrapper
 
 __all__ = ["record"]
@@ -136,18 +138,20 @@ def _reversed_partners(tracks: Sequence[Track], inputs: Sequence[int], layers: l
 
 
 @one_thread_after_fork()
-def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
+def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State]:
     """Run a cell as the runner that :func:`record` puts in force, and hand over what it recorded."""
     reset: State = ()
     if options.resets is not None:
-        reset = first_state(cell, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
+        dtype = state[0].dtype if state else compute_dtype(cell, inputs[0])
+        reset = first_state(cell, inputs[0].shape[1], dtype=dtype, device=inputs[0].device)
     # Values first, without gradient; the second run below, with gradients, is the compiled cell that training uses.
     with torch.no_grad():
         raw, after = _values(cell, inputs, state, reset, options)
     notes = [label.removeprefix("note.") for label in raw if label.startswith("note.")]
     names = _names(notes, cell.states)
     values = {name: raw[f"note.{label}"] for label, name in names.items()}
-    values |= {name: raw[_AFTER + name] for name in cell.states} | {"output": raw["output"]}
+    values |= {name: raw[_AFTER + name] for name in cell.states}
+    values |= zip(_output_names(cell), tensors_of(raw["output"]), strict=True)
 
     def before() -> dict[str, Tensor]:
         pairs = zip(cell.states, state, reset or state, strict=True)
@@ -155,7 +159,7 @@ def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> 
 
     entry: dict[str, Any] = {"values": values, "find_before": before, "probes": {}, "input": inputs[0].data_ptr()}
     # Cloned: the caller may write to the layer's outputs, which must not change the tape.
-    outputs = raw["output"].clone()
+    outputs = map_outputs(Tensor.clone, raw["output"])
     if torch.is_grad_enabled():
         probes = {name: torch.zeros_like(value, requires_grad=True) for name, value in values.items()}
         probed = _Probed(cell, {**names, **{name: name for name in notes if name in cell.states}}, tuple(probes))
@@ -165,18 +169,28 @@ def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> 
     return outputs, after
 
 
-def _values(cell: Cell, inputs: State, state: State, reset: State, options: Options) -> tuple[dict[str, Tensor], State]:
+def _values(cell: Cell, inputs: State, state: State, reset: State, options: Options) -> tuple[dict[str, Outputs], State]:
     """Run a cell, compiled where possible; return its outputs, notes and states at each step, and the last state."""
-    program = _programs.find(cell, inputs)
+    numbers = as_numbers(inputs, state[0].dtype if state else compute_dtype(cell, inputs[0]))
+    if isinstance(numbers, Refusal):
+        return _run_loop(cell, inputs, state, options)
+    program = _programs.find(cell, inputs, numbers[0].dtype)
     compilable = all(value.is_cpu and value.numel() > 0 for value in (*inputs, *state))
     if isinstance(program, Refusal) or not compilable:
         return _run_loop(cell, inputs, state, options)
-    raw, after = run_all(program.kernel, program.traced.weights.values(cell), inputs, state, reset, options)
+    weights, shapes = program.traced.weights.values(cell), program.traced.shapes
+    # A state after each step has the shape of the last one.
+    shapes = {**shapes, **{_AFTER + name: shapes[f"state.{name}"] for name in cell.states}}
+    results, after = run_all(program.kernel, weights, numbers, state, reset, options, shapes)
+    raw: dict[str, Outputs] = dict(results)
     outputs = program.traced.graph.outputs
     labels = _output_labels(outputs)
     for name in cell.states:
         if _AFTER + name not in raw:
-            raw[_AFTER + name] = raw[labels[outputs[f"state.{name}"]]]
+            value = raw[labels[outputs[f"state.{name}"]]]
+            # The same numbers, which the step may return in another shape.
+            raw[_AFTER + name] = value.reshape(*value.shape[:2], *shapes[f"state.{name}"])
+    raw["output"] = unpacked(cell.output_size, raw["output"], 2)
     return raw, after
 
 
@@ -196,11 +210,24 @@ def _before(after: Tensor, first: Tensor, reset: Tensor, options: Options) -> Te
     start = (last - 1).clamp(min=0) if options.reverse else torch.zeros_like(last)
     before[start, torch.arange(after.shape[1])] = first
     if options.resets is not None:
-        before = torch.where(options.resets[..., None], reset.detach(), before)
+        before = torch.where(_like_rows(options.resets, before), reset.detach(), before)
     if options.lengths is not None:
         valid = torch.arange(steps)[:, None] < options.lengths
-        before = torch.where(valid[..., None], before, torch.zeros_like(before))
+        before = torch.where(_like_rows(valid, before), before, torch.zeros_like(before))
     return before
+
+
+def _like_rows(flags: Tensor, value: Tensor) -> Tensor:
+    """Return (T, N) with a dimension of size 1 for each feature dimension of a (T, N, ...) value."""
+    return flags.reshape(*flags.shape, *[1] * (value.dim() - 2))
+
+
+def _output_names(cell: Cell) -> tuple[str, ...]:
+    """Name the outputs of a cell on the tape: ``output``, or ``output.0`` or ``output.name`` where there are several."""
+    size = cell.output_size
+    if is_size(size):
+        return ("output",)
+    return tuple(f"output.{name}" for name in (size if isinstance(size, Mapping) else range(len(size))))
 
 
 def _names(notes: Sequence[str], states: Sequence[str]) -> dict[str, str]:
@@ -220,7 +247,7 @@ def _names(notes: Sequence[str], states: Sequence[str]) -> dict[str, str]:
 class _Probed(Wrapper):
     """A cell with a zero added to each of its values: the gradient of the zero is that of the value.
 
-    The zeros are further inputs, (T, N, size) each, so the compiled backward computes their gradients as any input's.
+    The zeros are further inputs, (T, N, ...) each, so the compiled backward computes their gradients as any input's.
 
     Arguments:
         notes: the name on the tape of each note, by its path and name.
@@ -234,7 +261,7 @@ class _Probed(Wrapper):
     def noise_names(self) -> tuple[str, ...]:
         return tuple(f"probe.{name}" for name in self.probes)
 
-    def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
+    def around(self, x: Any, state: State, noise: State) -> tuple[Outputs, State]:
         probes = dict(zip(self.probes, noise, strict=True))
         # By identity: a note comes with the cell that made it, and the same class may be inside twice.
         paths = {id(module): path for path, module in self.cell.named_modules()}
@@ -250,9 +277,10 @@ class _Probed(Wrapper):
             # A state that the cell notes has its zero already, added where the rest of the step still uses it.
             probed = value if name in self.notes else value + probes[name]
             # An output that is the new state must depend on the state's zero too.
-            output = probed if output is value else output
+            output = map_outputs(lambda each, old=value, new=probed: new if each is old else each, output)
             after.append(probed)
-        return output + probes["output"], tuple(after)
+        zeros = iter(_output_names(self.cell))
+        return map_outputs(lambda each: each + probes[next(zeros)], output), tuple(after)
 
 
 def _equation(cell: Cell) -> str:
@@ -290,7 +318,7 @@ def _source_of(kind: Any) -> str:
         return ""
 
 
-def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[dict[str, Tensor], State]:
+def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tuple[dict[str, Outputs], State]:
     """Do the same as :func:`_values` with the Python loop, for cells that can't be compiled."""
     if any(0 in value.shape for value in inputs):
         raise ValueError("record needs a step and a row at least: the input has a dimension of size 0.")
@@ -299,7 +327,7 @@ def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tupl
     def note(_: Cell, name: str, value: Tensor) -> None:
         steps.setdefault(f"note.{name}", []).append(value)
 
-    def step(x: Any, state: State) -> tuple[Tensor, State]:
+    def step(x: Any, state: State) -> tuple[Outputs, State]:
         output, after = cell.step(x, state)
         for name, value in zip(cell.states, after, strict=True):
             steps.setdefault(_AFTER + name, []).append(value)
@@ -313,14 +341,22 @@ def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tupl
     # A reversed loop appends the last step first; values are in input time.
     values = {name: torch.stack(each[::-1] if options.reverse else each) for name, each in steps.items()}
     if options.lengths is not None:
-        valid = torch.arange(outputs.shape[0], device=outputs.device)[:, None, None] < options.lengths[:, None]
-        values = {name: torch.where(valid, value, torch.zeros_like(value)) for name, value in values.items()}
+        lengths = options.lengths
+        valid = torch.arange(steps_of(inputs), device=lengths.device)[:, None] < lengths
+        values = {
+            name: torch.where(_like_rows(valid, value), value, torch.zeros_like(value)) for name, value in values.items()
+        }
     return {**values, "output": outputs}, after
 
 
-def _compile(cell: Cell, features: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Program | Refusal:
+def _compile(
+    cell: Cell,
+    features: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> Program | Refusal:
     """Compile a cell's step with its notes and new states as further outputs."""
-    traced = trace(cell, features, dtype, gradients=False)
+    traced = trace(cell, features, dtype, gradients=False, dtypes=dtypes)
     if isinstance(traced, Refusal):
         return traced
     outputs = dict(traced.graph.outputs)

@@ -115,14 +115,17 @@ class Tape:
     def norms(self, name: str, layer: int = 0, direction: int = 0, *, gradient: bool = False) -> Tensor:
         """Return the Euclidean norm of a value, or of its gradient, at each step and row, (T, N)."""
         read = self.gradient if gradient else self.value
-        norms: Tensor = torch.linalg.vector_norm(read(name, layer, direction), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(flat(read(name, layer, direction)), dim=-1)
         return norms
 
     def frame(self, name: str, layer: int = 0, direction: int = 0) -> Any:
-        """Return one intermediate as a tidy pandas frame: a line for each valid step, row and unit."""
+        """Return one intermediate as a tidy pandas frame: a line for each valid step, row and unit.
+
+        The units of a value of shape (T, N, d1, ..., dk) are counted row-major.
+        """
         import pandas as pd
 
-        value = self.value(name, layer, direction)
+        value = flat(self.value(name, layer, direction))
         steps, rows, size = value.shape
         t, n, unit = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, value.shape), indexing="ij"))
         table = pd.DataFrame({"step": t, "row": n, "unit": unit, name: value.flatten()})
@@ -215,7 +218,7 @@ class Tape:
     def __repr__(self) -> str:
         lines = [f"Tape of {self.steps} steps, {self.rows} rows, {self.directions} direction(s)"]
         for layer, kind in enumerate(self.kinds):
-            sizes = ", ".join(f"{name} {value.shape[-1]}" for name, value in self.track(layer, 0).values.items())
+            sizes = ", ".join(f"{name} {_size(value)}" for name, value in self.track(layer, 0).values.items())
             lines.append(f"  {layer} {kind}: {sizes}")
         return "\n".join(lines)
 
@@ -245,3 +248,13 @@ class Tape:
     def valid(self, value: Tensor) -> Tensor:
         """Return a value's valid steps, those of all rows in one dimension: (count, size)."""
         return value[self._mask(*value.shape[:2])]
+
+
+def flat(value: Tensor) -> Tensor:
+    """Return a value (T, N, ...) as (T, N, size), its units counted row-major."""
+    return value if value.dim() == 3 else value.reshape(*value.shape[:2], -1)
+
+
+def _size(value: Tensor) -> str:
+    """Format the shape of a row: ``10`` or ``4 x 16 x 16``."""
+    return " x ".join(map(str, value.shape[2:])) or "1"

@@ -19,7 +19,7 @@ class Track:
         kind: the name of the cell's class.
         reverse: whether the cell ran from the last step to the first.
         states: the names of the cell's states.
-        values: (T, N, size) tensors by name.
+        values: (T, N, ...) tensors by name.
         find_before: computes ``before``, on first use: most readers of a tape never need it.
         probes: zeros added to each value, by name, whose ``.grad`` a backward fills; empty without gradients.
         equation: the equations of the step, for a cell in ``CELLS``; "" for other cells.

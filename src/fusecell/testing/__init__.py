@@ -78,6 +78,7 @@ def check_cell(
     batch_size: int = 3,
     seed: int = 0,
     extras: Sequence[Tensor] = (),
+    x: Tensor | None = None,
     skip: Collection[str] = (),
 ) -> CellReport:
     """Check a cell against the contract of :class:`fusecell.Cell`, with random inputs and states.
@@ -96,6 +97,7 @@ def check_cell(
         seed: the seed of the random inputs and states.
         extras: values for the cell's ``inputs`` after x, without those that ``draw`` returns; (T, N, ...) or
             (1, N, ...) each.
+        x: the input, (T, N, ...), where random numbers won't do, such as token ids.
         skip: names of checks to leave out, such as "gradients" for a straight-through estimator.
 
     Returns:
@@ -114,7 +116,7 @@ def check_cell(
     if unknown:
         raise ValueError(f"There are no checks {sorted(unknown)}; there are {', '.join(CHECKS)}.")
     failures: list[tuple[str, str]] = []
-    trial = Trial(cell, steps, batch_size, seed, tuple(extras))
+    trial = Trial(cell, steps, batch_size, seed, tuple(extras), x=x)
     device = trial.like.device
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     # Checks run the cell in every way that it may be wrong: the caller's cell and random numbers must not notice.

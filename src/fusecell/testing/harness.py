@@ -13,11 +13,12 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import State
 from fusecell.layers import scan
+from fusecell.shapes import Outputs, feature_shape, map_outputs, output_shapes, tensors_of
 from fusecell.validation import state_tuple
 
-__all__ = ["Outcome", "Trial", "apart", "kinds", "name_of", "same"]
+__all__ = ["Outcome", "Trial", "apart", "in_order", "kinds", "name_of", "same"]
 
-Outcome = tuple[Tensor, State]
+Outcome = tuple[Outputs, State]
 """The outputs of a sequence and the state after it."""
 
 
@@ -31,6 +32,7 @@ class Trial:
         seed: the seed of the inputs; ``seed + 1`` is the states' and ``seed + 2`` that of ``draw``.
         extras: values for the cell's inputs after x, without those that ``draw`` returns.
         dtype: the dtype for a cell without parameters; torch's default if left out.
+        x: the first input, (T, N, ...); random numbers if left out.
     """
 
     cell: Cell
@@ -39,6 +41,7 @@ class Trial:
     seed: int
     extras: State = ()
     dtype: torch.dtype | None = None
+    x: Tensor | None = None
 
     @cached_property
     def like(self) -> Tensor:
@@ -56,14 +59,15 @@ class Trial:
         """The inputs that a caller passes to a layer, (T, N, ...) each: x and the extras."""
         torch.manual_seed(self.seed)
         cast = (value.to(self.like) if value.is_floating_point() else value for value in self.extras)
-        return (self.random(self.steps, self.batch_size, self.cell.input_size), *cast)
+        x = self.random(self.steps, self.batch_size, *feature_shape(self.cell.input_size)) if self.x is None else self.x
+        return (x.to(self.like) if x.is_floating_point() else x, *cast)
 
     @cached_property
     def state(self) -> State:
         """A random start state, (N, size) each."""
         torch.manual_seed(self.seed + 1)
         # Halved: most states are in (-1, 1), where activations aren't saturated and gradients not 0.
-        return tuple(self.random(self.batch_size, size) / 2 for size in self.cell.state_sizes)
+        return tuple(self.random(self.batch_size, *feature_shape(size)) / 2 for size in self.cell.state_sizes)
 
     def draw(self, steps: int, rows: int) -> State:
         """Draw the cell's own inputs; the same in every call."""
@@ -97,8 +101,6 @@ class Trial:
         torch.manual_seed(self.seed + 2)
         with torch.no_grad():
             outputs, after = scan(self.cell, x if len(x) > 1 else x[0], start, **options)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(f"scan gave {type(outputs).__name__} for a tensor.")
         return outputs, state_tuple(self.cell, after)
 
     def loop(self, inputs: State | None = None, state: State | None = None, rows: slice = slice(None)) -> Outcome:
@@ -107,12 +109,18 @@ class Trial:
         for t in range(self.steps):
             output, now = self.cell.step(self.at(t, inputs, rows), now)
             outputs.append(output)
-        return torch.stack(outputs), now
+        return map_outputs(lambda *values: torch.stack(values), *outputs), now
 
     def doubled(self) -> Trial:
         """Return the same trial in float64, with a copy of the cell."""
         return Trial(
-            copy.deepcopy(self.cell).double(), self.steps, self.batch_size, self.seed, self.extras, torch.float64
+            copy.deepcopy(self.cell).double(),
+            self.steps,
+            self.batch_size,
+            self.seed,
+            self.extras,
+            torch.float64,
+            self.x,
         )
 
     def close(self, actual: Tensor, expected: Tensor) -> bool:
@@ -124,9 +132,22 @@ class Trial:
 
     def compare(self, actual: Outcome, expected: Outcome, where: str, fix: str) -> list[str]:
         """Return a sentence for the outputs and each state that differ: which, ``where``, by how much, and ``fix``."""
-        labels = ("the output", *(f"state {name}" for name in self.cell.states))
-        pairs = zip(labels, (actual[0], *actual[1]), (expected[0], *expected[1]), strict=True)
+        names = output_shapes(self.cell.output_size)
+        labels = (*(f"the {name}" for name in names), *(f"state {name}" for name in self.cell.states))
+        # In the order of output_size, in which runners return a dict and a step need not.
+        (one, after), (other, before) = actual, expected
+        pairs = zip(
+            labels,
+            (*in_order(self.cell, one), *after),
+            (*in_order(self.cell, other), *before),
+            strict=True,
+        )
         return [f"{label} {where} {apart(a, b)}. {fix}" for label, a, b in pairs if not self.close(a, b)]
+
+
+def in_order(cell: Cell, outputs: Outputs) -> State:
+    """Return the tensors of an output, a dict's in the order of ``output_size``."""
+    return tensors_of({name: outputs[name] for name in cell.output_size} if isinstance(outputs, dict) else outputs)
 
 
 def name_of(cell: Cell) -> str:

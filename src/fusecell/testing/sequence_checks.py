@@ -13,7 +13,8 @@ from fusecell.cell import Cell
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state
 from fusecell.execution.runners import run
-from fusecell.testing.harness import Outcome, Trial, apart, kinds, same
+from fusecell.shapes import map_outputs, output_shapes, tensors_of, zero_outputs
+from fusecell.testing.harness import Outcome, Trial, apart, in_order, kinds, same
 from fusecell.validation import state_tuple
 
 __all__ = [
@@ -75,6 +76,8 @@ def _padded_with_nan(trial: Trial, lengths: list[int]) -> State:
     """Return the caller's inputs with NaN in x beyond each row's length."""
     # NaN, so that any arithmetic on the padding, even times zero, shows.
     x = trial.caller_inputs[0].clone()
+    if not x.is_floating_point():  # integers have no NaN
+        return trial.caller_inputs
     for row, length in enumerate(lengths):
         x[length:, row] = torch.nan
     return (x, *trial.caller_inputs[1:])
@@ -84,7 +87,7 @@ def _padded_with_nan(trial: Trial, lengths: list[int]) -> State:
 def _row_by_row(trial: Trial, lengths: list[int], resets: Tensor | None, reverse: bool = False) -> Outcome:
     """Run each row by itself in a plain loop: this defines lengths, resets and reverse."""
     like, cell = trial.like, trial.cell
-    outputs = like.new_zeros(trial.steps, trial.batch_size, cell.output_size)
+    outputs = zero_outputs(cell.output_size, like.new_zeros, trial.steps, trial.batch_size)
     first = cell.initial_state(trial.batch_size, dtype=like.dtype, device=like.device)
     after: list[State] = []
     for n, length in enumerate(lengths):
@@ -94,7 +97,8 @@ def _row_by_row(trial: Trial, lengths: list[int], resets: Tensor | None, reverse
             if resets is not None and resets[t, n]:
                 state = tuple(value[rows] for value in first)
             output, state = cell.step(trial.at(t, rows=rows), state)
-            outputs[t, n] = output[0]
+            for whole, value in zip(tensors_of(outputs), in_order(cell, output), strict=True):
+                whole[t, n] = value[0]
         after.append(state)
     return outputs, tuple(torch.cat(column) for column in zip(*after, strict=True))
 
@@ -106,7 +110,7 @@ def check_halves(trial: Trial) -> Iterator[str]:
         whole = run(trial.cell, trial.inputs, trial.state, Options())
         first = run(trial.cell, _times(trial.inputs, slice(0, middle)), trial.state, Options())
         second = run(trial.cell, _times(trial.inputs, slice(middle, None)), first[1], Options())
-    joined = torch.cat((first[0], second[0])), second[1]
+    joined = map_outputs(lambda *halves: torch.cat(halves), first[0], second[0]), second[1]
     yield from trial.compare(joined, whole, f"of two halves, cut at step {middle}, against the whole,", _KEEPS)
 
 
@@ -117,7 +121,7 @@ def _times(inputs: State, times: slice) -> State:
 
 def check_empty(trial: Trial) -> Iterator[str]:
     """a sequence of no steps gives an empty output and the initial state of the call"""
-    expected = trial.like.new_zeros(0, trial.batch_size, trial.cell.output_size), trial.state
+    expected = zero_outputs(trial.cell.output_size, trial.like.new_zeros, 0, trial.batch_size), trial.state
     actual = trial.scan(_times(trial.caller_inputs, slice(0, 0)))
     yield from trial.compare(actual, expected, "of a sequence of no steps", "draw() is called with steps=0 then.")
 
@@ -130,7 +134,7 @@ def check_unbatched(trial: Trial) -> Iterator[str]:
     row_inputs, row_state = tuple(value[:, 0] for value in inputs), tuple(value[0] for value in state)
     batched = trial.scan(inputs, state)
     outputs, after = trial.scan(row_inputs, row_state)
-    unbatched = outputs[:, None], tuple(value[None] for value in after)
+    unbatched = map_outputs(lambda value: value[:, None], outputs), tuple(value[None] for value in after)
     yield from trial.compare(unbatched, batched, "of a sequence without a batch", fix)
     pairs = zip(_call(trial, row_inputs, row_state), _call(trial, inputs, state), strict=True)
     for name, (value, expected) in zip(cell.states, pairs, strict=True):
@@ -173,7 +177,8 @@ def _results(trial: Trial, call: str) -> dict[str, Tensor]:
     if call == "cell(x)":
         return dict(zip(names, _call(trial, trial.caller_inputs, trial.state), strict=True))
     outputs, after = trial.scan(trial.caller_inputs if call == "a layer" else _times(trial.caller_inputs, slice(0, 0)))
-    return {"the output": outputs, **dict(zip(names, after, strict=True))}
+    labels = [f"the {name}" for name in output_shapes(trial.cell.output_size)]
+    return {**dict(zip(labels, tensors_of(outputs), strict=True)), **dict(zip(names, after, strict=True))}
 
 
 def _memory(value: Tensor) -> int:
@@ -194,7 +199,7 @@ def check_copies(trial: Trial) -> Iterator[str]:
                 "open files and computed tensors out of its attributes."
             )
             continue
-        other = Trial(twin, trial.steps, trial.batch_size, trial.seed, trial.extras)
+        other = Trial(twin, trial.steps, trial.batch_size, trial.seed, trial.extras, x=trial.x)
         with torch.no_grad():
             fix = "Attributes that step uses must survive the copy; see __getstate__."
             yield from trial.compare(other.loop(), expected, f"of a copy by {how}", fix)

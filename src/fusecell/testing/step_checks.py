@@ -12,8 +12,10 @@ from torch.overrides import TorchFunctionMode
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.execution.options import State
 from fusecell.module_snapshot import Snapshot
+from fusecell.eager import checked_output
+from fusecell.shapes import feature_shape, map_outputs, output_shapes, tensors_of
 from fusecell.step_changes import changing_line, explain_changes
-from fusecell.testing.harness import Trial, apart, kinds, same
+from fusecell.testing.harness import Trial, apart, in_order, kinds, same
 
 __all__ = [
     "check_branches",
@@ -33,20 +35,28 @@ def check_shapes(trial: Trial) -> Iterator[str]:
     if len(sizes) != len(cell.states):
         yield f"state_sizes {sizes} has {len(sizes)} entries for the states {cell.states}. Give one size per name."
         return
+    shapes = [(rows, *feature_shape(size)) for size in sizes]
     # In float64 too: a constant made in float32 inside step shows only after cell.double().
     for each in (trial, _doubled(trial)):
         dtype = each.like.dtype
         label = "" if each is trial else f" after cell.to({dtype})"
         start = each.cell.initial_state(rows, dtype=dtype, device=each.like.device)
-        yield from _misshapen("initial_state", label, start, cell.states, [(rows, size) for size in sizes], dtype)
+        yield from _misshapen("initial_state", label, start, cell.states, shapes, dtype)
         with torch.no_grad():
             result: Any = each.cell.step(each.at(0), each.state)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
             yield f"step returns {kinds(result)}; expected (output, state) with state a tuple: `return h, (h,)`."
             return
         output, after = result
-        yield from _misshapen("step", label, (output,), ("output",), [(rows, cell.output_size)], dtype)
-        yield from _misshapen("step", label, after, cell.states, [(rows, size) for size in sizes], dtype)
+        names = output_shapes(cell.output_size)
+        expected = [(rows, *shape) for shape in names.values()]
+        try:
+            output = checked_output(cell, output, None)
+        except TypeError as problem:
+            yield str(problem)
+            return
+        yield from _misshapen("step", label, tensors_of(output), tuple(names), expected, dtype)
+        yield from _misshapen("step", label, after, cell.states, shapes, dtype)
 
 
 def _doubled(trial: Trial) -> Trial:
@@ -57,7 +67,7 @@ def _doubled(trial: Trial) -> Trial:
 
 
 def _misshapen(
-    source: str, label: str, values: State, names: Sequence[str], shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+    source: str, label: str, values: State, names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[str]:
     if len(values) != len(names):
         yield f"{source} gives {len(values)} states{label}, expected {len(names)} ({', '.join(names)})."
@@ -90,7 +100,7 @@ def check_purity(trial: Trial) -> Iterator[str]:
     generator = torch.get_rng_state()
     with torch.no_grad():
         output, after = cell.step(x, state)
-        first = output.clone(), tuple(value.clone() for value in after)
+        first = map_outputs(Tensor.clone, output), tuple(value.clone() for value in after)
         drew = not torch.equal(generator, torch.get_rng_state())
         # Another seed: if the step draws from the global generator, its results differ.
         torch.manual_seed(trial.seed + 99)
@@ -190,7 +200,7 @@ class _TwoSteps(nn.Module):
         outputs: list[Tensor] = []
         for t in range(2):
             output, state = self.cell.step(self.trial.at(t, inputs), state)
-            outputs.append(output)
+            outputs += in_order(self.cell, output)
         return (*outputs, *state)
 
     def of(self, name: str) -> Callable[[Tensor], State]:
@@ -218,18 +228,18 @@ def check_rows(trial: Trial) -> Iterator[str]:
     for row in (0, trial.batch_size - 1):
         rows = slice(row, row + 1)
         alone = trial.loop(state=tuple(value[rows] for value in trial.state), rows=rows)
-        expected = whole[0][:, rows], tuple(value[rows] for value in whole[1])
+        expected = map_outputs(lambda value, rows=rows: value[:, rows], whole[0]), tuple(value[rows] for value in whole[1])
         fix = "Reduce over the last dimension only, and give sizes as -1 or x.shape[0], never as squeeze()."
         yield from trial.compare(alone, expected, f"of row {row} alone, against the same row in the batch,", fix)
     # Row 0 changed: a step that mixes rows, as batch norm does, then changes the others.
-    changed = tuple(torch.cat((value[:, :1] * 3 + 1, value[:, 1:]), 1) for value in trial.inputs)
+    changed = tuple(torch.cat((value[:, :1] * 3 + 1, value[:, 1:]), 1) if value.is_floating_point() else value for value in trial.inputs)
     state = tuple(torch.cat((value[:1] * 3 + 1, value[1:])) for value in trial.state)
     others = slice(1, None)
     after = trial.loop(changed, state)
     fix = "A step must not mix rows, as batch norm or a mean over dim 0 does; use layer norm or the last dimension."
     yield from trial.compare(
-        (after[0][:, others], tuple(value[others] for value in after[1])),
-        (whole[0][:, others], tuple(value[others] for value in whole[1])),
+        (map_outputs(lambda value: value[:, others], after[0]), tuple(value[others] for value in after[1])),
+        (map_outputs(lambda value: value[:, others], whole[0]), tuple(value[others] for value in whole[1])),
         "of other rows, when only row 0 is changed,",
         fix,
     )
@@ -253,8 +263,8 @@ def check_notes(trial: Trial) -> Iterator[str]:
                 f"note uses {name!r}, which is recorded anyway as a state or the output, for another value. Choose "
                 "another name."
             )
-        if value.dim() != 2 or value.shape[0] != trial.batch_size:
+        if value.dim() < 1 or value.shape[0] != trial.batch_size:
             yield (
-                f"note names {name!r} a value of shape {tuple(value.shape)}, expected ({trial.batch_size}, size): "
+                f"note names {name!r} a value of shape {tuple(value.shape)}, expected ({trial.batch_size}, ...): "
                 "one row for each row of the input."
             )

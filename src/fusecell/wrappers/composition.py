@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
+from fusecell.shapes import Size, feature_shape, size_text
 from fusecell.validation import weights_dtype
 from fusecell.wrappers.base import Wrapper
 
@@ -61,7 +62,7 @@ class LearnedState(Wrapper):
         torch.Size([10])
 
     Arguments:
-        cell: any cell. The parameters, (size,) each, are called ``initial_h`` and so on after its states, and start
+        cell: any cell. The parameters, (size,) or (d1, ..., dk) each, are called ``initial_h`` and so on after its states, and start
             as its own initial state.
 
     Raises:
@@ -81,7 +82,7 @@ class LearnedState(Wrapper):
     ) -> State:
         parameters = [getattr(self, f"initial_{name}") for name in self.states]
         # Cloned: states must not share memory with a parameter, nor rows with one another.
-        return tuple([value.to(device, dtype).expand(batch_size, -1).clone() for value in parameters])
+        return tuple([value.to(device, dtype).expand(batch_size, *value.shape).clone() for value in parameters])
 
 
 class WithReadout(Wrapper):
@@ -99,7 +100,7 @@ class WithReadout(Wrapper):
 
     Arguments:
         cell: any cell.
-        module: maps (N, cell.output_size) to (N, any size), each row independently of the others.
+        module: maps (N, cell.output_size) to (N, ...), each row independently of the others.
 
     Raises:
         TypeError: if ``cell`` is not a cell or ``module`` not a module.
@@ -116,10 +117,10 @@ class WithReadout(Wrapper):
         self.module = module
         self._width = self._output_size()
 
-    def _output_size(self) -> int:
-        """Run the module on one row of zeros; return the features of its output."""
+    def _output_size(self) -> Size:
+        """Run the module on one row of zeros; return the size of its output."""
         like = next(self.module.parameters(), next(self.cell.parameters(), torch.zeros(())))
-        trial = torch.zeros(1, self.cell.output_size, dtype=like.dtype, device=like.device)
+        trial = torch.zeros((1, *feature_shape(self.cell.output_size)), dtype=like.dtype, device=like.device)
         # In eval(): a BatchNorm refuses a single row in training, and a trial must not move its averages.
         training = self.module.training
         try:
@@ -128,19 +129,19 @@ class WithReadout(Wrapper):
         except RuntimeError as error:
             raise ValueError(
                 f"{type(self).__name__}: the module doesn't take {type(self.cell).__name__}'s output of "
-                f"{self.cell.output_size} features: {error}"
+                f"{size_text(self.cell.output_size)} features: {error}"
             ) from error
         finally:
             self.module.train(training)
-        if output.dim() != 2 or output.shape[0] != 1:
+        if output.dim() < 1 or output.shape[0] != 1:
             raise ValueError(
                 f"{type(self).__name__}: the module made {tuple(output.shape)} of an output of shape "
-                f"(1, {self.cell.output_size}); it must give a row for each row."
+                f"{size_text(self.cell.output_size, 1)}; it must give a row for each row."
             )
-        return output.shape[1]
+        return output.shape[1] if output.dim() == 2 else tuple(output.shape[1:])
 
     @property
-    def output_size(self) -> int:
+    def output_size(self) -> Size:
         return self._width
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:

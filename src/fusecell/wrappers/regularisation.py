@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
 from fusecell.module_snapshot import preserved
+from fusecell.shapes import Shape, Size, feature_shape
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]
@@ -68,7 +69,7 @@ class Zoneout(Wrapper):
         if not self.training:
             return ()
         sizes = zip(self.state_sizes, self.p, strict=True)
-        return tuple([_bernoulli(p, steps, batch_size, size, dtype=dtype, device=device) for size, p in sizes if p])
+        return tuple([_bernoulli(p, steps, batch_size, *feature_shape(size), dtype=dtype, device=device) for size, p in sizes if p])
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         output, new = self.cell.step(x, state)
@@ -124,8 +125,8 @@ class VariationalDropout(Wrapper):
         if state:
             _check_product(cell)
 
-    def _parts(self) -> list[tuple[str, float, int]]:
-        """List what is dropped now: name, probability and features."""
+    def _parts(self) -> list[tuple[str, float, Size]]:
+        """List what is dropped now: name, probability and shape."""
         if not self.training:
             return []
         sizes = (self.input_size, self.state_sizes[0] if self.p_state else 0, self.output_size)
@@ -139,7 +140,10 @@ class VariationalDropout(Wrapper):
         self, steps: int, batch_size: int, *, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> State:
         return tuple(
-            [_dropout_mask(p, 1, batch_size, size, dtype=dtype, device=device) for _, p, size in self._parts()]
+            [
+                _dropout_mask(p, 1, batch_size, *feature_shape(size), dtype=dtype, device=device)
+                for _, p, size in self._parts()
+            ]
         )
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
@@ -184,7 +188,7 @@ class RecurrentDropout(Wrapper):
     def __init__(self, cell: Cell, p: float = 0.1, *, name: str | None = None) -> None:
         super().__init__(cell)
         self.p = check_probability("RecurrentDropout's p", p)
-        sizes = _intermediate_sizes(cell)
+        sizes = _intermediate_shapes(cell)
         candidates = [each for each in ((name,) if name else ("g", "n")) if each in sizes]
         if not candidates:
             raise ValueError(
@@ -192,7 +196,7 @@ class RecurrentDropout(Wrapper):
                 f"({', '.join(sizes) or 'nothing'}). Pass name=, and name the candidate in the step: "
                 'n = self.note("n", n).'
             )
-        self.name, self._size = candidates[0], sizes[candidates[0]]
+        self.name, self._shape = candidates[0], sizes[candidates[0]]
 
     def noise_names(self) -> tuple[str, ...]:
         return (f"{self.name}_dropout",) if self.training and self.p else ()
@@ -202,7 +206,7 @@ class RecurrentDropout(Wrapper):
     ) -> State:
         if not self.noise_names():
             return ()
-        return (_dropout_mask(self.p, steps, batch_size, self._size, dtype=dtype, device=device),)
+        return (_dropout_mask(self.p, steps, batch_size, *self._shape, dtype=dtype, device=device),)
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         if not noise:
@@ -341,7 +345,7 @@ def _dropout_mask(p: float, *shape: int, dtype: torch.dtype | None, device: torc
 def _trial(cell: Cell) -> tuple[Any, State]:
     """Return an input of one row of zeros and an initial state, for a trial step of a cell."""
     like = next(cell.parameters(), torch.zeros(()))
-    x = torch.zeros(1, cell.input_size, dtype=like.dtype, device=like.device)
+    x = torch.zeros((1, *feature_shape(cell.input_size)), dtype=like.dtype, device=like.device)
     drawn = cell.draw(1, 1, dtype=like.dtype, device=like.device)
     if len(cell.inputs) != 1 + len(drawn):
         raise ValueError(
@@ -352,11 +356,11 @@ def _trial(cell: Cell) -> tuple[Any, State]:
     return ((x, *(value[0] for value in drawn)) if drawn else x), state
 
 
-def _intermediate_sizes(cell: Cell) -> dict[str, int]:
-    """Run one step; return the features of each intermediate value that it notes, by name."""
-    sizes: dict[str, int] = {}
+def _intermediate_shapes(cell: Cell) -> dict[str, Shape]:
+    """Run one step; return the shape of a row of each intermediate value that it notes, by name."""
+    sizes: dict[str, Shape] = {}
     x, state = _trial(cell)
-    collect = capture_intermediates(lambda _, name, value: sizes.__setitem__(name, value.shape[-1]))
+    collect = capture_intermediates(lambda _, name, value: sizes.__setitem__(name, tuple(value.shape[1:])))
     with torch.no_grad(), preserved(cell), collect:
         cell.step(x, state)
     return sizes
