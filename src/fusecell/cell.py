@@ -91,8 +91,9 @@ class Cell(nn.Module):
     keeps: ClassVar[str] = ""
     updates: ClassVar[str] = ""
 
-    input_size: Size
-    hidden_size: Size
+    # A Size each; Any, so that a cell of flat rows may take them as the integers that they are there.
+    input_size: Any
+    hidden_size: Any
 
     def __init__(self, input_size: Size, hidden_size: Size) -> None:
         super().__init__()
@@ -120,7 +121,8 @@ class Cell(nn.Module):
             state: a tuple of (N, size) tensors in the order of ``states``; (N, d1, ..., dk) where a size is a shape.
 
         Returns:
-            The output, (N, output_size), or a tuple or dict of such where ``output_size`` is one, and the new state, a tuple like ``state``.
+            The output, (N, output_size), or a tuple or dict of such where ``output_size`` is one; and the new state, a
+            tuple like ``state``.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no step. Write step(self, x, state) -> (output, new_state), "
@@ -249,5 +251,7 @@ def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) ->
     outputs, after = run(cell, all_inputs(cell, inputs, start), start, Options())
     outputs = map_outputs(lambda value: without_dim(value, 0), outputs)
     if unbatched:
-        return map_outputs(lambda value: without_dim(value, 0), outputs), public_state(tuple(without_dim(value, 0) for value in after))
+        return map_outputs(lambda value: without_dim(value, 0), outputs), public_state(
+            tuple(without_dim(value, 0) for value in after)
+        )
     return outputs, public_state(after)

@@ -12,7 +12,16 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import register
-from fusecell.shapes import Outputs, feature_shape, is_size, map_outputs, output_shapes, size_text, tensors_of, zero_outputs
+from fusecell.shapes import (
+    Outputs,
+    feature_shape,
+    is_size,
+    map_outputs,
+    output_shapes,
+    size_text,
+    tensors_of,
+    zero_outputs,
+)
 from fusecell.validation import first_state
 
 __all__ = ["checked_output", "run_eager"]

@@ -21,6 +21,7 @@ __all__ = [
     "all_flat",
     "feature_shape",
     "features_of",
+    "in_order",
     "is_size",
     "map_outputs",
     "output_shape",
@@ -97,6 +98,11 @@ def tensors_of(outputs: Outputs) -> tuple[Tensor, ...]:
     if isinstance(outputs, Tensor):
         return (outputs,)
     return tuple(outputs.values()) if isinstance(outputs, Mapping) else tuple(outputs)
+
+
+def in_order(size: OutputSize, outputs: Outputs) -> Outputs:
+    """Return a dict of outputs in the order of its output size; others as they are."""
+    return {name: outputs[name] for name in size} if isinstance(size, Mapping) else outputs
 
 
 def map_outputs(function: Callable[..., Tensor], outputs: Outputs, *others: Outputs) -> Outputs:

@@ -17,9 +17,9 @@ from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, kernel_dtype
 from fusecell.compiler.refusal import Refusal
+from fusecell.execution.options import State
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.layers import Bidirectional, Recurrent, Sequential
-from fusecell.execution.options import State
 from fusecell.shapes import Size, feature_shape, output_shape
 from fusecell.validation import first_weight
 
@@ -259,7 +259,11 @@ class _Walk:
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
-        kind, shape, saved = type(cell).__name__ + suffix, self._sequence(*output_shape(cell.output_size)), self._saved(cell)
+        kind, shape, saved = (
+            type(cell).__name__ + suffix,
+            self._sequence(*output_shape(cell.output_size)),
+            self._saved(cell),
+        )
         return LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
 
     def _saved(self, cell: Cell) -> int | None:

@@ -92,9 +92,7 @@ class Recurrent(nn.Module):
         """Run the cell over a sequence; arguments and returns as in :func:`fusecell.scan`."""
         return self.run(input, state, self.reverse, lengths=lengths, resets=resets, mask=mask)
 
-    def run(
-        self, input: Input, state: StateLike | None, reverse: bool, **data: Any
-    ) -> tuple[Outputs, Tensor | State]:
+    def run(self, input: Input, state: StateLike | None, reverse: bool, **data: Any) -> tuple[Outputs, Tensor | State]:
         """Run the cell in a given direction; otherwise as ``forward``."""
         return scan(
             self.cell,

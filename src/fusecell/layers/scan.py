@@ -55,8 +55,9 @@ def scan(
 
     Arguments:
         cell: any :class:`fusecell.Cell`.
-        input: (T, N, input_size), (N, T, input_size) if ``batch_first``, (T, input_size), or a PackedSequence, where
-            an ``input_size`` that is a shape stands for as many dimensions, (T, N, C, H, W); a tuple of such where the cell has several inputs. A T of 1 next to longer inputs means constant over time.
+        input: (T, N, input_size), (N, T, input_size) if ``batch_first``, (T, input_size), or a PackedSequence, where an
+            ``input_size`` that is a shape stands for as many dimensions: (T, N, C, H, W). A tuple of such where the
+            cell has several inputs, of any rank. A T of 1 next to longer inputs means constant over time.
         state: the state before the first step, (N, size) each and never batch-first: the tensor where the cell has one
             state, else a tuple. ``cell.initial_state`` if left out.
         lengths: (N,) integers on any device, in any order: row n is valid for t < lengths[n]. Outputs beyond are 0 and

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import run
-from fusecell.shapes import Outputs, OutputSize, Size, is_size, map_outputs, tensors_of, zero_outputs
+from fusecell.shapes import Outputs, OutputSize, Size, in_order, is_size, map_outputs, tensors_of, zero_outputs
 from fusecell.wrappers import Wrapper
 
 __all__ = ["PLAIN", "MaskedOutput", "WrapOptions", "describe", "run_wrapped", "wrap_options", "unwrapped"]
@@ -125,7 +125,7 @@ class Masked(Wrapper):
         if not self.hold:
             return map_outputs(lambda value: _where(valid, value, torch.zeros_like(value)), output), after
         others = iter(state[count:])
-        output = map_outputs(lambda value: _where(valid, value, next(others)), _in_order(output, self.output_size))
+        output = map_outputs(lambda value: _where(valid, value, next(others)), in_order(self.output_size, output))
         return output, (*after, *tensors_of(output))
 
 
@@ -140,11 +140,6 @@ def _output_sizes(size: OutputSize) -> tuple[Size, ...]:
     if is_size(size):
         return (size,)
     return tuple(size.values()) if isinstance(size, Mapping) else tuple(size)
-
-
-def _in_order(output: Outputs, size: OutputSize) -> Outputs:
-    """Return a dict of outputs in the order of ``output_size``."""
-    return {name: output[name] for name in size} if isinstance(size, Mapping) else output
 
 
 class GradientLimited(Wrapper):

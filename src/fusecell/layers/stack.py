@@ -30,7 +30,8 @@ class Stack(Cell):
         (torch.Size([7, 3, 16]), torch.Size([3, 32]), torch.Size([3, 16]))
 
     Arguments:
-        cells: bottom first; the ``input_size`` of each, a number or a shape, is the ``output_size`` of the one below. Stacks nest.
+        cells: bottom first; the ``input_size`` of each, a number or a shape, is the ``output_size`` of the one below.
+            Stacks nest.
         dropout: the probability with which a feature of every cell's output but the last's is dropped, in training.
             Over a sequence it is one dropout of the (T, N, size) output between layers, as torch.nn draws it.
         residual: add a cell's input to its output, after dropout, wherever the sizes agree.

@@ -70,7 +70,7 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
             values[name] = _packed(flat(value)[:, rows])
     gradients = {}
     if tape.has_gradients:
-        gradients = {name: _packed(flat(tape.gradient(name, layer, direction))[:, rows]) for name in values}
+        gradients = {name: _packed(flat(_gradient(track, name))[:, rows]) for name in values}
     return {
         "kind": track.kind,
         "layer": layer,
@@ -82,6 +82,12 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
         "begins": {name: _begins(tape, track, name, rows) for name in track.states},
         "gradients": gradients,
     }
+
+
+def _gradient(track: Track, name: str) -> Tensor:
+    """Return the gradient of a value: zeros where the loss does not depend on it, as on one of several outputs."""
+    gradient = track.probes[name].grad if name in track.probes else None
+    return torch.zeros_like(track.values[name]) if gradient is None else gradient
 
 
 def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[int, list[float]]]:

@@ -35,7 +35,7 @@ from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import register
 from fusecell.layers.scan_wrappers import unwrapped
-from fusecell.shapes import Outputs, is_size, map_outputs, tensors_of, unpacked
+from fusecell.shapes import Outputs, in_order, is_size, map_outputs, tensors_of, unpacked
 from fusecell.tape.tape import Tape, Track
 from fusecell.validation import compute_dtype, first_state
 from fusecell.wrappers import Wrapper
@@ -169,7 +169,9 @@ def _run_recorded(cell: Cell, inputs: State, state: State, options: Options) -> 
     return outputs, after
 
 
-def _values(cell: Cell, inputs: State, state: State, reset: State, options: Options) -> tuple[dict[str, Outputs], State]:
+def _values(
+    cell: Cell, inputs: State, state: State, reset: State, options: Options
+) -> tuple[dict[str, Outputs], State]:
     """Run a cell, compiled where possible; return its outputs, notes and states at each step, and the last state."""
     numbers = as_numbers(inputs, state[0].dtype if state else compute_dtype(cell, inputs[0]))
     if isinstance(numbers, Refusal):
@@ -223,7 +225,7 @@ def _like_rows(flags: Tensor, value: Tensor) -> Tensor:
 
 
 def _output_names(cell: Cell) -> tuple[str, ...]:
-    """Name the outputs of a cell on the tape: ``output``, or ``output.0`` or ``output.name`` where there are several."""
+    """Name a cell's outputs on the tape: ``output``, or ``output.0`` or ``output.name`` where there are several."""
     size = cell.output_size
     if is_size(size):
         return ("output",)
@@ -280,7 +282,7 @@ class _Probed(Wrapper):
             output = map_outputs(lambda each, old=value, new=probed: new if each is old else each, output)
             after.append(probed)
         zeros = iter(_output_names(self.cell))
-        return map_outputs(lambda each: each + probes[next(zeros)], output), tuple(after)
+        return map_outputs(lambda each: each + probes[next(zeros)], in_order(self.output_size, output)), tuple(after)
 
 
 def _equation(cell: Cell) -> str:
@@ -344,7 +346,8 @@ def _run_loop(cell: Cell, inputs: State, state: State, options: Options) -> tupl
         lengths = options.lengths
         valid = torch.arange(steps_of(inputs), device=lengths.device)[:, None] < lengths
         values = {
-            name: torch.where(_like_rows(valid, value), value, torch.zeros_like(value)) for name, value in values.items()
+            name: torch.where(_like_rows(valid, value), value, torch.zeros_like(value))
+            for name, value in values.items()
         }
     return {**values, "output": outputs}, after
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.execution.options import State
 from fusecell.layers import scan
-from fusecell.shapes import Outputs, feature_shape, map_outputs, output_shapes, tensors_of
+from fusecell.shapes import Outputs, feature_shape, in_order, map_outputs, output_shapes, tensors_of
 from fusecell.validation import state_tuple
 
-__all__ = ["Outcome", "Trial", "apart", "in_order", "kinds", "name_of", "same"]
+__all__ = ["Outcome", "Trial", "apart", "outputs_of", "kinds", "name_of", "same"]
 
 Outcome = tuple[Outputs, State]
 """The outputs of a sequence and the state after it."""
@@ -138,16 +138,16 @@ class Trial:
         (one, after), (other, before) = actual, expected
         pairs = zip(
             labels,
-            (*in_order(self.cell, one), *after),
-            (*in_order(self.cell, other), *before),
+            (*outputs_of(self.cell, one), *after),
+            (*outputs_of(self.cell, other), *before),
             strict=True,
         )
         return [f"{label} {where} {apart(a, b)}. {fix}" for label, a, b in pairs if not self.close(a, b)]
 
 
-def in_order(cell: Cell, outputs: Outputs) -> State:
+def outputs_of(cell: Cell, outputs: Outputs) -> State:
     """Return the tensors of an output, a dict's in the order of ``output_size``."""
-    return tensors_of({name: outputs[name] for name in cell.output_size} if isinstance(outputs, dict) else outputs)
+    return tensors_of(in_order(cell.output_size, outputs))
 
 
 def name_of(cell: Cell) -> str:

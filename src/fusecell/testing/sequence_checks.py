@@ -14,7 +14,7 @@ from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state
 from fusecell.execution.runners import run
 from fusecell.shapes import map_outputs, output_shapes, tensors_of, zero_outputs
-from fusecell.testing.harness import Outcome, Trial, apart, in_order, kinds, same
+from fusecell.testing.harness import Outcome, Trial, apart, kinds, outputs_of, same
 from fusecell.validation import state_tuple
 
 __all__ = [
@@ -97,7 +97,7 @@ def _row_by_row(trial: Trial, lengths: list[int], resets: Tensor | None, reverse
             if resets is not None and resets[t, n]:
                 state = tuple(value[rows] for value in first)
             output, state = cell.step(trial.at(t, rows=rows), state)
-            for whole, value in zip(tensors_of(outputs), in_order(cell, output), strict=True):
+            for whole, value in zip(tensors_of(outputs), outputs_of(cell, output), strict=True):
                 whole[t, n] = value[0]
         after.append(state)
     return outputs, tuple(torch.cat(column) for column in zip(*after, strict=True))

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell, capture_intermediates
+from fusecell.eager import checked_output
 from fusecell.execution.options import State
 from fusecell.module_snapshot import Snapshot
-from fusecell.eager import checked_output
 from fusecell.shapes import feature_shape, map_outputs, output_shapes, tensors_of
 from fusecell.step_changes import changing_line, explain_changes
-from fusecell.testing.harness import Trial, apart, in_order, kinds, same
+from fusecell.testing.harness import Trial, apart, kinds, outputs_of, same
 
 __all__ = [
     "check_branches",
@@ -200,7 +200,7 @@ class _TwoSteps(nn.Module):
         outputs: list[Tensor] = []
         for t in range(2):
             output, state = self.cell.step(self.trial.at(t, inputs), state)
-            outputs += in_order(self.cell, output)
+            outputs += outputs_of(self.cell, output)
         return (*outputs, *state)
 
     def of(self, name: str) -> Callable[[Tensor], State]:
@@ -228,11 +228,17 @@ def check_rows(trial: Trial) -> Iterator[str]:
     for row in (0, trial.batch_size - 1):
         rows = slice(row, row + 1)
         alone = trial.loop(state=tuple(value[rows] for value in trial.state), rows=rows)
-        expected = map_outputs(lambda value, rows=rows: value[:, rows], whole[0]), tuple(value[rows] for value in whole[1])
+        expected = (
+            map_outputs(lambda value, rows=rows: value[:, rows], whole[0]),
+            tuple(value[rows] for value in whole[1]),
+        )
         fix = "Reduce over the last dimension only, and give sizes as -1 or x.shape[0], never as squeeze()."
         yield from trial.compare(alone, expected, f"of row {row} alone, against the same row in the batch,", fix)
     # Row 0 changed: a step that mixes rows, as batch norm does, then changes the others.
-    changed = tuple(torch.cat((value[:, :1] * 3 + 1, value[:, 1:]), 1) if value.is_floating_point() else value for value in trial.inputs)
+    changed = tuple(
+        torch.cat((value[:, :1] * 3 + 1, value[:, 1:]), 1) if value.is_floating_point() else value
+        for value in trial.inputs
+    )
     state = tuple(torch.cat((value[:1] * 3 + 1, value[1:])) for value in trial.state)
     others = slice(1, None)
     after = trial.loop(changed, state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State

@@ -62,8 +62,8 @@ class LearnedState(Wrapper):
         torch.Size([10])
 
     Arguments:
-        cell: any cell. The parameters, (size,) or (d1, ..., dk) each, are called ``initial_h`` and so on after its states, and start
-            as its own initial state.
+        cell: any cell. The parameters, (size,) or (d1, ..., dk) each, are called ``initial_h`` and so on after its
+            states, and start as its own initial state.
 
     Raises:
         TypeError: if ``cell`` is not a cell.

@@ -69,7 +69,13 @@ class Zoneout(Wrapper):
         if not self.training:
             return ()
         sizes = zip(self.state_sizes, self.p, strict=True)
-        return tuple([_bernoulli(p, steps, batch_size, *feature_shape(size), dtype=dtype, device=device) for size, p in sizes if p])
+        return tuple(
+            [
+                _bernoulli(p, steps, batch_size, *feature_shape(size), dtype=dtype, device=device)
+                for size, p in sizes
+                if p
+            ]
+        )
 
     def around(self, x: Any, state: State, noise: State) -> tuple[Tensor, State]:
         output, new = self.cell.step(x, state)

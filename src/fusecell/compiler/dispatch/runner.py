@@ -42,7 +42,9 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
         NotCompilable: with the reasons, if the cell or the call cannot be compiled.
     """
     numbers = _numbers(cell, inputs, state)
-    reasons = numbers.reasons if isinstance(numbers, Refusal) else call_reasons(numbers, state)
+    if isinstance(numbers, Refusal):
+        raise NotCompilable(type(cell).__name__, numbers.reasons)
+    reasons = call_reasons(numbers, state)
     if not reasons:
         result = _run(cell, inputs, numbers, state, options)
         if not isinstance(result, Refusal):
@@ -89,9 +91,7 @@ def _numbers(cell: Cell, inputs: State, state: State) -> State | Refusal:
     return inputs
 
 
-def _run(
-    cell: Cell, inputs: State, numbers: State, state: State, options: Options
-) -> tuple[Outputs, State] | Refusal:
+def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Options) -> tuple[Outputs, State] | Refusal:
     find = find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program
     program = find(cell, inputs, numbers[0].dtype)
     result = program if isinstance(program, Refusal) else program(cell, numbers, state, options)

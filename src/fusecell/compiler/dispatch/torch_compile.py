@@ -54,14 +54,16 @@ class Described(NamedTuple):
     constants: Constants
 
 
-def run_traced(owner: nn.Module, inputs: State, state: State, options: Options, leaf: int = -1) -> tuple[Outputs, State]:
+def run_traced(
+    owner: nn.Module, inputs: State, state: State, options: Options, leaf: int = -1
+) -> tuple[Outputs, State]:
     """Run a cell while torch traces it: one operator, or a loop that torch unrolls where the cell can't be compiled.
 
     Arguments:
         owner: the cell, or a drop-in layer.
         leaf: which of the layer's cells.
     """
-    size: Any = (owner.output_size if isinstance(owner, Cell) else None)
+    size: Any = owner.output_size if isinstance(owner, Cell) else None
     wanted = tuple([value.requires_grad for value in inputs]) if torch.is_grad_enabled() else None
     # A size may be symbolic in a trace; the length of a list is an integer, and torch guards it.
     features = tuple([tuple([len([0] * size) for size in value.shape[2:]]) for value in inputs])

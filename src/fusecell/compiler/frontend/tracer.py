@@ -387,7 +387,9 @@ class _Run:
         for label, shape, value in zip(labels, shapes, [output, *after], strict=True):
             if tuple(value.shape) != (self.rows, *shape) or value.dtype != self.dtype:
                 actual = f"{tuple(value.shape)} and {value.dtype}"
-                raise Untraceable(f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}.")
+                raise Untraceable(
+                    f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}."
+                )
             self.outputs[label] = self._node(value)
             self.row_shapes[label] = shape
         return output, after

@@ -120,9 +120,7 @@ def run_all(
     return outputs, after
 
 
-def _new_outputs(
-    kernel: Kernel, like: Tensor, steps: int, rows: int, shapes: Mapping[str, Shape]
-) -> dict[str, Tensor]:
+def _new_outputs(kernel: Kernel, like: Tensor, steps: int, rows: int, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Allocate each output, (T, N, ...), by name."""
     sizes = kernel.output_sizes
     if len(sizes) == 1:

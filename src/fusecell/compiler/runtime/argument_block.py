@@ -121,7 +121,8 @@ class ArgumentBlock:
         """Write the addresses and strides of some of a call's tensors, in the order in which the kernel has them.
 
         Arguments:
-            inputs: (T, N, ...), all features of a row side by side or copied; one of a single step is the same at all steps.
+            inputs: (T, N, ...), copied unless all features of a row are side by side; one of a single step is the same
+                at all steps.
             weights: of any strides.
             first, last: (N, ...), each state before the first step and after the last one.
             reset: (N, size), the states that resets go back to; in a backward, their gradients.
