@@ -129,7 +129,7 @@ class WithReadout(Wrapper):
         except RuntimeError as error:
             raise ValueError(
                 f"{type(self).__name__}: the module doesn't take {type(self.cell).__name__}'s output of "
-                f"{size_text(self.cell.output_size)} features: {error}"
+                f"{self.cell.output_size} features: {error}"
             ) from error
         finally:
             self.module.train(training)
