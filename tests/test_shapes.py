@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import nullcontext
 
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusecell as fc
+from fusecell.errors import StreamFileError
 from fusecell.shapes import feature_shape, is_size, output_shapes, packed, unpacked
+from fusecell.streaming.file import digest
+from fusecell.tensor_file import read_tensor_file
 
 DTYPE = torch.float64
 DIMS = st.lists(st.integers(1, 4), max_size=4).map(tuple)
@@ -78,6 +82,9 @@ class Tokens(fc.Cell):
         return h, (h,)
 
 
+SHAPED = Shaped((2, 3), 4)
+
+
 def results(layer: nn.Module, x: Tensor, state=None, **data) -> list[Tensor]:
     """Return outputs, states and all gradients of a call."""
     outputs, after = layer(x, state, **data)
@@ -96,7 +103,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(shape=DIMS, form=st.sampled_from(["tensor", "tuple", "dict"]), data=st.data())
 def test_rows_of_any_rank_equal_the_loop(shape, form, data):
     torch.manual_seed(len(shape))
@@ -271,6 +278,32 @@ def test_streams_have_the_users_shapes(tmp_path):
         loaded.step(x[0].flatten(1))
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([], "expected an object of input, output and states"),
+        ({"input": [2, 3], "output": [2, 3], "states": []}, "expected 2"),
+        ({"input": [2, 4], "output": [2, 3], "states": [[2, 3], [4]]}, "expected dimensions of 6 features"),
+        ({"input": [-2, -3], "output": [2, 3], "states": [[2, 3], [4]]}, "expected dimensions of 6 features"),
+        ({"input": [2, 3], "output": 6, "states": [[2, 3], [4]]}, "expected dimensions of 6 features"),
+        ({"input": [2, 3], "output": [6, True], "states": [[2, 3], [4]]}, "expected dimensions of 6 features"),
+        ({"input": [2, 3], "output": [2, 3], "states": [[2, 3], [1] * 17]}, "expected dimensions of 4 features"),
+    ],
+)
+def test_a_file_with_shapes_that_do_not_fit_its_graph_is_refused(shapes, message, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "shaped.fusecell"
+    fc.Stream(fc.Recurrent(SHAPED)).save(path)
+    about, tensors = read_tensor_file(path, ("F32", "F64")).metadata, load_file(path)
+    parts = json.loads(about["parts"])
+    parts[0]["shapes"] = shapes
+    text = json.dumps(parts)
+    save_file(tensors, path, {**about, "parts": text, "sha256": digest(text, tensors)})
+    with pytest.raises(StreamFileError, match=message):
+        fc.load_stream(path)
+
+
 @pytest.mark.parametrize("form", ["tensor", "dict"])
 def test_tapes_have_the_users_shapes(form, tmp_path):
     layer, x = fc.Recurrent(Shaped((2, 3), 4, form)), torch.randn(5, 3, 2, 3, dtype=DTYPE)
@@ -341,7 +374,11 @@ def test_another_structure_than_declared_is_refused(runner):
         fc.Recurrent(cell)(x)
     cell.output_size = {"first": (), "h": 5, "a": (2, 3)}
     warns = pytest.warns(fc.EagerWarning, match="expected") if runner == "auto" else nullcontext()
-    with fc.runner(runner), warns, pytest.raises(ValueError, match=r"output\['h'\] of shape \(3, 4\), expected \(3, 5\)"):
+    with (
+        fc.runner(runner),
+        warns,
+        pytest.raises(ValueError, match=r"output\['h'\] of shape \(3, 4\), expected \(3, 5\)"),
+    ):
         fc.Recurrent(cell)(x)
 
 
