@@ -1,4 +1,4 @@
-"""States, inputs and outputs of any rank, compiled and in the Python loop, against a cell that has the same rows flat."""
+"""States, inputs and outputs of any rank, compiled and in the loop, against a cell that has the same rows flat."""
 
 from __future__ import annotations
 

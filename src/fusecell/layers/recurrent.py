@@ -74,7 +74,8 @@ class Recurrent(nn.Module):
 
     @property
     def input_size(self) -> Size:
-        return self.cell.input_size
+        size: Size = self.cell.input_size
+        return size
 
     @property
     def output_size(self) -> OutputSize:

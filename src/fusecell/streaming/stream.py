@@ -236,7 +236,7 @@ class Stream:
 
     @property
     def state(self) -> tuple[Array, ...]:
-        """Copies of the states, each (batch_size, size) or (batch_size, d1, ..., dk), from the bottom; can be assigned."""
+        """Copies of the states, (batch_size, size) or (batch_size, d1, ..., dk), bottom first; can be assigned."""
         return tuple([value.copy() for cell in self._cells for value in cell.shaped_state])
 
     @state.setter

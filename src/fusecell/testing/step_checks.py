@@ -271,6 +271,6 @@ def check_notes(trial: Trial) -> Iterator[str]:
             )
         if value.dim() < 1 or value.shape[0] != trial.batch_size:
             yield (
-                f"note names {name!r} a value of shape {tuple(value.shape)}, expected ({trial.batch_size}, size) or ({trial.batch_size}, d1, ..., dk): "
-                "one row for each row of the input."
+                f"note names {name!r} a value of shape {tuple(value.shape)}, expected ({trial.batch_size}, size) "
+                f"or ({trial.batch_size}, d1, ..., dk): one row for each row of the input."
             )
