@@ -103,7 +103,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(shape=DIMS, form=st.sampled_from(["tensor", "tuple", "dict"]), data=st.data())
 def test_rows_of_any_rank_equal_the_loop(shape, form, data):
     torch.manual_seed(len(shape))
