@@ -133,6 +133,11 @@ def _named_as_in_torch() -> Mapping[str, Rule]:
 EVALUATE: Mapping[str, Rule] = {
     **{name: _leaf_rule for name, primitive in PRIMITIVES.items() if primitive.leaf},
     **_named_as_in_torch(),
+    "trigamma": lambda args, attrs: torch.special.polygamma(1, args[0]),
+    **{
+        f"to_{name}": lambda args, attrs, dtype=dtype: args[0].to(dtype).to(args[0].dtype)
+        for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32))
+    },
     "and": _tensors(torch.logical_and),
     "or": _tensors(torch.logical_or),
     "not": _tensors(torch.logical_not),
