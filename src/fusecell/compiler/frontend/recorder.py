@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -494,6 +495,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
         if name == "nan_to_num":
             options["largest"] = torch.finfo(results[0].dtype).max
+        if results[0] is not None and results[0].dtype in self._casts:
+            # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
+            values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
         result = rule(writer, *values, **options)
         if name not in ELEMENTWISE:
             return list(result) if isinstance(result, tuple) else [result]

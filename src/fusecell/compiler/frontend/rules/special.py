@@ -15,6 +15,7 @@ import numpy as np
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.compiler.ir.sizes import DType
 
 __all__ = ["SPECIAL", "SPECIAL_BACKWARD"]
 
@@ -74,12 +75,15 @@ def _div(w: Writer, a: Operand, b: Operand, rounding_mode: str | None = None) ->
 def _fake_quantize(
     w: Writer, x: Operand, scale: float, zero_point: int, least: int, largest: int
 ) -> tuple[Row, Row]:
-    # torch multiplies by the reciprocal, a float32 in float64 too.
+    # torch multiplies by the reciprocal; that, the scale and the result are float32 in float64 too.
     inverse = float(np.float32(1.0) / np.float32(scale))
     level = w.point("add", w.point("round", w.point("mul", x, inverse)), float(zero_point))
     inside = w.point("and", w.point("ge", level, float(least)), w.point("le", level, float(largest)))
-    clamped = w.point("minimum", w.point("maximum", level, float(least)), float(largest))
-    return w.point("mul", w.point("sub", clamped, float(zero_point)), float(np.float32(scale))), inside
+    # NaN is the least level, as in torch.
+    capped = w.point("minimum", level, float(largest))
+    clamped = w.point("where", w.point("ge", capped, float(least)), capped, float(least))
+    result = w.point("mul", w.point("sub", clamped, float(zero_point)), float(np.float32(scale)))
+    return w.point("to_float32", result) if w.builder.dtype == DType.F64 else result, inside
 
 
 # Signs, and what is not finite.
@@ -263,6 +267,8 @@ SPECIAL: Mapping[str, Rule] = {
 
 def _logit_backward(w: Writer, g: Row, x: Row, eps: float | None = None) -> Row:
     slope = w.point("div", g, w.point("mul", x, w.point("sub", 1.0, x)))
+    steepest = w.point("or", w.point("eq", x, 0.0), w.point("eq", x, 1.0))
+    slope = w.point("where", steepest, w.point("mul", g, math.inf), slope)
     low, outside = (0.0, math.nan) if eps is None else (eps, 0.0)
     beyond = w.point("or", w.point("lt", x, low), w.point("gt", x, 1.0 - low))
     return w.point("where", beyond, outside, slope)
