@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fusecell.compiler.ir.sizes import DType
 
-__all__ = ["COMPILED_DTYPES", "GRAPH_DTYPES", "casts_of", "has_16_bits", "kernel_dtype", "mixes_with", "rounded", "widened", "widens"]
+__all__ = [
+    "COMPILED_DTYPES",
+    "GRAPH_DTYPES",
+    "casts_of",
+    "has_16_bits",
+    "kernel_dtype",
+    "mixes_with",
+    "rounded",
+    "widened",
+    "widens",
+]
 
 GRAPH_DTYPES: Mapping[torch.dtype, DType] = {
     torch.float32: DType.F32,

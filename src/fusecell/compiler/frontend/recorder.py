@@ -495,7 +495,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
         if name == "nan_to_num":
             options["largest"] = torch.finfo(results[0].dtype).max
-        if results[0] is not None and results[0].dtype in self._casts:
+        if any(result is not None and result.dtype in self._casts for result in results):
             # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
         result = rule(writer, *values, **options)
@@ -506,7 +506,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def _rounded(self, value: Any, result: Tensor) -> Any:
         """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
-        if result.dtype not in self._casts or not isinstance(value, Row) or self.writer.is_mask(value):
+        if not isinstance(value, Row) or result.dtype not in self._casts or self.writer.is_mask(value):
             return value
         return self.writer.point(self._casts[result.dtype], value)
 

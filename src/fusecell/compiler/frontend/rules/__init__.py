@@ -35,3 +35,6 @@ RULES = {
     **SPECIAL_BACKWARD,
 }
 """The function of each ATen operation, by its name."""
+_OVER_FEATURES = {"_softmax_backward_data", "_log_softmax_backward_data", "native_layer_norm_backward"}
+ELEMENTWISE = frozenset({*POINTWISE, *SPECIAL, *BACKWARD, *SPECIAL_BACKWARD}) - _OVER_FEATURES
+"""The operations that compute each element of their result from one element of each argument."""

@@ -72,9 +72,7 @@ def _div(w: Writer, a: Operand, b: Operand, rounding_mode: str | None = None) ->
     return row
 
 
-def _fake_quantize(
-    w: Writer, x: Operand, scale: float, zero_point: int, least: int, largest: int
-) -> tuple[Row, Row]:
+def _fake_quantize(w: Writer, x: Operand, scale: float, zero_point: int, least: int, largest: int) -> tuple[Row, Row]:
     # torch multiplies by the reciprocal; that, the scale and the result are float32 in float64 too.
     inverse = float(np.float32(1.0) / np.float32(scale))
     level = w.point("add", w.point("round", w.point("mul", x, inverse)), float(zero_point))
