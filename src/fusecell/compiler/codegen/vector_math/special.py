@@ -1,7 +1,7 @@
 """Inverse trigonometric, gamma and error functions that are written by their own series; remainders and roundings.
 
-atan and atan2 are computed in the format itself, in the others float32 goes through double and is rounded once. The coefficients are Chebyshev
-fits in 40 digits; "error" is the largest one that they cause, without that of the arithmetic.
+atan and atan2 are computed in the format itself; in the others float32 goes through double and is rounded once. The
+coefficients are Chebyshev fits in 40 digits; "error" is the largest one that they cause, the arithmetic left out.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ LGAMMA = (
 )
 """log(gamma(2 + d)) / d, for |d| <= 1 / 2: error 7.2e-20."""
 STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
-"""log(gamma(w)) - (w - 1/2) log(w) + w - log(2 pi) / 2, times w, in powers of 1 / w^2 (Stirling): from 8 on to 1e-15."""
+"""log(gamma(w)) - (w - 1/2) log(w) + w - log(2 pi) / 2, times w, in powers of 1 / w^2: Stirling's series."""
 DIGAMMA = (-1 / 12, 1 / 120, -1 / 252, 1 / 240, -1 / 132, 691 / 32760, -1 / 12, 3617 / 8160)
 """digamma(w) - log(w) + 1 / (2 w), times w^2, in powers of 1 / w^2."""
 TRIGAMMA = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510)
@@ -249,12 +249,15 @@ def _angle(f: VectorFunction, y: Value, x: Operand) -> tuple[Value, Value]:
     a, b = f.fabs(x, "a"), f.fabs(y, "b")
     steep = f.fcmp("ogt", b, a, "steep")
     larger, lesser = f.select(steep, b, a, "larger"), f.select(steep, a, b, "lesser")
-    f.comment("two infinities are at pi / 4, two zeros at 0; halves, so that sums of the largest numbers are finite")
+    f.comment("two infinities are at pi / 4, two zeros at 0")
     both = f.fcmp("oeq", lesser, inf, "both")
     lesser, larger = f.select(both, 1.0, lesser, "lesser"), f.select(both, 1.0, larger, "larger")
     larger = f.select(f.fcmp("oeq", larger, 0.0, "none"), 1.0, larger, "larger")
-    half = f.select(f.fcmp("ogt", larger, 1.0, "long"), 0.5, 1.0, "half")
-    lesser, larger = f.mul(lesser, half, "lesser"), f.mul(larger, half, "larger")
+    f.comment("scaled, so that sums of the largest numbers are finite and differences of the least no denormals")
+    tiny, large = 2.0 ** -(f.precision.bias // 2), 2.0 ** (f.precision.bias - 2)
+    up = f.select(f.fcmp("olt", larger, tiny, "short"), 1 / tiny, 1.0, "scale")
+    scale = f.select(f.fcmp("ogt", larger, large, "long"), 0.5, up, "scale")
+    lesser, larger = f.mul(lesser, scale, "lesser"), f.mul(larger, scale, "larger")
     wide = f.fcmp("ogt", lesser, f.mul(larger, 0.41421356237309503, "eighth"), "wide")
     top = f.select(wide, f.sub(lesser, larger, "difference"), lesser, "top")
     bottom = f.select(wide, f.add(lesser, larger, "sum"), larger, "bottom")
@@ -330,10 +333,12 @@ def _lgamma(f: VectorFunction, x: Value) -> Value:
     series = f.select(near, f.mul(d, f.horner(d, LGAMMA, "g"), "root.series"), series, "series")
     f.comment("and gamma(x) gamma(1 - x) = pi / sin(pi x)")
     side = f.select(near, f.select(below, z, 1.0, "side"), f.select(short, product, 1.0, "side"), "side")
-    sine = _sin_pi(f, f.fabs(_from_pole(f, x), "r"))
+    distance = f.fabs(_from_pole(f, x), "r")
+    sine = _sin_pi(f, distance)
     mirrored = f.mul(side, f.div(pi, sine, "mirror"), "mirrored")
     factor = log(f, f.select(left, mirrored, side, "factor"))
     plus, minus = f.sub(series, factor, "plus"), f.sub(factor, series, "minus")
+    minus = f.select(f.fcmp("oeq", distance, 0.0, "pole"), inf, minus, "minus")
     result = f.select(left, minus, plus, "result")
     return f.select(f.fcmp("oeq", f.fabs(x, "size"), inf, "endless"), inf, result, "result")
 
