@@ -498,6 +498,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if any(result is not None and result.dtype in self._casts for result in results):
             # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
+        if name.startswith("bitwise_"):
+            options["of_masks"] = results[0].dtype == torch.bool
         result = rule(writer, *values, **options)
         if name not in ELEMENTWISE:
             return list(result) if isinstance(result, tuple) else [result]

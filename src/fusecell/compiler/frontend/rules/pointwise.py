@@ -199,8 +199,8 @@ def _xor(w: Writer, a: Operand, b: Operand) -> Row:
 
 
 def _bitwise(op: str) -> Rule:
-    def rule(w: Writer, *operands: Operand) -> Row:
-        if not all(isinstance(value, bool) or w.is_mask(w.row(value)) for value in operands):
+    def rule(w: Writer, *operands: Operand, of_masks: bool = False) -> Row:
+        if not of_masks:
             raise Untraceable("Bitwise arithmetic on integers is not compiled.")
         return w.point(op, *operands) if op != "xor" else _xor(w, *operands)
 
