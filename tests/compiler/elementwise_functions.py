@@ -74,6 +74,7 @@ TABLES: dict[tuple[float, float], dict[str, Function]] = {
         "half": lambda x, h: (x.half() * h.half()).to(x.dtype),
         "half_composite": lambda x, h: (F.silu(x.half()) + 1).to(x.dtype) * h,
         "bfloat16": lambda x, h: x.bfloat16().to(x.dtype) * h,
+        "half_by_copying": lambda x, h: torch.zeros_like(x.half()).copy_(x * h).to(x.dtype),
         "double": lambda x, h: x.double().to(x.dtype) * h,
         "float": lambda x, h: (x.float() * 1.1).to(x.dtype) * h,
         "long": lambda x, h: (x.long() + 1).to(x.dtype) * h + x,

@@ -481,7 +481,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if name == "as_strided":
             return [writer.move(lambda numbers: strided(numbers, args[0], results[0]), values[0])]
         if name == "copy":
-            return [writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])]
+            copied = writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])
+            same = not isinstance(args[1], Tensor) or args[1].dtype == results[0].dtype
+            return [copied if same else self._cast(copied, results[0], args[1].dtype)]
         if name in MOVES:
             if name == "constant_pad_nd" and len(values) > 2 and values[2] != 0:
                 return [padded_with(writer, *values)]
