@@ -29,7 +29,16 @@ INEXACT = {
         (2e-3, "a function's last bit may decide to which float16 it is rounded"),
     ),
 }
-ROUNDED = ("half", "half_by_copying", "half_composite", "bfloat16", "float", "div_floor", "floor_divide", "int_reciprocal")
+ROUNDED = (
+    "half",
+    "half_by_copying",
+    "half_composite",
+    "bfloat16",
+    "float",
+    "div_floor",
+    "floor_divide",
+    "int_reciprocal",
+)
 """Rounded to a narrower format, or to integers, in the way of the dtype: float64 has other numbers."""
 AT_POLES = (("digamma", PARTS[1]), ("polygamma", PARTS[1]))
 """torch's trigamma is some large number at its poles, of either sign; ours is infinite."""

@@ -22,10 +22,25 @@ from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_globals, users_line
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.backward import SUMS
-from fusecell.compiler.frontend.rules.complex_numbers import COMPLEX, KEEPS_PAIR, MAKES_COMPLEX, moved_pair, sum_of_pairs
+from fusecell.compiler.frontend.rules.complex_numbers import (
+    COMPLEX,
+    KEEPS_PAIR,
+    MAKES_COMPLEX,
+    moved_pair,
+    sum_of_pairs,
+)
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with
 from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten, strided
-from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
+from fusecell.compiler.frontend.traced_values import (
+    Complex,
+    ExternalGrad,
+    Row,
+    Sum,
+    Unsupported,
+    Untraceable,
+    Value,
+    Weight,
+)
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
