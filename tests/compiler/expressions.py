@@ -34,6 +34,21 @@ UNARY = (
     "torch.relu_({a} * 2)",
     "{a} * {a}.detach()",
     "torch.ones_like({a}) * 2 - {a}",
+    *(f"torch.{name}({{a}})" for name in ("round", "frac", "atan", "asinh", "sinc", "rad2deg", "nan_to_num")),
+    *(f"torch.{name}(torch.tanh({{a}}))" for name in ("sinh", "cosh")),
+    *(f"torch.{name}(0.9 * torch.tanh({{a}}))" for name in ("asin", "acos", "atanh", "erfinv")),
+    *(f"torch.{name}(torch.tanh({{a}}) + 2.1)" for name in ("acosh", "lgamma", "digamma")),
+    "torch.logit(torch.sigmoid({a}), 0.01)",
+    "torch.round({a}, decimals=1)",
+    "{a} % 0.7",
+    "torch.fmod({a}, 1.3)",
+    "({a} // 0.6) * 0.5 + {a}",
+    "torch.fake_quantize_per_tensor_affine({a}, 0.1, 0, -128, 127)",
+    "F.rrelu({a})",
+    "{a}.long().to({a}.dtype) + {a}",
+    "{a} * torch.heaviside({a}.detach(), {a}.detach())",
+    "F.pad({a}[:, 1:], (1, 0), value=0.7)",
+    "torch.where(torch.signbit({a}), {a}, 0.5)",
 )
 POWERS = {"torch.square({a})": 2, "{a} ** 2": 2, "{a} ** 3": 3, "({a}.abs() + 0.1) ** 1.5": 1.5}
 BINARY = (
@@ -62,6 +77,16 @@ TENSORS = (
     "torch.sigmoid({a}) * {a} + (1 - torch.sigmoid({a})) * {b}",
     "{a}.masked_fill({b} > 0.2, 1.5)",
     "F.prelu({a}, self.one) * {b}",
+    "torch.atan2({a}, {b}.abs() + 0.1)",
+    "torch.hypot({a}, {b}.abs() + 0.1)",
+    "torch.logaddexp({a}, {b})",
+    "torch.logaddexp2({a}, {b})",
+    "torch.copysign({a}, {b})",
+    "torch.fmax({a}, {b})",
+    "torch.fmin({a}, {b})",
+    "torch.remainder({a}, {b}.abs() + 0.5)",
+    "torch.fmod({a}, {b}.abs() + 0.5)",
+    "torch.xlogy({a}, {b}.abs() + 0.5)",
 )
 # Each with how much larger than its argument it can be, for a value of ten features.
 REDUCTIONS = {

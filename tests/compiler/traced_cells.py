@@ -296,6 +296,7 @@ WEIGHTS: dict[str, Body] = {
     "tied_and_transposed": lambda c, x, h: torch.tanh(h @ c.square + h @ c.square.t() + c.rec(h) * c.rec(h * h)),
     "on_the_left": lambda c, x, h: (c.square @ h.t()).t() + x @ c.inp.weight.t(),
     "flags": lambda c, x, h: torch.where(c.flags, h, both(c, x, h)) + c.flags * h,
+    "flags_connected": lambda c, x, h: torch.where(c.flags | (h > 0) & ~c.flags, h, both(c, x, h)),
     "whole_number": lambda c, x, h: h / c.count,
     "rows": lambda c, x, h: sum(torch.tanh(F.linear(h, w)) for w in c.tall.chunk(3)) + F.linear(h, c.tall[2:8]),
     "columns": lambda c, x, h: F.linear(h[:, :3], c.square[:, :3]) + h[:, 2:] @ c.tall[:4],

@@ -22,6 +22,7 @@ from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.refusal import Refusal
 from tests.compiler.axis_cells import AXES, AxisCell
+from tests.compiler.elementwise_functions import FUNCTIONS as ELEMENTWISE
 from tests.compiler.traced_cells import (
     FUNCTIONS,
     WEIGHTS,
@@ -81,6 +82,8 @@ def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         traced(BodyCell(body).double())
     for body in AXES.values():
         traced(AxisCell(body).double())
+    for function in (f for name, f in ELEMENTWISE.items() if not name.startswith("pad")):
+        traced(BodyCell(lambda c, x, h, f=function: f(both(c, x, h), h)).double())
     assert set(recorder.RULES) - met - UNTRIED == set()
 
 
@@ -222,7 +225,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "input_in_place": (lambda c, x, h: h.mul_(2), "in place"),
     "weight_in_place": (lambda c, x, h: h * c.vector.detach().mul_(2), "in place"),
     "buffer_in_place": (lambda c, x, h: h * c.flags.logical_not_(), "in place"),
-    "other_format": (lambda c, x, h: h.float().double(), "float32 where the cell is torch.float64"),
+    "other_format": (lambda c, x, h: h.float().softmax(1).double(), "float32 where the cell is torch.float64"),
     "no_rule": (lambda c, x, h: h * h.mode(1, keepdim=True)[0], r"mode has no rule.*test_tracer.py"),
     "error": (lambda c, x, h: h.missing, "AttributeError"),
     "shape": (lambda c, x, h: h[:, :3], "expected"),

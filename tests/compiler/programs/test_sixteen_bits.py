@@ -305,7 +305,8 @@ def test_dtypes_inside_a_step(dtype):
             assert str(through) in result.reasons[0]
     # In a float32 step a cast to 16 bits is a rounding, and stays one.
     cell.through = dtype
-    assert isinstance(trace(cell, [(5,)], torch.float32, gradients=False), Refusal)
+    rounding = "to_" + str(dtype).removeprefix("torch.")
+    assert rounding in {node.op for node in trace(cell, [(5,)], torch.float32, gradients=False).graph.nodes}
 
 
 @every_dtype

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fusecell.compiler.ir.sizes import DType
 
-__all__ = ["COMPILED_DTYPES", "GRAPH_DTYPES", "has_16_bits", "kernel_dtype", "mixes_with", "rounded", "widened"]
+__all__ = [
+    "COMPILED_DTYPES",
+    "GRAPH_DTYPES",
+    "casts_of",
+    "has_16_bits",
+    "kernel_dtype",
+    "mixes_with",
+    "rounded",
+    "widened",
+    "widens",
+]
 
 GRAPH_DTYPES: Mapping[torch.dtype, DType] = {
     torch.float32: DType.F32,
@@ -41,6 +51,17 @@ def mixes_with(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     In a kernel both are float32, so that such a cast is none. That leaves out roundings, and adds no error.
     """
     return (dtype, torch.float32) if dtype in _SIXTEEN_BITS else (dtype,)
+
+
+def casts_of(dtype: torch.dtype) -> Mapping[torch.dtype, str]:
+    """Return the narrower dtypes that a step may go through, and the primitive that rounds to the numbers of each."""
+    halves = {torch.float16: "to_float16", torch.bfloat16: "to_bfloat16"}
+    return {torch.float32: halves, torch.float64: {**halves, torch.float32: "to_float32"}}.get(dtype, {})
+
+
+def widens(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Return whether ``other`` has all numbers of a dtype that kernels compute in, and more."""
+    return dtype == torch.float32 and other == torch.float64
 
 
 def widened(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

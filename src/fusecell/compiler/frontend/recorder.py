@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,22 +17,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusecell.attribute_paths import global_path
 from fusecell.compiler.frontend.aten_arguments import Key, key_of, mapped, tensors_in, values_in
 from fusecell.compiler.frontend.custom_functions import is_custom_node, is_of_operator, plain_arguments, tensor_results
-from fusecell.compiler.frontend.dtypes import mixes_with
+from fusecell.compiler.frontend.dtypes import casts_of, mixes_with, widens
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_globals, users_line
-from fusecell.compiler.frontend.rules import RULES
+from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.backward import SUMS
-from fusecell.compiler.frontend.rules.complex_numbers import COMPLEX, KEEPS_PAIR, MAKES_COMPLEX, moved_pair, sum_of_pairs
-from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled
+from fusecell.compiler.frontend.rules.complex_numbers import (
+    COMPLEX,
+    KEEPS_PAIR,
+    MAKES_COMPLEX,
+    moved_pair,
+    sum_of_pairs,
+)
+from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with
 from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten, strided
-from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Row, Sum, Unsupported, Untraceable, Value, Weight
+from fusecell.compiler.frontend.traced_values import (
+    Complex,
+    ExternalGrad,
+    Row,
+    Sum,
+    Unsupported,
+    Untraceable,
+    Value,
+    Weight,
+)
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
 
 __all__ = ["MOST_NODES", "Recorder"]
 
-_NUMBERS = (torch.bool, torch.int64)
+_NUMBERS = (torch.bool, torch.int64, torch.int32)
 MOST_NODES = 25_000
 """Values of a step and its gradient, beyond which it isn't compiled: that would take minutes."""
 
@@ -73,6 +89,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self.builder = builder
         self.dtype = dtype
         self._dtypes = mixes_with(dtype)
+        self._casts = casts_of(dtype)
         self.sources = sources
         self.weights = Weights(builder, dtype)
         self.writer = Writer(builder, rows, self.weights.leaf, self.weights.literal)
@@ -370,7 +387,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 continue
             if value is None:
                 value = Unsupported(tuple(tensor.shape), f"The step uses a result of {name} that has no rule.")
-            self._check_result(tensor, value)
+            self._check_result(tensor, value, op)
             if target is None and isinstance(value, Weight) and self.is_known(tensor):
                 continue  # a view of all of it, such as detach: the same weight
             self.know(tensor, value)
@@ -479,10 +496,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if name == "as_strided":
             return [writer.move(lambda numbers: strided(numbers, args[0], results[0]), values[0])]
         if name == "copy":
-            return [writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])]
+            copied = writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])
+            same = not isinstance(args[1], Tensor) or args[1].dtype == results[0].dtype
+            return [copied if same else self._cast(copied, results[0], args[1].dtype)]
         if name in MOVES:
             if name == "constant_pad_nd" and len(values) > 2 and values[2] != 0:
-                raise Untraceable("The step pads with a number other than 0.")
+                return [padded_with(writer, *values)]
             rows = writer.move(func, *values, **options)
             return rows if isinstance(rows, list) else [rows]
         rule = RULES.get(name)
@@ -491,19 +510,40 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if rule is None:
             raise Untraceable(f"The op {name} has no rule.")
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
+        if name == "nan_to_num":
+            options["largest"] = torch.finfo(results[0].dtype).max
+        if any(result is not None and result.dtype in self._casts for result in results):
+            # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
+            values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
+        if name.startswith("bitwise_"):
+            options["of_masks"] = results[0].dtype == torch.bool
         result = rule(writer, *values, **options)
-        return list(result) if isinstance(result, tuple) else [result]
+        if name not in ELEMENTWISE:
+            return list(result) if isinstance(result, tuple) else [result]
+        rows = list(result) if isinstance(result, tuple) else [result]
+        return [self._rounded(row, tensor) for row, tensor in zip(rows, results, strict=True)]
+
+    def _rounded(self, value: Any, result: Tensor) -> Any:
+        """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
+        if not isinstance(value, Row) or result.dtype not in self._casts or self.writer.is_mask(value):
+            return value
+        return self.writer.point(self._casts[result.dtype], value)
 
     def _cast(self, value: Value, result: Tensor, source: torch.dtype) -> Row:
         if result.dtype == torch.bool:
             return self.writer.truth(value)
-        if result.dtype == torch.int64:
-            row = self.writer.number(value)
-            trunc: Row = RULES["trunc"](self.writer, row)
-            return trunc if source.is_floating_point else row
-        if result.dtype not in self._dtypes:
+        row = self.writer.number(value)
+        if result.dtype in _NUMBERS:
+            if not source.is_floating_point:
+                return row
+            # Integers are numbers without a fraction: exact up to 2^24 in float32. They have no -0.
+            whole = RULES["trunc"](self.writer, row)
+            return self.writer.point("where", self.writer.point("eq", whole, 0.0), 0.0, whole)
+        if result.dtype in self._casts:
+            return self.writer.point(self._casts[result.dtype], row)
+        if result.dtype not in self._dtypes and not widens(self.dtype, result.dtype):
             raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
-        return self.writer.number(value)
+        return row
 
     def _of_sums(
         self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], operands: list[Value]
@@ -583,7 +623,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             if isinstance(old, Weight):
                 self._values[key] = Weight(old.shape, old.slot, old.view)
 
-    def _check_result(self, tensor: Tensor, value: Value) -> None:
+    def _check_result(self, tensor: Tensor, value: Value, name: str) -> None:
         """Check a value against the tensor that torch computed: a defect of a rule must not become wrong numbers."""
         if isinstance(value, Sum) and not self.backward:
             raise Untraceable(
@@ -598,7 +638,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
-            if tensor.dtype not in (*self._dtypes, *_NUMBERS) and not constant:
+            known = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in ELEMENTWISE else ()))
+            # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
+            unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
+            if tensor.dtype not in known and not constant and not unchanged:
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
@@ -673,7 +716,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 
 def _is_deterministic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation that may draw random numbers draws none in this call: dropout outside training."""
-    if "dropout" not in func._schema.name:
-        return False
     arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return arguments.get("train") is False
+    if "rrelu" in func._schema.name:
+        return not arguments.get("training", False)
+    return "dropout" in func._schema.name and arguments.get("train") is False

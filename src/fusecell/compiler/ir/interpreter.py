@@ -120,6 +120,11 @@ def _tensors(function: Callable[..., Tensor]) -> Rule:
     return lambda args, attrs: function(*args)
 
 
+def _through(dtype: torch.dtype) -> Rule:
+    """Return the rule of rounding to the numbers of a narrower dtype."""
+    return lambda args, attrs: args[0].to(dtype).to(args[0].dtype)
+
+
 def _leaf_rule(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     raise ValueError("a leaf's value is given, not computed.")
 
@@ -133,6 +138,10 @@ def _named_as_in_torch() -> Mapping[str, Rule]:
 EVALUATE: Mapping[str, Rule] = {
     **{name: _leaf_rule for name, primitive in PRIMITIVES.items() if primitive.leaf},
     **_named_as_in_torch(),
+    "trigamma": lambda args, attrs: torch.special.polygamma(1, args[0]),
+    "to_float16": _through(torch.float16),
+    "to_bfloat16": _through(torch.bfloat16),
+    "to_float32": _through(torch.float32),
     "and": _tensors(torch.logical_and),
     "or": _tensors(torch.logical_or),
     "not": _tensors(torch.logical_not),

@@ -186,13 +186,13 @@ class VectorFunction(TextBuilder):
 
     # The whole.
 
-    def where_rare(self, mask: Value, op: str, x: Value, otherwise: Value) -> Value:
+    def where_rare(self, mask: Value, op: str, args: Sequence[Value], otherwise: Value) -> Value:
         """Return the function of ``op`` where the mask is set, called only if some lane needs it."""
         # A branch for all lanes together, and a select within: what a lane gets doesn't depend on its neighbours.
         needed = self.let("needed", self.intrinsic(f"vector.reduce.or.v{LANES}i1", mask, result="i1"), "i1")
         self.lines += ["  br label %usual", "usual:", f"  br i1 {needed}, label %rare, label %done", "rare:"]
         name = function_name(op, self.precision.dtype)
-        called = self._vector("called", self.calling(name, [x], self.vector))
+        called = self._vector("called", self.calling(name, args, self.vector))
         merged = self.select(mask, called, otherwise, "merged")
         self.lines += ["  br label %done", "done:"]
         return self._vector("either", f"phi {self.vector} [ {otherwise}, %usual ], [ {merged}, %rare ]")

@@ -14,7 +14,7 @@ from fusecell.compiler.codegen.vector_math.function_builder import VectorFunctio
 from fusecell.compiler.codegen.vector_math.functions import exp, log, nearest_integer, subtract_multiple
 from fusecell.compiler.ir.primitives import LANES
 
-__all__ = ["cos", "power", "sin"]
+__all__ = ["by_lane", "cos", "power", "sin"]
 
 HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 """pi / 2 as a sum of two doubles, for Cody and Waite's reduction."""
@@ -34,7 +34,7 @@ COS = (
 )
 
 
-def _by_lane(f: VectorFunction, function: str, *args: Value) -> Value:
+def by_lane(f: VectorFunction, function: str, *args: Value) -> Value:
     """Call the C library's double function lane by lane; float32 is extended before and rounded once after."""
     scalar = f.precision.scalar
     result = Value("poison", f.vector)
@@ -70,17 +70,17 @@ def _sine(f: VectorFunction, x: Value, quarters: int) -> Value:
 def _periodic(f: VectorFunction, function: str, x: Value, quarters: int) -> Value:
     """Return sin or cos: in double near zero, by the C library's ``function`` for lanes beyond `FAR`."""
     if f.precision.scalar == "double":
-        return _by_lane(f, function, x)
+        return by_lane(f, function, x)
     wide = f.widened()
     near = f.truncated(_sine(wide, f.extended(x, wide.vector, "wide"), quarters), f.vector, "narrow")
     # Out of line, as sixteen calls and their shuffles are long and hardly ever run.
     helper = VectorFunction(f.precision, ("x",))
     far_name = f"{function}.far"
-    far_result = _by_lane(helper, function, *helper.arguments)
+    far_result = by_lane(helper, function, *helper.arguments)
     f.helpers.append(helper.definition(far_name, far_result, "noinline nounwind"))
     f.declares.update(helper.declares)
     far = f.fcmp("ogt", f.fabs(x, "magnitude"), FAR, "far")
-    return f.where_rare(far, far_name, x, near)
+    return f.where_rare(far, far_name, (x,), near)
 
 
 def sin(f: VectorFunction, x: Value) -> Value:
@@ -93,7 +93,7 @@ def cos(f: VectorFunction, x: Value) -> Value:
 
 def power(f: VectorFunction, x: Value, y: Value) -> Value:
     if f.precision.scalar == "double":
-        return _by_lane(f, "pow", x, y)
+        return by_lane(f, "pow", x, y)
     # The relative error grows with y log |x|, which is at most 89 where a float32 is neither 0 nor infinite: 2e-14,
     # where half an ulp of float32 is 6e-8.
     f.comment("exp(y log |x|); a finite y for an infinite one, so that 1 to its power is 1")

@@ -16,11 +16,13 @@ from fusecell.compiler.frontend.rules.products import PRODUCTS
 from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
 from fusecell.compiler.frontend.rules.scans import SCANS
 from fusecell.compiler.frontend.rules.small_matrices import SMALL_MATRICES
+from fusecell.compiler.frontend.rules.special import SPECIAL, SPECIAL_BACKWARD
 
-__all__ = ["RULES"]
+__all__ = ["ELEMENTWISE", "RULES"]
 
 RULES = {
     **POINTWISE,
+    **SPECIAL,
     **REDUCTIONS,
     **SCANS,
     **NORMS,
@@ -30,5 +32,9 @@ RULES = {
     **INDEXING,
     **SMALL_MATRICES,
     **BACKWARD,
+    **SPECIAL_BACKWARD,
 }
 """The function of each ATen operation, by its name."""
+_OVER_FEATURES = {"_softmax_backward_data", "_log_softmax_backward_data", "native_layer_norm_backward"}
+ELEMENTWISE = frozenset({*POINTWISE, *SPECIAL, *BACKWARD, *SPECIAL_BACKWARD}) - _OVER_FEATURES
+"""The operations that compute each element of their result from one element of each argument."""

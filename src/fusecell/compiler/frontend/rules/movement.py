@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from fusecell.compiler.frontend.graph_writer import Writer
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
 
-__all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled"]
+__all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled", "padded_with"]
 
 _MOVES = (
     "view _unsafe_view _reshape_alias reshape permute transpose t expand unsqueeze squeeze slice select split "
@@ -27,7 +27,7 @@ KEEPS = ("clone", "detach", "alias", "contiguous", "lift_fresh", "_conj", "resol
 # The number each factory fills with; None where it is an argument. Memory that torch leaves as it is counts as zeros.
 CONSTANTS: Mapping[str, float | None] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "zero"), 0.0),
-    **dict.fromkeys(("empty_strided", "new_empty_strided"), 0.0),
+    **dict.fromkeys(("empty_strided", "new_empty_strided", "_efficientzerotensor"), 0.0),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
     **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor", "fill"), None),
 }
@@ -46,3 +46,21 @@ def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> R
     axis = next((dim for dim, size in enumerate(shape) if size and size % w.rows == 0), None)
     split = (1, 1) if axis is None else (1, shape[axis] // w.rows)
     return w.const(value, shape, axis, split)
+
+
+def padded_with(w: Writer, x: Operand, widths: Sequence[int], value: float) -> Row:
+    """Write a tensor with a border of a number around it."""
+    row = w.number(x)
+    # One number for each row of the batch, so that it moves along with them.
+    shape = tuple(size if dim == row.axis else 1 for dim, size in enumerate(row.shape))
+    border = w.const(value, shape, row.axis, row.split)
+
+    def pad(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        inside = torch.nn.functional.pad(torch.ones_like(numbers[0]), list(widths))
+        moved = torch.nn.functional.pad(numbers[0], list(widths))
+        if row.axis is not None and moved.shape[row.axis] != row.shape[row.axis]:
+            raise Untraceable("The step mixes the rows of the batch: it pads the batch dimension.")
+        return torch.where(inside > 0, moved, numbers[1])
+
+    padded: Row = w.move(pad, [row, border])
+    return padded

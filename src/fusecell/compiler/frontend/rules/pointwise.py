@@ -41,9 +41,7 @@ def _div(w: Writer, a: Operand, b: Operand, rounding_mode: str | None = None) ->
     quotient = w.point("div", a, b)
     if rounding_mode is None:
         return quotient
-    if rounding_mode == "trunc":
-        return _trunc(w, quotient)
-    raise Untraceable("Floor division is not compiled.")
+    return _trunc(w, quotient)
 
 
 def power(w: Writer, base: Operand, exponent: Operand) -> Row:
@@ -201,8 +199,8 @@ def _xor(w: Writer, a: Operand, b: Operand) -> Row:
 
 
 def _bitwise(op: str) -> Rule:
-    def rule(w: Writer, *operands: Operand) -> Row:
-        if not all(isinstance(value, bool) or w.is_mask(w.row(value)) for value in operands):
+    def rule(w: Writer, *operands: Operand, of_masks: bool = False) -> Row:
+        if not of_masks:
             raise Untraceable("Bitwise arithmetic on integers is not compiled.")
         return w.point(op, *operands) if op != "xor" else _xor(w, *operands)
 
@@ -210,10 +208,15 @@ def _bitwise(op: str) -> Rule:
 
 
 def _nan_to_num(
-    w: Writer, x: Operand, nan: float | None = None, high: float | None = None, low: float | None = None
+    w: Writer,
+    x: Operand,
+    nan: float | None = None,
+    high: float | None = None,
+    low: float | None = None,
+    *,
+    largest: float = math.inf,
 ) -> Row:
-    if high is None or low is None:
-        raise Untraceable("nan_to_num without posinf and neginf depends on the format; give both.")
+    high, low = largest if high is None else high, -largest if low is None else low
     number = w.point("where", w.point("ne", x, x), nan or 0.0, x)
     number = w.point("where", w.point("eq", number, math.inf), high, number)
     return w.point("where", w.point("eq", number, -math.inf), low, number)
