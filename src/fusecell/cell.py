@@ -100,6 +100,15 @@ class Cell(nn.Module):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module keeps submodules where Python looks last: behind an attribute of the class they would never be seen.
+        if isinstance(value, nn.Module | nn.Parameter) and hasattr(type(self), name):
+            raise TypeError(
+                f"{type(self).__name__}.{name} is an attribute of fusecell.Cell, behind which the {type(value).__name__} "
+                "would not be found; give it another name."
+            )
+        super().__setattr__(name, value)
+
     @_Default
     def state_sizes(self) -> tuple[Size, ...]:
         """The features or shape of each state: ``hidden_size`` each."""

@@ -15,9 +15,7 @@ from fusecell.execution.options import State
 
 __all__ = ["WrappedCell", "wrap"]
 
-_FORMS = (
-    "a wrapped module takes (x, h) and returns h, or (output, h); or (x, (h, c)) and returns (h, c), or (output, (h, c))"
-)
+_FORMS = "a wrapped module takes (x, h) and returns h, or (output, h); or (x, (h, c)) and returns (h, c), or (output, (h, c))"
 _ROWS = 2
 
 
@@ -130,9 +128,7 @@ def _as_tuple(sizes: int | Sequence[int]) -> tuple[int, ...]:
     return (sizes,) if isinstance(sizes, int) else tuple(sizes)
 
 
-def _passed_sizes(
-    module: nn.Module, input_size: int, state_sizes: int | Sequence[int] | None
-) -> tuple[int, ...]:
+def _passed_sizes(module: nn.Module, input_size: int, state_sizes: int | Sequence[int] | None) -> tuple[int, ...]:
     """Return the sizes of states that are passed in, found by a step with one state, and then with two."""
     if state_sizes is not None:
         return _as_tuple(state_sizes)
@@ -226,9 +222,7 @@ _ABSENT = object()
 
 
 @contextmanager
-def _attributes_set(
-    module: nn.Module, names: Sequence[str], state: State
-) -> Iterator[list[tuple[nn.Module, str]]]:
+def _attributes_set(module: nn.Module, names: Sequence[str], state: State) -> Iterator[list[tuple[nn.Module, str]]]:
     """Set attributes to the state for the block; afterwards the module is as it was."""
     owners = _owners(module, names)
     before = [_stored(owner, name) for owner, name in owners]

@@ -297,7 +297,7 @@ def test_every_cell_trains(zoo_cell: ZooCell):
 def test_the_list_names_each_cell_once():
     names = [entry.name for entry in fc.CELLS]
     assert len(set(names)) == len(names)
-    listed = {entry.cell for entry in fc.CELLS}
+    listed = {entry.cell for entry in (*fc.CELLS, *fc.cells.STRUCTURED_CELLS)}
     public = {getattr(fc.cells, name) for name in fc.cells.__all__}
     assert listed == {value for value in public if isinstance(value, type) and issubclass(value, fc.Cell)}
     for entry in fc.CELLS:
@@ -306,7 +306,7 @@ def test_the_list_names_each_cell_once():
         assert "=" in entry.equation
 
 
-@pytest.mark.parametrize("name", fc.cells.__all__[2:])
+@pytest.mark.parametrize("name", [name for name in fc.cells.__all__ if name.endswith("Cell")][2:])
 def test_the_docstring_has_equation_example_and_paper(name: str):
     text = getattr(fc.cells, name).__doc__
     for part in (".. math::", "Example:", ">>> ", "Arguments:", "Paper:"):

@@ -96,7 +96,9 @@ PRODUCTS: dict[str, Body] = {
     "baddbmm": lambda c, z: fit(torch.baddbmm(heads(z), heads(z), heads(z).mT @ heads(z), beta=0.5, alpha=2.0)),
     "bilinear": lambda c, z: fit(F.bilinear(z[:, :4], z[:, 4:10], c.cube)),
     "distances": lambda c, z: fit(torch.cdist(heads(z), heads(z * z + 1)) + torch.cdist(heads(z), heads(z * 3), p=1.0)),
-    "a_vector_per_head": lambda c, z: fit(heads(z) @ c.square[0]) + fit(torch.einsum("nhd,d->nh", heads(z), c.square[:, 1])),
+    "a_vector_per_head": lambda c, z: (
+        fit(heads(z) @ c.square[0]) + fit(torch.einsum("nhd,d->nh", heads(z), c.square[:, 1]))
+    ),
     "dots": lambda c, z: z * torch.stack([torch.dot(c.square[0], c.square[1])]) + z,
 }
 # images,

@@ -36,7 +36,18 @@ from tests.compiler.cell_recipes import (
     check_forward,
     source,
 )
-from tests.compiler.expressions import AXES, AXIS_WEIGHTS, BINARY, GROUPED, NORMS, ORDERS, POWERS, REDUCTIONS, TENSORS, UNARY
+from tests.compiler.expressions import (
+    AXES,
+    AXIS_WEIGHTS,
+    BINARY,
+    GROUPED,
+    NORMS,
+    ORDERS,
+    POWERS,
+    REDUCTIONS,
+    TENSORS,
+    UNARY,
+)
 from tests.compiler.tuned import tuned
 
 __all__ = ["SIZES", "calls", "recipes"]
@@ -280,7 +291,7 @@ class _Writer:
         shape, width = AXIS_WEIGHTS[form]
         sizes = tuple(eval(f"[{shape}]", {"p": p, "q": q}))
         terms = max(sizes[-1], p, q) * 2
-        weight = f"self.{self.weight('k', f'torch.randn({sizes}) * {terms ** -0.5:.2f}')}"
+        weight = f"self.{self.weight('k', f'torch.randn({sizes}) * {terms**-0.5:.2f}')}"
         form = form.format(A=f"{a.name}.view(-1, {p}, {q})", W=weight, a=a.name, b=b.name, p=p, q=q)
         args = (a, b) if f"{b.name}[" in form else (a,)
         return self.add(form, args, eval(width, {"p": p, "q": q}), 4 * a.bound * b.bound)

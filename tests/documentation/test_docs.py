@@ -57,7 +57,7 @@ def test_there_are_examples_to_run():
 
 def zoo_table():
     lines = ["| name | class | what it is | step | paper |", "|---|---|---|---|---|"]
-    for member in fc.CELLS:
+    for member in (*fc.CELLS, *fc.cells.STRUCTURED_CELLS):
         cell = f"`{member.cell.__name__}`"
         steps = "<br>".join(f"`{step.strip()}`" for step in member.equation.split("; "))
         lines.append(f"| `{member.name}` | {cell} | {member.summary} | {steps} | {member.paper} |")

@@ -39,12 +39,12 @@ class ConvGRUCell(Cell):
         if kernel % 2 == 0:
             raise ValueError(f"ConvGRUCell: kernel must be odd, so that images keep their size, got {kernel}.")
         both = input_channels + hidden_channels
-        self.gates = nn.Conv2d(both, 2 * hidden_channels, kernel, padding=kernel // 2)
+        self.gate_map = nn.Conv2d(both, 2 * hidden_channels, kernel, padding=kernel // 2)
         self.candidate = nn.Conv2d(both, hidden_channels, kernel, padding=kernel // 2)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
-        z, r = torch.sigmoid(self.gates(torch.cat((x, h), 1))).chunk(2, 1)
+        z, r = torch.sigmoid(self.gate_map(torch.cat((x, h), 1))).chunk(2, 1)
         n = torch.tanh(self.candidate(torch.cat((x, r * h), 1)))
         h = (1 - z) * h + z * n
         return h, (h,)

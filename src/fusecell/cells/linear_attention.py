@@ -41,13 +41,13 @@ class GatedDeltaNetCell(Cell):
         self.heads = heads
         self.state_sizes = ((heads, size, size),)
         self.maps = nn.Linear(input_size, 3 * hidden_size)
-        self.gates = nn.Linear(input_size, 2 * heads)
+        self.gate_map = nn.Linear(input_size, 2 * heads)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (S,) = state
         q, k, v = (part.unflatten(1, (self.heads, -1)) for part in self.maps(x).chunk(3, -1))
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        alpha, beta = torch.sigmoid(self.gates(x)).chunk(2, -1)
+        alpha, beta = torch.sigmoid(self.gate_map(x)).chunk(2, -1)
         S = self.note("alpha", alpha)[..., None, None] * S
         told = torch.einsum("nhvk,nhk->nhv", S, k)
         change = self.note("beta", beta)[..., None] * (v - told)
@@ -88,9 +88,7 @@ class RWKV7Cell(Cell):
         self.state_sizes = ((heads, size, size), input_size)
         self.mix = nn.Parameter(torch.full((5, input_size), 0.5))
         self.receptance, self.key, self.value = (nn.Linear(input_size, hidden_size, bias=False) for _ in range(3))
-        self.decay = nn.Sequential(
-            nn.Linear(input_size, rank, bias=False), nn.Tanh(), nn.Linear(rank, hidden_size)
-        )
+        self.decay = nn.Sequential(nn.Linear(input_size, rank, bias=False), nn.Tanh(), nn.Linear(rank, hidden_size))
         self.rate = nn.Sequential(nn.Linear(input_size, rank, bias=False), nn.Linear(rank, hidden_size))
         self.removal = nn.Parameter(torch.ones(hidden_size))
         self.gain = nn.Parameter(torch.ones(hidden_size))
@@ -134,9 +132,7 @@ class Mamba2Cell(Cell):
 
     states = ("S", "window")
 
-    def __init__(
-        self, input_size: int, hidden_size: int, *, heads: int = 4, memory: int = 16, taps: int = 4
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, *, heads: int = 4, memory: int = 16, taps: int = 4) -> None:
         super().__init__(input_size, hidden_size)
         size = head_size("Mamba2Cell", hidden_size, heads)
         self.heads, self.memory = heads, memory

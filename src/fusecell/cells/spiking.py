@@ -29,7 +29,7 @@ class LIFCell(Cell):
     Example:
         >>> import torch, fusecell as fc
         >>> spikes, (v, s) = fc.Recurrent(fc.cells.LIFCell(5, 10))(torch.randn(7, 3, 5))
-        >>> spikes.unique()
+        >>> spikes.detach().unique()
         tensor([0., 1.])
 
     Arguments:

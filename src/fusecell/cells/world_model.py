@@ -38,7 +38,7 @@ class RSSMCell(Cell):
     Paper: Hafner et al., "Learning latent dynamics for planning from pixels", 2018, arXiv:1811.04551.
     """
 
-    inputs = ("action", "embedding")
+    inputs = ("action", "embedding", "noise")
     states = ("h", "z")
 
     def __init__(
@@ -54,7 +54,7 @@ class RSSMCell(Cell):
         self.state_sizes = (hidden_size, stochastic_size)
         statistics = ("prior_mean", "prior_deviation", "mean", "deviation")
         self.output_size = {"state": hidden_size + stochastic_size, **dict.fromkeys(statistics, stochastic_size)}
-        self.minimum = minimum
+        self.minimum, self.stochastic_size = minimum, stochastic_size
         self.input = nn.Linear(stochastic_size + action_size, hidden_size)
         self.gru = nn.GRUCell(hidden_size, hidden_size)
         self.prior = nn.Linear(hidden_size, 2 * stochastic_size)
@@ -68,7 +68,7 @@ class RSSMCell(Cell):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> State:
-        return (torch.randn(steps, batch_size, self.state_sizes[1], dtype=dtype, device=device),)
+        return (torch.randn(steps, batch_size, self.stochastic_size, dtype=dtype, device=device),)
 
     def step(self, x: tuple[Tensor, ...], state: State) -> tuple[dict[str, Tensor], State]:
         action, embedding, noise = x

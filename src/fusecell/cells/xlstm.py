@@ -96,13 +96,13 @@ class MLSTMCell(Cell):
         self.heads = heads
         self.state_sizes = ((heads, size, size), (heads, size), heads)
         self.maps = nn.Linear(input_size, 4 * hidden_size)
-        self.gates = nn.Linear(input_size, 2 * heads)
+        self.gate_map = nn.Linear(input_size, 2 * heads)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         C, n, m = state
         q, k, v, o = (part.unflatten(1, (self.heads, -1)) for part in self.maps(x).chunk(4, -1))
         k = k * k.shape[-1] ** -0.5
-        i, f = self.gates(x).chunk(2, -1)
+        i, f = self.gate_map(x).chunk(2, -1)
         log_f = F.logsigmoid(f)
         m_new = torch.maximum(log_f + m, i)
         i = self.note("i", torch.exp(i - m_new))

@@ -9,7 +9,6 @@ from torch import Tensor
 import fusecell as fc
 from tests.compiler.axis_cells import AXES, AxisCell
 
-
 SINGLE = ("a_weight_per_head", "matrices_of_a_row", "conv2d", "extremes_of_dim", "cumulative", "topk", "embedding")
 
 

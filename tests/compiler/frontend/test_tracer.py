@@ -65,7 +65,15 @@ def test_weights(name: str) -> None:
 
 
 # Other names of what is tried: torch 2.13 calls these in other forms of a call, or on other devices.
-UNTRIED = {"dot", "vdot", "addmv", "_unsafe_index", "_index_put_impl", "argsort", "_native_batch_norm_legit_no_training"}
+UNTRIED = {
+    "dot",
+    "vdot",
+    "addmv",
+    "_unsafe_index",
+    "_index_put_impl",
+    "argsort",
+    "_native_batch_norm_legit_no_training",
+}
 
 
 def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +199,7 @@ def test_slices_of_parameters_need_no_prologue() -> None:
 
 
 # refusals
+
 
 def _outside() -> Callable[[], Tensor]:
     hidden = torch.rand(6, dtype=torch.float64)

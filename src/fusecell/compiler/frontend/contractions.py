@@ -91,11 +91,7 @@ def weight_row(w: Writer, operand: Operand) -> Row:
 
 def _batch_label(a: Row, b: Row, a_labels: str, b_labels: str) -> tuple[tuple[int, int], str | None]:
     """Return how the batch is merged with other dimensions, and its label; None where neither value has it."""
-    batches = {
-        (labels[row.axis], row.split)
-        for row, labels in ((a, a_labels), (b, b_labels))
-        if row.axis is not None
-    }
+    batches = {(labels[row.axis], row.split) for row, labels in ((a, a_labels), (b, b_labels)) if row.axis is not None}
     if not batches:
         return (1, 1), None
     if len(batches) > 1:
@@ -154,7 +150,9 @@ def _broadcast(
     return Row(tuple(extents), operand.node, None, index.reshape(extents))
 
 
-def _stored_along(w: Writer, operand: Labelled, other: Labelled, result: Sequence[str], summed: Sequence[str]) -> Labelled:
+def _stored_along(
+    w: Writer, operand: Labelled, other: Labelled, result: Sequence[str], summed: Sequence[str]
+) -> Labelled:
     """Return a weight in an order in which lanes can run over what it alone has of the result, if nothing else can."""
     access = access_of(operand.index)
     if w.builder.nodes[operand.node].type.kind != "weight" or access is None:
@@ -177,9 +175,7 @@ def _stored_along(w: Writer, operand: Labelled, other: Labelled, result: Sequenc
     return Labelled(node, arranged(index.shape), tuple(order), operand.is_row)
 
 
-def _attrs(
-    w: Writer, a: Labelled, b: Labelled, result: Sequence[str], summed: Sequence[str]
-) -> dict[str, Any]:
+def _attrs(w: Writer, a: Labelled, b: Labelled, result: Sequence[str], summed: Sequence[str]) -> dict[str, Any]:
     """Return the nodes and the attributes of a contraction over axes longer than 1."""
     sizes = {**a.sizes(), **b.sizes()}
     outer = [label for label in result if sizes.get(label, 1) > 1]
@@ -202,9 +198,7 @@ def _attrs(
     }
 
 
-def _read_in_place(
-    w: Writer, operand: Labelled, labels: Sequence[str], sizes: Mapping[str, int]
-) -> tuple[int, Access]:
+def _read_in_place(w: Writer, operand: Labelled, labels: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, Access]:
     """Return the node and the access with which a kernel reads an operand; what has no strides is written in order."""
     is_number = w.features(operand.node) == 1
     access = None if is_number else access_of(operand.over(labels, sizes))

@@ -29,7 +29,7 @@ from fusecell.compiler.frontend.traced_values import (
     Weight,
     scalar,
 )
-from fusecell.compiler.ir.graph import Builder, Node
+from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["Operand", "Writer"]
 
@@ -76,12 +76,12 @@ class Writer(FeatureMoves):
             return self.const(scalar(operand))
         if isinstance(operand, Unsupported):
             raise Untraceable(operand.reason)
-        raise Untraceable("The step mixes the rows of the batch: it sums over them and uses the sum in each. Sum over features, "
-            "x.sum(-1), or pass what the batch shares as an input.")
+        raise Untraceable(
+            "The step mixes the rows of the batch: it sums over them and uses the sum in each. Sum over features, "
+            "x.sum(-1), or pass what the batch shares as an input."
+        )
 
-    def const(
-        self, value: float, shape: Shape = (), axis: int | None = None, split: tuple[int, int] = (1, 1)
-    ) -> Row:
+    def const(self, value: float, shape: Shape = (), axis: int | None = None, split: tuple[int, int] = (1, 1)) -> Row:
         """Return a tensor filled with a number."""
         row = Row(shape, self.builder.const(value), axis, None, split)
         return Row(shape, row.node, axis, np.zeros(row.features, dtype=np.int64), split)
@@ -165,7 +165,12 @@ class Writer(FeatureMoves):
         votes = [sum(np.array_equal(index, other) for other in stored) for index in stored]
         layout = stored[int(np.argmax(votes))]
         access = access_of(layout)
-        if max(votes) <= len(whole) - len(stored) or access is None or access.offset or min(access.strides, default=0) < 0:
+        if (
+            max(votes) <= len(whole) - len(stored)
+            or access is None
+            or access.offset
+            or min(access.strides, default=0) < 0
+        ):
             return None
         return layout if inverse(layout, layout.size) is not None else None
 

@@ -60,7 +60,16 @@ _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 _MOST_LITERALS = 1 << 16
 """Elements of a tensor that a step may spell out: its numbers are part of the text that two traces must agree in."""
 
-_DECISIONS = ("_is_all_true", "_is_any_true", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2")
+_DECISIONS = (
+    "_is_all_true",
+    "_is_any_true",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+)
 """Operations whose only use is to decide what to do by a tensor's values, or whose result's size depends on these."""
 _READS = (
     "The step reads the value of a tensor, to decide what to compute. A compiled loop computes the same for all values: "
@@ -453,7 +462,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return moved if isinstance(moved, list) else [moved]
         rule = COMPLEX.get(name)
         if rule is None:
-            raise Untraceable(f"The op {name} has no rule for complex numbers; compute with their real and imaginary parts.")
+            raise Untraceable(
+                f"The op {name} has no rule for complex numbers; compute with their real and imaginary parts."
+            )
         result = rule(writer, *values, **{key: value for key, value in options.items() if key != "dtype"})
         return list(result) if isinstance(result, tuple) else [result]
 
@@ -461,7 +472,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         """Return the result of an operation on gradients of complex weights: the same on both of their parts."""
         rule = SUMS.get(name)
         if rule is None or name in ("mul", "div"):
-            raise Untraceable(f"The gradient of a complex weight goes through {name}; keep the weight as two real ones.")
+            raise Untraceable(
+                f"The gradient of a complex weight goes through {name}; keep the weight as two real ones."
+            )
         real, imaginary = (
             rule(self.writer, *mapped(values, part, name, Complex), **options)
             for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
@@ -632,7 +645,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             )
         if isinstance(value, Complex):
             if value.shape != tuple(tensor.shape):
-                raise Untraceable(f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this.")
+                raise Untraceable(
+                    f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this."
+                )
             if tensor.dtype not in (torch.complex64, torch.complex128):
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
         if isinstance(value, Row):

@@ -86,7 +86,9 @@ def _determinant(A: Tensor) -> Tensor:
     """Expand a determinant by its first row: torch's gradient of it would look for zeros."""
     size = A.shape[-1]
     if size > _MOST_ROWS:
-        raise Untraceable(f"Determinants of {size} x {size} matrices are not compiled: of up to {_MOST_ROWS} rows they are.")
+        raise Untraceable(
+            f"Determinants of {size} x {size} matrices are not compiled: of up to {_MOST_ROWS} rows they are."
+        )
     if size == 1:
         return A[..., 0, 0]
     total = torch.zeros_like(A[..., 0, 0])

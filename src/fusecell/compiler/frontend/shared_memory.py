@@ -71,7 +71,9 @@ def overwritten(tensor_key: tuple[object, ...], target: Tensor) -> Tensor | None
     return torch.from_numpy(places) if (places >= 0).any() else None
 
 
-def _addresses(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _addresses(
+    offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """Return where in its storage each element of a tensor is."""
     addresses = np.full((), offset, dtype=np.int64)
     for size, stride in zip(shape, strides, strict=True):

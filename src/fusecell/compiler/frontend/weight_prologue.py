@@ -24,7 +24,6 @@ from fusecell.compiler.frontend.dtypes import kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
 
-
 __all__ = ["CustomCall", "Prologue", "Ref", "Weights"]
 
 # Views of a stored weight that the graph itself expresses, with their gradients, so that nothing is copied in a call:

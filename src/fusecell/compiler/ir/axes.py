@@ -210,9 +210,7 @@ AXIS_PRIMITIVES: Mapping[str, Primitive] = {
     "take": Primitive(2, _take, "nest", expensive=True, attributes=_TAKE),
     "scatter_add": Primitive(2, _scatter_add, "nest", expensive=True, attributes=_TAKE),
     "argsort": Primitive(1, _argsort, "nest", expensive=True, attributes=frozenset({"outer", "count", "descending"})),
-    "contract_sum": Primitive(
-        2, _contract_sum, "row sum", attributes=_CONTRACTION | {"result"}, reads_values=True
-    ),
+    "contract_sum": Primitive(2, _contract_sum, "row sum", attributes=_CONTRACTION | {"result"}, reads_values=True),
     "scatter_sum": Primitive(
         2, _scatter_sum, "row sum", attributes=frozenset({"count", "inner", "picks"}), reads_values=True
     ),

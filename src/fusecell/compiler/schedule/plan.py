@@ -127,7 +127,9 @@ class Stage:
 
     @property
     def name(self) -> str:
-        return f"{self.phase}{self.rank}.{self.width}" if not self.label else f"{self.phase}{self.rank}.nest.{self.label}"
+        return (
+            f"{self.phase}{self.rank}.{self.width}" if not self.label else f"{self.phase}{self.rank}.nest.{self.label}"
+        )
 
     @property
     def order(self) -> tuple[int, int, int]:

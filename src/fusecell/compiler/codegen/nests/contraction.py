@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-
 from fusecell.compiler.codegen.llvm_builder import Function
 from fusecell.compiler.codegen.llvm_text import Integer, Value
 from fusecell.compiler.codegen.nests.lanes import load_lanes, store_lanes
@@ -273,9 +272,7 @@ class Contraction:
     def _of_pair(self, start: Value, line: int, column: int, which: int) -> Value:
         """Return the address of the elements of one accumulator: of a, b, or the result."""
         f, tile = self.f, self.tile
-        return f.at(
-            f.at(start, f.mul(line, self._unit(tile.tall, which))), f.mul(column, self._unit(tile.wide, which))
-        )
+        return f.at(f.at(start, f.mul(line, self._unit(tile.tall, which))), f.mul(column, self._unit(tile.wide, which)))
 
     def _unit(self, axis: Axis | None, which: int) -> Integer:
         """Return the bytes between the elements of neighbouring accumulators along an axis of the tile."""
@@ -322,7 +319,9 @@ class Contraction:
             a, b = (self._loaded(now, which, height, [count] * width, exact=True) for which in range(2))
             if count < LANES and 0 in (lanes.a, lanes.b):
                 shared = (a, b)[lanes.b == 0]
-                shared[:] = [[f.select(f.first_lanes(count), each, f.zero, "valid") for each in line] for line in shared]
+                shared[:] = [
+                    [f.select(f.first_lanes(count), each, f.zero, "valid") for each in line] for line in shared
+                ]
             return [
                 f.fma(_item(_item(a, line), column), _item(_item(b, line), column), total, "sum")
                 for total, (line, column) in zip(so_far, places, strict=True)
@@ -454,7 +453,6 @@ def _joined(f: Function, partials: Sequence[Value]) -> list[Value]:
             vectors.append(f.fadd(*halves, "joined"))
     assert len(vectors) == 1, "sixteen vectors at the most are joined"
     return [f.lane(vectors[0], number, "total") for number in range(len(partials))]
-
 
 
 def _item(items: list[Any], position: int) -> Any:

@@ -106,9 +106,7 @@ def _sgn(w: Writer, x: Complex) -> Complex:
 
 def _exp(w: Writer, x: Complex) -> Complex:
     size = w.point("exp", x.real)
-    return _of(
-        w, w.point("mul", size, w.point("cos", x.imaginary)), w.point("mul", size, w.point("sin", x.imaginary))
-    )
+    return _of(w, w.point("mul", size, w.point("cos", x.imaginary)), w.point("mul", size, w.point("sin", x.imaginary)))
 
 
 def _sum(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: Any) -> Complex:
@@ -233,9 +231,7 @@ def _fft_r2c(w: Writer, x: Row, dims: Sequence[int], normalisation: int, oneside
     whole = _fourier(w, x, dims, normalisation, -1.0)
     if not onesided:
         return whole
-    half: Complex = moved_pair(
-        w, lambda numbers: numbers.narrow(dims[0], 0, numbers.shape[dims[0]] // 2 + 1), whole
-    )
+    half: Complex = moved_pair(w, lambda numbers: numbers.narrow(dims[0], 0, numbers.shape[dims[0]] // 2 + 1), whole)
     return half
 
 

@@ -103,9 +103,7 @@ def _convolution_backward(
     of_weight: Sum | None = None
     if output_mask[0]:
         of_image = (
-            _forward(w, g, kernel, geometry)
-            if transposed
-            else image_gradient(w, g, kernel, x.shape[2:], geometry)
+            _forward(w, g, kernel, geometry) if transposed else image_gradient(w, g, kernel, x.shape[2:], geometry)
         )
     if output_mask[1]:
         # A transposed convolution is the gradient of a plain one: its input and its output change places.

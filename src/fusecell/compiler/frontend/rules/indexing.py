@@ -187,7 +187,9 @@ def _index_put(
         if accumulate or w.row(value).features not in ((), (1,)):
             raise Untraceable("The step writes values at places of a mask; write torch.where(mask, value, tensor).")
         mask: Row = w.move(
-            lambda numbers: numbers.reshape(*[1] * places[0], *numbers.shape, *[1] * (len(w.row(x).shape) - places[0] - numbers.ndim)),
+            lambda numbers: numbers.reshape(
+                *[1] * places[0], *numbers.shape, *[1] * (len(w.row(x).shape) - places[0] - numbers.ndim)
+            ),
             w.row(index),
         )
         return w.point("where", mask, value, x)

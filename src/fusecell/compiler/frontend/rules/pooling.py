@@ -40,7 +40,9 @@ def _max_pool(
 
     def windows(numbers: Sequence[Tensor]) -> Tensor:
         image, filling = numbers
-        whole = filling.expand(*image.shape[:-dims], *(n + 2 * p for n, p in zip(image.shape[-dims:], pads, strict=True)))
+        whole = filling.expand(
+            *image.shape[:-dims], *(n + 2 * p for n, p in zip(image.shape[-dims:], pads, strict=True))
+        )
         whole = whole.clone()
         inside = tuple(slice(p, p + n) for p, n in zip(pads, image.shape[-dims:], strict=True))
         whole[(..., *inside)] = image

@@ -31,9 +31,7 @@ def _elements(w: Writer, matrix: Operand) -> Elements:
             f"Linear algebra of {height} x {width} matrices is not compiled: of up to {_MOST_ROWS} x {_MOST_ROWS} it "
             "is. Compute it of parameters alone, outside the loop, or solve iteratively with products."
         )
-    return [
-        [w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)
-    ]
+    return [[w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)]
 
 
 def _matrix(w: Writer, elements: Elements) -> Row:
@@ -125,9 +123,7 @@ def _solved(w: Writer, m: Elements, a: Operand, b: Operand, left: bool) -> Row:
 
 def _elements_of_any(w: Writer, row: Row) -> Elements:
     height, width = row.shape[-2:]
-    return [
-        [w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)
-    ]
+    return [[w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)]
 
 
 def _times(w: Writer, a: Elements, b: Elements) -> Elements:
