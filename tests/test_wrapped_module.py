@@ -86,7 +86,8 @@ def test_state_in_attributes() -> None:
     assert (cell.states, cell.state_sizes) == (("mem", "spikes"), (5, 5))
     assert fc.explain(cell).training_runner == "compiled"
     output, (mem, spikes) = fc.Recurrent(cell)(x)
-    assert module.mem.numel() == 0 and module.spikes == 0.0
+    assert module.mem.numel() == 0
+    assert module.spikes == 0.0
     expected = torch.stack([module(value) for value in x])
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close((mem, spikes), (module.mem, module.spikes))
@@ -111,7 +112,7 @@ def test_recurrent_wraps_cells_of_torch() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(TypeError, match="expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"expected an nn\.Module"):
         fc.wrap(torch.tanh)
     with pytest.raises(TypeError, match="fusecell cell already"):
         fc.wrap(fc.GRUCell(3, 4))
@@ -119,7 +120,7 @@ def test_refusals() -> None:
         fc.wrap(nn.Tanh())
     with pytest.raises(ValueError, match="no hidden_size"):
         fc.wrap(nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="is no step.*with 1 state"):
+    with pytest.raises(ValueError, match=r"is no step.*with 1 state"):
         fc.wrap(nn.GRU(3, 4))
     with pytest.raises(ValueError, match="after a step nothing"):
         fc.wrap(nn.Linear(3, 4), states=("nothing",))

@@ -1,7 +1,7 @@
 """Paths of tensors in a module: of attributes, of what is in its containers, and of global variables.
 
-A path is spelled as Python spells it, after the module: ``"inp.weight"``, ``"constants['tau']"``, ``"taps[0]"``. That of
-a global variable begins with its module: ``"globals['my_cells']['TAU']"``.
+A path is spelled as Python spells it, after the module: ``"inp.weight"``, ``"constants['tau']"``, ``"taps[0]"``.
+That of a global variable begins with its module: ``"globals['my_cells']['TAU']"``.
 """
 
 from __future__ import annotations

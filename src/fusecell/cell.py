@@ -104,8 +104,8 @@ class Cell(nn.Module):
         # nn.Module keeps submodules where Python looks last: behind an attribute of the class they would never be seen.
         if isinstance(value, nn.Module | nn.Parameter) and hasattr(type(self), name):
             raise TypeError(
-                f"{type(self).__name__}.{name} is an attribute of fusecell.Cell, behind which the {type(value).__name__} "
-                "would not be found; give it another name."
+                f"{type(self).__name__}.{name} is an attribute of fusecell.Cell, behind which this "
+                f"{type(value).__name__} would not be found; give it another name."
             )
         super().__setattr__(name, value)
 

@@ -15,7 +15,10 @@ from fusecell.execution.options import State
 
 __all__ = ["WrappedCell", "wrap"]
 
-_FORMS = "a wrapped module takes (x, h) and returns h, or (output, h); or (x, (h, c)) and returns (h, c), or (output, (h, c))"
+_FORMS = (
+    "a wrapped module takes (x, h) and returns h, or (output, h); or it takes (x, (h, c)) and returns (h, c), or "
+    "(output, (h, c))"
+)
 _ROWS = 2
 
 
@@ -32,8 +35,8 @@ def wrap(
 
     Where the state is passed in, the module's forward is one of ``(x, h) -> h``, ``(x, h) -> (output, h)``,
     ``(x, (h, c)) -> (h, c)`` and ``(x, (h, c)) -> (output, (h, c))``. Where the module keeps its state itself, as
-    snntorch's neurons with ``init_hidden`` and spikingjelly's do, name its attributes as ``states``: each step then begins
-    with them set to the state, and the module is left as it was.
+    snntorch's neurons with ``init_hidden`` and spikingjelly's do, name its attributes as ``states``: each step then
+    begins with them set to the state, and the module is left as it was.
 
     Example:
         >>> import torch, fusecell as fc
@@ -97,11 +100,12 @@ class WrappedCell(Cell):
         self.module = module
         self.attributes = attributes
         if attributes is None:
-            self.states = ("h", "c")[: len(sizes)] if len(sizes) < 3 else tuple(f"h{i}" for i in range(len(sizes)))
+            names = ("h", "c")[: len(sizes)] if len(sizes) < 3 else tuple(f"h{i}" for i in range(len(sizes)))
         else:
-            self.states = tuple(name.replace(".", "_") for name in attributes)
-            self.states = tuple(f"state_{name}" if name[0].isdigit() else name for name in self.states)
-        self.state_sizes = sizes
+            names = tuple(name.replace(".", "_") for name in attributes)
+            names = tuple(f"state_{name}" if name[0].isdigit() else name for name in names)
+        self.states = names  # type: ignore[misc]  # a class attribute of cells that are written, not made
+        self.sizes = self.state_sizes = sizes
         output = _probed(self)
         self.output_size = int(output.shape[-1])
 
@@ -135,8 +139,8 @@ def _passed_sizes(module: nn.Module, input_size: int, state_sizes: int | Sequenc
     hidden = getattr(module, "hidden_size", None)
     if not isinstance(hidden, int):
         raise ValueError(
-            f"wrap: {type(module).__name__} has no hidden_size; pass wrap(module, state_sizes=...), or the names of its "
-            "attributes as states if it keeps its state itself."
+            f"wrap: {type(module).__name__} has no hidden_size; pass wrap(module, state_sizes=...), or the names of "
+            "its attributes as states if it keeps its state itself."
         )
     failures = []
     for count in (1, 2):
@@ -180,9 +184,9 @@ def _probed(cell: WrappedCell) -> Tensor:
     """Return the output of a step, which shows that the module is one."""
     twin = copy.deepcopy(cell).eval()
     with torch.no_grad():
-        x, state = _inputs(cell.module, cell.input_size, cell.state_sizes)
+        x, state = _inputs(cell.module, cell.input_size, cell.sizes)
         output, after = twin.step(x, state)
-    expected = [(_ROWS, size) for size in cell.state_sizes]
+    expected = [(_ROWS, size) for size in cell.sizes]
     if not isinstance(output, Tensor) or [tuple(getattr(value, "shape", ())) for value in after] != expected:
         shapes = [tuple(getattr(value, "shape", ())) for value in after]
         raise ValueError(f"wrap: {type(cell.module).__name__} returns states {shapes}, expected {expected}; {_FORMS}.")

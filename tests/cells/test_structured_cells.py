@@ -1,8 +1,7 @@
-"""Cells with heads, matrices, images, spikes or several inputs: kernels against the loop, and each maths against another."""
+"""Cells with heads, matrices, images, spikes or several inputs: against the loop, and maths of another form."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -156,7 +155,8 @@ def test_slstm_stays_finite_where_exponentials_would_not() -> None:
     with torch.no_grad():
         cell.input.weight.mul_(300)
     y, _ = fc.Recurrent(cell)(torch.randn(50, 3, 2) * 10)
-    assert y.isfinite().all() and float(y.detach().abs().max()) <= 1 + 1e-5 and math.isfinite(float(y.detach().sum()))
+    assert y.isfinite().all()
+    assert float(y.detach().abs().max()) <= 1 + 1e-5
 
 
 def test_heads_divide_the_features() -> None:
@@ -172,5 +172,5 @@ def test_a_submodule_may_not_hide_behind_an_attribute() -> None:
             super().__init__(3, 4)
             self.gates = nn.Linear(3, 8)  # type: ignore[assignment]
 
-    with pytest.raises(TypeError, match="Hidden.gates is an attribute of fusecell.Cell"):
+    with pytest.raises(TypeError, match=r"Hidden\.gates is an attribute of fusecell.Cell"):
         Hidden()

@@ -143,6 +143,22 @@ def _square(z: Tensor) -> Tensor:
     return z.view(-1, 2, 3)
 
 
+def _changed_while_viewed(z: Tensor) -> Tensor:
+    doubled = z * 2
+    part, whole = doubled[:, :3], doubled.view(-1, 2, 3)
+    doubled.add_(1)
+    return torch.cat([part, part], 1) + whole.flatten(1)
+
+
+def _part_changed(z: Tensor) -> Tensor:
+    doubled = z * 2
+    halves = doubled.view(-1, 2, 3)
+    doubled[:, :2] += 1
+    doubled[:, 1::2] = z[:, :3] * z[:, 3:]
+    halves[z[:, :6].view(-1, 2, 3) < -0.3] = 0.25
+    return doubled * halves.flatten(1)
+
+
 # What is done to an input of elements of either sign; every rule of the tables is met by one of these or of WEIGHTS.
 FUNCTIONS: dict[str, Function] = {
     **{
@@ -245,30 +261,14 @@ FUNCTIONS: dict[str, Function] = {
     "filled": lambda z: z + torch.zeros_like(z) + torch.ones_like(z) * 2 + z.new_full((len(z), 6), 3.0),
     "factories": lambda z: z * torch.ones(len(z), 1).double() + torch.tensor(2.0) * z + torch.zeros(6).double(),
     "in_place": lambda z: (z * 2).add_(1).mul_(z).clamp_(-1, 1),
-    "a_part_in_place": lambda z: _part_changed(z),
-    "in_place_while_viewed": lambda z: _changed_while_viewed(z),
+    "a_part_in_place": _part_changed,
+    "in_place_while_viewed": _changed_while_viewed,
     "spelled_out": lambda z: z[:, [4, 0, 1, 1, 5, 2]] * torch.tensor([1.0, 2, 3, 4, 5, 6]).double() + OUTSIDE * z,
     "detached": lambda z: z * z.detach(),
     "small_products": lambda z: torch.bmm(_square(z), z.view(-1, 3, 2)).flatten(1).repeat(1, 2)[:, :6],
     "outer_products": lambda z: (z[:, :3, None] * z[:, None, :2]).flatten(1),
     "cosine_similarity": lambda z: z * F.cosine_similarity(z[:, :3], z[:, 3:], dim=1)[:, None],
 }
-
-
-def _changed_while_viewed(z: Tensor) -> Tensor:
-    doubled = z * 2
-    part, whole = doubled[:, :3], doubled.view(-1, 2, 3)
-    doubled.add_(1)
-    return torch.cat([part, part], 1) + whole.flatten(1)
-
-
-def _part_changed(z: Tensor) -> Tensor:
-    doubled = z * 2
-    halves = doubled.view(-1, 2, 3)
-    doubled[:, :2] += 1
-    doubled[:, 1::2] = z[:, :3] * z[:, 3:]
-    halves[z[:, :6].view(-1, 2, 3) < -0.3] = 0.25
-    return doubled * halves.flatten(1)
 
 
 def _norm(z: Tensor, order: float) -> Tensor:

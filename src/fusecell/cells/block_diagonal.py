@@ -43,7 +43,7 @@ class BlockGRUCell(Cell):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
-        by_block = torch.einsum("nbd,bde->nbe", h.unflatten(1, (self.blocks, -1)), self.recurrent)
+        by_block = torch.einsum("nbd,bde->nbe", h.unflatten(1, (self.blocks, -1)), self.recurrent)  # type: ignore[no-untyped-call]
         gates = self.norm(by_block + self.input(x).unflatten(1, (self.blocks, -1)))
         r, n, u = (gate.flatten(1) for gate in gates.chunk(3, -1))
         n = self.note("n", torch.tanh(torch.sigmoid(r) * n))

@@ -62,8 +62,8 @@ class RWKV7Cell(Cell):
         S' &= S \, (\mathrm{diag}(w) - \hat\kappa (a \odot \hat\kappa)^\top) + v \tilde k^\top \\
         y &= S' r
 
-    where r, v, k come from a mixture of x and the x before it, :math:`\hat\kappa` is k normalised per head, and the decay w
-    and the rate a have maps of low rank.
+    where r, v, k come from a mixture of x and the x before it, :math:`\hat\kappa` is k normalised per head, and
+    the decay w and the rate a have maps of low rank.
 
     Example:
         >>> import torch, fusecell as fc
@@ -149,7 +149,7 @@ class Mamba2Cell(Cell):
         z, u, delta = self.input(x).split([self.hidden_size, channels, self.heads], -1)
         window = torch.cat((window, u[..., None]), -1)
         mixed = F.silu(self.conv(window).squeeze(-1))
-        u, B, C = mixed.split([self.hidden_size, self.memory, self.memory], -1)
+        u, B, C = mixed.split([self.hidden_size, self.memory, self.memory], -1)  # type: ignore[no-untyped-call]
         u = u.unflatten(1, (self.heads, -1))
         delta = F.softplus(delta)
         decay = self.note("decay", torch.exp(-delta * torch.exp(self.log_A)))

@@ -1,4 +1,4 @@
-"""``STRUCTURED_CELLS``, the cells with heads, matrices, images, spikes or several inputs, and examples of their calls."""
+"""``STRUCTURED_CELLS``: the cells with heads, matrices, images, spikes or several inputs, and inputs for each."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ __all__ = ["STRUCTURED_CELLS", "StructuredCell"]
 Inputs = Tensor | tuple[Tensor, ...]
 
 
+def _randn(steps: int, rows: int, features: int) -> Inputs:
+    return torch.randn(steps, rows, features)
+
+
 @dataclass(frozen=True)
 class StructuredCell:
     """One entry of :data:`STRUCTURED_CELLS`.
@@ -44,7 +48,7 @@ class StructuredCell:
     summary: str
     equation: str
     make: Callable[[int, int], Cell]
-    inputs: Callable[[int, int, int], Inputs] = lambda steps, rows, features: torch.randn(steps, rows, features)
+    inputs: Callable[[int, int, int], Inputs] = _randn
 
 
 def _missing(steps: int, rows: int, features: int) -> Inputs:
@@ -99,7 +103,7 @@ STRUCTURED_CELLS: tuple[StructuredCell, ...] = (
         "De et al., arXiv:2402.19427",
         "Griffin's gated linear recurrence",
         "a = σ(Λ)^(8σ(r)); h' = a·h + √(1-a²)·σ(i)·u",
-        lambda features, size: RGLRUCell(features, size),
+        RGLRUCell,
     ),
     StructuredCell(
         "lru",
@@ -107,7 +111,7 @@ STRUCTURED_CELLS: tuple[StructuredCell, ...] = (
         "Orvieto et al., arXiv:2303.06349; Smith et al., arXiv:2208.04933",
         "complex states that turn and decay: LRU, S5",
         "s' = λ·s + γ·(B x); y = Re(C s') + D x",
-        lambda features, size: LRUCell(features, size),
+        LRUCell,
     ),
     StructuredCell(
         "conv_gru",
@@ -132,7 +136,7 @@ STRUCTURED_CELLS: tuple[StructuredCell, ...] = (
         "Neftci et al., arXiv:1901.09948",
         "leaky integrate-and-fire neurons",
         "v' = β v + W x + U s - ϑ s; s' = [v' > ϑ]",
-        lambda features, size: LIFCell(features, size),
+        LIFCell,
     ),
     StructuredCell(
         "alif",
@@ -140,7 +144,7 @@ STRUCTURED_CELLS: tuple[StructuredCell, ...] = (
         "Bellec et al., arXiv:1803.09574",
         "integrate-and-fire neurons whose threshold adapts",
         "b' = ρ b + (1-ρ) s; v' = β v + (1-β)(W x + U s) - ϑ s; s' = [v' > ϑ0 + 1.8 b']",
-        lambda features, size: ALIFCell(features, size),
+        ALIFCell,
     ),
     StructuredCell(
         "gru_d",
@@ -148,7 +152,7 @@ STRUCTURED_CELLS: tuple[StructuredCell, ...] = (
         "Che et al., arXiv:1606.01865",
         "a GRU for measurements with gaps",
         "x^ = m·x + (1-m)·(γ·last + (1-γ)·μ); h' = GRU([x^, m], γh·h)",
-        lambda features, size: GRUDCell(features, size),
+        GRUDCell,
         _missing,
     ),
     StructuredCell(
@@ -157,7 +161,7 @@ STRUCTURED_CELLS: tuple[StructuredCell, ...] = (
         "Hasani et al., arXiv:2106.13898",
         "the closed-form continuous-time cell",
         "u = tanh(W [x, h]); σ = sigmoid(a t + b); h' = tanh(f)·(1-σ) + tanh(g)·σ",
-        lambda features, size: CfCCell(features, size),
+        CfCCell,
         lambda steps, rows, features: (torch.randn(steps, rows, features), torch.rand(steps, rows, 1)),
     ),
     StructuredCell(

@@ -1,4 +1,4 @@
-"""The two cells of xLSTM: sLSTM, an LSTM with exponential gates per head, and mLSTM, whose memory is a matrix per head."""
+"""The two cells of xLSTM: sLSTM, an LSTM with exponential gates, and mLSTM, whose memory is a matrix per head."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SLSTMCell(Cell):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c, n, m = state
-        by_head = torch.einsum("nhd,hde->nhe", h.unflatten(1, (self.heads, -1)), self.recurrent)
+        by_head = torch.einsum("nhd,hde->nhe", h.unflatten(1, (self.heads, -1)), self.recurrent)  # type: ignore[no-untyped-call]
         gates = self.input(x).unflatten(1, (self.heads, -1)) + by_head
         i, f, z, o = (gate.flatten(1) for gate in gates.chunk(4, -1))
         log_f = F.logsigmoid(f)
@@ -71,7 +71,8 @@ class MLSTMCell(Cell):
     r"""The mLSTM of xLSTM: each head remembers values by keys in a matrix, behind exponential gates.
 
     .. math::
-        m' &= \max(\log \sigma(\tilde f) + m, \tilde i), \quad i = e^{\tilde i - m'}, \quad f = e^{\log \sigma(\tilde f) + m - m'} \\
+        m' &= \max(\log \sigma(\tilde f) + m, \tilde i) \\
+        i &= e^{\tilde i - m'}, \quad f = e^{\log \sigma(\tilde f) + m - m'} \\
         C' &= f C + i \, v k^\top, \quad n' = f n + i k \\
         h &= \sigma(\tilde o) \odot \frac{C' q}{\max(|n'^\top q|, e^{-m'})}
 

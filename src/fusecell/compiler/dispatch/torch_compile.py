@@ -158,8 +158,8 @@ def _described(
         inside = [path for path, _ in traced.weights.sources if not is_plain(path)]
         if inside:
             warnings.warn(
-                f"{type(cell).__name__} is unrolled: torch.compile reads the attributes of a module alone, and the step "
-                f"reads {inside[0]}; keep it on the cell with register_buffer.",
+                f"{type(cell).__name__} is unrolled: torch.compile reads the attributes of a module alone, and the "
+                f"step reads {inside[0]}; keep it on the cell with register_buffer.",
                 EagerWarning,
                 stacklevel=2,
             )

@@ -180,14 +180,11 @@ def _attrs(w: Writer, a: Labelled, b: Labelled, result: Sequence[str], summed: S
     sizes = {**a.sizes(), **b.sizes()}
     outer = [label for label in result if sizes.get(label, 1) > 1]
     inner = [label for label in summed if sizes.get(label, 1) > 1]
-    nodes, accesses = [], []
-    for operand in (a, b):
-        node, access = _read_in_place(w, operand, [*outer, *inner], sizes)
-        nodes.append(node)
-        accesses.append({"offset": access.offset, "strides": list(access.strides)})
+    read = [_read_in_place(w, operand, [*outer, *inner], sizes) for operand in (a, b)]
+    nodes = [node for node, _ in read]
+    accesses: list[dict[str, Any]] = [{"offset": access.offset, "strides": list(access.strides)} for _, access in read]
     if not outer:
-        for access_attrs in accesses:
-            access_attrs["strides"] = [0, *access_attrs["strides"]]
+        accesses = [{**access, "strides": [0, *access["strides"]]} for access in accesses]
     return {
         "left": nodes[0],
         "right": nodes[1],
@@ -222,10 +219,9 @@ def sum_of_products(w: Writer, a: Labelled, b: Labelled, result: Sequence[str], 
     is_outer = len(result) == 2 and not any(sizes[label] > 1 for label in summed)
     if is_outer and a.is_row and b.is_row:
         for left, right in ((a, b), (b, a)):
-            if left.sizes().get(result[0]) == shape[0] and right.sizes().get(result[1]) == shape[1]:
-                if left.index.size == shape[0] and right.index.size == shape[1]:
-                    nodes = (_in_order(w, left), _in_order(w, right))
-                    return Sum(shape, w.builder.add("outer", *nodes))
+            sizes_of_both = (left.sizes().get(result[0]), right.sizes().get(result[1]))
+            if sizes_of_both == shape == (left.index.size, right.index.size):
+                return Sum(shape, w.builder.add("outer", _in_order(w, left), _in_order(w, right)))
     attrs = _attrs(w, a, b, result, summed)
     leaf = list(shape) if len(shape) == 2 else [math.prod(shape)]
     return Sum(shape, w.builder.add("contract_sum", attrs.pop("left"), attrs.pop("right"), **attrs, result=leaf))

@@ -141,9 +141,10 @@ class FeatureMoves:
             return index + int(node.attrs["start"])
         shape, strides = node.attrs["shape"], node.attrs["strides"]
         places = np.unravel_index(index, shape)
-        return sum(
-            (place * stride for place, stride in zip(places, strides, strict=True)), np.int64(node.attrs["offset"])
-        )
+        total = np.full(index.shape, node.attrs["offset"], dtype=np.int64)
+        for place, stride in zip(places, strides, strict=True):
+            total += place * stride
+        return total
 
     def _join(self, parts: Sequence[int], outer: int) -> int:
         """Return nodes joined along the second of two axes."""

@@ -219,8 +219,8 @@ class Writer(FeatureMoves):
         reduced = self.dims(row, dims)
         if row.axis in reduced:
             raise Untraceable(
-                "The step mixes the rows of the batch: it reduces the batch dimension. Each row is a sequence of its own; "
-                "reduce features, with dim=-1."
+                "The step mixes the rows of the batch: it reduces the batch dimension. Each row is a sequence of its "
+                "own; reduce features, with dim=-1."
             )
         if row.axis is not None and row.is_merged:
             apart = [dim if dim < row.axis else dim + 2 for dim in reduced]

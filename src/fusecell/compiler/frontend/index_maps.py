@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def blocks_of(index: Index) -> Blocks | None:
     for axis in range(index.ndim):
         cuts = _cuts(index, axis)
         if 2 < len(cuts) <= _MOST_BLOCKS + 1:
-            parts = tuple(np.take(index, range(*ends), axis) for ends in zip(cuts, cuts[1:], strict=False))
+            parts = tuple(np.take(index, range(*ends), axis) for ends in pairwise(cuts))
             return Blocks(math.prod(index.shape[:axis]), parts)
     return _stepped(index)
 
@@ -99,13 +100,15 @@ def _cuts(index: Index, axis: int) -> list[int]:
     """Return where a map begins anew along an axis: elsewhere each slice is the one before, moved on."""
     slices = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)
     is_zero = slices < 0
-    same_zeros = (is_zero[1:] == is_zero[:-1]).all(1)
+    same_zeros = np.asarray((is_zero[1:] == is_zero[:-1]).all(1))
     steps = np.where(is_zero[1:], 0, slices[1:] - slices[:-1])
     high = np.where(is_zero[1:], np.iinfo(np.int64).min, steps).max(1)
     low = np.where(is_zero[1:], np.iinfo(np.int64).max, steps).min(1)
-    all_zero = is_zero[1:].all(1)
+    all_zero = np.asarray(is_zero[1:].all(1))
     moves_on = same_zeros & (all_zero | ((low == high) & (np.abs(low) < NEXT_NODE // 2)))
-    cuts, step = [0], None
+    cuts: list[int] = [0]
+    # The step between two slices of the block in hand: unknown at its beginning, None between zeros.
+    step: tuple[int | None] | None = None
     for position in range(len(moves_on)):
         of_slice = None if all_zero[position] else int(low[position])
         if not moves_on[position] or (step is not None and of_slice != step[0]):

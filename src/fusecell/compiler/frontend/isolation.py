@@ -65,8 +65,9 @@ class ValueReadGuard(TorchFunctionMode):
         how = _READS.get(func)
         if how is not None:
             raise Untraceable(
-                f"The step reads the value of a tensor ({how}){users_line()}. A compiled loop computes the same for all "
-                "values: write torch.where(condition, a, b), which chooses row by row, and iterate a fixed number of times."
+                f"The step reads the value of a tensor ({how}){users_line()}. A compiled loop computes the same for "
+                "all values: write torch.where(condition, a, b), which chooses row by row, and iterate a fixed "
+                "number of times."
             )
         func = REPLACEMENTS.get(func, func)
         return func(*args, **(kwargs or {}))
@@ -117,7 +118,7 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(_without_nan_checks())
         stack.enter_context(without_jit_trace())
         # A scripted function is run as it is written at its first call, and otherwise optimised at its second.
-        stack.enter_context(torch.jit.optimized_execution(False))
+        stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]  # documented
         stack.enter_context(_with_computing_default_dtype(dtype))
         stack.enter_context(_without_fused_operations())
         yield
@@ -154,7 +155,8 @@ def _with_computing_default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _without_fused_operations() -> Iterator[None]:
     """Let attention and recurrent layers be computed by operations that have rules, not by fused ones."""
-    flash, fast = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -72,9 +72,9 @@ _DECISIONS = (
 )
 """Operations whose only use is to decide what to do by a tensor's values, or whose result's size depends on these."""
 _READS = (
-    "The step reads the value of a tensor, to decide what to compute. A compiled loop computes the same for all values: "
-    "write torch.where(condition, a, b), which takes both branches and chooses row by row; run an iteration a fixed "
-    "number of times; and give torch.distributions validate_args=False."
+    "The step reads the value of a tensor, to decide what to compute. A compiled loop computes the same for "
+    "all values: write torch.where(condition, a, b), which takes both branches and chooses row by row; run an "
+    "iteration a fixed number of times; and give torch.distributions validate_args=False."
 )
 
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
@@ -161,7 +161,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 "an attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
             )
         self.know(source, self.weights.source(path, source), fixed=True)
-        return self._values[key_of(source)]
+        return self._settled(self._values[key_of(source)])
 
     def _global_path(self, tensor: Tensor) -> str:
         """Return the path of a tensor that is a global variable of the user's code; empty if it is none."""

@@ -1,4 +1,4 @@
-"""What tensors hold that share memory with one that a step writes to in place: views of it, and what it is a view of."""
+"""What tensors hold that share memory with one that a step writes to in place: its views, and what it views."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ class Overwritten:
         places: for each of the tensor's elements the element of ``written`` that is there now, -1 for none.
     """
 
-    before: Value
-    written: Value
+    before: Value | Overwritten
+    written: Value | Overwritten
     places: Tensor
 
     def value(self, w: Writer) -> Value:
         """Return the value as nodes of a graph."""
-        for part in (self.before, self.written):
+        before, written = self.before, self.written
+        assert not isinstance(before, Overwritten)
+        assert not isinstance(written, Overwritten)
+        for part in (before, written):
             if isinstance(part, Unsupported | ExternalGrad):
                 return part
             if isinstance(part, Sum):
                 return Unsupported(tuple(self.places.shape), "The gradient of a weight is changed in place in part.")
         is_new = self.places >= 0
-        is_complex = isinstance(self.before, Complex) or isinstance(self.written, Complex)
+        is_complex = isinstance(before, Complex) or isinstance(written, Complex)
         move = partial(moved_pair, w) if is_complex else w.move
 
         def joined(numbers: list[Tensor]) -> Tensor:
-            before, written = numbers
-            return torch.where(is_new, written.reshape(-1)[self.places.clamp(min=0)], before)
+            old, new = numbers
+            return torch.where(is_new, new.reshape(-1)[self.places.clamp(min=0)], old)
 
         if bool(is_new.all()):
-            result: Value = move(lambda numbers: numbers.reshape(-1)[self.places], self.written)
+            result: Value = move(lambda numbers: numbers.reshape(-1)[self.places], written)
         else:
-            result = move(joined, [self.before, self.written])
+            result = move(joined, [before, written])
         return result
 
 
@@ -59,8 +62,13 @@ def overwritten(tensor_key: tuple[object, ...], target: Tensor) -> Tensor | None
         tensor_key: of the tensor, by `aten_arguments.key_of`: its storage, offset, shape and strides.
     """
     _, offset, shape, strides, *_ = tensor_key
-    assert isinstance(offset, int) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    here, there = _addresses(offset, shape, strides), _addresses(target.storage_offset(), target.shape, target.stride())
+    assert isinstance(offset, int)
+    assert isinstance(shape, tuple)
+    assert isinstance(strides, tuple)
+    here, there = (
+        _addresses(offset, shape, strides),
+        _addresses(int(target.storage_offset()), target.shape, target.stride()),
+    )
     if not here.size or not there.size:
         return None
     order = np.argsort(there.ravel(), kind="stable")
@@ -83,8 +91,8 @@ def _addresses(
 
 def strided(numbers: Tensor, source: Tensor, result: Tensor) -> Tensor:
     """Return the elements that ``result``, by as_strided, has of ``source``, whose elements are ``numbers``."""
-    here = _addresses(source.storage_offset(), source.shape, source.stride())
-    there = _addresses(result.storage_offset(), result.shape, result.stride())
+    here = _addresses(int(source.storage_offset()), source.shape, source.stride())
+    there = _addresses(int(result.storage_offset()), result.shape, result.stride())
     storage = np.zeros(max(int(here.max(initial=0)), int(there.max(initial=0))) + 1, dtype=np.int64)
     storage[here] = numbers.numpy()
     return torch.from_numpy(storage[there])

@@ -86,7 +86,8 @@ class Row:
         """Return the same elements with the batch and the dimensions beside it as one: the inverse of `apart`."""
         if split == (1, 1):
             return self
-        assert self.axis is not None and (self.shape[self.axis - 1], self.shape[self.axis + 1]) == split
+        assert self.axis is not None
+        assert (self.shape[self.axis - 1], self.shape[self.axis + 1]) == split
         shape = (
             *self.shape[: self.axis - 1],
             math.prod(self.shape[self.axis - 1 : self.axis + 2]),

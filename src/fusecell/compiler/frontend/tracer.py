@@ -105,7 +105,7 @@ def trace(
         return Refusal(reasons)
     sizes = _batch_sizes(cell, inputs)
     result = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[:2])
-    # A dimension that the step makes may be as long as the batch was, and then looks like it: of another length it isn't.
+    # A dimension that the step makes may be as long as the batch was, and looks like it: next to another it doesn't.
     if isinstance(result, Refusal) and any(_ABOUT_ROWS in reason for reason in result.reasons) and len(sizes) > 2:
         again = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[2:])
         return again if isinstance(again, Traced) else result
@@ -217,7 +217,7 @@ def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
     dims = {size for shape in shapes for size in (*shape, math.prod(shape))}
     dims.update(size for _, tensor in _attributes(cell) for size in tensor.shape)
     free = [prime for prime in _PRIMES if all(size == 0 or size % prime for size in dims)]
-    return (free + [10007, 10009])[:4]
+    return [*free, 10007, 10009][:4]
 
 
 def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:

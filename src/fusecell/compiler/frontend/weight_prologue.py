@@ -191,8 +191,8 @@ class Prologue:
         if expected is not None and (tuple(value.shape), value.dtype) != expected:
             raise ValueError(
                 f"{path} has shape {tuple(value.shape)} and dtype {value.dtype}, where the cell was compiled with "
-                f"{expected[0]} and {expected[1]}: a global tensor keeps its shape and dtype. Keep it on the cell, where "
-                "a change compiles it anew."
+                f"{expected[0]} and {expected[1]}: a global tensor keeps its shape and dtype. Keep it on the cell, "
+                "where a change compiles it anew."
             )
         return value
 

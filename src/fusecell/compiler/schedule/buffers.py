@@ -126,7 +126,7 @@ class _Assignment:
         return self.schedule.stage_of[user] == self.schedule.stage_of[index]
 
     def _place_value(self, index: int, scope: Scope) -> None:
-        """Give a value a buffer and have its stage store it there; of a reduction or nest it is written there anyway."""
+        """Give a value a buffer and have its stage store it there; reductions and nests are written there anyway."""
         node = self.graph[index]
         # The prefix tells it from a kernel's own buffers, whatever the user's variable is called.
         location = Location(Buffer(f"value.{node.name}", scope, node.size))

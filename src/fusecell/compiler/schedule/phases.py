@@ -1,7 +1,7 @@
 """Choose the phase in which each value is computed: once, hoisted out of the loop, in the loop, or after it.
 
 once      values that need weights only: one row, once per call.
-hoisted   values that need x but no state, and contain a product, reduction or nest: all rows of a chunk of steps at once,
+hoisted   values that need x but no state, and contain a product, reduction or nest: all rows of a chunk at once,
           before the loop. Compilers call this loop-invariant code motion.
 loop      the chain from state to state: the rows of one step.
 post      values that nothing in the loop waits for: outputs that are products of a state, the gradients of weights.

@@ -42,7 +42,7 @@ def fold_constants(graph: Graph) -> Graph:
 
 
 def spread_constants(graph: Graph) -> Graph:
-    """Make a row of a number that is an operand of a product, a nest, a sum over rows or a concat: these read memory."""
+    """Make a row of a number that is an operand of a product, nest, sum over rows or concat: these read memory."""
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]

@@ -449,8 +449,8 @@ def _joined(f: Function, partials: Sequence[Value]) -> list[Value]:
             orders = [
                 [*half, *(lane + LANES if second is not None else lane for lane in half)] for half in (lower, upper)
             ]
-            halves = [f.shuffle(pair[0], second, order, "half") for order in orders]
-            vectors.append(f.fadd(*halves, "joined"))
+            low, high = (f.shuffle(pair[0], second, order, "half") for order in orders)
+            vectors.append(f.fadd(low, high, "joined"))
     assert len(vectors) == 1, "sixteen vectors at the most are joined"
     return [f.lane(vectors[0], number, "total") for number in range(len(partials))]
 

@@ -1,7 +1,7 @@
 """How each ATen operation is written in primitives of the IR: one function for each, in tables by kind.
 
-Each module here has a table; `backward` has what autograd calls, and `movement` the names of views and joins, which need
-no rule. An operation is added to one of them. `RULES` is all of those that compute something.
+Each module here has a table; `backward` has what autograd calls, and `movement` the names of views and joins, which
+need no rule. An operation is added to one of them. `RULES` is all of those that compute something.
 """
 
 from __future__ import annotations

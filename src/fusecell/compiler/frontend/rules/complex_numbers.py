@@ -1,7 +1,7 @@
 """Rules for complex numbers: pairs of real values, by which complex states and products are computed.
 
-A graph has real numbers alone. The order of operations is that of the textbook formulas, which torch's kernels have too,
-except for division and square roots, where torch scales against overflow; these are not compiled.
+A graph has real numbers alone. The order of operations is that of the textbook formulas, which torch's kernels have
+too, except for division and square roots, where torch scales against overflow; these are not compiled.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
             result = contracted(w, left, right, *labels)
             if isinstance(result, Sum):
                 raise Untraceable(
-                    "The step multiplies rows by a complex weight: keep the weight as its real and imaginary parts, two "
-                    "real parameters."
+                    "The step multiplies rows by a complex weight: keep the weight as its real and imaginary parts, "
+                    "two real parameters."
                 )
             return result
 
@@ -194,7 +194,7 @@ def moved_pair(w: Writer, func: Callable[..., Any], values: Any, *args: Any, **k
     several = isinstance(values, list | tuple)
     pairs = [pair_of(w, value) for value in (values if several else [values])]
     real, imaginary = (
-        w.move(func, [part(pair) for pair in pairs] if several else part(pairs[0]), *args, **kwargs)
+        w.move(func, [part(pair) for pair in pairs] if several else part(pairs[0]), *args, **kwargs)  # type: ignore[no-untyped-call]
         for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
     )
     if isinstance(real, Row):
@@ -244,7 +244,8 @@ def _fft_c2r(w: Writer, x: Complex, dims: Sequence[int], normalisation: int, las
 
     mirrored: Complex = moved_pair(w, rest, x)
     whole: Complex = moved_pair(w, lambda numbers: torch.cat(numbers, dim), [x, _conj(w, mirrored)])
-    return _fourier(w, whole, dims, normalisation, 1.0).real
+    real: Row = _fourier(w, whole, dims, normalisation, 1.0).real
+    return real
 
 
 MAKES_COMPLEX: Mapping[str, Callable[..., Any]] = {

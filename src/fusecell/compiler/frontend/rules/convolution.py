@@ -42,8 +42,8 @@ class Geometry:
 
     @classmethod
     def of(cls, dims: int, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Geometry:
-        each = (tuple(value) * (dims if len(value) == 1 else 1) for value in (stride, padding, dilation))
-        return cls(*each, groups)
+        s, p, d = (tuple(value) * (dims if len(value) == 1 else 1) for value in (stride, padding, dilation))
+        return cls(s, p, d, groups)
 
 
 def _convolution(
@@ -127,7 +127,8 @@ def image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geomet
         dims = range(len(extents))
         spaced = [(size - 1) * s + 1 for size, s in zip(numbers.shape[2:], geometry.stride, strict=True)]
         result = numbers.new_zeros(*numbers.shape[:2], *spaced)
-        result[(..., *(slice(None, None, s) for s in geometry.stride))] = numbers
+        spaced_out: Any = (..., *(slice(None, None, s) for s in geometry.stride))
+        result[spaced_out] = numbers
         padding: list[int] = []
         for dim in reversed(dims):
             low = (kernel.shape[2 + dim] - 1) * geometry.dilation[dim] - geometry.padding[dim]
@@ -193,7 +194,7 @@ def _windows(w: Writer, image: Row, taps: Sizes, geometry: Geometry) -> tuple[_W
 def _batch_first(image: Row) -> Row:
     if image.axis != 0:
         raise Untraceable(
-            "The step convolves a tensor whose first dimension is not the batch: a convolution takes (N, channels, ...)."
+            "The step convolves a tensor whose first dimension is not the batch: it takes (N, channels, ...)."
         )
     return image
 

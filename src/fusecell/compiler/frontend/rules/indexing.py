@@ -230,8 +230,8 @@ def _index_add(w: Writer, x: Operand, dim: int, index: Operand, source: Operand,
 def _sum_at(w: Writer, positions: Row, values: Row, shape: tuple[int, ...]) -> Sum:
     """Add up values of all rows in the rows of a weight of a shape, at each row's positions."""
     picks = math.prod(positions.features)
-    attrs = {"count": shape[0], "inner": math.prod(shape[1:]), "picks": picks}
-    node = w.builder.add("scatter_sum", w.flat(positions), w.flat(values), **attrs)
+    operands = (w.flat(positions), w.flat(values))
+    node = w.builder.add("scatter_sum", *operands, count=shape[0], inner=math.prod(shape[1:]), picks=picks)
     return Sum(shape, node)
 
 

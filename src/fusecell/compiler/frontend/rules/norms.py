@@ -82,7 +82,8 @@ def _batch_norm(
     eps: float,
 ) -> tuple[Row, Row, Row]:
     _check_evaluation(training or average is None or variance is None)
-    assert average is not None and variance is not None
+    assert average is not None
+    assert variance is not None
     dims = len(x.shape)
     scale = w.point("rsqrt", w.point("add", variance, eps))
     normed = w.point("sub", x, _per_channel(w, average, dims))

@@ -45,7 +45,8 @@ def _max_pool(
         )
         whole = whole.clone()
         inside = tuple(slice(p, p + n) for p, n in zip(pads, image.shape[-dims:], strict=True))
-        whole[(..., *inside)] = image
+        place: Any = (..., *inside)
+        whole[place] = image
         return _unfolded(whole, kernel, _each(stride or kernel, dims), _each(dilation, dims))
 
     cut: Row = w.move(windows, [x, outside])

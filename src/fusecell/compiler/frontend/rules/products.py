@@ -16,10 +16,9 @@ Rule = Callable[..., Any]
 
 
 def _mm(w: Writer, left: Value, right: Value) -> Row | Sum:
-    if isinstance(left, Row) and isinstance(right, Row) and not (left.is_merged or right.is_merged):
-        # The gradient of a weight, as autograd computes it: a product over the rows of the batch.
-        if left.axis == 1 and right.axis == 0:
-            return w.outer(left, right)
+    # The gradient of a weight, as autograd computes it: a product over the rows of the batch.
+    if isinstance(left, Row) and isinstance(right, Row) and _is_plain(left, 1) and _is_plain(right, 0):
+        return w.outer(left, right)
     if isinstance(right, Weight) and _is_plain(left, 0):
         return w.product(w.number(left), right)
     # W x for x of shape (features, N) is the transpose of x W: a graph has rows first.

@@ -121,8 +121,8 @@ def _all(w: Writer, x: Operand, dims: Dims = None, keepdim: bool = False, op: st
     """Write whether all truth values are true along dimensions, or by the maximum any."""
     if dims is None:
         raise Untraceable(
-            "The step asks whether all or any elements of the batch are true, which mixes its rows; give the dimension of "
-            "features, and use torch.where in place of a branch."
+            "The step asks whether all or any elements of the batch are true, which mixes its rows; give the dimension "
+            "of features, and use torch.where in place of a branch."
         )
     return w.truth(w.reduce(op, w.number(w.truth(x)), _dims(dims), keepdim))
 

@@ -54,7 +54,7 @@ def _scan(op: str) -> Callable[..., Any]:
 def _log_sum(w: Writer, x: Row, dim: int) -> Row:
     # Of the running maximum, not of the whole one: what comes later must not take digits from what comes before.
     most = scanned(w, "amax", x, dim)
-    outer, count, inner = along(w, x, dim)
+    _, count, _ = along(w, x, dim)
     if count > _MOST_LOG_TERMS:
         raise Untraceable(f"logcumsumexp along more than {_MOST_LOG_TERMS} features is not compiled.")
     values = [_part(w, x, dim, place) for place in range(count)]
