@@ -94,7 +94,8 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
     machine = target.machine
     emitted = [emit(part.kernel.plan, machine) for part in parts]
     text, memory = _Writer(parts, emitted, prefix, target).write()
-    kernels = {f"kernel.{place}": _adapted(each.text, target) for place, each in enumerate(emitted)}
+    rows = max((value.shape[0] for part in parts for value in part.start), default=1)
+    kernels = {f"kernel.{place}": _adapted(each.text, target, rows) for place, each in enumerate(emitted)}
     code, optimised = llvm.program_object(
         text,
         kernels,
@@ -108,8 +109,8 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
     return Program(code, optimised, memory)
 
 
-def _adapted(text: str, target: ExportTarget) -> str:
-    """Adapt a kernel's text to being part of a program for a target."""
+def _adapted(text: str, target: ExportTarget, rows: int) -> str:
+    """Adapt a kernel's text to being part of a program for a target, for so many rows."""
     text = without_threads(text, target.machine)
     if len(text) <= MOST_INLINED_BYTES:
         text = text.replace(") noinline #0 {", ") alwaysinline #0 {").replace(") #0 {", ") alwaysinline #0 {")
@@ -117,6 +118,8 @@ def _adapted(text: str, target: ExportTarget) -> str:
         text = text.replace(") alwaysinline nounwind {", ") noinline nounwind {")
     if target.pointer_bits == 32:
         text = _with_wide_tables(text)
+    # Tables of tiles have some for more rows than there ever are.
+    text = re.sub(r"ptr @tile\.(\d+)x[\w.]*", lambda tile: tile[0] if int(tile[1]) <= rows else "ptr null", text)
     # Loops that copy or clear must not become calls of a C library that may be missing.
     text = text.replace("attributes #0 = { nounwind", 'attributes #0 = { nounwind "no-builtins"')
     return text if target.machine.fma else with_soft_fma(text)

@@ -136,7 +136,8 @@ def program_object(
                 program.link_in(kernel)
             _export_only(program, names)
             _optimise_program(program, machine)
-            return bytes(machine.emit_object(program)), str(program)
+            text = str(program)
+            return bytes(machine.emit_object(program)), text
 
 
 def _export_only(module: Any, names: Sequence[str]) -> None:
@@ -154,6 +155,8 @@ def _optimise_program(module: Any, machine: Any) -> None:
     """Specialise kernels to the one way in which the program calls them, then run LLVM's pipeline.
 
     Constants go through calls first, so that what only a team of threads needs is gone before functions are inlined.
+    Then the argument block dissolves, in two turns, as some of its addresses are chosen by others of its values; LLVM's
+    own pipeline leaves it in memory, and with it ten times the code.
     """
     tuning = binding.create_pipeline_tuning_options(speed_level=3)
     # As in kernels: vectors and the form of loops have been chosen.
@@ -163,6 +166,15 @@ def _optimise_program(module: Any, machine: Any) -> None:
     passes.add_ipsccp_pass()
     passes.add_simplify_cfg_pass()
     passes.add_global_dead_code_eliminate_pass()
+    passes.add_always_inliner_pass()
+    for _ in range(2):
+        passes.add_sroa_pass()
+        passes.add_new_gvn_pass()
+        passes.add_sccp_pass()
+        passes.add_simplify_cfg_pass()
+        passes.add_sroa_pass()
+        passes.add_instruction_combine_pass()
+        passes.add_simplify_cfg_pass()
     passes.run(module, builder)
     builder.getModulePassManager().run(module, builder)
 
