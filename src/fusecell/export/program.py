@@ -26,6 +26,8 @@ from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.errors import CompilerError
 from fusecell.export.denormals import denormal_mode
+from fusecell.export.memory_functions import memory_functions
+from fusecell.export.object_file import read_object
 from fusecell.export.packing import packed_buffers, without_threads
 from fusecell.export.soft_fma import with_soft_fma
 from fusecell.export.targets import ExportTarget
@@ -96,16 +98,24 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
     text, memory = _Writer(parts, emitted, prefix, target).write()
     rows = max((value.shape[0] for part in parts for value in part.start), default=1)
     kernels = {f"kernel.{place}": _adapted(each.text, target, rows) for place, each in enumerate(emitted)}
-    code, optimised = llvm.program_object(
-        text,
-        kernels,
-        [f"{prefix}_{name}" for name in FUNCTIONS],
-        cpu=target.cpu,
-        features=target.features,
-        triple=target.triple,
-        abi=target.abi,
-        static=target.small or target.triple.startswith("wasm"),
-    )
+
+    def compiled(main: str) -> tuple[bytes, str]:
+        return llvm.program_object(
+            main,
+            kernels,
+            [f"{prefix}_{name}" for name in FUNCTIONS],
+            cpu=target.cpu,
+            features=target.features,
+            triple=target.triple,
+            abi=target.abi,
+            static=target.small or target.is_wasm,
+        )
+
+    code, optimised = compiled(text)
+    # LLVM clears and copies memory by calls. Of the C library only memcpy is asked for, and that where there is one.
+    given = {"memset"} | ({"memcpy"} if target.small else set())
+    if needed := given & set(read_object(code).undefined):
+        code, optimised = compiled(text + memory_functions(needed, target.pointer_bits))
     return Program(code, optimised, memory)
 
 

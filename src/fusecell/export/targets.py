@@ -52,6 +52,11 @@ class ExportTarget:
         return 64 if self.triple.split("-")[0] in ("x86_64", "aarch64", "arm64", "riscv64") else 32
 
     @property
+    def is_wasm(self) -> bool:
+        """Whether it is WebAssembly."""
+        return self.triple.startswith("wasm")
+
+    @property
     def numbers(self) -> str:
         """The class of targets whose bits are equal, in words."""
         return "multiply-adds rounded once" if self.machine.fma else "multiply-adds rounded twice (no FMA)"
@@ -73,7 +78,10 @@ _ALL = (
     _x86("x86-64-v4", "x86-64 with AVX-512, Linux", _AVX512),
     ExportTarget(name="aarch64", summary="64-bit ARM, Linux", triple="aarch64-unknown-linux-gnu", cpu="generic"),
     ExportTarget(
-        name="arm64-apple", summary="Apple silicon, macOS 11 and later", triple="arm64-apple-macosx11.0.0", cpu="apple-m1"
+        name="arm64-apple",
+        summary="Apple silicon, macOS 11 and later",
+        triple="arm64-apple-macosx11.0.0",
+        cpu="apple-m1",
     ),
     ExportTarget(
         name="armv7",

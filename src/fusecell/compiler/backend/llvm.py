@@ -145,7 +145,7 @@ def _export_only(module: Any, names: Sequence[str]) -> None:
     missing = set(names)
     for value in (*module.functions, *module.global_variables):
         missing.discard(value.name)
-        if not value.is_declaration and value.name not in names:
+        if not value.is_declaration and value.name not in names and not value.name.startswith("llvm."):
             value.linkage = "internal"
     if missing:
         raise CompilerError(f"The program should define {', '.join(sorted(missing))}, and doesn't.")
