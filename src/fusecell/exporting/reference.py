@@ -11,7 +11,7 @@ from fusecell.compiler.backend import llvm
 from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import Target, host_target, target_of
 from fusecell.compiler.runtime.kernel import compile_graph
-from fusecell.export.header import Interface
+from fusecell.exporting.header import Interface
 from fusecell.streaming.bound_step import Array, Part
 from fusecell.streaming.stream import Stream
 
@@ -108,11 +108,15 @@ static int differing(const {real} *values, const {_INTEGER[real]} *bits, size_t 
 
 int {p}_selftest(void)
 {{
-    enum {{ STEPS = {vector.inputs.shape[0]}, SINGLE = {single}, X = {m}_ROWS * {m}_INPUT_SIZE, Y = {m}_ROWS * {m}_OUTPUT_SIZE }};
+    enum {{ STEPS = {vector.inputs.shape[0]}, SINGLE = {single} }};
+    enum {{ X = {m}_ROWS * {m}_INPUT_SIZE, Y = {m}_ROWS * {m}_OUTPUT_SIZE }};
     static {p}_stream stream, other;
-    static {real} output[(STEPS - SINGLE) * Y], state[{m}_STATE_SIZE + 1];
-    const {real} *input = (const {real} *)(const void *)input_bits;
+    static {real} input[STEPS * X], output[(STEPS - SINGLE) * Y], state[{m}_STATE_SIZE + 1];
+    const unsigned char *bytes = (const unsigned char *)input_bits;
     int different = 0, t;
+    size_t i;
+    for (i = 0; i < sizeof(input); i++)
+        ((unsigned char *)input)[i] = bytes[i];
     if ({p}_init(&stream) != 0 || {p}_init(&other) != 0)
         return -1;
     for (t = 0; t < SINGLE; t++) {{

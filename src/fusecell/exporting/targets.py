@@ -58,8 +58,14 @@ class ExportTarget:
 
     @property
     def numbers(self) -> str:
-        """The class of targets whose bits are equal, in words."""
-        return "multiply-adds rounded once" if self.machine.fma else "multiply-adds rounded twice (no FMA)"
+        """What the bits of its results are equal to, in a sentence."""
+        if self.machine.fma:
+            text = "The bits of fusecell.Stream, and of every target whose multiply-adds round once"
+        else:
+            text = "The bits of targets whose multiply-adds round twice, such as x86-64-v2"
+        if not self.machine.isa.flushes_denormals:
+            text += "; denormals are kept, where others count them as zero"
+        return f"{text}."
 
 
 def _x86(level: str, summary: str, has: frozenset[str] = frozenset()) -> ExportTarget:
@@ -159,7 +165,7 @@ def target_named(name: str) -> ExportTarget:
     """Return a target by its name; ``host`` is this machine.
 
     Example:
-        >>> from fusecell.export.targets import target_named
+        >>> from fusecell.exporting.targets import target_named
         >>> target_named("riscv64").triple
         'riscv64-unknown-linux-gnu'
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusecell.errors import CompilerError
-from fusecell.export.object_file import leb128, wasm_imports, wasm_sections
+from fusecell.exporting.object_file import leb128, wasm_imports, wasm_sections
 
 __all__ = ["STACK_BYTES", "wasm_module"]
 

@@ -18,7 +18,7 @@ from fusecell.compiler.codegen.kernel_abi import Size
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.compiler.runtime.argument_block import ArgumentBlock, Slots
 from fusecell.errors import CompilerError
-from fusecell.export.denormals import denormal_mode
+from fusecell.exporting.denormals import denormal_mode
 from fusecell.streaming.bound_step import Part, View
 
 __all__ = ["packed_buffers", "without_threads"]

@@ -25,12 +25,13 @@ from fusecell.compiler.codegen import Emitted, emit
 from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES
 from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.errors import CompilerError
-from fusecell.export.denormals import denormal_mode
-from fusecell.export.memory_functions import memory_functions
-from fusecell.export.object_file import read_object
-from fusecell.export.packing import packed_buffers, without_threads
-from fusecell.export.soft_fma import with_soft_fma
-from fusecell.export.targets import ExportTarget
+from fusecell.exporting.arm_attributes import for_both_conventions
+from fusecell.exporting.denormals import denormal_mode
+from fusecell.exporting.memory_functions import memory_functions
+from fusecell.exporting.object_file import read_object
+from fusecell.exporting.packing import packed_buffers, without_threads
+from fusecell.exporting.soft_fma import with_soft_fma
+from fusecell.exporting.targets import ExportTarget
 from fusecell.streaming.bound_step import Array, Part
 
 __all__ = ["FUNCTIONS", "Memory", "Program", "build_program"]
@@ -116,6 +117,8 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
     given = {"memset"} | ({"memcpy"} if target.small else set())
     if needed := given & set(read_object(code).undefined):
         code, optimised = compiled(text + memory_functions(needed, target.pointer_bits))
+    if target.small:
+        code = for_both_conventions(code)
     return Program(code, optimised, memory)
 
 
@@ -187,7 +190,8 @@ class _Writer:
                 lines.append(f"%at.{index} = getelementptr i8, ptr {base}, i64 {offset}")
                 lines.append(f"store ptr %at.{index}, ptr {slot}")
         body = "\n  ".join([*lines, f"call void @kernel.{place}(ptr %args)", "ret void"])
-        head = f"define internal void @cell.{place}(ptr noalias %memory, ptr noalias %weights, ptr noalias %x, ptr noalias %y)"
+        parameters = "ptr noalias %memory, ptr noalias %weights, ptr noalias %x, ptr noalias %y"
+        head = f"define internal void @cell.{place}({parameters})"
         return f"declare void @kernel.{place}(ptr)\n{head} noinline nounwind {{\n  {body}\n}}\n"
 
     def _slots(self, part: Part, emitted: Emitted, state_at: int) -> dict[str, int | tuple[str, int]]:
