@@ -64,8 +64,9 @@ def wasm_module(code: bytes, names: Sequence[str], free_bytes: int) -> bytes:
             f"a web page has no {', '.join(needed)}, which the step calls: export an object file instead"
         )
     for name, what, contents in imports:
-        if what == 1:  # the table of functions that are called by their address
-            sections[_TABLE] = b"\x01" + contents
+        if what == 1:  # the table of functions that are called by their address; entry 0 is the null address
+            functions, _ = leb128(sections[_FUNCTION], 0)
+            sections[_TABLE] = b"\x01" + contents[:1] + b"\x00" + _leb(1 + functions)
         elif what == 3 and name != "__stack_pointer":
             raise CompilerError(f"an object file imports {name}, which is not known here")
     stack_top = (_data_end(sections.get(_DATA, b"\0")) + STACK_BYTES + 63) & -64
