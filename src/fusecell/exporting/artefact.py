@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from fusecell.exporting.header import Interface, c_header, cpp_wrapper
+from fusecell.exporting.header import Interface
+from fusecell.exporting.interface import interface_of, macs_of, sibling, write_headers, write_selftest
 from fusecell.exporting.library import build_library
 from fusecell.exporting.object_file import read_object
 from fusecell.exporting.program import build_program
-from fusecell.exporting.reference import ReferenceNumbers, reference_numbers, selftest_source
+from fusecell.exporting.reference import ReferenceNumbers, reference_numbers
 from fusecell.exporting.report import ExportReport
 from fusecell.exporting.targets import ExportTarget, target_named
 from fusecell.exporting.verify import NotRunnable, run_object
-from fusecell.streaming.bound_step import Part
 from fusecell.streaming.stream import Stream
 
 if TYPE_CHECKING:
@@ -168,44 +168,3 @@ class _Job:
         except NotRunnable as reason:
             return f"not run: {reason}; the selftest runs it on the target", [vector]
         return f"the stream's bits, run by {where}", [vector]
-
-
-def sibling(stem: Path, suffix: str) -> Path:
-    """Return the path with a suffix behind it, whatever points its name has."""
-    return stem.with_name(stem.name + suffix)
-
-
-def interface_of(stream: Stream, prefix: str, memory_bytes: int, numbers: str) -> Interface:
-    """Describe a stream to its callers."""
-    kinds = ", ".join(part.kind for part in stream.parts)
-    return Interface(
-        prefix=prefix,
-        scalar="float" if stream.dtype.itemsize == 4 else "double",
-        rows=stream.batch_size,
-        input_size=stream.input_size,
-        output_size=stream.output_size,
-        state_size=sum(value.size for value in stream.state),
-        memory_bytes=memory_bytes,
-        about=f"{prefix}: {kinds}, {stream.input_size} -> {stream.output_size}, {stream.dtype}",
-        numbers=numbers,
-    )
-
-
-def write_headers(interface: Interface, stem: Path) -> list[Path]:
-    """Write the C header and the C++ wrapper."""
-    header, wrapper = sibling(stem, ".h"), sibling(stem, ".hpp")
-    header.write_text(c_header(interface))
-    wrapper.write_text(cpp_wrapper(interface, header.name))
-    return [header, wrapper]
-
-
-def write_selftest(interface: Interface, numbers: ReferenceNumbers, stem: Path) -> Path:
-    """Write the test vector."""
-    path = sibling(stem, "_selftest.c")
-    path.write_text(selftest_source(interface, numbers, stem.name + ".h"))
-    return path
-
-
-def macs_of(parts: Sequence[Part], rows: int) -> int:
-    """Count the multiply-adds of a step."""
-    return sum(part.kernel.macs for part in parts) * rows

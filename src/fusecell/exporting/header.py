@@ -79,7 +79,7 @@ extern "C" {{
 
 /* The memory of one stream. */
 typedef struct {{
-    {m}_ALIGNED unsigned char memory[{m}_MEMORY_BYTES];
+    {m}_ALIGNED {real} memory[{m}_MEMORY_BYTES / sizeof({real})];
 }} {p}_stream;
 
 /* Set the initial state. Returns 0; 1 and does nothing if the stream's address is no multiple of {m}_ALIGNMENT. */
