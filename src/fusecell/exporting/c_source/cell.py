@@ -259,8 +259,7 @@ class CellWriter:
             )
         for is_product, run in runs:
             if is_product:
-                for index in run:
-                    lines += self._product(index, nest, size, blocks, at, count)
+                lines += self._sums(run, nest, size, blocks, at, count)
                 stores = [line for index in run for line in self._kept(index, at, nest)]
                 lines += self._lanes(count, stores) if stores else []
             else:
@@ -294,34 +293,58 @@ class CellWriter:
                     arrays[index] = self.name[index]
         return arrays
 
-    def _product(self, index: int, nest: Nest, size: int, blocks: int, at: str, count: str) -> list[str]:
-        """Write the sum of products of one block."""
-        graph, name = self.graph, self._in_block[index]
-        start, terms = affine_parts(graph[index])
-        lines = []
-        if start is None:
-            lines.append(f"for (int lane = 0; lane < {size}; lane++)")
-            lines.append(f"    {name}[lane] = 0;")
-        elif self._in_block.get(start) != name:
-            value = self.element(start, at, nest)
-            if count != str(size):
-                value = f"lane < count ? {value} : 0"
-            lines.append(f"for (int lane = 0; lane < {size}; lane++)")
-            lines.append(f"    {name}[lane] = {value};")
-        for term in terms:
-            row, weight, _ = term
-            weights = self._panel(index, term, size, blocks)
-            depth = graph[row].size
-            where = f"{weights}[{'block' if blocks > 1 else 0}][k][lane]"
-            operand = self.element(row, "k", None)
-            lines += [
-                f"for (int k = 0; k < {depth}; k++) {{ /* {graph[weight].name} */",
-                f"    const {self.writer.real} a = {operand};",
-                f"    for (int lane = 0; lane < {size}; lane++)",
-                f"        {name}[lane] = FMA(a, {where}, {name}[lane]);",
-                "}",
-            ]
+    def _sums(self, run: Sequence[int], nest: Nest, size: int, blocks: int, at: str, count: str) -> list[str]:
+        """Write the sums of products of one block; narrow ones of one operand share its loop, to fill the pipeline."""
+        most = max(1, MOST_BLOCK // size)
+        waiting: dict[str, list[tuple[int, Term]]] = {}
+        for index in run:
+            waiting.setdefault(self._in_block[index], []).extend(
+                (index, term) for term in affine_parts(self.graph[index])[1]
+            )
+        begun: set[str] = set()
+        lines: list[str] = []
+        while waiting:
+            ready = [name for name, terms in waiting.items() if not self._waits(terms[0][0], name, waiting)]
+            operand = waiting[ready[0]][0][1][0]
+            together = [name for name in ready if waiting[name][0][1][0] == operand][:most]
+            for name in together:
+                if name not in begun:
+                    lines += self._beginning(waiting[name][0][0], nest, size, at, count)
+                    begun.add(name)
+            lines += self._accumulation([waiting[name].pop(0) for name in together], size, blocks)
+            waiting = {name: terms for name, terms in waiting.items() if terms}
         return lines
+
+    def _waits(self, index: int, name: str, waiting: Mapping[str, object]) -> bool:
+        """Whether a sum begins with another one that isn't complete."""
+        start, _ = affine_parts(self.graph[index])
+        other = None if start is None else self._in_block.get(start)
+        return other is not None and other != name and other in waiting
+
+    def _beginning(self, index: int, nest: Nest, size: int, at: str, count: str) -> list[str]:
+        """Write what a sum begins with."""
+        name = self._in_block[index]
+        start, _ = affine_parts(self.graph[index])
+        value = "0" if start is None else self.element(start, at, nest)
+        if start is not None and count != str(size):
+            value = f"lane < count ? {value} : 0"
+        return [f"for (int lane = 0; lane < {size}; lane++)", f"    {name}[lane] = {value};"]
+
+    def _accumulation(self, products: Sequence[tuple[int, Term]], size: int, blocks: int) -> list[str]:
+        """Write the loop over one operand that adds products to their sums."""
+        graph = self.graph
+        row = products[0][1][0]
+        names = dict.fromkeys(graph[weight].name for _, (_, weight, _) in products)
+        lines = [
+            f"for (int k = 0; k < {graph[row].size}; k++) {{ /* {', '.join(names)} */",
+            f"    const {self.writer.real} a = {self.element(row, 'k')};",
+        ]
+        for index, term in products:
+            name, weights = self._in_block[index], self._panel(index, term, size, blocks)
+            factor = f"{weights}[{'block' if blocks > 1 else 0}][k][lane]"
+            lines.append(f"    for (int lane = 0; lane < {size}; lane++)")
+            lines.append(f"        {name}[lane] = FMA(a, {factor}, {name}[lane]);")
+        return [*lines, "}"]
 
     def _panel(self, index: int, term: Term, size: int, blocks: int) -> str:
         """Write the weights of one product, [block][k][lane], the last block filled up with zeros; return its name."""
