@@ -164,16 +164,17 @@ export class Stream {{
 
 
 def _processor(interface: Interface, name: str) -> str:
-    p = interface.prefix
+    p, size, out = interface.prefix, interface.input_size, interface.output_size
     return f"""\
 // An AudioWorklet processor, "{p}":
 //
 //   const bytes = await (await fetch("{name}.wasm")).arrayBuffer();
 //   await context.audioWorklet.addModule("{name}-processor.mjs");
-//   const node = new AudioWorkletNode(context, "{p}", {{ processorOptions: {{ bytes, mode: "samples" }} }});
+//   const processorOptions = {{ bytes, mode: "samples" }};
+//   const node = new AudioWorkletNode(context, "{p}", {{ processorOptions }});
 //
-// mode "samples": every sample is a step, whose input and output are the channels: {interface.input_size} in, {interface.output_size} out.
-// mode "frames": a step takes {interface.input_size} samples of the first channel. If it gives as many, they are played, one frame
+// mode "samples": every sample is a step, whose input and output are the channels: {size} in, {out} out.
+// mode "frames": a step takes {size} samples of the first channel. If it gives as many, they are played, one frame
 // late; else its output is posted to the node's port.
 import {{ Stream, inputSize, outputSize, rows }} from "./{name}.mjs";
 

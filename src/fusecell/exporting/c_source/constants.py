@@ -33,7 +33,7 @@ def constant_values(part: Part, graph: Graph, indices: Sequence[int]) -> dict[in
     builder = Builder(graph.title, graph.dtype)
     for node in step.nodes:
         builder.append(node.op, node.args, node.attrs, node.name)
-    rows = [builder.add("broadcast", step.outputs[label], size=step[step.outputs[label]].size) for label in labels]
+    rows = [_as_row(builder, step.outputs[label]) for label in labels]
     result = builder.add("concat", *rows) if len(rows) > 1 else rows[0]
     states = {f"state.{step[index].name}": index for index in step.leaves("state")}
     constant = Graph(builder.title, builder.dtype, tuple(builder.nodes), {"output": result, **states})
@@ -43,3 +43,11 @@ def constant_values(part: Part, graph: Graph, indices: Sequence[int]) -> dict[in
     values = stream.step(np.zeros(part.input_size, part.dtype))
     sizes = [graph[index].size for index in indices]
     return dict(zip(indices, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
+
+
+def _as_row(builder: Builder, index: int) -> int:
+    """Return a value as numbers of a row: truth values are 1 and 0."""
+    node = builder.nodes[index]
+    if node.type.kind == "mask":
+        index = builder.add("where", index, builder.const(1.0), builder.const(0.0))
+    return builder.add("broadcast", index, size=node.size)

@@ -16,8 +16,15 @@ from fusecell.compiler.codegen.vector_math.function_builder import IntOperand, O
 from fusecell.compiler.ir.sizes import DType
 from fusecell.errors import CompilerError
 
-__all__ = ["c_function", "c_number", "function_name"]
+__all__ = ["KEYWORDS", "c_function", "c_number", "function_name"]
 
+_WORDS = """
+auto break case char const continue default do double else enum extern float for goto if inline int long register
+restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
+alignas alignof bool class false true nullptr asm typeof
+"""
+KEYWORDS = frozenset(_WORDS.split())
+"""Words that no value may be called by, of C and of C++."""
 _COMPARISONS = {"olt": "<", "ogt": ">", "ole": "<=", "oge": ">=", "oeq": "=="}
 _INTEGERS = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "shl": "<<", "lshr": ">>"}
 
@@ -161,7 +168,7 @@ def c_function(op: str, dtype: DType) -> str:
     names: Sequence[str] = ("x", "y") if op in BINARY_OPS else ("x",)
     f = _CFunction(precision, names)
     f.arguments = [Value(name, f.vector) for name in names]
-    f._used = set(names)
+    f._used = set(names) | KEYWORDS
     try:
         result = RULES[op](f, *f.arguments)
     except KeyError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType
-from fusecell.exporting.c_source.functions import function_name
+from fusecell.exporting.c_source.functions import KEYWORDS, function_name
 
 __all__ = ["FIXED_PARTS", "RESERVED", "reduction_function"]
 
@@ -104,16 +104,11 @@ static INLINE double number_f64(uint64_t bits)
 }
 """
 
-_KEYWORDS = """
-auto break case char const continue default do double else enum extern float for goto if inline int long register
-restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
-alignas alignof bool class false true nullptr asm typeof
-"""
 _OWN = """
 row col lane block count k a memory inputs outputs input output stream state steps mode t FMA RESTRICT INLINE NOINLINE
 NAN INFINITY unix linux I bits_f32 bits_f64 number_f32 number_f64 initial_state run_cells
 """
-RESERVED = frozenset(_KEYWORDS.split()) | frozenset(_OWN.split())
+RESERVED = KEYWORDS | frozenset(_OWN.split())
 """Names that the user's values must not have: C's words, and those of the file's own loops."""
 
 
