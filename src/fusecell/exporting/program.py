@@ -27,7 +27,7 @@ from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.errors import CompilerError
 from fusecell.exporting.arm_attributes import for_both_conventions
 from fusecell.exporting.denormals import denormal_mode
-from fusecell.exporting.memory_functions import memory_functions
+from fusecell.exporting.memory_functions import MEMORY_FUNCTIONS, memory_functions
 from fusecell.exporting.object_file import read_object
 from fusecell.exporting.packing import packed_buffers, without_threads
 from fusecell.exporting.soft_fma import with_soft_fma
@@ -114,8 +114,10 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
 
     code, optimised = compiled(text)
     # LLVM clears and copies memory by calls. Of the C library only memcpy is asked for, and that where there is one.
-    given = {"memset"} | ({"memcpy"} if target.small else set())
-    if needed := given & set(read_object(code).undefined):
+    needed = MEMORY_FUNCTIONS.intersection(read_object(code).undefined)
+    if not target.small:
+        needed -= {"memcpy"}
+    if needed:
         code, optimised = compiled(text + memory_functions(needed, target.pointer_bits))
     if target.small:
         code = for_both_conventions(code)

@@ -17,6 +17,7 @@ from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.errors import ExportError
 from fusecell.exporting.bare_metal import BOARDS, linker_script, startup_source
 from fusecell.exporting.header import Interface
+from fusecell.exporting.object_file import read_object
 from fusecell.exporting.reference import SINGLE_STEPS, ReferenceNumbers
 from fusecell.exporting.targets import ExportTarget
 from fusecell.exporting.wasm_module import wasm_module
@@ -49,6 +50,7 @@ def run_object(
         NotRunnable: if neither this machine nor an emulator that is installed can run it.
         ExportError: if a bit differs.
     """
+    external = read_object(code).undefined
     if target.is_wasm:
         p = interface.prefix
         names = [f"{p}_{name}" for name in ("init", "reset", "step", "push", "get_state", "set_state")]
@@ -64,7 +66,7 @@ def run_object(
             _expect_success([emulator, str(program)], interface)
         return emulator
     if target.name in BOARDS:
-        return _run_on_board(target, interface, files)
+        return _run_on_board(target, interface, files, [name for name in external if not name.startswith("__")])
     raise NotRunnable(f"nothing here runs {target.summary}")
 
 
@@ -159,9 +161,11 @@ def _expect_success(command: Sequence[str], interface: Interface) -> None:
         )
 
 
-def _run_on_board(target: ExportTarget, interface: Interface, files: Sequence[Path]) -> str:
+def _run_on_board(target: ExportTarget, interface: Interface, files: Sequence[Path], external: Sequence[str]) -> str:
     """Run the selftest on an emulated board, without an operating system."""
     _need("arm-none-eabi-gcc", "qemu-system-arm")
+    if external:
+        raise NotRunnable(f"it needs {', '.join(external)} of a C library")
     board, code, data = BOARDS[target.name]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -177,6 +181,7 @@ def _run_on_board(target: ExportTarget, interface: Interface, files: Sequence[Pa
                 "-O1",
                 "-nostdlib",
                 "-ffreestanding",
+                "-Wl,-z,noexecstack",
                 "-T",
                 str(folder / "memory.ld"),
                 str(folder / "startup.c"),
@@ -239,7 +244,7 @@ def _node_script(interface: Interface, numbers: ReferenceNumbers) -> str:
 import {{ readFileSync }} from "node:fs";
 const folder = process.argv[2], read = (name) => readFileSync(`${{folder}}/${{name}}`);
 const inputs = read("inputs.bin"), outputs = read("outputs.bin"), states = read("state.bin");
-const {{ instance }} = await WebAssembly.instantiate(read("module.wasm"), {{}});
+const {{ instance }} = await WebAssembly.instantiate(read("module.wasm"), {{ env: Math }});
 const e = instance.exports, up = (n) => (n + 63) & -64, size = up({interface.memory_bytes});
 const stream = up(e.heap_base.value), other = stream + size, x = other + size, y = x + up(inputs.length);
 const state = y + up(outputs.length), need = state + states.length - e.memory.buffer.byteLength;

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from fusecell.errors import CompilerError
 from fusecell.exporting.object_file import leb128, wasm_imports, wasm_sections
 
-__all__ = ["STACK_BYTES", "wasm_module"]
+__all__ = ["IMPORTED", "STACK_BYTES", "wasm_module"]
 
 STACK_BYTES = 1 << 16
+IMPORTED = frozenset({"sin", "cos", "pow"})
+"""Functions that a module may import: JavaScript's Math has them."""
 _PAGE = 1 << 16
 _CUSTOM, _IMPORT, _FUNCTION, _TABLE, _MEMORY, _GLOBAL, _EXPORT, _DATA = 0, 2, 3, 4, 5, 6, 7, 11
 # The order of sections in a module; the count of data segments comes before the code.
@@ -47,26 +49,32 @@ class _Reader:
 def wasm_module(code: bytes, names: Sequence[str], free_bytes: int) -> bytes:
     """Make a module that exports functions, its memory, and ``heap_base``, the address of free memory.
 
+    What it imports, if anything, are functions of JavaScript's Math, as ``env``.
+
     Arguments:
         code: the object file.
         names: the functions to export.
         free_bytes: free memory to begin with, from ``heap_base`` on.
 
     Raises:
-        CompilerError: if it needs a function from elsewhere.
+        CompilerError: if it needs a function that JavaScript doesn't have.
     """
     sections = {kind: contents for kind, contents in wasm_sections(code) if kind != _CUSTOM}
     symbols = _function_symbols(code)
     imports = list(wasm_imports(sections.pop(_IMPORT, b"\0")))
-    needed = [name for name, what, _ in imports if what == 0]
-    if needed:
+    functions = [(name, contents) for name, what, contents in imports if what == 0]
+    missing = sorted({name for name, _ in functions} - IMPORTED)
+    if missing:
         raise CompilerError(
-            f"a web page has no {', '.join(needed)}, which the step calls: export an object file instead"
+            f"a web page has no {', '.join(missing)}, which the step calls: export an object file instead"
         )
+    if functions:  # first among the functions, as they were
+        entries = [_name("env") + _name(name) + b"\x00" + contents for name, contents in functions]
+        sections[_IMPORT] = _leb(len(entries)) + b"".join(entries)
     for name, what, contents in imports:
         if what == 1:  # the table of functions that are called by their address; entry 0 is the null address
-            functions, _ = leb128(sections[_FUNCTION], 0)
-            sections[_TABLE] = b"\x01" + contents[:1] + b"\x00" + _leb(1 + functions)
+            count, _ = leb128(sections[_FUNCTION], 0)
+            sections[_TABLE] = b"\x01" + contents[:1] + b"\x00" + _leb(1 + count)
         elif what == 3 and name != "__stack_pointer":
             raise CompilerError(f"an object file imports {name}, which is not known here")
     stack_top = (_data_end(sections.get(_DATA, b"\0")) + STACK_BYTES + 63) & -64

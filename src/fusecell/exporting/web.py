@@ -30,7 +30,11 @@ def export_web(stream: Stream, stem: Path, prefix: str, target: ExportTarget, *,
         OSError: if a file can't be written.
     """
     program = build_program(stream.parts, prefix, target)
-    interface = interface_of(stream, prefix, program.memory.bytes, target.numbers)
+    external = read_object(program.code).undefined
+    numbers_of = target.numbers
+    if external:
+        numbers_of += f" The browser's own {', '.join(external)} may differ in a last bit."
+    interface = interface_of(stream, prefix, program.memory.bytes, numbers_of)
     names = [f"{prefix}_{name}" for name in FUNCTIONS]
     module = wasm_module(program.code, names, program.memory.bytes)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +62,8 @@ def export_web(stream: Stream, stem: Path, prefix: str, target: ExportTarget, *,
         state_bytes=program.memory.state,
         scratch_bytes=program.memory.scratch,
         macs=macs_of(stream.parts, stream.batch_size),
-        numbers=target.numbers,
-        external=(),
+        numbers=numbers_of,
+        external=external,
         verified=verified,
     )
 
@@ -101,7 +105,7 @@ export class Stream {{
   /** Make a stream of a WebAssembly.Module, or of its bytes where compiling may take its time, as in a worklet. */
   constructor(module) {{
     const compiled = module instanceof WebAssembly.Module ? module : new WebAssembly.Module(module);
-    this.#exports = new WebAssembly.Instance(compiled, {{}}).exports;
+    this.#exports = new WebAssembly.Instance(compiled, {{ env: Math }}).exports;
     this.#memory = this.#exports.memory;
     this.#stream = aligned(this.#exports.heap_base.value);
     this.#reserve(1);

@@ -22,9 +22,10 @@ _WORDS = """
 auto break case char const continue default do double else enum extern float for goto if inline int long register
 restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
 alignas alignof bool class false true nullptr asm typeof
+sqrt sqrtf floor floorf fabs fabsf copysign copysignf fma fmaf sin cos pow
 """
 KEYWORDS = frozenset(_WORDS.split())
-"""Words that no value may be called by, of C and of C++."""
+"""Names that no value may have: words of C and of C++, and the functions of the C library that the file calls."""
 _COMPARISONS = {"olt": "<", "ogt": ">", "ole": "<=", "oge": ">=", "oeq": "=="}
 _INTEGERS = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "shl": "<<", "lshr": ">>"}
 
