@@ -52,6 +52,10 @@ def run_object(
     """
     external = read_object(code).undefined
     if target.is_wasm:
+        if external:
+            raise NotRunnable(
+                f"the JavaScript engine's {', '.join(external)} may differ from the stream's in a last bit"
+            )
         p = interface.prefix
         names = [f"{p}_{name}" for name in ("init", "reset", "step", "push", "get_state", "set_state")]
         return run_wasm(wasm_module(code, names, interface.memory_bytes), interface, numbers)

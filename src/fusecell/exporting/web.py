@@ -48,6 +48,8 @@ def export_web(stream: Stream, stem: Path, prefix: str, target: ExportTarget, *,
         try:
             if numbers is None:
                 raise NotRunnable("this machine always fuses multiply-adds, and so hasn't the module's numbers")
+            if external:
+                raise NotRunnable(f"the JavaScript engine's {', '.join(external)} may differ in a last bit")
             verified = f"the stream's bits without fused multiply-adds, run by {run_wasm(module, interface, numbers)}"
         except NotRunnable as reason:
             verified = f"not run: {reason}"

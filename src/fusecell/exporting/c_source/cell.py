@@ -127,15 +127,21 @@ class CellWriter:
         graph, size = self.graph, self.part.output_size
         position = f"row * {size} + col" if self.writer.stream.batch_size > 1 else "col"
         lines = self._copied(f"outputs[{position}]", graph.outputs["output"], size)
-        # A new state may be another's old one: then it is read before that is written.
         news = {leaf: graph.outputs[f"state.{graph[leaf].name}"] for leaf in graph.leaves("state")}
-        pending = {leaf: new for leaf, new in news.items() if leaf != new}
-        while pending:
-            read = {base(graph, new) for new in pending.values()}
-            free = next((leaf for leaf in pending if leaf not in read - {base(graph, pending[leaf])}), None)
-            leaf = next(iter(pending)) if free is None else free
-            lines += self._copied(f"{self.name[leaf]}[col]", pending.pop(leaf), graph[leaf].size)
-        return lines
+        moved = [leaf for leaf, new in news.items() if leaf != new and graph[base(graph, new)].op == "state"]
+        # A state that becomes another's old one waits until all are read: they may be exchanged.
+        for leaf in moved:
+            lines += self._copied(f"next_{self.name[leaf]}[col]", news[leaf], graph[leaf].size)
+        for leaf, new in news.items():
+            if leaf in moved:
+                lines += self._loop(graph[leaf].size, [f"{self.name[leaf]}[col] = next_{self.name[leaf]}[col];"])
+            elif leaf != new:
+                lines += self._copied(f"{self.name[leaf]}[col]", new, graph[leaf].size)
+        scratch = [
+            f"{self.writer.real} *const next_{self.name[leaf]} = memory + {self.writer.take(graph[leaf].size)};"
+            for leaf in moved
+        ]
+        return [*scratch, *lines]
 
     def _copied(self, target: str, index: int, size: int) -> list[str]:
         return self._loop(size, [f"{target} = {self.element(index, 'col')};"])
