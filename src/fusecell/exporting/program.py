@@ -27,6 +27,7 @@ from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.errors import CompilerError
 from fusecell.exporting.arm_attributes import for_both_conventions
 from fusecell.exporting.denormals import denormal_mode
+from fusecell.exporting.known_slots import with_known_slots
 from fusecell.exporting.memory_functions import MEMORY_FUNCTIONS, memory_functions
 from fusecell.exporting.object_file import read_object
 from fusecell.exporting.packing import packed_buffers, without_threads
@@ -38,7 +39,7 @@ __all__ = ["FUNCTIONS", "Memory", "Program", "build_program"]
 
 FUNCTIONS = ("init", "reset", "step", "push", "get_state", "set_state")
 """What an artefact exports, after its prefix and an underscore."""
-MOST_INLINED_BYTES = 600_000
+MOST_INLINED_BYTES = 4_000_000
 """Bytes of a kernel's text up to which its functions are inlined: LLVM's time grows with the square of a function."""
 
 
@@ -96,9 +97,12 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
     """
     machine = target.machine
     emitted = [emit(part.kernel.plan, machine) for part in parts]
-    text, memory = _Writer(parts, emitted, prefix, target).write()
-    rows = max((value.shape[0] for part in parts for value in part.start), default=1)
-    kernels = {f"kernel.{place}": _adapted(each.text, target, rows) for place, each in enumerate(emitted)}
+    writer = _Writer(parts, emitted, prefix, target)
+    text, memory = writer.write()
+    kernels = {
+        f"kernel.{place}": _adapted(with_known_slots(each.text, writer.known[place]), target, writer.rows)
+        for place, each in enumerate(emitted)
+    }
 
     def compiled(main: str) -> tuple[bytes, str]:
         return llvm.program_object(
@@ -156,7 +160,9 @@ class _Writer:
     def __init__(self, parts: Sequence[Part], emitted: Sequence[Emitted], prefix: str, target: ExportTarget) -> None:
         self.parts, self.emitted, self.prefix, self.target = parts, emitted, prefix, target
         self.memory, self.constants = _Layout(), bytearray()
-        self.rows = parts[0].start[0].shape[0] if parts[0].start else 1
+        self.known: list[dict[int, int]] = []
+        """For each kernel the slots of its argument block that are numbers, by their offsets."""
+        self.rows = max((value.shape[0] for part in parts for value in part.start), default=1)
         self.size_type = f"i{target.pointer_bits}"
         self.itemsize = parts[0].dtype.itemsize
 
@@ -182,6 +188,14 @@ class _Writer:
         """Write the function that runs one cell: it fills an argument block, which LLVM then dissolves."""
         lines = [f"%args = alloca [{len(emitted.slots)} x i64], align 8"]
         values = self._slots(part, emitted, state_at)
+        numbers = {name: values.get(name, 0) for name in emitted.slots if not name.endswith(".ptr")}
+        self.known.append(
+            {
+                SLOT_BYTES * emitted.slots.index(name): value
+                for name, value in numbers.items()
+                if isinstance(value, int) and not name.startswith("weight.")
+            }
+        )
         for index, name in enumerate(emitted.slots):
             slot = f"%slot.{index}"
             lines.append(f"{slot} = getelementptr i8, ptr %args, i64 {SLOT_BYTES * index} ; {name}")

@@ -169,7 +169,6 @@ def _optimise_program(module: Any, machine: Any) -> None:
     passes.add_always_inliner_pass()
     for _ in range(2):
         passes.add_sroa_pass()
-        passes.add_new_gvn_pass()
         passes.add_sccp_pass()
         passes.add_simplify_cfg_pass()
         passes.add_sroa_pass()
