@@ -89,7 +89,7 @@ def test_the_page_hears_pitch(tmp_path):
         messages = []
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto(f"http://localhost:{server.server_port}/{page_path.name}")
-        near = page.evaluate("sing(false)")
+        near = page.evaluate("sing(false, 2)")
         assert "% of the blocks" in page.locator("#score").inner_text()
         browser.close()
         server.shutdown()
