@@ -14,7 +14,9 @@ from torch import nn
 
 import fusecell as fc
 from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.exporting.c_source.axes import AXIS_LOOPS
 from fusecell.exporting.c_source.expressions import POINTWISE
+from tests.compiler.axis_cells import AXES, AxisCell
 from tests.compiler.cell_recipes import RandomCell
 from tests.compiler.random_cells import recipes
 from tests.exporting.models import EveryFunction, four_cells
@@ -23,8 +25,15 @@ from tests.exporting.test_targets import verified
 needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler: apt-get install gcc")
 
 
-def test_c_is_written_for_every_pointwise_primitive():
+def test_c_is_written_for_every_primitive():
     assert {name for name, primitive in PRIMITIVES.items() if primitive.pointwise} == POINTWISE
+    assert {name for name, primitive in PRIMITIVES.items() if primitive.category == "nest"} == set(AXIS_LOOPS)
+
+
+@pytest.mark.parametrize("name", ["attention", "extremes_of_dim", "cumulative", "topk", "scatter_add", "conv2d"])
+def test_cells_that_compute_along_axes(name, tmp_path):
+    layer = fc.Recurrent(AxisCell(AXES[name]))
+    verified(fc.export(layer, tmp_path / "cell", format="c", batch_size=2, verify=True))
 
 
 @pytest.mark.parametrize("model", [four_cells, lambda: fc.Recurrent(EveryFunction())], ids=["zoo", "functions"])

@@ -1,7 +1,7 @@
 """Objects touch nothing but the caller's memory, inputs and outputs: each ends at a page that may not be touched.
 
 In a process of its own, which the system ends at the first byte too far. What a stream's memory holds before it is
-initialised is NaN, and what lies before each piece is looked at afterwards. Here a few cells; all of the zoo and of those
+initialised is NaN, and what lies before each piece is looked at afterwards. Here a few cells; all of the zoo and those
 that compute along axes by ``python -m tests.exporting.test_memory all``.
 """
 

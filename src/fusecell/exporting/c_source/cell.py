@@ -12,6 +12,7 @@ nest with products goes over blocks of columns::
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -22,10 +23,12 @@ from fusecell.compiler.ir.affine import Term, affine_parts
 from fusecell.compiler.ir.graph import Graph, Node
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.ir.sizes import align_up, ceil_div
+from fusecell.errors import ExportError
+from fusecell.exporting.c_source.axes import AXIS_LOOPS, AxisNest, view_index
 from fusecell.exporting.c_source.constants import constant_values
 from fusecell.exporting.c_source.expressions import expression
 from fusecell.exporting.c_source.functions import c_number
-from fusecell.exporting.c_source.loops import Nest, Nests, arrange, base, segments
+from fusecell.exporting.c_source.loops import PARTS, Nest, Nests, arrange, base, is_alone, no_loop, segments
 from fusecell.exporting.c_source.parts import RESERVED
 from fusecell.streaming.bound_step import Array, Part
 
@@ -117,7 +120,7 @@ class CellWriter:
     def _is_number(self, index: int) -> bool:
         """Whether a value is a variable of the function: one number, and no product's."""
         nest = self.home[index]
-        return nest.width == 1 and not self._has_products(nest) and self.graph[index].op != "concat"
+        return nest.width == 1 and not self._has_products(nest) and not is_alone(self.graph[index].op)
 
     def _has_products(self, nest: Nest) -> bool:
         return any(self.graph[index].op == "affine" for index in nest.values)
@@ -165,14 +168,15 @@ class CellWriter:
             return c_number(node.attrs["value"], graph.dtype)
         if nest is not None and self.home.get(index) is nest:
             return f"{self._in_block[index]}[lane]" if index in self._in_block else self.name[index]
-        if node.size == 1:
+        if math.prod(node.type.shape) == 1:
             at = "0"
-        offset = 0
-        while graph[index].op == "slice":
-            offset += graph[index].attrs["start"]
+        while graph[index].op in PARTS:
+            attrs = graph[index].attrs
+            if graph[index].op == "view":
+                at = view_index(attrs, at)
+            elif attrs["start"]:
+                at = str(attrs["start"]) if at == "0" else f"{attrs['start']} + {at}"
             index = graph[index].args[0]
-        if offset:
-            at = str(offset) if at == "0" else f"{offset} + {at}"
         if index in self.home and self._is_number(index):
             return self.name[index]
         text = f"{self._in_memory(index)}[{at}]"
@@ -199,8 +203,7 @@ class CellWriter:
         if PRIMITIVES[node.op].reduction:
             self.writer.needs(node.op)
             (arg,) = node.args
-            first = self.element(arg, "0", None)
-            return f"reduce_{node.op}(&{first}, {graph[arg].size})"
+            return f"reduce_{node.op}({self._address(arg)}, {graph[arg].size}, 1)"
         return expression(node, [self.element(arg, at, nest) for arg in node.args], self.writer.needs, graph.dtype)
 
     def _kind(self, node: Node) -> str:
@@ -211,6 +214,8 @@ class CellWriter:
     def _nest(self, nest: Nest) -> list[str]:
         if self.graph[nest.values[0]].op == "concat":
             return self._concatenation(nest)
+        if is_alone(self.graph[nest.values[0]].op):
+            return self._along_axes(nest.values[0])
         if self._has_products(nest):
             return self._products(nest)
         if nest.width == 1:
@@ -226,6 +231,33 @@ class CellWriter:
             lines += self._copied(f"all_{self.name[index]}[{position}]", arg, size)
             before += size
         return lines
+
+    def _along_axes(self, index: int) -> list[str]:
+        """Write a value that is computed along axes."""
+        graph, node = self.graph, self.graph[index]
+        if node.op not in AXIS_LOOPS:
+            raise no_loop(node)
+        sizes = [math.prod(graph[arg].type.shape) for arg in node.args]
+        sources = [self._address(arg) for arg in node.args]
+        out, writer = f"all_{self.name[index]}", self.writer
+        loops = AXIS_LOOPS[node.op]
+        return loops(AxisNest(node.attrs, sizes, sources, out, writer.real, graph.dtype, writer.needs))
+
+    def _address(self, index: int) -> str:
+        """Spell the address of a value's first number, all of whose numbers are neighbours."""
+        graph, offset = self.graph, 0
+        while graph[index].op == "slice":
+            offset += graph[index].attrs["start"]
+            index = graph[index].args[0]
+        is_variable = index in self.home and self._is_number(index)
+        if graph[index].op == "view" or (is_variable and graph[index].type.kind == "mask"):
+            raise ExportError(f"format='c' can't read {graph[index].name} as an array: export format='object'.")
+        if is_variable:
+            return f"(&{self.name[index]})"
+        if graph[index].op == "const" and index not in self._vectors:
+            value = np.array([graph[index].attrs["value"]], self.part.dtype)
+            self._vectors = {**self._vectors, index: value}
+        return f"({self._in_memory(index)} + {offset})" if offset else self._in_memory(index)
 
     def _pointwise(self, nest: Nest, values: Sequence[int], at: str) -> list[str]:
         """Write values of one feature."""

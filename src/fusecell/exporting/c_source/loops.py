@@ -12,16 +12,25 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from fusecell.compiler.ir.affine import affine_parts
-from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.graph import Graph, Node
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.errors import ExportError
 
-__all__ = ["Nest", "Nests", "arrange"]
+__all__ = ["PARTS", "Nest", "Nests", "arrange", "base", "is_alone", "no_loop", "operands", "segments"]
+
+
+PARTS = ("slice", "view")
+"""What is no value of its own, but is read where another is."""
+
+
+def is_alone(op: str) -> bool:
+    """Whether a value of a primitive has a nest of its own."""
+    return op == "concat" or PRIMITIVES[op].category == "nest"
 
 
 @dataclass(frozen=True)
 class Nest:
-    """Values that are computed in one loop nest: in order, of one width; or one concatenation.
+    """Values that are computed in one loop nest: in order, of one width; or one that is alone.
 
     Attributes:
         values: indices of nodes.
@@ -57,11 +66,11 @@ def arrange(graph: Graph) -> Nests:
     levels: dict[int, int] = {}
     groups: dict[tuple[int, int, int], list[int]] = {}
     for index, node in graph:
-        if not varies[index] or PRIMITIVES[node.op].leaf or node.op == "slice":
+        if not varies[index] or PRIMITIVES[node.op].leaf or node.op in PARTS:
             continue
         levels[index] = level = max((_level(graph, levels, index, arg) for arg in node.args), default=0)
-        # A concatenation is a nest of its own, before those that compute.
-        key = (level, 0, index) if node.op == "concat" else (level, 1, _width(graph, index))
+        # What moves features, or computes along axes, is a nest of its own, before those that go feature by feature.
+        key = (level, 0, index) if is_alone(node.op) else (level, 1, _width(graph, index))
         groups.setdefault(key, []).append(index)
     nests = tuple(Nest(level, graph[values[0]].size, tuple(values)) for (level, *_), values in sorted(groups.items()))
     home = {index: place for place, nest in enumerate(nests) for index in nest.values}
@@ -75,9 +84,16 @@ def arrange(graph: Graph) -> Nests:
     return Nests(nests, frozenset(stored & home.keys()), tuple(sorted(constants)))
 
 
+def no_loop(node: Node) -> ExportError:
+    """Return the error for a value that C has no loop for."""
+    return ExportError(
+        f"format='c' has no loop for the primitive {node.op!r}, which {node.name} needs: export format='object'."
+    )
+
+
 def base(graph: Graph, index: int) -> int:
-    """Return the value that a value is a part of: a slice's argument, or the value itself."""
-    while graph[index].op == "slice":
+    """Return the value that a value is a part of: the argument of a slice or view, or the value itself."""
+    while graph[index].op in PARTS:
         index = graph[index].args[0]
     return index
 
@@ -86,9 +102,7 @@ def _width(graph: Graph, index: int) -> int:
     """Return the width of the nest that computes a value; reductions are among the single numbers."""
     node = graph[index]
     if not (PRIMITIVES[node.op].pointwise or PRIMITIVES[node.op].reduction or node.op == "affine"):
-        raise ExportError(
-            f"format='c' has no loop for the primitive {node.op!r}, which {node.name} needs: export format='object'."
-        )
+        raise no_loop(node)
     return node.size
 
 
@@ -97,7 +111,7 @@ def _is_read_whole(graph: Graph, index: int, arg: int) -> bool:
     node = graph[index]
     if node.op == "affine":
         return arg in operands(graph, index)
-    return graph[arg].op == "slice" or node.op == "concat" or PRIMITIVES[node.op].reduction
+    return graph[arg].op in PARTS or is_alone(node.op) or PRIMITIVES[node.op].reduction
 
 
 def operands(graph: Graph, index: int) -> set[int]:
@@ -110,7 +124,8 @@ def _level(graph: Graph, levels: dict[int, int], index: int, arg: int) -> int:
     source = base(graph, arg)
     if source not in levels:
         return 0
-    whole = _is_read_whole(graph, index, arg) or graph[source].size != graph[index].size or graph[source].op == "concat"
+    whole = _is_read_whole(graph, index, arg) or is_alone(graph[source].op)
+    whole = whole or graph[source].size != graph[index].size
     return levels[source] + whole
 
 

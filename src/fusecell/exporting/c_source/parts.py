@@ -6,7 +6,7 @@ from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType
 from fusecell.exporting.c_source.functions import KEYWORDS, function_name
 
-__all__ = ["FIXED_PARTS", "RESERVED", "reduction_function"]
+__all__ = ["FIXED_PARTS", "REDUCTIONS", "RESERVED", "reduction_function"]
 
 FIXED_PARTS = """\
 #include <math.h>
@@ -105,24 +105,53 @@ static INLINE double number_f64(uint64_t bits)
 """
 
 _OWN = """
-row col lane block count k a memory inputs outputs input output stream state steps mode t FMA RESTRICT INLINE NOINLINE
-NAN INFINITY unix linux I bits_f32 bits_f64 number_f32 number_f64 initial_state run_cells
+row col lane block count k a b memory inputs outputs input output stream state steps mode t FMA RESTRICT INLINE NOINLINE
+NAN INFINITY unix linux I line place first total step other own before equal pick at one most found_at candidate partial
+joined position reduce_sum reduce_prod reduce_amax reduce_amin bits_f32 bits_f64 number_f32 number_f64
+initial_state run_cells
 """
-RESERVED = KEYWORDS | frozenset(_OWN.split())
+RESERVED = KEYWORDS | frozenset(_OWN.split()) | {f"{letter}{number}" for letter in "ik" for number in range(24)}
 """Names that the user's values must not have: C's words, and those of the file's own loops."""
+
+
+_JOINED = f"""\
+static real joined(real *partial)
+{{
+    int lane, width;
+    for (width = {LANES // 2}; width > 0; width /= 2)
+        for (lane = 0; lane < width; lane++)
+            partial[lane] = partial[lane] + partial[lane + width];
+    return partial[0];
+}}
+"""
+_POSITION = """\
+/* A position as an integer from 0 below count, whatever the number is. */
+static int position(real number, int count)
+{
+    if (!(number > 0))
+        return 0;
+    return number < (real)(count - 1) ? (int)number : count - 1;
+}
+"""
+REDUCTIONS = ("sum", "prod", "amax", "amin", "partial sums", "position")
+"""What `reduction_function` writes."""
 
 
 def reduction_function(op: str, dtype: DType, real: str) -> str:
     """Write a reduction: sixteen partial results on every machine, joined in one order, so that bits are the same."""
-    identity = {"sum": "0", "amax": "-INFINITY", "amin": "INFINITY"}[op]
+    if op == "partial sums":
+        return _JOINED.replace("real", real)
+    if op == "position":
+        return _POSITION.replace("real", real)
+    identity = {"sum": "0", "prod": "1", "amax": "-INFINITY", "amin": "INFINITY"}[op]
 
     def combined(a: str, b: str) -> str:
-        if op == "sum":
-            return f"{a} + {b}"
+        if op in ("sum", "prod"):
+            return f"{a} {'+' if op == 'sum' else '*'} {b}"
         return f"{function_name('maximum' if op == 'amax' else 'minimum', dtype)}({a}, {b})"
 
     return f"""\
-static {real} reduce_{op}(const {real} *values, int count)
+static {real} reduce_{op}(const {real} *values, int count, int stride)
 {{
     {real} partial[{LANES}];
     int start, lane, width;
@@ -130,9 +159,9 @@ static {real} reduce_{op}(const {real} *values, int count)
         partial[lane] = {identity};
     for (start = 0; start + {LANES} <= count; start += {LANES})
         for (lane = 0; lane < {LANES}; lane++)
-            partial[lane] = {combined("partial[lane]", "values[start + lane]")};
+            partial[lane] = {combined("partial[lane]", "values[(start + lane) * stride]")};
     for (lane = 0; lane < count - start; lane++)
-        partial[lane] = {combined("partial[lane]", "values[start + lane]")};
+        partial[lane] = {combined("partial[lane]", "values[(start + lane) * stride]")};
     for (width = {LANES // 2}; width > 0; width /= 2)
         for (lane = 0; lane < width; lane++)
             partial[lane] = {combined("partial[lane]", "partial[lane + width]")};

@@ -9,7 +9,7 @@ import numpy as np
 from fusecell.compiler.ir.sizes import ALIGNMENT, DType, align_up
 from fusecell.exporting.c_source.cell import CellWriter
 from fusecell.exporting.c_source.functions import c_function, c_number
-from fusecell.exporting.c_source.parts import FIXED_PARTS, reduction_function
+from fusecell.exporting.c_source.parts import FIXED_PARTS, REDUCTIONS, reduction_function
 from fusecell.streaming.bound_step import Array
 from fusecell.streaming.stream import Stream
 
@@ -49,8 +49,8 @@ class SourceWriter:
 
     def needs(self, op: str) -> None:
         """Add the function of a primitive."""
-        if op in ("sum", "amax", "amin"):
-            if op != "sum":
+        if op in REDUCTIONS:
+            if op in ("amax", "amin"):
                 self.needs("maximum" if op == "amax" else "minimum")
             self._functions.setdefault(op, reduction_function(op, self.dtype, self.real))
         else:
