@@ -93,33 +93,56 @@ def served(tmp_path):
         server.shutdown()
 
 
-def test_an_audio_worklet_filters_a_sound(browser, served, tmp_path):
-    """A recurrent filter over 512 samples of an offline context, sample by sample."""
-    layer = fc.Sequential(fc.Recurrent(fc.GRUCell(1, 7)), nn.Linear(7, 1))
-    stream = fc.Stream(layer)
-    fc.export(stream, tmp_path / "filter", format="web")
-    (tmp_path / "index.html").write_text("<!doctype html><title>filter</title>")
+RENDERED = """async ([samples, options]) => {
+  const context = new OfflineAudioContext(1, samples.length, 48000), posted = [];
+  await context.audioWorklet.addModule("./filter-processor.mjs");
+  const bytes = await (await fetch("./filter.wasm")).arrayBuffer();
+  const node = new AudioWorkletNode(context, "filter", { processorOptions: { bytes, ...options } });
+  node.port.onmessage = ({ data }) => posted.push([...data]);
+  const source = new AudioBufferSourceNode(context);
+  source.buffer = new AudioBuffer({ length: samples.length, sampleRate: 48000 });
+  source.buffer.copyToChannel(Float32Array.from(samples), 0);
+  source.connect(node).connect(context.destination);
+  source.start();
+  const played = [...(await context.startRendering()).getChannelData(0)];
+  const pause = () => new Promise((go) => setTimeout(go, 20));
+  for (let wait = 0; wait < 100 && posted.length < options.frames; wait++) await pause();
+  return { played, posted };
+}"""
+
+
+def rendered(browser, served, folder, stream, x, **options):
+    """Return what a worklet plays and posts for a sound."""
+    fc.export(stream, folder / "filter", format="web")
+    (folder / "index.html").write_text("<!doctype html><title>filter</title>")
     page = browser.new_page()
     messages = []
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(f"{served}/index.html")
-    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
-    played = page.evaluate(
-        """async (samples) => {
-          const context = new OfflineAudioContext(1, samples.length, 48000);
-          await context.audioWorklet.addModule("./filter-processor.mjs");
-          const bytes = await (await fetch("./filter.wasm")).arrayBuffer();
-          const node = new AudioWorkletNode(context, "filter", { processorOptions: { bytes } });
-          const source = new AudioBufferSourceNode(context);
-          source.buffer = new AudioBuffer({ length: samples.length, sampleRate: 48000 });
-          source.buffer.copyToChannel(Float32Array.from(samples), 0);
-          source.connect(node).connect(context.destination);
-          source.start();
-          return [...(await context.startRendering()).getChannelData(0)];
-        }""",
-        x.tolist(),
-    )
+    result = page.evaluate(RENDERED, [x.tolist(), options])
+    page.close()
     assert messages == []
+    return result
+
+
+def test_an_audio_worklet_filters_a_sound(browser, served, tmp_path):
+    """A recurrent filter over 512 samples of an offline context, sample by sample."""
+    layer = fc.Sequential(fc.Recurrent(fc.GRUCell(1, 7)), nn.Linear(7, 1))
+    stream = fc.Stream(layer)
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    played = rendered(browser, served, tmp_path, stream, x)["played"]
     # Multiply-adds round twice there: the last bits differ.
     np.testing.assert_allclose(played, stream.push(x[:, None])[:, 0], atol=1e-5)
-    page.close()
+
+
+def test_an_audio_worklet_takes_frames(browser, served, tmp_path):
+    """A step for each 48 samples, which divide no block of a browser: outputs are posted, or played a frame late."""
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    frames = x[:480].reshape(10, 48)
+    posting = fc.Stream(fc.GRU(48, 7))
+    posted = rendered(browser, served, tmp_path, posting, x, mode="frames", frames=10)["posted"]
+    np.testing.assert_allclose(posted, posting.push(frames), atol=1e-5)
+    playing = fc.Stream(fc.GRU(48, 48))
+    played = rendered(browser, served, tmp_path, playing, x, mode="frames")["played"]
+    np.testing.assert_allclose(played[48:], playing.push(frames).ravel()[: 512 - 48], atol=1e-5)
+    assert not any(played[:48])

@@ -16,7 +16,7 @@ from fusecell.compiler.ir.axes import is_sequential
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.exporting.c_source.functions import function_name
 
-__all__ = ["AXIS_LOOPS", "AxisNest", "view_index"]
+__all__ = ["AXIS_LOOPS", "AxisNest", "indented", "view_index"]
 
 Attrs = Mapping[str, Any]
 Lines = list[str]
@@ -59,11 +59,12 @@ class AxisNest:
 
 def _loop(name: str, count: int, body: Sequence[str], start: int = 0) -> Lines:
     if count == 1 and start == 0:
-        return [f"{{ const int {name} = 0; (void){name};", *_indented(body), "}"]
-    return [f"for (int {name} = {start}; {name} < {count}; {name}++) {{", *_indented(body), "}"]
+        return [f"{{ const int {name} = 0; (void){name};", *indented(body), "}"]
+    return [f"for (int {name} = {start}; {name} < {count}; {name}++) {{", *indented(body), "}"]
 
 
-def _indented(lines: Sequence[str]) -> Lines:
+def indented(lines: Sequence[str]) -> Lines:
+    """Return lines one level further in."""
     return [f"    {line}" for line in lines]
 
 
@@ -171,7 +172,7 @@ def _contract(nest: AxisNest) -> Lines:
     lines = [*begin, *inner, *end]
     for axis in reversed(result):
         lines = _loop(axis.name, _extent(axis), lines)
-    return lines if result else ["{", *_indented(lines), "}"]
+    return lines if result else ["{", *indented(lines), "}"]
 
 
 def _extent(axis: Axis) -> int:

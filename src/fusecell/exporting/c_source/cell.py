@@ -24,7 +24,7 @@ from fusecell.compiler.ir.graph import Graph, Node
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.ir.sizes import align_up, ceil_div
 from fusecell.errors import ExportError
-from fusecell.exporting.c_source.axes import AXIS_LOOPS, AxisNest, view_index
+from fusecell.exporting.c_source.axes import AXIS_LOOPS, AxisNest, indented, view_index
 from fusecell.exporting.c_source.constants import constant_values
 from fusecell.exporting.c_source.expressions import expression
 from fusecell.exporting.c_source.functions import c_number
@@ -86,13 +86,13 @@ class CellWriter:
         pointers = [line for line in self._pointers() if self._is_used(line, body)]
         lines = [*pointers, *body]
         if rows > 1:
-            lines = ["int row;", f"for (row = 0; row < {rows}; row++) {{", *_indented(lines), "}"]
+            lines = ["int row;", f"for (row = 0; row < {rows}; row++) {{", *indented(lines), "}"]
         unused = [
             f"(void){name};" for name in ("memory", "inputs") if not any(re.search(rf"\b{name}\b", x) for x in lines)
         ]
         parameters = f"{real} *memory, const {real} *RESTRICT inputs, {real} *RESTRICT outputs"
         head = [f"/* {self.part.kind} */", f"static void cell_{self.place}({parameters})", "{"]
-        return "\n".join([*self.data, *head, *_indented([*lines, *unused]), "}\n"])
+        return "\n".join([*self.data, *head, *indented([*lines, *unused]), "}\n"])
 
     @staticmethod
     def _is_used(declaration: str, body: Sequence[str]) -> bool:
@@ -153,11 +153,11 @@ class CellWriter:
         """Write a loop over features."""
         if size == 1:
             return [re.sub(r"\bcol\b", "0", line) for line in body] if len(body) == 1 else self._block_of_one(body)
-        return [f"for (int col = 0; col < {size}; col++) {{", *_indented(body), "}"]
+        return [f"for (int col = 0; col < {size}; col++) {{", *indented(body), "}"]
 
     @staticmethod
     def _block_of_one(body: Sequence[str]) -> list[str]:
-        return ["{", *_indented([re.sub(r"\bcol\b", "0", line) for line in body]), "}"]
+        return ["{", *indented([re.sub(r"\bcol\b", "0", line) for line in body]), "}"]
 
     # Values.
 
@@ -304,11 +304,11 @@ class CellWriter:
                 body = self._pointwise(nest, run, at if at == "lane" else "col")
                 lines += self._lanes(count, body if at == "lane" else [f"const int col = {at};", *body])
         self._in_block = {}
-        return [f"for (int block = 0; block < {blocks}; block++) {{" if blocks > 1 else "{", *_indented(lines), "}"]
+        return [f"for (int block = 0; block < {blocks}; block++) {{" if blocks > 1 else "{", *indented(lines), "}"]
 
     @staticmethod
     def _lanes(count: str, body: Sequence[str]) -> list[str]:
-        return [f"for (int lane = 0; lane < {count}; lane++) {{", *_indented(body), "}"]
+        return [f"for (int lane = 0; lane < {count}; lane++) {{", *indented(body), "}"]
 
     def _block_arrays(self, runs: Sequence[tuple[bool, list[int]]]) -> dict[int, str]:
         """Name the local arrays of a block: products, and values that are computed before and read after one."""
@@ -396,7 +396,3 @@ class CellWriter:
         panel = padded.reshape(k1 - k0, blocks, size).transpose(1, 0, 2)
         self.data.append(self.writer.constant(name, panel))
         return name
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
