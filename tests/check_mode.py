@@ -63,6 +63,7 @@ RUN_NO_KERNELS = {
             "exporting/test_c_source",
             "exporting/test_memory",
             "exporting/test_object_file",
+            "exporting/test_soft_fma",
             "exporting/test_targets",
             "exporting/test_web",
         ),

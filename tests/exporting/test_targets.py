@@ -73,6 +73,13 @@ def test_a_gru_on_a_microcontroller_is_small(tmp_path):
     assert report.state_bytes + report.scratch_bytes < 1_024
 
 
+@pytest.mark.parametrize("target", ["host", "wasm32", "cortex-m7"])
+def test_steps_that_are_too_long_to_be_inlined(target, tmp_path, monkeypatch):
+    """Functions stay functions then, and are called through tables: of addresses of 4 bytes, too."""
+    monkeypatch.setattr("fusecell.exporting.program.MOST_INLINED_BYTES", 0)
+    verified(fc.export(zoo("gru_layer_norm"), tmp_path / "cell", target, verify=True))
+
+
 def test_a_wrong_bit_is_found(tmp_path):
     """Flip a bit of the mantissa of one packed weight in the object."""
     stream = fc.Stream(fc.GRU(4, 16))
