@@ -58,6 +58,17 @@ RUN_NO_KERNELS = {
         ("compiler/codegen/test_vector_math", "drop_in/test_peers", "reliability/test_memcheck"),
         "numbers and accesses are held to something else there",
     ),
+    **dict.fromkeys(
+        (
+            "exporting/test_c_source",
+            "exporting/test_memory",
+            "exporting/test_object_file",
+            "exporting/test_soft_fma",
+            "exporting/test_targets",
+            "exporting/test_web",
+        ),
+        "exported steps run in memory of their own, which exporting/test_memory guards",
+    ),
     **dict.fromkeys(("tape/test_page", "tape/test_tape_files"), "they are about files and a browser"),
 }
 """Files of tests that the check mode leaves out, by their place in ``tests/``, and why: all others run kernels in

@@ -41,6 +41,7 @@ _HOME = {
     ),
     "Stream": "streaming",
     "load_stream": "streaming",
+    "export": "exporting",
     "replace": "convert",
     "wrap": "wrapped_module",
     "Tape": "tape",
@@ -53,6 +54,7 @@ _HOME = {
     "count_cells": "inspection.summary",
     "summary": "inspection.summary",
     "EagerWarning": "errors",
+    "ExportError": "errors",
     "FusecellError": "errors",
     "NotCompilable": "errors",
 }

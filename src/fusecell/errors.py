@@ -4,7 +4,8 @@ FusecellError
  ├─ NotCompilable   a cell or a call can't be compiled, and the compiled runner was required
  ├─ CompilerError   the compiler's own checks rejected the code it generated
  ├─ StreamFileError a file is not a saved stream, is damaged, or asks for more than its reader allows
- └─ TapeFileError   a file is not a saved tape, or is damaged
+ ├─ TapeFileError   a file is not a saved tape, or is damaged
+ └─ ExportError     an exported step can't be built, or its numbers are not the stream's
 EagerWarning        the automatic runner fell back to the Python loop; the text says why
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 __all__ = [
     "CompilerError",
     "EagerWarning",
+    "ExportError",
     "FusecellError",
     "NotCompilable",
     "StreamFileError",
@@ -46,6 +48,10 @@ class StreamFileError(FusecellError, ValueError):
 
 class TapeFileError(FusecellError, ValueError):
     """Raised where a file is not a saved tape, or is damaged."""
+
+
+class ExportError(FusecellError, RuntimeError):
+    """Raised where an exported step can't be built with the tools at hand, or its numbers are not the stream's."""
 
 
 class EagerWarning(UserWarning):

@@ -175,3 +175,14 @@ def test_bench():
     assert "T=20 N=2, forward and backward" in shown
     assert "Python loop" in shown
     assert "x fusecell's time" in shown
+
+
+def test_export_writes_a_saved_stream_for_a_target(tmp_path):
+    fc.Stream(fc.GRU(3, 4)).save(tmp_path / "gru.fusecell")
+    shown = run("export", tmp_path / "gru.fusecell", tmp_path / "gru", "--target", "cortex-m4", "--prefix", "spot")
+    assert "spot: GRUCell, 3 -> 4, float32, as object for cortex-m4" in shown
+    assert "spot_step" in (tmp_path / "gru.h").read_text()
+    assert "riscv64" in run("export", "--list")
+    assert "No target is called 'vax'" in run(
+        "export", tmp_path / "gru.fusecell", tmp_path / "x", "--target", "vax", code=2
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
+import threading
 from types import ModuleType
 
 import pytest
@@ -48,3 +50,48 @@ def test_look_inside_writes_a_page(tmp_path):
     assert tape.gradient("z", 1).abs().sum() > 0
     tape.save_html(tmp_path / "page.html")
     assert "def step" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def need(*tools):
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}: apt-get install it")
+
+
+def test_a_filter_in_cpp_has_the_samples_of_its_stream(tmp_path):
+    need("c++", "ar")
+    error, same = load("export_models").filter_example(tmp_path, 0, updates=60)
+    assert same
+    assert error < 0.05
+
+
+def test_a_gru_on_a_bare_microcontroller_has_the_bits_of_its_stream(tmp_path):
+    """And takes less than 4 kB of memory, stack included."""
+    need("arm-none-eabi-gcc", "qemu-system-arm")
+    result = load("export_models").microcontroller_example(tmp_path)
+    assert result["status"] == 0
+    assert result["hash"] == result["expected"]
+    assert result["stream"] + result["stack"] < 4096
+
+
+def test_the_page_hears_pitch(tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    example = load("export_models")
+    page_path = example.build_page(tmp_path, 0, updates=40)
+    with example.serve(tmp_path, 0) as server, sync_playwright() as play:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        messages = []
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto(f"http://localhost:{server.server_port}/{page_path.name}")
+        near = page.evaluate("sing(false, 2)")
+        assert "% of the blocks" in page.locator("#score").inner_text()
+        browser.close()
+        server.shutdown()
+    assert messages == []
+    assert near > 0.15  # by chance it would be one block in 36

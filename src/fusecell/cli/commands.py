@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusecell import __version__
-from fusecell.errors import NotCompilable
+from fusecell.errors import ExportError, NotCompilable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -250,6 +250,41 @@ def _stream(model: str, batch_size: int) -> Stream:
 
         return Stream(find_module(model).eval(), batch_size)
     except (OSError, TypeError, ValueError, NotCompilable) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _list_targets(requested: bool) -> None:
+    if requested:
+        from fusecell.exporting import TARGETS
+
+        table = Table("target", "machine", "multiply-adds round")
+        table.add_row("host", "this machine", "")
+        for target in TARGETS.values():
+            table.add_row(target.name, target.summary, "once" if target.machine.fma else "twice")
+        Console().print(table)
+        raise typer.Exit
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="The file of a saved stream, or MODULE:FACTORY.")],
+    path: Annotated[Path, typer.Argument(help="The files' common path, without a suffix.")],
+    target: Annotated[str, typer.Option(help="The machine, one of --list.")] = "host",
+    format: Annotated[str, typer.Option(help="object, static, shared, c or web.")] = "object",
+    prefix: Annotated[str | None, typer.Option(help="Of every symbol; the file's name if left out.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
+    verify: Annotated[bool, typer.Option(help="Run it, here or emulated, and compare bits with the stream.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", callback=_list_targets, is_eager=True, help="List the targets.")
+    ] = False,
+) -> None:
+    """Write a layer's step for programs without Python: an object file, a library, C, or a web page's module."""
+    from fusecell.exporting import export as write
+
+    stream = _stream(model, batch_size)
+    try:
+        typer.echo(str(write(stream, path, target, format, prefix=prefix, verify=verify)))  # type: ignore[arg-type]
+    except (OSError, ValueError, ExportError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

@@ -19,7 +19,7 @@ from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.guard_page_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
 
-__all__ = ["MOST_STEPS", "Array", "BoundStep", "Part", "RowShapes"]
+__all__ = ["MOST_STEPS", "Array", "BoundStep", "Part", "RowShapes", "View"]
 
 Array = np.ndarray[Any, Any]
 
@@ -82,7 +82,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
+class View:
     """A NumPy array with those methods of a tensor that a kernel calls."""
 
     value: Array
@@ -118,10 +118,10 @@ class BoundStep:
         rows = [(self._rows, *shape) for shape in part.row_shapes.states]
         self.shaped_state = [value.reshape(shape) for value, shape in zip(self.state, rows, strict=True)]
         self.input, self.output = source, np.zeros((self._rows, part.output_size), part.dtype)
-        states = [_View(value) for value in self.state]
+        states = [View(value) for value in self.state]
         self._block = block = kernel.block()
         # The kernel has read a row's state before it writes it, so one buffer serves for both.
-        block.bind(weights=map(_View, part.weights), first=states, last=states)
+        block.bind(weights=map(View, part.weights), first=states, last=states)
         self._bind(block, self.input[None], self.output[None])
         chunk = kernel.chunk(MOST_STEPS, self._rows)
         self._scratch = np.empty(kernel.emitted.scratch.bytes(self._rows, chunk) + ALIGNMENT, np.uint8)
@@ -149,13 +149,13 @@ class BoundStep:
 
     def _bind(self, block: ArgumentBlock, x: Array, y: Array) -> None:
         """Bind the arrays of inputs and outputs, (T, N, size)."""
-        block.bind(inputs=[_View(x)] * len(block.slots.inputs), outputs=[_View(y)])
+        block.bind(inputs=[View(x)] * len(block.slots.inputs), outputs=[View(y)])
 
     def run_some(self, order: Array, count: Array) -> None:
         """Run one step of the first ``count`` rows in ``order``; both are int64 arrays, (rows,) and (1,)."""
         # In a copy of the block: the usual step finds its own unchanged.
         block, offsets = self._block.copy(), np.zeros(1, np.int64)
-        block.bind(ragged=(_View(order), _View(count), _View(offsets)))
+        block.bind(ragged=(View(order), View(count), View(offsets)))
         self.run(block.address)
 
     def run_chunk(self, x: Array) -> Array:

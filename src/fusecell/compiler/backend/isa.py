@@ -120,7 +120,22 @@ _INSTRUCTION_SETS = (
     ),
     InstructionSet(
         "arm",
-        ("arm", "armv6", "armv6l", "armv7", "armv7a", "armv7l", "armv7s", "armv7k", "armv8l", "thumbv7", "thumbv7a"),
+        (
+            "arm",
+            "armv6",
+            "armv6l",
+            "armv7",
+            "armv7a",
+            "armv7l",
+            "armv7s",
+            "armv7k",
+            "armv8l",
+            "thumbv7",
+            "thumbv7a",
+            "thumbv7em",
+            "thumbv8m.main",
+            "thumbv8.1m.main",
+        ),
         fused_features=frozenset({"vfp4"}),
         denormals=DenormalControl("@llvm.arm.get.fpscr", "@llvm.arm.set.fpscr", 32, 1 << 24),
         spin_hint=("declare void @llvm.arm.hint(i32)", "call void @llvm.arm.hint(i32 1)"),  # yield

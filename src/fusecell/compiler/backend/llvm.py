@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import llvmlite.binding as binding
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
 
-__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code"]
+__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code", "program_object"]
 
 VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}"
 
@@ -90,11 +90,106 @@ def _optimised(text: str, names: Sequence[str], cpu: str, features: str, triple:
         yield module, machine
 
 
-def _verified(text: str, names: Sequence[str]) -> Any:
+def program_object(
+    main: str,
+    kernels: Mapping[str, str],
+    names: Sequence[str],
+    *,
+    cpu: str,
+    features: str,
+    triple: str,
+    abi: str = "",
+    static: bool = False,
+) -> tuple[bytes, str]:
+    """Compile a program of several texts, optimised as a whole, to a relocatable object, for any of LLVM's targets.
+
+    Only ``names`` are exported, and only what these need is compiled.
+
+    Arguments:
+        main: a text that calls kernels.
+        kernels: by the name that ``main`` calls it under, the text of each, which defines ``run``.
+        names: the functions and constants of ``main`` to export.
+        abi: LLVM's name of the calling convention, where the triple leaves it open.
+        static: for code at a fixed address, as without an operating system.
+
+    Returns:
+        The object, and the optimised text.
+
+    Raises:
+        CompilerError: a text doesn't parse or verify, or lacks one of the names.
+    """
+    with lock:
+        _initialise_all()
+        machine = binding.Target.from_triple(triple).create_target_machine(
+            cpu=cpu, features=features, opt=3, reloc="static" if static else "pic", codemodel="small", abiname=abi
+        )
+        context = binding.create_context()
+        with _verified(main, (), context) as program:
+            _set_target(program, triple, str(machine.target_data))
+            for name, text in kernels.items():
+                kernel = _verified(text, ("run",), context)
+                _set_target(kernel, triple, str(machine.target_data))
+                kernel.get_function("run").name = name
+                for function in kernel.functions:
+                    if not function.is_declaration and function.name != name:
+                        function.linkage = "internal"
+                program.link_in(kernel)
+            _export_only(program, names)
+            _optimise_program(program, machine)
+            text = str(program)
+            return bytes(machine.emit_object(program)), text
+
+
+def _export_only(module: Any, names: Sequence[str]) -> None:
+    """Make everything internal that is defined and not to be exported."""
+    missing = set(names)
+    for value in (*module.functions, *module.global_variables):
+        missing.discard(value.name)
+        if not value.is_declaration and value.name not in names and not value.name.startswith("llvm."):
+            value.linkage = "internal"
+    if missing:
+        raise CompilerError(f"The program should define {', '.join(sorted(missing))}, and doesn't.")
+
+
+def _optimise_program(module: Any, machine: Any) -> None:
+    """Specialise kernels to the one way in which the program calls them, then run LLVM's pipeline.
+
+    Constants go through calls first, so that what only a team of threads needs is gone before functions are inlined.
+    Then the argument block dissolves, in two turns, as some of its addresses are chosen by others of its values; LLVM's
+    own pipeline leaves it in memory, and with it ten times the code.
+    """
+    tuning = binding.create_pipeline_tuning_options(speed_level=3)
+    # As in kernels: vectors and the form of loops have been chosen.
+    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
+    builder = binding.create_pass_builder(machine, tuning)
+    passes = binding.create_new_module_pass_manager()
+    passes.add_ipsccp_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.add_always_inliner_pass()
+    for _ in range(2):
+        passes.add_sroa_pass()
+        passes.add_sccp_pass()
+        passes.add_simplify_cfg_pass()
+        passes.add_sroa_pass()
+        passes.add_instruction_combine_pass()
+        passes.add_simplify_cfg_pass()
+    passes.run(module, builder)
+    builder.getModulePassManager().run(module, builder)
+
+
+@functools.cache
+def _initialise_all() -> None:
+    _initialise()
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+
+
+def _verified(text: str, names: Sequence[str], context: Any = None) -> Any:
     try:
         # A context of its own: names of types and metadata of one kernel don't pile up for the next.
         # Only the module holds it, for LLVM crashes if a context goes before its modules.
-        module = binding.parse_assembly(text, binding.create_context())
+        module = binding.parse_assembly(text, context or binding.create_context())
         module.verify()
     except RuntimeError as error:
         raise CompilerError(_refusal(text, str(error))) from None

@@ -30,6 +30,7 @@ class Target:
         vector_bits: width of the widest vector worth using: 512, 256 or 128.
         fma: whether a multiply-add is one instruction with one rounding.
         registers: number of vector registers.
+        sets_denormal_mode: whether a kernel makes denormals count as zero itself; else its caller does.
     """
 
     cpu: str
@@ -38,6 +39,7 @@ class Target:
     vector_bits: int
     fma: bool
     registers: int
+    sets_denormal_mode: bool = True
 
     @property
     def name(self) -> str:

@@ -309,8 +309,9 @@ def _flush_denormals(f: Function) -> Callable[[], None]:
     Arithmetic on them can take more than a hundred cycles (Fog, "The microarchitecture of Intel, AMD and VIA CPUs");
     states that decay to zero are full of them. The mode is a register of each thread, so each thread sets it.
     """
-    control = f.module.target.isa.denormals
-    if control is None:
+    target = f.module.target
+    control = target.isa.denormals
+    if control is None or not target.sets_denormal_mode:
         return lambda: None
     f.declares |= control.declarations
     kind = f"i{control.bits}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from fusecell.compiler.backend import tuning
 from fusecell.compiler.backend.jit import Loaded, load
-from fusecell.compiler.backend.target import host_target, l2_bytes
+from fusecell.compiler.backend.target import Target, host_target, l2_bytes
 from fusecell.compiler.codegen import Emitted, emit
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.graph_contract import check_graph
@@ -92,13 +92,21 @@ class Kernel:
         return chunk
 
 
-def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code_bytes: int | None = None) -> Kernel:
+def compile_graph(
+    graph: Graph,
+    *,
+    backward: bool = False,
+    about: str = "",
+    code_bytes: int | None = None,
+    target: Target | None = None,
+) -> Kernel:
     """Check, optimise, schedule, emit and load a graph.
 
     Arguments:
         backward: whether it is the graph of a gradient.
         about: what is compiled, for the headlines of ``FUSECELL_DEBUG``.
         code_bytes: the limit of the size of its LLVM text.
+        target: a CPU whose code this machine runs; by default its own.
 
     Raises:
         CompilerError: for a graph that breaks its contract (``ir.contract``), or whose text is longer.
@@ -107,7 +115,7 @@ def compile_graph(graph: Graph, *, backward: bool = False, about: str = "", code
     shown = debug_stages()
     began = time.perf_counter()
     check_graph(graph, "gradient" if backward else "step")
-    target = host_target()
+    target = target or host_target()
     schedule = plan(optimise(graph)[-1][1], backward=backward)
     emitted = emit(schedule, target)
     if code_bytes is not None and len(emitted.text) > code_bytes:

@@ -27,7 +27,7 @@ from fusecell.compiler.codegen.tile_cost import TileCost, split_evenly
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import ceil_div
 
-__all__ = ["Axis", "Contraction", "Pointers"]
+__all__ = ["Axis", "Contraction", "Pointers", "lane_axis"]
 
 _STRIDED = 12.0
 """Instructions of a load, or store, of sixteen elements that are no neighbours, about: one each, and moves of lanes."""
@@ -117,7 +117,7 @@ class Contraction:
         self.result, self.summed = list(result), list(summed)
         if not self.result:
             self.result = [Axis("one", 1, 0, 0, self.item)]
-        self.tile = self._tile(_lane_axis(self.result, self.summed, self.item))
+        self.tile = self._tile(lane_axis(self.result, self.summed, self.item))
 
     @property
     def sums_lanes(self) -> bool:
@@ -391,8 +391,8 @@ def _extent(axis: Axis | None, unit: int) -> int:
     return min(_MOST, ceil_div(axis.extent, unit)) if isinstance(axis.extent, int) else _MOST
 
 
-def _lane_axis(result: Sequence[Axis], summed: Sequence[Axis], item: int) -> Axis:
-    """Choose the axis that lanes run along: the one with the least instructions for each term."""
+def lane_axis(result: Sequence[Axis], summed: Sequence[Axis], item: int) -> Axis:
+    """Choose the axis that lanes run along: the one with the least instructions for each term, on any machine."""
     terms = 1
     for axis in summed:
         terms *= axis.extent if isinstance(axis.extent, int) else 1
