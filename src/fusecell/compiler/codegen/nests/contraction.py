@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-
 from fusecell.compiler.codegen.llvm_builder import Function
 from fusecell.compiler.codegen.llvm_text import Integer, Value
 from fusecell.compiler.codegen.nests.lanes import load_lanes, store_lanes
@@ -116,8 +115,9 @@ class Contraction:
         self.f, self.exact, self.opens = f, exact, opens
         self.item = f.module.itemsize
         self.result, self.summed = list(result), list(summed)
-        if not self.result:
-            self.result = [Axis("one", 1, 0, 0, self.item)]
+        # Lanes need an axis whose extent the text knows; rows, whose number a call decides, are none.
+        if not any(isinstance(axis.extent, int) for axis in (*self.result, *self.summed)):
+            self.result.append(Axis("one", 1, 0, 0, self.item))
         self.tile = self._tile(_lane_axis(self.result, self.summed, self.item))
 
     @property
