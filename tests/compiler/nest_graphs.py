@@ -263,12 +263,6 @@ def values_of(case: NestCase) -> dict[str, Tensor]:
     return values
 
 
-def _named(kernel: Kernel, values: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    inputs = [values[name] for name in kernel.slots.inputs]
-    weights = [values[name] for name in kernel.slots.weights]
-    return inputs, weights, [values[name] for name in kernel.plan.states]
-
-
 def check(case: NestCase) -> None:
     """Compare a kernel's result with the interpreter's in double precision: they are equal."""
     values = {name: value.double() for name, value in values_of(case).items()}
