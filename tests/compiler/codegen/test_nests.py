@@ -115,6 +115,16 @@ def test_regressions(case):
         check(NestCase(Graph.parse(text), rows, 0))
 
 
+def test_lanes_behind_a_sum_add_nothing():
+    """A sum of infinite products is infinite, also where both factors are one number for all terms."""
+    accesses = '"a": {"offset": 0, "strides": [0, 0]}, "b": {"offset": 0, "strides": [0, 0]}'
+    text = _step("f32", 100, f'contract(x, x) {{{accesses}, "count": [17], "shape": [1]}}', 1)
+    cases = [NestCase(Graph.parse(text), 7, seed, odd=(float("inf"),)) for seed in range(3)]
+    for case in cases:
+        check(case)
+    assert any(kernel_results(case).isinf().any() for case in cases)
+
+
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
 def test_a_reduction_of_one_line_has_the_bits_of_the_sum_of_a_row(count):
     texts = [

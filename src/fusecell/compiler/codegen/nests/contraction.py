@@ -273,9 +273,7 @@ class Contraction:
     def _of_pair(self, start: Value, line: int, column: int, which: int) -> Value:
         """Return the address of the elements of one accumulator: of a, b, or the result."""
         f, tile = self.f, self.tile
-        return f.at(
-            f.at(start, f.mul(line, self._unit(tile.tall, which))), f.mul(column, self._unit(tile.wide, which))
-        )
+        return f.at(f.at(start, f.mul(line, self._unit(tile.tall, which))), f.mul(column, self._unit(tile.wide, which)))
 
     def _unit(self, axis: Axis | None, which: int) -> Integer:
         """Return the bytes between the elements of neighbouring accumulators along an axis of the tile."""
@@ -320,9 +318,11 @@ class Contraction:
         def group(now: Pointers, so_far: Lines, count: int) -> Lines:
             # Behind the last element of the axis are others: as zeros in both operands they add nothing.
             a, b = (self._loaded(now, which, height, [count] * width, exact=True) for which in range(2))
-            if count < LANES and 0 in (lanes.a, lanes.b):
-                shared = (a, b)[lanes.b == 0]
-                shared[:] = [[f.select(f.first_lanes(count), each, f.zero, "valid") for each in line] for line in shared]
+            for operand, stride in ((a, lanes.a), (b, lanes.b)):
+                # Both, where both are one number for all lanes: zero times infinity would be NaN.
+                if count < LANES and stride == 0:
+                    valid = f.first_lanes(count)
+                    operand[:] = [[f.select(valid, each, f.zero, "valid") for each in line] for line in operand]
             return [
                 f.fma(_item(_item(a, line), column), _item(_item(b, line), column), total, "sum")
                 for total, (line, column) in zip(so_far, places, strict=True)
@@ -451,10 +451,9 @@ def _joined(f: Function, partials: Sequence[Value]) -> list[Value]:
                 [*half, *(lane + LANES if second is not None else lane for lane in half)] for half in (lower, upper)
             ]
             halves = [f.shuffle(pair[0], second, order, "half") for order in orders]
-            vectors.append(f.fadd(*halves, "joined"))
+            vectors.append(f.fadd(halves[0], halves[1], "joined"))
     assert len(vectors) == 1, "sixteen vectors at the most are joined"
     return [f.lane(vectors[0], number, "total") for number in range(len(partials))]
-
 
 
 def _item(items: list[Any], position: int) -> Any:

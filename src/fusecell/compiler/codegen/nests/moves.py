@@ -110,7 +110,9 @@ def emit_scatter_add(f: Function, attrs: Attrs, sources: Sequence[Value], exact:
 def clear(f: Function, out: Value, size: int) -> None:
     """Write zeros."""
     item = f.module.itemsize
-    for_groups(f, "column", size, lambda first, count: store_lanes(f, f.zero, f.at(out, f.mul(first, item)), item, count))
+    for_groups(
+        f, "column", size, lambda first, count: store_lanes(f, f.zero, f.at(out, f.mul(first, item)), item, count)
+    )
 
 
 def add_run_to(f: Function, source: Value, target: Value, extent: int, exact: bool) -> None:

@@ -51,9 +51,7 @@ def _for_lines(f: Function, attrs: Attrs, body: Any) -> None:
 
             for_groups(f, "inner", inner, along_inner)
     else:
-        for_groups(
-            f, "outer", outer, lambda first, lanes: body(f.mul(first, count * item), count * item, first, lanes)
-        )
+        for_groups(f, "outer", outer, lambda first, lanes: body(f.mul(first, count * item), count * item, first, lanes))
 
 
 def emit_reduce(f: Function, attrs: Attrs, sources: Sequence[Value], exact: Sequence[bool], out: Value) -> None:
@@ -164,9 +162,7 @@ def _place(f: Function, attrs: Attrs, line: Value, own: Value, i: Value, exact: 
 
     def counted(first: Integer, lanes: int, so_far: Value) -> Value:
         other = load_lanes(f, f.at(line, f.mul(first, item)), item, lanes, "other", exact=exact)
-        comes_before = f.and_(
-            _before(f, other, own, attrs["descending"]), f.first_lanes(lanes), "comes_before"
-        )
+        comes_before = f.and_(_before(f, other, own, attrs["descending"]), f.first_lanes(lanes), "comes_before")
         equal = f.and_(_equal(f, other, own), f.first_lanes(f.sub(i, first)), "is_equal_before")
         is_before = f.or_(comes_before, equal, "is_before")
         return f.fadd(so_far, f.select(is_before, f.constant(1.0), f.zero, "one"), "before")

@@ -34,7 +34,11 @@ _ROWS_AT_ONCE = 4
 def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
     """Whether a gradient's first operand is packed: never a caller's rows, as the last reads may go beyond them."""
     limits = module.target.tuning
-    if reduction.a is None or reduction.nest is not None or reduction.height * module.itemsize < limits.pack_min_row_bytes:
+    if (
+        reduction.a is None
+        or reduction.nest is not None
+        or reduction.height * module.itemsize < limits.pack_min_row_bytes
+    ):
         return False
     if module.groups(reduction.width) < limits.pack_min_groups:
         return False
