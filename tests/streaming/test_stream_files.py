@@ -352,6 +352,26 @@ def test_limits(saved, name):
     assert fc.load_stream(saved, limits=Limits(**{name: 1 << 40})).input_size == 5
 
 
+class Outer(fc.Cell):
+    """A step without a product: 5 * 5 * 4 multiply-adds of its state."""
+
+    def __init__(self):
+        super().__init__(5, 20)
+
+    def step(self, x, state):
+        (h,) = state
+        matrix = h.view(-1, 5, 4)
+        h = torch.tanh((matrix @ matrix.mT @ matrix).flatten(1) + x.repeat(1, 4))
+        return h, (h,)
+
+
+def test_limits_count_contractions(tmp_path):
+    fc.Stream(Outer()).save(tmp_path / "it")
+    with pytest.raises(StreamFileError, match=LIMITS["multiply_adds"]):
+        fc.load_stream(tmp_path / "it", limits=Limits(multiply_adds=150))
+    assert fc.load_stream(tmp_path / "it", limits=Limits(multiply_adds=400)).input_size == 5
+
+
 def test_limits_are_whole_numbers():
     for value in (0, -1, True, 1.5, "many"):
         with pytest.raises(ValueError, match="Limits takes integers of 1 or more; got parts="):

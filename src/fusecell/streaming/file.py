@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusecell.compiler.ir.axes import AXIS_PRIMITIVES, work_of
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.graph_contract import GraphLimits, check_graph
 from fusecell.compiler.ir.primitives import region
@@ -228,7 +229,7 @@ def _check_step(graph: Graph) -> None:
 
 
 def _multiply_adds(graph: Graph) -> int:
-    """Return an upper bound of the multiply-adds of a step of one row."""
+    """Return an upper bound of the multiply-adds of a step of one row; nests count each element that they combine."""
     total = 0
     for _, node in graph:
         if node.op == "product":
@@ -236,6 +237,8 @@ def _multiply_adds(graph: Graph) -> int:
             total += depth * width
         elif node.op == "affine":
             total += sum((term["rows"][1] - term["rows"][0]) * node.size for term in node.attrs["terms"])
+        elif node.op in AXIS_PRIMITIVES:
+            total += work_of(node.op, [graph[arg].type for arg in node.args], node.attrs)
     return total
 
 

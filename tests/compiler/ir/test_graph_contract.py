@@ -214,6 +214,23 @@ def test_limits_of_a_graph():
             check_graph(graph, limits=limits)
 
 
+ZEROS = '{"offset": 0, "strides": [0, 0]}'
+NESTS = [
+    f'n = contract(x, x) {{"a": {ZEROS}, "b": {ZEROS}, "count": [{1 << 40}], "shape": [4]}} : row[4]',
+    f'n = argsort(y) {{"count": {1 << 21}, "descending": false, "outer": 1}} : row[{1 << 21}]',
+]
+
+
+@pytest.mark.parametrize("nest", NESTS)
+def test_the_work_of_nests_is_limited(nest):
+    """Of a few features a nest can have any number of terms."""
+    large = f'y = input() {{"shape": [{1 << 21}]}} : row[{1 << 21}]\n'
+    graph = Graph.parse(HEAD + large + PRODUCT + nest + "\n" + TAIL)
+    with pytest.raises(CompilerError, match=r"its nests combine [\d,]+ elements for each row, more than"):
+        check_graph(graph)
+    check_graph(graph, limits=GraphLimits(work=1 << 43))
+
+
 NUMBERS = [
     0,
     1,

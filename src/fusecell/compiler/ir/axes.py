@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from fusecell.compiler.ir.types import Attrs, Primitive, Type, expect, features_of, integer, integers, shape_of
 from fusecell.errors import CompilerError, quoted
 
-__all__ = ["AXIS_PRIMITIVES", "REDUCTIONS", "SCANS", "is_sequential"]
+__all__ = ["AXIS_PRIMITIVES", "REDUCTIONS", "SCANS", "is_sequential", "work_of"]
 
 MOST_AXES = 12
 REDUCTIONS = ("sum", "prod", "amax", "amin", "argmax", "argmin")
@@ -52,6 +52,15 @@ def is_sequential(op: str, outer: int, count: int, inner: int) -> bool:
 def _flat(arg: Type) -> int:
     """Return the numbers of a value, a matrix as its rows one after the other."""
     return math.prod(arg.shape)
+
+
+def work_of(op: str, args: Sequence[Type], attrs: Attrs) -> int:
+    """Return how many elements a primitive of axes combines for a row: its time grows with them, not with its sizes."""
+    if op in ("contract", "contract_sum"):
+        return math.prod((*attrs["shape"], *attrs["count"]))
+    if op == "argsort":  # each element is compared with all of its line
+        return int(attrs["outer"] * attrs["count"] ** 2)
+    return sum(_flat(arg) for arg in args)
 
 
 def _check_access(access: Attrs, shape: Sequence[int], size: int) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fusecell.compiler.ir.axes import AXIS_PRIMITIVES, work_of
 from fusecell.compiler.ir.graph import MOST_LABEL, NAME, Graph
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
 from fusecell.errors import CompilerError, quoted
@@ -42,11 +43,13 @@ class GraphLimits:
         nodes: values of a graph, arguments of one of them, and results.
         features: numbers per row of all its values together.
         elements: of its weights, and of the gradients of weights, together.
+        work: elements that its primitives of axes combine for a row, together.
     """
 
     nodes: int = 1 << 20
     features: int = 1 << 40
     elements: int = 1 << 40
+    work: int = 1 << 40
 
 
 _OWN_STEP = GraphLimits()
@@ -116,6 +119,14 @@ def _check_size(graph: Graph, limits: GraphLimits) -> None:
         raise CompilerError(f"its values have {features:,} features together, more than {limits.features:,}")
     if elements > limits.elements:
         raise CompilerError(f"its weights have {elements:,} elements together, more than {limits.elements:,}")
+    # Of few features a contraction can have any number of terms.
+    combined = sum(
+        work_of(node.op, [graph[arg].type for arg in node.args], node.attrs)
+        for _, node in graph
+        if node.op in AXIS_PRIMITIVES
+    )
+    if combined > limits.work:
+        raise CompilerError(f"its nests combine {combined:,} elements for each row, more than {limits.work:,}")
 
 
 def _check_states(types: Mapping[str, Type], states: Mapping[str, Type]) -> None:

@@ -115,8 +115,9 @@ class Contraction:
         self.f, self.exact, self.opens = f, exact, opens
         self.item = f.module.itemsize
         self.result, self.summed = list(result), list(summed)
-        if not self.result:
-            self.result = [Axis("one", 1, 0, 0, self.item)]
+        # Lanes need an axis whose extent the text knows; rows, whose number a call decides, are none.
+        if not any(isinstance(axis.extent, int) for axis in (*self.result, *self.summed)):
+            self.result.append(Axis("one", 1, 0, 0, self.item))
         self.tile = self._tile(lane_axis(self.result, self.summed, self.item))
 
     @property
@@ -317,11 +318,11 @@ class Contraction:
         def group(now: Pointers, so_far: Lines, count: int) -> Lines:
             # Behind the last element of the axis are others: as zeros in both operands they add nothing.
             a, b = (self._loaded(now, which, height, [count] * width, exact=True) for which in range(2))
-            if count < LANES and 0 in (lanes.a, lanes.b):
-                shared = (a, b)[lanes.b == 0]
-                shared[:] = [
-                    [f.select(f.first_lanes(count), each, f.zero, "valid") for each in line] for line in shared
-                ]
+            for operand, stride in ((a, lanes.a), (b, lanes.b)):
+                # Both, where both are one number for all lanes: zero times infinity would be NaN.
+                if count < LANES and stride == 0:
+                    valid = f.first_lanes(count)
+                    operand[:] = [[f.select(valid, each, f.zero, "valid") for each in line] for line in operand]
             return [
                 f.fma(_item(_item(a, line), column), _item(_item(b, line), column), total, "sum")
                 for total, (line, column) in zip(so_far, places, strict=True)
@@ -449,8 +450,8 @@ def _joined(f: Function, partials: Sequence[Value]) -> list[Value]:
             orders = [
                 [*half, *(lane + LANES if second is not None else lane for lane in half)] for half in (lower, upper)
             ]
-            low, high = (f.shuffle(pair[0], second, order, "half") for order in orders)
-            vectors.append(f.fadd(low, high, "joined"))
+            halves = [f.shuffle(pair[0], second, order, "half") for order in orders]
+            vectors.append(f.fadd(halves[0], halves[1], "joined"))
     assert len(vectors) == 1, "sixteen vectors at the most are joined"
     return [f.lane(vectors[0], number, "total") for number in range(len(partials))]
 
