@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fusecell.exporting.header import Interface, c_header, cpp_wrapper
 from fusecell.exporting.reference import ReferenceNumbers, selftest_source
+from fusecell.shapes import features_of
 from fusecell.streaming.bound_step import Part
 from fusecell.streaming.stream import Stream
 
@@ -25,8 +26,8 @@ def interface_of(stream: Stream, prefix: str, memory_bytes: int, numbers: str) -
         prefix=prefix,
         scalar="float" if stream.dtype.itemsize == 4 else "double",
         rows=stream.batch_size,
-        input_size=stream.input_size,
-        output_size=stream.output_size,
+        input_size=features_of(stream.input_size),
+        output_size=features_of(stream.output_size),
         state_size=sum(value.size for value in stream.state),
         memory_bytes=memory_bytes,
         about=f"{prefix}: {kinds}, {stream.input_size} -> {stream.output_size}, {stream.dtype}",

@@ -12,6 +12,7 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import Target, host_target, target_of
 from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.exporting.header import Interface
+from fusecell.shapes import feature_shape
 from fusecell.streaming.bound_step import Array, Part
 from fusecell.streaming.stream import Stream
 
@@ -50,7 +51,8 @@ def reference_numbers(parts: Sequence[Part], rows: int, *, fused: bool) -> Refer
     if target != host_target():
         parts = [replace(part, kernel=compile_graph(part.graph, target=target)) for part in parts]
     stream = Stream.of_parts(parts, rows)
-    inputs = np.random.default_rng(0).standard_normal((STEPS, rows, stream.input_size)).astype(stream.dtype)
+    shape = (STEPS, rows, *feature_shape(stream.input_size))
+    inputs = np.random.default_rng(0).standard_normal(shape).astype(stream.dtype)
     outputs = np.stack([stream.step(x) for x in inputs])
     states = stream.state
     state = np.concatenate([value.ravel() for value in states]) if states else np.empty(0, stream.dtype)

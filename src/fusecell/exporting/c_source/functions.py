@@ -89,6 +89,8 @@ class _CFunction(VectorFunction):
         return self._let(name, f"-({self.operand(a)})", self.vector)
 
     def lanewise(self, function: str, *args: Operand, name: str) -> Value:
+        # C99 has no roundeven; in the rounding mode that programs begin with, rint is the same.
+        function = "rint" if function == "roundeven" else function
         called = "FMA" if function == "fma" and self._f == self._own_f else f"{function}{self._f}"
         return self._let(name, f"{called}({', '.join(map(self.operand, args))})", self.vector)
 
@@ -149,9 +151,10 @@ class _CFunction(VectorFunction):
     def truncated(self, x: Value, type: str, name: str) -> Value:
         return self._let(name, f"(float)({x})", "float") if str(x).isidentifier() else Value(f"(float)({x})", "float")
 
-    def where_rare(self, mask: Value, op: str, x: Value, otherwise: Value) -> Value:
+    def where_rare(self, mask: Value, op: str, args: Sequence[Value], otherwise: Value) -> Value:
         function = op.removesuffix(".far")
-        return self._let("either", f"{mask} ? (float){function}((double){x}) : {otherwise}", "float")
+        wide = ", ".join(f"(double){arg}" for arg in args)
+        return self._let("either", f"{mask} ? ({otherwise.type}){function}({wide}) : {otherwise}", otherwise.type)
 
     def text(self, op: str, result: Value) -> str:
         """Return the finished function."""
