@@ -34,7 +34,7 @@ from fusecell.compiler.codegen.stage_body import (
     Body,
     epilogue_roots,
     join_lanes,
-    partials,
+    partials_of_rows,
     start_values,
     step_rows,
 )
@@ -363,7 +363,7 @@ class StageEmitter:
     def _finish_reductions(self, f: Function) -> None:
         """Join the sixteen partial results of each row's reductions."""
         module, count = self.module, len(self.stage.reductions)
-        start = self.layout.buffer(f, partials(self.stage))
+        start = partials_of_rows(f, self.layout, self.stage)
         with f.for_range("row", FROM, TO) as row:
             partials_at = f.at(start, f.mul(row, count * module.vector_bytes))
             for position, index in enumerate(self.stage.reductions):

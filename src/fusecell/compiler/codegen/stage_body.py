@@ -19,9 +19,9 @@ from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.traversal import resolve
-from fusecell.compiler.schedule.plan import Buffer, Location, Plan, Stage
+from fusecell.compiler.schedule.plan import SCOPES, Buffer, Location, Plan, Stage
 
-__all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "reads", "start_values", "step_rows"]
+__all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "partials_of_rows", "reads", "start_values", "step_rows"]
 
 FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC = i64("first_row"), i64("rows"), i64("first_group"), i64("groups"), ptr("acc")
 PART_PARAMS = (FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC)
@@ -31,6 +31,15 @@ PART_PARAMS = (FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC)
 def partials(stage: Stage) -> str:
     """Name the buffer of a stage's partial reductions."""
     return f"partials.{stage.name}"
+
+
+def partials_of_rows(f: Function, layout: Layout, stage: Stage) -> Value:
+    """Return the address of the partial reductions of the first of the rows that a stage's function runs."""
+    start = layout.buffer(f, partials(stage))
+    if SCOPES[stage.phase] != "chunk":
+        return start
+    # Each thread has its own part of a chunk's rows; by the numbers of rows alone two parts would overlap.
+    return f.at(start, f.mul(STEP.base, len(stage.reductions) * f.module.vector_bytes), "partials")
 
 
 def step_rows(f: Function, layout: Layout, buffer: Buffer, state: Integer = STEP.old_state) -> RowAddress:
@@ -98,7 +107,7 @@ class Body:
         if any(location.buffer.scope == "state" for location in stores):
             new_state = f.xor(STEP.old_state, 1, "new_state")
         self._writes = {location: step_rows(f, layout, location.buffer, new_state) for location in stores}
-        self._partials = layout.buffer(f, partials(stage)) if stage.reductions else None
+        self._partials = partials_of_rows(f, layout, stage) if stage.reductions else None
         ordered = any(rows.in_caller_order for rows in (*self._reads.values(), *self._writes.values()))
         self._order = layout.buffer(f, "order") if ordered else None
 
