@@ -21,17 +21,6 @@ _TO_FUSECELL: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
 }
 _TO_TORCH = {replacement: original for original, replacement in _TO_FUSECELL.items()}
-_LAYER: dict[str, Any] = {"recompute": False, "masked_output": "hold", "tbptt": None, "clip_state_grad": None}
-_GATED: dict[str, Any] = {"activation": "tanh", "gate_activation": "sigmoid"}
-# The attributes that fusecell's classes add to torch.nn's, with the values at which both compute the same.
-_EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
-    RNN: {**_LAYER, "activation": None},
-    GRU: {**_LAYER, **_GATED, "reset_after": True},
-    LSTM: {**_LAYER, **_GATED},
-    RNNCell: {"activation": None},
-    GRUCell: {**_GATED, "reset_after": True},
-    LSTMCell: {**_GATED, "proj_size": 0},
-}
 # Attributes that change no result of torch.nn's: one saves memory, the other acts only with a mask.
 _HARMLESS = ("recompute", "masked_output")
 
@@ -88,7 +77,7 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
     changed = []
     for path, module in modules:
         before, after = type(module), table[type(module)]
-        for name, value in _EXTRAS[before if back else after].items():
+        for name, value in _added(before if back else after).items():
             module.__dict__.pop(name, None) if back else module.__dict__.setdefault(name, value)
         # fusecell's classes subclass torch.nn's and add no slots, so assigning the class is enough. The object stays,
         # with its hooks, and optimizers keep referring to its parameters.
@@ -97,9 +86,15 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
     return Replaced(tuple(changed), () if back else tuple(_subclasses(model)))
 
 
+def _added(kind: type[nn.Module]) -> dict[str, Any]:
+    """Return the attributes that a class of fusecell's adds, with the values at which torch.nn computes the same."""
+    added: dict[str, Any] = vars(kind)["added_attributes"]
+    return added
+
+
 def _check_plain(path: str, module: nn.Module) -> None:
     """Raise ValueError if a module has an option that torch.nn lacks."""
-    for name, value in _EXTRAS[type(module)].items():
+    for name, value in _added(type(module)).items():
         option = getattr(module, name)
         if name not in _HARMLESS and option is not value and option != value:
             raise ValueError(

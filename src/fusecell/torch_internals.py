@@ -26,6 +26,7 @@ __all__ = [
     "in_dispatch_mode",
     "in_forward_mode",
     "in_functorch_transform",
+    "in_jit_script",
     "in_jit_trace",
     "is_batched_gradient",
     "tensor_guards",
@@ -59,6 +60,11 @@ def autograd_node() -> Any:
 def in_jit_trace() -> bool:
     """Whether torch.jit.trace records: there is a tracing state, which :func:`without_jit_trace` takes away."""
     return torch._C._get_tracing_state() is not None
+
+
+def in_jit_script() -> bool:
+    """Whether torch.jit.script runs, in any thread: its module notes that it is no call from outside any more."""
+    return not torch.jit._script._TOPLEVEL  # type: ignore[attr-defined]  # hidden by the function of that name
 
 
 def in_dispatch_mode() -> bool:

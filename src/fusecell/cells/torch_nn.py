@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,36 @@ from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import autocasting, run
-from fusecell.execution.torchscript import is_tracing, refuse_trace
+from fusecell.execution.symbolic_trace import is_proxy, record_call
+from fusecell.execution.torchscript import is_tracing, read_as, refuse_script, refuse_trace
 from fusecell.validation import StateLike, all_inputs, first_state
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
+__all__ = [
+    "GATED",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "cell_keys",
+    "dtype_name",
+    "layer_keys",
+    "other_than",
+    "torch_class",
+]
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _ONE_STEP = Options()
+GATED: Mapping[str, object] = {"activation": "tanh", "gate_activation": "sigmoid"}
+"""Attributes of the gated cells and layers that torch.nn's lack, with the values at which both compute the same."""
 
 
 class _TorchCell(Cell):
-    """Base class of the three cells: torch.nn's checks and state_dicts; all else comes from torch.nn's own class."""
+    """Base class of the three cells: torch.nn's checks and state_dicts; all else comes from torch.nn's own class.
+
+    Attributes:
+        added_attributes: the attributes that torch.nn's class lacks, with the values at which both compute the same.
+    """
+
+    added_attributes: ClassVar[Mapping[str, object]] = {}
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -48,6 +67,8 @@ class _TorchCell(Cell):
         """
         if len(self.inputs) > 1:  # a subclass of the user's, which torch.nn's checks know nothing of
             return super().forward(input, hx)
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, hx)  # type: ignore[no-any-return]
         after: Tensor | State = one_step(self, input, hx, False, _torch_step)[1]
         return after
 
@@ -84,8 +105,17 @@ class _TorchCell(Cell):
         return (after,) if isinstance(after, Tensor) else after
 
     def _is_torchs(self) -> bool:
-        """Return whether the cell has the equation of torch.nn's cell."""
-        return True
+        """Return whether the cell has the equation of torch.nn's cell; not with a step of a user's."""
+        kinds = (RNNCell, GRUCell, LSTMCell)
+        return len(self.inputs) == 1 and type(self).step in [kind.step for kind in kinds]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Pass for torch.nn's cell while torch.jit.script runs, which calls this first."""
+        own_forward = type(self).forward is not _TorchCell.forward
+        if not own_forward and not self._is_torchs():
+            refuse_script(type(self).__name__, f"torch.nn can't compute {self}.")
+        read_as(self, torch_class(type(self)), self.added_attributes, own_forward=own_forward)
+        return self
 
     def _state_of(self, hx: StateLike, rank: int) -> State:
         """Return ``hx`` as a tuple of tensors, each checked to have ``rank`` dimensions."""
@@ -169,6 +199,7 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
     """
 
     gates = ("h",)
+    added_attributes: ClassVar[Mapping[str, object]] = {"activation": None}
     activation: str | None = None
 
     def __init__(
@@ -190,7 +221,7 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         self.activation = activation
 
     def _is_torchs(self) -> bool:
-        return self.activation is None
+        return super()._is_torchs() and self.activation is None
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -241,6 +272,7 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
 
     gates = ("r", "z", "n")
     keeps = "z"
+    added_attributes: ClassVar[Mapping[str, object]] = {**GATED, "reset_after": True}
     reset_after: bool = True
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
@@ -264,7 +296,9 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         self.activation, self.gate_activation = activation, gate_activation
 
     def _is_torchs(self) -> bool:
-        return self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        return (
+            super()._is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        )
 
     # In torch's order of evaluation, for equal bits. r and z are split after the sum, so that torch's sigmoid runs
     # over each row by itself: where its vectors cross rows it rounds differently.
@@ -329,6 +363,7 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
     states = ("h", "c")
     gates = ("i", "f", "g", "o")
     keeps, updates = "f", "i"
+    added_attributes: ClassVar[Mapping[str, object]] = {**GATED, "proj_size": 0}
     proj_size: int = 0
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
@@ -370,7 +405,8 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
         nn.LSTMCell.reset_parameters(self)
 
     def _is_torchs(self) -> bool:
-        return not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        plain = not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        return super()._is_torchs() and plain
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
@@ -389,6 +425,11 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, proj_size=0, activation="tanh", gate_activation="sigmoid")
+
+
+def torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of torch.nn that a drop-in, or a subclass of one, inherits from."""
+    return next(each for each in kind.__mro__ if each.__module__ == nn.RNNBase.__module__)
 
 
 def other_than(module: nn.Module, **defaults: Any) -> str:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NoReturn, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys
+from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys, torch_class
 from fusecell.drop_in.checks import check_hidden, check_input
 from fusecell.execution.call_form import CellFactory, sequence_form
 from fusecell.execution.call_path import call
@@ -26,7 +26,8 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, swap_time_and_batch, with_dim, without_dim
 from fusecell.execution.runners import traced_as_operator, traced_runner
-from fusecell.execution.torchscript import is_tracing, refuse_script, refuse_trace
+from fusecell.execution.symbolic_trace import is_proxy, record_call
+from fusecell.execution.torchscript import is_tracing, read_as, refuse_script, refuse_trace
 from fusecell.layers.arguments import Lengths, SequenceShape
 from fusecell.layers.packed import Packing, check_packed
 from fusecell.layers.scan import scan_time_major
@@ -51,10 +52,17 @@ class Scanned:
     Attributes:
         cell_type: the class of the cells.
         cell_attributes: the attributes of its own that a layer passes on to its cells.
+        added_attributes: those that torch.nn's class lacks, with the values at which both compute the same.
     """
 
     cell_type: ClassVar[type[RNNCell | GRUCell | LSTMCell]]
     cell_attributes: ClassVar[tuple[str, ...]] = ()
+    added_attributes: ClassVar[Mapping[str, object]] = {
+        "recompute": False,
+        "masked_output": "hold",
+        "tbptt": None,
+        "clip_state_grad": None,
+    }
 
     input_size: int
     hidden_size: int
@@ -116,6 +124,8 @@ class Scanned:
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size, a dtype or a device doesn't fit.
             TypeError: where an argument has the wrong type.
         """
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, hx, lengths=lengths, resets=resets, mask=mask)  # type: ignore[arg-type, no-any-return]
         if unset:
             self._check_unset(unset)
         has_data = lengths is not None or resets is not None or mask is not None
@@ -316,12 +326,21 @@ class Scanned:
         return not x.is_cpu and x.numel() > 0 and self._is_torchs()
 
     def _is_torchs(self) -> bool:
-        """Return whether the cells have the equation of torch.nn's layer."""
-        return True
+        """Return whether the cells have the equation of torch.nn's layer; not those of a user's class."""
+        return self.cell_type in (RNNCell, GRUCell, LSTMCell)
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse torch.jit.script, which calls this first."""
-        refuse_script(type(self).__name__)
+    def __prepare_scriptable__(self) -> Any:
+        """Pass for torch.nn's layer while torch.jit.script runs, which calls this first."""
+        module: Any = self
+        own_forward = type(self).forward is not Scanned.forward
+        if not own_forward:
+            name = type(self).__name__
+            if not self._is_torchs():
+                refuse_script(name, f"torch.nn can't compute {self}.")
+            if self.tbptt is not None or self.clip_state_grad is not None:
+                refuse_script(name, "torch.nn's layer, which is what is scripted, has no tbptt and clip_state_grad.")
+        read_as(module, torch_class(type(module)), self.added_attributes, own_forward=own_forward)
+        return module
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
