@@ -6,12 +6,13 @@ Only ``tensor_guards`` does without, as nothing but speed depends on it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -22,12 +23,14 @@ __all__ = [
     "autograd_node",
     "disable_current_modes",
     "forward_ad",
+    "handles_functions",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
     "in_functorch_transform",
     "in_jit_script",
     "in_jit_trace",
+    "in_onnx_export",
     "is_batched_gradient",
     "tensor_guards",
     "with_torch_functions",
@@ -65,6 +68,33 @@ def in_jit_trace() -> bool:
 def in_jit_script() -> bool:
     """Whether torch.jit.script runs, in any thread: its module notes that it is no call from outside any more."""
     return not torch.jit._script._TOPLEVEL  # type: ignore[attr-defined]  # hidden by the function of that name
+
+
+def in_onnx_export() -> bool:
+    """Whether an exporter of torch.onnx runs; the public function, without an import of torch.onnx by the question."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# Called for real while torch.compile or torch.export traces: torch's own answer there is always no.
+in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def handles_functions(value: Tensor) -> bool:
+    """Whether a tensor's class has a ``__torch_function__`` of its own: what is called with it is for it to decide.
+
+    ``torch.overrides.has_torch_function`` says so of every subclass.
+    """
+    kind = type(value)
+    if kind is nn.Parameter or kind is Tensor:
+        return False
+    handler: Any = kind.__torch_function__
+    return handler is not _NO_HANDLER and handler.__func__ is not _USUAL_HANDLER
+
+
+_NO_HANDLER: Any = torch._C._disabled_torch_function_impl
+_usual: Any = Tensor.__torch_function__
+_USUAL_HANDLER: Any = _usual.__func__
 
 
 def in_dispatch_mode() -> bool:

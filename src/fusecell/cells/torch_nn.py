@@ -16,6 +16,7 @@ from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import autocasting, run
 from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.execution.torchscript import is_tracing, read_as, refuse_script, refuse_trace
+from fusecell.torch_internals import in_onnx_export
 from fusecell.validation import StateLike, all_inputs, first_state
 
 __all__ = [
@@ -77,6 +78,8 @@ class _TorchCell(Cell):
         name = type(self).__name__
         if is_tracing():
             return self._traced_step(input, hx)
+        if in_onnx_export() and self._is_torchs():
+            return self._torch_step(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
         unbatched = input.dim() == 1
@@ -101,6 +104,10 @@ class _TorchCell(Cell):
         """Run torch.nn's own cell for torch.jit to record."""
         if not self._is_torchs():
             refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
+        return self._torch_step(input, hx)
+
+    def _torch_step(self, input: Tensor, hx: StateLike | None) -> State:
+        """Run torch.nn's own cell."""
         after: Any = super(Cell, self).forward(input, hx)
         return (after,) if isinstance(after, Tensor) else after
 

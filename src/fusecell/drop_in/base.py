@@ -32,6 +32,7 @@ from fusecell.layers.arguments import Lengths, SequenceShape
 from fusecell.layers.packed import Packing, check_packed
 from fusecell.layers.scan import scan_time_major
 from fusecell.layers.scan_wrappers import PLAIN, MaskedOutput, WrapOptions, describe, wrap_options
+from fusecell.torch_internals import handles_functions, in_onnx_export
 from fusecell.validation import StateLike
 
 __all__ = ["Scanned"]
@@ -176,6 +177,8 @@ class Scanned:
         if is_tracing():
             return self._traced_forward(input, hx, has_data)
         weight = self._weight("weight_ih_l0")
+        if not has_data and self._torch_takes(weight):
+            return self._torch_forward(input, hx)
         x = check_input(self, input, weight)
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None and has_data:
@@ -191,7 +194,7 @@ class Scanned:
         rows = x.shape[1] if packed is None else int(packed.batch_sizes[0])
         states = None if hx is None else check_hidden(self, hx, x, rows, unbatched, packed is not None)
         wrap = self._wrap_options()
-        if not has_data and (wrap is PLAIN or not torch.is_grad_enabled()) and self._leave_to_torch(x):
+        if not has_data and self._leave_to_torch(x):
             return self._torch_forward(input, hx)
         if packed is not None:
             return self._packed_forward(Packing.open(packed), x, states, weight, wrap)
@@ -323,7 +326,19 @@ class Scanned:
 
     def _leave_to_torch(self, x: Tensor) -> bool:
         """Return whether torch.nn computes this call: fusecell has no kernels for other devices, and cuDNN is fast."""
-        return not x.is_cpu and x.numel() > 0 and self._is_torchs()
+        return not x.is_cpu and x.numel() > 0 and self._computes_as_torch()
+
+    def _torch_takes(self, weight: Tensor) -> bool:
+        """Return whether something that knows torch.nn's operations watches them: ONNX, or a class of the weights.
+
+        Of such a class are those with which torch computes a gradient per sample.
+        """
+        watched = in_onnx_export() or (not torch.compiler.is_compiling() and handles_functions(weight))
+        return watched and self._computes_as_torch()
+
+    def _computes_as_torch(self) -> bool:
+        """Return whether torch.nn's layer would return the same in this thread now, gradients included."""
+        return self._is_torchs() and (self._wrap_options() is PLAIN or not torch.is_grad_enabled())
 
     def _is_torchs(self) -> bool:
         """Return whether the cells have the equation of torch.nn's layer; not those of a user's class."""
