@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -23,7 +23,6 @@ __all__ = [
     "autograd_node",
     "disable_current_modes",
     "forward_ad",
-    "handles_functions",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
@@ -32,6 +31,8 @@ __all__ = [
     "in_jit_trace",
     "in_onnx_export",
     "is_batched_gradient",
+    "is_expanded_weight",
+    "is_profiling",
     "tensor_guards",
     "with_torch_functions",
     "without_functorch",
@@ -80,21 +81,18 @@ def in_onnx_export() -> bool:
 in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def handles_functions(value: Tensor) -> bool:
-    """Whether a tensor's class has a ``__torch_function__`` of its own: what is called with it is for it to decide.
+def is_expanded_weight(value: Tensor) -> bool:
+    """Whether ``torch.nn.utils`` computes a gradient per sample through this weight: it answers torch.nn's calls only.
 
-    ``torch.overrides.has_torch_function`` says so of every subclass.
+    Its class has no public name.
     """
     kind = type(value)
-    if kind is nn.Parameter or kind is Tensor:
-        return False
-    handler: Any = kind.__torch_function__
-    return handler is not _NO_HANDLER and handler.__func__ is not _USUAL_HANDLER
+    return kind.__name__ == "ExpandedWeight" and kind.__module__.startswith("torch.nn.utils.")
 
 
-_NO_HANDLER: Any = torch._C._disabled_torch_function_impl
-_usual: Any = Tensor.__torch_function__
-_USUAL_HANDLER: Any = _usual.__func__
+def is_profiling() -> bool:
+    """Whether a profiler of torch records in this thread."""
+    return torch._C._autograd._profiler_enabled()
 
 
 def in_dispatch_mode() -> bool:

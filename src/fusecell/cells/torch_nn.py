@@ -16,7 +16,7 @@ from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import autocasting, run
 from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.execution.torchscript import is_tracing, read_as, refuse_script, refuse_trace
-from fusecell.torch_internals import in_onnx_export
+from fusecell.torch_internals import any_autocast, in_onnx_export
 from fusecell.validation import StateLike, all_inputs, first_state
 
 __all__ = [
@@ -42,9 +42,11 @@ class _TorchCell(Cell):
 
     Attributes:
         added_attributes: the attributes that torch.nn's class lacks, with the values at which both compute the same.
+        adds_to_state: whether the step adds to its old state, rather than to products with it alone.
     """
 
     added_attributes: ClassVar[Mapping[str, object]] = {}
+    adds_to_state: ClassVar[bool] = True
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -78,7 +80,7 @@ class _TorchCell(Cell):
         name = type(self).__name__
         if is_tracing():
             return self._traced_step(input, hx)
-        if in_onnx_export() and self._is_torchs():
+        if in_onnx_export() and self.is_torchs():
             return self._torch_step(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
@@ -89,6 +91,7 @@ class _TorchCell(Cell):
         if unbatched:
             input = input[None]
             state = state and tuple(value[None] for value in state)
+        passed = input.dtype if state is None else state[-1].dtype
         rows, width = input.shape
         if width != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {width} expected {self.input_size}")
@@ -98,11 +101,13 @@ class _TorchCell(Cell):
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
+        if any_autocast():
+            after = self._in_autocast_dtype(after, passed)
         return tuple([without_dim(value, 0) for value in after]) if unbatched else after
 
     def _traced_step(self, input: Tensor, hx: StateLike | None) -> State:
         """Run torch.nn's own cell for torch.jit to record."""
-        if not self._is_torchs():
+        if not self.is_torchs():
             refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
         return self._torch_step(input, hx)
 
@@ -111,7 +116,7 @@ class _TorchCell(Cell):
         after: Any = super(Cell, self).forward(input, hx)
         return (after,) if isinstance(after, Tensor) else after
 
-    def _is_torchs(self) -> bool:
+    def is_torchs(self) -> bool:
         """Return whether the cell has the equation of torch.nn's cell; not with a step of a user's."""
         kinds = (RNNCell, GRUCell, LSTMCell)
         return len(self.inputs) == 1 and type(self).step in [kind.step for kind in kinds]
@@ -119,7 +124,7 @@ class _TorchCell(Cell):
     def __prepare_scriptable__(self) -> nn.Module:
         """Pass for torch.nn's cell while torch.jit.script runs, which calls this first."""
         own_forward = type(self).forward is not _TorchCell.forward
-        if not own_forward and not self._is_torchs():
+        if not own_forward and not self.is_torchs():
             refuse_script(type(self).__name__, f"torch.nn can't compute {self}.")
         read_as(self, torch_class(type(self)), self.added_attributes, own_forward=own_forward)
         return self
@@ -170,6 +175,23 @@ class _TorchCell(Cell):
             )
         return input.to(dtype), tuple(value.to(dtype) for value in state)
 
+    def _in_autocast_dtype(self, after: State, passed: torch.dtype) -> State:
+        """Return the new state in the dtype in which torch.nn's cell returns it under autocast.
+
+        There the products are of autocast's dtype, and so is what is computed from them alone; a state that the step
+        adds to widens it.
+
+        Arguments:
+            passed: the dtype of the last state, the one that is added to, or of the input where no state was passed.
+        """
+        device = after[0].device.type
+        if not autocasting(device) or after[0].dtype == torch.float64:  # which autocast leaves alone
+            return after
+        dtype = torch.get_autocast_dtype(device)
+        if self.adds_to_state:
+            dtype = torch.promote_types(dtype, passed)
+        return tuple([value.to(dtype) for value in after])
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(cell_keys(state_dict, prefix), prefix, *args)
 
@@ -206,6 +228,7 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
     """
 
     gates = ("h",)
+    adds_to_state = False
     added_attributes: ClassVar[Mapping[str, object]] = {"activation": None}
     activation: str | None = None
 
@@ -227,8 +250,8 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
         self.activation = activation
 
-    def _is_torchs(self) -> bool:
-        return super()._is_torchs() and self.activation is None
+    def is_torchs(self) -> bool:
+        return super().is_torchs() and self.activation is None
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -302,9 +325,9 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _is_torchs(self) -> bool:
+    def is_torchs(self) -> bool:
         return (
-            super()._is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+            super().is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
         )
 
     # In torch's order of evaluation, for equal bits. r and z are split after the sum, so that torch's sigmoid runs
@@ -411,9 +434,9 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
             self.weight_hr = nn.Parameter(like.new_empty(proj, self.hidden_size))
         nn.LSTMCell.reset_parameters(self)
 
-    def _is_torchs(self) -> bool:
+    def is_torchs(self) -> bool:
         plain = not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
-        return super()._is_torchs() and plain
+        return super().is_torchs() and plain
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state

@@ -32,7 +32,7 @@ from fusecell.layers.arguments import Lengths, SequenceShape
 from fusecell.layers.packed import Packing, check_packed
 from fusecell.layers.scan import scan_time_major
 from fusecell.layers.scan_wrappers import PLAIN, MaskedOutput, WrapOptions, describe, wrap_options
-from fusecell.torch_internals import handles_functions, in_onnx_export
+from fusecell.torch_internals import in_onnx_export, is_expanded_weight
 from fusecell.validation import StateLike
 
 __all__ = ["Scanned"]
@@ -43,6 +43,7 @@ _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not is
 _PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)}
 
 
+_TORCHS_CHECKS = ("check_input", "check_hidden_size", "check_forward_args")
 _READ_BY_CELLS = ("training", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 """The attributes of every layer from which ``leaf_cells`` builds a cell, besides its weights."""
 
@@ -79,6 +80,14 @@ class Scanned:
     masked_output: MaskedOutput = "hold"
     tbptt: int | None = None
     clip_state_grad: float | None = None
+
+    _has_own_checks: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torchs: Any = torch_class(cls)  # type: ignore[arg-type]
+        kind: Any = cls
+        cls._has_own_checks = any(getattr(kind, name) is not getattr(torchs, name) for name in _TORCHS_CHECKS)
 
     def __init__(
         self,
@@ -147,7 +156,7 @@ class Scanned:
     @natively
     def _is_one_scan(self, input: Any) -> TypeGuard[Tensor]:
         """Return whether a call on ``input`` is the scan of one cell over one tensor, which a kernel can do alone."""
-        if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional:
+        if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional or self._has_own_checks:
             return False
         return self._wrap_options() is PLAIN
 
@@ -193,6 +202,8 @@ class Scanned:
             x = x[:, None] if unbatched else x.transpose(0, 1) if self.batch_first else x
         rows = x.shape[1] if packed is None else int(packed.batch_sizes[0])
         states = None if hx is None else check_hidden(self, hx, x, rows, unbatched, packed is not None)
+        if self._has_own_checks:
+            self._run_own_checks(input, hx, rows)
         wrap = self._wrap_options()
         if not has_data and self._leave_to_torch(x):
             return self._torch_forward(input, hx)
@@ -208,6 +219,20 @@ class Scanned:
             return without_dim(outputs, 1), public_state(tuple(without_dim(value, 1) for value in after))
         return swap_time_and_batch(outputs) if self.batch_first else outputs, public_state(after)
 
+    def _run_own_checks(self, input: Any, hx: Any, rows: int) -> None:
+        """Call the ``check_forward_args`` of a user's subclass as torch.nn's forward does, with a batch and a state."""
+        packed = isinstance(input, PackedSequence)
+        data, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
+        states = hx if isinstance(hx, tuple) else (hx,)
+        if not packed and data.dim() == 2:
+            data = data[None] if self.batch_first else data[:, None]
+            states = tuple([value if value is None else value[:, None] for value in states])
+        if hx is None:
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            states = tuple([data.new_zeros(count, rows, size) for size in self.state_sizes()])
+        module: Any = self
+        module.check_forward_args(data, states if len(states) > 1 else states[0], batch_sizes)
+
     def _torch_forward(self, input: Any, hx: Any) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """Run torch.nn's own layer."""
         result: tuple[Tensor | PackedSequence, Tensor | State] = super().forward(input, hx)  # type: ignore[misc]
@@ -220,7 +245,7 @@ class Scanned:
             refuse_trace(name, "torch.nn's layer, which is what is recorded, takes no lengths, resets and mask.")
         if (self.tbptt is not None or self.clip_state_grad is not None) and torch.is_grad_enabled():
             refuse_trace(name, "torch.nn's layer, which is what is recorded, has no tbptt and clip_state_grad.")
-        if not self._is_torchs():
+        if not self.is_torchs():
             refuse_trace(name, f"torch.nn can't compute {self}.")
         return self._torch_forward(input, hx)
 
@@ -329,18 +354,14 @@ class Scanned:
         return not x.is_cpu and x.numel() > 0 and self._computes_as_torch()
 
     def _torch_takes(self, weight: Tensor) -> bool:
-        """Return whether something that knows torch.nn's operations watches them: ONNX, or a class of the weights.
-
-        Of such a class are those with which torch computes a gradient per sample.
-        """
-        watched = in_onnx_export() or (not torch.compiler.is_compiling() and handles_functions(weight))
-        return watched and self._computes_as_torch()
+        """Return whether torch.nn's operations are what the caller asks for: ONNX, or a gradient per sample."""
+        return (in_onnx_export() or is_expanded_weight(weight)) and self._computes_as_torch()
 
     def _computes_as_torch(self) -> bool:
         """Return whether torch.nn's layer would return the same in this thread now, gradients included."""
-        return self._is_torchs() and (self._wrap_options() is PLAIN or not torch.is_grad_enabled())
+        return self.is_torchs() and (self._wrap_options() is PLAIN or not torch.is_grad_enabled())
 
-    def _is_torchs(self) -> bool:
+    def is_torchs(self) -> bool:
         """Return whether the cells have the equation of torch.nn's layer; not those of a user's class."""
         return self.cell_type in (RNNCell, GRUCell, LSTMCell)
 
@@ -350,7 +371,7 @@ class Scanned:
         own_forward = type(self).forward is not Scanned.forward
         if not own_forward:
             name = type(self).__name__
-            if not self._is_torchs():
+            if not self.is_torchs():
                 refuse_script(name, f"torch.nn can't compute {self}.")
             if self.tbptt is not None or self.clip_state_grad is not None:
                 refuse_script(name, "torch.nn's layer, which is what is scripted, has no tbptt and clip_state_grad.")

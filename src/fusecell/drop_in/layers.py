@@ -46,8 +46,8 @@ class RNN(Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than tor
         check_activation("RNN", activation=activation or "tanh")
         self.activation = activation
 
-    def _is_torchs(self) -> bool:
-        return super()._is_torchs() and self.activation is None
+    def is_torchs(self) -> bool:
+        return super().is_torchs() and self.activation is None
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, activation=None)
@@ -102,9 +102,9 @@ class GRU(Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than tor
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _is_torchs(self) -> bool:
+    def is_torchs(self) -> bool:
         return (
-            super()._is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+            super().is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
         )
 
     def extra_repr(self) -> str:
@@ -149,8 +149,8 @@ class LSTM(Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than t
         check_activation("LSTM", activation=activation, gate_activation=gate_activation)
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _is_torchs(self) -> bool:
-        return super()._is_torchs() and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+    def is_torchs(self) -> bool:
+        return super().is_torchs() and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, activation="tanh", gate_activation="sigmoid")

@@ -40,8 +40,8 @@ from fusecell.torch_internals import (
     any_autocast,
     apply_directly,
     forward_ad,
-    handles_functions,
     has_saved_tensor_hooks,
+    is_expanded_weight,
     tensor_guards,
 )
 
@@ -140,7 +140,7 @@ def _prepare(
         guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
     )
     module_tensors = None if guards is None else guards.tensors(owner)
-    if guards is None or module_tensors is None or any(map(handles_functions, module_tensors)):
+    if guards is None or module_tensors is None or any(map(is_expanded_weight, module_tensors)):
         return None
     cell: Any = owner if factory is None else factory.cell()
     if not all_flat(cell):  # a form has one dimension of features

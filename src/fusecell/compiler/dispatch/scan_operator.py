@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.ir.graph import SAVED, Graph
@@ -310,3 +311,30 @@ def _parts(values: list[Any], counts: Sequence[int]) -> tuple[list[Any], list[An
 
 
 scan.register_autograd(_gradient, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fusecell.scan)
+def _flops(graph: str, inputs: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Count the operations of a scan's products as ``torch.utils.flop_counter`` does: two for each multiply-add.
+
+    Arguments:
+        inputs, args: those of the operator, with shapes in the place of tensors.
+    """
+    *_, recompute, wanted = args
+    if wanted is None:
+        return _operations(inference_kernel(graph), inputs)
+    return _operations(training_kernels(graph, tuple(wanted), recompute).forward.kernel, inputs)
+
+
+@register_flop_formula(torch.ops.fusecell.scan_backward)
+def _backward_flops(
+    saved: Any, grads: Any, graph: str, inputs: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Count those of its backward, which may compute some of the forward's again."""
+    *_, recompute, wanted = args
+    return _operations(training_kernels(graph, tuple(wanted), recompute).backward.kernel, inputs)
+
+
+def _operations(kernel: Kernel, inputs: Sequence[Sequence[int]]) -> int:
+    """Count the operations of a kernel's products over inputs of some shapes."""
+    return 2 * kernel.macs * max(shape[0] for shape in inputs) * inputs[0][1]
