@@ -522,4 +522,4 @@ def test_the_checks_of_a_subclass_are_called_as_torch_calls_them(kind):
         with pytest.raises(ValueError, match="at most 20 steps"):
             layer(torch.randn(21, 3, 5))
     assert calls["fusecell"] == calls["torch.nn"]
-    assert len(calls["fusecell"]) == 6
+    assert len(calls["fusecell"]) == (6 if kind == "GRU" else 5)  # torch.nn's LSTM calls them for tensors only

@@ -1001,7 +1001,7 @@ def _(library):
 
 
 @tool(
-    "pytorch-forecasting RecurrentNetwork's layers",
+    "pytorch-forecasting's LSTM",
     "Libraries that build models",
     package="pytorch_forecasting",
     long=True,
@@ -1019,7 +1019,7 @@ def _(library):
     return (
         y,
         state,
-        model[0].handle_no_encoding(state, torch.tensor([[True], [False]] * 2), model[0].init_hidden(inputs())),
+        model[0].handle_no_encoding(state, torch.tensor([[True], [False]] * 2), model[0].init_hidden_state(inputs())),
     )
 
 

@@ -221,8 +221,13 @@ class Scanned:
 
     def _run_own_checks(self, input: Any, hx: Any, rows: int) -> None:
         """Call the ``check_forward_args`` of a user's subclass as torch.nn's forward does, with a batch and a state."""
+        module: Any = self
         packed = isinstance(input, PackedSequence)
+        if packed and len(self.cell_type.states) > 1:  # torch.nn's LSTM doesn't there
+            return
         data, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
+        if packed and hx is not None:
+            hx = module.permute_hidden(hx, input.sorted_indices)
         states = hx if isinstance(hx, tuple) else (hx,)
         if not packed and data.dim() == 2:
             data = data[None] if self.batch_first else data[:, None]
@@ -230,7 +235,6 @@ class Scanned:
         if hx is None:
             count = self.num_layers * (2 if self.bidirectional else 1)
             states = tuple([data.new_zeros(count, rows, size) for size in self.state_sizes()])
-        module: Any = self
         module.check_forward_args(data, states if len(states) > 1 else states[0], batch_sizes)
 
     def _torch_forward(self, input: Any, hx: Any) -> tuple[Tensor | PackedSequence, Tensor | State]:

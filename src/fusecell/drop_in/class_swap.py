@@ -55,7 +55,7 @@ def _combined(kind: Any) -> type[nn.Module] | str:
     if base not in _TO_FUSECELL:
         return f"a subclass of {class_name(base)}, which has no forward"
     target: Any = _TO_FUSECELL[base]
-    own = [each for each in kind.__mro__ if issubclass(each, base) and each is not base]
+    own = [each for each in kind.__mro__ if each not in base.__mro__]
     forward = kind.forward
     code = getattr(forward, "__code__", None)
     # A method that says super() encloses __class__.
