@@ -109,7 +109,7 @@ def test_what_is_not_replaced_is_named_with_the_reason():
     assert reasons["normed"] == "a subclass, ParametrizedGRU: parametrized, which changes its class: replace it before"
     assert reasons["own"] == "a subclass, OwnMaths: the forward of OwnMaths is its own"
     assert reasons["cell"] == "a subclass, Clashing: Clashing has step, a name that fusecell's GRUCell has too"
-    assert reasons["other"] == "GatedRNN is no class of torch.nn; its step can be that of a fusecell.Cell"
+    assert reasons["other"] == "GatedRNN is no class of torch.nn; fusecell.wrap takes one that computes a step"
     assert reasons["script"] == "a TorchScript of LSTMCell: replace it before torch.jit.script"
     assert "normed: left alone, a subclass" in str(replaced)
     assert {name: type(module) for name, module in model.items() if name != "plain"} == {

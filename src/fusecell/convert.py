@@ -119,7 +119,9 @@ def _replace_one(module: nn.Module, path: str, report: Replaced) -> None:
             become(module, after)
             report.changed += ((path, class_name(kind), class_name(after)),)
     elif _looks_recurrent(module):
-        report.left += ((path, f"{kind.__name__} is no class of torch.nn; its step can be that of a fusecell.Cell"),)
+        report.left += (
+            (path, f"{kind.__name__} is no class of torch.nn; fusecell.wrap takes one that computes a step"),
+        )
 
 
 def _replace_back(model: nn.Module) -> Replaced:

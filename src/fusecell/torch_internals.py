@@ -90,9 +90,8 @@ def is_expanded_weight(value: Tensor) -> bool:
     return kind.__name__ == "ExpandedWeight" and kind.__module__.startswith("torch.nn.utils.")
 
 
-def is_profiling() -> bool:
-    """Whether a profiler of torch records in this thread."""
-    return torch._C._autograd._profiler_enabled()
+is_profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
+"""Whether a profiler of torch records in this thread; no Python function, as each call of a prepared kernel asks."""
 
 
 def in_dispatch_mode() -> bool:
