@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from fusecell.drop_in.class_swap import become, original_class
-
 __all__ = ["register_drop_ins"]
 
 
@@ -35,6 +33,8 @@ def _with_torchs_classes(propagate: Any) -> Any:
 
     @functools.wraps(propagate)
     def propagate_qconfig_(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        from fusecell.drop_in.class_swap import become, original_class  # which nothing else needs
+
         parts: list[Any] = list(module.modules())
         drop_ins = [part for part in parts if original_class(type(part)) is not None and part.is_torchs()]
         before = [(part, type(part), dict(vars(part))) for part in drop_ins]

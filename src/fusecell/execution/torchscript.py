@@ -33,7 +33,8 @@ def refuse_trace(name: str, reason: str) -> NoReturn:
     """
     raise RuntimeError(
         f"torch.jit.trace, and torch.onnx.export(dynamo=False), can't record {name}: {reason} "
-        "Use torch.export.export(model, ...). The drop-ins can be traced where they compute what torch.nn computes; fusecell.replace(model, back=True) makes them torch.nn's layers."
+        "Use torch.export.export(model, ...). The drop-ins can be traced where they compute what torch.nn computes; "
+        "fusecell.replace(model, back=True) makes them torch.nn's layers."
     )
 
 
