@@ -96,11 +96,27 @@ def test_what_is_not_replaced_is_named_with_the_reason():
         def step(self):
             return "a method of its own"
 
+    class Drawing:
+        """A class beside torch.nn's, as a mixin is."""
+
+        def state_sizes(self):
+            return "a method of its own"
+
+    class Mixed(Drawing, nn.LSTM):
+        pass
+
     class GatedRNN(nn.Module):
         """One that is written out, as many are."""
 
     model = nn.ModuleDict({"plain": nn.GRU(5, 9), "normed": nn.GRU(5, 9), "own": OwnMaths(5, 9)})
-    model.update({"cell": Clashing(5, 9), "other": GatedRNN(), "script": torch.jit.script(nn.LSTMCell(5, 9))})
+    model.update(
+        {
+            "mixed": Mixed(5, 9),
+            "cell": Clashing(5, 9),
+            "other": GatedRNN(),
+            "script": torch.jit.script(nn.LSTMCell(5, 9)),
+        }
+    )
     parametrizations.weight_norm(model["normed"], "weight_hh_l0")
     kinds = {name: type(module) for name, module in model.items()}
     replaced = fc.replace(model)
@@ -109,6 +125,7 @@ def test_what_is_not_replaced_is_named_with_the_reason():
     assert reasons["normed"] == "a subclass, ParametrizedGRU: parametrized, which changes its class: replace it before"
     assert reasons["own"] == "a subclass, OwnMaths: the forward of OwnMaths is its own"
     assert reasons["cell"] == "a subclass, Clashing: Clashing has step, a name that fusecell's GRUCell has too"
+    assert reasons["mixed"] == "a subclass, Mixed: Mixed has state_sizes, a name that fusecell's LSTM has too"
     assert reasons["other"] == "GatedRNN is no class of torch.nn; fusecell.wrap takes one that computes a step"
     assert reasons["script"] == "a TorchScript of LSTMCell: replace it before torch.jit.script"
     assert "normed: left alone, a subclass" in str(replaced)
