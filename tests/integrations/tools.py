@@ -645,37 +645,43 @@ def _(library):
     return gradients(model, model(inputs()).sum()), seen
 
 
-def in_one_process(wrap):
-    """Train a wrapped model in a process group of one."""
+def train_in_group(wrapper: str, library: str, file: str) -> None:
+    """Train a wrapped model in a process group of one, save its gradients, and leave the process."""
     import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
 
-    folder = tempfile.mkdtemp()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    try:
-        model = wrap(dist)
-        model(inputs()).square().mean().backward()
-        grads = [parameter.grad for parameter in model.parameters()]
-        return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=0, world_size=1)
+    model: Any = Model({"torch.nn": nn, "fusecell": fc}[library])
+    if wrapper == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        fully_shard(model.layer, mesh=mesh)
+        model = fully_shard(model, mesh=mesh)
+    model(inputs()).square().mean().backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    torch.save([grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads], file)
+    os._exit(0)  # torch's process group may wait for its threads for ever where an interpreter takes it down
+
+
+def trained_in_group(wrapper: str, library: Any) -> Any:
+    """Return the gradients of :func:`train_in_group`, run in a process of its own."""
+    code = "import sys; from tests.integrations.tools import train_in_group; train_in_group(*sys.argv[1:])"
+    with tempfile.TemporaryDirectory() as folder:
+        file = folder + "/gradients.pt"
+        subprocess.run([sys.executable, "-c", code, wrapper, library.__name__, file], check=True, timeout=300)
+        return torch.load(file)
 
 
 @tool("DistributedDataParallel", "Training", long=True)
 def _(library):
-    return in_one_process(lambda dist: nn.parallel.DistributedDataParallel(Model(library)))
+    return trained_in_group("DDP", library)
 
 
 @tool("FSDP2 fully_shard", "Training", long=True)
 def _(library):
-    from torch.distributed.fsdp import fully_shard
-
-    def wrap(dist):
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model = Model(library)
-        fully_shard(model.layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-
-    return in_one_process(wrap)
+    return trained_in_group("FSDP", library)
 
 
 def lightning_module(library):
