@@ -186,7 +186,8 @@ class Scanned:
         if is_tracing():
             return self._traced_forward(input, hx, has_data)
         weight = self._weight("weight_ih_l0")
-        if not has_data and self._torch_takes(weight):
+        # ONNX, and gradients per sample, are about torch.nn's operations.
+        if not has_data and (in_onnx_export() or is_expanded_weight(weight)) and self._computes_as_torch():
             return self._torch_forward(input, hx)
         x = check_input(self, input, weight)
         packed = input if isinstance(input, PackedSequence) else None
@@ -356,10 +357,6 @@ class Scanned:
     def _leave_to_torch(self, x: Tensor) -> bool:
         """Return whether torch.nn computes this call: fusecell has no kernels for other devices, and cuDNN is fast."""
         return not x.is_cpu and x.numel() > 0 and self._computes_as_torch()
-
-    def _torch_takes(self, weight: Tensor) -> bool:
-        """Return whether torch.nn's operations are what the caller asks for: ONNX, or a gradient per sample."""
-        return (in_onnx_export() or is_expanded_weight(weight)) and self._computes_as_torch()
 
     def _computes_as_torch(self) -> bool:
         """Return whether torch.nn's layer would return the same in this thread now, gradients included."""

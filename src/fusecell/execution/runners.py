@@ -72,7 +72,9 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
     if is_profiling():
         with record_function(f"fusecell::{type(cell).__name__}"):
             return _without_autocast(function, cell, inputs, state, options)
-    return _without_autocast(function, cell, inputs, state, options)
+    if any_autocast():  # one look for all types of device; a context manager takes longer
+        return _without_autocast(function, cell, inputs, state, options)
+    return function(cell, inputs, state, options)
 
 
 @natively
@@ -80,11 +82,10 @@ def _without_autocast(
     function: Runner, cell: Cell, inputs: State, state: State, options: Options
 ) -> tuple[Tensor, State]:
     """Run ``function`` with autocast off."""
-    if any_autocast():  # one look for all types of device; a context manager takes longer
-        device = inputs[0].device.type
-        if autocasting(device):
-            with torch.autocast(device, enabled=False):
-                return function(cell, inputs, state, options)
+    device = inputs[0].device.type
+    if autocasting(device):
+        with torch.autocast(device, enabled=False):
+            return function(cell, inputs, state, options)
     return function(cell, inputs, state, options)
 
 

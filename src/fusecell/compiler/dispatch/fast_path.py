@@ -140,7 +140,7 @@ def _prepare(
         guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
     )
     module_tensors = None if guards is None else guards.tensors(owner)
-    if guards is None or module_tensors is None or any(map(is_expanded_weight, module_tensors)):
+    if guards is None or module_tensors is None or (module_tensors and is_expanded_weight(module_tensors[0])):
         return None
     cell: Any = owner if factory is None else factory.cell()
     if not all_flat(cell):  # a form has one dimension of features
