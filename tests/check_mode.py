@@ -48,6 +48,7 @@ RUN_NO_KERNELS = {
             "documentation/test_docs",
             "documentation/test_examples",
             "inspection/test_benchmark",
+            "integrations/test_tools",
             "inspection/test_environment",
             "streaming/test_runtime_package",
             "test_cell_tree",

@@ -341,7 +341,7 @@ def test_the_public_surface():
         *("Recurrent", "Bidirectional", "Sequential", "Stack", "scan", "detach"),
         *("LearnedState", "Projected", "RecurrentDropout", "Residual"),
         *("VariationalDropout", "WeightDrop", "WithReadout", "Zoneout"),
-        *("Stream", "load_stream", "export", "replace", "wrap", "Tape", "record", "runner", "recompute"),
+        *("Stream", "load_stream", "export", "replace", "wrap", "accelerate", "Tape", "record", "runner", "recompute"),
         *("explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "ExportError", "FusecellError", "NotCompilable"),
         *("cells", "init", "testing", "wrappers"),

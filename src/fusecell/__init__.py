@@ -44,6 +44,7 @@ _HOME = {
     "export": "exporting",
     "replace": "convert",
     "wrap": "wrapped_module",
+    "accelerate": "convert",
     "Tape": "tape",
     "record": "tape",
     "runner": "execution.context",

@@ -6,7 +6,7 @@ Layers, stacks, streams and the compiler use a cell through the attributes and m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import run
+from fusecell.execution.symbolic_trace import is_proxy, record_call, refuse_proxy
 from fusecell.execution.torchscript import refuse_script
 from fusecell.intermediates import capture_intermediates, record_intermediate, rewrite_intermediates
 from fusecell.shapes import Outputs, OutputSize, Size, feature_shape, map_outputs
@@ -193,12 +194,14 @@ class Cell(nn.Module):
         Raises:
             TypeError, ValueError: where an argument doesn't fit, naming it.
         """
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, hx)  # type: ignore[no-any-return]
         after: Tensor | State = one_step(self, input, hx, False, _checked_step)[1]
         return after
 
-    def __prepare_scriptable__(self) -> NoReturn:
+    def __prepare_scriptable__(self) -> nn.Module:
         """Refuse torch.jit.script, which calls this first."""
-        refuse_script(type(self).__name__)
+        refuse_script(type(self).__name__, "only torch's own cells are in its language.")
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
@@ -226,6 +229,8 @@ def step(cell: Cell, input: Tensor | State, state: StateLike | None = None) -> t
     Raises:
         TypeError, ValueError: where an argument doesn't fit, naming it.
     """
+    if type(input) is not Tensor and is_proxy(input):
+        refuse_proxy("fusecell.step")
     output, after = one_step(cell, input, state, True, _checked_step)
     return output, (after,) if isinstance(after, Tensor) else after
 

@@ -2,63 +2,75 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._pytree import tree_leaves
 
-from fusecell.cells import GRUCell, LSTMCell, RNNCell
-from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.cell import Cell
+from fusecell.drop_in.class_swap import become, class_name, fusecell_class, is_torchs_recurrent, original_class
 
-__all__ = ["Replaced", "replace"]
+__all__ = ["Replaced", "Speedup", "accelerate", "replace"]
 
-_TO_FUSECELL: dict[type[nn.Module], type[nn.Module]] = {
-    nn.RNN: RNN,
-    nn.GRU: GRU,
-    nn.LSTM: LSTM,
-    nn.RNNCell: RNNCell,
-    nn.GRUCell: GRUCell,
-    nn.LSTMCell: LSTMCell,
-}
-_TO_TORCH = {replacement: original for original, replacement in _TO_FUSECELL.items()}
-_LAYER: dict[str, Any] = {"recompute": False, "masked_output": "hold", "tbptt": None, "clip_state_grad": None}
-_GATED: dict[str, Any] = {"activation": "tanh", "gate_activation": "sigmoid"}
-# The attributes that fusecell's classes add to torch.nn's, with the values at which both compute the same.
-_EXTRAS: dict[type[nn.Module], dict[str, Any]] = {
-    RNN: {**_LAYER, "activation": None},
-    GRU: {**_LAYER, **_GATED, "reset_after": True},
-    LSTM: {**_LAYER, **_GATED},
-    RNNCell: {"activation": None},
-    GRUCell: {**_GATED, "reset_after": True},
-    LSTMCell: {**_GATED, "proj_size": 0},
-}
 # Attributes that change no result of torch.nn's: one saves memory, the other acts only with a mask.
 _HARMLESS = ("recompute", "masked_output")
+_RECURRENT = re.compile("RNN|GRU|LSTM")
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """How many times as fast a model runs a sample with fusecell's classes as with torch.nn's.
+
+    Attributes:
+        forward: without gradients.
+        training: forward and backward; None for a model in which nothing is trained.
+    """
+
+    forward: float
+    training: float | None
+
+    def __str__(self) -> str:
+        training = "" if self.training is None else f", forward and backward {self.training:.2f} times"
+        return f"on the sample: forward {self.forward:.2f} times as fast{training}"
+
+
+@dataclass
 class Replaced:
     """A report of what :func:`replace` changed; ``str()`` has a line for each module.
 
     Attributes:
         changed: (path, class before, class after) of each module that changed.
         left: (path, reason) of each recurrent module that was left alone.
+        speedup: on the sample that was passed to :func:`replace`; None without one.
     """
 
-    changed: tuple[tuple[str, str, str], ...]
-    left: tuple[tuple[str, str], ...]
+    changed: tuple[tuple[str, str, str], ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    speedup: Speedup | None = None
 
     def __str__(self) -> str:
         lines = [f"{path or '(itself)'}: {before} -> {after}" for path, before, after in self.changed]
         lines += [f"{path or '(itself)'}: left alone, {reason}" for path, reason in self.left]
+        lines += [] if self.speedup is None else [str(self.speedup)]
         return "\n".join(lines) or "nothing to replace"
 
 
-def replace(model: nn.Module, *, back: bool = False) -> Replaced:
+def replace(model: nn.Module, *, back: bool = False, sample: Any = None) -> Replaced:
     """Replace every torch.nn RNN, GRU, LSTM and cell in a model by fusecell's, in place.
 
     Each module stays the same object with the same parameters, hooks and state_dict; only its class changes. So
-    optimizers, and all else that refers to it, remain valid.
+    optimizers, and all else that refers to it, remain valid. A subclass of torch.nn's classes is replaced too, unless
+    its forward is one of its own that doesn't call torch.nn's by ``super()``: what it adds stays.
 
     Example:
         >>> import torch, fusecell as fc
@@ -69,6 +81,8 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
     Arguments:
         model: any module.
         back: replace fusecell's by torch.nn's instead.
+        sample: an input of the model, or a tuple of its arguments. A copy of the model runs it with both classes in
+            turns, and the report has the ratio of their times. It takes a second or so.
 
     Returns:
         A :class:`Replaced`; print it.
@@ -80,26 +94,53 @@ def replace(model: nn.Module, *, back: bool = False) -> Replaced:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace takes a torch.nn.Module, got {type(model).__name__}.")
-    table = _TO_TORCH if back else _TO_FUSECELL
-    modules = [(path, module) for path, module in model.named_modules() if type(module) in table]
     if back:
-        for path, module in modules:
+        return _replace_back(model)
+    before = None if sample is None else copy.deepcopy(model)
+    report = Replaced()
+    for path, module in model.named_modules():
+        _replace_one(module, path, report)
+    if before is not None:
+        report.speedup = _speedup(before, copy.deepcopy(model), sample)
+    return report
+
+
+def _replace_one(module: nn.Module, path: str, report: Replaced) -> None:
+    """Replace a module, but none of its parts, and add it to a report if it is recurrent."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        if _RECURRENT.search(module.original_name):
+            report.left += ((path, f"a TorchScript of {module.original_name}: replace it before torch.jit.script"),)
+    elif is_torchs_recurrent(module):
+        after = fusecell_class(module)
+        if isinstance(after, str):
+            report.left += ((path, f"a subclass, {kind.__name__}: {after}"),)
+        else:
+            become(module, after)
+            report.changed += ((path, class_name(kind), class_name(after)),)
+    elif _looks_recurrent(module):
+        report.left += (
+            (path, f"{kind.__name__} is no class of torch.nn; fusecell.wrap takes one that computes a step"),
+        )
+
+
+def _replace_back(model: nn.Module) -> Replaced:
+    """Replace fusecell's classes by those whose place they take."""
+    modules = [(path, module, original_class(type(module))) for path, module in model.named_modules()]
+    for path, module, original in modules:
+        if original is not None:
             _check_plain(path, module)
     changed = []
-    for path, module in modules:
-        before, after = type(module), table[type(module)]
-        for name, value in _EXTRAS[before if back else after].items():
-            module.__dict__.pop(name, None) if back else module.__dict__.setdefault(name, value)
-        # fusecell's classes subclass torch.nn's and add no slots, so assigning the class is enough. The object stays,
-        # with its hooks, and optimizers keep referring to its parameters.
-        module.__class__ = after
-        changed.append((path, _name(before), _name(after)))
-    return Replaced(tuple(changed), () if back else tuple(_subclasses(model)))
+    for path, module, original in modules:
+        if original is not None:
+            changed.append((path, class_name(type(module)), class_name(original)))
+            become(module, original)
+    return Replaced(tuple(changed))
 
 
-def _check_plain(path: str, module: nn.Module) -> None:
+def _check_plain(path: str, module: Any) -> None:
     """Raise ValueError if a module has an option that torch.nn lacks."""
-    for name, value in _EXTRAS[type(module)].items():
+    for name, value in module.added_attributes.items():
         option = getattr(module, name)
         if name not in _HARMLESS and option is not value and option != value:
             raise ValueError(
@@ -108,15 +149,72 @@ def _check_plain(path: str, module: nn.Module) -> None:
             )
 
 
-def _subclasses(model: nn.Module) -> list[tuple[str, str]]:
-    """List the subclasses of torch.nn's recurrent modules: parametrized, quantized, or a user's own."""
-    kinds = (nn.RNNBase, nn.RNNCellBase)
-    return [
-        (path, f"a subclass, {type(module).__name__}")
-        for path, module in model.named_modules()
-        if isinstance(module, kinds) and type(module) not in _TO_TORCH
-    ]
+def _looks_recurrent(module: nn.Module) -> bool:
+    """Return whether a module is named as recurrent ones are, and is neither fusecell's nor made of such modules."""
+    kind = type(module)
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | Cell) or kind.__module__.startswith("fusecell."):
+        return False
+    parts = (nn.RNNBase, nn.RNNCellBase, Cell)
+    return bool(_RECURRENT.search(kind.__name__)) and not any(isinstance(part, parts) for part in module.modules())
 
 
-def _name(kind: type[nn.Module]) -> str:
-    return f"{'fusecell' if kind in _TO_TORCH else 'torch.nn'}.{kind.__name__}"
+@contextmanager
+def accelerate() -> Iterator[Replaced]:
+    """Replace torch.nn's recurrent layers and cells by fusecell's as code in a ``with`` block builds its models.
+
+    Every module that becomes a part of another in this thread goes through :func:`replace`: whatever name the code
+    knows torch.nn's classes by, and subclasses too. A layer that is a part of nothing, such as one that is a model by
+    itself, is left as it is.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> with fc.accelerate() as report:
+        ...     model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.LSTM(5, 10))
+        >>> print(report)
+        Sequential.1: torch.nn.LSTM -> fusecell.LSTM
+
+    Yields:
+        A :class:`Replaced`, to which each module is added with the class and the attribute that it became a part of.
+    """
+    thread, report = threading.get_ident(), Replaced()
+
+    def replace_part(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        if module is not None and threading.get_ident() == thread:
+            _replace_one(module, f"{type(parent).__name__}.{name}", report)
+
+    handle = register_module_module_registration_hook(replace_part)
+    try:
+        yield report
+    finally:
+        handle.remove()
+
+
+def _speedup(before: nn.Module, after: nn.Module, sample: Any) -> Speedup:
+    """Measure a model with torch.nn's classes and with fusecell's, in turns."""
+    arguments = sample if isinstance(sample, tuple) else (sample,)
+    trained = any(parameter.requires_grad for parameter in before.parameters())
+    with torch.random.fork_rng(devices=()):
+        forward = _ratio(before, after, arguments, backward=False)
+        training = _ratio(before, after, arguments, backward=True) if trained else None
+    return Speedup(forward, training)
+
+
+def _ratio(slow: nn.Module, fast: nn.Module, arguments: tuple[Any, ...], *, backward: bool) -> float:
+    """Return how many times as long one model takes as another: the median over pairs of calls."""
+    ratios: list[float] = []
+    began = time.perf_counter()
+    # The first pairs compile and warm up. A tenth of a second holds many calls of a small model.
+    while len(ratios) < 5 or (time.perf_counter() - began < 0.3 and len(ratios) < 200):
+        ratios.append(_seconds(slow, arguments, backward) / _seconds(fast, arguments, backward))
+    return statistics.median(ratios[2:])
+
+
+def _seconds(model: nn.Module, arguments: tuple[Any, ...], backward: bool) -> float:
+    began = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        leaves = tree_leaves(model(*arguments))
+    if backward:
+        model.zero_grad()
+        losses = [value.sum() for value in leaves if isinstance(value, Tensor) and value.requires_grad]
+        torch.autograd.backward(losses)
+    return time.perf_counter() - began

@@ -6,6 +6,7 @@ Only ``tensor_guards`` does without, as nothing but speed depends on it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -26,8 +27,12 @@ __all__ = [
     "in_dispatch_mode",
     "in_forward_mode",
     "in_functorch_transform",
+    "in_jit_script",
     "in_jit_trace",
+    "in_onnx_export",
     "is_batched_gradient",
+    "is_expanded_weight",
+    "is_profiling",
     "tensor_guards",
     "with_torch_functions",
     "without_functorch",
@@ -59,6 +64,34 @@ def autograd_node() -> Any:
 def in_jit_trace() -> bool:
     """Whether torch.jit.trace records: there is a tracing state, which :func:`without_jit_trace` takes away."""
     return torch._C._get_tracing_state() is not None
+
+
+def in_jit_script() -> bool:
+    """Whether torch.jit.script runs, in any thread: its module notes that it is no call from outside any more."""
+    return not torch.jit._script._TOPLEVEL  # type: ignore[attr-defined]  # hidden by the function of that name
+
+
+def in_onnx_export() -> bool:
+    """Whether an exporter of torch.onnx runs; the public function, without an import of torch.onnx by the question."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# Called for real while torch.compile or torch.export traces: torch's own answer there is always no.
+in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_expanded_weight(value: Tensor) -> bool:
+    """Whether ``torch.nn.utils`` computes a gradient per sample through this weight: it answers torch.nn's calls only.
+
+    Its class has no public name.
+    """
+    kind = type(value)
+    return kind.__name__ == "ExpandedWeight" and kind.__module__.startswith("torch.nn.utils.")
+
+
+is_profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
+"""Whether a profiler of torch records in this thread; no Python function, as each call of a prepared kernel asks."""
 
 
 def in_dispatch_mode() -> bool:

@@ -263,3 +263,27 @@ def test_a_cell_of_ones_own_on_top_keeps_its_step():
     plain = nn.GRUCell(5, 7)
     plain.load_state_dict(cell.state_dict())
     assert_close(cell(x), -plain(x), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("passed", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["GRUCell", "LSTMCell", "RNNCell"])
+def test_autocast_returns_torchs_dtype(kind, passed, dtype):
+    torch.manual_seed(0)
+    ours, theirs = getattr(fc, kind)(5, 9), getattr(nn, kind)(5, 9)
+    theirs.load_state_dict(ours.state_dict())
+    x, state = torch.randn(3, 5).to(dtype), None
+    if passed is not None:
+        state = torch.randn(3, 9).to(passed)
+        state = (state, state) if kind == "LSTMCell" else state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results, expected = ours(x, state), theirs(x, state)
+    for one, two in zip(
+        *((value,) if isinstance(value, torch.Tensor) else value for value in (results, expected)), strict=True
+    ):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one.float(), two.float(), rtol=0.03, atol=0.03)  # theirs are products in bfloat16
+    ours.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 alone
+        after = ours(x.double())
+    assert (after if isinstance(after, torch.Tensor) else after[0]).dtype == torch.float64

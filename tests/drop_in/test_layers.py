@@ -492,3 +492,34 @@ def test_forward_mode_and_double_backward_agree_with_torchs_backward():
         (first,) = torch.autograd.grad(layer(leaf)[0].square().sum(), leaf, create_graph=True)
         second.append(torch.autograd.grad(first.square().sum(), leaf)[0])
     assert_close(*second, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_the_checks_of_a_subclass_are_called_as_torch_calls_them(kind):
+    calls = {}
+
+    def checked(base, name):
+        class Checked(base):
+            def check_forward_args(self, input, hidden, batch_sizes):
+                hidden = hidden if isinstance(hidden, tuple) else (hidden,)
+                shapes = [tuple(value.shape) for value in hidden]
+                sizes = None if batch_sizes is None else batch_sizes.tolist()
+                calls.setdefault(name, []).append((tuple(input.shape), shapes, sizes))
+                if input.shape[0] > 20:
+                    raise ValueError("at most 20 steps")
+
+        return Checked
+
+    for library in (fc, nn):
+        layer = checked(getattr(library, kind), library.__name__)(5, 9, batch_first=False)
+        x, state = torch.randn(7, 3, 5), torch.zeros(1, 3, 9)
+        state = (state, state) if kind == "LSTM" else state
+        for _ in range(2):  # the second time it would be a call like an earlier one
+            layer(x)
+        layer(x, state)
+        layer(x[:, 0])
+        layer(torch.nn.utils.rnn.pack_padded_sequence(x, [7, 4, 2]))
+        with pytest.raises(ValueError, match="at most 20 steps"):
+            layer(torch.randn(21, 3, 5))
+    assert calls["fusecell"] == calls["torch.nn"]
+    assert len(calls["fusecell"]) == (6 if kind == "GRU" else 5)  # torch.nn's LSTM calls them for tensors only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,39 @@ from fusecell.cells.activations import ACTIVATIONS, check_activation
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, without_dim
 from fusecell.execution.runners import autocasting, run
-from fusecell.execution.torchscript import is_tracing, refuse_trace
+from fusecell.execution.symbolic_trace import is_proxy, record_call
+from fusecell.execution.torchscript import is_tracing, read_as, refuse_script, refuse_trace
+from fusecell.torch_internals import any_autocast, in_onnx_export
 from fusecell.validation import StateLike, all_inputs, first_state
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell", "cell_keys", "dtype_name", "layer_keys", "other_than"]
+__all__ = [
+    "GATED",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "cell_keys",
+    "dtype_name",
+    "layer_keys",
+    "other_than",
+    "torch_class",
+]
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _ONE_STEP = Options()
+GATED: Mapping[str, object] = {"activation": "tanh", "gate_activation": "sigmoid"}
+"""Attributes of the gated cells and layers that torch.nn's lack, with the values at which both compute the same."""
 
 
 class _TorchCell(Cell):
-    """Base class of the three cells: torch.nn's checks and state_dicts; all else comes from torch.nn's own class."""
+    """Base class of the three cells: torch.nn's checks and state_dicts; all else comes from torch.nn's own class.
+
+    Attributes:
+        added_attributes: the attributes that torch.nn's class lacks, with the values at which both compute the same.
+        adds_to_state: whether the step adds to its old state, rather than to products with it alone.
+    """
+
+    added_attributes: ClassVar[Mapping[str, object]] = {}
+    adds_to_state: ClassVar[bool] = True
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -48,6 +70,8 @@ class _TorchCell(Cell):
         """
         if len(self.inputs) > 1:  # a subclass of the user's, which torch.nn's checks know nothing of
             return super().forward(input, hx)
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, hx)  # type: ignore[no-any-return]
         after: Tensor | State = one_step(self, input, hx, False, _torch_step)[1]
         return after
 
@@ -56,6 +80,8 @@ class _TorchCell(Cell):
         name = type(self).__name__
         if is_tracing():
             return self._traced_step(input, hx)
+        if in_onnx_export() and self.is_torchs():
+            return self._torch_step(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"{name} expected input as a tensor, got {type(input).__name__}.")
         unbatched = input.dim() == 1
@@ -65,6 +91,7 @@ class _TorchCell(Cell):
         if unbatched:
             input = input[None]
             state = state and tuple(value[None] for value in state)
+        passed = input.dtype if state is None else state[-1].dtype
         rows, width = input.shape
         if width != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {width} expected {self.input_size}")
@@ -74,18 +101,33 @@ class _TorchCell(Cell):
             self._check_sizes(state, rows)
         input, state = self._in_dtype(input, state)
         after = run(self, all_inputs(self, (input[None],), state), state, _ONE_STEP)[1]
+        if any_autocast():
+            after = self._in_autocast_dtype(after, passed)
         return tuple([without_dim(value, 0) for value in after]) if unbatched else after
 
     def _traced_step(self, input: Tensor, hx: StateLike | None) -> State:
         """Run torch.nn's own cell for torch.jit to record."""
-        if not self._is_torchs():
+        if not self.is_torchs():
             refuse_trace(type(self).__name__, f"torch.nn can't compute {self}.")
+        return self._torch_step(input, hx)
+
+    def _torch_step(self, input: Tensor, hx: StateLike | None) -> State:
+        """Run torch.nn's own cell."""
         after: Any = super(Cell, self).forward(input, hx)
         return (after,) if isinstance(after, Tensor) else after
 
-    def _is_torchs(self) -> bool:
-        """Return whether the cell has the equation of torch.nn's cell."""
-        return True
+    def is_torchs(self) -> bool:
+        """Return whether the cell has the equation of torch.nn's cell; not with a step of a user's."""
+        kinds = (RNNCell, GRUCell, LSTMCell)
+        return len(self.inputs) == 1 and type(self).step in [kind.step for kind in kinds]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Pass for torch.nn's cell while torch.jit.script runs, which calls this first."""
+        own_forward = type(self).forward is not _TorchCell.forward
+        if not own_forward and not self.is_torchs():
+            refuse_script(type(self).__name__, f"torch.nn can't compute {self}.")
+        read_as(self, torch_class(type(self)), self.added_attributes, own_forward=own_forward)
+        return self
 
     def _state_of(self, hx: StateLike, rank: int) -> State:
         """Return ``hx`` as a tuple of tensors, each checked to have ``rank`` dimensions."""
@@ -133,6 +175,23 @@ class _TorchCell(Cell):
             )
         return input.to(dtype), tuple(value.to(dtype) for value in state)
 
+    def _in_autocast_dtype(self, after: State, passed: torch.dtype) -> State:
+        """Return the new state in the dtype in which torch.nn's cell returns it under autocast.
+
+        There the products are of autocast's dtype, and so is what is computed from them alone; a state that the step
+        adds to widens it.
+
+        Arguments:
+            passed: the dtype of the last state, the one that is added to, or of the input where no state was passed.
+        """
+        device = after[0].device.type
+        if not autocasting(device) or after[0].dtype == torch.float64:  # which autocast leaves alone
+            return after
+        dtype = torch.get_autocast_dtype(device)
+        if self.adds_to_state:
+            dtype = torch.promote_types(dtype, passed)
+        return tuple([value.to(dtype) for value in after])
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(cell_keys(state_dict, prefix), prefix, *args)
 
@@ -169,6 +228,8 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
     """
 
     gates = ("h",)
+    adds_to_state = False
+    added_attributes: ClassVar[Mapping[str, object]] = {"activation": None}
     activation: str | None = None
 
     def __init__(
@@ -189,8 +250,8 @@ class RNNCell(_TorchCell, nn.RNNCell):  # type: ignore[misc]  # forward takes wh
         nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
         self.activation = activation
 
-    def _is_torchs(self) -> bool:
-        return self.activation is None
+    def is_torchs(self) -> bool:
+        return super().is_torchs() and self.activation is None
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -241,6 +302,7 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
 
     gates = ("r", "z", "n")
     keeps = "z"
+    added_attributes: ClassVar[Mapping[str, object]] = {**GATED, "reset_after": True}
     reset_after: bool = True
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
@@ -263,8 +325,10 @@ class GRUCell(_TorchCell, nn.GRUCell):  # type: ignore[misc]  # forward takes wh
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _is_torchs(self) -> bool:
-        return self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+    def is_torchs(self) -> bool:
+        return (
+            super().is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        )
 
     # In torch's order of evaluation, for equal bits. r and z are split after the sum, so that torch's sigmoid runs
     # over each row by itself: where its vectors cross rows it rounds differently.
@@ -329,6 +393,7 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
     states = ("h", "c")
     gates = ("i", "f", "g", "o")
     keeps, updates = "f", "i"
+    added_attributes: ClassVar[Mapping[str, object]] = {**GATED, "proj_size": 0}
     proj_size: int = 0
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
@@ -369,8 +434,9 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
             self.weight_hr = nn.Parameter(like.new_empty(proj, self.hidden_size))
         nn.LSTMCell.reset_parameters(self)
 
-    def _is_torchs(self) -> bool:
-        return not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+    def is_torchs(self) -> bool:
+        plain = not self.proj_size and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        return super().is_torchs() and plain
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
@@ -389,6 +455,11 @@ class LSTMCell(_TorchCell, nn.LSTMCell):  # type: ignore[misc]  # forward takes 
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, proj_size=0, activation="tanh", gate_activation="sigmoid")
+
+
+def torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of torch.nn that a drop-in, or a subclass of one, inherits from."""
+    return next(each for each in kind.__mro__ if each.__module__ == nn.RNNBase.__module__)
 
 
 def other_than(module: nn.Module, **defaults: Any) -> str:

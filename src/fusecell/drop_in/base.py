@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NoReturn, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys
+from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys, torch_class
 from fusecell.drop_in.checks import check_hidden, check_input
 from fusecell.execution.call_form import CellFactory, sequence_form
 from fusecell.execution.call_path import call
@@ -26,11 +26,13 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.results import public_state, swap_time_and_batch, with_dim, without_dim
 from fusecell.execution.runners import traced_as_operator, traced_runner
-from fusecell.execution.torchscript import is_tracing, refuse_script, refuse_trace
+from fusecell.execution.symbolic_trace import is_proxy, record_call
+from fusecell.execution.torchscript import is_tracing, read_as, refuse_script, refuse_trace
 from fusecell.layers.arguments import Lengths, SequenceShape
 from fusecell.layers.packed import Packing, check_packed
 from fusecell.layers.scan import scan_time_major
 from fusecell.layers.scan_wrappers import PLAIN, MaskedOutput, WrapOptions, describe, wrap_options
+from fusecell.torch_internals import in_onnx_export, is_expanded_weight
 from fusecell.validation import StateLike
 
 __all__ = ["Scanned"]
@@ -41,6 +43,7 @@ _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not is
 _PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)}
 
 
+_TORCHS_CHECKS = ("check_input", "check_hidden_size", "check_forward_args")
 _READ_BY_CELLS = ("training", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 """The attributes of every layer from which ``leaf_cells`` builds a cell, besides its weights."""
 
@@ -51,10 +54,17 @@ class Scanned:
     Attributes:
         cell_type: the class of the cells.
         cell_attributes: the attributes of its own that a layer passes on to its cells.
+        added_attributes: those that torch.nn's class lacks, with the values at which both compute the same.
     """
 
     cell_type: ClassVar[type[RNNCell | GRUCell | LSTMCell]]
     cell_attributes: ClassVar[tuple[str, ...]] = ()
+    added_attributes: ClassVar[Mapping[str, object]] = {
+        "recompute": False,
+        "masked_output": "hold",
+        "tbptt": None,
+        "clip_state_grad": None,
+    }
 
     input_size: int
     hidden_size: int
@@ -70,6 +80,14 @@ class Scanned:
     masked_output: MaskedOutput = "hold"
     tbptt: int | None = None
     clip_state_grad: float | None = None
+
+    _has_own_checks: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torchs: Any = torch_class(cls)  # type: ignore[arg-type]
+        kind: Any = cls
+        cls._has_own_checks = any(getattr(kind, name) is not getattr(torchs, name) for name in _TORCHS_CHECKS)
 
     def __init__(
         self,
@@ -116,6 +134,8 @@ class Scanned:
             ValueError, RuntimeError: with torch.nn's texts, where a rank, a size, a dtype or a device doesn't fit.
             TypeError: where an argument has the wrong type.
         """
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, hx, lengths=lengths, resets=resets, mask=mask)  # type: ignore[arg-type, no-any-return]
         if unset:
             self._check_unset(unset)
         has_data = lengths is not None or resets is not None or mask is not None
@@ -136,7 +156,7 @@ class Scanned:
     @natively
     def _is_one_scan(self, input: Any) -> TypeGuard[Tensor]:
         """Return whether a call on ``input`` is the scan of one cell over one tensor, which a kernel can do alone."""
-        if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional:
+        if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional or self._has_own_checks:
             return False
         return self._wrap_options() is PLAIN
 
@@ -166,6 +186,9 @@ class Scanned:
         if is_tracing():
             return self._traced_forward(input, hx, has_data)
         weight = self._weight("weight_ih_l0")
+        # ONNX, and gradients per sample, are about torch.nn's operations.
+        if not has_data and (in_onnx_export() or is_expanded_weight(weight)) and self._computes_as_torch():
+            return self._torch_forward(input, hx)
         x = check_input(self, input, weight)
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None and has_data:
@@ -180,8 +203,10 @@ class Scanned:
             x = x[:, None] if unbatched else x.transpose(0, 1) if self.batch_first else x
         rows = x.shape[1] if packed is None else int(packed.batch_sizes[0])
         states = None if hx is None else check_hidden(self, hx, x, rows, unbatched, packed is not None)
+        if self._has_own_checks:
+            self._run_own_checks(input, hx, rows)
         wrap = self._wrap_options()
-        if not has_data and (wrap is PLAIN or not torch.is_grad_enabled()) and self._leave_to_torch(x):
+        if not has_data and self._leave_to_torch(x):
             return self._torch_forward(input, hx)
         if packed is not None:
             return self._packed_forward(Packing.open(packed), x, states, weight, wrap)
@@ -195,6 +220,24 @@ class Scanned:
             return without_dim(outputs, 1), public_state(tuple(without_dim(value, 1) for value in after))
         return swap_time_and_batch(outputs) if self.batch_first else outputs, public_state(after)
 
+    def _run_own_checks(self, input: Any, hx: Any, rows: int) -> None:
+        """Call the ``check_forward_args`` of a user's subclass as torch.nn's forward does, with a batch and a state."""
+        module: Any = self
+        packed = isinstance(input, PackedSequence)
+        if packed and len(self.cell_type.states) > 1:  # torch.nn's LSTM doesn't there
+            return
+        data, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
+        if packed and hx is not None:
+            hx = module.permute_hidden(hx, input.sorted_indices)
+        states = hx if isinstance(hx, tuple) else (hx,)
+        if not packed and data.dim() == 2:
+            data = data[None] if self.batch_first else data[:, None]
+            states = tuple([value if value is None else value[:, None] for value in states])
+        if hx is None:
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            states = tuple([data.new_zeros(count, rows, size) for size in self.state_sizes()])
+        module.check_forward_args(data, states if len(states) > 1 else states[0], batch_sizes)
+
     def _torch_forward(self, input: Any, hx: Any) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """Run torch.nn's own layer."""
         result: tuple[Tensor | PackedSequence, Tensor | State] = super().forward(input, hx)  # type: ignore[misc]
@@ -207,7 +250,7 @@ class Scanned:
             refuse_trace(name, "torch.nn's layer, which is what is recorded, takes no lengths, resets and mask.")
         if (self.tbptt is not None or self.clip_state_grad is not None) and torch.is_grad_enabled():
             refuse_trace(name, "torch.nn's layer, which is what is recorded, has no tbptt and clip_state_grad.")
-        if not self._is_torchs():
+        if not self.is_torchs():
             refuse_trace(name, f"torch.nn can't compute {self}.")
         return self._torch_forward(input, hx)
 
@@ -313,15 +356,28 @@ class Scanned:
 
     def _leave_to_torch(self, x: Tensor) -> bool:
         """Return whether torch.nn computes this call: fusecell has no kernels for other devices, and cuDNN is fast."""
-        return not x.is_cpu and x.numel() > 0 and self._is_torchs()
+        return not x.is_cpu and x.numel() > 0 and self._computes_as_torch()
 
-    def _is_torchs(self) -> bool:
-        """Return whether the cells have the equation of torch.nn's layer."""
-        return True
+    def _computes_as_torch(self) -> bool:
+        """Return whether torch.nn's layer would return the same in this thread now, gradients included."""
+        return self.is_torchs() and (self._wrap_options() is PLAIN or not torch.is_grad_enabled())
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse torch.jit.script, which calls this first."""
-        refuse_script(type(self).__name__)
+    def is_torchs(self) -> bool:
+        """Return whether the cells have the equation of torch.nn's layer; not those of a user's class."""
+        return self.cell_type in (RNNCell, GRUCell, LSTMCell)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Pass for torch.nn's layer while torch.jit.script runs, which calls this first."""
+        module: Any = self
+        own_forward = type(self).forward is not Scanned.forward
+        if not own_forward:
+            name = type(self).__name__
+            if not self.is_torchs():
+                refuse_script(name, f"torch.nn can't compute {self}.")
+            if self.tbptt is not None or self.clip_state_grad is not None:
+                refuse_script(name, "torch.nn's layer, which is what is scripted, has no tbptt and clip_state_grad.")
+        read_as(module, torch_class(type(module)), self.added_attributes, own_forward=own_forward)
+        return module
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]

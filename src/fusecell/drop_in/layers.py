@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
 from fusecell.cells.activations import check_activation
-from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, other_than
+from fusecell.cells.torch_nn import GATED, GRUCell, LSTMCell, RNNCell, other_than
 from fusecell.drop_in.base import Scanned
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -37,6 +38,7 @@ class RNN(Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than tor
 
     cell_type = RNNCell
     cell_attributes = ("nonlinearity", "activation")
+    added_attributes: ClassVar[Mapping[str, object]] = {**Scanned.added_attributes, "activation": None}
     activation: str | None = None
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
@@ -44,8 +46,8 @@ class RNN(Scanned, nn.RNN):  # type: ignore[misc]  # forward takes more than tor
         check_activation("RNN", activation=activation or "tanh")
         self.activation = activation
 
-    def _is_torchs(self) -> bool:
-        return self.activation is None
+    def is_torchs(self) -> bool:
+        return super().is_torchs() and self.activation is None
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, activation=None)
@@ -82,6 +84,7 @@ class GRU(Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than tor
 
     cell_type = GRUCell
     cell_attributes = ("reset_after", "activation", "gate_activation")
+    added_attributes: ClassVar[Mapping[str, object]] = {**Scanned.added_attributes, **GATED, "reset_after": True}
     reset_after: bool = True
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
@@ -99,8 +102,10 @@ class GRU(Scanned, nn.GRU):  # type: ignore[misc]  # forward takes more than tor
         self.reset_after = reset_after
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _is_torchs(self) -> bool:
-        return self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+    def is_torchs(self) -> bool:
+        return (
+            super().is_torchs() and self.reset_after and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, reset_after=True, activation="tanh", gate_activation="sigmoid")
@@ -135,6 +140,7 @@ class LSTM(Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than t
 
     cell_type = LSTMCell
     cell_attributes = ("proj_size", "activation", "gate_activation")
+    added_attributes: ClassVar[Mapping[str, object]] = {**Scanned.added_attributes, **GATED}
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
 
@@ -143,8 +149,8 @@ class LSTM(Scanned, nn.LSTM):  # type: ignore[misc]  # forward takes more than t
         check_activation("LSTM", activation=activation, gate_activation=gate_activation)
         self.activation, self.gate_activation = activation, gate_activation
 
-    def _is_torchs(self) -> bool:
-        return (self.activation, self.gate_activation) == ("tanh", "sigmoid")
+    def is_torchs(self) -> bool:
+        return super().is_torchs() and (self.activation, self.gate_activation) == ("tanh", "sigmoid")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + other_than(self, activation="tanh", gate_activation="sigmoid")

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import is_compiled
 from fusecell.execution.natively import natively
 from fusecell.execution.options import State
 from fusecell.execution.torchscript import is_tracing
+from fusecell.torch_internals import is_profiling
 
 __all__ = ["CallCache", "SlowPath", "call", "register_call_cache"]
 
@@ -89,7 +91,11 @@ def call(
     else:
         return slow_path(owner, input, state, *options)
     if _cache is not None and is_compiled():
-        result = _cache.find(owner, form, tensors)
+        if is_profiling():
+            with record_function(f"fusecell::{type(owner).__name__}"):
+                result = _cache.find(owner, form, tensors)
+        else:
+            result = _cache.find(owner, form, tensors)
         if result is not None:
             outputs, after = result
             return outputs, after[0] if len(after) == 1 else after  # `public_state`, without another call

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from fusecell.execution.context import RunnerName, active_runner, chosen_runner, default_runner
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.torchscript import refuse_trace
-from fusecell.torch_internals import any_autocast, in_jit_trace
+from fusecell.torch_internals import any_autocast, in_jit_trace, is_profiling
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -68,11 +69,23 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
         refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
+    if is_profiling():
+        with record_function(f"fusecell::{type(cell).__name__}"):
+            return _without_autocast(function, cell, inputs, state, options)
     if any_autocast():  # one look for all types of device; a context manager takes longer
-        device = inputs[0].device.type
-        if autocasting(device):
-            with torch.autocast(device, enabled=False):
-                return function(cell, inputs, state, options)
+        return _without_autocast(function, cell, inputs, state, options)
+    return function(cell, inputs, state, options)
+
+
+@natively
+def _without_autocast(
+    function: Runner, cell: Cell, inputs: State, state: State, options: Options
+) -> tuple[Tensor, State]:
+    """Run ``function`` with autocast off."""
+    device = inputs[0].device.type
+    if autocasting(device):
+        with torch.autocast(device, enabled=False):
+            return function(cell, inputs, state, options)
     return function(cell, inputs, state, options)
 
 

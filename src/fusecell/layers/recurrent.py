@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
+from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
 from fusecell.layers.scan_wrappers import MaskedOutput, describe, wrap_options
@@ -91,6 +92,8 @@ class Recurrent(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Outputs, Tensor | State]:
         """Run the cell over a sequence; arguments and returns as in :func:`fusecell.scan`."""
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, state, lengths=lengths, resets=resets, mask=mask)  # type: ignore[no-any-return]
         return self.run(input, state, self.reverse, lengths=lengths, resets=resets, mask=mask)
 
     def run(self, input: Input, state: StateLike | None, reverse: bool, **data: Any) -> tuple[Outputs, Tensor | State]:
@@ -189,6 +192,8 @@ class Bidirectional(nn.Module):
         Raises:
             TypeError, ValueError: where an argument doesn't fit, naming it.
         """
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, state, lengths=lengths, resets=resets, mask=mask)  # type: ignore[no-any-return]
         if state is None:
             state = (None, None)
         if not isinstance(state, tuple | list) or len(state) != 2:

@@ -16,6 +16,7 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.results import public_state, swap_time_and_batch, without_dim
 from fusecell.execution.runners import run
+from fusecell.execution.symbolic_trace import is_proxy, refuse_proxy
 from fusecell.layers.arguments import Lengths, SequenceShape, check_inputs
 from fusecell.layers.packed import Packing, check_packed
 from fusecell.layers.scan_wrappers import PLAIN, MaskedOutput, WrapOptions, run_wrapped, wrap_options
@@ -86,6 +87,8 @@ def scan(
     """
     if not isinstance(cell, Cell):
         raise TypeError(not_a_cell(cell))
+    if type(input) is not Tensor and is_proxy(input):
+        refuse_proxy("fusecell.scan")
     wrap = wrap_options("scan", masked_output, tbptt, clip_state_grad)
     has_data = lengths is not None or resets is not None or mask is not None
     if isinstance(input, PackedSequence):

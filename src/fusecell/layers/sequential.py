@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.recurrent import Bidirectional, Recurrent
 from fusecell.layers.scan import Input
@@ -57,6 +58,8 @@ class Sequential(nn.Sequential):
         Raises:
             ValueError: if ``state`` doesn't have one entry per recurrent part.
         """
+        if type(input) is not Tensor and is_proxy(input):
+            return record_call(self, input, state, lengths=lengths, resets=resets, mask=mask)  # type: ignore[no-any-return]
         count = sum(is_recurrent(part) for part in self)
         states = (None,) * count if state is None else state
         if not isinstance(states, tuple | list) or len(states) != count:

@@ -326,3 +326,64 @@ def test_the_operator_passes_torchs_own_checks():
         torch.library.opcheck(scan, arguments, test_utils=checks)
         if required is None:
             torch.library.opcheck(scan, arguments)
+
+
+class Stateless(fc.Cell):
+    """Without states and weights."""
+
+    states = ()
+
+    def step(self, x, state):
+        return 2 * x, ()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: fc.Recurrent(Stateless(5, 5)), lambda: fc.GRU(5, 8, 2), lambda: fc.LSTM(5, 8)]
+)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_programs_pass_no_empty_list(make, gradients):
+    """AOTInductor's packages call operators with None in the place of a list that is empty."""
+    layer, x = make(), torch.randn(7, 3, 5)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(layer, (x,))
+        scans = [node for node in program.graph.nodes if node.target is torch.ops.fusecell.scan.default]
+        assert scans
+        assert all(len(values) for node in scans for values in node.args[1:5])
+        result = program.module()(x)[0]
+    assert torch.equal(result, layer(x)[0])
+    if gradients and result.requires_grad:
+        result.sum().backward()
+        taken = [parameter.grad for parameter in program.module().parameters()]
+        assert all(grad is not None for grad in taken)
+
+
+@pytest.mark.parametrize("make", [lambda library: library.GRU(5, 8), lambda library: library.RNN(5, 8, 2)])
+def test_operations_are_counted_as_torchs(make):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, counts = torch.randn(7, 3, 5), []
+    for model in (make(nn), torch.export.export(make(fc), (x,)).module()):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    program = torch.export.export(make(fc), (x,)).module()
+    with FlopCounterMode(display=False) as counter:
+        program(x)[0].sum().backward()
+    by_operator = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
+    # A weight's gradient and a state's take as many operations each as the forward; the first input's is not needed.
+    assert by_operator["fusecell.scan"] == counts[0]
+    assert counts[0] < by_operator["fusecell.scan_backward"] <= 2 * counts[0]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_profiles_name_the_layer(gradients):
+    layer, other, x = fc.GRU(5, 8), fc.Recurrent(fc.Stack(fc.LSTMCell(5, 8), fc.RNNCell(8, 3))), torch.randn(7, 3, 5)
+    with torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            layer(x)
+        with torch.profiler.profile() as profile:
+            layer(x)
+            other(x)
+    counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("fusecell")}
+    assert counts == {"fusecell::GRU": 1, "fusecell::LSTMCell": 1, "fusecell::RNNCell": 1}

@@ -41,6 +41,7 @@ from fusecell.torch_internals import (
     apply_directly,
     forward_ad,
     has_saved_tensor_hooks,
+    is_expanded_weight,
     tensor_guards,
 )
 
@@ -138,7 +139,8 @@ def _prepare(
     guards = (
         guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
     )
-    if guards is None:
+    module_tensors = None if guards is None else guards.tensors(owner)
+    if guards is None or module_tensors is None or (module_tensors and is_expanded_weight(module_tensors[0])):
         return None
     cell: Any = owner if factory is None else factory.cell()
     if not all_flat(cell):  # a form has one dimension of features
@@ -148,8 +150,7 @@ def _prepare(
     trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
     leaves = step.traced.weights.stored_leaves if isinstance(step, TrainableStep | Program) else None
-    module_tensors = guards.tensors(owner)
-    if leaves is None or module_tensors is None:
+    if leaves is None:
         return None
     indices = {path: index for index, path in enumerate(guards.paths, len(args))}
     if factory is not None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.ir.graph import SAVED, Graph
@@ -25,7 +26,7 @@ from fusecell.compiler.transforms.partition import partition
 from fusecell.errors import CompilerError, quoted
 from fusecell.execution.options import Options, State, steps_of
 
-__all__ = ["ScanArguments", "inference_kernel", "scan", "scan_backward", "training_kernels"]
+__all__ = ["ScanArguments", "inference_kernel", "not_empty", "scan", "scan_backward", "training_kernels"]
 
 
 class ScanArguments(NamedTuple):
@@ -47,6 +48,13 @@ class ScanArguments(NamedTuple):
     reverse: bool
     recompute: bool
     wanted: list[bool] | None
+
+    @classmethod
+    def of(cls, args: Sequence[Any]) -> ScanArguments:
+        """Take the operator's arguments, with an empty list for each that :func:`not_empty` stands for."""
+        arguments = cls(*args)
+        state, start, weights = map(_present, (arguments.state, arguments.start, arguments.weights))
+        return arguments._replace(state=state, start=start, weights=weights)
 
     @property
     def tensors(self) -> State:
@@ -71,6 +79,16 @@ class ScanArguments(NamedTuple):
         wanted, count = self.wanted or [], len(self.inputs)
         states = [True] * (len(self.state) + len(self.start))
         return [*wanted[:count], *states, *wanted[count:]]
+
+
+def not_empty(values: State, like: Tensor) -> list[Tensor]:
+    """Return a list for the operator: for no tensors, one without elements, as AOTInductor passes no empty list."""
+    return list(values) or [like.new_empty(0)]
+
+
+def _present(values: list[Tensor]) -> list[Tensor]:
+    """Undo :func:`not_empty`."""
+    return [] if len(values) == 1 and tuple(values[0].shape) == (0,) else values
 
 
 _SCHEMA = (
@@ -219,7 +237,7 @@ def _mismatch(name: str, expected: str, got: str) -> ValueError:
 @torch.library.custom_op("fusecell::scan", mutates_args=(), device_types="cpu", schema=f"({_SCHEMA}) -> Tensor[]")
 def scan(*args: Any) -> list[Tensor]:
     """Return the outputs, the states after the last step and, with gradients, what is saved for the backward."""
-    arguments = ScanArguments(*args)
+    arguments = ScanArguments.of(args)
     _check(arguments)
     if arguments.wanted is None:
         inputs, state, start, weights = map(
@@ -235,7 +253,7 @@ def scan(*args: Any) -> list[Tensor]:
 
 @scan.register_fake
 def _(*args: Any) -> list[Tensor]:
-    arguments, like = ScanArguments(*args), args[1][0]
+    arguments, like = ScanArguments.of(args), args[1][0]
     steps, rows = steps_of(tuple(arguments.inputs)), like.shape[1]
     results = [like.new_empty(steps, rows, _output_size(arguments.graph, arguments.wanted is not None))]
     results += [value.new_empty(value.shape) for value in arguments.state]
@@ -252,7 +270,7 @@ def _(*args: Any) -> list[Tensor]:
 )
 def scan_backward(saved: Tensor, grads: list[Tensor], *args: Any) -> list[Tensor]:
     """Return the gradients of the inputs and weights in ``wanted``, of the states, and of the states to reset to."""
-    arguments = ScanArguments(*args)
+    arguments = ScanArguments.of(args)
     _check(arguments)
     if arguments.wanted is None:
         raise ValueError("fusecell::scan_backward expected wanted, a flag for each input and weight; got None.")
@@ -280,13 +298,14 @@ def scan_backward(saved: Tensor, grads: list[Tensor], *args: Any) -> list[Tensor
 
 @scan_backward.register_fake
 def _(saved: Tensor, grads: list[Tensor], *args: Any) -> list[Tensor]:
-    arguments = ScanArguments(*args)
+    arguments = ScanArguments.of(args)
     each = zip(arguments.tensors, arguments.has_gradient(), strict=True)
     return [value.new_empty(value.shape) for value, needed in each if needed]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    arguments = ScanArguments(*inputs)
+    arguments = ScanArguments.of(inputs)
+    ctx.lengths = [len(values) for values in inputs[1:5]]
     ctx.counts = [len(values) for values in (arguments.inputs, arguments.state, arguments.start, arguments.weights)]
     ctx.constants = arguments.graph, arguments.reverse, arguments.recompute, arguments.wanted
     if arguments.wanted is not None:
@@ -299,7 +318,8 @@ def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     arguments = ScanArguments(graph, *_parts(tensors, ctx.counts), lengths, resets, reverse, recompute, wanted)
     results = iter(scan_backward(saved, list(grads[:-1]), *arguments))
     gradients = [next(results) if needed else None for needed in arguments.has_gradient()]
-    return (None, *_parts(gradients, ctx.counts), *[None] * 5)
+    parts = zip(_parts(gradients, ctx.counts), ctx.lengths, strict=True)
+    return (None, *[part or [None] * length for part, length in parts], *[None] * 5)
 
 
 def _parts(values: list[Any], counts: Sequence[int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
@@ -310,3 +330,30 @@ def _parts(values: list[Any], counts: Sequence[int]) -> tuple[list[Any], list[An
 
 
 scan.register_autograd(_gradient, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fusecell.scan)
+def _flops(graph: str, inputs: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Count the operations of a scan's products as ``torch.utils.flop_counter`` does: two for each multiply-add.
+
+    Arguments:
+        inputs, args: those of the operator, with shapes in the place of tensors.
+    """
+    *_, recompute, wanted = args
+    if wanted is None:
+        return _operations(inference_kernel(graph), inputs)
+    return _operations(training_kernels(graph, tuple(wanted), recompute).forward.kernel, inputs)
+
+
+@register_flop_formula(torch.ops.fusecell.scan_backward)
+def _backward_flops(
+    saved: Any, grads: Any, graph: str, inputs: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Count those of its backward, which may compute some of the forward's again."""
+    *_, recompute, wanted = args
+    return _operations(training_kernels(graph, tuple(wanted), recompute).backward.kernel, inputs)
+
+
+def _operations(kernel: Kernel, inputs: Sequence[Sequence[int]]) -> int:
+    """Count the operations of a kernel's products over inputs of some shapes."""
+    return 2 * kernel.macs * max(shape[0] for shape in inputs) * inputs[0][1]

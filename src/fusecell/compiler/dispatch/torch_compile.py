@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fusecell.attribute_paths import is_plain
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.scan_operator import inference_kernel, scan, training_kernels
+from fusecell.compiler.dispatch.scan_operator import inference_kernel, not_empty, scan, training_kernels
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import constants
@@ -97,8 +97,8 @@ def run_traced(
         inputs, state, start = widened(inputs), widened(state), widened(start)
     results: State = tuple(
         scan(
-            text, list(inputs), list(state), list(start), list(weights), options.lengths, options.resets,
-            options.reverse, recompute, flags,
+            text, list(inputs), not_empty(state, inputs[0]), not_empty(start, inputs[0]), not_empty(weights, inputs[0]),
+            options.lengths, options.resets, options.reverse, recompute, flags,
         )
     )[: 1 + len(state)]  # fmt: skip
     if has_16_bits(dtype):
