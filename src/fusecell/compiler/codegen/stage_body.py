@@ -21,7 +21,17 @@ from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.traversal import resolve
 from fusecell.compiler.schedule.plan import SCOPES, Buffer, Location, Plan, Stage
 
-__all__ = ["PART_PARAMS", "Body", "epilogue_roots", "join_lanes", "partials", "partials_of_rows", "reads", "start_values", "step_rows"]
+__all__ = [
+    "PART_PARAMS",
+    "Body",
+    "epilogue_roots",
+    "join_lanes",
+    "partials",
+    "partials_of_rows",
+    "reads",
+    "start_values",
+    "step_rows",
+]
 
 FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC = i64("first_row"), i64("rows"), i64("first_group"), i64("groups"), ptr("acc")
 PART_PARAMS = (FIRST_ROW, ROWS, FIRST_GROUP, GROUPS, ACC)
