@@ -455,7 +455,7 @@ class NotedNewState(Healthy):
 
 
 def test_a_state_may_be_noted_where_it_is_new():
-    fc.testing.check_cell(NotedNewState(3, 4))
+    fc.check_cell(NotedNewState(3, 4))
 
 
 def test_failures_are_reported_without_torch_warnings():
@@ -466,3 +466,34 @@ def test_failures_are_reported_without_torch_warnings():
         problems = failures(cell)
     assert {name for name, _ in problems} >= {"rows"}
     assert not [text for _, text in problems if "UserWarning" in text]
+
+
+@pytest.mark.parametrize("kind", [fc.cells.LIFCell, fc.cells.ALIFCell])
+def test_surrogate_gradients_are_compared_with_the_loops(kind):
+    cell = kind(3, 4)
+    with pytest.raises(CellCheckError, match="surrogate=True"):
+        check_cell(cell)
+    report = check_cell(cell, surrogate=True)
+    assert ("gradients", "gradients of a sequence are those of the loop over step, surrogates included") in report.checks
+
+
+def test_a_backward_that_counts_its_calls_is_no_surrogate():
+    calls = []
+
+    class Counting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            calls.append(1)
+            return grad * len(calls)
+
+    class Counted(fc.Cell):
+        def step(self, x, state):
+            h = torch.tanh(Counting.apply(x) + state[0])
+            return h, (h,)
+
+    with pytest.raises(CellCheckError, match="differs from that of a loop over step"):
+        check_cell(Counted(3, 3), surrogate=True, skip=("module", "purity"))

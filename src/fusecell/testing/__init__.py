@@ -80,6 +80,7 @@ def check_cell(
     extras: Sequence[Tensor] = (),
     x: Tensor | None = None,
     skip: Collection[str] = (),
+    surrogate: bool = False,
 ) -> CellReport:
     """Check a cell against the contract of :class:`fusecell.Cell`, with random inputs and states.
 
@@ -98,7 +99,9 @@ def check_cell(
         extras: values for the cell's ``inputs`` after x, without those that ``draw`` returns; (T, N, ...) or
             (1, N, ...) each.
         x: the input, (T, N, ...), where random numbers won't do, such as token ids.
-        skip: names of checks to leave out, such as "gradients" for a straight-through estimator.
+        skip: names of checks to leave out.
+        surrogate: whether the gradient is meant to differ from that of the values, as of spikes and straight-through
+            estimators: it is then compared with the loop's, and not with finite differences.
 
     Returns:
         A :class:`CellReport` of the checks; print it.
@@ -123,6 +126,8 @@ def check_cell(
     with generators, preserved(cell):
         trial.check_extras()
         checks = {name: check for name, check in CHECKS.items() if name not in skip}
+        if surrogate and "gradients" in checks:
+            checks["gradients"] = step_checks.check_surrogates
         for name, check in checks.items():
             failures += [(name, sentence) for sentence in _run(check, trial)]
             if name == "shapes" and failures:

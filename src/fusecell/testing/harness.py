@@ -99,7 +99,7 @@ class Trial:
         """Run the sequence through the active runner; the cell draws the same as in :attr:`inputs`."""
         x, start = self.caller_inputs if inputs is None else inputs, self.state if state is None else state
         torch.manual_seed(self.seed + 2)
-        with torch.no_grad():
+        with torch.set_grad_enabled(any(value.requires_grad for value in (*x, *start))):
             outputs, after = scan(self.cell, x if len(x) > 1 else x[0], start, **options)
         return outputs, state_tuple(self.cell, after)
 

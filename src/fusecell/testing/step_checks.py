@@ -184,7 +184,38 @@ def check_gradients(trial: Trial) -> Iterator[str]:
             yield (
                 f"the gradient of {name} is not that of the values: {reason}. Look for detach(), .data, no_grad() and "
                 "a custom backward in step. A cell with kinks (relu, abs, clamp) can differ at the kink itself: try "
-                "another seed. If the gradient is meant to differ, skip=('gradients',)."
+                "another seed. If the gradient is meant to differ, surrogate=True compares it with the loop's."
+            )
+
+
+def check_surrogates(trial: Trial) -> Iterator[str]:
+    """gradients of a sequence are those of the loop over step, surrogates included"""
+    double = trial.doubled()
+    names: list[str] = []
+    gradients: list[Any] = []
+    for run in (double.scan, double.loop):
+        given = [value.clone().requires_grad_(value.is_floating_point()) for value in double.inputs]
+        start = [value.clone().requires_grad_() for value in double.state]
+        drawn = len(double.caller_inputs)
+        with torch.enable_grad():
+            outputs, after = run(tuple(given[:drawn] if run == double.scan else given), tuple(start))
+        results = [value for value in (*outputs_of(double.cell, outputs), *after) if value.requires_grad]
+        leaves = {
+            **{f"input {n}": v for n, v in zip(double.cell.inputs, given[:drawn], strict=False) if v.requires_grad},
+            **{f"state {name}": value for name, value in zip(double.cell.states, start, strict=True)},
+            **{f"parameter {name}": value for name, value in double.cell.named_parameters() if value.requires_grad},
+        }
+        # Weights that differ from one element to the next: of a plain sum two wrong signs could cancel.
+        weights = [torch.linspace(0.5, 1.5, v.numel(), dtype=v.dtype).reshape(v.shape) for v in results]
+        of_run = torch.autograd.grad(results, list(leaves.values()), weights, allow_unused=True)
+        names, gradients = list(leaves), [*gradients, of_run]
+    for name, actual, expected in zip(names, *gradients, strict=True):
+        zero = torch.zeros((), dtype=torch.float64)
+        a, b = (zero if value is None else value for value in (actual, expected))
+        if not double.close(*torch.broadcast_tensors(a, b)):
+            yield (
+                f"the gradient of {name} differs from that of a loop over step {apart(a, b)}. A custom backward must "
+                "depend on its arguments alone."
             )
 
 
