@@ -35,6 +35,7 @@ __all__ = [
     "is_profiling",
     "tensor_guards",
     "with_torch_functions",
+    "without_distribution_checks",
     "without_functorch",
     "without_jit_trace",
     "without_modes",
@@ -194,6 +195,19 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
+
+
+@contextmanager
+def without_distribution_checks() -> Iterator[None]:
+    """Keep torch.distributions from looking at the values of parameters and samples for the block, unless asked to."""
+    from torch.distributions import Distribution
+
+    enabled = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(enabled)
 
 
 @contextmanager

@@ -474,7 +474,10 @@ def test_surrogate_gradients_are_compared_with_the_loops(kind):
     with pytest.raises(CellCheckError, match="surrogate=True"):
         check_cell(cell)
     report = check_cell(cell, surrogate=True)
-    assert ("gradients", "gradients of a sequence are those of the loop over step, surrogates included") in report.checks
+    assert (
+        "gradients",
+        "gradients of a sequence are those of the loop over step, surrogates included",
+    ) in report.checks
 
 
 def test_a_backward_that_counts_its_calls_is_no_surrogate():

@@ -71,7 +71,7 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     shapes = RowShapes(
         feature_shape(cell.input_size), feature_shape(cell.output_size), tuple(map(feature_shape, cell.state_sizes))
     )
-    program = compile_step(cell, [shapes.input], dtype)
+    program = compile_step(cell, [shapes.input], dtype, draws=False)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
     # Copies: training may go on with the module while the stream runs.

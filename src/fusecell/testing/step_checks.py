@@ -212,7 +212,7 @@ def check_surrogates(trial: Trial) -> Iterator[str]:
     for name, actual, expected in zip(names, *gradients, strict=True):
         zero = torch.zeros((), dtype=torch.float64)
         a, b = (zero if value is None else value for value in (actual, expected))
-        if not double.close(*torch.broadcast_tensors(a, b)):
+        if not double.close(a + torch.zeros_like(b), b + torch.zeros_like(a)):
             yield (
                 f"the gradient of {name} differs from that of a loop over step {apart(a, b)}. A custom backward must "
                 "depend on its arguments alone."

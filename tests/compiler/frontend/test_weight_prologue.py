@@ -352,7 +352,7 @@ REFUSED = {
     "weights-hook": "registers a hook on w_mul",
     "weights-hook_on_a_node": "a hook or a custom Function changes it",
     "rows-mixed_weight_then_more": "RowsAndWeight, a custom Function, has made together with rows",
-    "rows-branching_backward": "The step mixes the rows of the batch: it computes with a sum over them.* in the gradient of BranchingBackward",
+    "rows-branching_backward": "The step mixes the rows of the batch: .* in the gradient of BranchingBackward",
     "rows-branching_in_numpy": r"reads the value of a tensor \(.numpy\(\)\)",
 }
 

@@ -9,6 +9,7 @@ files show the text as it is, and it is written without LLVM.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable
 
@@ -28,6 +29,8 @@ __all__ = [
     "type_of",
     "typed",
 ]
+
+_NOT_OF_NAMES = re.compile(r"[^A-Za-z0-9._]")
 
 
 class Value(str):
@@ -111,7 +114,7 @@ class TextBuilder:
 
     def fresh(self, name: str) -> str:
         """Return ``name``, made valid and unique within the function."""
-        name = "".join(c if c.isalnum() or c in "._" else "_" for c in name)
+        name = _NOT_OF_NAMES.sub("_", name)
         unique, count = name, self._count.get(name, 0)
         while unique in self._used:
             count += 1

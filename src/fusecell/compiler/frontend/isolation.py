@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fusecell.compiler.frontend.replacements import REPLACEMENTS
+from fusecell.compiler.frontend.sampling import SAMPLING
 from fusecell.compiler.frontend.traced_values import Untraceable
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.torch_internals import (
     with_torch_functions,
+    without_distribution_checks,
     without_functorch,
     without_jit_trace,
     without_modes,
@@ -27,6 +29,8 @@ from fusecell.torch_internals import (
 )
 
 __all__ = ["ValueReadGuard", "isolated", "users_globals", "users_line"]
+
+_REPLACED = {**REPLACEMENTS, **SAMPLING}
 
 # The functions that return the value of a tensor, or its memory, to Python. Some, such as numpy() and data_ptr(), never
 # reach the dispatcher; others would only be seen there as _local_scalar_dense, without the name of what was called.
@@ -69,7 +73,7 @@ class ValueReadGuard(TorchFunctionMode):
                 "all values: write torch.where(condition, a, b), which chooses row by row, and iterate a fixed "
                 "number of times."
             )
-        func = REPLACEMENTS.get(func, func)
+        func = _REPLACED.get(func, func)
         return func(*args, **(kwargs or {}))
 
 
@@ -116,6 +120,7 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(without_saved_tensor_hooks())
         stack.enter_context(_without_nan_checks())
+        stack.enter_context(without_distribution_checks())
         stack.enter_context(without_jit_trace())
         # A scripted function is run as it is written at its first call, and otherwise optimised at its second.
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]  # documented

@@ -6,6 +6,7 @@ rule of `rules`. In the backward sums over rows, the gradients of weights, have 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusecell.attribute_paths import global_path
 from fusecell.compiler.frontend.aten_arguments import Key, key_of, mapped, tensors_in, values_in
 from fusecell.compiler.frontend.custom_functions import is_custom_node, is_of_operator, plain_arguments, tensor_results
+from fusecell.compiler.frontend.draws import Draw, draw_name, fill, form_of, new_tensor
 from fusecell.compiler.frontend.dtypes import casts_of, mixes_with, widens
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_globals, users_line
@@ -91,15 +93,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         rows: the number of rows of the inputs; no other dimension has it.
         dtype: what the step computes in.
         sources: the path of each parameter, buffer and attribute of the cell, and the tensor, by its ``id``.
+        generator: of the numbers that stand for a step's draws in the trace; without one a draw is refused.
     """
 
-    def __init__(self, builder: Builder, rows: int, dtype: torch.dtype, sources: dict[int, tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        rows: int,
+        dtype: torch.dtype,
+        sources: dict[int, tuple[str, Tensor]],
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
         self.dtype = dtype
         self._dtypes = mixes_with(dtype)
         self._casts = casts_of(dtype)
         self.sources = sources
+        self.draws: list[Draw] = []
+        self._generator = generator
         self.weights = Weights(builder, dtype)
         self.writer = Writer(builder, rows, self.weights.leaf, self.weights.literal)
         self.backward = False
@@ -281,6 +293,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 return self._call_inside(func, args, kwargs)
             if name == "lift_fresh" and not self.backward:
                 self._know_literal(args[0])
+            # torch tags the operations that draw from a generator.
+            if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
+                return self._draw(func, name, args, kwargs)
             target = self._check(func, args, kwargs)
             sharing = self._sharing(target)
             # Looked up before the call: what is written in place still has its old value.
@@ -309,9 +324,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Refuse a side effect before it happens; return the tensor that the call writes to, if any."""
-        # torch tags the operations that draw from a generator: drawn once in a trace, the numbers would be constants.
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
-            raise Untraceable(_RANDOM)
         if not func._schema.is_mutable:
             return None
         written = _written(func, args, kwargs)
@@ -330,6 +342,34 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             raise Untraceable("The step writes to several tensors at once.")
         only: Tensor = written[0]
         return only
+
+    def _draw(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Record a draw as an input of the graph; drawn once in a trace, its numbers would be constants."""
+        if self._generator is None or self.backward:
+            raise Untraceable(_RANDOM)
+        arguments = _named_arguments(func, args, kwargs)
+        method, numbers = form_of(name, arguments)
+        target = self._check(func, args, kwargs)
+        tensor = new_tensor(name, arguments) if target is None else target
+        key = key_of(tensor)
+        sharing = [other for other in self._by_storage.get(key[0], ()) if other != key and other in self._values]
+        fill(tensor, method, numbers, self._generator)
+        rows = self.writer.rows
+        axes = [axis for axis, size in enumerate(tensor.shape) if size and size % rows == 0]
+        if len(axes) > 1:
+            raise Untraceable("The step draws a tensor with several dimensions as long as the batch.")
+        shape, axis, split = list(tensor.shape), None, (1, 1)
+        for axis in axes:
+            shape[axis] //= rows
+            split = 1, shape[axis]
+        node = self.builder.append("input", (), {"shape": [math.prod(shape)]}, draw_name(len(self.draws)))
+        row = Row(tuple(tensor.shape), node, axis, split=split)
+        value = self.writer.truth(row) if tensor.dtype == torch.bool else row
+        self._check_result(tensor, value, name)
+        self.draws.append(Draw(method, numbers, tuple(shape), axis, tensor.dtype))
+        self.know(tensor, value)
+        self._overwrite(sharing, tensor)
+        return tensor
 
     def _fixed_reason(self, target: Tensor) -> str:
         """Say why a write to an input, a state or a tensor of the cell is refused."""
@@ -729,9 +769,13 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     ]
 
 
+def _named_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+
+
 def _is_deterministic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation that may draw random numbers draws none in this call: dropout outside training."""
-    arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    arguments = _named_arguments(func, args, kwargs)
     if "rrelu" in func._schema.name:
         return not arguments.get("training", False)
     return "dropout" in func._schema.name and arguments.get("train") is False

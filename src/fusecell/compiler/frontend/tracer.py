@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusecell.attribute_paths import tensors_inside
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.compiler.frontend.custom_functions import intercepted
+from fusecell.compiler.frontend.draws import Draw, draw_name
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.prologue_check import check_gradients
@@ -56,12 +57,19 @@ class Traced:
         weights: how the weight leaves of the graph are made at each call, in the order of ``graph.leaves("weight")``.
         dtype: of the step's inputs, states and results; the graph computes in float32 where it has 16 bits.
         shapes: of a row of each output and note, by its label in the graph, which has all features in one dimension.
+        draws: the random numbers that a step draws: inputs of the graph, behind the cell's own.
     """
 
     graph: Graph
     weights: Prologue
     dtype: torch.dtype
     shapes: Mapping[str, Shape]
+    draws: tuple[Draw, ...] = ()
+
+    @property
+    def draw_names(self) -> tuple[str, ...]:
+        """The names of the inputs that are draws, which come behind the cell's own."""
+        return tuple(map(draw_name, range(len(self.draws))))
 
     @cached_property
     def weight_names(self) -> tuple[str, ...]:
@@ -76,6 +84,7 @@ def trace(
     *,
     gradients: bool,
     dtypes: Sequence[torch.dtype] | None = None,
+    draws: bool = False,
 ) -> Traced | Refusal:
     """Trace one step of a cell.
 
@@ -96,6 +105,7 @@ def trace(
         dtype: of the inputs, float32, float64, bfloat16 or float16; the graph of the last two is in float32.
         gradients: record the backward too.
         dtypes: of each input in the step, where some are integers; a kernel has these as numbers of ``dtype``.
+        draws: take random numbers that the step draws as further inputs; without it such a step is refused.
 
     Returns:
         The graph, or the reasons why there is none.
@@ -104,10 +114,10 @@ def trace(
     if reasons:
         return Refusal(reasons)
     sizes = _batch_sizes(cell, inputs)
-    result = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[:2])
+    result = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[:2], draws)
     # A dimension that the step makes may be as long as the batch was, and looks like it: next to another it doesn't.
     if isinstance(result, Refusal) and any(_ABOUT_ROWS in reason for reason in result.reasons) and len(sizes) > 2:
-        again = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[2:])
+        again = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[2:], draws)
         return again if isinstance(again, Traced) else result
     return result
 
@@ -119,6 +129,7 @@ def _traced_with(
     gradients: bool,
     dtypes: Sequence[torch.dtype] | None,
     sizes: Sequence[int],
+    draws: bool,
 ) -> Traced | Refusal:
     """Trace a step with two numbers of rows."""
     runs: list[_Run] = []
@@ -128,7 +139,7 @@ def _traced_with(
             # Twice, with other numbers and another batch size: whatever the step computes in Python from either, and a
             # graph would hold as a constant, then comes out differently.
             for rows in sizes:
-                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs, dtypes=dtypes))
+                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs, dtypes=dtypes, draws=draws))
                 runs[-1] = _ran(runs[-1])
                 changes = before.changes()
                 if changes:
@@ -271,6 +282,7 @@ class _Run:
         shapes: of the inputs of a step, without time and batch.
         named: whether the names of the step's variables are taken.
         dtypes: of the inputs, where some are integers.
+        draws: whether the step may draw random numbers.
     """
 
     cell: Cell
@@ -282,6 +294,7 @@ class _Run:
     names: dict[int, str] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     dtypes: Sequence[torch.dtype] | None = None
+    draws: bool = False
     row_shapes: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -289,9 +302,10 @@ class _Run:
         for path, tensor in _attributes(self.cell):
             sources.setdefault(id(tensor), (path, tensor))
         self.builder = Builder("step", GRAPH_DTYPES[self.dtype])
-        self.recorder = Recorder(self.builder, self.rows, self.dtype, sources)
         # Another seed for each run: a branch on a value then goes two ways, if it can.
         self.generator = torch.Generator().manual_seed(self.rows)
+        generator = self.generator if self.draws else None
+        self.recorder = Recorder(self.builder, self.rows, self.dtype, sources, generator)
 
     def run(self) -> None:
         """Run the step, and its gradient if asked for, under the recorder."""
@@ -317,7 +331,8 @@ class _Run:
 
     def text(self) -> str:
         """Return what two runs must agree in."""
-        return self.builder.build(self.outputs).text + self.recorder.weights.prologue().describe()
+        graph = self.builder.build(self.outputs, keep_all=bool(self.recorder.draws))
+        return graph.text + self.recorder.weights.prologue().describe() + "".join(map(str, self.recorder.draws))
 
     def traced(self) -> Traced:
         """Return what was recorded, in the user's names."""
@@ -330,7 +345,8 @@ class _Run:
                 of_state = label.startswith("grad.state.")
                 names.setdefault(node, f"grad.{name.partition('.')[2]}{'.new' * of_state}")
         graph = name_values(self.builder.build(self.outputs, keep_all=True), names)
-        return Traced(graph, self.recorder.weights.prologue(), self.dtype, self.row_shapes)
+        draws = tuple(self.recorder.draws)
+        return Traced(graph, self.recorder.weights.prologue(), self.dtype, self.row_shapes, draws)
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import rebound
+from fusecell.compiler.programs.replay import with_draws
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.transforms.partition import ForwardBackward, partition
@@ -54,15 +56,17 @@ class TrainableStep:
         self.dtypes = dtypes
         self._about = about
         self._key = key
-        self._inputs = tuple(inputs)
+        self._inputs = (*inputs, *traced.draw_names)
         names = traced.weight_names
-        self._labels = (*(f"grad.input.{name}" for name in inputs), *(f"grad.weight.{name}" for name in names))
+        self._labels = (*(f"grad.input.{name}" for name in self._inputs), *(f"grad.weight.{name}" for name in names))
         self._trainings: dict[tuple[bool, ...], Training | Refusal] = {}
 
     def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
         prologue = self.traced.weights
         weights = prologue.values(cell)
+        generator_state = torch.get_rng_state() if self.traced.draws else None
+        inputs = with_draws(inputs, self.traced, options)
         flags = tuple([value.requires_grad for value in (*inputs, *weights)])
         recompute = options.recompute or recomputing()
         # Without the lock, as a dict's get is atomic: most calls find their kernels.
@@ -75,6 +79,7 @@ class TrainableStep:
             # Under autograd, which so rounds the gradient of each once.
             inputs, state, reset = map(widened, (inputs, state, reset))
         call = Call.of(training, inputs, state, reset, weights, options, self.traced.shapes["output"])
+        call.generator_state = generator_state
         results = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
         if has_16_bits(dtype):
             results = rounded(results, dtype)
@@ -91,7 +96,8 @@ class TrainableStep:
 
     def saved_numbers(self, cell: Cell, inputs: Sequence[bool], recompute: bool) -> int:
         """Return how many numbers are saved per row and step for the gradients of all weights and of some inputs."""
-        flags = (*inputs, *[value.requires_grad for value in self.traced.weights.values(cell)])
+        draws = [False] * len(self.traced.draws)
+        flags = (*inputs, *draws, *[value.requires_grad for value in self.traced.weights.values(cell)])
         graphs = self.forward_backward(flags, recompute or recomputing())
         return sum(padded(size) for _, size in graphs.saved)
 
@@ -130,7 +136,7 @@ def compile_trainable(
         features: the shape of each input behind (T, N).
         dtypes: of each input in the step, where some are integers.
     """
-    traced = trace(cell, features, dtype, gradients=True, dtypes=dtypes)
+    traced = trace(cell, features, dtype, gradients=True, dtypes=dtypes, draws=True)
     if isinstance(traced, Refusal):
         return traced
     return TrainableStep(traced, cell.inputs, without_tensors(signature(cell)), type(cell).__name__, dtypes)
@@ -186,12 +192,24 @@ def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) ->
         if has_16_bits(dtype):  # back to the numbers that they were made from
             inputs, state, reset = (rounded(values, dtype) for values in (inputs, state, reset))
         if step.dtypes is not None:  # and the numbers of an integer input back to integers
-            inputs = tuple(value.to(kind) for value, kind in zip(inputs, step.dtypes, strict=True))
+            inputs = tuple(value.to(kind) for value, kind in zip(inputs, step.dtypes, strict=False))
         cell = rebound(ctx.cell, step.traced.weights.bindings(weights, originals), reset)
-        outputs, after = run_eager(cell, inputs, state, call.options)
+        with _as_drawn(call.generator_state):
+            outputs, after = run_eager(cell, inputs[: len(cell.inputs)], state, call.options)
         return widened((packed(outputs, 2), *after))
 
     return differentiated(eager, tensors, ctx.needs_input_grad[3:], grads)
+
+
+@contextmanager
+def _as_drawn(generator_state: Tensor | None) -> Iterator[None]:
+    """Draw from torch's generator as at another time, and leave it as it was."""
+    if generator_state is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=()):
+        torch.set_rng_state(generator_state)
+        yield
 
 
 def differentiated(

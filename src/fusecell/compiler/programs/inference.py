@@ -15,6 +15,7 @@ from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run
+from fusecell.compiler.programs.replay import with_draws
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.errors import CompilerError
@@ -44,6 +45,7 @@ class Program:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
         reset = () if options.resets is None else reset_state(cell, inputs[0])
         weights = self.traced.weights.values(cell)
+        inputs = with_draws(inputs, self.traced, options)
         return run_forward(self.kernel, weights, inputs, state, reset, options, self.traced.shapes)
 
 
@@ -139,15 +141,18 @@ def compile_step(
     features: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     dtypes: Sequence[torch.dtype] | None = None,
+    *,
+    draws: bool = True,
 ) -> Program | Refusal:
     """Trace a cell's step and compile it.
 
     Arguments:
         features: the shape of each input behind (T, N).
         dtypes: of each input in the step, where some are integers.
+        draws: whether the step may draw random numbers, which each call then draws before it runs the kernel.
     """
     began = time.perf_counter()
-    traced = trace(cell, features, dtype, gradients=False, dtypes=dtypes)
+    traced = trace(cell, features, dtype, gradients=False, dtypes=dtypes, draws=draws)
     if isinstance(traced, Refusal):
         return traced
     try:

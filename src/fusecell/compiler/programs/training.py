@@ -134,6 +134,7 @@ class Call:
     Arguments:
         all_rows: rows of all steps together.
         output: the shape of a row of the output.
+        generator_state: of torch's generator before the call drew what its steps draw.
         ends: where inputs, states, states to reset to, and weights end among the call's tensors. The tensors that
             weights are computed from come last.
     """
@@ -146,6 +147,7 @@ class Call:
     all_rows: int
     ends: tuple[int, int, int, int]
     output: Shape = ()
+    generator_state: Tensor | None = None
 
     @classmethod
     def of(
