@@ -284,7 +284,7 @@ def _explain_cell(
         training_reasons = trainable.reasons
         lines += _describe_refusal(program, trainable)
     elif not isinstance(program, Refusal):
-        requires_grad = [False] * len(inputs) + [each.requires_grad for each in trainable.traced.weights.values(cell)]
+        requires_grad = trainable.flags([False] * len(inputs), trainable.traced.weights.values(cell))
         training = trainable.training(requires_grad, recomputing())
         if isinstance(training, Refusal):
             training_reasons = training.reasons

@@ -96,10 +96,14 @@ class TrainableStep:
 
     def saved_numbers(self, cell: Cell, inputs: Sequence[bool], recompute: bool) -> int:
         """Return how many numbers are saved per row and step for the gradients of all weights and of some inputs."""
-        draws = [False] * len(self.traced.draws)
-        flags = (*inputs, *draws, *[value.requires_grad for value in self.traced.weights.values(cell)])
+        flags = self.flags(inputs, self.traced.weights.values(cell))
         graphs = self.forward_backward(flags, recompute or recomputing())
         return sum(padded(size) for _, size in graphs.saved)
+
+    def flags(self, inputs: Sequence[bool], weights: State) -> tuple[bool, ...]:
+        """Return for each input, each draw and each weight whether it needs a gradient, given that of the inputs."""
+        draws = [False] * len(self.traced.draws)
+        return (*inputs, *draws, *[value.requires_grad for value in weights])
 
     def forward_backward(self, flags: Sequence[bool], recompute: bool) -> ForwardBackward:
         """Partition the joint graph for some gradients; the arguments are those of :meth:`training`."""
@@ -110,7 +114,7 @@ class TrainableStep:
         """Return the kernels for some gradients, compiled on first use.
 
         Arguments:
-            flags: for each input, then each weight, whether it needs a gradient.
+            flags: for each input, draw and weight whether it needs a gradient, as of :meth:`flags`.
             recompute: save the states only, and compute everything else again in the backward.
         """
         key = (recompute, *flags)

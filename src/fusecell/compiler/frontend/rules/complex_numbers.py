@@ -220,7 +220,8 @@ def _fourier(w: Writer, x: Pair, dims: Sequence[int], normalisation: int, sign: 
 
 
 def _table(w: Writer, numbers: np.ndarray[Any, Any]) -> Row:
-    return w.row(w.literal(torch.from_numpy(np.ascontiguousarray(numbers))))
+    dtype = torch.float32 if w.builder.dtype == "f32" else torch.float64
+    return w.row(w.literal(torch.from_numpy(numbers).to(dtype)))
 
 
 def _fft_c2c(w: Writer, x: Complex, dims: Sequence[int], normalisation: int, forward: bool) -> Complex:
