@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
+from fusecell.module_snapshot import Snapshot
 
 __all__ = ["WrappedCell", "wrap"]
 
@@ -111,9 +111,16 @@ class WrappedCell(Cell):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         if self.attributes is not None:
-            with _attributes_set(self.module, self.attributes, state) as owners:
+            # Modules keep more than their state: counters, records, what the last step has made of it.
+            before = Snapshot(self.module)
+            try:
+                owners = _owners(self.module, self.attributes)
+                for (owner, name), value in zip(owners, state, strict=True):
+                    setattr(owner, name, value)
                 output = self.module(x)
                 after = tuple([getattr(owner, name) for owner, name in owners])
+            finally:
+                before.restore()
             return _only_tensor(output), after
         return _split(self.module(x, state[0] if len(state) == 1 else tuple(state)), len(state))
 
@@ -220,31 +227,3 @@ def _only_tensor(output: Any) -> Tensor:
 
 def _owners(module: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
     return [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-
-
-_ABSENT = object()
-
-
-@contextmanager
-def _attributes_set(module: nn.Module, names: Sequence[str], state: State) -> Iterator[list[tuple[nn.Module, str]]]:
-    """Set attributes to the state for the block; afterwards the module is as it was."""
-    owners = _owners(module, names)
-    before = [_stored(owner, name) for owner, name in owners]
-    for (owner, name), value in zip(owners, state, strict=True):
-        _table(owner, name)[name] = value
-    try:
-        yield owners
-    finally:
-        for (owner, name), value in zip(owners, before, strict=True):
-            if value is not _ABSENT:
-                _table(owner, name)[name] = value
-            else:
-                owner.__dict__.pop(name, None)
-
-
-def _stored(owner: nn.Module, name: str) -> Any:
-    return owner._buffers[name] if name in owner._buffers else owner.__dict__.get(name, _ABSENT)
-
-
-def _table(owner: nn.Module, name: str) -> dict[str, Any]:
-    return owner._buffers if name in owner._buffers else owner.__dict__

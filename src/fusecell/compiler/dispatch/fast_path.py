@@ -150,7 +150,7 @@ def _prepare(
     trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
     leaves = step.traced.weights.stored_leaves if isinstance(step, TrainableStep | Program) else None
-    if leaves is None or step.traced.draws:
+    if leaves is None or not step.traced.is_plain:
         return None
     indices = {path: index for index, path in enumerate(guards.paths, len(args))}
     if factory is not None:

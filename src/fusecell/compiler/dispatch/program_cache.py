@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.frontend.signature import Key, signature, split_numbers, without_attributes
-from fusecell.compiler.programs.autograd import compile_trainable
-from fusecell.compiler.programs.inference import compile_step
+from fusecell.compiler.programs.autograd import TrainableStep, compile_trainable
+from fusecell.compiler.programs.inference import Program, compile_step
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State
 from fusecell.execution.runners import no_collection
@@ -48,6 +48,7 @@ class ProgramCache(Generic[Compiled]):
         # For each cell and all else that it depends on, the values of each number that it was compiled with.
         self._numbers: WeakKeyDictionary[Cell, dict[Key, dict[str, set[Any]]]] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[Cell, list[_ChangingCell]] = WeakKeyDictionary()
+        self._leftovers: WeakKeyDictionary[Cell, tuple[str, ...]] = WeakKeyDictionary()
         register_cache(self.forget)
 
     def find(self, cell: Cell, inputs: State, dtype: torch.dtype | None = None) -> Compiled | Refusal:
@@ -57,7 +58,10 @@ class ProgramCache(Generic[Compiled]):
             dtype: that of the cell's states, where an input may be of integers.
         """
         first = inputs[0].dtype if dtype is None else dtype
-        key: Key = (signature(cell), tuple([value.shape[2:] for value in inputs]), first)
+        of_cell = signature(cell)
+        if self._leftovers and (leftovers := self._leftovers.get(cell)):
+            of_cell = without_attributes(of_cell, leftovers)
+        key: Key = (of_cell, tuple([value.shape[2:] for value in inputs]), first)
         for value in inputs:
             if value.dtype is not first:
                 key = (*key, tuple([value.dtype for value in inputs]))
@@ -70,7 +74,7 @@ class ProgramCache(Generic[Compiled]):
         with _LOCK:
             for key in [key for key in self._programs if kinds is None or _contains(key[0], kinds)]:
                 del self._programs[key]
-            for table in (self._numbers, self._changing):
+            for table in (self._numbers, self._changing, self._leftovers):
                 for cell in list(table):
                     if kinds is None or any(type(module) in kinds for module in cell.modules()):
                         del table[cell]
@@ -87,6 +91,10 @@ class ProgramCache(Generic[Compiled]):
                     program = self._build(cell, features, *key[2:])
                 if isinstance(program, Refusal):
                     program = self._refuse(key, cell, program, changing)
+                elif isinstance(program, Program | TrainableStep) and program.traced.leftovers:
+                    # The next call finds other tensors there, and the same program.
+                    self._leftovers[cell] = tuple({*self._leftovers.get(cell, ()), *program.traced.leftovers})
+                    key = (without_attributes(key[0], self._leftovers[cell]), *key[1:])
                 self._programs[key] = program
                 if len(self._programs) > _MAX_PROGRAMS:
                     self._programs.popitem(last=False)

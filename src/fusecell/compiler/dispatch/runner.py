@@ -16,6 +16,7 @@ from fusecell.cell_tree import iter_cells
 from fusecell.compiler.cache_registry import forget_programs, register_cache
 from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import as_numbers, call_reasons, loop_is_faster, needs_gradient
+from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
@@ -94,7 +95,12 @@ def _numbers(cell: Cell, inputs: State, state: State) -> State | Refusal:
 def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Options) -> tuple[Outputs, State] | Refusal:
     find = find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program
     program = find(cell, inputs, numbers[0].dtype)
-    result = program if isinstance(program, Refusal) else program(cell, numbers, state, options)
+    if isinstance(program, Refusal):
+        return program
+    if program.traced.leftovers:
+        result = run_leaving(program, cell, inputs, numbers, state, options)
+    else:
+        result = program(cell, numbers, state, options)
     size = cell.output_size
     if isinstance(result, Refusal) or is_size(size):
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from fusecell.attribute_paths import tensors_inside
 from fusecell.cell import Cell, capture_intermediates
 from fusecell.compiler.frontend.custom_functions import intercepted
 from fusecell.compiler.frontend.draws import Draw, draw_name
-from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES
+from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, GRAPH_DTYPES, casts_of
 from fusecell.compiler.frontend.isolation import ValueReadGuard, isolated
 from fusecell.compiler.frontend.prologue_check import check_gradients
 from fusecell.compiler.frontend.recorder import Recorder
@@ -58,6 +58,8 @@ class Traced:
         dtype: of the step's inputs, states and results; the graph computes in float32 where it has 16 bits.
         shapes: of a row of each output and note, by its label in the graph, which has all features in one dimension.
         draws: the random numbers that a step draws: inputs of the graph, behind the cell's own.
+        leftovers: paths of attributes that each step sets to a tensor and no step reads.
+        output_dtype: what the output is converted to after the kernel: that of spikes, say, of ``(v > 1).float()``.
     """
 
     graph: Graph
@@ -65,6 +67,13 @@ class Traced:
     dtype: torch.dtype
     shapes: Mapping[str, Shape]
     draws: tuple[Draw, ...] = ()
+    leftovers: tuple[str, ...] = ()
+    output_dtype: torch.dtype | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call is the kernel and nothing before or after it."""
+        return not self.draws and not self.leftovers and self.output_dtype is None
 
     @property
     def draw_names(self) -> tuple[str, ...]:
@@ -85,6 +94,7 @@ def trace(
     gradients: bool,
     dtypes: Sequence[torch.dtype] | None = None,
     draws: bool = False,
+    leftovers: bool = False,
 ) -> Traced | Refusal:
     """Trace one step of a cell.
 
@@ -106,6 +116,8 @@ def trace(
         gradients: record the backward too.
         dtypes: of each input in the step, where some are integers; a kernel has these as numbers of ``dtype``.
         draws: take random numbers that the step draws as further inputs; without it such a step is refused.
+        leftovers: accept a step that leaves tensors in attributes which no later step reads; without it a step that
+            changes its module is refused.
 
     Returns:
         The graph, or the reasons why there is none.
@@ -114,10 +126,10 @@ def trace(
     if reasons:
         return Refusal(reasons)
     sizes = _batch_sizes(cell, inputs)
-    result = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[:2], draws)
+    result = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[:2], draws, leftovers)
     # A dimension that the step makes may be as long as the batch was, and looks like it: next to another it doesn't.
     if isinstance(result, Refusal) and any(_ABOUT_ROWS in reason for reason in result.reasons) and len(sizes) > 2:
-        again = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[2:], draws)
+        again = _traced_with(cell, inputs, dtype, gradients, dtypes, sizes[2:], draws, leftovers)
         return again if isinstance(again, Traced) else result
     return result
 
@@ -130,28 +142,50 @@ def _traced_with(
     dtypes: Sequence[torch.dtype] | None,
     sizes: Sequence[int],
     draws: bool,
+    leftovers: bool,
 ) -> Traced | Refusal:
     """Trace a step with two numbers of rows."""
     runs: list[_Run] = []
+    left: set[str] = set()
     with _LOCK, isolated(dtype), _without_parameter_hooks(cell):
         before = Snapshot(cell)
         try:
             # Twice, with other numbers and another batch size: whatever the step computes in Python from either, and a
             # graph would hold as a constant, then comes out differently.
-            for rows in sizes:
-                runs.append(_Run(cell, inputs, dtype, rows, gradients, named=not runs, dtypes=dtypes, draws=draws))
+            for rows in (*sizes, sizes[-1]):
+                # A third time only where something was left behind: with what a step of the same size has left.
+                if len(runs) == len(sizes) and not left:
+                    break
+                runs.append(_Run(cell, inputs, dtype, rows, gradients, not runs, dtypes=dtypes, draws=draws, left=left))
                 runs[-1] = _ran(runs[-1])
                 changes = before.changes()
-                if changes:
+                if changes and not (leftovers and _are_leftovers(cell, changes)):
                     return _refuse_changes(runs[-1], before, changes)
-            first, second = (run.text() for run in runs)
+                left = left | {change.path for change in changes}
+            texts = [run.text() for run in runs]
         except (Untraceable, CompilerError) as refusal:
             return _refuse(str(refusal), runs, before)
         except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
             return _refuse(f"The step raised {type(error).__name__}: {error}", runs, before)
         finally:
             before.restore()
-    return runs[0].traced() if first == second else Refusal((_difference(first, second),))
+    for text in texts[1:]:
+        if text != texts[0]:
+            return Refusal((_difference(texts[0], text),))
+    return replace(runs[0].traced(), leftovers=tuple(sorted(left)))
+
+
+def _are_leftovers(cell: Cell, changes: Sequence[Change]) -> bool:
+    """Whether all that a step has changed are attributes of modules, set to tensors or to empty containers."""
+    for change in changes:
+        owner, _, name = change.path.rpartition(".")
+        module = dict(cell.named_modules()).get(owner)
+        if change.how not in ("sets", "adds") or change.path != change.attribute or module is None:
+            return False
+        value = getattr(module, name, None)
+        if type(value) is not Tensor and not (isinstance(value, dict | list) and not value):
+            return False
+    return True
 
 
 def _ran(run: _Run) -> _Run:
@@ -267,7 +301,7 @@ class _Seed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, seeds: list[Tensor], *results: Tensor) -> Tensor:
         ctx.seeds = seeds
-        return results[0].new_zeros(())
+        return seeds[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -283,6 +317,7 @@ class _Run:
         named: whether the names of the step's variables are taken.
         dtypes: of the inputs, where some are integers.
         draws: whether the step may draw random numbers.
+        left: paths of attributes that an earlier run has left behind, and that are not the cell's own.
     """
 
     cell: Cell
@@ -295,12 +330,15 @@ class _Run:
     outputs: dict[str, int] = field(default_factory=dict)
     dtypes: Sequence[torch.dtype] | None = None
     draws: bool = False
+    left: Collection[str] = ()
+    output_dtype: torch.dtype | None = None
     row_shapes: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sources: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in _attributes(self.cell):
-            sources.setdefault(id(tensor), (path, tensor))
+            if path not in self.left:
+                sources.setdefault(id(tensor), (path, tensor))
         self.builder = Builder("step", GRAPH_DTYPES[self.dtype])
         # Another seed for each run: a branch on a value then goes two ways, if it can.
         self.generator = torch.Generator().manual_seed(self.rows)
@@ -346,7 +384,8 @@ class _Run:
                 names.setdefault(node, f"grad.{name.partition('.')[2]}{'.new' * of_state}")
         graph = name_values(self.builder.build(self.outputs, keep_all=True), names)
         draws = tuple(self.recorder.draws)
-        return Traced(graph, self.recorder.weights.prologue(), self.dtype, self.row_shapes, draws)
+        prologue = self.recorder.weights.prologue()
+        return Traced(graph, prologue, self.dtype, self.row_shapes, draws, output_dtype=self.output_dtype)
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.
@@ -401,7 +440,10 @@ class _Run:
         output = self._packed(output)
         shapes = [output_shape(self.cell.output_size), *map(feature_shape, self.cell.state_sizes)]
         for label, shape, value in zip(labels, shapes, [output, *after], strict=True):
-            if tuple(value.shape) != (self.rows, *shape) or value.dtype != self.dtype:
+            is_dtype = value.dtype == self.dtype
+            if label == "output" and value.dtype in (*casts_of(self.dtype), torch.bool, torch.int64):
+                self.output_dtype, is_dtype = value.dtype, True
+            if tuple(value.shape) != (self.rows, *shape) or not is_dtype:
                 actual = f"{tuple(value.shape)} and {value.dtype}"
                 raise Untraceable(
                     f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}."

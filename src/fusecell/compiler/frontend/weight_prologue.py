@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusecell.attribute_paths import getter, is_plain
 from fusecell.cell import Cell
-from fusecell.compiler.frontend.dtypes import kernel_dtype, mixes_with
+from fusecell.compiler.frontend.dtypes import casts_of, kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
 
@@ -337,7 +337,9 @@ class Weights:
         if leaf is not None:
             return leaf
         weight = self.slots[slot]
-        mixes = weight.dtype in mixes_with(self.dtype) or not (weight.dtype.is_floating_point and weight.shape)
+        # A narrower weight is promoted where it meets a value of the step.
+        mixes = weight.dtype in (*mixes_with(self.dtype), *casts_of(self.dtype))
+        mixes = mixes or not (weight.dtype.is_floating_point and weight.shape)
         if weight.dtype.is_complex or not mixes:
             raise Untraceable(f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}.")
         if 0 in weight.shape:

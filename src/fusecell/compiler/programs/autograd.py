@@ -12,7 +12,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
-from fusecell.compiler.frontend.signature import Key, signature, without_tensors
+from fusecell.compiler.frontend.signature import Key, signature, without_attributes, without_tensors
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import rebound
@@ -83,11 +83,12 @@ class TrainableStep:
         results = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
         if has_16_bits(dtype):
             results = rounded(results, dtype)
-        return results[0], results[1:]
+        kind = self.traced.output_dtype
+        return results[0] if kind is None else results[0].to(kind), results[1:]
 
     def check_unchanged(self, cell: Cell) -> None:
         """Raise RuntimeError if the cell's step would no longer compute what was traced."""
-        if self._key and without_tensors(signature(cell)) != self._key:
+        if self._key and _fixed_part(cell, self.traced.leftovers) != self._key:
             raise RuntimeError(
                 f"An attribute, mode or hook of {type(cell).__name__} has changed since its forward. A gradient that "
                 "has one itself runs the step again and would now be another's: change it after the backward, "
@@ -140,10 +141,15 @@ def compile_trainable(
         features: the shape of each input behind (T, N).
         dtypes: of each input in the step, where some are integers.
     """
-    traced = trace(cell, features, dtype, gradients=True, dtypes=dtypes, draws=True)
+    traced = trace(cell, features, dtype, gradients=True, dtypes=dtypes, draws=True, leftovers=True)
     if isinstance(traced, Refusal):
         return traced
-    return TrainableStep(traced, cell.inputs, without_tensors(signature(cell)), type(cell).__name__, dtypes)
+    return TrainableStep(traced, cell.inputs, _fixed_part(cell, traced.leftovers), type(cell).__name__, dtypes)
+
+
+def _fixed_part(cell: Cell, leftovers: Sequence[str]) -> Key:
+    """Return all of a cell's signature but its tensors and what its steps leave behind."""
+    return without_tensors(without_attributes(signature(cell), leftovers))
 
 
 class _Scan(torch.autograd.Function):
@@ -200,7 +206,7 @@ def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) ->
         cell = rebound(ctx.cell, step.traced.weights.bindings(weights, originals), reset)
         with _as_drawn(call.generator_state):
             outputs, after = run_eager(cell, inputs[: len(cell.inputs)], state, call.options)
-        return widened((packed(outputs, 2), *after))
+        return widened((packed(outputs, 2).to(dtype), *after))
 
     return differentiated(eager, tensors, ctx.needs_input_grad[3:], grads)
 

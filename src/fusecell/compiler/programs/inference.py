@@ -46,7 +46,9 @@ class Program:
         reset = () if options.resets is None else reset_state(cell, inputs[0])
         weights = self.traced.weights.values(cell)
         inputs = with_draws(inputs, self.traced, options)
-        return run_forward(self.kernel, weights, inputs, state, reset, options, self.traced.shapes)
+        output, after = run_forward(self.kernel, weights, inputs, state, reset, options, self.traced.shapes)
+        dtype = self.traced.output_dtype
+        return output if dtype is None else output.to(dtype), after
 
 
 def reset_state(cell: Cell, like: Tensor) -> State:
@@ -152,7 +154,7 @@ def compile_step(
         draws: whether the step may draw random numbers, which each call then draws before it runs the kernel.
     """
     began = time.perf_counter()
-    traced = trace(cell, features, dtype, gradients=False, dtypes=dtypes, draws=draws)
+    traced = trace(cell, features, dtype, gradients=False, dtypes=dtypes, draws=draws, leftovers=True)
     if isinstance(traced, Refusal):
         return traced
     try:
