@@ -220,7 +220,6 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "tolist": (lambda c, x, h: h * h.detach().tolist()[0][0], r"\.tolist\(\)"),
     "print": (lambda c, x, h: h * len(str(h)), "print"),
     "closure": (lambda c, x, h: h * _hidden(), r"neither an input.*register_buffer.*test_tracer.py"),
-    "literal": (lambda c, x, h: h * torch.tensor([1.0, 2, 3, 4, 5, 6]), "neither an input"),
     "random": (lambda c, x, h: h + torch.randn_like(h), "Cell.draw"),
     "dropout": (lambda c, x, h: F.dropout(h, 0.5, True), "Cell.draw"),
     "batch_mean": (lambda c, x, h: h - h.mean(0), "mixes the rows"),

@@ -58,10 +58,8 @@ class ProgramCache(Generic[Compiled]):
             dtype: that of the cell's states, where an input may be of integers.
         """
         first = inputs[0].dtype if dtype is None else dtype
-        of_cell = signature(cell)
-        if self._leftovers and (leftovers := self._leftovers.get(cell)):
-            of_cell = without_attributes(of_cell, leftovers)
-        key: Key = (of_cell, tuple([value.shape[2:] for value in inputs]), first)
+        leftovers = self._leftovers.get(cell, ()) if self._leftovers else ()
+        key: Key = (signature(cell, without=leftovers), tuple([value.shape[2:] for value in inputs]), first)
         for value in inputs:
             if value.dtype is not first:
                 key = (*key, tuple([value.dtype for value in inputs]))
@@ -94,7 +92,7 @@ class ProgramCache(Generic[Compiled]):
                 elif isinstance(program, Program | TrainableStep) and program.traced.leftovers:
                     # The next call finds other tensors there, and the same program.
                     self._leftovers[cell] = tuple({*self._leftovers.get(cell, ()), *program.traced.leftovers})
-                    key = (without_attributes(key[0], self._leftovers[cell]), *key[1:])
+                    key = (signature(cell, without=self._leftovers[cell]), *key[1:])
                 self._programs[key] = program
                 if len(self._programs) > _MAX_PROGRAMS:
                     self._programs.popitem(last=False)

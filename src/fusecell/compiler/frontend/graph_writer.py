@@ -64,6 +64,12 @@ class Writer(FeatureMoves):
             raise Untraceable("A table of numbers is needed where there is no prologue.")
         return self._literal(tensor)
 
+    def only_rows(self, mask: Row, value: Row) -> Row:
+        """Return a value that is zero in the rows for which a mask, one element of each row, doesn't hold."""
+        dims = tuple(self.rows if axis == value.axis else 1 for axis in range(len(value.shape)))
+        index = None if mask.index is None else mask.index.reshape([1] * (len(dims) - 1))
+        return self.point("where", Row(dims, mask.node, value.axis, index), value, 0.0)
+
     # operands
 
     def row(self, operand: Operand) -> Row:

@@ -36,6 +36,7 @@ from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten, s
 from fusecell.compiler.frontend.traced_values import (
     Complex,
     ExternalGrad,
+    Masked,
     Row,
     Sum,
     Unsupported,
@@ -61,6 +62,9 @@ _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 
 _MOST_LITERALS = 1 << 16
 """Elements of a tensor that a step may spell out: its numbers are part of the text that two traces must agree in."""
+
+_EXACT = ELEMENTWISE | {"index_put", "gather", "index_select"}
+"""Operations in a narrower dtype than the step's whose results are rounded here, or are elements of their arguments."""
 
 _DECISIONS = (
     "_is_all_true",
@@ -430,13 +434,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             raise Untraceable(f"The step is too large: {size}, and there may be {MOST_NODES:,}.")
         # In place the value is that of the operation without the underscore; the tensor then has it.
         op = name.rstrip("_") if target is not None else name
-        result_values = self._result_values(func, op, args, values, options, results, operands)
+        try:
+            result_values = self._result_values(func, op, args, values, options, results, operands)
+            for tensor, value in zip(results, result_values, strict=True):
+                if tensor is not None and value is not None:
+                    self._check_result(tensor, value, op)
+        except Untraceable as refusal:
+            if target is not None or self.backward:
+                raise
+            # Refused only where the step's results need it: statistics for a log are left out.
+            reason = self._located(refusal, name)
+            result_values = [Unsupported(tuple(r.shape), reason) if isinstance(r, Tensor) else None for r in results]
         for tensor, value in zip(results, result_values, strict=True):
             if tensor is None:
                 continue
             if value is None:
                 value = Unsupported(tuple(tensor.shape), f"The step uses a result of {name} that has no rule.")
-            self._check_result(tensor, value, op)
             if target is None and isinstance(value, Weight) and self.is_known(tensor):
                 continue  # a view of all of it, such as detach: the same weight
             self.know(tensor, value)
@@ -453,6 +466,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     ) -> Sequence[Value | None]:
         """Return the values of the results of a call, by the kinds of its operands; None for one without a rule."""
         unsupported = [value for value in operands if isinstance(value, Unsupported)]
+        masked = [value for value in unsupported if isinstance(value, Masked)]
+        if masked and len(masked) == len(unsupported):
+            of_masked = self._of_masked(func, name, args, values, options, results, masked)
+            if of_masked is not None:
+                return of_masked
         if unsupported:
             return self._of_unsupported(unsupported[0], operands, results)
         if any(isinstance(value, Sum | ExternalGrad) for value in operands):
@@ -484,6 +502,39 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if any(isinstance(value, ExternalGrad) for value in operands):
             return [ExternalGrad(tuple(result.shape)) for result in results]
         return [Unsupported(tuple(result.shape), first.reason) for result in results]
+
+    def _of_masked(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+        masked: list[Masked],
+    ) -> Sequence[Value | None] | None:
+        """Return the results of an operation on elements that a mask picks: on all elements, to be taken by it later.
+
+        Arithmetic is possible on elements, other operations where the mask picks whole rows. None for others.
+        """
+        mask, writer = masked[0].mask, self.writer
+        if name in CONSTANTS:
+            return [filled(writer, name, values, results[0])]
+        if name == "index_put":
+            return [RULES[name](writer, *values, **options)]
+        if any((value.mask.node, value.mask.shape) != (mask.node, mask.shape) for value in masked):
+            return None
+        of_rows = mask.axis == 0 and set(mask.shape[1:]) <= {1}
+        if name not in ELEMENTWISE and name not in KEEPS and not of_rows:
+            return None
+
+        def whole(value: Masked) -> Row:
+            # In a sum over rows, a weight's gradient, the others count as zero.
+            return writer.only_rows(mask, value.row) if self.backward and of_rows else value.row
+
+        values, options = mapped(values, whole, name, Masked), mapped(options, whole, name, Masked)
+        all_rows = self._result_values(func, name, args, values, options, results, list(values_in((values, options))))
+        return [Masked((), masked[0].reason, value, mask) if isinstance(value, Row) else value for value in all_rows]
 
     def _of_complex(
         self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
@@ -693,7 +744,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
-            known = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in ELEMENTWISE else ()))
+            known = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
             # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
             unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
             if tensor.dtype not in known and not constant and not unchanged:

@@ -87,7 +87,7 @@ def is_plain_tensor(value: Any) -> bool:
     return type(value) in _PLAIN_TENSORS
 
 
-def signature(module: nn.Module, _seen: _Seen | None = None) -> Key:
+def signature(module: nn.Module, _seen: _Seen | None = None, without: Collection[str] = ()) -> Key:
     """Return a key that changes whenever the module would trace differently.
 
     It contains every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
@@ -96,6 +96,9 @@ def signature(module: nn.Module, _seen: _Seen | None = None) -> Key:
 
     A value is an entry (name, type, content), without the name in a sequence; a container's content is a tuple of
     entries.
+
+    Arguments:
+        without: paths of attributes that are left out, as if the module had none of the kind.
     """
     seen = _Seen({}, {}) if _seen is None else _seen
     seen.objects.setdefault(id(module), len(seen.objects))
@@ -104,6 +107,8 @@ def signature(module: nn.Module, _seen: _Seen | None = None) -> Key:
     hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
     entries: list[Any] = [type(module), bool(hooks)]
     for name in _attribute_names(tuple(state)):
+        if without and name in without:
+            continue
         value = state[name]
         kind = type(value)
         # Most attributes are one of the first two kinds; a signature is taken in every call that no guard answers.
@@ -115,9 +120,11 @@ def signature(module: nn.Module, _seen: _Seen | None = None) -> Key:
             entries.append((name, *_frozen(value, seen)))
     for table in (state["_parameters"], state["_buffers"]):
         for name, tensor in table.items():
-            entries.append(_tensor(name, tensor, seen))
+            if not without or name not in without:
+                entries.append(_tensor(name, tensor, seen))
     for name, part in state["_modules"].items():
-        entries.append((name, type(part), () if part is None else signature(part, seen)))
+        inner = [path.partition(".")[2] for path in without if path.partition(".")[0] == name] if without else ()
+        entries.append((name, type(part), () if part is None else signature(part, seen, inner)))
     return tuple(entries)
 
 

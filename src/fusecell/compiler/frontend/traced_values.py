@@ -19,6 +19,7 @@ __all__ = [
     "NEXT_NODE",
     "Complex",
     "ExternalGrad",
+    "Masked",
     "Matrix",
     "Row",
     "Sum",
@@ -172,6 +173,21 @@ class Unsupported:
 
     shape: Shape
     reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masked(Unsupported):
+    """The elements of a row at which a mask holds, ``x[mask]``: as many as its values say, so no value of a graph.
+
+    All elements are kept: once written back at the same mask, ``y[mask] = 2 * x[mask]``, they are taken by it.
+
+    Attributes:
+        row: the elements, those at which the mask doesn't hold too.
+        mask: broadcast to the row.
+    """
+
+    row: Row
+    mask: Row
 
 
 Value = Row | Complex | Weight | Sum | ExternalGrad | Unsupported

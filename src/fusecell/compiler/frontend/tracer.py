@@ -163,6 +163,8 @@ def _traced_with(
                     return _refuse_changes(runs[-1], before, changes)
                 left = left | {change.path for change in changes}
             texts = [run.text() for run in runs]
+            if left and len(set(texts)) > 1:  # what one step leaves does reach the next
+                return _refuse_changes(runs[-1], before, before.changes())
         except (Untraceable, CompilerError) as refusal:
             return _refuse(str(refusal), runs, before)
         except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it

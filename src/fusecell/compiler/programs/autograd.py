@@ -12,7 +12,7 @@ from torch import Tensor
 from fusecell.cell import Cell
 from fusecell.compiler.frontend import Traced, trace
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
-from fusecell.compiler.frontend.signature import Key, signature, without_attributes, without_tensors
+from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import rebound
@@ -149,7 +149,7 @@ def compile_trainable(
 
 def _fixed_part(cell: Cell, leftovers: Sequence[str]) -> Key:
     """Return all of a cell's signature but its tensors and what its steps leave behind."""
-    return without_tensors(without_attributes(signature(cell), leftovers))
+    return without_tensors(signature(cell, without=leftovers))
 
 
 class _Scan(torch.autograd.Function):

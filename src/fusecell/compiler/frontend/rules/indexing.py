@@ -11,16 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fusecell.compiler.frontend.contractions import weight_row
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.scans import along
-from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable, Value
+from fusecell.compiler.frontend.traced_values import Masked, Row, Sum, Untraceable, Value, Weight
 
 __all__ = ["INDEXING", "gather", "scattered"]
 
 _MOST_WRITES = 16
 """Values that a scatter may write over one another, at the most: each write is a few nodes."""
+_PICKS = "The step picks elements by a mask, whose number depends on values; select with torch.where instead."
 _MIXES = (
     "The step mixes the rows of the batch: it picks rows of the batch by position; pick features of each row with "
     "torch.gather instead."
@@ -157,7 +159,7 @@ def _whole(w: Writer, row: Row) -> int:
     return w.flat(row)
 
 
-def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row:
+def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row | Masked:
     places = [place for place, index in enumerate(indices) if index is not None]
     if len(places) != 1:
         raise Untraceable(
@@ -166,10 +168,28 @@ def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row:
     index = indices[places[0]]
     assert index is not None
     if w.is_mask(w.row(index)):
-        raise Untraceable(
-            "The step picks elements by a mask, whose number depends on values; select with torch.where instead."
-        )
+        row = w.row(x)
+        return Masked((), _PICKS, row, _mask_of(w, index, places[0], len(row.shape)))
     return _index_select(w, x, places[0], _counted_from_start(w, index, x.shape[places[0]]))
+
+
+def _fill_of(w: Writer, value: Operand) -> float | None:
+    """Return the number that a tensor is filled with, if it is: one of zeros has as many as a mask picks."""
+    if isinstance(value, Weight):
+        return value.fill
+    if isinstance(value, Row) and w.builder.nodes[value.node].op == "const":
+        return float(w.builder.nodes[value.node].attrs["value"])
+    return None
+
+
+def _mask_of(w: Writer, index: Operand, dim: int, dims: int) -> Row:
+    """Return a mask that indexes dimensions from ``dim`` on, with as many dimensions as the tensor has."""
+
+    def spread(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.reshape(*[1] * dim, *numbers.shape, *[1] * (dims - dim - numbers.ndim))
+
+    mask: Row = w.move(spread, w.row(index))
+    return mask
 
 
 def _counted_from_start(w: Writer, index: Operand, size: int) -> Row:
@@ -184,15 +204,16 @@ def _index_put(
     index = indices[places[0]]
     assert index is not None
     if len(places) == 1 and w.is_mask(w.row(index)):
-        if accumulate or w.row(value).features not in ((), (1,)):
+        mask = _mask_of(w, index, places[0], len(w.row(x).shape))
+        if isinstance(value, Masked):
+            if (value.mask.node, value.mask.shape) != (mask.node, mask.shape):
+                raise Untraceable("The step writes elements that one mask picks to places of another. " + _PICKS)
+            value = value.row
+        elif (fill := _fill_of(w, value)) is not None:
+            value = fill
+        elif accumulate or w.row(value).features not in ((), (1,)):
             raise Untraceable("The step writes values at places of a mask; write torch.where(mask, value, tensor).")
-        mask: Row = w.move(
-            lambda numbers: numbers.reshape(
-                *[1] * places[0], *numbers.shape, *[1] * (len(w.row(x).shape) - places[0] - numbers.ndim)
-            ),
-            w.row(index),
-        )
-        return w.point("where", mask, value, x)
+        return w.point("where", mask, w.point("add", x, value) if accumulate else value, x)
     if len(places) != 1 or not accumulate:
         raise Untraceable("The step writes at positions; use scatter along one dimension.")
     base = w.row(x)

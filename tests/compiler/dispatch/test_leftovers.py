@@ -1,0 +1,100 @@
+"""Steps that leave tensors on their module: compiled where no step reads them, and left as a loop leaves them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusecell as fc
+
+
+class Neuron(nn.Module):
+    """Spiking neuron that keeps what it has computed, as those of spiking libraries do: potential, reset, rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+        self.weight = nn.Parameter(torch.eye(5) * 0.7)
+        self.records: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+        self.records = {}
+        self.mem = mem @ self.weight + x
+        spike = (self.mem > 0.3).float()
+        self.reset = spike.detach()
+        self.rate = spike.mean()
+        self.mem = self.mem - self.reset * 0.3
+        return spike, self.mem
+
+
+class Spiking(fc.Cell):
+    """A neuron in a cell; its output is float32 in a cell of any dtype."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 5)
+        self.neuron = Neuron()
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        spike, mem = self.neuron(x, state[0])
+        return spike, (mem,)
+
+
+CALLS = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "lengths": {"lengths": torch.tensor([6, 2, 5])},
+    "resets": {"resets": torch.arange(18).reshape(6, 3) % 5 == 0},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_results_and_leftovers_are_those_of_the_loop(call: str) -> None:
+    torch.manual_seed(0)
+    cell, results = Spiking().double(), []
+    for runner in ("eager", "compiled"):
+        x = torch.linspace(-1, 1, 90, dtype=torch.float64).reshape(6, 3, 5).sin().requires_grad_()
+        with fc.runner(runner):
+            y, state = fc.scan(cell, x, **CALLS[call])
+        loss = state[0].square().sum() + cell.neuron.mem.sum()
+        gradients = torch.autograd.grad(loss, [x, cell.neuron.weight])
+        results.append((y, *state, *gradients, cell.neuron.mem, cell.neuron.reset, cell.neuron.rate))
+        assert y.dtype == torch.float32
+    for actual, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_other_batch_sizes_are_not_compiled_anew() -> None:
+    cell = Spiking()
+    with fc.runner("compiled"), torch.no_grad():
+        for rows in (3, 2, 3, 7):
+            fc.scan(cell, torch.ones(4, rows, 5))
+            assert cell.neuron.mem.shape == (rows, 5)
+    from fusecell.compiler.dispatch.program_cache import PROGRAMS
+
+    assert sum("Neuron" in str(key) for key in PROGRAMS._programs if Spiking in key[0]) == 1
+
+
+def test_one_step_and_a_stream() -> None:
+    cell = Spiking()
+    x = torch.linspace(-1, 1, 5)
+    with torch.no_grad():
+        y, _ = fc.scan(cell, x[None, None])
+        stream = fc.Stream(cell)
+        assert torch.equal(torch.as_tensor(stream.step(x.numpy())), y[0, 0])
+
+
+class Reading(fc.Cell):
+    """A cell that reads what its last step has left."""
+
+    last = None
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        before = x if self.last is None else self.last
+        self.last = x
+        return before, state
+
+
+def test_a_step_that_reads_what_another_has_left_is_refused() -> None:
+    with pytest.raises(fc.NotCompilable, match=r"adds self\.last in test_leftovers\.py"), fc.runner("compiled"):
+        fc.scan(Reading(5, 5), torch.ones(4, 3, 5))
