@@ -19,6 +19,7 @@ from fusecell.compiler.frontend.sampling import SAMPLING
 from fusecell.compiler.frontend.traced_values import Untraceable
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.torch_internals import (
+    in_functorch_transform,
     with_torch_functions,
     without_distribution_checks,
     without_functorch,
@@ -114,7 +115,9 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(without_modes())
         # A user's __torch_function__ may run with torch functions disabled, and values would be read unseen.
         stack.enter_context(with_torch_functions())
-        stack.enter_context(without_functorch())
+        # Transforms in the step itself are followed: with functorch off their gradients would be zeros.
+        if in_functorch_transform():
+            stack.enter_context(without_functorch())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))

@@ -57,6 +57,9 @@ MOST_NODES = 25_000
 _VALUE_CHECKS = ("_linalg_check_errors",)
 """Calls that raise for some values, singular matrices, and return nothing: compiled, these give infinities and NaN."""
 
+_SHAPE_CHECKS = ("is_same_size", "_has_same_storage_numel")
+"""Calls that look at the shapes of tensors alone."""
+
 _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 """Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
 
@@ -292,6 +295,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         name = func._schema.name.partition("::")[2]
         if name in _VALUE_CHECKS:
             return None
+        if name in _SHAPE_CHECKS:
+            return func(*args, **kwargs)
         try:
             if self._inside is not None:
                 return self._call_inside(func, args, kwargs)
@@ -466,6 +471,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     ) -> Sequence[Value | None]:
         """Return the values of the results of a call, by the kinds of its operands; None for one without a rule."""
         unsupported = [value for value in operands if isinstance(value, Unsupported)]
+        if unsupported and name in CONSTANTS:  # zeros or ones like something: of that only the shape matters
+            return [filled(self.writer, name, values, results[0])]
         masked = [value for value in unsupported if isinstance(value, Masked)]
         if masked and len(masked) == len(unsupported):
             of_masked = self._of_masked(func, name, args, values, options, results, masked)
@@ -518,8 +525,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         Arithmetic is possible on elements, other operations where the mask picks whole rows. None for others.
         """
         mask, writer = masked[0].mask, self.writer
-        if name in CONSTANTS:
-            return [filled(writer, name, values, results[0])]
         if name == "index_put":
             return [RULES[name](writer, *values, **options)]
         if any((value.mask.node, value.mask.shape) != (mask.node, mask.shape) for value in masked):
@@ -561,8 +566,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def _of_complex_sums(self, name: str, values: list[Any], options: dict[str, Any]) -> Value:
         """Return the result of an operation on gradients of complex weights: the same on both of their parts."""
+        pair = values[0]
+        if name in ("_conj", "_conj_physical", "conj_physical"):
+            return Complex(pair.shape, pair.real, self.writer.scaled(pair.imaginary, -1.0))
         rule = SUMS.get(name)
-        if rule is None or name in ("mul", "div"):
+        is_scaled = name in ("mul", "div") and isinstance(pair, Complex) and isinstance(values[1], int | float)
+        if rule is None or (name in ("mul", "div") and not is_scaled):
             raise Untraceable(
                 f"The gradient of a complex weight goes through {name}; keep the weight as two real ones."
             )
@@ -653,6 +662,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], operands: list[Value]
     ) -> Sequence[Value | None]:
         if not any(isinstance(value, Sum) for value in operands):
+            sums = [value for value in operands if isinstance(value, Complex) and isinstance(value.real, Sum)]
+            if len(sums) == 1 and name == "add" and options.get("alpha", 1) == 1:
+                return sums  # a complex weight's own gradient, and what comes by way of others that are made of it
+            if sums or any(self._is_of_rows(value) for value in operands):
+                raise Untraceable("The gradient of a weight that others are made of is no sum over rows.")
             return [ExternalGrad(tuple(result.shape)) for result in results]
         rule = SUMS.get(name)
         if rule is None or not self.backward:
@@ -660,6 +674,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
                 "The step mixes the rows of the batch: it computes with a sum over them. Sum over features, x.sum(-1)."
             )
         return [rule(self.writer, *values, **options)]
+
+    def _is_of_rows(self, value: Value) -> bool:
+        """Whether a value, or its real part, differs from row to row."""
+        row = value.real if isinstance(value, Complex) else value
+        return isinstance(row, Row) and row.axis is not None and self.builder.nodes[row.node].op != "const"
 
     def _of_weights(
         self,

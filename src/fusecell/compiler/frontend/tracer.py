@@ -36,7 +36,7 @@ from fusecell.module_snapshot import Change, Snapshot
 from fusecell.shapes import Shape, feature_shape, is_size, output_shape, output_shapes, packed, size_text
 from fusecell.step_changes import changing_line, explain_changes
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "input_names", "trace"]
 
 # Numbers of rows to choose from. Prime, so that a dimension that is merged with the rows can be told from any other.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
@@ -84,6 +84,11 @@ class Traced:
     def weight_names(self) -> tuple[str, ...]:
         """The names of the weight leaves, in order."""
         return tuple(self.graph[index].name for index in self.graph.leaves("weight"))
+
+
+def input_names(cell: Cell) -> tuple[str, ...]:
+    """Name the inputs of a cell's graph: as the cell does, but for one that has the name of a state."""
+    return tuple(f"{name}.input" if name in cell.states else name for name in cell.inputs)
 
 
 def trace(
@@ -352,7 +357,7 @@ class _Run:
         dtypes = self.dtypes or (self.dtype,) * len(self.shapes)
         x = [
             self._leaf("input", name, shape, dtype)
-            for name, shape, dtype in zip(self.cell.inputs, self.shapes, dtypes, strict=True)
+            for name, shape, dtype in zip(input_names(self.cell), self.shapes, dtypes, strict=True)
         ]
         state = [
             self._leaf("state", name, feature_shape(size), self.dtype)
@@ -497,7 +502,7 @@ class _Run:
         if not any(value.requires_grad for value in results):
             return
         # Of integers there are no gradients.
-        named = [*zip((f"grad.input.{name}" for name in cell.inputs), x, strict=True)]
+        named = [*zip((f"grad.input.{name}" for name in input_names(cell)), x, strict=True)]
         named = [(label, value) for label, value in named if value.is_floating_point()]
         named += zip((f"grad.state.{name}" for name in cell.states), state, strict=True)
         leaves: list[Any] = [*(value for _, value in named), *sources.values()]
@@ -531,7 +536,10 @@ class _Run:
             # custom Function may have a gradient for a weight that it multiplies with what it makes of the weight.
             is_matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
             forms = [form for leaf_slot, form in recorder.weights.leaves if leaf_slot == slot]
-            form = "matrix" if is_matrix else "vector"
+            shape = recorder.weights.slots[slot].shape
+            # What rows were taken from, such as matrices of experts.
+            is_table = is_matrix and len(shape) > 2 and math.prod(shape[:-2]) > 1
+            form = "table" if is_table else "matrix" if is_matrix else "vector"
             node = gradient.node
             if forms == ["matrix"] and not is_matrix:
                 form, node = "matrix", as_matrix(self.builder, node, gradient.shape[-2:])

@@ -332,7 +332,7 @@ class Weights:
         return any(self.slots[ref.slot].differentiable and not ref.detached for ref in refs)
 
     def leaf(self, slot: int, form: str) -> int:
-        """Return the weight node of a slot, as a matrix or as a flat vector."""
+        """Return the weight node of a slot, as a "matrix", a flat "vector", or a "table" of flat entries."""
         leaf = self.leaves.get((slot, form))
         if leaf is not None:
             return leaf
@@ -441,6 +441,8 @@ def _leaf_shape(shape: tuple[int, ...], form: str) -> tuple[int, ...]:
         count *= size
     if form == "vector":
         return (count,)
+    if form == "table":
+        return shape[0], count // shape[0]
     if len(shape) < 2 or count != shape[-1] * shape[-2]:
         raise Untraceable(f"The step multiplies rows by a weight of shape {shape}: only matrices are compiled.")
     return shape[-2:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.compiler.frontend import Traced, trace
+from fusecell.compiler.frontend import Traced, input_names, trace
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
@@ -144,7 +144,7 @@ def compile_trainable(
     traced = trace(cell, features, dtype, gradients=True, dtypes=dtypes, draws=True, leftovers=True)
     if isinstance(traced, Refusal):
         return traced
-    return TrainableStep(traced, cell.inputs, _fixed_part(cell, traced.leftovers), type(cell).__name__, dtypes)
+    return TrainableStep(traced, input_names(cell), _fixed_part(cell, traced.leftovers), type(cell).__name__, dtypes)
 
 
 def _fixed_part(cell: Cell, leftovers: Sequence[str]) -> Key:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fusecell.compiler.frontend.rules.backward import BACKWARD
 from fusecell.compiler.frontend.rules.convolution import CONVOLUTIONS
 from fusecell.compiler.frontend.rules.indexing import INDEXING
+from fusecell.compiler.frontend.rules.interpolation import INTERPOLATIONS
 from fusecell.compiler.frontend.rules.norms import NORMS
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.rules.pooling import POOLING
@@ -29,6 +30,7 @@ RULES = {
     **PRODUCTS,
     **CONVOLUTIONS,
     **POOLING,
+    **INTERPOLATIONS,
     **INDEXING,
     **SMALL_MATRICES,
     **BACKWARD,

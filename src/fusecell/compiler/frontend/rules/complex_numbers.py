@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusecell.compiler.frontend.aten_arguments import mapped
 from fusecell.compiler.frontend.contractions import contracted
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.rules.indexing import INDEXING
+from fusecell.compiler.frontend.rules.scans import SCANS
 from fusecell.compiler.frontend.traced_values import Complex, Row, Sum, Untraceable
 
 __all__ = ["COMPLEX", "KEEPS_PAIR", "MAKES_COMPLEX", "moved_pair", "pair_of", "sum_of_pairs"]
@@ -149,6 +152,24 @@ def _mean(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: A
     return _div(w, total, float(count))
 
 
+def _of_parts(rule: Callable[..., Any]) -> Callable[..., Complex]:
+    """Return a rule that moves or adds the elements of both parts alike."""
+
+    def of_parts(w: Writer, *args: Any, **options: Any) -> Complex:
+        real, imaginary = (
+            rule(w, *mapped(args, part, "", Complex), **options)
+            for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
+        )
+        return Complex(real.shape, real, imaginary)
+
+    return of_parts
+
+
+def _where(w: Writer, condition: Operand, a: Pair, b: Pair) -> Complex:
+    x, y = pair_of(w, a), pair_of(w, b)
+    return _of(w, w.point("where", condition, x.real, y.real), w.point("where", condition, x.imaginary, y.imaginary))
+
+
 def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
     def rule(w: Writer, a: Pair, b: Pair) -> Complex:
         x, y = pair_of(w, a), pair_of(w, b)
@@ -280,6 +301,9 @@ COMPLEX: Mapping[str, Callable[..., Any]] = {
     "imag": lambda w, x: x.imaginary,
     "_fft_c2c": _fft_c2c,
     "_fft_c2r": _fft_c2r,
+    "where": _where,
+    "cumsum": _of_parts(SCANS["cumsum"]),
+    **{name: _of_parts(INDEXING[name]) for name in ("index", "index_put", "index_select", "gather", "scatter")},
 }
 """Rules for operations of which an operand is complex."""
 

@@ -27,7 +27,9 @@ KEEPS = ("clone", "detach", "alias", "contiguous", "lift_fresh", "_conj", "resol
 # The number each factory fills with; None where it is an argument. Memory that torch leaves as it is counts as zeros.
 CONSTANTS: Mapping[str, float | None] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "zero"), 0.0),
-    **dict.fromkeys(("empty_strided", "new_empty_strided", "_efficientzerotensor"), 0.0),
+    **dict.fromkeys(
+        ("empty_strided", "new_empty_strided", "_efficientzerotensor", "_new_zeros_with_same_feature_meta"), 0.0
+    ),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
     **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor", "fill"), None),
 }

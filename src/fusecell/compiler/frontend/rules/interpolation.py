@@ -1,0 +1,75 @@
+"""Rules for resizing by weighted means of neighbours, linear and cubic: a product along each axis with a table.
+
+The table of an axis is torch's own operation, applied to each unit vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fusecell.compiler.frontend.contractions import contracted
+from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
+
+__all__ = ["INTERPOLATIONS"]
+
+Sizes = Sequence[int]
+_AXES = "yxz"
+
+
+def _table(kind: str, size: int, result: int, align: bool, scale: float | None) -> torch.Tensor:
+    """Return the (size, result) weights of one axis: each element of the result is a mean over a column."""
+    unit = torch.eye(size, dtype=torch.float64)
+    if kind == "bicubic":
+        # One axis of two: the other has one element, which stays as it is.
+        op = torch.ops.aten.upsample_bicubic2d.default
+        plane: torch.Tensor = op(unit[None, :, :, None], [result, 1], align, scale, None)
+        return plane[0, :, :, 0]
+    lines: torch.Tensor = torch.ops.aten.upsample_linear1d.default(unit[None], [result], align, scale)
+    return lines[0]
+
+
+def _tables(kind: str, sizes: Sizes, results: Sizes, align: bool, scales: Sequence[float | None]) -> list[torch.Tensor]:
+    scales = (*scales, *[None] * (len(sizes) - len(scales)))
+    axes = zip(sizes, results, scales, strict=True)
+    return [_table(kind, size, result, align, scale) for size, result, scale in axes]
+
+
+def _resized(w: Writer, x: Operand, tables: Sequence[torch.Tensor]) -> Row:
+    row = w.number(x)
+    dims = len(row.shape) - len(tables)
+    dtype = torch.float32 if w.builder.dtype == "f32" else torch.float64
+    for axis, table in enumerate(tables):
+        labels = "abc"[:dims] + _AXES[: len(tables)]
+        out = labels.replace(_AXES[axis], "w")
+        result = contracted(w, row, w.row(w.literal(table.to(dtype))), labels, _AXES[axis] + "w", out)
+        if isinstance(result, Sum):
+            raise Untraceable("The step mixes the rows of the batch: it resizes along them.")
+        row = result
+    return row
+
+
+def _forward(kind: str) -> Callable[..., Row]:
+    def rule(w: Writer, x: Row, size: Sizes, align: bool, *scales: float | None) -> Row:
+        sizes = x.shape[-len(size) :]
+        return _resized(w, x, _tables(kind, sizes, size, align, scales))
+
+    return rule
+
+
+def _backward(kind: str) -> Callable[..., Row]:
+    def rule(w: Writer, g: Row, size: Sizes, whole: Sizes, align: bool, *scales: float | None) -> Row:
+        sizes = whole[-len(size) :]
+        return _resized(w, g, [table.T for table in _tables(kind, sizes, size, align, scales)])
+
+    return rule
+
+
+_KINDS = {"linear1d": "linear", "bilinear2d": "linear", "trilinear3d": "linear", "bicubic2d": "bicubic"}
+INTERPOLATIONS: Mapping[str, Callable[..., Any]] = {
+    **{f"upsample_{name}": _forward(kind) for name, kind in _KINDS.items()},
+    **{f"upsample_{name}_backward": _backward(kind) for name, kind in _KINDS.items()},
+}
