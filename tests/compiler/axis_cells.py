@@ -113,9 +113,10 @@ IMAGES: dict[str, Body] = {
     "max_pool": lambda c, z: fit(F.max_pool2d(image(z), 2, 1)) + fit(F.max_pool1d(heads(z), 3, 2, 1)),
     "average_pool": lambda c, z: fit(F.avg_pool2d(image(z), 2, 1, 1)) + fit(F.avg_pool1d(heads(z), 2)),
     "nearest": lambda c, z: fit(F.interpolate(image(z)[:, :, ::2, ::2], scale_factor=2)),
-    "bilinear": lambda c, z: fit(F.interpolate(image(z), size=(5, 3), mode="bilinear")),
+    "resized_bilinearly": lambda c, z: fit(F.interpolate(image(z), size=(5, 3), mode="bilinear")),
     "bilinear_by_scale": lambda c, z: fit(F.interpolate(image(z), scale_factor=(1.7, 0.6), mode="bilinear")),
     "bicubic_aligned": lambda c, z: fit(F.interpolate(image(z), size=(3, 4), mode="bicubic", align_corners=True)),
+    "trilinear": lambda c, z: fit(F.interpolate(z.view(-1, 1, 2, 3, 4), size=(3, 2, 3), mode="trilinear")),
     "linear": lambda c, z: fit(F.interpolate(heads(z), size=5, mode="linear", align_corners=False)),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
 }

@@ -320,3 +320,123 @@ def test_first_trace_imports_no_compiler_of_torchs() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+class _ByBuffer(fc.Cell):
+    """A cell that repeats its step as often as a buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("times", torch.tensor(3))
+        self.register_buffer("grid", torch.tensor([0.0, 0.5, 1.0]))
+
+    def step(self, x, state):
+        (h,) = state
+        for _ in range(int(self.times)):
+            h = torch.tanh(h + x)
+        if (self.grid[1:] > self.grid[:-1]).all():
+            h = h + self.grid[1]
+        return h, (h,)
+
+
+def test_values_of_buffers_may_be_read_while_they_stay() -> None:
+    cell, x = _ByBuffer(), torch.randn(5, 3, 4)
+
+    def difference() -> float:
+        with fc.runner("compiled"):
+            compiled = fc.scan(cell, x)[0]
+        with fc.runner("eager"):
+            return (compiled - fc.scan(cell, x)[0]).abs().max().item()
+
+    assert difference() < 1e-6
+    cell.times.fill_(2)
+    with pytest.raises(fc.NotCompilable, match="another value than when it was compiled"):
+        difference()
+    fc.refresh(cell)
+    assert difference() < 1e-6
+
+
+def _gradient(cell, x, h):
+    return x - 0.3 * torch.func.grad(lambda q: torch.tanh(q @ cell.w).sum())(h)
+
+
+def _energy(cell, x, h):
+    with torch.enable_grad():
+        q = h if h.requires_grad else h.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.tanh(q @ cell.w).sum(), q, create_graph=True)
+    return x - 0.3 * slope
+
+
+TRANSFORMS = {
+    "vmap": lambda c, x, h: torch.vmap(lambda a, b: torch.tanh(a / (1 + b.norm()) + (a @ c.w) * b.sum()))(x, h),
+    "grad": _gradient,
+    "vmap of grad": lambda c, x, h: x - torch.vmap(torch.func.grad(lambda q: torch.tanh(q @ c.w).sum()))(h),
+    "vjp": lambda c, x, h: torch.func.vjp(lambda q: torch.sin(q @ c.w), h)[1](x)[0],
+    "jvp": lambda c, x, h: torch.func.jvp(lambda q: torch.sin(q @ c.w), (h,), (x,))[1],
+    "jacrev": lambda c, x, h: (torch.vmap(torch.func.jacrev(lambda q: torch.sin(q @ c.w)))(h) @ x[..., None])[..., 0],
+    "autograd.grad": _energy,
+}
+
+
+class _Transforming(fc.Cell):
+    def __init__(self, name: str) -> None:
+        super().__init__(6, 6)
+        self.name = name
+        self.w = torch.nn.Parameter(torch.randn(6, 6) * 0.4)
+
+    def step(self, x, state):
+        h = TRANSFORMS[self.name](self, x, state[0])
+        return h, (h,)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_in_a_step(name: str) -> None:
+    torch.manual_seed(0)
+    cell, results = _Transforming(name).double(), []
+    x = torch.randn(5, 3, 6, dtype=torch.float64, requires_grad=True)
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y = fc.scan(cell, x)[0]
+            results.append((y, *torch.autograd.grad(y.sin().sum(), [x, cell.w])))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+def test_a_state_may_have_the_name_of_an_input() -> None:
+    class Shifted(fc.Cell):
+        states = ("x", "b")
+
+        def step(self, x, state):
+            a, b = state
+            return torch.tanh(a + x), (torch.tanh(x * a + 0.1), b + x)
+
+    cell, results = Shifted(5, 5), []
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y, after = fc.scan(cell, x)
+            results.append((y, *after, *torch.autograd.grad(y.sum() + after[1].sum(), [x])))
+    torch.testing.assert_close(*results)
+
+
+def test_a_complex_weight_of_which_others_are_made_has_its_own_gradient_too() -> None:
+    class Diagonal(fc.Cell):
+        def __init__(self) -> None:
+            super().__init__(2, 12)
+            self.output_size = 2
+            self.real, self.imaginary = (torch.nn.Parameter(torch.randn(2, 3)) for _ in range(2))
+
+        def step(self, x, state):
+            z = torch.view_as_complex(state[0].view(-1, 2, 3, 2))
+            pole = -torch.exp(self.real) + 1j * self.imaginary
+            z = torch.exp(pole) * z + (torch.exp(pole) - 1) / pole * x.unsqueeze(-1)
+            return z.sum(-1).real, (torch.view_as_real(z).flatten(1),)
+
+    torch.manual_seed(0)
+    cell, results = Diagonal().double(), []
+    x = torch.randn(4, 3, 2, dtype=torch.float64)
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y = fc.scan(cell, x)[0]
+            results.append((y, *torch.autograd.grad(y.sin().sum(), list(cell.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)

@@ -35,6 +35,13 @@ _OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), contex
 _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 
+_CHANGED = (
+    "The step reads the value of a buffer or another tensor of the cell, to decide what to compute, and it has another "
+    "value than when it was compiled. fusecell.refresh(module) compiles it anew; for a value that changes all the time "
+    "write torch.where(condition, a, b)."
+)
+
+
 @one_thread_after_fork()
 def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State]:
     """Run machine code.
@@ -97,6 +104,8 @@ def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Optio
     program = find(cell, inputs, numbers[0].dtype)
     if isinstance(program, Refusal):
         return program
+    if not program.traced.weights.holds(cell):
+        return Refusal((_CHANGED,))
     if program.traced.leftovers:
         result = run_leaving(program, cell, inputs, numbers, state, options)
     else:

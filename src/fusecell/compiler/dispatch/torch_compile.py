@@ -152,7 +152,7 @@ def _described(
         twin = rebound(cell, {path: _real(value) for path, value in list(_tensors(cell))}, ())
         traced = trace(twin, features, dtype, gradients=wanted is not None)
         if isinstance(traced, Traced) and not traced.is_plain:
-            traced = Refusal((f"Its output is {traced.output_dtype}, where its states are {dtype}.",))
+            traced = Refusal(("It reads values of its buffers, or its output has another dtype than its states.",))
         reasons = traced.reasons if isinstance(traced, Refusal) else _compiled(traced, twin, wanted, recompute)
         if isinstance(traced, Refusal) or reasons:
             warnings.warn(f"{type(cell).__name__} is unrolled: {' '.join(reasons)}", EagerWarning, stacklevel=2)

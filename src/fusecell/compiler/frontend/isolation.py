@@ -62,13 +62,20 @@ class ValueReadGuard(TorchFunctionMode):
     """Function mode that refuses to read a value out of a tensor: what the step does with it no graph can express.
 
     A function mode, not the recorder, because most of these never reach the dispatcher.
+
+    Arguments:
+        may_read: says, and notes, that the value of a tensor may be read: one that no input of the step has changed.
     """
+
+    def __init__(self, may_read: Callable[[Tensor], bool] = lambda tensor: False) -> None:
+        super().__init__()
+        self._may_read = may_read
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         how = _READS.get(func)
-        if how is not None:
+        if how is not None and not (func is not Tensor.data_ptr and self._are_readable(args)):
             raise Untraceable(
                 f"The step reads the value of a tensor ({how}){users_line()}. A compiled loop computes the same for "
                 "all values: write torch.where(condition, a, b), which chooses row by row, and iterate a fixed "
@@ -76,6 +83,10 @@ class ValueReadGuard(TorchFunctionMode):
             )
         func = _REPLACED.get(func, func)
         return func(*args, **(kwargs or {}))
+
+    def _are_readable(self, args: tuple[Any, ...]) -> bool:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        return bool(tensors) and all(map(self._may_read, tensors))
 
 
 def _users_frame() -> FrameType | None:

@@ -57,6 +57,7 @@ MOST_NODES = 25_000
 _VALUE_CHECKS = ("_linalg_check_errors",)
 """Calls that raise for some values, singular matrices, and return nothing: compiled, these give infinities and NaN."""
 
+_VALUE_READS = ("_local_scalar_dense", "is_nonzero", "equal")
 _SHAPE_CHECKS = ("is_same_size", "_has_same_storage_numel")
 """Calls that look at the shapes of tensors alone."""
 
@@ -196,6 +197,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
             return
         self.know(tensor, self.weights.literal(tensor), fixed=True)
 
+    def may_read(self, tensor: Tensor) -> bool:
+        """Whether the step may read a tensor's value: one of buffers alone. The prologue then assumes this value."""
+        value = self.value(tensor)
+        if self.backward or not isinstance(value, Weight) or self.weights.slots[value.slot].differentiable:
+            return False
+        self.weights.assume(value.slot)
+        return True
+
     def is_known(self, tensor: Tensor) -> bool:
         return key_of(tensor) in self._values
 
@@ -296,6 +305,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if name in _VALUE_CHECKS:
             return None
         if name in _SHAPE_CHECKS:
+            return func(*args, **kwargs)
+        if name in _VALUE_READS and not self.backward and all(map(self.may_read, tensors_in(args))):
             return func(*args, **kwargs)
         try:
             if self._inside is not None:
@@ -567,6 +578,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
     def _of_complex_sums(self, name: str, values: list[Any], options: dict[str, Any]) -> Value:
         """Return the result of an operation on gradients of complex weights: the same on both of their parts."""
         pair = values[0]
+        if name == "view_as_real":
+            return sum_of_pairs(self.writer, pair)
         if name in ("_conj", "_conj_physical", "conj_physical"):
             return Complex(pair.shape, pair.real, self.writer.scaled(pair.imaginary, -1.0))
         rule = SUMS.get(name)

@@ -73,7 +73,7 @@ class Traced:
     @property
     def is_plain(self) -> bool:
         """Whether a call is the kernel and nothing before or after it."""
-        return not self.draws and not self.leftovers and self.output_dtype is None
+        return not (self.draws or self.leftovers or self.output_dtype is not None or self.weights.assumed)
 
     @property
     def draw_names(self) -> tuple[str, ...]:
@@ -365,7 +365,7 @@ class _Run:
         ]
         recorder = self.recorder
         with (
-            recorder, ValueReadGuard(), intercepted(recorder.on_apply),
+            recorder, ValueReadGuard(recorder.may_read), intercepted(recorder.on_apply),
             capture_intermediates(self._note), self._watched(),
         ):  # fmt: skip
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))
@@ -392,6 +392,7 @@ class _Run:
         graph = name_values(self.builder.build(self.outputs, keep_all=True), names)
         draws = tuple(self.recorder.draws)
         prologue = self.recorder.weights.prologue()
+        prologue.assume(self.cell)
         return Traced(graph, prologue, self.dtype, self.row_shapes, draws, output_dtype=self.output_dtype)
 
     def _watched(self) -> AbstractContextManager[None]:

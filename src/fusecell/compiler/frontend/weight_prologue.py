@@ -115,6 +115,7 @@ class Prologue:
         leaves: in the order of ``graph.leaves("weight")``.
         globals_: shape and dtype of the sources that are global variables.
         literals: the sources that the step spells out.
+        assumed: slots whose values the step has read, and decided by: see :meth:`holds`.
     """
 
     def __init__(
@@ -124,7 +125,9 @@ class Prologue:
         leaves: Sequence[Leaf],
         globals_: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
         literals: Mapping[str, Tensor] | None = None,
+        assumed: Sequence[int] = (),
     ) -> None:
+        self.assumed: dict[int, Tensor | None] = dict.fromkeys(assumed)
         self.sources = tuple(sources)
         self.steps = tuple(steps)
         self.globals, self.literals = dict(globals_ or {}), dict(literals or {})
@@ -134,7 +137,7 @@ class Prologue:
     @property
     def direct_paths(self) -> list[str] | None:
         """The path of each leaf, where each is an attribute unchanged; else None."""
-        if self.steps or any(leaf.shape is not None or leaf.dtype is not None for leaf in self.leaves):
+        if self.steps or self.assumed or any(leaf.shape is not None or leaf.dtype is not None for leaf in self.leaves):
             return None
         paths = {slot: path for path, slot in self.sources}
         return [paths[leaf.slot] for leaf in self.leaves] if all(map(is_plain, paths.values())) else None
@@ -142,7 +145,7 @@ class Prologue:
     @property
     def stored_leaves(self) -> list[tuple[str, Leaf]] | None:
         """Each leaf with its path, where each is an attribute, if in another shape or dtype; else None."""
-        if self.steps or not all(is_plain(path) for path, _ in self.sources):
+        if self.steps or self.assumed or not all(is_plain(path) for path, _ in self.sources):
             return None
         paths = {slot: path for path, slot in self.sources}
         return [(paths[leaf.slot], leaf) for leaf in self.leaves]
@@ -175,6 +178,23 @@ class Prologue:
         for step in self.steps:
             step(slots)
         return slots
+
+    def assume(self, cell: Cell) -> None:
+        """Take the present values of what the step has read as those that it was traced with."""
+        if self.assumed:
+            values = self._present(cell)
+            self.assumed = {slot: values[slot].detach().clone() for slot in self.assumed}
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether all that the step has read, and may have decided by, has the value that it was traced with."""
+        if not self.assumed:
+            return True
+        values = self._present(cell)
+        return all(value is not None and torch.equal(values[slot], value) for slot, value in self.assumed.items())
+
+    def _present(self, cell: Cell) -> dict[int, Tensor]:
+        with torch.no_grad():
+            return self.slot_values(self.originals(cell))
 
     def originals(self, cell: Cell) -> tuple[Tensor, ...]:
         """Return the attributes that the leaves are computed from; none where each leaf is an attribute unchanged."""
@@ -209,6 +229,7 @@ class Prologue:
         values = {path: f"{path}: {value.dtype} {value.tolist()}" for path, value in self.literals.items()}
         lines = [f"%{slot} = {values.get(path, path)}" for path, slot in self.sources]
         lines += [str(step) for step in self.steps]
+        lines += [f"assumed %{slot}" for slot in self.assumed]
         for leaf in self.leaves:
             shape = "" if leaf.shape is None else f" as {list(leaf.shape)}"
             lines.append(f"leaf %{leaf.slot}{shape}" + ("" if leaf.dtype is None else f" in {leaf.dtype}"))
@@ -247,6 +268,7 @@ class Weights:
         self.slots: list[_Slot] = []
         self.steps: list[Step] = []
         self.literals: dict[str, Tensor] = {}
+        self._assumed: list[int] = []
         self.leaves: dict[tuple[int, str], int] = {}
         """The weight node of a slot in each form that the graph takes it in: ``"matrix"`` or flat ``"vector"``."""
         self._gradients: bool | None = None
@@ -348,13 +370,18 @@ class Weights:
         self.leaves[slot, form] = node
         return node
 
+    def assume(self, slot: int) -> None:
+        """Note that the step has read the value of a slot."""
+        if slot not in self._assumed:
+            self._assumed.append(slot)
+
     def leaf_slots(self) -> set[int]:
         """Return the slots that the graph takes, in whatever form."""
         return {slot for slot, _ in self.leaves}
 
     def prologue(self) -> Prologue:
         """Return the prologue of the leaves: the steps that they need, and no others."""
-        needed = self.leaf_slots()
+        needed = {*self.leaf_slots(), *self._assumed}
         steps: list[Step] = []
         for step in reversed(self.steps):
             # A write into a view changes what it is a view of.
@@ -367,7 +394,7 @@ class Weights:
         read = {path: self.slots[slot] for path, slot in sources if path.startswith("globals[")}
         globals_ = {path: (slot.shape, slot.dtype) for path, slot in read.items()}
         literals = {path: self.literals[path] for path, _ in sources if path in self.literals}
-        return Prologue(sources, steps[::-1], leaves, globals_, literals)
+        return Prologue(sources, steps[::-1], leaves, globals_, literals, self._assumed)
 
     def _leaf(self, slot: int, form: str) -> Leaf:
         weight = self.slots[slot]
