@@ -59,7 +59,7 @@ _HOME = {
     "FusecellError": "errors",
     "NotCompilable": "errors",
 }
-_MODULES = ("cells", "init", "testing", "wrappers")
+_MODULES = ("cells", "init", "onnx", "testing", "wrappers")
 # Who takes a name from here is about to compute: the compiler is imported with it, not in the first call.
 _COMPUTING = ("cell", "cells", "drop_in", "layers", "wrappers")
 

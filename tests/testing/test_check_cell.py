@@ -455,7 +455,7 @@ class NotedNewState(Healthy):
 
 
 def test_a_state_may_be_noted_where_it_is_new():
-    fc.check_cell(NotedNewState(3, 4))
+    check_cell(NotedNewState(3, 4))
 
 
 def test_failures_are_reported_without_torch_warnings():

@@ -21,11 +21,16 @@ from fusecell.streaming.bound_step import Part, RowShapes
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
 
-__all__ = ["parts_of"]
+__all__ = ["PerStep", "parts_of"]
 
 
-class _PerStep(Cell):
-    """A module between or after cells, such as a readout, as a cell without states."""
+class PerStep(Cell):
+    """A module between or after cells, such as a readout, as a cell without states.
+
+    Arguments:
+        module: maps (N, ...) to (N, ...).
+        input_size: features of its input.
+    """
 
     states = ()
 
@@ -122,7 +127,7 @@ def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
                 width = cell.output_size
                 yield cell
     elif width is not None and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        yield _PerStep(module, width)
+        yield PerStep(module, width)
     else:
         raise TypeError(
             "Stream takes a cell or a layer of fusecell, or a Sequential that begins with one, "

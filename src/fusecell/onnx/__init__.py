@@ -1,0 +1,11 @@
+"""ONNX: any layer as a model of standard operators, and the recurrent nodes of a model as trainable layers.
+
+Needs the package ``onnx``: ``pip install 'fusecell[convert]'``.
+"""
+
+from __future__ import annotations
+
+from fusecell.onnx.export import export
+from fusecell.onnx.load import load
+
+__all__ = ["export", "load"]

@@ -1,0 +1,215 @@
+"""How each primitive of a step's graph is written in ONNX operators; `compiler.ir.interpreter` says what it computes.
+
+Values are (N, features), or (1, features) where they are the same for all rows; masks are of bool.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from fusecell.errors import ExportError
+from fusecell.onnx.writer import INT64, Writer
+
+__all__ = ["RULES"]
+
+Attrs = Mapping[str, Any]
+Rule = Callable[[Writer, Sequence[str], Attrs], str]
+_MOST_UNROLLED = 64
+"""Elements of a running product or maximum, for which ONNX has no operator: each is a few nodes."""
+
+
+def _op(name: str, **attributes: Any) -> Rule:
+    return lambda w, args, attrs: w.node(name, *args, **attributes)
+
+
+def _with_one(op: str, first: bool) -> Rule:
+    """Return a rule of log(1 + x), or of exp(x) - 1."""
+
+    def rule(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+        one = w.constant(1.0, "one")
+        return w.node(op, w.node("Add", args[0], one)) if first else w.node("Sub", w.node(op, args[0]), one)
+
+    return rule
+
+
+def _through(element: int) -> Rule:
+    return lambda w, args, attrs: w.cast(w.cast(args[0], element))
+
+
+def _missing(name: str) -> Rule:
+    def rule(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+        raise ExportError(f"The step computes {name}, for which ONNX has no operator; see fusecell.export instead.")
+
+    return rule
+
+
+def _copysign(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    size, zero = w.node("Abs", args[0]), w.constant(0.0, "zero")
+    return w.node("Where", w.node("Less", args[1], zero), w.node("Neg", size), size)
+
+
+def _atan2(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    y, x = args
+    zero, half, turn = w.constant(0.0, "zero"), w.constant(math.pi / 2, "half_pi"), w.constant(math.pi, "pi")
+    upright = w.node("Equal", x, zero)
+    angle = w.node("Atan", w.node("Div", y, w.node("Where", upright, w.constant(1.0, "one"), x)))
+    below = w.node("Less", y, zero)
+    behind = w.node("Where", below, w.node("Sub", angle, turn), w.node("Add", angle, turn))
+    angle = w.node("Where", w.node("Less", x, zero), behind, angle)
+    straight = w.node("Where", below, w.node("Neg", half), half)
+    straight = w.node("Where", w.node("Equal", y, zero), zero, straight)
+    return w.node("Where", upright, straight, angle)
+
+
+def _concat(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    return w.node("Concat", *args, axis=1)
+
+
+def _accessed(w: Writer, value: str, shape: Sequence[int], access: Attrs) -> str:
+    """Return the elements that an access reads of each row: (rows, elements)."""
+    where = np.full(tuple(shape), access["offset"], dtype=np.int64)
+    for axis, (extent, stride) in enumerate(zip(shape, access["strides"], strict=True)):
+        steps = np.arange(extent) * stride
+        where = where + steps.reshape([-1 if dim == axis else 1 for dim in range(len(shape))])
+    return w.node("Gather", value, w.integers(where.reshape(-1), "positions"), axis=1)
+
+
+def _view(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    return _accessed(w, args[0], attrs["shape"], attrs)
+
+
+def _interleave(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    parts = [w.reshape(arg, 0, attrs["outer"], -1) for arg in args]
+    return w.reshape(w.node("Concat", *parts, axis=2), 0, -1)
+
+
+def _by_axes(w: Writer, value: str, attrs: Attrs, count: str = "count") -> str:
+    return w.reshape(value, -1, attrs["outer"], attrs[count], attrs["inner"])
+
+
+_REDUCTIONS = {"sum": "ReduceSum", "prod": "ReduceProd", "amax": "ReduceMax", "amin": "ReduceMin"}
+
+
+def _reduce(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    value, op = _by_axes(w, args[0], attrs), attrs["op"]
+    if op in _REDUCTIONS:
+        return w.reshape(w.reduced(_REDUCTIONS[op], value, 2, False), 0, -1)
+    place = w.node("ArgMax" if op == "argmax" else "ArgMin", value, axis=2, keepdims=0)
+    return w.reshape(w.cast(place), 0, -1)
+
+
+def _scan(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    value, count = _by_axes(w, args[0], attrs), attrs["count"]
+    if attrs["op"] == "sum":
+        total = w.node("CumSum", value, w.integers(2, "axis"), reverse=int(attrs["reverse"]))
+        return w.reshape(total, 0, -1)
+    if count > _MOST_UNROLLED:
+        raise ExportError(
+            f"The step has a running {attrs['op']} over {count} elements: ONNX has none, and at most {_MOST_UNROLLED} "
+            "are unrolled."
+        )
+    op = {"prod": "Mul", "amax": "Max", "amin": "Min"}[attrs["op"]]
+    parts = [w.slice(value, place, place + 1, 2) for place in range(count)]
+    order = range(count - 1, -1, -1) if attrs["reverse"] else range(count)
+    so_far = ""
+    for place in order:
+        so_far = w.node(op, so_far, parts[place]) if so_far else parts[place]
+        parts[place] = so_far
+    return w.reshape(w.node("Concat", *parts, axis=2), 0, -1)
+
+
+def _contract(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    shape, outputs = (*attrs["shape"], *attrs["count"]), math.prod(attrs["shape"])
+    a, b = (_accessed(w, arg, shape, attrs[name]) for arg, name in zip(args, ("a", "b"), strict=True))
+    terms = w.reshape(w.node("Mul", a, b), 0, outputs, -1)
+    return w.reduced("ReduceSum", terms, 2, False)
+
+
+def _positions(w: Writer, value: str, attrs: Attrs) -> str:
+    """Return positions as int64 (rows, outer, picks, inner), put in range."""
+    outer, inner, picks = attrs["outer"], attrs["inner"], attrs["picks"]
+    limits = w.constant(0.0, "zero"), w.constant(attrs["count"] - 1.0, "last")
+    places = w.cast(w.node("Clip", value, *limits), INT64)
+    if attrs["positions"] != "shared":
+        return w.reshape(places, -1, outer, picks, inner)
+    places = w.reshape(places, -1, 1, picks, 1)
+    return w.node("Expand", places, w.integers([1, outer, 1, inner], "shape"))
+
+
+def _take(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    value, places = _by_axes(w, args[0], attrs), _positions(w, args[1], attrs)
+    value = w.node("Expand", value, _rows_of(w, places, 4))
+    places = w.node("Expand", places, _rows_of(w, value, 4))
+    return w.reshape(w.node("GatherElements", value, places, axis=2), 0, -1)
+
+
+def _scatter_add(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    places, values = _positions(w, args[0], attrs), _by_axes(w, args[1], attrs, "picks")
+    values = w.node("Expand", values, _rows_of(w, places, 4))
+    places = w.node("Expand", places, _rows_of(w, values, 4))
+    sizes = w.integers([attrs["outer"], attrs["count"], attrs["inner"]], "shape")
+    rows = w.node("Shape", values, start=0, end=1)
+    zeros = w.node("Expand", w.constant(0.0, "zero"), w.node("Concat", rows, sizes, axis=0))
+    return w.reshape(w.node("ScatterElements", zeros, places, values, axis=2, reduction="add"), 0, -1)
+
+
+def _rows_of(w: Writer, value: str, dims: int) -> str:
+    """Return the shape (rows, 1, ...), to expand another value by."""
+    return w.node("Concat", w.node("Shape", value, start=0, end=1), w.integers([1] * (dims - 1), "ones"), axis=0)
+
+
+def _argsort(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    value = w.reshape(args[0], -1, attrs["outer"], attrs["count"])
+    count = w.integers([attrs["count"]], "count")
+    (_, order) = w.several("TopK", [value, count], ["", "order"], axis=2, largest=int(attrs["descending"]), sorted=1)
+    return w.reshape(w.cast(order), 0, -1)
+
+
+def _negated(op: str) -> Rule:
+    return lambda w, args, attrs: w.node("Not", w.node(op, *args))
+
+
+_SAME_NAME = "neg abs sign exp log sqrt reciprocal sin cos tanh sigmoid erf floor round atan add sub mul div pow and or"
+RULES: Mapping[str, Rule] = {
+    **{name: _op(name.capitalize()) for name in _SAME_NAME.split()},
+    "not": _op("Not"),
+    "where": _op("Where"),
+    "expm1": _with_one("Exp", False),
+    "log1p": _with_one("Log", True),
+    "rsqrt": lambda w, args, attrs: w.node("Reciprocal", w.node("Sqrt", args[0])),
+    "to_float16": _through(TensorProto.FLOAT16),
+    "to_bfloat16": _through(TensorProto.BFLOAT16),
+    "to_float32": _through(TensorProto.FLOAT),
+    **{name: _missing(name) for name in ("lgamma", "digamma", "trigamma", "erfinv")},
+    "atan2": _atan2,
+    "fmod": _op("Mod", fmod=1),
+    "copysign": _copysign,
+    "maximum": _op("Max"),
+    "minimum": _op("Min"),
+    "lt": _op("Less"),
+    "le": _op("LessOrEqual"),
+    "gt": _op("Greater"),
+    "ge": _op("GreaterOrEqual"),
+    "eq": _op("Equal"),
+    "ne": _negated("Equal"),
+    "broadcast": lambda w, args, attrs: w.node("Expand", args[0], w.integers([1, attrs["size"]], "shape")),
+    "sum": lambda w, args, attrs: w.reduced("ReduceSum", args[0], 1, True),
+    "amax": lambda w, args, attrs: w.reduced("ReduceMax", args[0], 1, True),
+    "amin": lambda w, args, attrs: w.reduced("ReduceMin", args[0], 1, True),
+    "slice": lambda w, args, attrs: w.slice(args[0], attrs["start"], attrs["stop"], 1),
+    "concat": _concat,
+    "view": _view,
+    "gather": _view,
+    "interleave": _interleave,
+    "reduce": _reduce,
+    "scan": _scan,
+    "contract": _contract,
+    "take": _take,
+    "scatter_add": _scatter_add,
+    "argsort": _argsort,
+}
