@@ -16,7 +16,7 @@ from torch import nn
 import fusecell
 from fusecell.cell import Cell
 from fusecell.module_snapshot import preserved
-from fusecell.onnx.model import BOOL, ModelGraph, cells_of
+from fusecell.onnx.model import BOOL, ModelGraph, cells_of, is_batch_first
 from fusecell.onnx.verify import verify_model
 from fusecell.onnx.writer import INT64, Writer
 from fusecell.shapes import Shape, Size, feature_shape, features_of, is_size, output_shapes
@@ -47,13 +47,13 @@ def export(
 ) -> onnx.ModelProto:
     """Write a layer as an ONNX model; any number of steps T and rows N.
 
-    A GRU, LSTM or RNN becomes the node of that name, for each layer one; any other cell a ``Scan`` whose body is the
-    cell's step, in standard operators. Weights are constants of the model. Random operations of training are left out
-    as in ``eval()``.
+    A GRU, LSTM or RNN of float32 becomes the node of that name, one a layer; any other cell a ``Scan`` whose body is
+    the cell's step, in standard operators. Weights are constants of the model. Random operations of training are
+    left out, as in ``eval()``.
 
     Example:
         >>> import torch, fusecell as fc
-        >>> model = fc.onnx.export(fc.Sequential(fc.Recurrent(fc.MinGRUCell(5, 10)), torch.nn.Linear(10, 2)))
+        >>> model = fc.onnx.export(fc.Sequential(fc.Recurrent(fc.cells.MGUCell(5, 10)), torch.nn.Linear(10, 2)))
         >>> [value.name for value in model.graph.input], [value.name for value in model.graph.output]
         (['x', 'h'], ['y', 'h_out'])
 
@@ -74,8 +74,9 @@ def export(
 
     Returns:
         The model. Inputs ``x`` (T, N, features), or (N, T, features) with ``batch_first``, those that the cell takes
-        besides, and the states; outputs
-        ``y`` and the states' last values. A cell of several outputs has one for each, ``y.<name>``.
+        besides or draws, and the states; outputs
+        ``y`` and the states' last values. A cell of several outputs has one for each, ``y.<name>``. Where a state is
+        called y, the output is ``output``.
 
     Raises:
         NotCompilable: where the step has no graph, with the reasons.
@@ -95,8 +96,9 @@ def export(
             f"{type(module).__name__}."
         )
     dtype = _dtype_of(module)
-    shapes = None if input_shapes is None else [feature_shape(size) for size in input_shapes]
+    given = None if input_shapes is None else [feature_shape(size) for size in input_shapes]
     with preserved(module), _evaluation(module), torch.no_grad():
+        shapes = _with_drawn(cells, given)
         model = _model(module, cells, dtype, opset, step, states, lengths, resets, input_dtype, shapes)
         onnx.checker.check_model(model, full_check=True)
         if verify:
@@ -113,6 +115,17 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
             f"onnx.export writes float32 and float64, the module computes in {dtype}; convert it with .float()."
         )
     return dtype
+
+
+def _with_drawn(cells: Sequence[Cell], shapes: Sequence[Shape] | None) -> Sequence[Shape] | None:
+    """Return the shapes of a cell's inputs and, behind them, of what it draws, which the model's caller draws."""
+    drawn = [tuple(value.shape[2:]) for value in cells[0].draw(1, 1)]
+    if not any(cell.draw(1, 1) for cell in cells):
+        return shapes
+    if len(cells) > 1:
+        names = {type(cell).__name__ for cell in cells if cell.draw(1, 1)}
+        raise TypeError(f"onnx.export: {', '.join(names)} draws random inputs; export the cell by itself.")
+    return [*(shapes or [feature_shape(cells[0].input_size)]), *drawn]
 
 
 class _evaluation:
@@ -143,7 +156,7 @@ def _model(
     input_shapes: Sequence[Shape] | None,
 ) -> onnx.ModelProto:
     w = Writer(_DTYPES[dtype])
-    batch_first = not step and bool(getattr(module, "batch_first", False))
+    batch_first = not step and is_batch_first(module)
     lead = ["N"] if step else ["N", "T"] if batch_first else ["T", "N"]
     element = w.element if input_dtype is None else helper.np_dtype_to_tensor_dtype(_numpy_dtype(input_dtype))
     graph = ModelGraph(w, dtype, step, states, len(cells), input_dtype=input_dtype, input_shapes=input_shapes)
@@ -170,7 +183,8 @@ def _model(
     if batch_first:
         result = w.node("Transpose", result, perm=[1, 0, 2])
     parts = output_shapes(result_size)
-    outputs_named = ["y"] if is_size(result_size) else [f"y.{key}" for key in _keys(result_size)]
+    y = "output" if any(value.name in ("y", "y_out") for value in (*graph.inputs, *after)) else "y"
+    outputs_named = [y] if is_size(result_size) else [f"{y}.{key}" for key in _keys(result_size)]
     values = [result]
     if len(parts) > 1:
         widths = w.integers([features_of(part) for part in parts.values()], "widths")

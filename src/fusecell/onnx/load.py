@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import ExportError
@@ -47,30 +48,62 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, GRU | LS
     """
     model = source if isinstance(source, onnx.ModelProto) else onnx.load(Path(source))
     layers: dict[str, GRU | LSTM | RNN] = {}
-    _collect(model.graph, {}, layers)
+    opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 20)
+    _collect(model.graph, None, opset, layers)
     if not layers:
         kinds = sorted({node.op_type for node in model.graph.node})
         raise ExportError(f"onnx.load: the model has no GRU, LSTM or RNN; it has {', '.join(kinds)}.")
     return layers
 
 
-def _collect(graph: onnx.GraphProto, outer: Mapping[str, Array], layers: dict[str, GRU | LSTM | RNN]) -> None:
-    constants = {**outer, **{each.name: numpy_helper.to_array(each) for each in graph.initializer}}
+class _Scope:
+    """The values of a graph that don't depend on its inputs, computed when they are asked for.
+
+    Arguments:
+        outer: the scope around it, whose values a subgraph may use.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, outer: _Scope | None, opset: int) -> None:
+        self._outer = outer
+        self._opset = opset
+        self._values: dict[str, Array | None] = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        self._producers = {name: node for node in graph.node for name in node.output if name}
+
+    def constant(self, name: str) -> Array | None:
+        """Return a value; None for one that an input of the model may change."""
+        if name not in self._values:
+            producer = self._producers.get(name)
+            if producer is None:
+                return None if self._outer is None else self._outer.constant(name)
+            self._values[name] = None  # until it is known
+            self._compute(producer)
+        return self._values[name]
+
+    def _compute(self, node: onnx.NodeProto) -> None:
+        feeds = {name: self.constant(name) for name in node.input if name}
+        if any(value is None for value in feeds.values()) or any(each.g.node for each in node.attribute):
+            return
+        inputs = [helper.make_value_info(name, helper.make_tensor_type_proto(0, None)) for name in feeds]
+        outputs = [helper.make_value_info(name, helper.make_tensor_type_proto(0, None)) for name in node.output if name]
+        graph = helper.make_graph([node], "constant", inputs, outputs)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self._opset)])
+        results = ReferenceEvaluator(model).run(None, feeds)
+        self._values.update(zip([name for name in node.output if name], results, strict=True))  # type: ignore[arg-type]
+
+
+def _collect(graph: onnx.GraphProto, outer: _Scope | None, opset: int, layers: dict[str, GRU | LSTM | RNN]) -> None:
+    scope = _Scope(graph, outer, opset)
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type == "Identity" and node.input[0] in constants:
-            constants[node.output[0]] = constants[node.input[0]]
-        elif node.op_type in _LAYERS:
+        if node.op_type in _LAYERS:
             name = node.name or next(output for output in node.output if output)
-            layers[name] = _layer(node, name, constants)
+            layers[name] = _layer(node, name, scope)
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
-                    _collect(inner, constants, layers)
+                    _collect(inner, scope, opset, layers)
 
 
-def _layer(node: onnx.NodeProto, name: str, constants: Mapping[str, Array]) -> GRU | LSTM | RNN:
+def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
     kind = node.op_type
     attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     for attribute, what in _UNSUPPORTED.items():
@@ -79,8 +112,8 @@ def _layer(node: onnx.NodeProto, name: str, constants: Mapping[str, Array]) -> G
     inputs = [*node.input, *[""] * (8 - len(node.input))]
     if kind == "LSTM" and inputs[7]:
         raise ExportError(f"onnx.load: LSTM {name} has peepholes; fusecell.PeepholeLSTMCell has others per unit.")
-    w, r = (_constant(node, name, constants, at) for at in (1, 2))
-    b = _constant(node, name, constants, 3) if inputs[3] else None
+    w, r = (_constant(node, name, scope, at) for at in (1, 2))
+    b = _constant(node, name, scope, 3) if inputs[3] else None
     direction = attributes.get("direction", b"forward").decode()
     if direction == "reverse":
         raise ExportError(
@@ -105,14 +138,14 @@ def _layer(node: onnx.NodeProto, name: str, constants: Mapping[str, Array]) -> G
     return layer  # type: ignore[no-any-return]
 
 
-def _constant(node: onnx.NodeProto, name: str, constants: Mapping[str, Array], at: int) -> Array:
-    value = constants.get(node.input[at])
+def _constant(node: onnx.NodeProto, name: str, scope: _Scope, at: int) -> Array:
+    value = scope.constant(node.input[at])
     if value is None:
         raise ExportError(
-            f"onnx.load: {node.op_type} {name} computes its {'XWRB'[at]} in the model; only constants are loaded. Fold "
-            "them first, with onnxruntime's or onnxsim's optimiser."
+            f"onnx.load: {node.op_type} {name} computes its {'XWRB'[at]} of the model's inputs; a layer's weights are "
+            "constants."
         )
-    return np.array(value)
+    return np.array(value, dtype=np.float32 if value.dtype == np.float16 else value.dtype)
 
 
 def _activations(kind: str, name: str, attributes: Mapping[str, Any], directions: int) -> dict[str, Any]:

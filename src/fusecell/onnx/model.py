@@ -20,7 +20,7 @@ from fusecell.shapes import OutputSize, Shape, feature_shape, features_of, is_si
 from fusecell.streaming.build import PerStep
 from fusecell.validation import first_state
 
-__all__ = ["BOOL", "ModelGraph", "cells_of"]
+__all__ = ["BOOL", "ModelGraph", "cells_of", "is_batch_first"]
 
 BOOL = TensorProto.BOOL
 
@@ -38,6 +38,20 @@ def cells_of(module: nn.Module) -> list[Cell]:
     if isinstance(module, Sequential | nn.Sequential):
         return [cell for part in module for cell in cells_of(part)]
     return []
+
+
+def is_batch_first(module: nn.Module) -> bool:
+    """Whether a module takes (N, T, features).
+
+    Raises:
+        ValueError: where parts of a Sequential disagree.
+    """
+    if not isinstance(module, nn.Sequential):
+        return bool(getattr(module, "batch_first", False))
+    kinds = {is_batch_first(part) for part in module if cells_of(part)}
+    if len(kinds) > 1:
+        raise ValueError("onnx.export: the layers of a Sequential disagree in batch_first.")
+    return kinds == {True}
 
 
 @dataclass
@@ -116,8 +130,10 @@ class ModelGraph:
         places = range(len(self.state_cells), len(self.state_cells) + len(cells))
         starts = [self._start(cell, value) for cell in cells]
         kinds = {node_kind(cell) for cell in cells}
-        if len(kinds) == 1 and None not in kinds and not self.resets and not self.step:
-            result = self._recurrent_node(str(kinds.pop()), cells, places, value, reverse, starts)
+        kind = kinds.pop() if len(kinds) == 1 else None
+        # ONNX Runtime doesn't compute these nodes in doubles.
+        if kind is not None and self.dtype == torch.float32 and not self.resets and not self.step:
+            result = self._recurrent_node(kind, cells, places, value, reverse, starts)
         else:
             results = []
             for place, cell, start, backwards in zip(places, cells, starts, reverse, strict=True):

@@ -166,7 +166,9 @@ def _rows_of(w: Writer, value: str, dims: int) -> str:
 def _argsort(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
     value = w.reshape(args[0], -1, attrs["outer"], attrs["count"])
     count = w.integers([attrs["count"]], "count")
-    (_, order) = w.several("TopK", [value, count], ["", "order"], axis=2, largest=int(attrs["descending"]), sorted=1)
+    _, order = w.several(
+        "TopK", [value, count], ["ordered", "order"], axis=2, largest=int(attrs["descending"]), sorted=1
+    )
     return w.reshape(w.cast(order), 0, -1)
 
 

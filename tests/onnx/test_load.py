@@ -1,0 +1,97 @@
+"""Recurrent nodes of ONNX models as layers, against ONNX Runtime's results of the same models."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusecell as fc
+
+onnx = pytest.importorskip("onnx")
+from onnx import helper, numpy_helper  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fc.GRU(5, 7, bidirectional=True),
+        lambda: fc.GRU(5, 7, reset_after=False, bias=False),
+        lambda: fc.LSTM(5, 7, bidirectional=True),
+        lambda: fc.RNN(5, 7, nonlinearity="relu"),
+    ],
+)
+def test_there_and_back(make) -> None:
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(4, 3, 5)
+    (loaded,) = fc.onnx.load(fc.onnx.export(layer)).values()
+    assert type(loaded) is type(layer)
+    torch.testing.assert_close(loaded(x)[0], layer(x)[0], rtol=0, atol=1e-6)
+    loaded(x)[0].sum().backward()
+    assert all(value.grad is not None for value in loaded.parameters())
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_torchs_own_export(kind, tmp_path) -> None:
+    """Its weights are made of others by nodes of the model."""
+    torch.manual_seed(0)
+    layer, x = kind(5, 7, bidirectional=True), torch.randn(4, 3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(layer, (x,), tmp_path / "model.onnx", dynamo=False)
+    (loaded,) = fc.onnx.load(tmp_path / "model.onnx").values()
+    torch.testing.assert_close(loaded(x)[0], layer(x)[0], rtol=0, atol=1e-6)
+
+
+def _gru_node(**attributes):
+    w, r = np.ones((1, 6, 3), dtype=np.float32), np.ones((1, 6, 2), dtype=np.float32)
+    node = helper.make_node("GRU", ["x", "w", "r"], ["y"], name="gates", hidden_size=2, **attributes)
+    constants = [numpy_helper.from_array(value, name) for value, name in ((w, "w"), (r, "r"))]
+    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["T", "N", 3])]
+    outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["T", 1, "N", 2])]
+    return helper.make_model(helper.make_graph([node], "g", inputs, outputs, constants))
+
+
+def test_a_gru_without_biases_that_resets_before_its_product() -> None:
+    (layer,) = fc.onnx.load(_gru_node()).values()
+    assert not layer.bias
+    assert layer.reset_after is False
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: _gru_node(clip=3.0), "has a clip of its gates"),
+        (lambda: _gru_node(direction="reverse"), "runs backwards only"),
+        (lambda: _gru_node(activations=["Affine", "Tanh"]), "has the activations Affine, Tanh"),
+        (lambda: fc.onnx.export(fc.Recurrent(fc.cells.MGUCell(5, 7))), "no GRU, LSTM or RNN; it has .*Scan"),
+    ],
+)
+def test_what_no_layer_computes_is_refused(model, reason: str) -> None:
+    with pytest.raises(fc.ExportError, match=reason):
+        fc.onnx.load(model())
+
+
+def test_the_recurrent_part_of_a_published_model() -> None:
+    silero_vad = pytest.importorskip("silero_vad")
+    ort = pytest.importorskip("onnxruntime")
+    from pathlib import Path
+
+    path = Path(silero_vad.__file__).parent / "data" / "silero_vad_16k_sequence.onnx"
+    model = onnx.load(path)
+    (node,) = [node for node in model.graph.node if node.op_type == "LSTM"]
+    for name in (node.input[0], node.output[0]):
+        model.graph.output.append(helper.make_empty_tensor_value_info(name))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    generator = np.random.default_rng(0)
+    feeds = {
+        name: generator.standard_normal(shape).astype(np.float32) * 0.3
+        for name, shape in (("input", (9, 576)), ("h", (1, 1, 128)), ("c", (1, 1, 128)))
+    }
+    x, expected = session.run([node.input[0], node.output[0]], feeds)
+    (layer,) = fc.onnx.load(path).values()
+    y, _ = layer(torch.from_numpy(x), (torch.from_numpy(feeds["h"]), torch.from_numpy(feeds["c"])))
+    np.testing.assert_allclose(y.detach().numpy(), expected[:, 0], atol=1e-5)
