@@ -31,6 +31,7 @@ __all__ = [
     "in_jit_trace",
     "in_onnx_export",
     "is_batched_gradient",
+    "is_wrapped",
     "is_expanded_weight",
     "is_profiling",
     "tensor_guards",
@@ -98,6 +99,11 @@ is_profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 def in_dispatch_mode() -> bool:
     """Whether a ``TorchDispatchMode`` is active: it must see ATen calls, of which a kernel makes none."""
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is one of torch.func's, around another, and has no memory of its own."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def in_functorch_transform() -> bool:

@@ -276,8 +276,12 @@ class _TrainingCall:
             return results[0], results[1:]
         return None, results
 
-    def eager(self, owner: nn.Module, tensors: State) -> State:
-        """Run the Python loop with torch's autograd, for gradients of gradients."""
+    def again(self, owner: nn.Module, tensors: State, *, eager: bool) -> State:
+        """Run the call again under autograd, for gradients of gradients.
+
+        Arguments:
+            eager: by the Python loop, for gradients of many backwards at once.
+        """
         if self._conversion is not None:  # the loop's results have the layer's dtype, their gradients the kernel's
             tensors = self._conversion.restored(tensors)
         args, weights, form = tensors[: self._count], tensors[self._count :], self.form
@@ -289,7 +293,9 @@ class _TrainingCall:
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
         cell = rebound(cell, dict(zip(self._paths, weights, strict=True)), ())
-        outputs, after = run_eager(cell, (x,), state, Options(reverse=form.reverse))
+        options = Options(reverse=form.reverse)
+        result = None if eager else self._step(cell, (x,), state, options)
+        outputs, after = run_eager(cell, (x,), state, options) if not isinstance(result, tuple) else result
         states = tuple([form.state(value) for value in after])
         results = (form.output(outputs), *states) if form.outputs else states
         return results if self._conversion is None else widened(results)
@@ -334,7 +340,12 @@ class _CachedScan(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(grads):
             owner: nn.Module = ctx.owner
             needed = ctx.needs_input_grad[2:]
-            return None, None, *differentiated(lambda aliases: call.eager(owner, aliases), tensors, needed, grads)
+            eager = transformed(grads)
+            return (
+                None,
+                None,
+                *differentiated(lambda aliases: call.again(owner, aliases, eager=eager), tensors, needed, grads),
+            )
         if not call.form.outputs:  # then the states are the only results
             grads = (None, *grads)
         return None, None, *call.backward(saved, tensors, grads)

@@ -46,7 +46,7 @@ from fusecell.compiler.frontend.traced_values import (
 )
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref, Weights, weight_views
 from fusecell.compiler.ir.graph import Builder
-from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
+from fusecell.torch_internals import autograd_node, disable_current_modes, is_wrapped, without_torch_functions
 
 __all__ = ["MOST_NODES", "Recorder"]
 
@@ -199,7 +199,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
 
     def may_read(self, tensor: Tensor) -> bool:
         """Whether the step may read a tensor's value: one of buffers alone. The prologue then assumes this value."""
-        value = self.value(tensor)
+        value = None if is_wrapped(tensor) else self.value(tensor)
         if self.backward or not isinstance(value, Weight) or self.weights.slots[value.slot].differentiable:
             return False
         self.weights.assume(value.slot)
@@ -440,6 +440,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, list | tuple) or not all(isinstance(r, Tensor) or r is None for r in results):
             raise Untraceable(_READS)
+        if any(isinstance(result, Tensor) and result.is_meta for result in results):
+            return  # torch asks for a shape; a tensor without memory has no value
         operands = list(values_in((values, options)))
         if target is not None and isinstance(operands[0], Weight):
             self._change_weight(func, args, values, operands)
@@ -707,6 +709,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ann
         if any(self.writer.rows in result.shape for result in results):
             return None  # spread over rows
         fill = _fill(name, values, operands)
+        if name == "_efficientzerotensor":  # which has no memory that a kernel could read
+            func, name = torch.ops.aten.zeros.default, "zeros"
         # The backward runs after the prologue: what it computes on weights can only be part of the graph.
         if self.backward and fill is None and not _is_view(name):
             return None

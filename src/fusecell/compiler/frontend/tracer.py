@@ -35,6 +35,7 @@ from fusecell.forks import new_lock
 from fusecell.module_snapshot import Change, Snapshot
 from fusecell.shapes import Shape, feature_shape, is_size, output_shape, output_shapes, packed, size_text
 from fusecell.step_changes import changing_line, explain_changes
+from fusecell.torch_internals import is_wrapped
 
 __all__ = ["Traced", "input_names", "trace"]
 
@@ -417,6 +418,8 @@ class _Run:
     # names
 
     def _note(self, cell: Cell, name: str, value: Tensor) -> None:
+        if is_wrapped(value):  # inside of a transform there is no value of the step's own
+            return
         path = next((prefix for prefix, module in self.cell.named_modules() if module is cell), "")
         label = f"note.{path}.{name}" if path else f"note.{name}"
         if label in self.outputs:
@@ -427,7 +430,7 @@ class _Run:
         self.names.setdefault(node, name)
 
     def _name_variable(self, name: str, value: Tensor) -> None:
-        if not self.recorder.is_known(value):
+        if is_wrapped(value) or not self.recorder.is_known(value):
             return
         # A part of a node, such as one gate of a product of three, would give the whole its name.
         row = self.recorder.value(value)

@@ -23,6 +23,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.frontend.dtypes import casts_of, kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
+from fusecell.errors import CompilerError
 
 __all__ = ["CustomCall", "Prologue", "Ref", "Weights"]
 
@@ -100,7 +101,9 @@ class Leaf:
     dtype: torch.dtype | None
 
     def of(self, value: Tensor) -> Tensor:
-        """Return the leaf's tensor, from that of its slot."""
+        """Return the leaf's tensor, from that of its slot; a kernel reads its memory."""
+        if not value.is_cpu or value._is_zerotensor():
+            raise CompilerError(f"a weight is on {value.device}, where a kernel needs its memory")
         if self.dtype is not None:
             value = value.to(self.dtype)
         return value if self.shape is None else value.reshape(self.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.replay import with_draws
+from fusecell.compiler.programs.second_order import Cotangents, SecondOrder
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.refusal import Refusal, refusal
 from fusecell.compiler.transforms.partition import ForwardBackward, partition
@@ -85,6 +87,17 @@ class TrainableStep:
             results = rounded(results, dtype)
         kind = self.traced.output_dtype
         return results[0] if kind is None else results[0].to(kind), results[1:]
+
+    @cached_property
+    def second_order(self) -> SecondOrder:
+        """The kernels of gradients of gradients."""
+        return SecondOrder(self.traced.dtype, compile_trainable)
+
+    def has_second_order(self, call: Call) -> bool:
+        """Whether gradients of gradients may have kernels: of a plain call, whose weights are attributes unchanged."""
+        traced = self.traced
+        plain = traced.is_plain and self.dtypes is None and not has_16_bits(traced.dtype)
+        return plain and traced.weights.direct_paths is not None and call.options.resets is None
 
     def check_unchanged(self, cell: Cell) -> None:
         """Raise RuntimeError if the cell's step would no longer compute what was traced."""
@@ -171,14 +184,90 @@ class _Scan(torch.autograd.Function):
         saved, tensors = all_saved[0], all_saved[1:]
         if all(grad is None for grad in grads):
             return (None,) * (3 + len(tensors))
-        if torch.is_grad_enabled() or transformed(grads):
-            return None, None, None, *_differentiable(ctx, tensors, grads)
         call: Call = ctx.call
+        if torch.is_grad_enabled() or transformed(grads):
+            if transformed(grads) or not ctx.step.has_second_order(call):
+                return None, None, None, *_differentiable(ctx, tensors, grads)
+            return None, None, None, *_with_gradients(ctx, saved, tensors, grads)
         return None, None, None, *call.gradients(saved, tensors, grads)
 
 
 # Past torch's own `apply`, which looks for transforms of torch.func: a call under one does not come here.
 _apply: Any = apply_directly(_Scan)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward kernel, and the kernels of `second_order` as its gradient."""
+
+    @staticmethod
+    @natively
+    def forward(ctx: Any, first: Any, saved: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.first = first
+        ctx.set_materialize_grads(False)
+        count = len(first.needs_input_grad) - 3
+        ctx.save_for_backward(*tensors)
+        gradients = first.call.gradients(saved, tensors[:count], tensors[count:])
+        ctx.given = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        return tuple([gradients[index] for index in ctx.given])
+
+    @staticmethod
+    @natively
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, tensors = ctx.first, ctx.saved_tensors
+        call: Call = first.call
+        count = len(first.needs_input_grad) - 3
+        of: list[Tensor | None] = [None] * count
+        for index, cotangent in zip(ctx.given, cotangents, strict=True):
+            of[index] = cotangent
+        if not torch.is_grad_enabled() and not transformed(cotangents):
+            step: TrainableStep = first.step
+            step.check_unchanged(first.cell)
+            inputs, state, _, weights, _ = call.split(tensors[:count])
+            a, b, c, _ = call.ends
+            paths = step.traced.weights.direct_paths or ()
+            scan = inputs, state, dict(zip(paths, weights, strict=True)), call.options, call.output
+            cotangents_of = Cotangents(of[:a], of[a:b], of[c:])
+            gradients = step.second_order.gradients(first.cell, scan, tensors[count:], cotangents_of)
+            if not isinstance(gradients, Refusal):
+                return None, None, *gradients
+        return None, None, *_differentiated_twice(first, tensors, of, ctx.needs_input_grad[2:])
+
+
+def _with_gradients(ctx: Any, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Compute gradients by the backward kernel that have gradients by kernels themselves."""
+    given = _Gradients.apply(ctx, saved, *tensors, *grads)  # type: ignore[no-untyped-call]
+    result: list[Tensor | None] = [None] * len(tensors)
+    call: Call = ctx.call
+    present = [index for index, _ in enumerate(tensors) if index in call.given]
+    for index, gradient in zip(present, given, strict=True):
+        result[index] = gradient
+    return result
+
+
+def _differentiated_twice(
+    first: Any, tensors: Sequence[Any], cotangents: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Compute gradients of gradients in the Python loop: those that have gradients again, or have no kernels."""
+    create_graph = torch.is_grad_enabled()
+    count = len(first.needs_input_grad) - 3
+    with torch.enable_grad():
+        aliases = [value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True)]
+        gradients = _differentiable(first, tuple(aliases[:count]), aliases[count:])
+    pairs = [
+        (value, of)
+        for value, of in zip(gradients, cotangents, strict=True)
+        if value is not None and of is not None and value.requires_grad
+    ]
+    indices = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
+    result: list[Tensor | None] = [None] * len(tensors)
+    if pairs:
+        found = torch.autograd.grad(
+            [value for value, _ in pairs], [aliases[index] for index in indices], [of for _, of in pairs],
+            create_graph=create_graph, allow_unused=True,
+        )  # fmt: skip
+        for index, grad in zip(indices, found, strict=True):
+            result[index] = grad
+    return result
 
 
 def transformed(grads: Sequence[Tensor | None]) -> bool:

@@ -180,6 +180,12 @@ class Call:
         a, b, c, d = self.ends
         return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
 
+    @property
+    def given(self) -> set[int]:
+        """The places among the call's tensors of those that :meth:`gradients` returns a gradient for."""
+        indices, (a, b, c, _) = self.training.gradients, self.ends
+        return {*indices.inputs, *range(a, b), *range(b, c), *(c + index for index in indices.weights)}
+
     @one_thread_after_fork()
     def forward(self, tensors: State) -> tuple[Tensor, Tensor, State]:
         """Run the forward kernel; return what it saves, the outputs, and the states after the last step."""

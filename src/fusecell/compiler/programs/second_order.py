@@ -1,0 +1,166 @@
+r"""Gradients of gradients, by a kernel: the gradient of a directional derivative.
+
+A backward gives the gradients of :math:`\psi = \langle g, (y, s_T) \rangle` for given g. Their own gradient, for a
+cotangent v of the gradients of inputs, first states and weights, is that of :math:`\langle v, \nabla \psi \rangle`, the
+derivative of :math:`\psi` along v. So it is an ordinary backward, of a scan over a cell that carries tangents along
+(`TangentStep`), with v as the tangents and g as what the tangents' results are weighted with. The compiler makes kernels
+of that cell as of any other. What it gives by the way, the tangents of the results, are the gradients of g.
+
+Forward over reverse, as in B. A. Pearlmutter, Fast exact multiplication by the Hessian, 1994.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusecell.cell import Cell
+from fusecell.compiler.programs.rebind import rebound
+from fusecell.compiler.refusal import Refusal
+from fusecell.execution.options import Options, State
+from fusecell.shapes import Shape, packed
+
+if TYPE_CHECKING:
+    from fusecell.compiler.programs.autograd import TrainableStep
+
+__all__ = ["Cotangents", "SecondOrder", "TangentStep"]
+
+_TANGENT = "_tangent"
+
+
+class TangentStep(Cell):
+    r"""A cell with a tangent beside each of its states: its output is the tangent of the cell's.
+
+    .. math:: (\dot y, \dot s') = \frac{\partial\,\mathrm{step}}{\partial (x, s, W)} \cdot (\dot x, \dot s, \dot W)
+
+    Arguments:
+        cell: the cell.
+        output: the shape of a row of its output.
+        of_inputs: whether inputs have tangents, which are inputs behind them.
+        directions: the tangent of each weight that has one, by the weight's path.
+    """
+
+    def __init__(self, cell: Cell, output: Shape, of_inputs: bool, directions: Mapping[str, Tensor]) -> None:
+        super().__init__(cell.input_size, cell.hidden_size)
+        self.cell = cell
+        self.of_inputs = of_inputs
+        self.inputs = (*cell.inputs, *(name + _TANGENT for name in cell.inputs * of_inputs))
+        self.states = (*cell.states, *(name + _TANGENT for name in cell.states))
+        self.state_sizes = (*cell.state_sizes, *cell.state_sizes)
+        self.output_size = output
+        self.paths = tuple(directions)
+        self.directions = list(directions.values())
+
+    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+        inputs = x if len(self.inputs) > 1 else (x,)
+        count, states = len(self.cell.inputs), len(self.cell.states)
+        primal, moving = inputs[:count], inputs[count:]
+        weights = tuple(_at(self.cell, path) for path in self.paths)
+
+        def results(*values: Tensor) -> State:
+            cell = rebound(self.cell, dict(zip(self.paths, values[states + len(moving) :], strict=True)), ())
+            of_x = values[states : states + len(moving)] or primal
+            output, after = cell.step(of_x if count > 1 else of_x[0], values[:states])
+            return packed(output, 1), *after
+
+        primals = (*state[:states], *(primal if moving else ()), *weights)
+        tangents = (*state[states:], *moving, *self.directions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its first use
+            (_, *after), (tangent, *of_after) = torch.func.jvp(results, primals, tangents)
+        return tangent, (*after, *of_after)
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What weights the gradients of a scan's inputs, first states and weights; None where nothing does."""
+
+    inputs: Sequence[Tensor | None]
+    states: Sequence[Tensor | None]
+    weights: Sequence[Tensor | None]
+
+
+class SecondOrder:
+    """The kernels of one step's gradients of gradients, compiled on first use.
+
+    Arguments:
+        dtype: of the step.
+        compile: traces a cell with its gradient, for the shapes of its inputs and a dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype, compile: Callable[..., TrainableStep | Refusal]) -> None:
+        self._dtype = dtype
+        self._compile = compile
+        self._compiled: dict[Any, TrainableStep | Refusal] = {}
+
+    def gradients(
+        self,
+        cell: Cell,
+        scan: tuple[State, State, Mapping[str, Tensor], Options, Shape],
+        grads: Sequence[Tensor | None],
+        cotangents: Cotangents,
+    ) -> list[Tensor | None] | Refusal:
+        """Return the gradients of a scan's gradients.
+
+        Arguments:
+            scan: the inputs, first states and weights of the forward, its options, and the shape of a row of its output.
+            grads: the gradients of the output and of each last state that the backward was given.
+
+        Returns:
+            The gradients with respect to the inputs, the first states, the weights and ``grads``.
+        """
+        inputs, state, weights, options, output = scan
+        inputs, state = tuple(map(_leaf, inputs)), tuple(map(_leaf, state))
+        weights = {path: _leaf(value) for path, value in weights.items()}
+        moving = _or_zeros(cotangents.inputs, inputs)
+        start = _or_zeros(cotangents.states, state) or [torch.zeros_like(value) for value in state]
+        directions = dict(zip(weights, _or_zeros(cotangents.weights, list(weights.values())), strict=False))
+        tangents = TangentStep(rebound(cell, weights, ()), output, bool(moving), directions)
+        kernels = self._kernels(tangents, (*inputs, *moving))
+        if isinstance(kernels, Refusal):
+            return kernels
+        with torch.enable_grad():
+            result = kernels(tangents, (*inputs, *moving), (*state, *start), replace(options, recompute=False))
+        if isinstance(result, Refusal):
+            return result
+        results = [result[0], *result[1][len(state) :]]
+        pairs = [(value, of) for value, of in zip(results, grads, strict=True) if of is not None]
+        leaves = [*inputs, *state, *weights.values()]
+        wanted = [value for value in leaves if value.requires_grad]
+        gradients = torch.autograd.grad(
+            [value for value, _ in pairs], wanted, [of.detach() for _, of in pairs], allow_unused=True
+        )
+        by_leaf = {id(value): gradient for value, gradient in zip(wanted, gradients, strict=True)}
+        of_grads = [None if of is None else value.detach() for value, of in zip(results, grads, strict=True)]
+        return [*(by_leaf.get(id(value)) for value in leaves), *of_grads]
+
+    def _kernels(self, tangents: TangentStep, inputs: State) -> TrainableStep | Refusal:
+        shapes = [tuple(value.shape[2:]) for value in inputs]
+        key = tangents.of_inputs, tangents.paths, tuple(shapes)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(tangents, shapes, self._dtype)
+        return self._compiled[key]
+
+
+def _or_zeros(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return cotangents, zeros for those that are None; nothing if all are."""
+    if all(of is None for of in cotangents):
+        return []
+    return [torch.zeros_like(v) if of is None else of.detach() for of, v in zip(cotangents, like, strict=True)]
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """Return a tensor with the same values that begins a graph of its own."""
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _at(cell: Cell, path: str) -> Tensor:
+    value: Any = cell
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value  # type: ignore[no-any-return]
