@@ -463,7 +463,7 @@ def _(library):
     return torch.autograd.gradcheck(model, inputs()[:2, :3].double().requires_grad_())
 
 
-@tool("torch.autograd.gradgradcheck", "Gradients", note="the Python loop")
+@tool("torch.autograd.gradgradcheck", "Gradients")
 def _(library):
     model = Model(library).double()
     return torch.autograd.gradgradcheck(model, inputs()[:2, :3].double().requires_grad_())

@@ -1,10 +1,14 @@
 r"""Gradients of gradients, by a kernel: the gradient of a directional derivative.
 
 A backward gives the gradients of :math:`\psi = \langle g, (y, s_T) \rangle` for given g. Their own gradient, for a
-cotangent v of the gradients of inputs, first states and weights, is that of :math:`\langle v, \nabla \psi \rangle`, the
-derivative of :math:`\psi` along v. So it is an ordinary backward, of a scan over a cell that carries tangents along
-(`TangentStep`), with v as the tangents and g as what the tangents' results are weighted with. The compiler makes kernels
-of that cell as of any other. What it gives by the way, the tangents of the results, are the gradients of g.
+cotangent v of the gradients of inputs, first states and weights, is that of
+:math:`\langle v, \nabla \psi \rangle`, the derivative of :math:`\psi` along v. So it is an ordinary backward, of a scan
+over a cell that carries tangents along (`TangentStep`), with v as the tangents and g as what the tangents' results are
+weighted with. The compiler makes kernels of that cell as of any other. What it gives by the way, the tangents of the
+results, are the gradients of g.
+
+torch's tangents of a few operations have no gradients of their own, or wrong ones: norms are spelled out here, and what
+was compiled is compared with the Python loop's gradients of gradients, on two steps, before it is used.
 
 Forward over reverse, as in B. A. Pearlmutter, Fast exact multiplication by the Hessian, 1994.
 """
@@ -14,16 +18,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fusecell.cell import Cell
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.refusal import Refusal
+from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State
-from fusecell.shapes import Shape, packed
+from fusecell.shapes import Shape, feature_shape, packed
 
 if TYPE_CHECKING:
     from fusecell.compiler.programs.autograd import TrainableStep
@@ -31,6 +37,49 @@ if TYPE_CHECKING:
 __all__ = ["Cotangents", "SecondOrder", "TangentStep"]
 
 _TANGENT = "_tangent"
+_STEPS, _ROWS, _TOLERANCE = 2, 3, 1e-3
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    dims = list(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    result = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    parts = x.reshape(x.shape[0], groups, -1)
+    result = _layer_norm(parts, parts.shape[-1:], eps=eps).reshape(x.shape)
+    sizes = (-1, *[1] * (x.dim() - 2))
+    result = result if weight is None else result * weight.reshape(sizes)
+    return result if bias is None else result + bias.reshape(sizes)
+
+
+class _SpelledOut(TorchFunctionMode):
+    """Function mode in which norms are computed by operations whose tangents have gradients."""
+
+    functions: ClassVar[Mapping[Any, Callable[..., Tensor]]] = {
+        torch.layer_norm: _layer_norm,
+        torch.nn.functional.layer_norm: _layer_norm,
+        torch.group_norm: _group_norm,
+        torch.nn.functional.group_norm: _group_norm,
+    }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        function: Callable[..., Any] = self.functions.get(func, func)
+        return function(*args, **(kwargs or {}))
 
 
 class TangentStep(Cell):
@@ -49,8 +98,11 @@ class TangentStep(Cell):
         super().__init__(cell.input_size, cell.hidden_size)
         self.cell = cell
         self.of_inputs = of_inputs
-        self.inputs = (*cell.inputs, *(name + _TANGENT for name in cell.inputs * of_inputs))
-        self.states = (*cell.states, *(name + _TANGENT for name in cell.states))
+        names = {
+            "inputs": (*cell.inputs, *(name + _TANGENT for name in cell.inputs * of_inputs)),
+            "states": (*cell.states, *(name + _TANGENT for name in cell.states)),
+        }
+        self.__dict__.update(names)
         self.state_sizes = (*cell.state_sizes, *cell.state_sizes)
         self.output_size = output
         self.paths = tuple(directions)
@@ -70,10 +122,11 @@ class TangentStep(Cell):
 
         primals = (*state[:states], *(primal if moving else ()), *weights)
         tangents = (*state[states:], *moving, *self.directions)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _SpelledOut():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its first use
-            (_, *after), (tangent, *of_after) = torch.func.jvp(results, primals, tangents)
-        return tangent, (*after, *of_after)
+            pair: Any = torch.func.jvp(results, primals, tangents)
+        values, rates = pair
+        return rates[0], (*values[1:], *rates[1:])
 
 
 @dataclass(frozen=True)
@@ -108,7 +161,7 @@ class SecondOrder:
         """Return the gradients of a scan's gradients.
 
         Arguments:
-            scan: the inputs, first states and weights of the forward, its options, and the shape of a row of its output.
+            scan: the inputs, first states and weights of the forward, its options, and the shape of an output's row.
             grads: the gradients of the output and of each last state that the backward was given.
 
         Returns:
@@ -124,27 +177,84 @@ class SecondOrder:
         kernels = self._kernels(tangents, (*inputs, *moving))
         if isinstance(kernels, Refusal):
             return kernels
-        with torch.enable_grad():
-            result = kernels(tangents, (*inputs, *moving), (*state, *start), replace(options, recompute=False))
-        if isinstance(result, Refusal):
-            return result
-        results = [result[0], *result[1][len(state) :]]
-        pairs = [(value, of) for value, of in zip(results, grads, strict=True) if of is not None]
         leaves = [*inputs, *state, *weights.values()]
-        wanted = [value for value in leaves if value.requires_grad]
-        gradients = torch.autograd.grad(
-            [value for value, _ in pairs], wanted, [of.detach() for _, of in pairs], allow_unused=True
-        )
-        by_leaf = {id(value): gradient for value, gradient in zip(wanted, gradients, strict=True)}
-        of_grads = [None if of is None else value.detach() for value, of in zip(results, grads, strict=True)]
-        return [*(by_leaf.get(id(value)) for value in leaves), *of_grads]
+        return _gradients(kernels, tangents, (*inputs, *moving), (*state, *start), options, grads, leaves)
 
     def _kernels(self, tangents: TangentStep, inputs: State) -> TrainableStep | Refusal:
         shapes = [tuple(value.shape[2:]) for value in inputs]
         key = tangents.of_inputs, tangents.paths, tuple(shapes)
         if key not in self._compiled:
-            self._compiled[key] = self._compile(tangents, shapes, self._dtype)
+            kernels = self._compile(tangents, shapes, self._dtype)
+            if not isinstance(kernels, Refusal) and not _agrees(kernels, tangents, shapes, self._dtype):
+                kernels = Refusal(("torch's tangent of an operation of the step has no right gradient.",))
+            self._compiled[key] = kernels
         return self._compiled[key]
+
+
+def _gradients(
+    kernels: TrainableStep,
+    tangents: TangentStep,
+    inputs: State,
+    state: State,
+    options: Options,
+    grads: Sequence[Tensor | None],
+    leaves: Sequence[Tensor],
+) -> list[Tensor | None] | Refusal:
+    """Return the gradients of the leaves, and the tangents of the results that have a gradient."""
+    with torch.enable_grad():
+        result = kernels(tangents, inputs, state, replace(options, recompute=False))
+    if isinstance(result, Refusal):
+        return result
+    results = [result[0], *result[1][len(state) // 2 :]]
+    pairs = [(value, of) for value, of in zip(results, grads, strict=True) if of is not None]
+    wanted = [value for value in leaves if value.requires_grad]
+    gradients = torch.autograd.grad(
+        [value for value, _ in pairs], wanted, [of.detach() for _, of in pairs], allow_unused=True
+    )
+    by_leaf = {id(value): gradient for value, gradient in zip(wanted, gradients, strict=True)}
+    of_grads = [None if of is None else value.detach() for value, of in zip(results, grads, strict=True)]
+    return [*(by_leaf.get(id(value)) for value in leaves), *of_grads]
+
+
+def _agrees(kernels: TrainableStep, tangents: TangentStep, shapes: Sequence[Shape], dtype: torch.dtype) -> bool:
+    """Whether kernels give the gradients of gradients of the Python loop, for two steps of random numbers."""
+    cell, count = tangents.cell, len(tangents.cell.inputs)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype) * 0.5
+
+    with torch.enable_grad():
+        inputs = [random(_STEPS, _ROWS, *shape) for shape in shapes]
+        state = [random(_ROWS, *feature_shape(size)) for size in tangents.state_sizes]
+        for value in (*inputs[:count], *state[: len(state) // 2]):
+            value.requires_grad_()
+        weights = [_at(cell, path) for path in tangents.paths]
+        leaves = [*inputs[:count], *state[: len(state) // 2], *weights]
+        output, after = run_eager(cell, tuple(inputs[:count]), tuple(state[: len(state) // 2]), Options())
+        results = [packed(output, 2), *after]
+        grads = [random(*value.shape) for value in results]
+        pairs = [(value, grad) for value, grad in zip(results, grads, strict=True) if value.requires_grad]
+        first = torch.autograd.grad(
+            [value for value, _ in pairs], leaves, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+        )
+        moving = inputs[count:] or [torch.zeros_like(value) for value in inputs]
+        along = zip(first, (*moving, *state[len(state) // 2 :], *tangents.directions), strict=True)
+        products = [(value * of).sum() for value, of in along if value is not None and value.requires_grad]
+        expected: Sequence[Tensor | None] = [None] * len(leaves)
+        if products:
+            expected = torch.autograd.grad(torch.stack(products).sum(), leaves, allow_unused=True)
+    actual = _gradients(kernels, tangents, tuple(inputs), tuple(state), Options(), grads, leaves)
+    if isinstance(actual, Refusal):
+        return False
+    return all(_close(*pair) for pair in zip(actual, expected, strict=False))
+
+
+def _close(actual: Tensor | None, expected: Tensor | None) -> bool:
+    if actual is None or expected is None:
+        given = expected if actual is None else actual
+        return given is None or not bool(given.any())
+    return float((actual - expected).norm()) <= _TOLERANCE * float(expected.norm() + 1)
 
 
 def _or_zeros(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,126 @@
+"""Time gradients of gradients against the Python loop and JAX, in turns: ``python -m benchmarks.second_order``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import machine
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Print a table: a product with the Hessian of the weights, and a gradient penalty."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each contestant")
+    options = parser.parse_args()
+    machine.bind(1)  # before a framework counts cores
+    print(f"{machine.describe()['cpu']}, one core; GRU, {options.steps} steps, {options.rows} rows, ", end="")
+    print(f"{options.features} -> {options.size}")
+    print(f"{machine.versions(('fusecell', 'torch', 'jax'))}, {time.strftime('%d %B %Y')}\n")
+    print("| | ms | loop / ours | JAX / ours |")
+    print("|---|---:|---:|---:|")
+    from benchmarks.clock import take_turns
+
+    for name, contestants in _tasks(options).items():
+        results = {contestant: call() for contestant, call in contestants.items()}
+        _check(name, results)
+        timings = take_turns(contestants, options.seconds)
+        ours = timings["fusecell"].median
+        others = [f"{timings[other].median / ours:.2f}" for other in ("loop", "JAX")]
+        print(f"| {name} | {ours * 1e3:.1f} | {' | '.join(others)} |", flush=True)
+
+
+def _tasks(options: argparse.Namespace) -> dict[str, dict[str, Callable[[], Any]]]:
+    import torch
+
+    import fusecell as fc
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    cell = fc.GRUCell(options.features, options.size)
+    inputs = torch.randn(options.steps, options.rows, options.features)
+    weights = list(cell.parameters())
+    direction = [torch.randn_like(value) for value in weights]
+
+    def hessian_product(runner: str) -> Any:
+        with fc.runner(runner):
+            y, _ = fc.scan(cell, inputs)
+            first = torch.autograd.grad(y.square().mean(), weights, create_graph=True)
+            along = torch.stack([(a * b).sum() for a, b in zip(first, direction, strict=True)]).sum()
+            return torch.autograd.grad(along, weights)
+
+    def penalty(runner: str) -> Any:
+        x = inputs.clone().requires_grad_()
+        with fc.runner(runner):
+            y, _ = fc.scan(cell, x)
+            (slope,) = torch.autograd.grad(y[-1].sum(), x, create_graph=True)
+            return torch.autograd.grad((slope.norm(dim=2) - 1).square().mean(), weights)
+
+    in_jax = _jax_tasks([value.detach().numpy() for value in weights], inputs.numpy(), [d.numpy() for d in direction])
+    ours = {"product with the Hessian": hessian_product, "gradient penalty": penalty}
+    return {
+        name: {
+            "fusecell": lambda task=task: task("compiled"),  # type: ignore[misc]
+            "loop": lambda task=task: task("eager"),  # type: ignore[misc]
+            "JAX": in_jax[name],
+        }
+        for name, task in ours.items()
+    }
+
+
+def _jax_tasks(weights: list[Any], x: Any, direction: list[Any]) -> dict[str, Callable[[], Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    def outputs(weights: list[Any], x: Any) -> Any:
+        w_ih, w_hh, b_ih, b_hh = weights
+
+        def step(h: Any, of_x: Any) -> Any:
+            x_r, x_z, x_n = jnp.split(of_x, 3, 1)
+            h_r, h_z, h_n = jnp.split(h @ w_hh.T + b_hh, 3, 1)
+            r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
+            n = jnp.tanh(x_n + r * h_n)
+            h = (1 - z) * n + z * h
+            return h, h
+
+        return jax.lax.scan(step, jnp.zeros((x.shape[1], w_hh.shape[1])), x @ w_ih.T + b_ih)[1]
+
+    def loss(weights: list[Any]) -> Any:
+        return jnp.mean(outputs(weights, x) ** 2)
+
+    def penalty(weights: list[Any]) -> Any:
+        slope = jax.grad(lambda x: outputs(weights, x)[-1].sum())(x)
+        return jnp.mean((jnp.linalg.norm(slope, axis=2) - 1) ** 2)
+
+    x, weights, direction = jnp.asarray(x), [jnp.asarray(w) for w in weights], [jnp.asarray(d) for d in direction]
+    # Forward over reverse, the faster of the two ways to write it.
+    product = jax.jit(lambda weights, direction: jax.jvp(jax.grad(loss), (weights,), (direction,))[1])
+    of_penalty = jax.jit(jax.grad(penalty))
+    return {
+        "product with the Hessian": lambda: jax.block_until_ready(product(weights, direction)),
+        "gradient penalty": lambda: jax.block_until_ready(of_penalty(weights)),
+    }
+
+
+def _check(name: str, results: dict[str, Any]) -> None:
+    """Raise where two contestants' numbers differ by more than rounding."""
+    import numpy as np
+
+    expected = [np.asarray(value) for value in results["loop"]]
+    for contestant, values in results.items():
+        for value, reference in zip(values, expected, strict=True):
+            apart = np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
+            if apart > 1e-3:
+                raise SystemExit(f"{name}: {contestant}'s numbers are apart from the loop's by {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main()
