@@ -2,6 +2,7 @@
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
 # make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
 # make lint    format check, lint, types, import directions
+# make docs    write the API reference and build the site into site/        make docs-serve shows it while you write
 # make bench   install the peers, judge what is promised of time and memory, run the benchmarks
 # make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too
 
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint bench clean distclean
+.PHONY: demo test check lint docs docs-serve bench clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/fusecell demo $(ARGS)
@@ -32,12 +33,20 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python scripts/api_reference.py docs/api
+	$(BIN)/zensical build --strict
+
+docs-serve: $(VENV)/.installed-docs
+	$(BIN)/python scripts/api_reference.py docs/api
+	$(BIN)/zensical serve
+
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.checks || echo 'make bench: a figure above is too much; a busy machine does that'
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:
-	rm -rf build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site docs/api .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

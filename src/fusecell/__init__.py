@@ -59,7 +59,9 @@ _HOME = {
     "FusecellError": "errors",
     "NotCompilable": "errors",
 }
-_MODULES = ("cells", "init", "onnx", "testing", "wrappers")
+_MODULES = ("cells", "init", "testing", "wrappers")
+# Not in __all__, as it needs a package of its own.
+_OPTIONAL = ("onnx",)
 # Who takes a name from here is about to compute: the compiler is imported with it, not in the first call.
 _COMPUTING = ("cell", "cells", "drop_in", "layers", "wrappers")
 
@@ -71,7 +73,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"fusecell.{_HOME[name]}"), name)
         if _HOME[name] in _COMPUTING:
             importlib.import_module("fusecell.execution.runners").prepare()
-    elif name in _MODULES:
+    elif name in _MODULES or name in _OPTIONAL:
         value = importlib.import_module(f"fusecell.{name}")
     else:
         raise AttributeError(f"module 'fusecell' has no attribute {name!r}")
@@ -80,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, "__version__"})
+    return sorted({*__all__, *_OPTIONAL, "__version__"})

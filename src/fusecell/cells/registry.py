@@ -21,6 +21,12 @@ __all__ = ["CELLS", "ZooCell"]
 class ZooCell:
     """One entry of :data:`CELLS`: a cell class with its options, paper and equation.
 
+    Example:
+        >>> import fusecell as fc
+        >>> entry = next(entry for entry in fc.CELLS if entry.name == "mgu")
+        >>> entry.make(5, 10)
+        MGUCell(5, 10)
+
     Attributes:
         name: its name on the command line.
         cell: its class.

@@ -32,6 +32,13 @@ def _randn(steps: int, rows: int, features: int) -> Inputs:
 class StructuredCell:
     """One entry of :data:`STRUCTURED_CELLS`.
 
+    Example:
+        >>> import fusecell as fc
+        >>> entry = next(entry for entry in fc.cells.STRUCTURED_CELLS if entry.name == "mlstm")
+        >>> y, state = fc.Recurrent(entry.make(8, 16))(entry.inputs(7, 3, 8))
+        >>> y.shape
+        torch.Size([7, 3, 16])
+
     Attributes:
         name: a short name.
         cell: its class.

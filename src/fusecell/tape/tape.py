@@ -21,6 +21,14 @@ __all__ = ["Tape", "Track"]
 class Tape:
     """The values of every intermediate of every cell of a layer, step by step; :func:`record` makes one.
 
+    Example:
+        >>> import torch, fusecell as fc
+        >>> tape = fc.record(fc.GRU(5, 10), torch.randn(7, 3, 5))
+        >>> tape.steps, tape.rows, tape.kinds
+        (7, 3, ('GRUCell',))
+        >>> tape.value("z").shape
+        torch.Size([7, 3, 10])
+
     Attributes:
         outputs: the layer's outputs; None for a tape that was loaded.
         kinds: the class name of each cell, bottom first.

@@ -60,7 +60,14 @@ class CellCheckError(AssertionError):
 
 @dataclass(frozen=True)
 class CellReport:
-    """The checks that a cell passed, as (name, sentence) pairs; ``str()`` has a line for each."""
+    """The checks that a cell passed, as (name, sentence) pairs; ``str()`` has a line for each.
+
+    Example:
+        >>> import fusecell as fc
+        >>> report = fc.testing.check_cell(fc.cells.MGUCell(3, 4))
+        >>> report.cell, report.checks[0][0]
+        ('MGUCell', 'shapes')
+    """
 
     cell: str
     checks: tuple[tuple[str, str], ...]
