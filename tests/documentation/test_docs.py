@@ -14,7 +14,8 @@ import pytest
 import fusecell as fc
 from tests.paths import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Without the reference that `make docs` writes.
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "api")]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -94,6 +95,7 @@ def test_the_readme_is_short_and_shows_something_by_line_30():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    links = [link for link in links if not link.startswith("api/")]  # made with the site, whose test follows them
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
