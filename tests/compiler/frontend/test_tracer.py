@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import fusecell as fc
 from fusecell.cells import ZooCell
-from fusecell.compiler.frontend import Traced, recorder, trace
+from fusecell.compiler.frontend import Traced, operation_values, trace
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.interpreter import interpret
 from fusecell.compiler.refusal import Refusal
@@ -85,14 +85,14 @@ def test_every_rule_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             met.add(name)
             return super().get(name, default)
 
-    monkeypatch.setattr(recorder, "RULES", Seen(recorder.RULES))
+    monkeypatch.setattr(operation_values, "RULES", Seen(operation_values.RULES))
     for body in [*WEIGHTS.values(), *(lambda c, x, h, f=f: f(both(c, x, h)) for f in FUNCTIONS.values())]:
         traced(BodyCell(body).double())
     for body in AXES.values():
         traced(AxisCell(body).double())
     for function in (f for name, f in ELEMENTWISE.items() if not name.startswith("pad")):
         traced(BodyCell(lambda c, x, h, f=function: f(both(c, x, h), h)).double())
-    assert set(recorder.RULES) - met - UNTRIED == set()
+    assert set(operation_values.RULES) - met - UNTRIED == set()
 
 
 class Straight(torch.autograd.Function):

@@ -1,0 +1,394 @@
+"""What each ATen call of a step gives, by the kinds of its arguments' values: rows, weights, sums, complex numbers.
+
+A call on weights alone becomes a step of the weight prologue (`weight_prologue`), one on rows becomes primitives, by a
+rule of `rules`. In the backward sums over rows, the gradients of weights, have rules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusecell.compiler.frontend.aten_arguments import mapped, tensors_in, values_in
+from fusecell.compiler.frontend.dtypes import widens
+from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
+from fusecell.compiler.frontend.rules.backward import SUMS
+from fusecell.compiler.frontend.rules.complex_numbers import (
+    COMPLEX,
+    KEEPS_PAIR,
+    MAKES_COMPLEX,
+    moved_pair,
+    sum_of_pairs,
+)
+from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with
+from fusecell.compiler.frontend.shared_memory import strided
+from fusecell.compiler.frontend.tensor_values import TensorValues
+from fusecell.compiler.frontend.traced_values import (
+    Complex,
+    ExternalGrad,
+    Masked,
+    Row,
+    Sum,
+    Unsupported,
+    Untraceable,
+    Value,
+    Weight,
+)
+from fusecell.compiler.frontend.weight_prologue import Ref, weight_views
+from fusecell.compiler.ir.graph import Builder
+
+__all__ = ["READS_VALUES", "OperationValues"]
+
+_NUMBERS = (torch.bool, torch.int64, torch.int32)
+_FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
+"""Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
+
+_EXACT = ELEMENTWISE | {"index_put", "gather", "index_select"}
+"""Operations in a narrower dtype than the step's whose results are rounded here, or are elements of their arguments."""
+
+_DECISIONS = (
+    "_is_all_true",
+    "_is_any_true",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+)
+"""Operations whose only use is to decide what to do by a tensor's values, or whose result's size depends on these."""
+READS_VALUES = (
+    "The step reads the value of a tensor, to decide what to compute. A compiled loop computes the same for "
+    "all values: write torch.where(condition, a, b), which takes both branches and chooses row by row; run an "
+    "iteration a fixed number of times; and give torch.distributions validate_args=False."
+)
+
+
+class OperationValues(TensorValues):
+    """The values of the results of operations; the arguments are those of `TensorValues`."""
+
+    def __init__(self, builder: Builder, rows: int, dtype: torch.dtype, sources: dict[int, tuple[str, Tensor]]) -> None:
+        super().__init__(builder, rows, dtype, sources)
+        self._parts: dict[int, Weight] = {}
+        """The real and imaginary parts of the slots that are complex, as slots of their own."""
+
+    def _result_values(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+        operands: list[Value],
+    ) -> Sequence[Value | None]:
+        """Return the values of the results of a call, by the kinds of its operands; None for one without a rule."""
+        unsupported = [value for value in operands if isinstance(value, Unsupported)]
+        if unsupported and name in CONSTANTS:  # zeros or ones like something: of that only the shape matters
+            return [filled(self.writer, name, values, results[0])]
+        masked = [value for value in unsupported if isinstance(value, Masked)]
+        if masked and len(masked) == len(unsupported):
+            of_masked = self._of_masked(func, name, args, values, options, results, masked)
+            if of_masked is not None:
+                return of_masked
+        if unsupported:
+            return self._of_unsupported(unsupported[0], operands, results)
+        if any(isinstance(value, Sum | ExternalGrad) for value in operands):
+            return self._of_sums(name, values, options, results, operands)
+        if all(isinstance(value, Weight) for value in operands):
+            of_weights = self._of_weights(func, name, args, values, options, results, operands)
+            if of_weights is not None:
+                return of_weights
+        if name in CONSTANTS:
+            return [filled(self.writer, name, values, results[0])]
+        is_complex = name in MAKES_COMPLEX or any(result is not None and result.is_complex() for result in results)
+        if is_complex or any(isinstance(value, Complex) for value in operands):
+            return self._of_complex(func, name, values, options, results)
+        if name in KEEPS:
+            return [operands[0]]
+        # A weight meets rows as a row, too: `Writer.row` turns operands into rows.
+        try:
+            return self._of_rows(func, name, args, values, options, results)
+        except Untraceable as refusal:
+            # The backward computes on weights alone as well; it is refused only if a gradient needs the result.
+            if not self.backward or any(isinstance(value, Row) for value in operands):
+                raise
+            return [Unsupported(tuple(result.shape), str(refusal)) for result in results]
+
+    def _of_unsupported(self, first: Unsupported, operands: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
+        """Refuse an operation on an unsupported value, unless it is among external gradients: those are torch's."""
+        if not self.backward or any(isinstance(value, Row | Sum) for value in operands):
+            raise Untraceable(first.reason)
+        if any(isinstance(value, ExternalGrad) for value in operands):
+            return [ExternalGrad(tuple(result.shape)) for result in results]
+        return [Unsupported(tuple(result.shape), first.reason) for result in results]
+
+    def _of_masked(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+        masked: list[Masked],
+    ) -> Sequence[Value | None] | None:
+        """Return the results of an operation on elements that a mask picks: on all elements, to be taken by it later.
+
+        Arithmetic is possible on elements, other operations where the mask picks whole rows. None for others.
+        """
+        mask, writer = masked[0].mask, self.writer
+        if name == "index_put":
+            return [RULES[name](writer, *values, **options)]
+        if any((value.mask.node, value.mask.shape) != (mask.node, mask.shape) for value in masked):
+            return None
+        of_rows = mask.axis == 0 and set(mask.shape[1:]) <= {1}
+        if name not in ELEMENTWISE and name not in KEEPS and not of_rows:
+            return None
+
+        def whole(value: Masked) -> Row:
+            # In a sum over rows, a weight's gradient, the others count as zero.
+            return writer.only_rows(mask, value.row) if self.backward and of_rows else value.row
+
+        values, options = mapped(values, whole, name, Masked), mapped(options, whole, name, Masked)
+        all_rows = self._result_values(func, name, args, values, options, results, list(values_in((values, options))))
+        return [Masked((), masked[0].reason, value, mask) if isinstance(value, Row) else value for value in all_rows]
+
+    def _of_complex(
+        self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
+    ) -> Sequence[Value | None]:
+        """Return the values of an operation on complex numbers, as pairs of real values."""
+        writer = self.writer
+        if any(isinstance(value, Complex) and isinstance(value.real, Sum) for value in values_in(values)):
+            return [self._of_complex_sums(name, values, options)]
+        values = mapped(values, self._pair_of_weight, name, Weight)
+        if name in KEEPS_PAIR or (name in ("_to_copy", "to") and isinstance(values[0], Complex)):
+            return [values[0]]
+        if name == "copy":
+            return [moved_pair(writer, lambda numbers: numbers.expand(results[0].shape), values[1])]
+        if name in MOVES:
+            moved = moved_pair(writer, func, *values, **options)
+            return moved if isinstance(moved, list) else [moved]
+        rule = COMPLEX.get(name)
+        if rule is None:
+            raise Untraceable(
+                f"The op {name} has no rule for complex numbers; compute with their real and imaginary parts."
+            )
+        result = rule(writer, *values, **{key: value for key, value in options.items() if key != "dtype"})
+        return list(result) if isinstance(result, tuple) else [result]
+
+    def _of_complex_sums(self, name: str, values: list[Any], options: dict[str, Any]) -> Value:
+        """Return the result of an operation on gradients of complex weights: the same on both of their parts."""
+        pair = values[0]
+        if name == "view_as_real":
+            return sum_of_pairs(self.writer, pair)
+        if name in ("_conj", "_conj_physical", "conj_physical"):
+            return Complex(pair.shape, pair.real, self.writer.scaled(pair.imaginary, -1.0))
+        rule = SUMS.get(name)
+        is_scaled = name in ("mul", "div") and isinstance(pair, Complex) and isinstance(values[1], int | float)
+        if rule is None or (name in ("mul", "div") and not is_scaled):
+            raise Untraceable(
+                f"The gradient of a complex weight goes through {name}; keep the weight as two real ones."
+            )
+        real, imaginary = (
+            rule(self.writer, *mapped(values, part, name, Complex), **options)
+            for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
+        )
+        return Complex(real.shape, real, imaginary)
+
+    def _pair_of_weight(self, value: Weight) -> Value:
+        """Return a weight, a complex one as its two parts, which the prologue takes apart."""
+        if value.fill is not None or not self.weights.slots[value.slot].dtype.is_complex:
+            return value
+        parts = self._parts.get(value.slot)
+        if parts is None:
+            real = torch.empty(*self.weights.slots[value.slot].shape, 2, dtype=self.dtype)
+            view = torch.ops.aten.view_as_real.default
+            (parts,) = self.weights.record(view, "view_as_real", [Ref(value.slot)], {}, [real])
+            self._parts[value.slot] = parts
+        pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
+        return pair
+
+    def _of_rows(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+    ) -> Sequence[Value | None]:
+        writer = self.writer
+        if name in ("_to_copy", "to"):
+            return [self._cast(values[0], results[0], args[0].dtype)]
+        if name == "as_strided":
+            return [writer.move(lambda numbers: strided(numbers, args[0], results[0]), values[0])]
+        if name == "copy":
+            copied = writer.move(lambda numbers: numbers.expand(results[0].shape), values[1])
+            same = not isinstance(args[1], Tensor) or args[1].dtype == results[0].dtype
+            return [copied if same else self._cast(copied, results[0], args[1].dtype)]
+        if name in MOVES:
+            if name == "constant_pad_nd" and len(values) > 2 and values[2] != 0:
+                return [padded_with(writer, *values)]
+            rows = writer.move(func, *values, **options)
+            return rows if isinstance(rows, list) else [rows]
+        rule = RULES.get(name)
+        if name in _DECISIONS:
+            raise Untraceable(READS_VALUES)
+        if rule is None:
+            raise Untraceable(f"The op {name} has no rule.")
+        options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
+        if name == "nan_to_num":
+            options["largest"] = torch.finfo(results[0].dtype).max
+        if any(result is not None and result.dtype in self._casts for result in results):
+            # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
+            values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
+        if name.startswith("bitwise_"):
+            options["of_masks"] = results[0].dtype == torch.bool
+        result = rule(writer, *values, **options)
+        if name not in ELEMENTWISE:
+            return list(result) if isinstance(result, tuple) else [result]
+        rows = list(result) if isinstance(result, tuple) else [result]
+        return [self._rounded(row, tensor) for row, tensor in zip(rows, results, strict=True)]
+
+    def _rounded(self, value: Any, result: Tensor) -> Any:
+        """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
+        if not isinstance(value, Row) or result.dtype not in self._casts or self.writer.is_mask(value):
+            return value
+        return self.writer.point(self._casts[result.dtype], value)
+
+    def _cast(self, value: Value, result: Tensor, source: torch.dtype) -> Row:
+        if result.dtype == torch.bool:
+            return self.writer.truth(value)
+        row = self.writer.number(value)
+        if result.dtype in _NUMBERS:
+            if not source.is_floating_point:
+                return row
+            # Integers are numbers without a fraction: exact up to 2^24 in float32. They have no -0.
+            whole = RULES["trunc"](self.writer, row)
+            return self.writer.point("where", self.writer.point("eq", whole, 0.0), 0.0, whole)
+        if result.dtype in self._casts:
+            return self.writer.point(self._casts[result.dtype], row)
+        if result.dtype not in self._dtypes and not widens(self.dtype, result.dtype):
+            raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
+        return row
+
+    def _of_sums(
+        self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], operands: list[Value]
+    ) -> Sequence[Value | None]:
+        if not any(isinstance(value, Sum) for value in operands):
+            sums = [value for value in operands if isinstance(value, Complex) and isinstance(value.real, Sum)]
+            if len(sums) == 1 and name == "add" and options.get("alpha", 1) == 1:
+                return sums  # a complex weight's own gradient, and what comes by way of others that are made of it
+            if sums or any(self._is_of_rows(value) for value in operands):
+                raise Untraceable("The gradient of a weight that others are made of is no sum over rows.")
+            return [ExternalGrad(tuple(result.shape)) for result in results]
+        rule = SUMS.get(name)
+        if rule is None or not self.backward:
+            raise Untraceable(
+                "The step mixes the rows of the batch: it computes with a sum over them. Sum over features, x.sum(-1)."
+            )
+        return [rule(self.writer, *values, **options)]
+
+    def _is_of_rows(self, value: Value) -> bool:
+        """Whether a value, or its real part, differs from row to row."""
+        row = value.real if isinstance(value, Complex) else value
+        return isinstance(row, Row) and row.axis is not None and self.builder.nodes[row.node].op != "const"
+
+    def _of_weights(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+        operands: list[Value],
+    ) -> Sequence[Value | None] | None:
+        """Record a call on weights alone as a step of the prologue; return None where the graph has to compute it."""
+        if any(self.writer.rows in result.shape for result in results):
+            return None  # spread over rows
+        fill = _fill(name, values, operands)
+        if name == "_efficientzerotensor":  # which has no memory that a kernel could read
+            func, name = torch.ops.aten.zeros.default, "zeros"
+        # The backward runs after the prologue: what it computes on weights can only be part of the graph.
+        if self.backward and fill is None and not _is_view(name):
+            return None
+        if name == "lift_fresh" and fill is not None:
+            number = torch.ops.aten.scalar_tensor.default
+            weights = self.weights.record(number, "number", [fill], {"dtype": results[0].dtype}, results)
+            return [Weight((), weights[0].slot, weights[0].view, fill)]
+        tensors = iter(tensors_in(args))
+        refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
+        weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
+        if fill is not None:
+            return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
+        if len(operands) == 1 and isinstance(operands[0], Weight) and isinstance(values[0], Weight):
+            return weight_views(func, name, operands[0], values[1:], weights)
+        return weights
+
+    def _ref(self, value: Weight, tensor: Tensor) -> Ref:
+        if not self.backward and not self.is_in_prologue(tensor):
+            name = tensor.grad_fn._forward_cls.__name__  # type: ignore[union-attr]  # a Function's node
+            raise Untraceable(
+                f"The step computes with a weight that {name}, a custom Function, has made together with rows: the "
+                "gradient would not go back through it."
+            )
+        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
+
+    def _ref_of(self, tensor: Tensor) -> Ref:
+        """Return the reference to a tensor whose value is a weight."""
+        value = self.value(tensor)
+        assert isinstance(value, Weight)
+        return self._ref(value, tensor)
+
+    def _ref_plain(self, value: Weight) -> Ref:
+        return Ref(value.slot)
+
+    def _check_result(self, tensor: Tensor, value: Value, name: str) -> None:
+        """Check a value against the tensor that torch computed: a defect of a rule must not become wrong numbers."""
+        if isinstance(value, Sum) and not self.backward:
+            raise Untraceable(
+                "The step mixes the rows of the batch: it sums over them. Each row is a sequence of its own; sum over "
+                "features, x.sum(-1), or pass what the batch shares as an input."
+            )
+        if isinstance(value, Complex):
+            if value.shape != tuple(tensor.shape):
+                raise Untraceable(
+                    f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this."
+                )
+            if tensor.dtype not in (torch.complex64, torch.complex128):
+                raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
+        if isinstance(value, Row):
+            # A factory's numbers may have another dtype: they take that of the values that they are combined with.
+            constant = self.builder.nodes[value.node].op == "const"
+            known = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
+            # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
+            unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
+            if tensor.dtype not in known and not constant and not unchanged:
+                raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
+            if value.shape != tuple(tensor.shape):
+                value_shape, shape = value.shape, tuple(tensor.shape)
+                raise Untraceable(f"A rule gives the shape {value_shape}, torch {shape}; please report this.")
+
+
+def _fill(name: str, values: list[Any], operands: list[Value]) -> float | None:
+    """Return the number that a factory fills with, or that a view or copy of its result is filled with."""
+    if name in CONSTANTS:
+        value = CONSTANTS[name]
+        argument = values[0] if name == "scalar_tensor" else values[-1] if values else None
+        if value is not None:
+            return value
+        return float(argument) if isinstance(argument, int | float) else None
+    if len(operands) == 1 and isinstance(operands[0], Weight) and (_is_view(name) or name in ("clone", "_to_copy")):
+        return operands[0].fill
+    return None
+
+
+def _is_view(name: str) -> bool:
+    fills_in = name.endswith("backward") or name in _FILLING
+    return (name in MOVES and not fills_in) or name in KEEPS
