@@ -1,7 +1,7 @@
 """Private names of torch under public ones: what each of them is, and why nothing public does.
 
-Checked against torch 2.13. A torch that has renamed one fails the tests at once, as calls and traces use all of them.
-Only ``tensor_guards`` does without, as nothing but speed depends on it.
+Checked against torch 2.12, 2.13 and 2.14. A torch that has renamed one fails the tests at once, as calls and traces use
+all of them. Only ``tensor_guards`` does without, as nothing but speed depends on it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "autograd_node",
     "disable_current_modes",
     "forward_ad",
+    "function_apply",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
@@ -99,6 +100,19 @@ is_profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 def in_dispatch_mode() -> bool:
     """Whether a ``TorchDispatchMode`` is active: it must see ATen calls, of which a kernel makes none."""
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def function_apply() -> tuple[Any, Callable[[type[Any]], Callable[..., Any]]]:
+    """Return the class on which ``apply`` of every autograd Function can be replaced, and what gets the original's.
+
+    Up to torch 2.13 ``Function.apply`` looks ``apply`` up in its base, whichever way it was called or bound. From 2.14
+    on it is a function in C: a Function's ``apply`` that the user has bound before is not seen.
+    """
+    own = vars(torch.autograd.Function)["apply"]
+    if isinstance(own, classmethod):
+        base = torch.autograd.function._SingleLevelFunction
+        return base, lambda function: super(base, function).apply
+    return torch.autograd.Function, lambda function: own.__get__(None, function)
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

@@ -478,7 +478,7 @@ def test_vmap_maps_over_a_batch_of_batches():
     assert_close(mapped, torch.stack([layer(each)[0] for each in x]), 1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at first jvp
 def test_forward_mode_and_double_backward_agree_with_torchs_backward():
     drop_in, reference = (layer.double() for layer in pair("gru"))
     x, v = torch.randn(2, STEPS, ROWS, INPUT, dtype=torch.float64)

@@ -17,7 +17,7 @@ import fusecell
 from fusecell.cell import Cell
 from fusecell.module_snapshot import preserved
 from fusecell.onnx.model import BOOL, ModelGraph, cells_of, is_batch_first
-from fusecell.onnx.verify import verify_model
+from fusecell.onnx.verify import can_verify, verify_model
 from fusecell.onnx.writer import INT64, Writer
 from fusecell.shapes import Shape, Size, feature_shape, features_of, is_size, output_shapes
 from fusecell.validation import weights_dtype
@@ -43,7 +43,7 @@ def export(
     resets: bool = False,
     input_dtype: torch.dtype | None = None,
     input_shapes: Sequence[Size] | None = None,
-    verify: bool = True,
+    verify: bool | None = None,
 ) -> onnx.ModelProto:
     """Write a layer as an ONNX model; any number of steps T and rows N.
 
@@ -69,8 +69,9 @@ def export(
         resets: an input ``resets``, bool (T, N), as in :func:`fusecell.scan`.
         input_dtype: of x, where it is not that of the weights: ``torch.int64`` for token ids.
         input_shapes: of a cell that takes several inputs, the shape of each without time and batch.
-        verify: run the model, by ONNX Runtime if it is installed or else onnx's reference, on random sequences of two
-            lengths, and compare the results with the layer's.
+        verify: run the model on random sequences of two lengths, and compare the results with the layer's: by ONNX
+            Runtime if it is installed, else by onnx's reference. None: where one of them can, as the reference has GRU,
+            LSTM and RNN in part.
 
     Returns:
         The model. Inputs ``x`` (T, N, features), or (N, T, features) with ``batch_first``, those that the cell takes
@@ -101,7 +102,7 @@ def export(
         shapes = _with_drawn(cells, given)
         model = _model(module, cells, dtype, opset, step, states, lengths, resets, input_dtype, shapes)
         onnx.checker.check_model(model, full_check=True)
-        if verify:
+        if verify or (verify is None and can_verify(model)):
             verify_model(model, module, cells, dtype, step=step, input_dtype=input_dtype, shapes=shapes)
     if path is not None:
         onnx.save(model, Path(path))

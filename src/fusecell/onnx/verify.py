@@ -21,12 +21,21 @@ from fusecell.onnx.model import is_batch_first
 from fusecell.shapes import Shape, feature_shape, tensors_of
 from fusecell.validation import first_state
 
-__all__ = ["runner_of", "verify_model"]
+__all__ = ["can_verify", "runner_of", "verify_model"]
 
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], list[Array]]
 _SIZES = ((5, 3), (2, 1))
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def can_verify(model: onnx.ModelProto) -> bool:
+    """Whether something that is installed runs all of a model: onnx's reference knows no lengths and one direction."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        return not {"GRU", "LSTM", "RNN"} & {node.op_type for node in model.graph.node}
+    return True
 
 
 def runner_of(model: onnx.ModelProto) -> tuple[Run, str]:

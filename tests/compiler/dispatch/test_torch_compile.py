@@ -313,14 +313,14 @@ def test_the_operator_passes_torchs_own_checks():
     names = dict(cell.named_parameters())
     for required in (None, [True] * 5):
         flags = None if required is None else (True,)
-        description = operator._described(cell, -1, ((5,),), torch.float32, flags, False)
-        weights = [names[path] for path in description.paths]
+        text, paths, *_ = operator._described(cell, -1, ((5,),), torch.float32, flags, False)
+        weights = [names[path] for path in paths]
         x, h = torch.randn(6, 3, 5), torch.randn(3, 7)
         if required is None:
             weights = [value.detach() for value in weights]
         else:
             x.requires_grad_()
-        arguments = (description.text, [x], [h], [], weights, torch.tensor([6, 2, 0]), None, False, False, required)
+        arguments = (text, [x], [h], [], weights, torch.tensor([6, 2, 0]), None, False, False, required)
         # What is kept for the backward has gaps that hold anything, which its own comparison would not forgive.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(scan, arguments, test_utils=checks)

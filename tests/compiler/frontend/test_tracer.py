@@ -389,7 +389,7 @@ class _Transforming(fc.Cell):
         return h, (h,)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_in_a_step(name: str) -> None:
     torch.manual_seed(0)

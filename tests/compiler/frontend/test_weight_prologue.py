@@ -344,6 +344,9 @@ COMPILED = {
     "weights-enable_grad", "weights-norm", "rows-rows", "rows-reversed_rows", "rows-mixed", "rows-mixed_and_used",
     "wrapped", "residual",
 }  # fmt: skip
+if not isinstance(vars(torch.autograd.Function)["apply"], classmethod):
+    # From torch 2.14 on a Function's apply is C: one that was bound before the trace can't be followed.
+    COMPILED -= {"weights-bound_before", "weights-past_the_wrapper"}
 REFUSED = {
     "weights-dirty": "changes a weight in place",
     "weights-not_linear": "not linear in the gradient",

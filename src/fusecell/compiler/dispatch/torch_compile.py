@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import torch
@@ -38,20 +38,14 @@ __all__ = ["run_traced"]
 Constants = tuple[tuple[str, object], ...]
 
 
-class Described(NamedTuple):
-    """A cell's step as the operator takes it: plain values, which torch can have as constants of a trace.
+Described = tuple[str, tuple[str, ...], int, Constants]
+"""A cell's step as the operator takes it: plain values, which torch can have as constants of a trace.
 
-    Arguments:
-        text: the graph, a joint one for gradients; empty if the step cannot be compiled.
-        paths: of the tensor attributes that it is computed from.
-        prologue: the number of the prologue that computes the graph's weights from them; -1 where they are the weights.
-        constants: path and value of each number, flag and name in the cell; torch traces again if one changes.
-    """
-
-    text: str
-    paths: tuple[str, ...]
-    prologue: int
-    constants: Constants
+The graph's text, a joint one for gradients, and empty if the step cannot be compiled; the paths of the tensor
+attributes that it is computed from; the number of the prologue that computes the graph's weights from them, -1 where
+they are the weights; path and value of each number, flag and name in the cell: torch traces again if one changes.
+"""
+_UNROLLED: Described = ("", (), -1, ())
 
 
 def run_traced(
@@ -156,7 +150,7 @@ def _described(
         reasons = traced.reasons if isinstance(traced, Refusal) else _compiled(traced, twin, wanted, recompute)
         if isinstance(traced, Refusal) or reasons:
             warnings.warn(f"{type(cell).__name__} is unrolled: {' '.join(reasons)}", EagerWarning, stacklevel=2)
-            return Described("", (), -1, ())
+            return _UNROLLED
         inside = [path for path, _ in traced.weights.sources if not is_plain(path)]
         if inside:
             warnings.warn(
@@ -165,13 +159,13 @@ def _described(
                 EagerWarning,
                 stacklevel=2,
             )
-            return Described("", (), -1, ())
+            return _UNROLLED
         prologue, values = traced.weights, () if leaf >= 0 else tuple(constants(cell))
         paths = prologue.direct_paths
         if paths is not None:
-            return Described(traced.graph.text, tuple([path + suffix for path in paths]), -1, values)
+            return traced.graph.text, tuple([path + suffix for path in paths]), -1, values
         paths = [path + suffix for path, _ in prologue.sources]
-        return Described(traced.graph.text, tuple(paths), _number_of(owner, prologue), values)
+        return traced.graph.text, tuple(paths), _number_of(owner, prologue), values
 
 
 _NUMBERS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]] = WeakKeyDictionary()

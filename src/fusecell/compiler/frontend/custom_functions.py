@@ -5,6 +5,7 @@ Applied to weights alone, a Function is one step of the weight prologue, with it
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
 from fusecell.compiler.frontend.aten_arguments import tensors_in
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.traced_values import Untraceable
-from fusecell.torch_internals import OPERATOR_TYPE
+from fusecell.torch_internals import OPERATOR_TYPE, function_apply
 
 __all__ = ["is_custom_node", "is_of_operator", "intercepted", "plain_arguments", "tensor_results"]
 
@@ -38,24 +38,34 @@ _PLAIN = (
 def intercepted(on_apply: Callable[[type[Any], Sequence[Any], Apply], Any]) -> Iterator[None]:
     """Call ``on_apply(function, arguments, apply)`` in place of every Function that this thread applies in the block.
 
-    ``Function.apply`` looks ``apply`` up in its base `_SingleLevelFunction`, whichever way it was called or bound: so
-    that class is where all are intercepted. The tracer's lock is held meanwhile, and other threads' Functions are
-    applied as always.
+    The tracer's lock is held meanwhile, and other threads' Functions are applied as always.
     """
     thread = threading.get_ident()
+    owner, original = function_apply()
+    before = vars(owner).get("apply")
 
     def apply(function: type[Any], *args: Any, **kwargs: Any) -> Any:
-        base: Any = super(_SingleLevelFunction, function)
+        if kwargs and is_new_style(function):
+            bound = inspect.signature(function.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            args, kwargs = bound.args, bound.kwargs
         if threading.get_ident() != thread or kwargs:
-            return base.apply(*args, **kwargs)
-        return on_apply(function, args, base.apply)
+            return original(function)(*args, **kwargs)
+        return on_apply(function, args, original(function))
 
-    parent: Any = _SingleLevelFunction
-    parent.apply = classmethod(apply)
+    owner.apply = classmethod(apply)
     try:
         yield
     finally:
-        del parent.apply
+        if before is None:
+            del owner.apply
+        else:
+            owner.apply = before
+
+
+def is_new_style(function: type[Any]) -> bool:
+    """Whether a Function's forward takes no context, and so arguments by name."""
+    return function.setup_context is not torch.autograd.Function.setup_context
 
 
 def is_custom_node(node: Any) -> bool:

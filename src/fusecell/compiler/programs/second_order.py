@@ -123,7 +123,8 @@ class TangentStep(Cell):
         primals = (*state[:states], *(primal if moving else ()), *weights)
         tangents = (*state[states:], *moving, *self.directions)
         with warnings.catch_warnings(), _SpelledOut():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its first use
+            for kind in (DeprecationWarning, FutureWarning):  # torch's own, of its first use
+                warnings.simplefilter("ignore", kind)
             pair: Any = torch.func.jvp(results, primals, tangents)
         values, rates = pair
         return rates[0], (*values[1:], *rates[1:])
