@@ -12,6 +12,7 @@ from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.frontend.signature import Key, signature, split_numbers, without_attributes
 from fusecell.compiler.programs.autograd import TrainableStep, compile_trainable
 from fusecell.compiler.programs.inference import Program, compile_step
+from fusecell.compiler.programs.progress import told_if_slow
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State
 from fusecell.execution.runners import no_collection
@@ -85,7 +86,7 @@ class ProgramCache(Generic[Compiled]):
             program = self._programs.get(key) or self._too_many_values(key, cell)
             if program is None:
                 features = [tuple(value.shape[2:]) for value in inputs]
-                with no_collection():
+                with no_collection(), told_if_slow(type(cell).__name__):
                     program = self._build(cell, features, *key[2:])
                 if isinstance(program, Refusal):
                     program = self._refuse(key, cell, program, changing)

@@ -16,6 +16,7 @@ from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.inference import reset_state
+from fusecell.compiler.programs.progress import told_if_slow
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.replay import with_draws
 from fusecell.compiler.programs.second_order import Cotangents, SecondOrder
@@ -135,8 +136,9 @@ class TrainableStep:
         with _LOCK:  # so that two threads do not compile the same
             if key not in self._trainings:
                 try:
-                    graphs = self.forward_backward(flags, recompute)
-                    self._trainings[key] = Training(self._inputs, self.traced.weight_names, graphs, self._about)
+                    with told_if_slow(self._about):
+                        graphs = self.forward_backward(flags, recompute)
+                        self._trainings[key] = Training(self._inputs, self.traced.weight_names, graphs, self._about)
                 except (CompilerError, AssertionError, LookupError) as error:
                     self._trainings[key] = refusal(error)
             return self._trainings[key]
