@@ -169,7 +169,8 @@ def test_the_length_of_the_text_does_not_depend_on_sizes():
         text = _step("f32", size * size, f"contract(x, x) {attrs}", size * size)
         return emit(plan(optimise(Graph.parse(text))[-1][1], backward=False), host_target()).text.count("\n")
 
-    assert lines(512) == lines(64)
+    # Eight times as long on each of two axes. Where another tile is the cheaper one, a few lines differ.
+    assert abs(lines(512) - lines(64)) <= lines(64) // 50
 
 
 def _results(cell: fc.Cell, x: Tensor, h: Tensor, runner: str) -> list[Tensor]:
