@@ -116,6 +116,7 @@ IMAGES: dict[str, Body] = {
     "resized_bilinearly": lambda c, z: fit(F.interpolate(image(z), size=(5, 3), mode="bilinear")),
     "bilinear_by_scale": lambda c, z: fit(F.interpolate(image(z), scale_factor=(1.7, 0.6), mode="bilinear")),
     "bicubic_aligned": lambda c, z: fit(F.interpolate(image(z), size=(3, 4), mode="bicubic", align_corners=True)),
+    "backwards_then_zero": lambda c, z: fit(F.pad(z[:, :2].flip(-1), (0, 1))) + fit(F.pad(z[:, :1], (0, 1)).sin()),
     "trilinear": lambda c, z: fit(F.interpolate(z.view(-1, 1, 2, 3, 4), size=(3, 2, 3), mode="trilinear")),
     "linear": lambda c, z: fit(F.interpolate(heads(z), size=5, mode="linear", align_corners=False)),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),

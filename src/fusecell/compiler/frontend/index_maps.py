@@ -57,7 +57,8 @@ def _merged(access: Access) -> list[tuple[int, int]]:
 
 def access_of(index: Index) -> Access | None:
     """Return the offset and strides of a map; None if it has none, or holds zeros."""
-    if not index.size or int(index.flat[0]) < 0:
+    # Of [1, 0, -1] the last is a zero, not the next element of a stride of -1.
+    if not index.size or int(index.min()) < 0:
         return None
     offset = int(index.flat[0])
     origin = (0,) * index.ndim
