@@ -98,3 +98,34 @@ class Reading(fc.Cell):
 def test_a_step_that_reads_what_another_has_left_is_refused() -> None:
     with pytest.raises(fc.NotCompilable, match=r"adds self\.last in test_leftovers\.py"), fc.runner("compiled"):
         fc.scan(Reading(5, 5), torch.ones(4, 3, 5))
+
+
+class Counting(fc.Cell):
+    """A cell that keeps account of its steps: their number, or a running mean, in which no result takes part."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(5, 5)
+        self.kind = kind
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(5))
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.tanh(x + state[0])
+        if self.kind == "count":
+            self.count = self.count + 1
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return h, (h,)
+
+
+@pytest.mark.parametrize("kind", ["count", "mean"])
+def test_an_account_that_a_step_keeps_is_of_all_steps(kind: str) -> None:
+    with pytest.raises(fc.NotCompilable, match=rf"sets self\.{kind}"), fc.runner("compiled"):
+        fc.scan(Counting(kind), torch.ones(6, 3, 5))
+    cells = [Counting(kind), Counting(kind)]
+    with fc.runner("eager"):
+        fc.scan(cells[0], torch.ones(6, 3, 5))
+    with pytest.warns(fc.EagerWarning):
+        fc.scan(cells[1], torch.ones(6, 3, 5))
+    assert torch.equal(cells[1].count, cells[0].count)
+    assert torch.equal(cells[1].mean, cells[0].mean)

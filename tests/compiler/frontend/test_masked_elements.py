@@ -100,3 +100,19 @@ def test_what_depends_on_how_many_are_picked_is_refused(name: str, step, monkeyp
     monkeypatch.setitem(STEPS, name, step)
     with pytest.raises(fc.NotCompilable), fc.runner("compiled"):
         fc.scan(Masking(name), torch.ones(4, 3, 6))
+
+
+class MaskedByRows(fc.Cell):
+    """A cell that computes with picked rows and with all of them, which fits for a mask of all rows only."""
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h, mask = state[0].clone(), x[:, 0] > 0
+        h[mask] = h[mask] + x
+        return h, (h,)
+
+
+def test_picked_rows_next_to_all_rows_raise_as_in_torch() -> None:
+    with pytest.raises(fc.NotCompilable, match="picks elements by a mask"), fc.runner("compiled"):
+        fc.scan(MaskedByRows(6, 6), torch.randn(4, 3, 6))
+    with pytest.raises(RuntimeError, match="must match"), pytest.warns(fc.EagerWarning):
+        fc.scan(MaskedByRows(6, 6), torch.linspace(-1, 1, 72).reshape(4, 3, 6))

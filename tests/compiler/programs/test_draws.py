@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,3 +144,37 @@ def test_what_cannot_be_drawn_before_the_loop_is_refused(draw, reason: str, monk
 def test_a_stream_says_where_to_draw() -> None:
     with pytest.raises(fc.NotCompilable, match=r"Cell\.draw"):
         fc.Stream(Drawing("dropout"))
+
+
+class DrawingLikeInput(fc.Cell):
+    """A cell that adds noise to its input."""
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.tanh(x + torch.randn_like(x) + state[0])
+        return h, (h,)
+
+
+def test_a_tensor_in_another_order_in_memory_is_drawn_for_in_the_loops_order() -> None:
+    cell, outputs = DrawingLikeInput(5, 5), []
+    x = torch.ones(5, 3, 7).permute(2, 1, 0)  # a step's (3, 5) lies column by column
+    with pytest.raises(fc.NotCompilable, match=r"\.contiguous\(\)"), fc.runner("compiled"):
+        fc.scan(cell, x)
+    for runner in ("eager", "auto"):
+        torch.manual_seed(4)
+        with fc.runner(runner), warnings.catch_warnings():
+            warnings.simplefilter("ignore", fc.EagerWarning)
+            outputs.append(fc.scan(cell, x)[0])
+    assert torch.equal(*outputs)
+
+
+def test_a_call_that_runs_eagerly_draws_once() -> None:
+    """The generator is where one run of the loop leaves it, though the compiler refuses after it has begun."""
+    cell, states = Drawing("dropout").requires_grad_(True), []
+    x = torch.ones(5, 3, 7).permute(2, 1, 0)
+    for runner in ("eager", "auto"):
+        torch.manual_seed(4)
+        with fc.runner(runner), warnings.catch_warnings():
+            warnings.simplefilter("ignore", fc.EagerWarning)
+            fc.scan(cell, x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

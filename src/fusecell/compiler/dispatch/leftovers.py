@@ -28,7 +28,13 @@ def run_leaving(
     """Run all steps but the last as machine code, and the last in Python."""
     steps = steps_of(inputs)
     if options.lengths is not None and options.reverse:
-        return Refusal((f"Its steps set {program.traced.leftovers[0]}, and lengths are compiled forwards only then.",))
+        name = program.traced.leftovers[0]
+        return Refusal(
+            (
+                f"The step sets self.{name}, which a call leaves as its last step does: backwards, rows of different "
+                "lengths have different last steps. Return the value as part of the output instead.",
+            )
+        )
     last = 0 if options.reverse else steps - 1
     outputs = []
     if steps > 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from fusecell.compiler.cache_registry import register_cache
+from fusecell.compiler.frontend import Traced
 from fusecell.compiler.frontend.signature import Key, signature, split_numbers, without_attributes
-from fusecell.compiler.programs.autograd import TrainableStep, compile_trainable
-from fusecell.compiler.programs.inference import Program, compile_step
+from fusecell.compiler.programs.autograd import compile_trainable
+from fusecell.compiler.programs.inference import compile_step
 from fusecell.compiler.programs.progress import told_if_slow
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State
@@ -25,14 +26,28 @@ if TYPE_CHECKING:
 
 __all__ = ["PROGRAMS", "TRAINABLE_STEPS", "ProgramCache"]
 
-Compiled = TypeVar("Compiled")
+Compiled = TypeVar("Compiled", bound="_Compiled")
 
 _MAX_PROGRAMS = 256
 _MAX_VALUES = 3
 """Values of a number that a cell is compiled for, before it is refused as one that changes all the time."""
 _MAX_CHANGES = 3
 """Refusals of a cell because its step changes it: one that builds something at its first call only is compiled then."""
+_CHANGED = Refusal(
+    (
+        "The step reads the value of a buffer or another tensor of the cell, to decide what to compute, and it has "
+        "another value than when it was compiled. fusecell.refresh(module) compiles it anew; for a value that changes "
+        "all the time write torch.where(condition, a, b).",
+    )
+)
 _LOCK = new_lock()
+
+
+class _Compiled(Protocol):
+    """What is compiled for a cell."""
+
+    @property
+    def traced(self) -> Traced: ...
 
 
 class ProgramCache(Generic[Compiled]):
@@ -66,7 +81,8 @@ class ProgramCache(Generic[Compiled]):
                 key = (*key, tuple([value.dtype for value in inputs]))
                 break
         # Without the lock, as a dict's get is atomic: most calls find their program.
-        return self._programs.get(key) or self._new(key, cell, inputs)
+        program = self._programs.get(key) or self._new(key, cell, inputs)
+        return program if isinstance(program, Refusal) or program.traced.weights.holds(cell) else _CHANGED
 
     def forget(self, kinds: Collection[type] | None = None) -> None:
         """Drop what was compiled for cells of some classes, or that contain a module of one, or for all."""
@@ -90,7 +106,7 @@ class ProgramCache(Generic[Compiled]):
                     program = self._build(cell, features, *key[2:])
                 if isinstance(program, Refusal):
                     program = self._refuse(key, cell, program, changing)
-                elif isinstance(program, Program | TrainableStep) and program.traced.leftovers:
+                elif program.traced.leftovers:
                     # The next call finds other tensors there, and the same program.
                     self._leftovers[cell] = tuple({*self._leftovers.get(cell, ()), *program.traced.leftovers})
                     key = (signature(cell, without=self._leftovers[cell]), *key[1:])

@@ -18,6 +18,7 @@ from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import as_numbers, call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.programs.replay import is_in_order
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.errors import EagerWarning, NotCompilable
@@ -35,10 +36,9 @@ _OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), contex
 _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 
 
-_CHANGED = (
-    "The step reads the value of a buffer or another tensor of the cell, to decide what to compute, and it has another "
-    "value than when it was compiled. fusecell.refresh(module) compiles it anew; for a value that changes all the time "
-    "write torch.where(condition, a, b)."
+_OUT_OF_ORDER = (
+    "The step draws random numbers, and an input or a state has its dimensions in another order in memory, in which "
+    "the loop would draw; pass it as .contiguous()."
 )
 
 
@@ -104,8 +104,8 @@ def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Optio
     program = find(cell, inputs, numbers[0].dtype)
     if isinstance(program, Refusal):
         return program
-    if not program.traced.weights.holds(cell):
-        return Refusal((_CHANGED,))
+    if program.traced.draws and not all(map(is_in_order, (*[value[0] for value in inputs], *state))):
+        return Refusal((_OUT_OF_ORDER,))
     if program.traced.leftovers:
         result = run_leaving(program, cell, inputs, numbers, state, options)
     else:

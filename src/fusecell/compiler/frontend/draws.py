@@ -79,15 +79,15 @@ def form_of(name: str, arguments: Mapping[str, Any]) -> tuple[str, tuple[float, 
 
 def new_tensor(name: str, arguments: Mapping[str, Any]) -> Tensor:
     """Return an empty tensor like the one that a factory makes."""
-    given = {
+    options = {
         key: arguments[key] for key in ("dtype", "layout", "device", "pin_memory", "memory_format") if key in arguments
     }
     if name.endswith("_like"):
-        result: Tensor = torch.ops.aten.empty_like.default(arguments["self"], **given)
+        result: Tensor = torch.ops.aten.empty_like.default(arguments["self"], **options)
     else:
-        if given.get("dtype") is None and name in _INTEGERS:
-            given["dtype"] = torch.int64
-        result = torch.ops.aten.empty.memory_format(arguments["size"], **given)
+        if options.get("dtype") is None and name in _INTEGERS:
+            options["dtype"] = torch.int64
+        result = torch.ops.aten.empty.memory_format(arguments["size"], **options)
     return result
 
 

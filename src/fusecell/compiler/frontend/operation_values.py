@@ -6,7 +6,8 @@ rule of `rules`. In the backward sums over rows, the gradients of weights, have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,15 @@ READS_VALUES = (
 class OperationValues(TensorValues):
     """The values of the results of operations; the arguments are those of `TensorValues`."""
 
-    def __init__(self, builder: Builder, rows: int, dtype: torch.dtype, sources: dict[int, tuple[str, Tensor]]) -> None:
-        super().__init__(builder, rows, dtype, sources)
+    def __init__(
+        self,
+        builder: Builder,
+        rows: int,
+        dtype: torch.dtype,
+        sources: dict[int, tuple[str, Tensor]],
+        leftovers: Mapping[int, tuple[str, Tensor]],
+    ) -> None:
+        super().__init__(builder, rows, dtype, sources, leftovers)
         self._parts: dict[int, Weight] = {}
         """The real and imaginary parts of the slots that are complex, as slots of their own."""
 
@@ -148,6 +156,11 @@ class OperationValues(TensorValues):
             return None
         of_rows = mask.axis == 0 and set(mask.shape[1:]) <= {1}
         if name not in ELEMENTWISE and name not in KEEPS and not of_rows:
+            return None
+        others = [value for value in values_in((values, options)) if not isinstance(value, Masked)]
+        # A value of all rows next to some of them, or several elements next to a list of picked ones: torch raises, but
+        # for masks that happen to fit.
+        if any(self._is_of_rows(value) or (not of_rows and math.prod(value.shape) > 1) for value in others):
             return None
 
         def whole(value: Masked) -> Row:

@@ -7,7 +7,7 @@ rule of `rules`. In the backward sums over rows, the gradients of weights, have 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Recorder(OperationValues, TorchDispatchMode):
     """Dispatch mode that runs a step's ATen calls and records them.
 
     Arguments:
-        builder, rows, dtype, sources: as of `TensorValues`.
+        builder, rows, dtype, sources, leftovers: as of `TensorValues`.
         generator: of the numbers that stand for a step's draws in the trace; without one a draw is refused.
     """
 
@@ -65,10 +65,11 @@ class Recorder(OperationValues, TorchDispatchMode):
         rows: int,
         dtype: torch.dtype,
         sources: dict[int, tuple[str, Tensor]],
+        leftovers: Mapping[int, tuple[str, Tensor]],
         generator: torch.Generator | None = None,
     ) -> None:
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]  # torch annotates it in part
-        OperationValues.__init__(self, builder, rows, dtype, sources)
+        OperationValues.__init__(self, builder, rows, dtype, sources, leftovers)
         self.draws: list[Draw] = []
         self._generator = generator
         self.gradients: dict[int, Value] = {}

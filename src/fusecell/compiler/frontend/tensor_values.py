@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fusecell.compiler.frontend.dtypes import casts_of, mixes_with
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_globals
 from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten
-from fusecell.compiler.frontend.traced_values import Unsupported, Value, Weight
+from fusecell.compiler.frontend.traced_values import Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import Weights
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import disable_current_modes, is_wrapped, without_torch_functions
@@ -37,14 +37,23 @@ class TensorValues:
         rows: the number of rows of the inputs; no other dimension has it.
         dtype: what the step computes in.
         sources: the path of each parameter, buffer and attribute of the cell, and the tensor, by its ``id``.
+        leftovers: the same of what an earlier step has left on its module, which no step may read.
     """
 
-    def __init__(self, builder: Builder, rows: int, dtype: torch.dtype, sources: dict[int, tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        rows: int,
+        dtype: torch.dtype,
+        sources: dict[int, tuple[str, Tensor]],
+        leftovers: Mapping[int, tuple[str, Tensor]],
+    ) -> None:
         self.builder = builder
         self.dtype = dtype
         self._dtypes = mixes_with(dtype)
         self._casts = casts_of(dtype)
         self.sources = sources
+        self._leftovers = leftovers
         self.weights = Weights(builder, dtype)
         self.writer = Writer(builder, rows, self.weights.leaf, self.weights.literal)
         self.backward = False
@@ -82,6 +91,11 @@ class TensorValues:
 
     def _source(self, tensor: Tensor) -> Value:
         """Return the value of a tensor that is met for the first time: an attribute of the cell."""
+        if id(tensor) in self._leftovers:
+            # Even where no result needs it: a counter, or a running mean, would have counted one step of all.
+            raise Untraceable(
+                f"The step reads self.{self._leftovers[id(tensor)][0]}, which the step before it has set."
+            )
         path, source = self.sources.get(id(tensor), ("", tensor))
         if not path:
             path = self._global_path(tensor)

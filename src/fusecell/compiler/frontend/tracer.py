@@ -344,14 +344,14 @@ class _Run:
 
     def __post_init__(self) -> None:
         sources: dict[int, tuple[str, Tensor]] = {}
+        leftovers: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in _attributes(self.cell):
-            if path not in self.left:
-                sources.setdefault(id(tensor), (path, tensor))
+            (leftovers if path in self.left else sources).setdefault(id(tensor), (path, tensor))
         self.builder = Builder("step", GRAPH_DTYPES[self.dtype])
         # Another seed for each run: a branch on a value then goes two ways, if it can.
         self.generator = torch.Generator().manual_seed(self.rows)
         generator = self.generator if self.draws else None
-        self.recorder = Recorder(self.builder, self.rows, self.dtype, sources, generator)
+        self.recorder = Recorder(self.builder, self.rows, self.dtype, sources, leftovers, generator)
 
     def run(self) -> None:
         """Run the step, and its gradient if asked for, under the recorder."""

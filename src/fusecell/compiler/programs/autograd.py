@@ -68,14 +68,14 @@ class TrainableStep:
         """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
         prologue = self.traced.weights
         weights = prologue.values(cell)
-        generator_state = torch.get_rng_state() if self.traced.draws else None
-        inputs = with_draws(inputs, self.traced, options)
-        flags = tuple([value.requires_grad for value in (*inputs, *weights)])
+        flags = self.flags([value.requires_grad for value in inputs], weights)
         recompute = options.recompute or recomputing()
         # Without the lock, as a dict's get is atomic: most calls find their kernels.
         training = self._trainings.get((recompute, *flags)) or self.training(flags, recompute)
         if isinstance(training, Refusal):
             return training
+        generator_state = torch.get_rng_state() if self.traced.draws else None
+        inputs = with_draws(inputs, self.traced, options)
         reset = () if options.resets is None else reset_state(cell, inputs[0])
         dtype = inputs[0].dtype
         if has_16_bits(dtype):
@@ -209,8 +209,7 @@ class _Gradients(torch.autograd.Function):
         count = len(first.needs_input_grad) - 3
         ctx.save_for_backward(*tensors)
         gradients = first.call.gradients(saved, tensors[:count], tensors[count:])
-        ctx.given = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        return tuple([gradients[index] for index in ctx.given])
+        return tuple([gradients[place] for place in first.call.gradient_places])
 
     @staticmethod
     @natively
@@ -219,8 +218,8 @@ class _Gradients(torch.autograd.Function):
         call: Call = first.call
         count = len(first.needs_input_grad) - 3
         of: list[Tensor | None] = [None] * count
-        for index, cotangent in zip(ctx.given, cotangents, strict=True):
-            of[index] = cotangent
+        for place, cotangent in zip(call.gradient_places, cotangents, strict=True):
+            of[place] = cotangent
         if not torch.is_grad_enabled() and not transformed(cotangents):
             step: TrainableStep = first.step
             step.check_unchanged(first.cell)
@@ -237,12 +236,11 @@ class _Gradients(torch.autograd.Function):
 
 def _with_gradients(ctx: Any, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Compute gradients by the backward kernel that have gradients by kernels themselves."""
-    given = _Gradients.apply(ctx, saved, *tensors, *grads)  # type: ignore[no-untyped-call]
+    gradients = _Gradients.apply(ctx, saved, *tensors, *grads)  # type: ignore[no-untyped-call]  # torch's
     result: list[Tensor | None] = [None] * len(tensors)
     call: Call = ctx.call
-    present = [index for index, _ in enumerate(tensors) if index in call.given]
-    for index, gradient in zip(present, given, strict=True):
-        result[index] = gradient
+    for place, gradient in zip(call.gradient_places, gradients, strict=True):
+        result[place] = gradient
     return result
 
 
@@ -250,26 +248,10 @@ def _differentiated_twice(
     first: Any, tensors: Sequence[Any], cotangents: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Compute gradients of gradients in the Python loop: those that have gradients again, or have no kernels."""
-    create_graph = torch.is_grad_enabled()
     count = len(first.needs_input_grad) - 3
-    with torch.enable_grad():
-        aliases = [value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True)]
-        gradients = _differentiable(first, tuple(aliases[:count]), aliases[count:])
-    pairs = [
-        (value, of)
-        for value, of in zip(gradients, cotangents, strict=True)
-        if value is not None and of is not None and value.requires_grad
-    ]
-    indices = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
-    result: list[Tensor | None] = [None] * len(tensors)
-    if pairs:
-        found = torch.autograd.grad(
-            [value for value, _ in pairs], [aliases[index] for index in indices], [of for _, of in pairs],
-            create_graph=create_graph, allow_unused=True,
-        )  # fmt: skip
-        for index, grad in zip(indices, found, strict=True):
-            result[index] = grad
-    return result
+    return differentiated(
+        lambda aliases: _differentiable(first, aliases[:count], aliases[count:]), tensors, needed, cotangents
+    )
 
 
 def transformed(grads: Sequence[Tensor | None]) -> bool:
@@ -314,11 +296,15 @@ def _as_drawn(generator_state: Tensor | None) -> Iterator[None]:
 
 
 def differentiated(
-    compute: Callable[[State], State], tensors: State, needed: Sequence[bool], grads: Sequence[Tensor | None]
+    compute: Callable[[Any], Sequence[Tensor | None]],
+    tensors: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Run a computation again in torch's autograd; return gradients of its tensors that have gradients themselves.
 
     Arguments:
+        tensors: those that it is given; None in the place of one that there is none of.
         needed: for each tensor, whether its gradient is needed.
         grads: the gradients of the results.
     """
@@ -328,8 +314,13 @@ def differentiated(
         aliases = tuple(value.view_as(value) if need else value for value, need in zip(tensors, needed, strict=True))
         results = compute(aliases)
     pairs = [
-        (value, grad) for value, grad in zip(results, grads, strict=True) if grad is not None and value.requires_grad
+        (value, grad)
+        for value, grad in zip(results, grads, strict=True)
+        if grad is not None and value is not None and value.requires_grad
     ]
+    result: list[Tensor | None] = [None] * len(tensors)
+    if not pairs:
+        return result
     # A tensor that was frozen after the forward needs no gradient any more.
     indices = [index for index, need in enumerate(needed) if need and aliases[index].requires_grad]
     gradients = torch.autograd.grad(
@@ -339,7 +330,6 @@ def differentiated(
         create_graph=create_graph,
         allow_unused=True,
     )
-    result: list[Tensor | None] = [None] * len(tensors)
     for index, grad in zip(indices, gradients, strict=True):
         result[index] = grad
     return result

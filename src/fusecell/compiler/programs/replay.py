@@ -8,7 +8,7 @@ from fusecell.compiler.frontend import Traced
 from fusecell.compiler.frontend.draws import Draw
 from fusecell.execution.options import Options, State, steps_of
 
-__all__ = ["with_draws"]
+__all__ = ["is_in_order", "with_draws"]
 
 
 def with_draws(inputs: State, traced: Traced, options: Options) -> State:
@@ -23,6 +23,12 @@ def with_draws(inputs: State, traced: Traced, options: Options) -> State:
         for draw, numbers in zip(draws, memory, strict=True):
             getattr(numbers[t], draw.method)(*draw.args)
     return (*inputs, *(_by_rows(*each, rows, traced.dtype) for each in zip(draws, memory, strict=True)))
+
+
+def is_in_order(row: torch.Tensor) -> bool:
+    """Whether what is drawn like a step's tensor, as ``randn_like(x)`` is, has its elements in order in memory."""
+    strides = [stride for size, stride in zip(row.shape, row.stride(), strict=True) if size > 1 and stride]
+    return strides == sorted(strides, reverse=True)
 
 
 def _shape(draw: Draw, rows: int) -> list[int]:

@@ -208,11 +208,11 @@ def _gradients(
         return result
     results = [result[0], *result[1][len(state) // 2 :]]
     pairs = [(value, of) for value, of in zip(results, grads, strict=True) if of is not None]
-    wanted = [value for value in leaves if value.requires_grad]
+    trainable = [value for value in leaves if value.requires_grad]
     gradients = torch.autograd.grad(
-        [value for value, _ in pairs], wanted, [of.detach() for _, of in pairs], allow_unused=True
+        [value for value, _ in pairs], trainable, [of.detach() for _, of in pairs], allow_unused=True
     )
-    by_leaf = {id(value): gradient for value, gradient in zip(wanted, gradients, strict=True)}
+    by_leaf = {id(value): gradient for value, gradient in zip(trainable, gradients, strict=True)}
     of_grads = [None if of is None else value.detach() for value, of in zip(results, grads, strict=True)]
     return [*(by_leaf.get(id(value)) for value in leaves), *of_grads]
 
@@ -253,8 +253,8 @@ def _agrees(kernels: TrainableStep, tangents: TangentStep, shapes: Sequence[Shap
 
 def _close(actual: Tensor | None, expected: Tensor | None) -> bool:
     if actual is None or expected is None:
-        given = expected if actual is None else actual
-        return given is None or not bool(given.any())
+        other = expected if actual is None else actual
+        return other is None or not bool(other.any())
     return float((actual - expected).norm()) <= _TOLERANCE * float(expected.norm() + 1)
 
 

@@ -181,10 +181,10 @@ class Call:
         return tensors[:a], tensors[a:b], tensors[b:c], tensors[c:d], tensors[d:]
 
     @property
-    def given(self) -> set[int]:
+    def gradient_places(self) -> list[int]:
         """The places among the call's tensors of those that :meth:`gradients` returns a gradient for."""
-        indices, (a, b, c, _) = self.training.gradients, self.ends
-        return {*indices.inputs, *range(a, b), *range(b, c), *(c + index for index in indices.weights)}
+        indices, (a, _, c, _) = self.training.gradients, self.ends
+        return sorted([*indices.inputs, *range(a, c), *(c + index for index in indices.weights)])
 
     @one_thread_after_fork()
     def forward(self, tensors: State) -> tuple[Tensor, Tensor, State]:
