@@ -110,6 +110,70 @@ def test_structured_cells(structured) -> None:
     fc.onnx.export(structured.make(8, 8).double(), input_shapes=shapes, lengths=True)
 
 
+@pytest.mark.parametrize("kind", [fc.GRU, fc.LSTM, fc.RNN])
+def test_a_row_without_steps_ends_as_it_began(kind) -> None:
+    """Where the model is one node, for which ONNX Runtime gives zeros then."""
+    model = fc.onnx.export(kind(5, 7, bidirectional=True), lengths=True)
+    run, _ = runner_of(model)
+    x, lengths = np.ones((4, 3, 5), dtype=np.float32), np.array([4, 0, 2])
+    states = [np.full((3, 7), at + 0.5, dtype=np.float32) for at in range(len(model.graph.input) - 2)]
+    feeds = dict(zip(names(model.graph.input), [x, lengths, *states], strict=True))
+    y, *after = run(feeds)
+    assert not y[:, 1].any()
+    for start, last in zip(states, after, strict=True):
+        np.testing.assert_array_equal(last[1], start[1])
+        assert not np.array_equal(last[0], start[0])
+
+
+def test_resets_of_a_layer_that_is_batch_first() -> None:
+    torch.manual_seed(0)
+    model = fc.onnx.export(fc.GRU(5, 7, batch_first=True), resets=True)
+    shape = model.graph.input[1].type.tensor_type.shape.dim
+    assert [dim.dim_param for dim in shape] == ["N", "T"]
+
+
+class Named(fc.Cell):
+    """A cell whose states are called like an input, like the output, and like an option of the model."""
+
+    states = ("x", "y", "lengths")
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]):
+        a, b, c = state
+        return torch.tanh(a + b - c), (x * 0.5 + b, torch.tanh(a), c * 0.5 + x)
+
+
+def test_states_that_are_called_like_inputs() -> None:
+    model = fc.onnx.export(Named(5, 5), lengths=True)
+    assert names(model.graph.input) == ["x", "lengths", "x_1", "y", "lengths_1"]
+    assert names(model.graph.output) == ["output", "x_1_out", "y_out", "lengths_1_out"]
+
+
+class Careful(fc.Cell):
+    """A cell of functions that are easily written so that they lose digits, infinities or the sign of zero."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 4)
+        self.one = nn.Parameter(torch.ones(()))
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]):
+        y, x = (x * self.one).unbind(-1)
+        return torch.stack((x.expm1(), y.log1p(), torch.atan2(y, x), torch.copysign(x, y)), -1), state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_keep_their_digits(dtype: torch.dtype) -> None:
+    model = fc.onnx.export(Careful().to(dtype), step=True, verify=False)
+    run, _ = runner_of(model, dtype)
+    values = torch.tensor([-40, -1, -0.3, -1e-3, -1e-6, -1e-20, -0.0, 0, 1e-20, 1e-6, 2e-3, 0.7, 1, 5, 1e8, torch.inf])
+    values = values.to(dtype)
+    pairs = torch.cartesian_prod(values, torch.cat((values, -values[-1:])))
+    with np.errstate(all="ignore"):
+        y = torch.from_numpy(run({"x": pairs.numpy(), "h": np.zeros((len(pairs), 4), pairs.numpy().dtype)})[0])
+    exact = Careful().double().step(pairs.double(), ())[0].detach().to(dtype)
+    torch.testing.assert_close(y, exact, rtol=2e-6 if dtype == torch.float32 else 4e-15, atol=0, equal_nan=True)
+    assert torch.equal(y[:, 2:].signbit(), exact[:, 2:].signbit())
+
+
 def test_a_gru_is_one_node_and_any_other_cell_a_scan() -> None:
     gru = fc.onnx.export(fc.GRU(5, 7, bidirectional=True))
     assert {"GRU"} == kinds(gru) & {"GRU", "Scan"}

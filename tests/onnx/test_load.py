@@ -55,6 +55,32 @@ def _gru_node(**attributes):
     return helper.make_model(helper.make_graph([node], "g", inputs, outputs, constants))
 
 
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (4, np.array([4, 2], dtype=np.int32), r"constant sequence_lens, more of shape \(2,\).* as lengths with"),
+        (5, np.ones((1, 2, 2), dtype=np.float32), "constant initial_h.* as hx with each call"),
+    ],
+)
+def test_constants_that_a_layer_takes_with_each_call_are_told(at: int, value, reason: str) -> None:
+    model = _gru_node()
+    (node,) = model.graph.node
+    node.input.extend([*[""] * (at - len(node.input)), "more"])
+    model.graph.initializer.append(numpy_helper.from_array(value, "more"))
+    with pytest.warns(UserWarning, match=reason) as warned:
+        fc.onnx.load(model)
+    assert warned[0].filename == __file__
+
+
+def test_nodes_of_one_name_are_both_there() -> None:
+    model = _gru_node()
+    other = helper.make_node("GRU", ["x", "w", "r"], ["z"], name="gates", hidden_size=2, linear_before_reset=1)
+    model.graph.node.append(other)
+    layers = fc.onnx.load(model)
+    assert list(layers) == ["gates", "gates.1"]
+    assert [layer.reset_after for layer in layers.values()] == [False, True]
+
+
 def test_a_gru_without_biases_that_resets_before_its_product() -> None:
     (layer,) = fc.onnx.load(_gru_node()).values()
     assert not layer.bias

@@ -21,6 +21,8 @@ from fusecell.shapes import Shape, feature_shape
 
 __all__ = ["Step", "trace_step"]
 
+_ALONG_AXES = {"view", "gather", "interleave", "reduce", "scan", "contract", "take", "scatter_add", "argsort"}
+
 
 class Step:
     """A cell's step, traced, with its weights.
@@ -39,27 +41,26 @@ class Step:
         self.inputs = [node.name for node in leaves]
         self.input_widths = [node.size for node in leaves]
 
-    def write(self, w: Writer, values: Mapping[str, str]) -> dict[str, str]:
+    def write(self, w: Writer, inputs: Sequence[str], states: Sequence[str]) -> tuple[str, list[str]]:
         """Write the step's nodes.
 
         Arguments:
-            values: by the name of each input and state, the name of its value, (N, features).
+            inputs, states: the names of their values, (N, features), in the order of the cell's.
 
         Returns:
-            The names of the output, under "output", and of each state's new value, under its name: (N, features).
+            The names of the output and of the states' new values: (N, features).
         """
-        constants = self._constants(w)
+        values = {("input", name): value for name, value in zip(self.inputs, inputs, strict=True)}
+        values |= {("state", name): value for name, value in zip(self.cell.states, states, strict=True)}
+        rows = next(iter(values.values()))
+        constants, varies = self._constants(w), _varying(self.graph)
         written: dict[int, str] = {}
-        rows = values[(*self.inputs, *self.cell.states)[0]]
         needed = self.graph.needed(self.graph.outputs.values())
-        varies = _varying(self.graph)
         for index, node in self.graph:
-            if not needed[index] or (node.op == "weight" and index not in constants):
-                continue
-            if index in constants:
+            if not needed[index] or node.op == "weight" or index in constants:
                 continue
             if node.op in ("input", "state"):
-                written[index] = values[node.name]
+                written[index] = values[node.op, node.name]
             elif node.op == "product":
                 written[index] = self._product(w, node, written, constants)
             else:
@@ -67,13 +68,15 @@ class Step:
                 if node.op in ("concat", "interleave") and varies[index]:
                     args = [self._full(w, arg, varies[at], rows) for arg, at in zip(args, node.args, strict=True)]
                 written[index] = RULES[node.op](w, args, node.attrs)
-        results = {}
-        for label, index in self.graph.outputs.items():
+
+        def result(label: str) -> str:
+            index = self.graph.outputs[label]
             value = written.get(index) or self._constant(w, constants[index])
             if self.graph[index].type.kind == "mask":
                 value = w.cast(value)
-            results[label.removeprefix("state.")] = self._full(w, value, varies[index], rows)
-        return results
+            return self._full(w, value, varies[index], rows)
+
+        return result("output"), [result(f"state.{name}") for name in self.cell.states]
 
     def _constants(self, w: Writer) -> dict[int, Tensor]:
         """Return the value of each node that no input and no state changes."""
@@ -90,19 +93,8 @@ class Step:
         return constants
 
     def _folded(self, node: Node, args: Sequence[Tensor]) -> Tensor:
-        flat = node.op in (
-            "view",
-            "gather",
-            "interleave",
-            "reduce",
-            "scan",
-            "contract",
-            "take",
-            "scatter_add",
-            "argsort",
-        )
         # Along axes a weight, of whatever shape, is one row.
-        args = [value.reshape(1, -1) if flat else value for value in args]
+        args = [value.reshape(1, -1) if node.op in _ALONG_AXES else value for value in args]
         value = EVALUATE[node.op](args, node.attrs)
         return value.reshape(node.type.shape) if node.type.kind == "weight" else value
 

@@ -16,10 +16,10 @@ from torch import nn
 import fusecell
 from fusecell.cell import Cell
 from fusecell.module_snapshot import preserved
-from fusecell.onnx.model import BOOL, ModelGraph, cells_of, is_batch_first
+from fusecell.onnx.model import Form, ModelGraph, cells_of, is_batch_first
 from fusecell.onnx.verify import can_verify, verify_model
-from fusecell.onnx.writer import INT64, Writer
-from fusecell.shapes import Shape, Size, feature_shape, features_of, is_size, output_shapes
+from fusecell.onnx.writer import Writer
+from fusecell.shapes import Shape, Size, feature_shape
 from fusecell.validation import weights_dtype
 
 __all__ = ["export"]
@@ -66,18 +66,18 @@ def export(
         states: each state is an input, (N, features), named as in the cell, and an output, ``<name>_out``; of several
             cells they are named ``0.h``, ``1.h``. False: sequences begin with the cells' own first states.
         lengths: an input ``lengths``, int64 (N,): the valid steps of each row, as in :func:`fusecell.scan`.
-        resets: an input ``resets``, bool (T, N), as in :func:`fusecell.scan`.
+        resets: an input ``resets``, bool (T, N), or (N, T) with ``batch_first``, as in :func:`fusecell.scan`.
         input_dtype: of x, where it is not that of the weights: ``torch.int64`` for token ids.
         input_shapes: of a cell that takes several inputs, the shape of each without time and batch.
-        verify: run the model on random sequences of two lengths, and compare the results with the layer's: by ONNX
-            Runtime if it is installed, else by onnx's reference. None: where one of them can, as the reference has GRU,
-            LSTM and RNN in part.
+        verify: run the model on random sequences of two lengths and two batches, and compare the results with the
+            layer's: by ONNX Runtime if it is installed, in float64 and else by onnx's reference. None: where one of
+            them can, as the reference has GRU, LSTM and RNN in part.
 
     Returns:
-        The model. Inputs ``x`` (T, N, features), or (N, T, features) with ``batch_first``, those that the cell takes
-        besides or draws, and the states; outputs
-        ``y`` and the states' last values. A cell of several outputs has one for each, ``y.<name>``. Where a state is
-        called y, the output is ``output``.
+        The model. Inputs: ``x`` (T, N, features), or (N, T, features) with ``batch_first``, those that the cell takes
+        besides or draws, and the states. Outputs: ``y`` and the states' last values; a cell of several outputs has one
+        for each, ``y.<name>``. Where a state is called y, the output is ``output``; a state that is called like an
+        input has a number behind its name.
 
     Raises:
         NotCompilable: where the step has no graph, with the reasons.
@@ -97,13 +97,15 @@ def export(
             f"{type(module).__name__}."
         )
     dtype = _dtype_of(module)
-    given = None if input_shapes is None else [feature_shape(size) for size in input_shapes]
+    shapes = [feature_shape(size) for size in (input_shapes or [cells[0].input_size])]
+    batch_first = not step and is_batch_first(module)
     with preserved(module), _evaluation(module), torch.no_grad():
-        shapes = _with_drawn(cells, given)
-        model = _model(module, cells, dtype, opset, step, states, lengths, resets, input_dtype, shapes)
+        shapes += _drawn_shapes(cells)
+        form = Form(dtype, input_dtype, shapes, step, states, lengths, resets, batch_first)
+        model = _as_model(ModelGraph(Writer(_DTYPES[dtype]), form, cells).write(module), opset)
         onnx.checker.check_model(model, full_check=True)
         if verify or (verify is None and can_verify(model)):
-            verify_model(model, module, cells, dtype, step=step, input_dtype=input_dtype, shapes=shapes)
+            verify_model(model, module, cells, form)
     if path is not None:
         onnx.save(model, Path(path))
     return model
@@ -118,15 +120,13 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
     return dtype
 
 
-def _with_drawn(cells: Sequence[Cell], shapes: Sequence[Shape] | None) -> Sequence[Shape] | None:
-    """Return the shapes of a cell's inputs and, behind them, of what it draws, which the model's caller draws."""
-    drawn = [tuple(value.shape[2:]) for value in cells[0].draw(1, 1)]
-    if not any(cell.draw(1, 1) for cell in cells):
-        return shapes
-    if len(cells) > 1:
-        names = {type(cell).__name__ for cell in cells if cell.draw(1, 1)}
+def _drawn_shapes(cells: Sequence[Cell]) -> list[Shape]:
+    """Return the shapes of what a cell draws, which the model's caller draws."""
+    drawing = [cell for cell in cells if cell.draw(1, 1)]
+    if drawing and len(cells) > 1:
+        names = {type(cell).__name__ for cell in drawing}
         raise TypeError(f"onnx.export: {', '.join(names)} draws random inputs; export the cell by itself.")
-    return [*(shapes or [feature_shape(cells[0].input_size)]), *drawn]
+    return [tuple(value.shape[2:]) for cell in drawing for value in cell.draw(1, 1)]
 
 
 class _evaluation:
@@ -144,69 +144,12 @@ class _evaluation:
             part.training = mode
 
 
-def _model(
-    module: nn.Module,
-    cells: Sequence[Cell],
-    dtype: torch.dtype,
-    opset: int,
-    step: bool,
-    states: bool,
-    lengths: bool,
-    resets: bool,
-    input_dtype: torch.dtype | None,
-    input_shapes: Sequence[Shape] | None,
-) -> onnx.ModelProto:
-    w = Writer(_DTYPES[dtype])
-    batch_first = not step and is_batch_first(module)
-    lead = ["N"] if step else ["N", "T"] if batch_first else ["T", "N"]
-    element = w.element if input_dtype is None else helper.np_dtype_to_tensor_dtype(_numpy_dtype(input_dtype))
-    graph = ModelGraph(w, dtype, step, states, len(cells), input_dtype=input_dtype, input_shapes=input_shapes)
-    names, values = cells[0].inputs if input_shapes is not None else ("x",), []
-    for name, shape in zip(names, input_shapes or [feature_shape(cells[0].input_size)], strict=True):
-        graph.inputs.append(helper.make_tensor_value_info(w.reserve(name), element, [*lead, *shape]))
-        value = name
-        if batch_first:
-            value = w.node("Transpose", value, perm=[1, 0, *range(2, 2 + len(shape))])
-        if len(shape) != 1:
-            value = w.reshape(value, *[0] * len(lead), features_of(shape))
-        values.append(value if element == w.element else w.cast(value))
-    value, graph.more_inputs = values[0], values[1:]
-    if lengths:
-        graph.lengths = w.reserve("lengths")
-        graph.inputs.append(helper.make_tensor_value_info(graph.lengths, INT64, ["N"]))
-    if resets:
-        graph.resets = w.reserve("resets")
-        graph.inputs.append(helper.make_tensor_value_info(graph.resets, BOOL, ["T", "N"]))
-    outputs = graph.outputs
-    graph.outputs = []
-    result, result_size = graph.module(module, value, None)
-    after, graph.outputs = graph.outputs, outputs
-    if batch_first:
-        result = w.node("Transpose", result, perm=[1, 0, 2])
-    parts = output_shapes(result_size)
-    y = "output" if any(value.name in ("y", "y_out") for value in (*graph.inputs, *after)) else "y"
-    outputs_named = [y] if is_size(result_size) else [f"{y}.{key}" for key in _keys(result_size)]
-    values = [result]
-    if len(parts) > 1:
-        widths = w.integers([features_of(part) for part in parts.values()], "widths")
-        values = w.several("Split", [result, widths], [f"{name}_flat" for name in outputs_named], axis=-1)
-    for name, part, flat in zip(outputs_named, parts.values(), values, strict=True):
-        graph.output(name, flat, lead, part)
-    graph.outputs += after
-    body = helper.make_graph(w.nodes, type(module).__name__, graph.inputs, graph.outputs, w.constants)
+def _as_model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
     model: onnx.ModelProto = helper.make_model(
-        body,
+        graph,
         opset_imports=[helper.make_opsetid("", opset)],
         ir_version=_IR_VERSION,
         producer_name="fusecell",
         producer_version=fusecell.__version__,
     )
     return model
-
-
-def _keys(size: Any) -> list[str]:
-    return [str(key) for key in (size if isinstance(size, dict) else range(len(size)))]
-
-
-def _numpy_dtype(dtype: torch.dtype) -> Any:
-    return torch.empty(0, dtype=dtype).numpy().dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ __all__ = ["load"]
 Array = npt.NDArray[Any]
 _LAYERS = {"GRU": GRU, "LSTM": LSTM, "RNN": RNN}
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
+_CALL_ARGUMENTS = {
+    4: ("sequence_lens", "lengths"),
+    5: ("initial_h", "hx"),
+    6: ("initial_c", "the second tensor of hx"),
+}
+"""Inputs of a node that a layer takes with each call, and how."""
 _UNSUPPORTED = {"clip": "a clip of its gates", "input_forget": "coupled input and forget gates"}
 
 
@@ -41,7 +48,11 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, GRU | LS
 
     Returns:
         For each node of type GRU, LSTM or RNN a layer with one layer of cells, in the order of the graph. Nodes without
-        a name are called after their first output. A layer takes (T, N, features), whatever the node's ``layout``.
+        a name are called after their first output, a name that stands again has ``.1`` behind it. A layer takes
+        (T, N, features), whatever the node's ``layout``.
+
+    Warns:
+        UserWarning: where the node has constants that a layer takes with each call: first states and lengths.
 
     Raises:
         ExportError: for a node that no layer here computes, with the reason, and a model that has none.
@@ -95,8 +106,12 @@ def _collect(graph: onnx.GraphProto, outer: _Scope | None, opset: int, layers: d
     scope = _Scope(graph, outer, opset)
     for node in graph.node:
         if node.op_type in _LAYERS:
-            name = node.name or next(output for output in node.output if output)
-            layers[name] = _layer(node, name, scope)
+            name = unique = node.name or next(output for output in node.output if output)
+            count = 0
+            while unique in layers:
+                count += 1
+                unique = f"{name}.{count}"
+            layers[unique] = _layer(node, unique, scope)
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
@@ -112,6 +127,7 @@ def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
     inputs = [*node.input, *[""] * (8 - len(node.input))]
     if kind == "LSTM" and inputs[7]:
         raise ExportError(f"onnx.load: LSTM {name} has peepholes; fusecell.PeepholeLSTMCell has others per unit.")
+    _warn_of_constants(kind, name, inputs, scope)
     w, r = (_constant(node, name, scope, at) for at in (1, 2))
     b = _constant(node, name, scope, 3) if inputs[3] else None
     direction = attributes.get("direction", b"forward").decode()
@@ -136,6 +152,18 @@ def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
                 order = np.argsort(GATES[kind])
                 getattr(layer, part + suffix).copy_(torch.from_numpy(reordered(value, [int(i) for i in order])))
     return layer  # type: ignore[no-any-return]
+
+
+def _warn_of_constants(kind: str, name: str, inputs: list[str], scope: _Scope) -> None:
+    for at, (label, argument) in _CALL_ARGUMENTS.items():
+        value = scope.constant(inputs[at]) if inputs[at] else None
+        if value is not None and (at == 4 or value.any()):
+            warnings.warn(
+                f"onnx.load: {kind} {name} has a constant {label}, {inputs[at]} of shape {value.shape}, which is no "
+                f"part of a layer: pass it as {argument} with each call.",
+                UserWarning,
+                stacklevel=5,
+            )
 
 
 def _constant(node: onnx.NodeProto, name: str, scope: _Scope, at: int) -> Array:

@@ -27,14 +27,22 @@ def _op(name: str, **attributes: Any) -> Rule:
     return lambda w, args, attrs: w.node(name, *args, **attributes)
 
 
-def _with_one(op: str, first: bool) -> Rule:
-    """Return a rule of log(1 + x), or of exp(x) - 1."""
+def _expm1(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    """exp(x) - 1 = tanh(x / 2) (exp(x) + 1), in which nothing cancels."""
+    (x,) = args
+    above = w.node("Add", w.node("Exp", x), w.constant(1.0, "one"))
+    return w.node("Mul", w.node("Tanh", w.node("Mul", x, w.constant(0.5, "half"))), above)
 
-    def rule(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
-        one = w.constant(1.0, "one")
-        return w.node(op, w.node("Add", args[0], one)) if first else w.node("Sub", w.node(op, args[0]), one)
 
-    return rule
+def _log1p(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    """log(u) x / (u - 1) with u = 1 + x as it is rounded, whose error u - 1 has too (Kahan); x where u is 1."""
+    (x,) = args
+    one = w.constant(1.0, "one")
+    u = w.node("Add", x, one)
+    less = w.node("Sub", u, one)
+    small, large = w.node("Equal", less, w.constant(0.0, "zero")), w.node("Equal", less, u)
+    ratio = w.node("Div", x, w.node("Where", small, one, less))
+    return w.node("Where", small, x, w.node("Mul", w.node("Log", u), w.node("Where", large, one, ratio)))
 
 
 def _through(element: int) -> Rule:
@@ -48,22 +56,33 @@ def _missing(name: str) -> Rule:
     return rule
 
 
+def _is_negative(w: Writer, value: str) -> str:
+    """Return where a value is negative, -0 too, which ONNX has no operator for: 1 / -0 is."""
+    zero, one = w.constant(0.0, "zero"), w.constant(1.0, "one")
+    at_zero = w.node("Equal", value, zero)
+    return w.node("Less", w.node("Where", at_zero, w.node("Div", one, value), value), zero)
+
+
+def _with_sign_of(w: Writer, size: str, sign: str) -> str:
+    # A factor, as ONNX Runtime's Where makes 0 of -0.
+    factor = w.node("Where", _is_negative(w, sign), w.constant(-1.0, "minus"), w.constant(1.0, "one"))
+    return w.node("Mul", size, factor)
+
+
 def _copysign(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
-    size, zero = w.node("Abs", args[0]), w.constant(0.0, "zero")
-    return w.node("Where", w.node("Less", args[1], zero), w.node("Neg", size), size)
+    return _with_sign_of(w, w.node("Abs", args[0]), args[1])
 
 
 def _atan2(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
+    """The angle in the first quadrant, of |y| / |x|, put where the signs are; those of 0, too."""
     y, x = args
-    zero, half, turn = w.constant(0.0, "zero"), w.constant(math.pi / 2, "half_pi"), w.constant(math.pi, "pi")
-    upright = w.node("Equal", x, zero)
-    angle = w.node("Atan", w.node("Div", y, w.node("Where", upright, w.constant(1.0, "one"), x)))
-    below = w.node("Less", y, zero)
-    behind = w.node("Where", below, w.node("Sub", angle, turn), w.node("Add", angle, turn))
-    angle = w.node("Where", w.node("Less", x, zero), behind, angle)
-    straight = w.node("Where", below, w.node("Neg", half), half)
-    straight = w.node("Where", w.node("Equal", y, zero), zero, straight)
-    return w.node("Where", upright, straight, angle)
+    height, width = w.node("Abs", y), w.node("Abs", x)
+    zero, one, half_turn = w.constant(0.0, "zero"), w.constant(1.0, "one"), w.constant(math.pi, "pi")
+    # 0 / 0 is 0 here, and infinity / infinity is 1.
+    ratio = w.node("Where", w.node("Equal", height, width), one, w.node("Div", height, width))
+    angle = w.node("Atan", w.node("Where", w.node("Equal", height, zero), zero, ratio))
+    angle = w.node("Where", _is_negative(w, x), w.node("Sub", half_turn, angle), angle)
+    return _with_sign_of(w, angle, y)
 
 
 def _concat(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
@@ -181,8 +200,8 @@ RULES: Mapping[str, Rule] = {
     **{name: _op(name.capitalize()) for name in _SAME_NAME.split()},
     "not": _op("Not"),
     "where": _op("Where"),
-    "expm1": _with_one("Exp", False),
-    "log1p": _with_one("Log", True),
+    "expm1": _expm1,
+    "log1p": _log1p,
     "rsqrt": lambda w, args, attrs: w.node("Reciprocal", w.node("Sqrt", args[0])),
     "to_float16": _through(TensorProto.FLOAT16),
     "to_bfloat16": _through(TensorProto.BFLOAT16),

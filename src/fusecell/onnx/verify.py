@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from fusecell.cell import Cell
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import ExportError
-from fusecell.layers import Sequential, scan
+from fusecell.layers import Bidirectional, Sequential, scan
 from fusecell.layers.sequential import is_recurrent
-from fusecell.onnx.model import is_batch_first
-from fusecell.shapes import Shape, feature_shape, tensors_of
+from fusecell.onnx.model import Form, cells_of
+from fusecell.shapes import tensors_of
 from fusecell.validation import first_state
 
 __all__ = ["can_verify", "runner_of", "verify_model"]
 
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], list[Array]]
-_SIZES = ((5, 3), (2, 1))
-_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+_SIZES = ((5, 3), (2, 3), (5, 1), (2, 1))
+"""Steps and rows."""
+_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def can_verify(model: onnx.ModelProto) -> bool:
@@ -38,8 +39,8 @@ def can_verify(model: onnx.ModelProto) -> bool:
     return True
 
 
-def runner_of(model: onnx.ModelProto) -> tuple[Run, str]:
-    """Return what runs a model, and its name: ONNX Runtime, or onnx's reference where that lacks something."""
+def runner_of(model: onnx.ModelProto, dtype: torch.dtype = torch.float32) -> tuple[Run, str]:
+    """Return what runs a model, and its name: ONNX Runtime, or onnx's reference, which has all operators in doubles."""
     try:
         import onnxruntime as runtime
     except ImportError:
@@ -48,74 +49,91 @@ def runner_of(model: onnx.ModelProto) -> tuple[Run, str]:
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
-        with suppress(Exception):  # of a model of doubles, for which it has few operators
+        if dtype != torch.float64:
             session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return lambda feeds: session.run(None, dict(feeds)), "ONNX Runtime"
     from onnx.reference import ReferenceEvaluator
 
     reference = ReferenceEvaluator(model)
-    return lambda feeds: reference.run(None, dict(feeds)), "onnx.reference"  # type: ignore[return-value]
+    return lambda feeds: reference.run(None, dict(feeds)), "onnx.reference"  # type: ignore[return-value]  # too wide
 
 
-def verify_model(
-    model: onnx.ModelProto,
-    module: nn.Module,
-    cells: Sequence[Cell],
-    dtype: torch.dtype,
-    *,
-    step: bool,
-    input_dtype: torch.dtype | None,
-    shapes: Sequence[Shape] | None,
-) -> None:
-    """Run a model and the layer on the same random numbers.
+def verify_model(model: onnx.ModelProto, module: nn.Module, cells: Sequence[Cell], form: Form) -> None:
+    """Run a model and the layer on the same random numbers: sequences, states, lengths with one of 0, resets.
 
     Raises:
         ExportError: where a result differs by more than rounding.
     """
-    run, runtime = runner_of(model)
-    generator = torch.Generator().manual_seed(0)
-    names = [value.name for value in model.graph.input]
+    try:
+        run, runtime = runner_of(model, form.dtype)
+    except Exception as error:  # of an operator that it lacks, whatever it raises then
+        raise _cannot_verify("ONNX Runtime", error) from error
     for steps, rows in _SIZES:
-        inputs = {
-            name: _random((1 if step else steps, rows, *shape), input_dtype or dtype, generator)
-            for name, shape in zip(names, shapes or [feature_shape(cells[0].input_size)], strict=False)
-        }
-        _draw_once(cells[0], inputs, dtype)
-        options: dict[str, Tensor] = {}
-        if "lengths" in names:
-            options["lengths"] = torch.tensor([steps, 1, steps - 1][:rows])
-        if "resets" in names:
-            options["resets"] = torch.rand(steps, rows, generator=generator) < 0.3
-        batch_first = is_batch_first(module) and not step
-        # As the module takes them; the model takes one step without its dimension.
-        inputs = {name: value.transpose(0, 1) if batch_first else value for name, value in inputs.items()}
-        feeds = {name: (value[0] if step else value).numpy() for name, value in inputs.items()}
-        feeds.update({name: value.numpy() for name, value in options.items()})
-        starts = [value for cell in cells for value in first_state(cell, rows, dtype=dtype, device="cpu")]
-        feeds.update(
-            zip([name for name in names if name not in feeds], [value.numpy() for value in starts], strict=False)
-        )
+        trial = _trial(module, cells, form, 1 if form.step else steps, rows)
+        feeds = dict(zip([value.name for value in model.graph.input], trial.feeds(form), strict=True))
         try:
             results = run(feeds)
-        except Exception as error:  # of an operator that it lacks, whatever it raises then
-            raise ExportError(
-                f"onnx.export can't verify the model: {runtime} says: {error}. Install onnxruntime, or pass "
-                "verify=False."
-            ) from error
-        x = tuple(inputs.values())[: len(inputs) - len(cells[0].draw(1, 1))]
-        expected = _results(module, x if len(x) > 1 else x[0], options, step)
-        for value, actual, wanted in zip(model.graph.output, results, expected, strict=False):
-            _compare(value.name, actual, wanted.numpy(), _TOLERANCES[dtype], runtime)
+        except Exception as error:
+            raise _cannot_verify(runtime, error) from error
+        expected = _results(module, trial, form)
+        for value, actual, by_layer in zip(model.graph.output, results, expected, strict=True):
+            _compare(value.name, actual, by_layer.numpy(), _TOLERANCES[form.dtype], runtime)
 
 
-def _draw_once(cell: Cell, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _cannot_verify(runtime: str, error: Exception) -> ExportError:
+    return ExportError(
+        f"onnx.export can't verify the model: {runtime} says: {error}. Install onnxruntime, or pass verify=False."
+    )
+
+
+@dataclass
+class _Trial:
+    """Random numbers for a model and its layer, as the layer takes them.
+
+    Attributes:
+        inputs: of the first cell, sequences.
+        drawn: what that cell draws, which the model has as inputs behind the others.
+        options: lengths and resets.
+        states: of all cells, one after the other.
+    """
+
+    inputs: list[Tensor]
+    drawn: list[Tensor]
+    options: dict[str, Tensor]
+    states: list[Tensor]
+
+    def feeds(self, form: Form) -> list[Array]:
+        """Return all as the model takes them: one step without its dimension."""
+        drawn = [value.transpose(0, 1) if form.batch_first else value for value in self.drawn]
+        inputs = [value[0] if form.step else value for value in (*self.inputs, *drawn)]
+        states = self.states if form.states else []
+        return [value.numpy() for value in (*inputs, *self.options.values(), *states)]
+
+
+def _trial(module: nn.Module, cells: Sequence[Cell], form: Form, steps: int, rows: int) -> _Trial:
+    generator = torch.Generator().manual_seed(steps + rows)
+    lead = (rows, steps) if form.batch_first else (steps, rows)
+    drawn = _draw_once(cells[0], steps, rows, form.dtype)
+    shapes = form.input_shapes[: len(form.input_shapes) - len(drawn)]
+    inputs = [_random((*lead, *shape), form.input_dtype or form.dtype, generator) for shape in shapes]
+    options = {}
+    if form.lengths:
+        options["lengths"] = torch.tensor([steps, 0, steps - 1][:rows] if rows > 1 else [steps - 1])
+    if form.resets:
+        options["resets"] = torch.rand(lead, generator=generator) < 0.3
+    states = [value for cell in cells for value in first_state(cell, rows, dtype=form.dtype, device="cpu")]
+    if form.states:
+        states = [value + 0.5 * _random(value.shape, form.dtype, generator) for value in states]
+    return _Trial(inputs, drawn, options, states)
+
+
+def _draw_once(cell: Cell, steps: int, rows: int, dtype: torch.dtype) -> list[Tensor]:
     """Draw what a cell draws, as inputs of the model, and let the cell draw the same."""
-    x = next(iter(inputs.values()))
     with torch.random.fork_rng(devices=()):
-        drawn = type(cell).draw(cell, x.shape[0], x.shape[1], dtype=dtype)
+        drawn = type(cell).draw(cell, steps, rows, dtype=dtype)
     if drawn:
-        inputs.update(zip(cell.inputs[-len(drawn) :], drawn, strict=True))
         cell.__dict__["draw"] = lambda *args, **options: drawn
+    return [value.expand(steps, *value.shape[1:]) for value in drawn]
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -135,35 +153,50 @@ def _compare(name: str, actual: Array, expected: Array, tolerance: float, runtim
         )
 
 
-def _results(module: nn.Module, x: Any, options: Mapping[str, Tensor], step: bool) -> list[Tensor]:
+def _results(module: nn.Module, trial: _Trial, form: Form) -> list[Tensor]:
     """Return a layer's outputs, and its states in the order of the model's."""
+    x = tuple(trial.inputs) if len(trial.inputs) > 1 else trial.inputs[0]
+    states = iter(trial.states)
     if isinstance(module, Cell):
-        y, state = scan(module, x, **options)  # type: ignore[arg-type]
-        after: list[Any] = [state] if isinstance(state, Tensor) else list(state)
+        y, state = scan(module, x, _state_of(module, states), **trial.options)  # type: ignore[arg-type]  # Any
+        after = _flat(module, state)
     elif type(module) is nn.Sequential:
         y, after = x, []
         for part in module:
-            result = part(y)
-            y, state = result if isinstance(result, tuple) else (result, None)
-            after += _flat(part, state)
+            if cells_of(part):
+                y, state = part(y, _state_of(part, states), **trial.options)
+                after += _flat(part, state)
+            else:
+                y = part(y)
     else:
-        y, state = module(x, **options)
+        y, state = module(x, _state_of(module, states), **trial.options)
         after = _flat(module, state)
-    outputs = [value.squeeze(0) if step else value for value in tensors_of(y)]
-    return [*outputs, *after]
+    outputs = [value.squeeze(0) if form.step else value for value in tensors_of(y)]
+    return [*outputs, *after] if form.states else outputs
+
+
+def _state_of(module: nn.Module, states: Iterator[Tensor]) -> Any:
+    """Return a layer's state, as it takes one, of the states of its cells, one after the other."""
+    if isinstance(module, Sequential):
+        return tuple(_state_of(part, states) for part in module if is_recurrent(part))
+    if isinstance(module, Bidirectional):
+        return _state_of(module.forward_layer, states), _state_of(module.backward_layer, states)
+    if isinstance(module, GRU | LSTM | RNN):
+        parts = [[next(states) for _ in cell.states] for *_, cell in module.leaf_cells()]
+        stacked = tuple(torch.stack(values) for values in zip(*parts, strict=True))
+        return stacked if isinstance(module, LSTM) else stacked[0]
+    (cell,) = cells_of(module)
+    values = tuple(next(states) for _ in cell.states)
+    return values[0] if len(values) == 1 else values
 
 
 def _flat(module: nn.Module, state: Any) -> list[Tensor]:
     """Return the states of a layer in the order of a model's: cell by cell."""
-    if state is None:
-        return []
-    if isinstance(module, GRU | RNN):
-        return list(state)
-    if isinstance(module, LSTM):
-        return [part for pair in zip(*state, strict=True) for part in pair]
-    if isinstance(state, Tensor):
-        return [state]
     if isinstance(module, Sequential):
         recurrent = [part for part in module if is_recurrent(part)]
         return [value for part, each in zip(recurrent, state, strict=True) for value in _flat(part, each)]
-    return [value for each in state for value in _flat(module, each)]
+    if isinstance(module, Bidirectional):
+        return [*_flat(module.forward_layer, state[0]), *_flat(module.backward_layer, state[1])]
+    if isinstance(module, LSTM):
+        return [part for pair in zip(*state, strict=True) for part in pair]
+    return [state] if isinstance(state, Tensor) and not isinstance(module, GRU | RNN) else list(state)

@@ -32,11 +32,6 @@ class Writer:
         self._names: set[str] = set() if outer is None else outer._names
         self._by_value: dict[tuple[Any, ...], str] = {}
 
-    def reserve(self, name: str) -> str:
-        """Keep a name for an input or output, which is called so to the letter."""
-        self._names.add(name)
-        return name
-
     def name(self, wanted: str) -> str:
         """Return a name that no value has yet."""
         unique, count = wanted, 0
