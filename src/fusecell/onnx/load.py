@@ -177,9 +177,9 @@ def _constant(node: onnx.NodeProto, name: str, scope: _Scope, at: int) -> Array:
 
 
 def _activations(kind: str, name: str, attributes: Mapping[str, Any], directions: int) -> dict[str, Any]:
-    given = [each.decode() for each in attributes.get("activations", [])]
-    if not given or given == _ACTIVATIONS[kind] * directions:
+    activations = [each.decode() for each in attributes.get("activations", [])]
+    if not activations or activations == _ACTIVATIONS[kind] * directions:
         return {}
-    if kind == "RNN" and given == ["Relu"] * directions:
+    if kind == "RNN" and activations == ["Relu"] * directions:
         return {"nonlinearity": "relu"}
-    raise ExportError(f"onnx.load: {kind} {name} has the activations {', '.join(given)}, which no layer here has.")
+    raise ExportError(f"onnx.load: {kind} {name} has the activations {', '.join(activations)}, which no layer here has.")

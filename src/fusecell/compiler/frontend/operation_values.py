@@ -379,10 +379,10 @@ class OperationValues(TensorValues):
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
-            known = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
+            accepted = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
             # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
             unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
-            if tensor.dtype not in known and not constant and not unchanged:
+            if tensor.dtype not in accepted and not constant and not unchanged:
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
