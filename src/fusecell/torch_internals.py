@@ -18,12 +18,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "OPERATOR_TYPE",
+    "FunctorchLevel",
     "any_autocast",
     "apply_directly",
     "autograd_node",
+    "below_functorch",
     "disable_current_modes",
     "forward_ad",
     "function_apply",
+    "functorch_levels",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
@@ -126,6 +129,69 @@ def in_functorch_transform() -> bool:
     No public function says so.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class FunctorchLevel:
+    """The innermost transform of torch.func that is active, to be taken off and put back on.
+
+    No public function runs code below a transform, but a Function's own, which knows nothing of tangents and results
+    together.
+
+    Attributes:
+        kind: ``"Vmap"``, ``"Grad"``, ``"Jvp"`` or ``"Functionalize"``.
+    """
+
+    def __init__(self, interpreter: Any) -> None:
+        self._interpreter = interpreter
+        self._level: int = interpreter.level()
+        self.kind: str = interpreter.key().name
+
+    @property
+    def size(self) -> int:
+        """The number of members of a vmap."""
+        return int(self._interpreter.batch_size())
+
+    def lower(self) -> AbstractContextManager[Any]:
+        """Run a ``with`` block below the transform."""
+        result: AbstractContextManager[Any] = self._interpreter.lower()
+        return result
+
+    def members(self, value: Tensor) -> tuple[Tensor, int | None]:
+        """Return what is below a vmap, and the dimension that its members are along; None if they have it in common."""
+        return torch._C._functorch._unwrap_batched(value, self._level)
+
+    def of_members(self, value: Tensor, dim: int) -> Tensor:
+        """Return a tensor as a vmap has it, of one with its members along a dimension."""
+        return torch._C._functorch._add_batch_dim(value, dim, self._level)
+
+    def below(self, value: Tensor) -> Tensor:
+        """Return what is below a grad or a jvp."""
+        return torch._C._functorch._unwrap_for_grad(value, self._level)
+
+    def above(self, value: Tensor) -> Tensor:
+        """Return a tensor as a grad or a jvp has it."""
+        return torch._C._functorch._wrap_for_grad(value, self._level)
+
+
+def functorch_levels() -> list[FunctorchLevel]:
+    """Return the transforms of torch.func that are active, the innermost last."""
+    if not in_functorch_transform():
+        return []
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return [FunctorchLevel(interpreter) for interpreter in retrieve_all_functorch_interpreters()]
+
+
+def below_functorch(value: Tensor) -> tuple[Tensor, bool]:
+    """Return a plain tensor in the place of one of torch.func's, the first member of each vmap, and whether any needs
+    a gradient."""
+    trainable = value.requires_grad
+    while is_wrapped(value):
+        dim = torch._C._functorch.maybe_get_bdim(value)
+        value = torch._C._functorch.get_unwrapped(value)
+        value = value if dim < 0 else value.select(dim, 0)
+        trainable = trainable or value.requires_grad
+    return value, trainable
 
 
 def is_batched_gradient(grad: Tensor) -> bool:

@@ -182,4 +182,6 @@ def _activations(kind: str, name: str, attributes: Mapping[str, Any], directions
         return {}
     if kind == "RNN" and activations == ["Relu"] * directions:
         return {"nonlinearity": "relu"}
-    raise ExportError(f"onnx.load: {kind} {name} has the activations {', '.join(activations)}, which no layer here has.")
+    raise ExportError(
+        f"onnx.load: {kind} {name} has the activations {', '.join(activations)}, which no layer here has."
+    )

@@ -11,7 +11,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State, steps_of
 from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
 
-__all__ = ["as_numbers", "call_reasons", "loop_is_faster", "needs_gradient"]
+__all__ = ["as_numbers", "call_reasons", "loop_is_faster", "needs_gradient", "tensor_reasons"]
 
 # A subclass may give any operator another meaning.
 _EXACT = (Tensor, nn.Parameter)
@@ -33,7 +33,7 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
         usual = usual and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
         usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
     if not usual:
-        return _tensor_reasons((*inputs, *state))
+        return tensor_reasons((*inputs, *state))
     if in_dispatch_mode() or in_functorch_transform():
         return ("A transform of torch.func or a dispatch mode is active.",)
     if in_forward_mode():
@@ -41,8 +41,8 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
     return ()
 
 
-def _tensor_reasons(tensors: State) -> tuple[str, ...]:
-    """Return the reason that a call's tensors give."""
+def tensor_reasons(tensors: State) -> tuple[str, ...]:
+    """Return the reason why a call's tensors can't be read by a kernel; empty if they can."""
     first = tensors[0]
     if not all(type(value) in _EXACT for value in tensors):
         return ("An input or state is a subclass of Tensor.",)
@@ -53,7 +53,7 @@ def _tensor_reasons(tensors: State) -> tuple[str, ...]:
         return (f"Inputs and states must be of one dtype, float32, float64, bfloat16 or float16, got {kinds}.",)
     if any(value.is_neg() for value in tensors):
         return ("An input or state is a lazy negation.",)
-    return ("The input is empty: T, N or a size is 0.",)
+    return ("The input is empty: T, N or a size is 0.",) if any(value.numel() == 0 for value in tensors) else ()
 
 
 def as_numbers(inputs: State, dtype: torch.dtype) -> State | Refusal:

@@ -18,6 +18,7 @@ from fusecell.compiler.dispatch import fast_path
 from fusecell.compiler.dispatch.eligibility import as_numbers, call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.dispatch.transforms import is_transformed, run_transformed
 from fusecell.compiler.programs.replay import is_in_order
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
@@ -49,6 +50,11 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
     Raises:
         NotCompilable: with the reasons, if the cell or the call cannot be compiled.
     """
+    if is_transformed():
+        result = run_transformed(cell, inputs, state, options)
+        if not isinstance(result, Refusal):
+            return result
+        raise NotCompilable(type(cell).__name__, result.reasons)
     numbers = _numbers(cell, inputs, state)
     if isinstance(numbers, Refusal):
         raise NotCompilable(type(cell).__name__, numbers.reasons)
@@ -67,6 +73,10 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
     # None is worth a warning: torch compiles the loop itself, and another call of the cell may be compiled.
     if torch.compiler.is_compiling():
         return run_eager(cell, inputs, state, options)
+    if is_transformed():
+        # What a transform keeps from being compiled is worth no warning: another call of the cell may be.
+        transformed = run_transformed(cell, inputs, state, options)
+        return run_eager(cell, inputs, state, options) if isinstance(transformed, Refusal) else transformed
     numbers = _numbers(cell, inputs, state)
     if isinstance(numbers, Refusal):
         result: tuple[Outputs, State] | Refusal = numbers

@@ -238,12 +238,12 @@ def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
     # A kernel reads memory: a subclass may have none, or give its elements another meaning.
     reasons += [
         f"{path} is a {type(value).__name__}, a subclass of Tensor."
-        for path, value in _attributes(cell)
+        for path, value in attributes(cell)
         if type(value) not in _PLAIN_TENSORS
     ]
     reasons += [
         f"The cell's {name} is not a dense tensor on the CPU."
-        for name, tensor in _attributes(cell)
+        for name, tensor in attributes(cell)
         if not tensor.is_cpu or tensor.layout is not torch.strided
     ]
     shared = nn.modules.module
@@ -268,12 +268,12 @@ def _batch_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> list[int]:
     shapes = [*map(feature_shape, sizes), *output_shapes(cell.output_size).values(), *inputs]
     # Merged with others too, as a flat row is.
     dims = {size for shape in shapes for size in (*shape, math.prod(shape))}
-    dims.update(size for _, tensor in _attributes(cell) for size in tensor.shape)
+    dims.update(size for _, tensor in attributes(cell) for size in tensor.shape)
     free = [prime for prime in _PRIMES if all(size == 0 or size % prime for size in dims)]
     return [*free, 10007, 10009][:4]
 
 
-def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
+def attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor that is an attribute of a cell or of its submodules, with its path."""
     for prefix, module in cell.named_modules():
         start = prefix + "." if prefix else ""
@@ -289,7 +289,7 @@ def _attributes(cell: Cell) -> Iterator[tuple[str, Tensor]]:
 @contextmanager
 def _without_parameter_hooks(cell: Cell) -> Iterator[None]:
     """Take the hooks off parameters for the block: they belong to the user's backward, not to a trace's."""
-    tables = [value._backward_hooks for _, value in _attributes(cell) if value._backward_hooks]
+    tables = [value._backward_hooks for _, value in attributes(cell) if value._backward_hooks]
     copies = [dict(table) for table in tables]
     for table in tables:
         table.clear()
@@ -345,7 +345,7 @@ class _Run:
     def __post_init__(self) -> None:
         sources: dict[int, tuple[str, Tensor]] = {}
         leftovers: dict[int, tuple[str, Tensor]] = {}
-        for path, tensor in _attributes(self.cell):
+        for path, tensor in attributes(self.cell):
             (leftovers if path in self.left else sources).setdefault(id(tensor), (path, tensor))
         self.builder = Builder("step", GRAPH_DTYPES[self.dtype])
         # Another seed for each run: a branch on a value then goes two ways, if it can.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fusecell.attribute_paths import getter
 from fusecell.cell import Cell
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.refusal import Refusal
@@ -92,9 +93,19 @@ class TangentStep(Cell):
         output: the shape of a row of its output.
         of_inputs: whether inputs have tangents, which are inputs behind them.
         directions: the tangent of each weight that has one, by the weight's path.
+        with_value: the outputs are two, ``"value"``, the cell's own, and ``"tangent"``.
     """
 
-    def __init__(self, cell: Cell, output: Shape, of_inputs: bool, directions: Mapping[str, Tensor]) -> None:
+    outputs = ("value", "tangent")
+
+    def __init__(
+        self,
+        cell: Cell,
+        output: Shape,
+        of_inputs: bool,
+        directions: Mapping[str, Tensor],
+        with_value: bool = False,
+    ) -> None:
         super().__init__(cell.input_size, cell.hidden_size)
         self.cell = cell
         self.of_inputs = of_inputs
@@ -104,15 +115,16 @@ class TangentStep(Cell):
         }
         self.__dict__.update(names)
         self.state_sizes = (*cell.state_sizes, *cell.state_sizes)
-        self.output_size = output
+        self.output_size = dict.fromkeys(self.outputs, output) if with_value else output
+        self.with_value = with_value
         self.paths = tuple(directions)
         self.directions = list(directions.values())
 
-    def step(self, x: Any, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Any, state: State) -> tuple[Any, State]:
         inputs = x if len(self.inputs) > 1 else (x,)
         count, states = len(self.cell.inputs), len(self.cell.states)
         primal, moving = inputs[:count], inputs[count:]
-        weights = tuple(_at(self.cell, path) for path in self.paths)
+        weights = tuple(getter(path)(self.cell) for path in self.paths)
 
         def results(*values: Tensor) -> State:
             cell = rebound(self.cell, dict(zip(self.paths, values[states + len(moving) :], strict=True)), ())
@@ -127,7 +139,8 @@ class TangentStep(Cell):
                 warnings.simplefilter("ignore", kind)
             pair: Any = torch.func.jvp(results, primals, tangents)
         values, rates = pair
-        return rates[0], (*values[1:], *rates[1:])
+        output = dict(zip(self.outputs, (values[0], rates[0]), strict=True)) if self.with_value else rates[0]
+        return output, (*values[1:], *rates[1:])
 
 
 @dataclass(frozen=True)
@@ -230,7 +243,7 @@ def _agrees(kernels: TrainableStep, tangents: TangentStep, shapes: Sequence[Shap
         state = [random(_ROWS, *feature_shape(size)) for size in tangents.state_sizes]
         for value in (*inputs[:count], *state[: len(state) // 2]):
             value.requires_grad_()
-        weights = [_at(cell, path) for path in tangents.paths]
+        weights = [getter(path)(cell) for path in tangents.paths]
         leaves = [*inputs[:count], *state[: len(state) // 2], *weights]
         output, after = run_eager(cell, tuple(inputs[:count]), tuple(state[: len(state) // 2]), Options())
         results = [packed(output, 2), *after]
@@ -268,10 +281,3 @@ def _or_zeros(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> li
 def _leaf(value: Tensor) -> Tensor:
     """Return a tensor with the same values that begins a graph of its own."""
     return value.detach().requires_grad_(value.requires_grad)
-
-
-def _at(cell: Cell, path: str) -> Tensor:
-    value: Any = cell
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value  # type: ignore[no-any-return]

@@ -1,0 +1,271 @@
+"""Calls under torch.func and with dual numbers: one transform after the other is taken off, down to plain calls.
+
+    vmap over inputs        one call, in which the members are further rows
+    vmap over weights       a call for each member
+    jvp, dual numbers       a call of a cell that carries tangents along, `TangentStep`
+    grad, vjp               Functions around the kernels, which torch.func takes apart itself (`programs.transformable`)
+
+What is differentiated twice below torch.func, what draws, and what is reset runs as the Python loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecell.cell import Cell
+from fusecell.compiler.dispatch.eligibility import needs_gradient, tensor_reasons
+from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
+from fusecell.compiler.frontend import attributes
+from fusecell.compiler.frontend.dtypes import has_16_bits
+from fusecell.compiler.programs.rebind import rebound
+from fusecell.compiler.programs.second_order import TangentStep
+from fusecell.compiler.programs.transformable import PureScan, pure_scan
+from fusecell.compiler.refusal import Refusal
+from fusecell.execution.options import Options, State
+from fusecell.shapes import Outputs, is_size, map_outputs, output_shape, unpacked
+from fusecell.torch_internals import (
+    FunctorchLevel,
+    below_functorch,
+    forward_ad,
+    functorch_levels,
+    in_dispatch_mode,
+    in_forward_mode,
+    in_functorch_transform,
+    is_wrapped,
+    without_functorch,
+)
+
+__all__ = ["is_transformed", "run_transformed"]
+
+Result = tuple[Outputs, State] | Refusal
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active, or forward-mode differentiation."""
+    return in_forward_mode() or in_functorch_transform()
+
+
+def run_transformed(cell: Cell, inputs: State, state: State, options: Options) -> Result:
+    """Run a call under transforms of torch.func or in a ``dual_level``.
+
+    Returns:
+        The outputs and the state after the last step; or the reason why the call runs as a Python loop.
+    """
+    kinds = [level.kind for level in functorch_levels()]
+    is_dual = in_forward_mode() and "Jvp" not in kinds
+    derivatives = kinds.count("Grad") + kinds.count("Jvp") + is_dual
+    if derivatives > 1 or "Functionalize" in kinds:
+        return Refusal(("Transforms of torch.func differentiate twice.",))
+    if options.resets is not None or (options.lengths is not None and is_wrapped(options.lengths)):
+        return Refusal(("A transform of torch.func is active, and rows are reset, or members have other lengths.",))
+    if not all(value.is_floating_point() for value in (*inputs, *state)) or has_16_bits(inputs[0].dtype):
+        return Refusal(("A transform of torch.func is active, and not all is float32 or float64.",))
+    return _run(cell, inputs, state, options, is_dual)
+
+
+def _run(cell: Cell, inputs: State, state: State, options: Options, is_dual: bool) -> Result:
+    """Take off the innermost transform that is left, and run what is below it."""
+    levels = functorch_levels()
+    if not levels:
+        if is_dual:
+            return _with_tangents(cell, inputs, state, options, None)
+        return _run_plain(cell, inputs, state, options)
+    level = levels[-1]
+    if level.kind == "Vmap":
+        return _mapped(cell, inputs, state, options, level, is_dual)
+    if level.kind == "Jvp":
+        return _with_tangents(cell, inputs, state, options, level)
+    return _with_gradients(cell, inputs, state, options)
+
+
+# vmap
+
+
+def _mapped(cell: Cell, inputs: State, state: State, options: Options, level: FunctorchLevel, is_dual: bool) -> Result:
+    """Run the members of a vmap."""
+    of_inputs, of_state = [level.members(value) for value in inputs], [level.members(value) for value in state]
+    of_weights = {path: level.members(value) for path, value in attributes(cell) if is_wrapped(value)}
+    with level.lower():
+        plain = rebound(cell, {path: value for path, (value, _) in of_weights.items()}, ())
+        if all(dim is None for _, dim in of_weights.values()):
+            result = _members_as_rows(plain, of_inputs, of_state, options, level.size, is_dual)
+        else:
+            result = _member_by_member(plain, of_inputs, of_state, of_weights, options, level.size, is_dual)
+    if isinstance(result, Refusal):
+        return result
+    (outputs, output_dim), (after, state_dim) = result
+    wrapped = map_outputs(lambda value: level.of_members(value, output_dim), outputs)
+    return wrapped, tuple([level.of_members(value, state_dim) for value in after])
+
+
+Members = list[tuple[Tensor, int | None]]
+"""Tensors, each with the dimension that members are along, None where they have it in common."""
+MappedResult = tuple[tuple[Outputs, int], tuple[State, int]] | Refusal
+"""Outputs and states, each with the dimension that their members are along."""
+
+
+def _members_as_rows(
+    cell: Cell, inputs: Members, state: Members, options: Options, size: int, is_dual: bool
+) -> MappedResult:
+    """Run all members as rows of one call: row n of member m is row m N + n."""
+
+    def as_rows(value: Tensor, dim: int | None, rows: int) -> Tensor:
+        value = (
+            value.unsqueeze(rows).expand(*value.shape[:rows], size, *value.shape[rows:])
+            if dim is None
+            else (value.movedim(dim, rows))
+        )
+        return value.flatten(rows, rows + 1)
+
+    if options.lengths is not None:
+        options = replace(options, lengths=options.lengths.repeat(size))
+    rows_of_inputs = tuple([as_rows(*each, 1) for each in inputs])
+    result = _run(cell, rows_of_inputs, tuple([as_rows(*each, 0) for each in state]), options, is_dual)
+    if isinstance(result, Refusal):
+        return result
+    outputs, after = result
+
+    def unflatten(value: Tensor, rows: int) -> Tensor:
+        return value.reshape(*value.shape[:rows], size, -1, *value.shape[rows + 1 :])
+
+    return (map_outputs(lambda value: unflatten(value, 1), outputs), 1), (
+        tuple([unflatten(value, 0) for value in after]),
+        0,
+    )
+
+
+def _member_by_member(
+    cell: Cell,
+    inputs: Members,
+    state: Members,
+    weights: Mapping[str, tuple[Tensor, int | None]],
+    options: Options,
+    size: int,
+    is_dual: bool,
+) -> MappedResult:
+    """Run a call for each member, with its weights."""
+
+    def of(member: int, value: Tensor, dim: int | None) -> Tensor:
+        return value if dim is None else value.select(dim, member)
+
+    results = []
+    for member in range(size):
+        own = {path: of(member, *each) for path, each in weights.items() if each[1] is not None}
+        values = [tuple([of(member, *each) for each in tensors]) for tensors in (inputs, state)]
+        result = _run(rebound(cell, own, ()), values[0], values[1], options, is_dual)
+        if isinstance(result, Refusal):
+            return result
+        results.append(result)
+    first, *others = [outputs for outputs, _ in results]
+    outputs = map_outputs(lambda *values: torch.stack(values), first, *others)
+    return (outputs, 0), (tuple([torch.stack(each) for each in zip(*(after for _, after in results), strict=True)]), 0)
+
+
+# Tangents
+
+
+def _with_tangents(cell: Cell, inputs: State, state: State, options: Options, level: FunctorchLevel | None) -> Result:
+    """Run a cell and its tangents as one scan.
+
+    Arguments:
+        level: the jvp of torch.func; None in a ``dual_level`` outside of it.
+    """
+    below: Callable[[Tensor], Tensor] = (lambda value: value) if level is None else level.below
+
+    def parts(value: Tensor) -> tuple[Tensor, Tensor | None]:
+        primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]  # torch's
+        return below(primal), None if tangent is None else below(tangent)
+
+    of_inputs, of_state = [parts(value) for value in inputs], [parts(value) for value in state]
+    of_weights = {path: parts(value) for path, value in attributes(cell) if value.is_floating_point()}
+    if level is None:
+        result = _pushed_forward(cell, of_inputs, of_state, of_weights, options)
+    else:
+        with level.lower():
+            result = _pushed_forward(cell, of_inputs, of_state, of_weights, options)
+    if isinstance(result, Refusal):
+        return result
+
+    def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+        if level is not None:
+            primal, tangent = level.above(primal), level.above(tangent)
+        result: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]  # torch's
+        return result
+
+    outputs, after = result
+    count = len(state)
+    states = tuple([dual(*pair) for pair in zip(after[:count], after[count:], strict=True)])
+    values, tangents = (unpacked(cell.output_size, outputs[name], 2) for name in TangentStep.outputs)
+    return map_outputs(dual, values, tangents), states
+
+
+Dual = tuple[Tensor, Tensor | None]
+"""A tensor and its tangent, None for zero."""
+
+
+def _pushed_forward(
+    cell: Cell, inputs: list[Dual], state: list[Dual], weights: Mapping[str, Dual], options: Options
+) -> Result:
+    """Run the scan that carries tangents along; its states are those of the cell and their tangents."""
+
+    def tangents(pairs: list[Dual]) -> State:
+        return tuple([torch.zeros_like(value) if of is None else of for value, of in pairs])
+
+    moving = tangents(inputs) if any(of is not None for _, of in inputs) else ()
+    directions = {path: of for path, (_, of) in weights.items() if of is not None}
+    plain = rebound(cell, {path: value for path, (value, _) in weights.items()}, ())
+    step = TangentStep(plain, output_shape(cell.output_size), bool(moving), directions, with_value=True)
+    primal = tuple([value for value, _ in inputs])
+    return _run(step, (*primal, *moving), (*(value for value, _ in state), *tangents(state)), options, False)
+
+
+# Gradients
+
+
+def _with_gradients(cell: Cell, inputs: State, state: State, options: Options) -> Result:
+    """Run the kernels of forward and backward under a grad, and whatever vmap is below it."""
+    below = {path: below_functorch(value) for path, value in attributes(cell)}
+    with without_functorch():
+        # torch.func forbids requires_grad_.
+        weights = {path: nn.Parameter(value, True) if flag else value.detach() for path, (value, flag) in below.items()}
+    plain = rebound(cell, weights, ())
+    step = TRAINABLE_STEPS.find(plain, inputs)
+    if isinstance(step, Refusal):
+        return step
+    traced = step.traced
+    if not traced.is_plain or step.dtypes is not None or traced.weights.direct_paths is None:
+        return Refusal(
+            ("A transform of torch.func is active, and the step computes with its weights alone, or draws.",)
+        )
+    leaves = traced.weights.values(cell)
+    flags = [below_functorch(value)[1] for value in (*inputs, *leaves)]
+    training = step.training(flags, options.recompute)
+    if isinstance(training, Refusal):
+        return training
+    scan = PureScan(step, training, plain, options, len(inputs), len(state))
+    output, *after = pure_scan(scan, *inputs, *state, *leaves)
+    return unpacked(cell.output_size, output, 2), tuple(after)
+
+
+# No transform is left
+
+
+def _run_plain(cell: Cell, inputs: State, state: State, options: Options) -> Result:
+    """Run machine code on plain tensors."""
+    reasons = tensor_reasons((*inputs, *state))
+    if reasons or in_dispatch_mode():
+        return Refusal(reasons or ("A dispatch mode is active.",))
+    find: Callable[..., Any] = (TRAINABLE_STEPS if needs_gradient(cell, (*inputs, *state)) else PROGRAMS).find
+    program = find(cell, inputs)
+    if isinstance(program, Refusal):
+        return program
+    if program.traced.draws or program.traced.leftovers:
+        return Refusal(("A transform of torch.func is active, and the step draws, or leaves tensors on its module.",))
+    result: Result = program(cell, inputs, state, options)
+    size = cell.output_size
+    return result if isinstance(result, Refusal) or is_size(size) else (unpacked(size, result[0], 2), result[1])
