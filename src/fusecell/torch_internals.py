@@ -23,6 +23,7 @@ __all__ = [
     "apply_directly",
     "autograd_node",
     "below_functorch",
+    "common_to_members",
     "disable_current_modes",
     "forward_ad",
     "function_apply",
@@ -38,6 +39,7 @@ __all__ = [
     "is_wrapped",
     "is_expanded_weight",
     "is_profiling",
+    "outside_functorch",
     "tensor_guards",
     "with_torch_functions",
     "without_distribution_checks",
@@ -182,6 +184,18 @@ def functorch_levels() -> list[FunctorchLevel]:
     return [FunctorchLevel(interpreter) for interpreter in retrieve_all_functorch_interpreters()]
 
 
+@contextmanager
+def outside_functorch() -> Iterator[None]:
+    """Take all transforms of torch.func off for a ``with`` block; ``without_functorch`` lets their checks go on."""
+    if not in_functorch_transform():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
 def below_functorch(value: Tensor) -> tuple[Tensor, bool]:
     """Return a plain tensor in the place of one of torch.func's, the first member of each vmap, and whether any needs
     a gradient."""
@@ -192,6 +206,15 @@ def below_functorch(value: Tensor) -> tuple[Tensor, bool]:
         value = value if dim < 0 else value.select(dim, 0)
         trainable = trainable or value.requires_grad
     return value, trainable
+
+
+def common_to_members(value: Tensor) -> Tensor | None:
+    """Return a plain tensor in the place of one of torch.func's; None if it differs between members of a vmap."""
+    while is_wrapped(value):
+        if torch._C._functorch.maybe_get_bdim(value) >= 0:
+            return None
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def is_batched_gradient(grad: Tensor) -> bool:

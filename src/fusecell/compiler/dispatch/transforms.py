@@ -15,13 +15,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fusecell.attribute_paths import getter
 from fusecell.cell import Cell
 from fusecell.compiler.dispatch.eligibility import needs_gradient, tensor_reasons
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.frontend import attributes
 from fusecell.compiler.frontend.dtypes import has_16_bits
+from fusecell.compiler.programs.ensemble import Ensemble
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.second_order import TangentStep
 from fusecell.compiler.programs.transformable import PureScan, pure_scan
@@ -31,13 +33,14 @@ from fusecell.shapes import Outputs, is_size, map_outputs, output_shape, unpacke
 from fusecell.torch_internals import (
     FunctorchLevel,
     below_functorch,
+    common_to_members,
     forward_ad,
     functorch_levels,
     in_dispatch_mode,
     in_forward_mode,
     in_functorch_transform,
     is_wrapped,
-    without_functorch,
+    outside_functorch,
 )
 
 __all__ = ["is_transformed", "run_transformed"]
@@ -61,8 +64,13 @@ def run_transformed(cell: Cell, inputs: State, state: State, options: Options) -
     derivatives = kinds.count("Grad") + kinds.count("Jvp") + is_dual
     if derivatives > 1 or "Functionalize" in kinds:
         return Refusal(("Transforms of torch.func differentiate twice.",))
-    if options.resets is not None or (options.lengths is not None and is_wrapped(options.lengths)):
-        return Refusal(("A transform of torch.func is active, and rows are reset, or members have other lengths.",))
+    if options.resets is not None:
+        return Refusal(("A transform of torch.func is active, and rows are reset.",))
+    if options.lengths is not None:
+        lengths = common_to_members(options.lengths)
+        if lengths is None:
+            return Refusal(("Each member of a vmap has lengths of its own.",))
+        options = replace(options, lengths=lengths)
     if not all(value.is_floating_point() for value in (*inputs, *state)) or has_16_bits(inputs[0].dtype):
         return Refusal(("A transform of torch.func is active, and not all is float32 or float64.",))
     return _run(cell, inputs, state, options, is_dual)
@@ -150,20 +158,58 @@ def _member_by_member(
 ) -> MappedResult:
     """Run a call for each member, with its weights."""
 
-    def of(member: int, value: Tensor, dim: int | None) -> Tensor:
-        return value if dim is None else value.select(dim, member)
+    def by_member(tensors: Members) -> list[State]:
+        each = [[value] * size if dim is None else value.unbind(dim) for value, dim in tensors]
+        return list(zip(*each, strict=True)) or [()] * size
 
+    if not is_dual and not functorch_levels():
+        together = _ensemble(cell, inputs, state, weights, options, size)
+        if together is not None:
+            return together
+    paths = [path for path, (_, dim) in weights.items() if dim is not None]
+    own = [dict(zip(paths, values, strict=True)) for values in by_member([weights[path] for path in paths])]
+    members = zip([rebound(cell, each, ()) for each in own], by_member(inputs), by_member(state), strict=True)
     results = []
-    for member in range(size):
-        own = {path: of(member, *each) for path, each in weights.items() if each[1] is not None}
-        values = [tuple([of(member, *each) for each in tensors]) for tensors in (inputs, state)]
-        result = _run(rebound(cell, own, ()), values[0], values[1], options, is_dual)
+    for member, member_inputs, member_state in members:
+        result = _run(member, member_inputs, member_state, options, is_dual)
         if isinstance(result, Refusal):
             return result
         results.append(result)
     first, *others = [outputs for outputs, _ in results]
     outputs = map_outputs(lambda *values: torch.stack(values), first, *others)
     return (outputs, 0), (tuple([torch.stack(each) for each in zip(*(after for _, after in results), strict=True)]), 0)
+
+
+def _ensemble(
+    cell: Cell,
+    inputs: Members,
+    state: Members,
+    weights: Mapping[str, tuple[Tensor, int | None]],
+    options: Options,
+    size: int,
+) -> MappedResult | None:
+    """Run all members side by side, where their weights are attributes of the cell unchanged; else return None."""
+
+    def first(value: Tensor, dim: int | None) -> Tensor:
+        return value if dim is None else value.select(dim, 0)
+
+    one = rebound(cell, {path: first(*each) for path, each in weights.items()}, ())
+    of_one = tuple([first(*each) for each in (*inputs, *state)])
+    if size == 1 or tensor_reasons(of_one) or in_dispatch_mode():
+        return None
+    step = TRAINABLE_STEPS.find(one, of_one[: len(inputs)])
+    if isinstance(step, Refusal) or not step.traced.is_plain or step.traced.weights.direct_paths is None:
+        return None
+    leaves = [weights.get(path) or (getter(path)(one), None) for path in step.traced.weights.direct_paths]
+    recording = torch.is_grad_enabled()
+    training = step.training([recording and value.requires_grad for value, _ in (*inputs, *leaves)], options.recompute)
+    if isinstance(training, Refusal):
+        return None
+    tensors = [*inputs, *state, *leaves]
+    scan = PureScan(step, training, one, options, len(inputs), len(state))
+    ensemble = Ensemble(scan, size, tuple([dim is not None for _, dim in tensors]))
+    output, after = ensemble(tuple([value if dim is None else value.movedim(dim, 0) for value, dim in tensors]))
+    return (unpacked(cell.output_size, output, 3), 0), (after, 0)
 
 
 # Tangents
@@ -197,10 +243,9 @@ def _with_tangents(cell: Cell, inputs: State, state: State, options: Options, le
         result: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]  # torch's
         return result
 
-    outputs, after = result
+    (values, tangents), after = result
     count = len(state)
     states = tuple([dual(*pair) for pair in zip(after[:count], after[count:], strict=True)])
-    values, tangents = (unpacked(cell.output_size, outputs[name], 2) for name in TangentStep.outputs)
     return map_outputs(dual, values, tangents), states
 
 
@@ -211,7 +256,11 @@ Dual = tuple[Tensor, Tensor | None]
 def _pushed_forward(
     cell: Cell, inputs: list[Dual], state: list[Dual], weights: Mapping[str, Dual], options: Options
 ) -> Result:
-    """Run the scan that carries tangents along; its states are those of the cell and their tangents."""
+    """Run the scan that carries tangents along.
+
+    Returns:
+        The outputs and their tangents as a pair, and the states and their tangents one after the other.
+    """
 
     def tangents(pairs: list[Dual]) -> State:
         return tuple([torch.zeros_like(value) if of is None else of for value, of in pairs])
@@ -221,7 +270,11 @@ def _pushed_forward(
     plain = rebound(cell, {path: value for path, (value, _) in weights.items()}, ())
     step = TangentStep(plain, output_shape(cell.output_size), bool(moving), directions, with_value=True)
     primal = tuple([value for value, _ in inputs])
-    return _run(step, (*primal, *moving), (*(value for value, _ in state), *tangents(state)), options, False)
+    result = _run(step, (*primal, *moving), (*(value for value, _ in state), *tangents(state)), options, False)
+    if isinstance(result, Refusal):
+        return result
+    outputs, after = result
+    return tuple([unpacked(cell.output_size, outputs[name], 2) for name in TangentStep.outputs]), after
 
 
 # Gradients
@@ -230,11 +283,10 @@ def _pushed_forward(
 def _with_gradients(cell: Cell, inputs: State, state: State, options: Options) -> Result:
     """Run the kernels of forward and backward under a grad, and whatever vmap is below it."""
     below = {path: below_functorch(value) for path, value in attributes(cell)}
-    with without_functorch():
-        # torch.func forbids requires_grad_.
-        weights = {path: nn.Parameter(value, True) if flag else value.detach() for path, (value, flag) in below.items()}
-    plain = rebound(cell, weights, ())
-    step = TRAINABLE_STEPS.find(plain, inputs)
+    with outside_functorch():
+        weights = {path: value.detach().requires_grad_(flag) for path, (value, flag) in below.items()}
+        plain = rebound(cell, weights, ())
+        step = TRAINABLE_STEPS.find(plain, inputs)
     if isinstance(step, Refusal):
         return step
     traced = step.traced

@@ -19,10 +19,11 @@ from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.guard_page_extents import run_guarded
 from fusecell.compiler.runtime.kernel import Kernel
-from fusecell.compiler.runtime.thread_team import run_team
+from fusecell.compiler.runtime.thread_team import backs_off, run_team
+from fusecell.compiler.runtime.thread_team import run_each as run_on_team
 from fusecell.execution.options import State
 
-__all__ = ["PreparedCall", "RaggedRows", "run"]
+__all__ = ["PreparedCall", "RaggedRows", "run", "run_each"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,42 @@ def run(
         run_guarded(kernel, block.values, partial(_start, kernel, steps, rows, threads))
     else:
         _start(kernel, steps, rows, threads, block.address)
+
+
+def run_each(
+    kernel: Kernel,
+    blocks: tuple[ArgumentBlock, ArgumentBlock],
+    count: int,
+    steps: int,
+    rows: int,
+    reverse: bool,
+    ragged: RaggedRows | None,
+) -> None:
+    """Run a kernel for each of several members, side by side on as many threads as torch takes.
+
+    Where there are fewer members than threads, one runs after the other, on all of them.
+
+    Arguments:
+        blocks: of the first two members. Tensors of all members lie at equal distances, or are one tensor, so that
+            these two say where those of the others are.
+        count: the number of members, two or more.
+    """
+    for block in blocks:
+        if ragged is not None:
+            block.bind(ragged=(ragged.order, ragged.counts, ragged.offsets))
+    threads = 1 if backs_off() else torch.get_num_threads()
+    each_on_all = guard_pages.ENABLED or 1 < threads > count
+    size = 0 if each_on_all else align_up(kernel.scratch_bytes(steps, rows))
+    scratch = _scratch(size * count or kernel.scratch_bytes(steps, rows))
+    for place, block in enumerate(blocks):
+        kernel.set_sizes(block, steps, rows, reverse, align_up(scratch.data_ptr()) + place * size)
+    first, second = (np.frombuffer(block.values, np.int64) for block in blocks)
+    members = first + np.arange(count)[:, None] * (second - first)
+    if each_on_all:
+        for member in members:
+            run(kernel, ArgumentBlock(kernel.slots, array("q", member.tobytes())), steps, rows, reverse)
+        return
+    run_on_team(kernel.loaded.address("run"), members, threads)
 
 
 def _start(kernel: Kernel, steps: int, rows: int, threads: int, address: int) -> None:

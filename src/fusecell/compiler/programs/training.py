@@ -9,13 +9,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import align_up, padded
 from fusecell.compiler.programs.allocation import new_empty
-from fusecell.compiler.programs.launch import RaggedRows, run
+from fusecell.compiler.programs.launch import RaggedRows, run, run_each
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.compiler.transforms.partition import ForwardBackward
@@ -102,10 +103,10 @@ class Training:
         return all_rows * self.saved_numbers + 4 * LANES
 
     @cached_property
-    def gradients(self) -> _Gradients:
+    def gradients(self) -> _GradientIndices:
         """Which gradients the backward kernel computes."""
         slots, whole = self.backward.kernel.slots, self.backward.kernel.plan.covered()
-        return _Gradients(
+        return _GradientIndices(
             [self._inputs.index(label.removeprefix("grad.input.")) for label in slots.outputs],
             [self._weights.index(label.removeprefix("grad.weight.")) for label in slots.sums],
             [label in whole for label in slots.sums],
@@ -113,7 +114,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class _Gradients:
+class _GradientIndices:
     """The gradients that a backward kernel computes, in its order.
 
     Arguments:
@@ -125,6 +126,23 @@ class _Gradients:
     inputs: list[int]
     weights: list[int]
     overwritten: list[bool]
+
+
+class Results(NamedTuple):
+    """What a forward writes: what it saves, its outputs, and the states after its last step."""
+
+    saved: Tensor
+    outputs: Tensor
+    after: State
+
+
+class Gradients(NamedTuple):
+    """What a backward writes: the gradients of some inputs, of all states and states to reset to, of some weights."""
+
+    inputs: list[Tensor]
+    states: list[Tensor]
+    resets: list[Tensor]
+    weights: list[Tensor]
 
 
 @dataclass(slots=True)
@@ -187,18 +205,30 @@ class Call:
         return sorted([*indices.inputs, *range(a, c), *(c + index for index in indices.weights)])
 
     @one_thread_after_fork()
-    def forward(self, tensors: State) -> tuple[Tensor, Tensor, State]:
-        """Run the forward kernel; return what it saves, the outputs, and the states after the last step."""
+    def forward(self, tensors: State) -> Results:
+        """Run the forward kernel."""
+        results = self.new_results(tensors)
+        block = self.bind_forward(tensors, results)
+        self._run(self.training.forward, block, reverse=self.options.reverse)
+        return results
+
+    def new_results(self, tensors: State, *members: int) -> Results:
+        """Allocate what the forward writes; of several members of an ensemble, with a dimension for them."""
+        like, state = tensors[0], self.split(tensors)[1]
+        # A multiple of a cache line, so that all members' are aligned alike.
+        saved = new_empty(like, *members, padded(self.training.saved_size(self.all_rows)))
+        after = tuple([value.new_empty(*members, *value.shape) for value in state])
+        return Results(saved, self._new_rows(like, *self.output, members=members), after)
+
+    def bind_forward(self, tensors: State, results: Results) -> ArgumentBlock:
+        """Return the forward kernel's block, with all bound but the sizes."""
         inputs, state, reset, weights, _ = self.split(tensors)
-        training, like = self.training, inputs[0]
-        saved = new_empty(like, training.saved_size(self.all_rows))
-        outputs = self._new_rows(like, *self.output)
-        after = tuple([value.new_empty(value.shape) for value in state])
+        training = self.training
         block = training.forward.kernel.block()
         training.forward.bind(block, inputs, weights)
-        block.bind(first=state, last=after, outputs=(outputs,), reset=reset or None)
-        self._run(training.forward, block, saved, reverse=self.options.reverse)
-        return saved, outputs, after
+        block.bind(first=state, last=results.after, outputs=(results.outputs,), reset=reset or None)
+        self._bind_common(training.forward, block, results.saved)
+        return block
 
     @one_thread_after_fork()
     def gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -207,7 +237,30 @@ class Call:
         Arguments:
             grads: the gradients of the outputs and of each state after the last step.
         """
+        gradients = self.new_gradients(tensors)
+        block = self.bind_backward(saved, tensors, grads, gradients)
+        self._run(self.training.backward, block, reverse=not self.options.reverse)
+        return self.in_order(gradients, tensors)
+
+    def new_gradients(self, tensors: State, *members: int) -> Gradients:
+        """Allocate what the backward writes; of several members of an ensemble, with a dimension for them."""
         inputs, state, reset, weights, _ = self.split(tensors)
+        like, indices = inputs[0], self.training.gradients
+        return Gradients(
+            [self._new_rows(like, inputs[index][0, 0].numel(), members=members) for index in indices.inputs],
+            [value.new_empty(*members, *value.shape) for value in state],
+            [value.new_zeros(*members, *value.shape) for value in reset],
+            [
+                (like.new_empty if overwritten else like.new_zeros)(*members, *weights[index].shape)
+                for index, overwritten in zip(indices.weights, indices.overwritten, strict=True)
+            ],
+        )
+
+    def bind_backward(
+        self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None], gradients: Gradients
+    ) -> ArgumentBlock:
+        """Return the backward kernel's block, with all bound but the sizes."""
+        inputs, state, _, weights, _ = self.split(tensors)
         training = self.training
         # A gradient may be lazily negated, which its memory does not show.
         grads = [grad if grad is None or not grad.is_neg() else grad.resolve_neg() for grad in grads]
@@ -215,39 +268,52 @@ class Call:
         grad_after = [
             saved.new_zeros(value.shape) if grad is None else grad for grad, value in zip(grads[1:], state, strict=True)
         ]
-        of_state = [saved.new_empty(value.shape) for value in state]
-        of_reset = [saved.new_zeros(value.shape) for value in reset]
-        indices = training.gradients
-        of_inputs = [self._new_rows(saved, inputs[index][0, 0].numel()) for index in indices.inputs]
-        of_weights = [
-            (saved.new_empty if overwritten else saved.new_zeros)(weights[index].shape)
-            for index, overwritten in zip(indices.weights, indices.overwritten, strict=True)
-        ]
         block = training.backward.kernel.block()
         training.backward.bind(block, (*inputs, grad_output), weights)
         # Backward in time: the first state that the kernel reads is the gradient of the last, and so on.
-        block.bind(first=grad_after, last=of_state, reset=of_reset or None, outputs=of_inputs, sums=of_weights)
-        self._run(training.backward, block, saved, reverse=not self.options.reverse)
+        block.bind(
+            first=grad_after,
+            last=gradients.states,
+            reset=gradients.resets or None,
+            outputs=gradients.inputs,
+            sums=gradients.weights,
+        )
+        self._bind_common(training.backward, block, saved)
+        block.copies += [grad_output, *grad_after]  # to live as long as the block
+        return block
+
+    def in_order(self, gradients: Gradients, tensors: State) -> list[Tensor | None]:
+        """Return gradients in the order of ``tensors``."""
+        indices, inputs = self.training.gradients, self.split(tensors)[0]
         result: list[Tensor | None] = [None] * len(tensors)
         start, middle, end, _ = self.ends
-        result[start:middle], result[middle:end] = of_state, of_reset
-        for index, grad in zip(indices.weights, of_weights, strict=True):
+        result[start:middle], result[middle:end] = gradients.states, gradients.resets
+        for index, grad in zip(indices.weights, gradients.weights, strict=True):
             result[end + index] = grad
-        for index, grad in zip(indices.inputs, of_inputs, strict=True):
+        for index, grad in zip(indices.inputs, gradients.inputs, strict=True):
             result[index] = _like_input(grad, inputs[index])
         return result
 
-    def _run(self, indexed: IndexedKernel, block: ArgumentBlock, saved: Tensor, *, reverse: bool) -> None:
-        """Run a kernel with all bound that forward and backward do not have in common."""
+    def _bind_common(self, indexed: IndexedKernel, block: ArgumentBlock, saved: Tensor) -> None:
+        """Bind what forward and backward have in common."""
         block.bind(resets=self.options.resets)
         write_saved(block.values, indexed.saved_offsets(self.all_rows), saved)
+
+    def _run(self, indexed: IndexedKernel, block: ArgumentBlock, *, reverse: bool) -> None:
         run(indexed.kernel, block, self.steps, self.rows, reverse, self.ragged)
 
-    def _new_rows(self, like: Tensor, *shape: int) -> Tensor:
+    def run_each(self, indexed: IndexedKernel, first: ArgumentBlock, second: ArgumentBlock, count: int) -> None:
+        """Run a kernel for the members of an ensemble, given the blocks of two of them."""
+        reverse = self.options.reverse != (indexed is self.training.backward)
+        run_each(indexed.kernel, (first, second), count, self.steps, self.rows, reverse, self.ragged)
+
+    def _new_rows(self, like: Tensor, *shape: int, members: Sequence[int] = ()) -> Tensor:
         """Allocate a (T, N, ...) result; zeros where rows end before the others, as kernels don't write there."""
-        if self.options.lengths is None:
+        if self.options.lengths is None and not members:
             return new_empty(like, self.steps, self.rows, *shape)
-        return like.new_zeros(self.steps, self.rows, *shape)
+        if self.options.lengths is None:
+            return new_empty(like, *members, self.steps, self.rows, *shape)
+        return like.new_zeros(*members, self.steps, self.rows, *shape)
 
 
 def _like_input(grad: Tensor, value: Tensor) -> Tensor:

@@ -88,7 +88,6 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(scan: PureScan, *tensors: Tensor) -> State:
-        tensors = tuple([value.contiguous() for value in tensors])
         saved, output, after = scan.call(tensors).forward(tensors)
         return saved, output, *after
 
@@ -123,9 +122,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(scan: PureScan, places: Sequence[int], saved: Tensor, *values: Tensor | None) -> State:
-        contiguous: Any = tuple([value if value is None else value.contiguous() for value in values])
-        tensors, grads = contiguous[: scan.count], contiguous[scan.count :]
-        gradients = scan.call(tensors).gradients(saved.contiguous(), tensors, grads)
+        tensors: Any = values[: scan.count]
+        gradients = scan.call(tensors).gradients(saved.contiguous(), tensors, values[scan.count :])
         return tuple([gradients[place] for place in places])  # type: ignore[misc]  # each of them has one
 
     @staticmethod

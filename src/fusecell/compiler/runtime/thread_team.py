@@ -20,11 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fusecell.compiler.backend import tuning
+from fusecell.compiler.backend.jit import Loaded, load
+from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES, TeamBlock
 from fusecell.forks import in_forked_child
 
-__all__ = ["backs_off", "run_team"]
+__all__ = ["backs_off", "run_each", "run_team"]
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
@@ -66,6 +71,60 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
     # A team that starts short of threads, or yields all the time, shares its cores with somebody.
     late = block[TeamBlock.WORKED] < threads or block[TeamBlock.YIELDS] * limits.yields_every_us > (now - began) * 1e6
     _backoff.judge(now, late=late)
+
+
+def run_each(address: int, blocks: npt.NDArray[np.int64], threads: int) -> None:
+    """Call machine code once for each of several argument blocks, each time in one thread of a team.
+
+    Arguments:
+        address: of a kernel's ``@run``.
+        blocks: one in each row.
+        threads: the size of the team; one that there is no OpenMP runtime for is this thread alone.
+    """
+    runtime = None if in_forked_child() or threads == 1 else _openmp()
+    first, size = blocks.ctypes.data, blocks.strides[0]
+    if runtime is None:
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        for place in range(len(blocks)):
+            call(first + place * size)
+        return
+    shared = array("q", [address, len(blocks), first, size, *[0] * 12])
+    runtime.parallel(_each().address("each"), shared.buffer_info()[0], threads, 0)
+
+
+@functools.cache
+def _each() -> Loaded:
+    """Compile what each thread of :func:`run_each` runs: the next block that none has taken, until all are."""
+    return load(
+        """
+define void @each(ptr %shared) {
+entry:
+  %kernel = load ptr, ptr %shared
+  %count.ptr = getelementptr i64, ptr %shared, i64 1
+  %count = load i64, ptr %count.ptr
+  %blocks.ptr = getelementptr i64, ptr %shared, i64 2
+  %blocks = load ptr, ptr %blocks.ptr
+  %size.ptr = getelementptr i64, ptr %shared, i64 3
+  %size = load i64, ptr %size.ptr
+  ; in another cache line than what all threads read
+  %next.ptr = getelementptr i64, ptr %shared, i64 12
+  br label %take
+take:
+  %index = atomicrmw add ptr %next.ptr, i64 1 seq_cst
+  %left = icmp ult i64 %index, %count
+  br i1 %left, label %run, label %done
+run:
+  %offset = mul i64 %index, %size
+  %block = getelementptr i8, ptr %blocks, i64 %offset
+  call void %kernel(ptr %block)
+  br label %take
+done:
+  ret void
+}
+""",
+        ["each"],
+        host_target(),
+    )
 
 
 def backs_off() -> bool:

@@ -1,0 +1,261 @@
+"""Calls under torch.func and with dual numbers run machine code, with the Python loop's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    grad,
+    grad_and_value,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+from torch.utils._pytree import tree_leaves
+
+import fusecell as fc
+from fusecell import cells
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward-mode rules
+DTYPE = torch.float64
+
+
+class Several(fc.Cell):
+    """A cell with two states, a matrix among them, two outputs, and a weight that is used twice."""
+
+    states = ("m", "h")
+    state_sizes = ((2, 3), 4)
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.output_size = {"a": 4, "b": (3, 2)}
+        self.into, self.out = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        m, h = state
+        m = torch.tanh(m + self.into(x).unflatten(1, (2, 3)))
+        h = torch.sigmoid(self.out(m.flatten(1)) + h) * self.out.bias
+        return {"a": h, "b": m.transpose(1, 2)}, (m, h)
+
+
+class Normed(fc.Cell):
+    """A layer norm, which torch has a kernel for, and a weight that is computed of two."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.norm, self.scale, self.weight = (
+            nn.LayerNorm(4),
+            nn.Parameter(torch.ones(4, 1)),
+            nn.Parameter(torch.rand(4, 9)),
+        )
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.tanh(self.norm(torch.cat((x, state[0]), -1) @ (self.scale * self.weight).T))
+        return h, (h,)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "gru": lambda: fc.Recurrent(fc.GRUCell(5, 4)),
+    "lstm": lambda: fc.LSTM(5, 4, num_layers=2, bidirectional=True),
+    "mgu, reversed": lambda: fc.Recurrent(cells.MGUCell(5, 4), reverse=True),
+    "several outputs": lambda: fc.Recurrent(Several()),
+    "batch first": lambda: fc.Recurrent(fc.GRUCell(5, 4), batch_first=True),
+}
+
+
+def outputs_of(layer: nn.Module, weights: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    return tree_leaves(functional_call(layer, weights, (x,)))
+
+
+def loss_of(layer: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    return sum(value.sin().sum() for value in outputs_of(layer, weights, x))
+
+
+def _backward_through_vmap(layer, weights, x):
+    stacked = {name: torch.stack((value, 0.5 * value, value.cos())).requires_grad_() for name, value in weights.items()}
+    results = vmap(lambda w: outputs_of(layer, w, x))(stacked)
+    return results, torch.autograd.grad(sum(value.sin().sum() for value in results), list(stacked.values()))
+
+
+def _dual(layer, weights, x):
+    with forward_ad.dual_level():
+        values = outputs_of(layer, weights, forward_ad.make_dual(x, x.cos()))
+        return [tuple(forward_ad.unpack_dual(value)) for value in values]
+
+
+def _reverse_over_forward(layer, weights, x):
+    leaf = x.clone().requires_grad_()
+    results, tangents = jvp(lambda x: outputs_of(layer, weights, x), (leaf,), (x.cos(),))
+    return torch.autograd.grad(sum(value.square().sum() for value in (*results, *tangents)), leaf)
+
+
+def _learnt_in_a_loop(layer, weights, x):
+    """A gradient step inside a loss, as of MAML."""
+    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    inner = grad(lambda w: loss_of(layer, w, x))(leaves)
+    loss = loss_of(layer, {name: value - 0.1 * inner[name] for name, value in leaves.items()}, x)
+    return torch.autograd.grad(loss, list(leaves.values()))
+
+
+TRANSFORMS = {
+    "vmap over inputs": lambda f, w, x: vmap(lambda x: outputs_of(f, w, x))(torch.stack((x, x.cos()))),
+    "vmap of two levels": lambda f, w, x: vmap(vmap(lambda x: outputs_of(f, w, x), in_dims=2), in_dims=3, out_dims=1)(
+        torch.stack([torch.stack((x, x.cos()), 2), torch.stack((x.sin(), x), 2)], 3)
+    ),
+    "vmap over weights": _backward_through_vmap,
+    "vmap over both": lambda f, w, x: vmap(lambda w, x: outputs_of(f, w, x), out_dims=1)(
+        {name: torch.stack((value, value.cos())) for name, value in w.items()}, torch.stack((x, x.cos()))
+    ),
+    "grad": lambda f, w, x: grad_and_value(lambda w: loss_of(f, w, x))(w),
+    "vjp": lambda f, w, x: (lambda y, pull: (y, pull([value.cos() for value in y])))(
+        *vjp(lambda w, x: outputs_of(f, w, x), w, x)
+    ),
+    "gradients of each member": lambda f, w, x: vmap(grad(lambda w, x: loss_of(f, w, x)), in_dims=(None, 0))(
+        w, torch.stack((x, x.cos(), x.sin()))
+    ),
+    "gradients of a vmap": lambda f, w, x: grad(
+        lambda w: sum(value.sum() for value in vmap(lambda w: outputs_of(f, w, x))(w))
+    )({name: torch.stack((value, value.cos())) for name, value in w.items()}),
+    "jacrev": lambda f, w, x: jacrev(lambda x: outputs_of(f, w, x))(x),
+    "jvp of inputs": lambda f, w, x: jvp(lambda x: outputs_of(f, w, x), (x,), (x.cos(),)),
+    "jvp of weights": lambda f, w, x: jvp(
+        lambda w: outputs_of(f, w, x), (w,), ({name: value.cos() for name, value in w.items()},)
+    ),
+    "jvp of a vmap": lambda f, w, x: jvp(
+        vmap(lambda x: outputs_of(f, w, x)), (torch.stack((x, x.cos())),), (torch.stack((x, x.sin())),)
+    ),
+    "jacfwd": lambda f, w, x: jacfwd(lambda x: outputs_of(f, w, x))(x),
+    "dual numbers": _dual,
+    "reverse over forward": _reverse_over_forward,
+    "gradient of a gradient step": _learnt_in_a_loop,
+}
+
+
+def compare(layer: nn.Module, transform: Callable[..., Any], compiled: str = "compiled") -> None:
+    layer.requires_grad_(False)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+    x = torch.linspace(-2, 2, 60, dtype=DTYPE).cos().reshape(4, 3, 5)
+    results = []
+    for runner in ("eager", compiled):
+        with fc.runner(runner):
+            results.append(tree_leaves(transform(layer, weights, x)))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_results_are_those_of_the_loop(layer: str, transform: str) -> None:
+    torch.manual_seed(2)
+    compare(LAYERS[layer]().to(DTYPE), TRANSFORMS[transform])
+
+
+@pytest.mark.parametrize("transform", ["vmap over weights", "gradients of each member", "jvp of weights", "jacfwd"])
+def test_weights_that_are_computed_of_others(transform: str) -> None:
+    """A gradient of torch.func's own alone runs as the loop then."""
+    torch.manual_seed(2)
+    compare(fc.Recurrent(Normed()).to(DTYPE), TRANSFORMS[transform], "auto" if "gradients" in transform else "compiled")
+
+
+@pytest.mark.parametrize("transform", ["vmap over inputs", "vmap over weights", "jvp of inputs", "jacrev"])
+def test_rows_of_different_lengths(transform: str) -> None:
+    class Padded(fc.Recurrent):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x, lengths=torch.tensor([4, 1, 3]))
+
+    torch.manual_seed(2)
+    compare(Padded(fc.GRUCell(5, 4)).to(DTYPE), TRANSFORMS[transform])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_member_has_the_bits_that_it_has_alone(size: int, threads: int) -> None:
+    torch.manual_seed(size)
+    members = [fc.Recurrent(cells.MGUCell(5, 7)) for _ in range(size)]
+    weights, buffers = stack_module_state(members)
+    x = torch.randn(size, 9, 3, 5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with fc.runner("compiled"):
+            y, h = vmap(lambda w, b, x: functional_call(members[0], (w, b), (x,)))(weights, buffers, x)
+            gradients = torch.autograd.grad(y.sin().sum() + h.sum(), list(weights.values()))
+            for place, member in enumerate(members):
+                own_y, own_h = member(x[place])
+                assert torch.equal(y[place], own_y)
+                assert torch.equal(h[place], own_h)
+                own = torch.autograd.grad(own_y.sin().sum() + own_h.sum(), list(member.parameters()))
+                assert all(torch.equal(one[place], other) for one, other in zip(gradients, own, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_all_members_share_gets_the_sum_of_their_gradients() -> None:
+    torch.manual_seed(3)
+    members = [fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE) for _ in range(3)]
+    weights, buffers = stack_module_state(members)
+    x = torch.randn(4, 2, 5, dtype=DTYPE, requires_grad=True)
+    with fc.runner("compiled"):
+        y, _ = vmap(lambda w, b: functional_call(members[0], (w, b), (x,)))(weights, buffers)
+        (actual,) = torch.autograd.grad(y.square().sum(), x)
+    (expected,) = torch.autograd.grad(sum(member(x)[0].square().sum() for member in members), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_an_ensemble_has_gradients_of_gradients() -> None:
+    torch.manual_seed(3)
+    members = [fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE) for _ in range(2)]
+    weights, buffers = stack_module_state(members)
+    x, results = torch.randn(4, 2, 5, dtype=DTYPE, requires_grad=True), []
+    for runner in ("eager", "compiled"):
+        with fc.runner(runner):
+            y, _ = vmap(lambda w, b: functional_call(members[0], (w, b), (x,)))(weights, buffers)
+            (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            results.append(torch.autograd.grad(first.square().sum(), [x, *weights.values()]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_weights_of_some_members_only() -> None:
+    """One tensor of the members is theirs, all others are shared."""
+    torch.manual_seed(4)
+    layer = fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE)
+    bias = torch.stack([layer.cell.bias_hh.detach(), layer.cell.bias_hh.detach() + 1]).requires_grad_()
+    x, results = torch.randn(4, 2, 5, dtype=DTYPE), []
+    for runner in ("eager", "compiled"):
+        with fc.runner(runner):
+            y, _ = vmap(lambda b: functional_call(layer, {"cell.bias_hh": b}, (x,)))(bias)
+            results.append((y, *torch.autograd.grad(y.sin().sum(), [bias, layer.cell.weight_hh])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+class Dropping(fc.Cell):
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = nn.functional.dropout(torch.tanh(x + state[0]), 0.5, True)
+        return h, (h,)
+
+
+def test_what_draws_or_is_differentiated_twice_is_left_to_torch() -> None:
+    layer = fc.Recurrent(Dropping(5, 5))
+    x = torch.ones(2, 4, 3, 5)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(lambda x: layer(x)[0])(x)
+    assert vmap(lambda x: layer(x)[0], randomness="different")(x).shape == (2, 4, 3, 5)
+    gru = fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE)
+    second = hessian(lambda x: gru(x)[0].sum())
+    with fc.runner("eager"):
+        expected = second(x[0, :2].to(DTYPE))
+    torch.testing.assert_close(second(x[0, :2].to(DTYPE)), expected)
+    with pytest.raises(fc.NotCompilable, match="differentiate twice"), fc.runner("compiled"):
+        second(x[0, :2].to(DTYPE))
