@@ -320,4 +320,9 @@ def _run_plain(cell: Cell, inputs: State, state: State, options: Options) -> Res
         return Refusal(("A transform of torch.func is active, and the step draws, or leaves tensors on its module.",))
     result: Result = program(cell, inputs, state, options)
     size = cell.output_size
-    return result if isinstance(result, Refusal) or is_size(size) else (unpacked(size, result[0], 2), result[1])
+    if isinstance(result, Refusal) or is_size(size):
+        return result
+    if isinstance(cell, TangentStep):  # halves of one memory: dual numbers are made of them at once
+        halves = result[0].reshape(*result[0].shape[:2], 2, *cell.output).unbind(2)
+        return dict(zip(size, halves, strict=True)), result[1]
+    return unpacked(size, result[0], 2), result[1]

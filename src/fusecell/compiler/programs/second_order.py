@@ -116,7 +116,7 @@ class TangentStep(Cell):
         self.__dict__.update(names)
         self.state_sizes = (*cell.state_sizes, *cell.state_sizes)
         self.output_size = dict.fromkeys(self.outputs, output) if with_value else output
-        self.with_value = with_value
+        self.with_value, self.output = with_value, output
         self.paths = tuple(directions)
         self.directions = list(directions.values())
 

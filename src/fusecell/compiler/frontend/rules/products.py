@@ -19,6 +19,9 @@ def _mm(w: Writer, left: Value, right: Value) -> Row | Sum:
     # The gradient of a weight, as autograd computes it: a product over the rows of the batch.
     if isinstance(left, Row) and isinstance(right, Row) and _is_plain(left, 1) and _is_plain(right, 0):
         return w.outer(left, right)
+    zeros = _product_with_zeros(w, left, right)
+    if zeros is not None:
+        return zeros
     if isinstance(right, Weight) and _is_plain(left, 0):
         return w.product(w.number(left), right)
     # W x for x of shape (features, N) is the transpose of x W: a graph has rows first.
@@ -26,6 +29,17 @@ def _mm(w: Writer, left: Value, right: Value) -> Row | Sum:
         product = w.product(_transposed(w, right), _transposed_weight(left))
         return Row(product.shape[::-1], product.node, 1)
     return contracted(w, left, right, "ik", "kj", "ij")
+
+
+def _product_with_zeros(w: Writer, left: Value, right: Value) -> Row | None:
+    """Return the product where an operand is a matrix of zeros that the step makes, such as a tangent that there is
+    none of; None elsewhere."""
+    if not any(isinstance(each, Weight) and each.fill == 0.0 for each in (left, right)):
+        return None
+    shape = (left.shape[0], right.shape[1])
+    if _is_plain(left, 0) or _is_plain(right, 1):
+        return w.const(0.0, shape, 0 if isinstance(left, Row) else 1)
+    return None
 
 
 def _is_plain(value: Value, axis: int) -> bool:
