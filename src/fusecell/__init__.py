@@ -49,6 +49,7 @@ _HOME = {
     "record": "tape",
     "runner": "execution.context",
     "recompute": "execution.context",
+    "linearize": "inspection.linearize",
     "explain": "inspection.explain",
     "show_config": "inspection.environment",
     "refresh": "compiler.dispatch.runner",

@@ -323,6 +323,6 @@ def _run_plain(cell: Cell, inputs: State, state: State, options: Options) -> Res
     if isinstance(result, Refusal) or is_size(size):
         return result
     if isinstance(cell, TangentStep):  # halves of one memory: dual numbers are made of them at once
-        halves = result[0].reshape(*result[0].shape[:2], 2, *cell.output).unbind(2)
-        return dict(zip(size, halves, strict=True)), result[1]
+        both = result[0].reshape(*result[0].shape[:2], 2, *cell.output)
+        return {name: both.select(2, half) for half, name in enumerate(size)}, result[1]
     return unpacked(size, result[0], 2), result[1]
