@@ -117,7 +117,7 @@ def linearize(
     if len(cell.inputs) > 1 or not isinstance(input, Tensor) or input.dim() != 2 + len(feature_shape(cell.input_size)):
         raise TypeError(
             f"linearize takes a cell with one input, (T, N, ...): {type(cell).__name__} takes "
-            f"{', '.join(cell.inputs)}, got {tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__}."
+            f"{', '.join(cell.inputs)}, got {tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__}"
         )
     x = input.transpose(0, 1) if batch_first else input
     with torch.no_grad():
