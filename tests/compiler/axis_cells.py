@@ -96,6 +96,7 @@ PRODUCTS: dict[str, Body] = {
     "baddbmm": lambda c, z: fit(torch.baddbmm(heads(z), heads(z), heads(z).mT @ heads(z), beta=0.5, alpha=2.0)),
     "bilinear": lambda c, z: fit(F.bilinear(z[:, :4], z[:, 4:10], c.cube)),
     "distances": lambda c, z: fit(torch.cdist(heads(z), heads(z * z + 1)) + torch.cdist(heads(z), heads(z * 3), p=1.0)),
+    "distances_to_weights": lambda c, z: fit(torch.cdist(z, c.table)) + fit(torch.cdist(z[:, :8], c.square, p=1.0)),
     "a_vector_per_head": lambda c, z: (
         fit(heads(z) @ c.square[0]) + fit(torch.einsum("nhd,d->nh", heads(z), c.square[:, 1]))
     ),
@@ -119,6 +120,8 @@ IMAGES: dict[str, Body] = {
     "backwards_then_zero": lambda c, z: fit(F.pad(z[:, :2].flip(-1), (0, 1))) + fit(F.pad(z[:, :1], (0, 1)).sin()),
     "trilinear": lambda c, z: fit(F.interpolate(z.view(-1, 1, 2, 3, 4), size=(3, 2, 3), mode="trilinear")),
     "linear": lambda c, z: fit(F.interpolate(heads(z), size=5, mode="linear", align_corners=False)),
+    "unfolded": lambda c, z: fit(F.unfold(image(z), (2, 3), padding=(1, 0), stride=(1, 2), dilation=1).sin()),
+    "folded": lambda c, z: fit(F.fold(F.unfold(image(z), 2, 2, 1).cos()[:, :, ::2], (4, 3), 2, padding=1, stride=2)),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
 }
 # norms and reductions,
@@ -126,6 +129,9 @@ REDUCTIONS: dict[str, Body] = {
     "group_norm": lambda c, z: F.group_norm(z.view(-1, 4, 6), 2, c.gain, c.bias).flatten(1),
     "group_norm_plain": lambda c, z: F.group_norm(z, 3),
     "batch_norm": lambda c, z: F.batch_norm(heads(z), c.mean, c.variance, c.gain[:3], c.bias[:3]).flatten(1),
+    "instance_norm": lambda c, z: (
+        F.instance_norm(heads(z), weight=c.gain[:3], bias=c.bias[:3]) + F.instance_norm(image(z)).view(-1, 3, 8)
+    ).flatten(1),
     "layer_norm": lambda c, z: F.layer_norm(heads(z), (8,)).flatten(1),
     "softmax_over_heads": lambda c, z: heads(z).softmax(1).flatten(1) + heads(z).log_softmax(2).flatten(1),
     "sums": lambda c, z: fit(heads(z).sum((1,)) + z.view(-1, 8, 3).sum(2)) + z.view(-1, 12, 2).mean(1).repeat(1, 12),
@@ -134,6 +140,10 @@ REDUCTIONS: dict[str, Body] = {
     "products": lambda c, z: fit(heads(z).prod(1)) + fit(z.view(-1, 12, 2).prod(1)),
     "positions": lambda c, z: z * fit(heads(z).argmax(1)) + z * fit(heads(z).argmin(2)),
     "cumulative": lambda c, z: fit(heads(z).cumsum(1) + heads(z).cumprod(2)) + z.view(-1, 2, 12).cumsum(1).flatten(1),
+    "running_extremes": lambda c, z: (
+        (heads(z).cummax(1).values * heads(z).cummin(2).values).flatten(1) + z * z.cummin(1).indices.to(z.dtype)
+    ),
+    "running_extremes_with_ties": lambda c, z: z * fit((z.view(-1, 4, 6) > 0).to(z.dtype).cummax(2).indices),
     "cumulative_log": lambda c, z: fit(z.view(-1, 6, 4).logcumsumexp(2)),
     "all_and_any": lambda c, z: z * fit((heads(z) > -0.9).all(2)) + z * fit((heads(z) > 0.9).any(1, keepdim=True)),
     "norms": lambda c, z: fit(F.normalize(heads(z), dim=1) + heads(z).norm(dim=2, keepdim=True)),
@@ -161,6 +171,10 @@ MATRICES: dict[str, Body] = {
     "solve": lambda c, z: fit(torch.linalg.solve(square(z), z.view(-1, 6, 2, 2)[..., :1])),
     "determinant": lambda c, z: z * fit(torch.linalg.det(square(z))),
     "cholesky": lambda c, z: torch.linalg.cholesky(_positive(z)).flatten(1),
+    "cholesky_solve": lambda c, z: fit(
+        torch.cholesky_solve(z.view(-1, 6, 2, 2), torch.linalg.cholesky(_positive(z)))
+        + torch.cholesky_solve(z.view(-1, 6, 2, 2), _lower(z).mT, upper=True)
+    ),
     "triangular": lambda c, z: fit(torch.linalg.solve_triangular(_lower(z), z.view(-1, 6, 2, 2), upper=False)),
     "cross": lambda c, z: torch.linalg.cross(z.view(-1, 8, 3), z.view(-1, 8, 3).flip(1)).flatten(1),
     "triangles": lambda c, z: fit(torch.triu(z.view(-1, 6, 4), 1) + torch.tril(z.view(-1, 6, 4))),

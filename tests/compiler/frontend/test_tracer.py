@@ -280,6 +280,15 @@ def test_hooks_are_refused() -> None:
     assert "rec has hooks" in result.reasons[0]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_hooks_of_torchs_old_weight_norm_are_refused_with_the_new_one() -> None:
+    cell = BodyCell(both)
+    nn.utils.weight_norm(cell.rec)
+    result = trace(cell, [(4,)], torch.float32, gradients=False)
+    assert isinstance(result, Refusal)
+    assert "use torch.nn.utils.parametrizations.weight_norm" in result.reasons[0]
+
+
 # surroundings
 
 

@@ -25,7 +25,7 @@ from fusecell.compiler.frontend.rules.complex_numbers import (
     moved_pair,
     sum_of_pairs,
 )
-from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with
+from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with, repeated_for_rows
 from fusecell.compiler.frontend.shared_memory import strided
 from fusecell.compiler.frontend.tensor_values import TensorValues
 from fusecell.compiler.frontend.traced_values import (
@@ -247,6 +247,8 @@ class OperationValues(TensorValues):
         if name in MOVES:
             if name == "constant_pad_nd" and len(values) > 2 and values[2] != 0:
                 return [padded_with(writer, *values)]
+            if self._is_repeated_for_rows(name, values):
+                return [repeated_for_rows(writer, values[0])]
             rows = writer.move(func, *values, **options)
             return rows if isinstance(rows, list) else [rows]
         rule = RULES.get(name)
@@ -267,6 +269,10 @@ class OperationValues(TensorValues):
             return list(result) if isinstance(result, tuple) else [result]
         rows = list(result) if isinstance(result, tuple) else [result]
         return [self._rounded(row, tensor) for row, tensor in zip(rows, results, strict=True)]
+
+    def _is_repeated_for_rows(self, name: str, values: Sequence[Any]) -> bool:
+        """Whether a value that is the same for all rows is repeated once for each: ``weight.repeat(N)``."""
+        return name == "repeat" and list(values[1]) == [self.writer.rows] and not self._is_of_rows(values[0])
 
     def _rounded(self, value: Any, result: Tensor) -> Any:
         """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
@@ -323,7 +329,7 @@ class OperationValues(TensorValues):
         operands: list[Value],
     ) -> Sequence[Value | None] | None:
         """Record a call on weights alone as a step of the prologue; return None where the graph has to compute it."""
-        if any(self.writer.rows in result.shape for result in results):
+        if any(self.writer.rows in result.shape for result in results) or self._is_repeated_for_rows(name, values):
             return None  # spread over rows
         fill = _fill(name, values, operands)
         if name == "_efficientzerotensor":  # which has no memory that a kernel could read

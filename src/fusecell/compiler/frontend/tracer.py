@@ -226,12 +226,23 @@ def _refuse_changes(run: _Run, before: Snapshot, changes: list[Change]) -> Refus
     return Refusal((explain_changes(changes, line),), tuple(dict.fromkeys(change.attribute for change in changes)))
 
 
+_INSTEAD_OF_HOOKS = {
+    "WeightNorm": "; use torch.nn.utils.parametrizations.weight_norm, which has none",
+    "SpectralNorm": "; use torch.nn.utils.parametrizations.spectral_norm, which has none",
+}
+
+
+def _hook_of(module: nn.Module) -> str:
+    """Return the class of a module's first hook that is called before it."""
+    return next((type(hook).__name__ for hook in module._forward_pre_hooks.values()), "")
+
+
 def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
     """List the reasons for which a cell is not traced at all."""
     if dtype not in COMPILED_DTYPES:
         return (f"Only float32, float64, bfloat16 and float16 are compiled, the cell computes in {dtype}.",)
     reasons = [
-        f"The submodule {name} has hooks, which may do anything."
+        f"The submodule {name} has hooks, which may do anything{_INSTEAD_OF_HOOKS.get(_hook_of(module), '')}."
         for name, module in cell.named_modules()
         if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
     ]

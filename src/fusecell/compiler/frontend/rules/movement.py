@@ -10,7 +10,7 @@ import torch
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
 
-__all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled", "padded_with"]
+__all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled", "padded_with", "repeated_for_rows"]
 
 _MOVES = (
     "view _unsafe_view _reshape_alias reshape permute transpose t expand unsqueeze squeeze slice select split "
@@ -48,6 +48,14 @@ def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> R
     axis = next((dim for dim, size in enumerate(shape) if size and size % w.rows == 0), None)
     split = (1, 1) if axis is None else (1, shape[axis] // w.rows)
     return w.const(value, shape, axis, split)
+
+
+def repeated_for_rows(w: Writer, value: Operand) -> Row:
+    """Write what is the same for all rows once for each, one behind the other, as an instance norm has its gain."""
+    spread = w.move(lambda numbers: numbers.unsqueeze(0), w.number(value))
+    ones = w.const(1.0, (w.rows, *[1] * (len(spread.shape) - 1)), 0)
+    row: Row = w.move(lambda numbers: numbers.flatten(0, 1), w.point("mul", spread, ones))
+    return row
 
 
 def padded_with(w: Writer, x: Operand, widths: Sequence[int], value: float) -> Row:

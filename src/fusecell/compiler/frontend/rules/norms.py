@@ -30,11 +30,7 @@ def _group_norm(
     deviation = w.point("sub", grouped, average)
     variance = mean(w, w.point("mul", deviation, deviation), [2], True)
     scale = w.point("rsqrt", w.point("add", variance, eps))
-    normed = _reshaped(w, w.point("mul", deviation, scale), *x.shape)
-    if gain is not None:
-        normed = w.point("mul", normed, _per_channel(w, gain, len(x.shape)))
-    if bias is not None:
-        normed = w.point("add", normed, _per_channel(w, bias, len(x.shape)))
+    normed = _scaled(w, _reshaped(w, w.point("mul", deviation, scale), *x.shape), gain, bias)
     return normed, _reshaped(w, average, x.shape[0], groups), _reshaped(w, scale, x.shape[0], groups)
 
 
@@ -81,18 +77,30 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Row, Row, Row]:
+    dims = len(x.shape)
+    if _is_by_instance(x) and average is None:
+        image, channels = _by_instance(w, x)
+        normed, averages, scales = _group_norm(w, image, None, None, 0, 0, 0, channels, eps)
+        normed = _scaled(w, _reshaped(w, normed, *x.shape), gain, bias)
+        return normed, _reshaped(w, averages, -1), _reshaped(w, scales, -1)
     _check_evaluation(training or average is None or variance is None)
     assert average is not None
     assert variance is not None
-    dims = len(x.shape)
     scale = w.point("rsqrt", w.point("add", variance, eps))
     normed = w.point("sub", x, _per_channel(w, average, dims))
-    normed = w.point("mul", normed, _per_channel(w, scale, dims))
-    if gain is not None:
-        normed = w.point("mul", normed, _per_channel(w, gain, dims))
-    if bias is not None:
-        normed = w.point("add", normed, _per_channel(w, bias, dims))
+    normed = _scaled(w, w.point("mul", normed, _per_channel(w, scale, dims)), gain, bias)
     return normed, w.const(0.0, (0,)), w.const(0.0, (0,))
+
+
+def _scaled(w: Writer, normed: Row, gain: Operand | None, bias: Operand | None) -> Row:
+    if gain is not None:
+        normed = w.point("mul", normed, _per_channel(w, gain, len(normed.shape)))
+    return normed if bias is None else w.point("add", normed, _per_channel(w, bias, len(normed.shape)))
+
+
+def _is_by_instance(x: Row) -> bool:
+    """Whether a batch norm is an instance norm's: of (1, N * channels, ...), each row's channels by themselves."""
+    return x.axis == 1 and x.shape[0] == 1
 
 
 def _batch_norm_no_training(w: Writer, x: Row, *args: Any) -> tuple[Row, Row, Row]:
@@ -105,16 +113,20 @@ def _batch_norm_backward(
     g: Row,
     x: Row,
     gain: Operand | None,
-    average: Operand,
-    variance: Operand,
-    _mean: Any,
-    _scale: Any,
+    average: Operand | None,
+    variance: Operand | None,
+    saved_mean: Any,
+    saved_scale: Any,
     training: bool,
     eps: float,
     output_mask: Sequence[bool],
 ) -> tuple[Row | None, Row | Sum | None, Row | Sum | None]:
-    _check_evaluation(training)
     dims = len(x.shape)
+    if _is_by_instance(x) and average is None:
+        return _instance_norm_backward(w, g, x, gain, saved_mean, saved_scale, output_mask)
+    _check_evaluation(training)
+    assert average is not None
+    assert variance is not None
     scale = _per_channel(w, w.point("rsqrt", w.point("add", variance, eps)), dims)
     others = [dim for dim in range(dims) if dim != 1]
     x_gradient: Row | None = None
@@ -126,6 +138,37 @@ def _batch_norm_backward(
         normed = w.point("mul", w.point("sub", x, _per_channel(w, average, dims)), scale)
         gain_gradient = total(w, w.point("mul", g, normed), others)
     return x_gradient, gain_gradient, total(w, g, others) if output_mask[2] else None
+
+
+def _by_instance(w: Writer, x: Row) -> tuple[Row, int]:
+    """Return the images (N, channels, ...) of which an instance norm makes (1, N * channels, ...), and the channels."""
+    channels = x.shape[1] // w.rows
+    return _reshaped(w, x, -1, channels, *x.shape[2:]), channels
+
+
+def _instance_norm_backward(
+    w: Writer, g: Row, x: Row, gain: Operand | None, average: Row, scale: Row, output_mask: Sequence[bool]
+) -> tuple[Row | None, Row | Sum | None, Row | Sum | None]:
+    image, channels = _by_instance(w, x)
+    gradient, _ = _by_instance(w, g)
+    inner = gradient if gain is None else _by_instance(w, w.point("mul", g, _per_channel(w, gain, len(x.shape))))[0]
+    averages, scales = (_reshaped(w, value, -1, channels) for value in (average, scale))
+    of_x, _, _ = _group_norm_backward(
+        w, inner, image, averages, scales, None, 0, 0, 0, channels, (output_mask[0], False, False)
+    )
+    spatial = list(range(2, len(x.shape)))
+    spread = [_per_instance(w, value, len(spatial)) for value in (averages, scales)]
+    normed = w.point("mul", w.point("sub", image, spread[0]), spread[1])
+    gains = w.reduce("sum", w.point("mul", gradient, normed), spatial, False)
+    return (
+        None if of_x is None else _reshaped(w, of_x, *x.shape),
+        _reshaped(w, gains, -1) if output_mask[1] else None,
+        _reshaped(w, w.reduce("sum", gradient, spatial, False), -1) if output_mask[2] else None,
+    )
+
+
+def _per_instance(w: Writer, value: Row, dims: int) -> Row:
+    return _reshaped(w, value, *value.shape, *[1] * dims)
 
 
 def _check_evaluation(training: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from fusecell.compiler.frontend.traced_values import Row, Untraceable, arranged
 __all__ = ["POOLING"]
 
 Sizes = Sequence[int]
+_MOST_TAPS = 64
+"""Elements of a window that is folded back, at the most: each is an image of its own."""
 
 
 def _each(value: Sizes, dims: int) -> tuple[int, ...]:
@@ -147,11 +150,58 @@ def _nearest_backward(w: Writer, g: Row, output: Sizes, whole: Sizes, *_: Any) -
     return w.reduce("sum", parts, [first + 1 + 2 * axis for axis in range(dims)], False)
 
 
+def _windows(w: Writer, x: Row, kernel: Sizes, dilation: Sizes, padding: Sizes, stride: Sizes) -> Row:
+    """Write the windows of images as columns, (N, channels * taps, windows): ``unfold``."""
+    dims = len(kernel)
+    pads = _each(padding, dims)
+
+    def columns(numbers: Tensor) -> Tensor:
+        image = torch.nn.functional.pad(numbers, [amount for p in reversed(pads) for amount in (p, p)])
+        cut = _unfolded(image, kernel, _each(stride, dims), _each(dilation, dims))
+        return cut.flatten(2, -2).transpose(2, 3).flatten(1, 2)
+
+    result: Row = w.move(columns, x)
+    return result
+
+
+def _image_of_windows(
+    w: Writer, x: Row, output: Sizes, kernel: Sizes, dilation: Sizes, padding: Sizes, stride: Sizes
+) -> Row:
+    """Add the windows of images up where they lie over one another: ``fold``, and the gradient of ``unfold``."""
+    dims = len(kernel)
+    pads, steps, gaps = _each(padding, dims), _each(stride, dims), _each(dilation, dims)
+    if math.prod(kernel) > _MOST_TAPS:
+        raise Untraceable(f"fold over windows of more than {_MOST_TAPS} elements is not compiled.")
+    counts = [
+        (size + 2 * p - gap * (taps - 1) - 1) // step + 1
+        for size, p, gap, taps, step in zip(output, pads, gaps, kernel, steps, strict=True)
+    ]
+    image: Row | None = None
+    for place, taps in enumerate(itertools.product(*map(range, kernel))):
+
+        def laid(numbers: Tensor, place: int = place, taps: Sequence[int] = taps) -> Tensor:
+            part = numbers.unflatten(1, (-1, math.prod(kernel)))[:, :, place].unflatten(-1, counts)  # type: ignore[no-untyped-call]
+            whole = part.new_zeros(*part.shape[:2], *(n + 2 * p for n, p in zip(output, pads, strict=True)))
+            starts = [tap * gap for tap, gap in zip(taps, gaps, strict=True)]
+            at: Any = (..., *(slice(s, s + n * step, step) for s, n, step in zip(starts, counts, steps, strict=True)))
+            whole[at] = part
+            inside: Any = (..., *(slice(p, p + n) for n, p in zip(output, pads, strict=True)))
+            image: Tensor = whole[inside]
+            return image
+
+        layer: Row = w.move(laid, x)
+        image = layer if image is None else w.point("add", image, layer)
+    assert image is not None
+    return image
+
+
 POOLING: Mapping[str, Callable[..., Any]] = {
     "max_pool2d_with_indices": _max_pool,
     "max_pool2d_with_indices_backward": _max_pool_backward,
     "avg_pool2d": _average_pool,
     "avg_pool2d_backward": _average_pool_backward,
+    "im2col": _windows,
+    "col2im": _image_of_windows,
     "upsample_nearest1d_backward": _nearest_backward,
     "upsample_nearest2d_backward": _nearest_backward,
 }

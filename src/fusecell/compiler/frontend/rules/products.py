@@ -161,7 +161,7 @@ def _differences(w: Writer, a: Operand, b: Operand) -> Row:
     return w.point("sub", x, y)
 
 
-def _distances_backward(w: Writer, g: Row, a: Operand, b: Operand, p: float, distance: Row) -> Row:
+def _distances_backward(w: Writer, g: Row, a: Operand, b: Operand, p: float, distance: Row) -> Row | Sum:
     difference = _differences(w, a, b)
     gradient: Row = w.move(lambda numbers: numbers.unsqueeze(-1), g)
     if p == 1:
@@ -170,7 +170,7 @@ def _distances_backward(w: Writer, g: Row, a: Operand, b: Operand, p: float, dis
         length = w.move(lambda numbers: numbers.unsqueeze(-1), distance)
         slope = w.point("div", w.point("mul", difference, gradient), length)
         each = w.point("where", w.point("eq", length, 0.0), 0.0, slope)
-    return w.reduce("sum", each, [-2], False)
+    return total(w, each, [-2])
 
 
 PRODUCTS: Mapping[str, Rule] = {

@@ -93,10 +93,35 @@ def _extreme_of_dim(op: str) -> Callable[..., Any]:
     return rule
 
 
+def _running_extreme(op: str) -> Callable[..., Any]:
+    reaches = "ge" if op == "amax" else "le"
+
+    def rule(w: Writer, x: Row, dim: int) -> tuple[Row, Row]:
+        values = scanned(w, op, x, dim)
+        # The last place so far at which the running extreme was met.
+        met = w.point("where", w.point(reaches, x, values), _places(w, x, dim), 0.0)
+        return values, scanned(w, "amax", met, dim)
+
+    return rule
+
+
+def _places(w: Writer, x: Row, dim: int) -> Row:
+    """Return the place of each element along a dimension, from 0 on."""
+    axis = dim % max(len(x.shape), 1)
+    size = x.shape[axis] if x.shape else 1
+    ones = w.builder.add("broadcast", w.builder.const(1.0), size=size)
+    counted = w.builder.add("scan", ones, op="sum", outer=1, count=size, inner=1, reverse=False)
+    places = Row((size,), w.builder.add("sub", counted, w.builder.const(1.0)), None)
+    row: Row = w.move(lambda numbers: numbers.reshape(-1, *[1] * (len(x.shape) - 1 - axis)), places)
+    return row
+
+
 SCANS: Mapping[str, Callable[..., Any]] = {
     "cumsum": _scan("sum"),
     "cumprod": _scan("prod"),
     "logcumsumexp": _log_sum,
+    "cummax": _running_extreme("amax"),
+    "cummin": _running_extreme("amin"),
     "prod": _product,
     "argmax": _extreme_position("argmax"),
     "argmin": _extreme_position("argmin"),

@@ -176,6 +176,13 @@ def _triangular(
     return _matrix(w, solution)
 
 
+def _cholesky_solve(w: Writer, b: Operand, factor: Operand, upper: bool = False) -> Row:
+    """Solve A x = b, given L of A = L Lᵀ, or its transpose."""
+    turned = w.move(lambda numbers: numbers.mT, w.number(factor))
+    lower, higher = (turned, factor) if upper else (factor, turned)
+    return _triangular(w, higher, _triangular(w, lower, b, upper=False), upper=True)
+
+
 def _cross(w: Writer, a: Operand, b: Operand, *, dim: int = -1) -> Row:
     x, y = w.number(a), w.number(b)
 
@@ -196,5 +203,6 @@ SMALL_MATRICES: Mapping[str, Callable[..., Any]] = {
     "linalg_lu_solve": _solve_by_factors,
     "linalg_cholesky_ex": _cholesky,
     "linalg_solve_triangular": _triangular,
+    "cholesky_solve": _cholesky_solve,
     "linalg_cross": _cross,
 }
