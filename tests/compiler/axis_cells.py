@@ -81,6 +81,31 @@ def _ids(z: Tensor, count: int) -> Tensor:
     return ((z * 0.5 + 0.5) * (count - 0.01)).long()
 
 
+def _written_by_row(c: Any, z: Tensor) -> Tensor:
+    rows, place = torch.arange(z.size(0)), z[:, :3].argmax(1)
+    table = heads(z).clone()
+    table[rows, place] = table[rows, place].sin() + c.square[0]
+    table[rows, :, place] += 0.5
+    table[rows, 0] = z[:, 3:11]
+    return table.index_put((rows[:, None], _ids(z[:, :2], 3)), z[:, None, :8], accumulate=True).flatten(1)
+
+
+def _losses(c: Any, z: Tensor) -> Tensor:
+    x, y, classes = z[:, :8], z[:, 8:16], _ids(z[:, 0], 8)
+    weights = c.square[0].detach().abs()
+    each = [
+        F.mse_loss(x, y, reduction="none"),
+        F.smooth_l1_loss(x, y, reduction="none", beta=0.3),
+        F.smooth_l1_loss(x, y, reduction="none", beta=0.0),
+        F.huber_loss(x, y, reduction="none", delta=0.4),
+        F.binary_cross_entropy(x.sigmoid(), y.sigmoid(), weights, reduction="none"),
+        F.binary_cross_entropy_with_logits(x * 30, y.sigmoid(), weights, pos_weight=weights + 1, reduction="none"),
+        F.cross_entropy(x, classes, reduction="none")[:, None] * x,
+        F.nll_loss(x, classes, weights, reduction="none", ignore_index=2)[:, None] * y,
+    ]
+    return fit(torch.stack(each).sum(0))
+
+
 # What is computed along axes: of products,
 PRODUCTS: dict[str, Body] = {
     "a_weight_per_head": lambda c, z: fit(torch.einsum("nhd,hde->nhe", heads(z), c.heads)),
@@ -122,6 +147,23 @@ IMAGES: dict[str, Body] = {
     "linear": lambda c, z: fit(F.interpolate(heads(z), size=5, mode="linear", align_corners=False)),
     "unfolded": lambda c, z: fit(F.unfold(image(z), (2, 3), padding=(1, 0), stride=(1, 2), dilation=1).sin()),
     "folded": lambda c, z: fit(F.fold(F.unfold(image(z), 2, 2, 1).cos()[:, :, ::2], (4, 3), 2, padding=1, stride=2)),
+    "mirrored": lambda c, z: (
+        fit(F.pad(image(z), (2, 1, 1, 2), mode="reflect").sin())
+        + fit(F.pad(heads(z), (0, 3), mode="reflect") * z[:, 1:2, None])
+    ),
+    "repeated_at_the_border": lambda c, z: (
+        fit(F.pad(image(z), (2, 0, 1, 2), mode="replicate").sin()[:, :, ::2])
+        + fit(F.pad(heads(z), (3, 1), mode="replicate"))
+    ),
+    "circular": lambda c, z: fit(F.pad(image(z), (1, 2, 1, 0), mode="circular").cos()[..., 1:]),
+    "windows": lambda c, z: fit(z.unfold(1, 5, 3).cos().sum(-1)) + fit(image(z).unfold(2, 2, 1).prod(-1)),
+    "turned": lambda c, z: image(z).rot90(1, (2, 3)).flatten(1) + image(z).rot90(2, (1, 2)).flatten(1),
+    "pooled_to_a_size": lambda c, z: (
+        fit(F.adaptive_max_pool2d(image(z), (3, 2))) + fit(F.adaptive_max_pool1d(heads(z), 4))
+    ),
+    "pooled_in_three_dimensions": lambda c, z: (
+        fit(F.avg_pool3d(z.view(-1, 1, 2, 3, 4), 2, 1)) + fit(F.max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 2), 1))
+    ),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
 }
 # norms and reductions,
@@ -140,6 +182,7 @@ REDUCTIONS: dict[str, Body] = {
     "products": lambda c, z: fit(heads(z).prod(1)) + fit(z.view(-1, 12, 2).prod(1)),
     "positions": lambda c, z: z * fit(heads(z).argmax(1)) + z * fit(heads(z).argmin(2)),
     "cumulative": lambda c, z: fit(heads(z).cumsum(1) + heads(z).cumprod(2)) + z.view(-1, 2, 12).cumsum(1).flatten(1),
+    "losses": _losses,
     "running_extremes": lambda c, z: (
         (heads(z).cummax(1).values * heads(z).cummin(2).values).flatten(1) + z * z.cummin(1).indices.to(z.dtype)
     ),
@@ -163,6 +206,11 @@ INDEXING: dict[str, Body] = {
     "scatter": lambda c, z: z.scatter(1, z.argmax(1, keepdim=True), 2.0) + _at_best(z),
     "index_add": lambda c, z: z.index_add(1, c.order, z[:, :8], alpha=2.0),
     "index_of_a_table": lambda c, z: c.table[_ids(z[:, :3], 7)].sum(1),
+    "own_element_of_each_row": lambda c, z: z * heads(z)[torch.arange(len(z)), z[:, :3].argmax(1)].repeat(1, 3),
+    "own_elements_in_two_dimensions": lambda c, z: (
+        z * heads(z)[torch.arange(len(z))[:, None], _ids(z[:, :2], 3), _ids(z[:, 2:4], 8) - 8].repeat(1, 12)
+    ),
+    "own_elements_written": _written_by_row,
     "index_of_a_plane": lambda c, z: fit(image(z)[:, :, c.order[2:4] % 3]),
 }
 # and small matrices.
@@ -193,6 +241,11 @@ def _rotating(c: Any, z: Tensor) -> Tensor:
 
 COMPLEX: dict[str, Body] = {
     "rotations": _rotating,
+    "angles": lambda c, z: fit(torch.polar(z[:, :6], torch.complex(z[:, 6:12], z[:, 12:18]).angle()).imag),
+    "angles_of_a_spectrum": lambda c, z: fit(torch.fft.rfft(heads(z)).angle().sin()),
+    "complex_from_real": lambda c, z: fit(
+        (z[:, :6].to(torch.complex128 if z.dtype == torch.float64 else torch.complex64) * (2 + 1j)).imag
+    ),
     "complex_parameters": lambda c, z: fit((torch.complex(z[:, :3], z[:, 3:6]) * torch.view_as_complex(c.phases)).imag),
     "fourier": lambda c, z: torch.fft.irfft(torch.fft.rfft(z) * torch.sigmoid(c.table[0, :13]), n=24),
     "fourier_of_heads": lambda c, z: fit(torch.fft.fft(torch.complex(heads(z), heads(z * z)), dim=1).real),

@@ -26,6 +26,7 @@ from fusecell.compiler.frontend.rules.complex_numbers import (
     sum_of_pairs,
 )
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with, repeated_for_rows
+from fusecell.compiler.frontend.rules.row_numbers import row_numbers
 from fusecell.compiler.frontend.shared_memory import strided
 from fusecell.compiler.frontend.tensor_values import TensorValues
 from fusecell.compiler.frontend.traced_values import (
@@ -33,6 +34,7 @@ from fusecell.compiler.frontend.traced_values import (
     ExternalGrad,
     Masked,
     Row,
+    RowNumbers,
     Sum,
     Unsupported,
     Untraceable,
@@ -103,6 +105,11 @@ class OperationValues(TensorValues):
             of_masked = self._of_masked(func, name, args, values, options, results, masked)
             if of_masked is not None:
                 return of_masked
+        if unsupported and all(isinstance(value, RowNumbers) for value in unsupported):
+            if name in KEEPS or name in MOVES or name in ("_to_copy", "to"):
+                return [row_numbers(tuple(results[0].shape))]
+            if name in ("index", "index_put", "_index_put_impl"):
+                return [RULES[name](self.writer, *values, **options)]
         if unsupported:
             return self._of_unsupported(unsupported[0], operands, results)
         if any(isinstance(value, Sum | ExternalGrad) for value in operands):
@@ -181,6 +188,9 @@ class OperationValues(TensorValues):
         values = mapped(values, self._pair_of_weight, name, Weight)
         if name in KEEPS_PAIR or (name in ("_to_copy", "to") and isinstance(values[0], Complex)):
             return [values[0]]
+        if name in ("_to_copy", "to"):
+            row = writer.number(values[0])
+            return [Complex(row.shape, row, writer.const(0.0, row.shape, row.axis, row.split))]
         if name == "copy":
             return [moved_pair(writer, lambda numbers: numbers.expand(results[0].shape), values[1])]
         if name in MOVES:
@@ -251,6 +261,8 @@ class OperationValues(TensorValues):
                 return [repeated_for_rows(writer, values[0])]
             rows = writer.move(func, *values, **options)
             return rows if isinstance(rows, list) else [rows]
+        if name == "arange" and results[0].shape == (writer.rows,) and args[:2] in ((writer.rows,), (0, writer.rows)):
+            return [row_numbers((writer.rows,))]
         rule = RULES.get(name)
         if name in _DECISIONS:
             raise Untraceable(READS_VALUES)

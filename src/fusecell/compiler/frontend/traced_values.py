@@ -22,6 +22,7 @@ __all__ = [
     "Masked",
     "Matrix",
     "Row",
+    "RowNumbers",
     "Sum",
     "Unsupported",
     "Untraceable",
@@ -173,6 +174,11 @@ class Unsupported:
 
     shape: Shape
     reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowNumbers(Unsupported):
+    """The numbers of the rows, ``torch.arange(N)``, with which a step can only index."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

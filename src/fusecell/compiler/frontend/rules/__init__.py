@@ -10,7 +10,9 @@ from fusecell.compiler.frontend.rules.backward import BACKWARD
 from fusecell.compiler.frontend.rules.convolution import CONVOLUTIONS
 from fusecell.compiler.frontend.rules.indexing import INDEXING
 from fusecell.compiler.frontend.rules.interpolation import INTERPOLATIONS
+from fusecell.compiler.frontend.rules.losses import LOSSES
 from fusecell.compiler.frontend.rules.norms import NORMS
+from fusecell.compiler.frontend.rules.padding import PADDINGS
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.rules.pooling import POOLING
 from fusecell.compiler.frontend.rules.products import PRODUCTS
@@ -32,6 +34,8 @@ RULES = {
     **POOLING,
     **INTERPOLATIONS,
     **INDEXING,
+    **LOSSES,
+    **PADDINGS,
     **SMALL_MATRICES,
     **BACKWARD,
     **SPECIAL_BACKWARD,

@@ -112,6 +112,11 @@ def _exp(w: Writer, x: Complex) -> Complex:
     return _of(w, w.point("mul", size, w.point("cos", x.imaginary)), w.point("mul", size, w.point("sin", x.imaginary)))
 
 
+def _equal(w: Writer, a: Pair, b: Pair) -> Row:
+    x, y = pair_of(w, a), pair_of(w, b)
+    return w.point("and", w.point("eq", x.real, y.real), w.point("eq", x.imaginary, y.imaginary))
+
+
 def _sum(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: Any) -> Complex:
     several = [dims] if isinstance(dims, int) else dims
     reduced = w.dims(x.real, several)
@@ -178,8 +183,8 @@ def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
             result = contracted(w, left, right, *labels)
             if isinstance(result, Sum):
                 raise Untraceable(
-                    "The step multiplies rows by a complex weight: keep the weight as its real and imaginary parts, "
-                    "two real parameters."
+                    "The step multiplies rows by a complex weight, whose gradient is not compiled: multiply by its "
+                    "parts, two real parameters, apart, as in torch.complex(x @ real, x @ imaginary)."
                 )
             return result
 
@@ -232,9 +237,13 @@ def _fourier(w: Writer, x: Pair, dims: Sequence[int], normalisation: int, sign: 
     size = pair.shape[dim]
     if size > _MOST_POINTS:
         raise Untraceable(f"A Fourier transform of {size} points is not compiled: of up to {_MOST_POINTS} it is.")
-    angle = 2 * math.pi * np.outer(np.arange(size), np.arange(size)) / size
+    turns = np.outer(np.arange(size), np.arange(size)) % size
+    angle = 2 * math.pi * turns / size
+    # Exact where they are 0: the sign of what is left of them would decide whether an angle is pi or -pi.
+    sine = np.where(2 * turns % size == 0, 0.0, np.sin(angle))
+    cosine = np.where((4 * turns % size == 0) & (2 * turns % size != 0), 0.0, np.cos(angle))
     scale = {0: 1.0, 1: size**-0.5, 2: 1.0 / size}[normalisation]
-    table = Complex((size, size), _table(w, np.cos(angle) * scale), _table(w, sign * np.sin(angle) * scale))
+    table = Complex((size, size), _table(w, cosine * scale), _table(w, sign * sine * scale))
     letters = "abcdefgh"[: len(pair.shape)]
     labels = (letters, letters[dim] + "z", letters.replace(letters[dim], "z"))
     return _product(labels)(w, pair, table)
@@ -291,6 +300,9 @@ COMPLEX: Mapping[str, Callable[..., Any]] = {
     "abs": _abs,
     "sgn": _sgn,
     "exp": _exp,
+    "eq": _equal,
+    "ne": lambda w, a, b: w.point("not", _equal(w, a, b)),
+    "angle": lambda w, x: w.point("atan2", x.imaginary, x.real),
     "sum": _sum,
     "mean": _mean,
     "mm": _product(("ik", "kj", "ij")),

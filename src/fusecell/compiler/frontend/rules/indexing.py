@@ -15,10 +15,11 @@ import torch
 
 from fusecell.compiler.frontend.contractions import weight_row
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.rules.row_numbers import is_every_row, own_elements
 from fusecell.compiler.frontend.rules.scans import along
-from fusecell.compiler.frontend.traced_values import Masked, Row, Sum, Untraceable, Value, Weight
+from fusecell.compiler.frontend.traced_values import Masked, Row, RowNumbers, Sum, Untraceable, Value, Weight
 
-__all__ = ["INDEXING", "gather", "scattered"]
+__all__ = ["INDEXING", "gather", "index_select", "scattered"]
 
 _MOST_WRITES = 16
 """Values that a scatter may write over one another, at the most: each write is a few nodes."""
@@ -123,7 +124,7 @@ def _are_distinct(w: Writer, positions: Row) -> bool:
     return node.op == "argsort"
 
 
-def _index_select(w: Writer, x: Value, dim: int, index: Operand) -> Row:
+def index_select(w: Writer, x: Value, dim: int, index: Operand) -> Row:
     """Write elements along a dimension, at positions that are the same for all that is beside it."""
     row, positions = weight_row(w, x), w.number(index)
     axis = dim % max(len(row.shape), 1)
@@ -160,6 +161,11 @@ def _whole(w: Writer, row: Row) -> int:
 
 
 def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row | Masked:
+    if is_every_row(w, x, indices):
+        return w.row(x)
+    if any(isinstance(index, RowNumbers) for index in indices):
+        own = own_elements(w, w.row(x), indices)
+        return own.result(w, gather(w, own.opened(w, x), 1, own.positions))
     places = [place for place, index in enumerate(indices) if index is not None]
     if len(places) != 1:
         raise Untraceable(
@@ -170,7 +176,7 @@ def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row | Mask
     if w.is_mask(w.row(index)):
         row = w.row(x)
         return Masked((), _PICKS, row, _mask_of(w, index, places[0], len(row.shape)))
-    return _index_select(w, x, places[0], _counted_from_start(w, index, x.shape[places[0]]))
+    return index_select(w, x, places[0], _counted_from_start(w, index, x.shape[places[0]]))
 
 
 def _fill_of(w: Writer, value: Operand) -> float | None:
@@ -200,6 +206,13 @@ def _counted_from_start(w: Writer, index: Operand, size: int) -> Row:
 def _index_put(
     w: Writer, x: Operand, indices: Sequence[Operand | None], value: Operand, accumulate: bool = False, *_: Any
 ) -> Row | Sum:
+    if is_every_row(w, x, indices):
+        spread: Row = w.move(lambda numbers: numbers.expand(w.row(x).shape), w.row(value))
+        return w.point("add", x, spread) if accumulate else spread
+    if any(isinstance(each, RowNumbers) for each in indices):
+        own = own_elements(w, w.row(x), indices)
+        write = _scatter_add if accumulate else _scatter
+        return own.closed(w, write(w, own.opened(w, x), 1, own.positions, own.values(w, value)))
     places = [place for place, index in enumerate(indices) if index is not None]
     index = indices[places[0]]
     assert index is not None
@@ -222,7 +235,7 @@ def _index_put(
 
 
 def _index_add(w: Writer, x: Operand, dim: int, index: Operand, source: Operand, alpha: float = 1) -> Row | Sum:
-    """Write a tensor to which slices are added along a dimension: the gradient of `_index_select`."""
+    """Write a tensor to which slices are added along a dimension: the gradient of `index_select`."""
     base, positions, values = w.row(x), w.number(index), w.number(source)
     if alpha != 1:
         values = w.point("mul", values, alpha)
@@ -257,7 +270,7 @@ def _sum_at(w: Writer, positions: Row, values: Row, shape: tuple[int, ...]) -> S
 
 
 def _embedding(w: Writer, weight: Value, indices: Operand, padding: int = -1, *_: Any) -> Row:
-    return _index_select(w, weight, 0, indices)
+    return index_select(w, weight, 0, indices)
 
 
 def _embedding_backward(
@@ -315,7 +328,7 @@ INDEXING: Mapping[str, Callable[..., Any]] = {
     "gather": gather,
     "scatter": _scatter,
     "scatter_add": _scatter_add,
-    "index_select": _index_select,
+    "index_select": index_select,
     "index": _index,
     "_unsafe_index": _index,
     "index_put": _index_put,

@@ -15,7 +15,7 @@ __all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled", "padded_with", "repeated_for
 _MOVES = (
     "view _unsafe_view _reshape_alias reshape permute transpose t expand unsqueeze squeeze slice select split "
     "split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind cat stack flip roll repeat "
-    "slice_backward select_backward constant_pad_nd diagonal unfold diag_embed diagonal_backward tril triu "
+    "slice_backward select_backward constant_pad_nd diagonal unfold rot90 diag_embed diagonal_backward tril triu "
     "pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d"
 )
 MOVES = frozenset(_MOVES.split())

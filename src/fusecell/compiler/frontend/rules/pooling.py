@@ -85,6 +85,13 @@ def _max_pool_backward(w: Writer, g: Row, x: Row, kernel: Sizes, *args: Any) -> 
     return result
 
 
+def _adaptive_max_pool(w: Writer, x: Row, output: Sizes) -> tuple[Row, Row]:
+    sizes = x.shape[-len(output) :]
+    if any(size % parts for size, parts in zip(sizes, output, strict=True)):
+        raise Untraceable(f"An image of {tuple(sizes)} is pooled to {tuple(output)}, into windows of unequal sizes.")
+    return _max_pool(w, x, [size // parts for size, parts in zip(sizes, output, strict=True)])
+
+
 def _average_pool(
     w: Writer,
     x: Row,
@@ -198,6 +205,12 @@ def _image_of_windows(
 POOLING: Mapping[str, Callable[..., Any]] = {
     "max_pool2d_with_indices": _max_pool,
     "max_pool2d_with_indices_backward": _max_pool_backward,
+    "max_pool3d_with_indices": _max_pool,
+    "max_pool3d_with_indices_backward": _max_pool_backward,
+    "adaptive_max_pool2d": _adaptive_max_pool,
+    "adaptive_max_pool2d_backward": lambda w, g, x, indices: _max_pool_backward(w, g, x, (1, 1), indices),
+    "avg_pool3d": _average_pool,
+    "avg_pool3d_backward": _average_pool_backward,
     "avg_pool2d": _average_pool,
     "avg_pool2d_backward": _average_pool_backward,
     "im2col": _windows,
