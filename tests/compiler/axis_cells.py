@@ -164,6 +164,13 @@ IMAGES: dict[str, Body] = {
     "pooled_in_three_dimensions": lambda c, z: (
         fit(F.avg_pool3d(z.view(-1, 1, 2, 3, 4), 2, 1)) + fit(F.max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 2), 1))
     ),
+    "sampled": lambda c, z: fit(F.grid_sample(image(z), z[:, :12].view(-1, 3, 2, 2) * 1.5, align_corners=False)),
+    "sampled_within_borders": lambda c, z: fit(
+        F.grid_sample(image(z), z[:, :12].view(-1, 2, 3, 2) * 1.7, padding_mode="border", align_corners=True)
+    ),
+    "sampled_at_the_nearest": lambda c, z: fit(
+        F.grid_sample(image(z), z[:, :8].view(-1, 2, 2, 2) * 1.2, mode="nearest", align_corners=False)
+    ),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
 }
 # norms and reductions,

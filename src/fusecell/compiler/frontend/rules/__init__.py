@@ -17,6 +17,7 @@ from fusecell.compiler.frontend.rules.pointwise import POINTWISE
 from fusecell.compiler.frontend.rules.pooling import POOLING
 from fusecell.compiler.frontend.rules.products import PRODUCTS
 from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
+from fusecell.compiler.frontend.rules.sampling_grid import SAMPLING_GRIDS
 from fusecell.compiler.frontend.rules.scans import SCANS
 from fusecell.compiler.frontend.rules.small_matrices import SMALL_MATRICES
 from fusecell.compiler.frontend.rules.special import SPECIAL, SPECIAL_BACKWARD
@@ -36,6 +37,7 @@ RULES = {
     **INDEXING,
     **LOSSES,
     **PADDINGS,
+    **SAMPLING_GRIDS,
     **SMALL_MATRICES,
     **BACKWARD,
     **SPECIAL_BACKWARD,
