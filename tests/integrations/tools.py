@@ -475,7 +475,7 @@ def _(library):
     return torch.autograd.functional.hessian(lambda x: model(x).square().sum(), inputs()[:1, :3])
 
 
-@tool("torch.autograd.forward_ad", "Gradients", torch=False, note="the Python loop")
+@tool("torch.autograd.forward_ad", "Gradients", torch=False)
 def _(library):
     from torch.autograd import forward_ad
 
@@ -491,7 +491,7 @@ def _(library):
     return torch.func.grad(lambda values: torch.func.functional_call(model, values, inputs()).sum())(values)
 
 
-@tool("torch.func.vmap of grad, gradients per sample", "Gradients", torch=False, note="the Python loop")
+@tool("torch.func.vmap of grad, gradients per sample", "Gradients", torch=False)
 def _(library):
     model = Model(library)
     values = {name: value.detach() for name, value in model.named_parameters()}
@@ -502,7 +502,7 @@ def _(library):
     return torch.vmap(torch.func.grad(loss), (None, 0))(values, inputs())
 
 
-@tool("torch.func.stack_module_state, an ensemble", "Gradients", torch=False, note="the Python loop")
+@tool("torch.func.stack_module_state, an ensemble", "Gradients", torch=False)
 def _(library):
     models = [Model(library) for _ in range(3)]
     values, buffers = torch.func.stack_module_state(models)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.programs.autograd import differentiated
-from fusecell.compiler.programs.training import Call, Gradients, Results
+from fusecell.compiler.programs.members import backward_of_members, forward_of_members, of_member
 from fusecell.compiler.programs.transformable import PureScan
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import State
@@ -42,13 +42,9 @@ class Ensemble:
         output, *after = apply(self, *tensors)
         return output, tuple(after)
 
-    def member(self, place: int, tensors: Sequence[Any]) -> State:
-        """Return the tensors of one member."""
-        return tuple([value[place] if own else value for value, own in zip(tensors, self.own, strict=True)])
-
     def eager(self, tensors: Sequence[Any]) -> State:
         """Run the Python loop of each member."""
-        results = [self.scan.eager(self.member(place, tensors)) for place in range(self.size)]
+        results = [self.scan.eager(of_member(place, tensors, self.own)) for place in range(self.size)]
         return tuple([torch.stack(values) for values in zip(*results, strict=True)])
 
 
@@ -58,17 +54,9 @@ class _Members(torch.autograd.Function):
     @staticmethod
     @one_thread_after_fork()
     def forward(ctx: Any, ensemble: Ensemble, *tensors: Tensor) -> State:
-        # As kernels read them: what had to be copied would lie anywhere.
         tensors = tuple([value.contiguous() for value in tensors])
-        two = [ensemble.member(place, tensors) for place in (0, 1)]
-        call = ensemble.scan.call(two[0])
-        results = call.new_results(two[0], ensemble.size)
-        saved, outputs, after = results
-        first, second = (
-            call.bind_forward(own, Results(saved[place], outputs[place], tuple([value[place] for value in after])))
-            for place, own in enumerate(two)
-        )
-        call.run_each(call.training.forward, first, second, ensemble.size)
+        call = ensemble.scan.call(of_member(0, tensors, ensemble.own))
+        saved, outputs, after = forward_of_members(call, ensemble.size, ensemble.own, tensors)
         ctx.ensemble, ctx.call = ensemble, call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *tensors)
@@ -83,47 +71,7 @@ class _Members(torch.autograd.Function):
             return (None,) * (1 + len(tensors))
         if torch.is_grad_enabled():
             return None, *differentiated(ensemble.eager, tensors, ctx.needs_input_grad[1:], grads)
-        call: Call = ctx.call
-        of_members = _in_memory(call, saved, grads, ensemble.member(0, tensors))
-        two = [ensemble.member(place, tensors) for place in (0, 1)]
-        gradients = call.new_gradients(two[0], ensemble.size)
-        first, second = (
-            call.bind_backward(
-                saved[place],
-                own,
-                [grad[place] for grad in of_members],
-                Gradients(*[[value[place] for value in values] for values in gradients]),
-            )
-            for place, own in enumerate(two)
-        )
-        call.run_each(call.training.backward, first, second, ensemble.size)
-        return None, *_in_order(ensemble, call, gradients, two[0])
-
-
-def _in_memory(call: Call, saved: Tensor, grads: Sequence[Tensor | None], tensors: State) -> list[Tensor]:
-    """Return the gradients of all members' results as kernels read them; zeros, the same for all, where there are none.
-
-    Arguments:
-        tensors: those of one member.
-    """
-    shapes = [(1, call.rows, *call.output), *[value.shape for value in call.split(tensors)[1]]]
-    return [
-        saved.new_zeros(shape).expand(len(saved), *shape) if grad is None else grad.contiguous().resolve_neg()
-        for grad, shape in zip(grads, shapes, strict=True)
-    ]
-
-
-def _in_order(ensemble: Ensemble, call: Call, gradients: Gradients, tensors: State) -> list[Tensor | None]:
-    """Return the members' gradients in the order of the ensemble's tensors: sums of those of what they share."""
-    start, end = call.ends[0], call.ends[2]
-    indices = call.training.gradients
-    result: list[Tensor | None] = [None] * len(tensors)
-    result[start:end] = gradients.states
-    for index, grad in zip(indices.weights, gradients.weights, strict=True):
-        result[end + index] = grad
-    for index, grad in zip(indices.inputs, gradients.inputs, strict=True):
-        value = tensors[index]
-        grad = grad if value.shape[0] == call.steps else grad.sum(1, keepdim=True)
-        result[index] = grad.reshape(ensemble.size, *value.shape)
-    pairs = zip(result, ensemble.own, strict=True)
-    return [grad if grad is None or own else grad.sum(0) for grad, own in pairs]
+        gradients = backward_of_members(ctx.call, ensemble.own, saved, tuple(tensors), grads)
+        # Of what members share, the sum of theirs.
+        pairs = zip(gradients, ensemble.own, strict=True)
+        return None, *[grad if grad is None or own else grad.sum(0) for grad, own in pairs]

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated
+from fusecell.compiler.programs.members import backward_of_members, forward_of_members, of_member
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State
 from fusecell.shapes import packed
+from fusecell.torch_internals import in_functorch_transform
 
 __all__ = ["PureScan", "pure_scan"]
 
@@ -113,6 +115,12 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Sequence[Any], scan: PureScan, *tensors: Tensor) -> tuple[State, tuple[int, ...]]:
+        if info.batch_size > 1 and _is_plain(tensors):
+            own = [dim is not None for dim in dims[1:]]
+            placed = _members_first(tensors, dims[1:])
+            call = scan.call(of_member(0, placed, own))
+            saved, outputs, after = forward_of_members(call, info.batch_size, own, placed)
+            return (saved, outputs, *after), (0,) * (2 + len(after))
         apply: Any = _Forward.apply
         return _by_member(info.batch_size, dims[1:], tensors, lambda *values: apply(scan, *values))
 
@@ -154,7 +162,33 @@ class _Backward(torch.autograd.Function):
         of_tensors, of_grads = dims[3 : 3 + scan.count], dims[3 + scan.count :]
         if max(places) < scan.inputs + scan.states and all(dim is None for dim in of_tensors):
             return _many_backwards(scan, places, info.batch_size, of_grads, values)
+        if info.batch_size > 1 and dims[2] is not None and _is_plain((saved, *values)):
+            own = [dim is not None for dim in of_tensors]
+            tensors = _members_first(values[: scan.count], of_tensors)
+            grads = [
+                None if grad is None else _member_first(grad, dim, info.batch_size)
+                for grad, dim in zip(values[scan.count :], of_grads, strict=True)
+            ]
+            call = scan.call(of_member(0, tensors, own))
+            gradients = backward_of_members(call, own, saved.movedim(dims[2], 0).contiguous(), tensors, grads)
+            return tuple([gradients[place] for place in places]), (0,) * len(places)  # type: ignore[misc]  # each has one
         return _by_member(info.batch_size, dims[2:], (saved, *values), lambda *each: apply(scan, places, *each))
+
+
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether kernels can read tensors at once: no transform is left below, and nothing records gradients of them."""
+    recording = torch.is_grad_enabled()
+    values = [value for value in tensors if value is not None]
+    return not in_functorch_transform() and not any(recording and value.requires_grad for value in values)
+
+
+def _members_first(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> State:
+    pairs = zip(tensors, dims, strict=True)
+    return tuple([(v if dim is None else v.movedim(dim, 0)).contiguous() for v, dim in pairs])
+
+
+def _member_first(value: Tensor, dim: int | None, size: int) -> Tensor:
+    return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
 
 
 def _many_backwards(
