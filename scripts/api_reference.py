@@ -27,7 +27,7 @@ PAGES = {
     "sequences": ("Sequences", "fusecell: scan detach recompute", "fusecell.init"),
     "wrappers": ("Wrappers", "fusecell.wrappers"),
     "streaming": ("Streaming", "fusecell: Stream load_stream", "fusecell.streaming: Limits"),
-    "export": ("Exporting", "fusecell: export", "fusecell.onnx"),
+    "export": ("Exporting", "fusecell: export", "fusecell.onnx", "fusecell.weights"),
     "inside": (
         "Inside",
         "fusecell: record Tape explain summary count_cells linearize",

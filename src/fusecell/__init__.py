@@ -60,7 +60,7 @@ _HOME = {
     "FusecellError": "errors",
     "NotCompilable": "errors",
 }
-_MODULES = ("cells", "init", "testing", "wrappers")
+_MODULES = ("cells", "init", "testing", "weights", "wrappers")
 # Not in __all__, as it needs a package of its own.
 _OPTIONAL = ("onnx",)
 # Who takes a name from here is about to compute: the compiler is imported with it, not in the first call.
