@@ -342,8 +342,8 @@ def test_the_public_surface():
         *("LearnedState", "Projected", "RecurrentDropout", "Residual"),
         *("VariationalDropout", "WeightDrop", "WithReadout", "Zoneout"),
         *("Stream", "load_stream", "export", "replace", "wrap", "accelerate", "Tape", "record", "runner", "recompute"),
-        *("explain", "show_config", "refresh"),
+        *("linearize", "explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "ExportError", "FusecellError", "NotCompilable"),
-        *("cells", "init", "testing", "wrappers"),
+        *("cells", "init", "testing", "weights", "wrappers"),
     ]
     assert all(getattr(fc, name) is not None for name in fc.__all__)

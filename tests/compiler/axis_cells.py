@@ -155,6 +155,10 @@ IMAGES: dict[str, Body] = {
         fit(F.pad(image(z), (2, 0, 1, 2), mode="replicate").sin()[:, :, ::2])
         + fit(F.pad(heads(z), (3, 1), mode="replicate"))
     ),
+    "padded_volumes": lambda c, z: (
+        fit(F.pad(z.view(-1, 1, 2, 3, 4), (1, 2, 0, 1, 1, 1), mode="reflect").sin()[:, :, ::2])
+        + fit(F.pad(z.view(-1, 1, 2, 3, 4), (0, 1, 2, 0, 1, 0), mode="replicate").cos()[..., 1:])
+    ),
     "circular": lambda c, z: fit(F.pad(image(z), (1, 2, 1, 0), mode="circular").cos()[..., 1:]),
     "windows": lambda c, z: fit(z.unfold(1, 5, 3).cos().sum(-1)) + fit(image(z).unfold(2, 2, 1).prod(-1)),
     "turned": lambda c, z: image(z).rot90(1, (2, 3)).flatten(1) + image(z).rot90(2, (1, 2)).flatten(1),

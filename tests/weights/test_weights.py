@@ -163,10 +163,7 @@ CASES: dict[str, tuple[Any, Any, str, Any]] = {
         lambda: fc.LSTM(I, H),
     ),
     "linen gru": (
-        {
-            name: gate(name, name[0] == "i", name[0] == "i" or name == "hn")
-            for name in ["ir", "iz", "in", "hr", "hz", "hn"]
-        },
+        {name: gate(name[0] == "i", name[0] == "i" or name == "hn") for name in ["ir", "iz", "in", "hr", "hz", "hn"]},
         linen_gru,
         "flax",
         lambda: fc.Recurrent(fc.GRUCell(I, H)),

@@ -23,6 +23,12 @@ __all__ = ["Linearized", "linearize"]
 class Linearized:
     r"""A run and its linearisation: :math:`s_t + \delta s_t \approx s_t + A_t\, \delta s_{t-1} + B_t\, \delta x_t`.
 
+    Example:
+        >>> import torch, fusecell as fc
+        >>> run = fc.linearize(fc.LSTMCell(3, 4), torch.zeros(7, 2, 3))
+        >>> run.names["c"], run.of_state[-1][:, run.names["c"], run.names["h"]].shape
+        (slice(4, 8, None), torch.Size([2, 4, 4]))
+
     Attributes:
         states: (T, N, S), the states after each step, all of a cell's side by side.
         of_state: (T, N, S, S), :math:`A_t = \partial s_t / \partial s_{t-1}`.
