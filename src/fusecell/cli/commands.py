@@ -92,6 +92,24 @@ def demo(
 
 
 @app.command()
+def play(
+    path: Annotated[Path, typer.Argument(help="The page to write.")] = Path("play.html"),
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the training's sequences.")] = 0,
+    updates: Annotated[
+        int | None, typer.Option(min=0, help="Updates of each model's training, instead of its own number.")
+    ] = None,
+) -> None:
+    """Train small cells for half a minute, and write a web page in which they run: see, hold and change every gate."""
+    from fusecell.play import write_page
+
+    try:
+        written = write_page(path, seed=seed, updates=updates)
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{written}: {written.stat().st_size:,} bytes; open it in a browser, it needs no network")
+
+
+@app.command()
 def cells() -> None:
     """List the cells that come with fusecell."""
     from fusecell.cells import CELLS
