@@ -9,6 +9,7 @@ from torch import nn
 
 import fusecell as fc
 from fusecell.play import PlayCell
+from tests.play.reference import held_gru
 
 STEPS, ROWS, FEATURES, UNITS, OUT = 9, 3, 5, 13, 4
 NEAR = {"atol": 1e-5, "rtol": 0}
@@ -25,10 +26,6 @@ def free(cell: PlayCell) -> torch.Tensor:
     x = torch.full((STEPS, ROWS, cell.input_size), torch.nan)
     x[..., :FEATURES] = torch.randn(STEPS, ROWS, FEATURES)
     return x
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 @pytest.mark.parametrize(("kind", "theirs"), [("gru", nn.GRU), ("lstm", nn.LSTM), ("rnn_tanh", nn.RNN)])
@@ -58,28 +55,6 @@ def test_each_row_has_weights_of_its_own():
     torch.testing.assert_close(y[..., cell.values["h"]], expected, **NEAR)
 
 
-def held_gru(cell: PlayCell, x, holds, *, after: bool) -> np.ndarray:
-    """Return the states of a GRU for one row, in float64, with values in the place of those held, by name and unit."""
-    w_ih, w_hh, b_ih, b_hh = (value.detach().double().numpy() for value in cell.cell.parameters())
-    h, states = np.zeros(UNITS), []
-
-    def held(name, value):
-        for (each, unit), number in holds.items():
-            if each == name:
-                value[unit] = number
-        return value
-
-    for x_t in x.double().numpy():
-        i_r, i_z, i_n = np.split(w_ih @ x_t + b_ih, 3)
-        h_r, h_z, h_n = np.split(w_hh @ h + b_hh, 3)
-        r, z = held("r", sigmoid(i_r + h_r)), held("z", sigmoid(i_z + h_z))
-        part = r * h_n if after else w_hh[2 * UNITS :] @ (r * h) + b_hh[2 * UNITS :]
-        n = held("n", np.tanh(i_n + part))
-        h = held("h", (1 - z) * n + z * h)
-        states.append(h.copy())
-    return np.stack(states)
-
-
 @pytest.mark.parametrize("kind", ["gru", "gru_reset_before"])
 @pytest.mark.parametrize("runner", ["eager", "compiled"])
 def test_held_values_of_a_gru(kind, runner):
@@ -91,7 +66,7 @@ def test_held_values_of_a_gru(kind, runner):
     with fc.runner(runner), torch.no_grad():
         y, _ = fc.Recurrent(cell)(x)
     for row in range(ROWS):
-        expected = held_gru(cell, x[:, row, :FEATURES], holds, after=kind == "gru")
+        expected = held_gru(cell.cell, x[:, row, :FEATURES], holds, after=kind == "gru")
         np.testing.assert_allclose(y[:, row, cell.values["h"]], expected, atol=1e-5)
 
 

@@ -34,14 +34,15 @@ class Task:
         features: of the input and of the prediction.
         hidden_size: units of the cell.
         updates: of the training.
-        batch: draws a batch of sequences, (steps + 1, rows, features), from a generator.
+        batch: draws a batch of sequences, (steps + 1, rows, features), from a generator, of those to train on or of
+            those that are held out.
         loss: of predictions and what came, (steps, rows, features) each; a mean per step.
     """
 
     features: int
     hidden_size: int
     updates: int
-    batch: Callable[[torch.Generator], Tensor]
+    batch: Callable[[torch.Generator, bool], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -74,15 +75,17 @@ def _prose_codes() -> Tensor:
     return encode(_prose()).argmax(-1)
 
 
-def _texts(generator: torch.Generator) -> Tensor:
+def _texts(generator: torch.Generator, held_out: bool) -> Tensor:
     codes = _prose_codes()
+    edge = len(codes) * 9 // 10
+    codes = codes[edge:] if held_out else codes[:edge]
     starts = torch.randint(len(codes) - _STEPS - 1, (_ROWS,), generator=generator)
     windows = codes[starts + torch.arange(_STEPS + 1)[:, None]]
     return nn.functional.one_hot(windows, len(ALPHABET)).float()
 
 
-def _curves(generator: torch.Generator) -> Tensor:
-    """Draw sums of two waves, every third of them a square wave."""
+def _curves(generator: torch.Generator, held_out: bool) -> Tensor:
+    """Draw sums of two waves, every third of them a square wave; no two batches share one."""
     shape, t = (_ROWS, 2), torch.arange(_STEPS + 1.0)[:, None, None]
     period = 8 + 32 * torch.rand(shape, generator=generator)
     phase = 2 * math.pi * torch.rand(shape, generator=generator)
@@ -101,7 +104,7 @@ def _surprise(predicted: Tensor, came: Tensor) -> Tensor:
 
 TASKS = {
     "text": Task(len(ALPHABET), 32, 3000, _texts, _surprise),
-    "curve": Task(1, 16, 700, _curves, nn.functional.mse_loss),
+    "curve": Task(1, 16, 2000, _curves, nn.functional.mse_loss),
 }
 """By their names: the next letter of a text, and the next point of a curve."""
 
@@ -138,7 +141,7 @@ def _train(name: str, kind: str, seed: int, updates: int | None) -> Model:
     optimizer = torch.optim.Adam(parameters, _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, updates))
     for _ in range(updates):
-        batch = task.batch(generator)
+        batch = task.batch(generator, False)
         loss = task.loss(readout(layer(batch[:-1])[0]), batch[1:])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,6 +149,6 @@ def _train(name: str, kind: str, seed: int, updates: int | None) -> Model:
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        held_out = [task.batch(generator) for _ in range(8)]
+        held_out = [task.batch(generator, True) for _ in range(8)]
         losses = [task.loss(readout(layer(batch[:-1])[0]), batch[1:]).item() for batch in held_out]
     return Model(name, kind, PlayCell(layer.cell, readout), sum(losses) / len(losses))

@@ -14,7 +14,7 @@ const EXPERIMENTS = {
 
 const app = {
   task: "text", text: FIRST_TEXT, curve: FIRST_CURVE.slice(), inputs: [], more: 0,
-  step: 12, unit: 0, playing: false, panes: [], due: 0, clock: 0,
+  step: 50, unit: 0, playing: false, panes: [], due: 0, clock: 0,
 
   /** Run both cells again after the sequence has changed. */
   changed() {
@@ -161,7 +161,7 @@ function listen() {
   for (const radio of document.querySelectorAll("[name=task]")) radio.addEventListener("change", () => app.chooseTask(radio.value));
   on("experiments", "click", (event) => { if (event.target.dataset.name) app.experiment(event.target.dataset.name); });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== " " || !["BODY", "CANVAS"].includes(event.target.tagName)) return;
+    if (event.key !== " " || event.target.closest("input, button, select, summary")) return;
     event.preventDefault();
     app.play();
   });

@@ -10,7 +10,11 @@ function shade(stops, place) {
   return stops[low].map((channel, index) => Math.round(channel + (x - low) * (stops[low + 1][index] - channel)));
 }
 
-const TABLES = [SEQUENTIAL, DIVERGING].map((stops) => Array.from({ length: 256 }, (_, i) => shade(stops, i / 255)));
+/** 256 colours each, as the words of a picture's memory, in which red comes first. */
+const TABLES = [SEQUENTIAL, DIVERGING].map((stops) => {
+  const bytes = Array.from({ length: 256 }, (_, i) => [...shade(stops, i / 255), 255]).flat();
+  return new Uint32Array(Uint8Array.from(bytes).buffer);
+});
 
 /** Fit a canvas to its place on the screen; return what draws on it, in CSS pixels, and its size. */
 function brush(canvas) {
@@ -27,12 +31,13 @@ function brush(canvas) {
 function heatmap(canvas, rows, columns, at, { gate = false, most = 1 } = {}) {
   canvas.width = Math.max(1, columns);
   canvas.height = rows;
-  const draw = canvas.getContext("2d"), picture = draw.createImageData(canvas.width, rows), table = TABLES[gate ? 0 : 1];
+  const draw = canvas.getContext("2d"), picture = draw.createImageData(canvas.width, rows);
+  const pixels = new Uint32Array(picture.data.buffer), table = TABLES[gate ? 0 : 1];
+  const low = gate ? 0 : -most, scale = gate ? 255 : 255 / (2 * most);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
-      const number = at(row, column), place = gate ? number : 0.5 + number / most / 2;
-      const [red, green, blue] = table[Math.max(0, Math.min(255, Math.round(255 * place)))] ?? table[0];
-      picture.data.set([red, green, blue, 255], 4 * (row * canvas.width + column));
+      const place = Math.round((at(row, column) - low) * scale);
+      pixels[row * canvas.width + column] = table[Math.max(0, Math.min(255, place || 0))];
     }
   }
   draw.putImageData(picture, 0, 0);

@@ -147,7 +147,7 @@ class ValueRow {
 
   #drag(event) {
     const strip = this.find(".bars"), share = 1 - event.offsetY / strip.clientHeight;
-    const number = this.gate ? share : (2 * share - 1) * this.most();
+    const number = this.gate ? share : (2 * share - 1) * this.most;
     app.unit = placeIn(event.offsetX, strip.clientWidth, this.pane.cell.units);
     this.hold(this.gate ? Math.max(0, Math.min(1, number)) : number, app.unit);
     app.marked();
@@ -165,18 +165,16 @@ class ValueRow {
     app.marked();
   }
 
-  /** The largest size that is shown: 1, or more where a memory grows beyond it. */
-  most() {
-    const { cell, run } = this.pane;
-    return run.outputs.reduce((most, _, t) => cell.value(run, this.name, t).reduce((a, b) => Math.max(a, Math.abs(b)), most), 1);
-  }
-
   draw() {
-    const { cell, run, pinned } = this.pane, steps = run.inputs.length;
-    const at = (unit, t) => cell.value(run, this.name, t)[unit];
-    const was = (unit, t) => (t < pinned.outputs.length ? cell.value(pinned, this.name, t)[unit] : 0);
-    if (pinned) heatmap(this.find(".heat"), cell.units, steps, (unit, t) => at(unit, t) - was(unit, t), { most: 0.5 });
-    else heatmap(this.find(".heat"), cell.units, steps, at, { gate: this.gate, most: this.most() });
+    const { cell, run, pinned } = this.pane, steps = run.inputs.length, [start, stop] = cell.model.values[this.name];
+    const at = (unit, t) => run.outputs[t][start + unit];
+    this.most = 1; // the largest size that is shown: more where a memory grows beyond 1
+    for (const output of run.outputs) {
+      for (let index = start; index < stop; index++) this.most = Math.max(this.most, Math.abs(output[index]));
+    }
+    const change = (unit, t) => at(unit, t) - (pinned.outputs[t]?.[start + unit] ?? 0);
+    if (pinned) heatmap(this.find(".heat"), cell.units, steps, change, { most: 0.5 });
+    else heatmap(this.find(".heat"), cell.units, steps, at, this);
     this.find(".number").textContent = Number(this.find("[type=range]").value).toFixed(2);
   }
 
@@ -186,7 +184,7 @@ class ValueRow {
     Object.assign(this.find(".cursor").style, { left: `${(100 * step) / steps}%`, width: `${100 / steps}%` });
     this.find("output").textContent = numbers[app.unit].toFixed(3);
     const holds = held.map((number, unit) => (step >= from[unit] ? number : NaN));
-    bars(this.find(".bars"), numbers, { gate: this.gate, most: this.most(), held: holds, chosen: app.unit });
+    bars(this.find(".bars"), numbers, { gate: this.gate, most: this.most, held: holds, chosen: app.unit });
   }
 }
 

@@ -34,15 +34,16 @@ const TASKS = {
     /** The letters it has read, each on the colour of how much it was expected. */
     draw(pane) {
       const { cell, run, strip } = pane;
-      strip.replaceChildren(...run.inputs.map((x, t) => {
-        const letter = document.createElement("span");
-        letter.textContent = letterOf(x) === " " ? "\u00a0" : letterOf(x);
+      while (strip.children.length > run.inputs.length) strip.lastChild.remove();
+      while (strip.children.length < run.inputs.length) strip.append(document.createElement("span"));
+      run.inputs.forEach((x, t) => {
+        const letter = strip.children[t], text = letterOf(x).replace(" ", "\u00a0");
         const expected = t ? probabilities(cell.prediction(run, t - 1))[x.indexOf(1)] : 0;
-        letter.style.background = `color-mix(in srgb, var(--good) ${Math.round(70 * expected)}%, transparent)`;
+        if (letter.textContent !== text) letter.textContent = text;
+        letter.style.setProperty("--expected", `${Math.round(70 * expected)}%`);
         letter.classList.toggle("written", t >= app.inputs.length);
         letter.dataset.step = t;
-        return letter;
-      }));
+      });
     },
     mark(pane) {
       const { strip, cell, run } = pane, step = pane.step();
