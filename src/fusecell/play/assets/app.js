@@ -2,19 +2,19 @@
 
 const WINDOW = 40; // steps over which gradients are measured
 
-/** Experiments: which cells read what, and what is held in both or in one. */
+/** Experiments: which cells read what, and what is held in either, from which step on. */
 const EXPERIMENTS = {
   free: { task: "text", kinds: ["gru", "rnn_tanh"] },
-  frozen: { task: "text", kinds: ["gru", "gru"], holds: [null, { z: 1 }] },
-  amnesia: { task: "text", kinds: ["gru", "gru"], holds: [null, { z: 0 }] },
-  reset: { task: "text", kinds: ["gru", "gru_reset_before"], holds: [{ r: 0 }, { r: 0 }] },
+  frozen: { task: "text", kinds: ["gru", "gru"], holds: [null, { z: 1 }], from: 30 },
+  amnesia: { task: "curve", kinds: ["gru", "gru"], holds: [null, { z: 0 }] },
+  reset: { task: "text", kinds: ["gru", "gru_reset_before"], holds: [{ r: 0 }, { r: 0 }], take: true },
   forget: { task: "curve", kinds: ["lstm", "lstm"], holds: [null, { f: 0 }] },
-  carousel: { task: "text", kinds: ["lstm", "rnn_tanh"], holds: [{ f: 1, i: 0 }, null] },
+  carousel: { task: "text", kinds: ["lstm", "rnn_tanh"], holds: [{ f: 1, i: 0 }, null], from: 30 },
 };
 
 const app = {
   task: "text", text: FIRST_TEXT, curve: FIRST_CURVE.slice(), inputs: [], more: 0,
-  step: 50, unit: 0, playing: false, panes: [], due: 0, clock: 0,
+  step: 50, unit: 0, playing: false, panes: [], due: 0, clock: 0, turn: 0,
 
   /** Run both cells again after the sequence has changed. */
   changed() {
@@ -68,7 +68,7 @@ const app = {
     byId("lengths").replaceChildren(...curves.map(({ norms, stroke, pane }) => {
       const item = document.createElement("li"), steps = memoryLength(norms);
       item.style.setProperty("--stroke", stroke);
-      const facts = { kind: say(pane.kind), steps, measured: norms.length - 1 };
+      const facts = { side: pane.side, kind: say(pane.kind), steps, measured: norms.length - 1 };
       item.textContent = say(steps === undefined ? "remembersMore" : "remembers", facts);
       return item;
     }));
@@ -106,27 +106,37 @@ const app = {
     app.clock = requestAnimationFrame(frame);
   },
 
-  async chooseTask(task, kinds = app.panes.map((pane) => pane.kind)) {
+  /** Show cells of these kinds, reading a text or a curve; those that are shown already stay as they are. */
+  async choose(task, kinds = app.panes.map((pane) => pane.kind), { anew = task !== app.task } = {}) {
+    const turn = (app.turn += 1);
     app.play(false);
-    Object.assign(app, { task, more: 0, unit: 0 });
+    const stays = (index) => !anew && app.panes[index].cell && app.panes[index].kind === kinds[index];
+    const cells = await Promise.all(kinds.map((kind, index) => (stays(index) ? null : PlayedCell.load(task, kind))));
+    if (turn !== app.turn) return false; // something else has been chosen meanwhile
+    if (task !== app.task) Object.assign(app, { task, more: 0, unit: 0 });
     for (const radio of document.querySelectorAll("[name=task]")) radio.checked = radio.value === task;
     byId("textControls").hidden = task !== "text";
     byId("curveControls").hidden = task !== "curve";
-    await Promise.all(app.panes.map((pane, index) => pane.load(kinds[index])));
+    byId("pin").checked = false;
+    for (const pane of app.panes) pane.pinned = null;
+    cells.forEach((cell, index) => { if (cell) app.panes[index].show(cell); });
     app.changed();
+    return true;
   },
 
   async experiment(name) {
-    const { task, kinds, holds = [] } = EXPERIMENTS[name];
+    const { task, kinds, holds = [], from = 0, take = false } = EXPERIMENTS[name];
     byId("compare").checked = true;
     byId("fromHere").checked = false;
-    await app.chooseTask(task, kinds);
+    if (!(await app.choose(task, kinds, { anew: true }))) return;
+    app.step = app.steps() - 1; // gradients are measured from the cursor backwards
+    if (take) app.panes[1].cell.takeWeights(app.panes[0].cell);
     app.panes.forEach((pane, index) => {
       for (const [value, number] of Object.entries(holds[index] ?? {})) {
         const row = pane.rows.find((each) => each.name === value);
         row.find("[type=checkbox]").checked = true;
         row.find("[type=range]").value = number;
-        pane.cell.hold(value, number);
+        pane.cell.hold(value, number, -1, from);
       }
     });
     byId("story").dataset.word = `${name}Story`;
@@ -153,12 +163,15 @@ function listen() {
   on("back", "click", () => { app.more = 0; app.step = 0; app.changed(); });
   on("next", "click", () => app.tick());
   on("compare", "change", () => app.changed());
-  on("release", "click", () => app.panes[0] && app.chooseTask(app.task));
+  on("release", "click", () => {
+    for (const pane of app.panes) pane.free();
+    app.changed();
+  });
   on("pin", "change", (event) => {
-    for (const pane of app.panes) pane.pinned = event.target.checked ? (pane.compute(), pane.run) : null;
+    for (const pane of app.panes) pane.pin(event.target.checked);
     app.draw();
   });
-  for (const radio of document.querySelectorAll("[name=task]")) radio.addEventListener("change", () => app.chooseTask(radio.value));
+  for (const radio of document.querySelectorAll("[name=task]")) radio.addEventListener("change", () => app.choose(radio.value));
   on("experiments", "click", (event) => { if (event.target.dataset.name) app.experiment(event.target.dataset.name); });
   document.addEventListener("keydown", (event) => {
     if (event.key !== " " || event.target.closest("input, button, select, summary")) return;
@@ -184,8 +197,8 @@ async function start() {
   app.panes = EXPERIMENTS.free.kinds.map((kind, index) => new Pane(index, kind));
   byId("panes").replaceChildren(...app.panes.map((pane) => pane.box));
   switchLanguage(language);
+  await app.choose("text", undefined, { anew: true });
   listen();
-  await app.chooseTask("text");
   app.measure();
   document.documentElement.dataset.ready = "";
 }

@@ -90,5 +90,8 @@ function drawGradients(canvas, curves, most) {
   }
   for (let distance = 0; distance <= most; distance += 10) draw.fillText(String(distance), x(distance) - 6, height - 6);
   line(draw, [[left, y(FORGOTTEN)], [width - 8, y(FORGOTTEN)]], colour("--dim"), { dashed: true, thick: 1 });
-  for (const { norms, stroke } of curves) line(draw, norms.map((norm, k) => [x(k), y(norm)]), stroke);
+  for (const { norms, stroke } of curves) {
+    const gone = norms.findIndex((norm) => norm < 10 ** -DECADES), shown = gone < 0 ? norms : norms.slice(0, gone + 1);
+    line(draw, shown.map((norm, k) => [x(k), y(norm)]), stroke);
+  }
 }

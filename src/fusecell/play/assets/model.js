@@ -4,8 +4,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const EPSILON = 1 / 64; // of central differences, whose errors from float32 and from curvature are then alike
 
 class PlayedCell {
-  /** Compile a model's step. */
-  static async load(model) {
+  /** Compile the step of a kind of cell that was trained for a task. */
+  static async load(task, kind) {
+    const model = data.models.find((each) => each.task === task && each.kind === kind);
     const script = `data:text/javascript;charset=utf-8,${encodeURIComponent(model.script)}`;
     const { Stream } = await import(script);
     const bytes = Uint8Array.from(atob(model.wasm), (character) => character.charCodeAt(0));

@@ -2,9 +2,9 @@
 
 class Pane {
   constructor(index, kind) {
-    Object.assign(this, { index, kind, cell: null, run: null, pinned: null });
+    Object.assign(this, { index, kind, side: "AB"[index], cell: null, run: null, pinned: null });
     this.box = element(`<section class="pane" aria-live="off">
-      <div class="controls"><label><span data-word="cell"></span> <select class="kind"></select></label>
+      <div class="controls"><label><span data-word="cell"></span> <b class="side"></b> <select class="kind"></select></label>
         <span class="loss hint"></span></div>
       <div class="strip" tabindex="0" role="group" data-label="read"></div>
       <canvas class="curve" role="img" data-label="read"></canvas>
@@ -12,6 +12,7 @@ class Pane {
       <div class="values"></div>
       <pre class="equations"></pre></section>`);
     this.find = (name) => this.box.querySelector(`.${name}`);
+    this.find("side").textContent = this.side;
     this.strip = this.find("strip");
     this.editor = new WeightEditor(this);
     this.box.append(this.editor.box);
@@ -19,7 +20,10 @@ class Pane {
       if (event.target.dataset.step) app.moveTo(Number(event.target.dataset.step));
     });
     this.strip.addEventListener("keydown", moveByKey);
-    this.find("kind").addEventListener("change", (event) => this.load(event.target.value).then(() => app.changed()));
+    this.find("kind").addEventListener("change", (event) => {
+      const kinds = app.panes.map((pane) => (pane === this ? event.target.value : pane.kind));
+      app.choose(app.task, kinds);
+    });
   }
 
   other() {
@@ -31,12 +35,9 @@ class Pane {
     return Math.min(app.step, this.run.inputs.length - 1);
   }
 
-  /** Show a cell of another kind, or for another task. */
-  async load(kind = this.kind) {
-    this.kind = kind;
-    const model = data.models.find((each) => each.task === app.task && each.kind === kind);
-    this.cell = await PlayedCell.load(model);
-    this.pinned = null;
+  /** Show another cell. */
+  show(cell) {
+    Object.assign(this, { cell, kind: cell.model.kind });
     const rows = this.cell.names.map((name) => new ValueRow(this, name));
     this.rows = rows;
     this.find("values").replaceChildren(...rows.map((row) => row.box));
@@ -56,6 +57,18 @@ class Pane {
     for (const row of this.rows) row.speak();
   }
 
+  /** Let everything go. */
+  free() {
+    this.cell.free();
+    for (const row of this.rows) row.find("[type=checkbox]").checked = false;
+  }
+
+  /** Show from now on how values differ from those of this run; or the values again. */
+  pin(on) {
+    if (on) this.compute();
+    this.pinned = on ? this.run : null;
+  }
+
   rerun() {
     this.compute();
     this.draw();
@@ -69,6 +82,7 @@ class Pane {
   draw() {
     TASKS[app.task].draw(this);
     for (const row of this.rows) row.draw();
+    this.editor.draw();
     this.mark();
   }
 

@@ -76,7 +76,6 @@ class WeightEditor {
 
   #change(change) {
     change();
-    this.draw();
     this.pane.rerun();
   }
 
