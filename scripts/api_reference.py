@@ -28,7 +28,7 @@ PAGES = {
     "wrappers": ("Wrappers", "fusecell.wrappers"),
     "streaming": ("Streaming", "fusecell: Stream load_stream", "fusecell.streaming: Limits"),
     "export": ("Exporting", "fusecell: export", "fusecell.onnx"),
-    "inside": ("Inside", "fusecell: record Tape explain summary count_cells"),
+    "inside": ("Inside", "fusecell: record Tape explain summary count_cells", "fusecell.play: PlayCell write_page"),
     "testing": ("Testing", "fusecell.testing"),
     "settings": ("Settings", "fusecell: runner refresh show_config", f"fusecell.errors: {_ERRORS}"),
 }

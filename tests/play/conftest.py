@@ -24,7 +24,7 @@ def path(models, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a process has room for one Playwright at a time
 def browser():
     if CHROMIUM is None:
         pytest.skip("needs chromium: apt-get install chromium")

@@ -99,7 +99,7 @@ def play(
         int | None, typer.Option(min=0, help="Updates of each model's training, instead of its own number.")
     ] = None,
 ) -> None:
-    """Train small cells for half a minute, and write a web page in which they run: see, hold and change every gate."""
+    """Train small cells for forty seconds, and write a web page where they run: see, hold and change every gate."""
     from fusecell.play import write_page
 
     try:

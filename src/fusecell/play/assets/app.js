@@ -21,6 +21,11 @@ const app = {
     app.inputs = TASKS[app.task].inputs();
     app.more = Math.min(app.more, MOST_STEPS - app.inputs.length);
     for (const pane of app.shown()) pane.compute();
+    app.computed();
+  },
+
+  /** Show both cells' new runs. */
+  computed() {
     byId("step").max = app.steps() - 1;
     app.step = Math.max(0, Math.min(app.step, app.steps() - 1));
     app.draw();
@@ -81,7 +86,8 @@ const app = {
       if (!byId("goOn").checked || app.steps() >= MOST_STEPS) return app.play(false);
       app.more += 1;
       app.step += 1;
-      return app.changed();
+      for (const pane of app.shown()) pane.cell.extend(pane.run, TASKS[app.task].next);
+      return app.computed();
     }
     app.moveTo(app.step + 1);
   },

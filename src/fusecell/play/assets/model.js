@@ -81,12 +81,22 @@ class PlayedCell {
   run(inputs, more = 0, next = null) {
     const run = { inputs: [], outputs: [] };
     this.stream.state = this.state;
-    for (let t = 0; t < inputs.length + more; t++) {
-      const x = t < inputs.length ? inputs[t] : next(t ? this.prediction(run, t - 1) : new Float32Array(this.features), t);
-      run.inputs.push(x);
-      run.outputs.push(this.stream.step(this.#inputOf(x, t)));
-    }
+    for (const x of inputs) this.#advance(run, x);
+    for (let t = inputs.length; t < inputs.length + more; t++) this.#advance(run, next(this.prediction(run, t - 1), t));
     return run;
+  }
+
+  /** Run one more step, on the input that `next` makes of the last prediction. */
+  extend(run, next) {
+    const t = run.inputs.length, state = this.state.slice();
+    state.set(this.before(run, t));
+    this.stream.state = state;
+    this.#advance(run, next(this.prediction(run, t - 1), t));
+  }
+
+  #advance(run, x) {
+    run.outputs.push(this.stream.step(this.#inputOf(x, run.inputs.length)));
+    run.inputs.push(x);
   }
 
   /** What a run predicts after a step: scores of letters, or the next point. */

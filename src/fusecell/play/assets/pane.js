@@ -66,7 +66,8 @@ class Pane {
   /** Show from now on how values differ from those of this run; or the values again. */
   pin(on) {
     if (on) this.compute();
-    this.pinned = on ? this.run : null;
+    // A copy: the run goes on where the cell goes on by itself.
+    this.pinned = on ? { outputs: this.run.outputs.slice() } : null;
   }
 
   rerun() {
