@@ -41,7 +41,7 @@ def visit(browser, path):
     """Return a function that opens the page offline; a console message, or asking for anything, fails the test."""
     contexts, messages = [], []
 
-    def open_page(**options):
+    def open_page(path=path, **options):
         context = browser.new_context(**{"locale": "en-GB", "viewport": {"width": 1200, "height": 900}, **options})
         context.set_offline(True)
         contexts.append(context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,45 @@ def test_a_memory_that_is_held_reaches_the_output_of_the_same_step():
     assert (y[..., cell.values["o"]] == 1).all()
 
 
-def test_cells_that_do_not_fit():
-    readout = fc.wrappers.WithReadout(fc.GRUCell(5, 4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="whose output is its first state, got WithReadout with inputs"):
-        PlayCell(readout, nn.Linear(2, 2))
+def plays(member) -> bool:
+    try:
+        PlayCell(member.make(FEATURES, UNITS), nn.Linear(member.make(FEATURES, UNITS).output_size, OUT))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", [member.name for member in fc.CELLS if plays(member)])
+def test_every_cell_of_the_zoo_is_itself(kind):
+    """Its own layer, compiled without any of this, gives the same states; and it is a cell of the contract."""
+    torch.manual_seed(0)
+    (member,) = [member for member in fc.CELLS if member.name == kind]
+    inner = member.make(FEATURES, UNITS)
+    cell = PlayCell(inner, nn.Linear(inner.output_size, OUT))
+    x = free(cell)
+    with torch.no_grad():
+        y, _ = fc.Recurrent(cell)(x)
+        torch.testing.assert_close(
+            y[..., cell.values[inner.states[0]]], fc.Recurrent(inner)(x[..., :FEATURES])[0], **NEAR
+        )
+
+
+def test_it_is_a_cell_of_the_contract():
+    fc.testing.check_cell(made("gru"))
+
+
+def test_most_of_the_zoo_can_be_played_with():
+    assert [member.name for member in fc.CELLS if not plays(member)] == ["scrn"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (lambda: fc.wrappers.WithReadout(fc.GRUCell(5, 4), nn.Linear(4, 2)), "WithReadout's is another than h"),
+        (lambda: fc.cells.GRUDCell(5, 4), "GRUDCell with inputs ('x', 'mask', 'delta')"),
+        (lambda: fc.cells.LRUCell(5, 4), "LRUCell with inputs ('x',), input_size 5 and state_sizes ((4, 2),)"),
+    ],
+)
+def test_cells_that_do_not_fit(cell, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PlayCell(cell(), nn.Linear(4, 2))

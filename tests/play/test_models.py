@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fusecell.play import KINDS, train_models
@@ -49,3 +50,16 @@ def test_equal_seeds_give_equal_models():
         assert model.loss == same.loss
         for value, other in zip(model.cell.parameters(), same.cell.parameters(), strict=True):
             assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nothing", "There is no cell 'nothing' in the zoo; expected one of rnn_tanh,"),
+        ("scrn", "whose output is its first state"),
+        ("lstm_projected", "all of whose values have hidden_size features, 32 here; those of lstm_projected have"),
+    ],
+)
+def test_kinds_that_cannot_be_shown(kind, message):
+    with pytest.raises(ValueError, match=message):
+        train_models(kinds=["gru", kind], updates=0)

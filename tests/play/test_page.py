@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+import fusecell as fc
+from fusecell.play import page, train_models
 from fusecell.play.models import ALPHABET, encode
 from tests.play.page_tools import TEXT, TORCHS, drag, layer_of, near, read_text, row, shown
 from tests.play.reference import held_gru
@@ -171,3 +173,26 @@ def test_it_goes_on_by_itself(models, visit):
     row(tab, "h").locator(".heat").press("Space")
     tab.wait_for_function("app.step > 2")
     tab.evaluate("app.play(false)")
+
+
+def test_other_cells_of_the_zoo(visit, tmp_path):
+    """By the names of the zoo, without the experiments, which are of other cells; also weights of other names."""
+    kinds = ("co_rnn", "lstm_peephole", "fast_grnn")
+    models = train_models(kinds=kinds, updates=1)
+    path = tmp_path / "zoo.html"
+    path.write_text(page(models), encoding="utf-8")
+    tab = visit(path)
+    assert not tab.locator("#experiments").is_visible()
+    for kind, model in zip(kinds, models, strict=False):
+        read_text(tab, kind, kinds[0])
+        assert tab.locator(".kind option:checked").first.inner_text() == kind
+        with torch.no_grad():
+            expected, _ = fc.Recurrent(model.cell.cell)(encode(TEXT)[:, None])
+        near(shown(tab, model.cell.cell.states[0]), expected[:, 0])
+        box = tab.locator(".pane").first.locator(".weights")
+        box.evaluate("box => { box.open = true; }")
+        for name in tab.evaluate("Object.keys(app.panes[0].cell.model.weights)"):
+            box.locator(".matrix").select_option(name)
+            box.locator(".number").fill("0.5")
+            assert tab.evaluate(f"app.panes[0].cell.weight('{name}')[0]") == 0.5
+    tab.evaluate("app.measure()")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
-from fusecell.shapes import feature_shape, features_of
 
 __all__ = ["PlayCell"]
 
@@ -40,31 +37,29 @@ class PlayCell(Cell):
         0.0
 
     Arguments:
-        cell: a cell of one input and of flat states, whose output is its first state.
+        cell: a cell of one flat input and of flat states, whose output is its first state; most of the zoo.
         readout: maps (hidden_size,) to the prediction; its weights are states too.
 
     Attributes:
         names: what can be read and held: the values that the step notes, then its other states.
         holds, values: where each of them lies in the input, behind x, and in the output, behind y.
         weights: the names and shapes of the parameters, the states behind the cell's own.
+
+    Raises:
+        ValueError: for any other cell.
     """
 
     def __init__(self, cell: Cell, readout: nn.Linear) -> None:
-        if len(cell.inputs) != 1 or cell.output_size != cell.state_sizes[0]:
-            raise ValueError(
-                f"PlayCell takes a cell of one input whose output is its first state, got {type(cell).__name__} with "
-                f"inputs {cell.inputs} and output_size {cell.output_size}: wrap it so that it gives its state."
-            )
+        sizes = _sizes_of_values(cell)
         super().__init__(cell.input_size, cell.hidden_size)
         self.cell, self.readout = cell, readout
-        sizes = _sizes_of_values(cell)
         self.names = tuple(sizes)
-        self.holds = _slices(features_of(cell.input_size), sizes)
+        self.holds = _slices(cell.input_size, sizes)
         self.values = _slices(readout.out_features, sizes)
         self.weights = {name.replace(".", "_"): tuple(value.shape) for name, value in self.named_parameters()}
         self.states = (*cell.states, *self.weights)  # type: ignore[misc]
         self.state_sizes = (*cell.state_sizes, *self.weights.values())
-        self.input_size = features_of(cell.input_size) + sum(sizes.values())
+        self.input_size = cell.input_size + sum(sizes.values())
         self.output_size = readout.out_features + sum(sizes.values())
 
     def initial_state(
@@ -102,8 +97,9 @@ class _HeldStep(nn.Module):
             found[name] = torch.where(torch.isnan(hold), value, hold)
             return found[name]
 
-        with rewrite_intermediates(lambda _, name, value: held(name, value)):
-            _, after = self.cell.step(x[None, : features_of(self.cell.input_size)], tuple(each[None] for each in own))
+        # The step's own notes are of one row, inside vmap: nobody outside can read them.
+        with rewrite_intermediates(lambda _, name, value: held(name, value)), capture_intermediates(_ignore):
+            _, after = self.cell.step(x[None, : self.cell.input_size], tuple(each[None] for each in own))
         # A state that the step noted is held already; the others are here.
         states = zip(self.cell.states, after, strict=True)
         after = tuple(value if name in found else held(name, value) for name, value in states)
@@ -111,13 +107,32 @@ class _HeldStep(nn.Module):
         return torch.cat((self.readout(after[0])[0], *values)), tuple(value[0] for value in after)
 
 
+def _ignore(cell: Cell, name: str, value: Tensor) -> None:
+    """Keep no note."""
+
+
 def _sizes_of_values(cell: Cell) -> dict[str, int]:
-    """Return the features of every value that a step notes, and of the states, by running one step."""
-    found: dict[str, Any] = {}
+    """Return the features of every value that a step notes, and of the states, by running one step.
+
+    Raises:
+        ValueError: if it is no step from one input to a state that is also its output.
+    """
+    kind = type(cell).__name__
+    if len(cell.inputs) != 1 or not all(isinstance(size, int) for size in (cell.input_size, *cell.state_sizes)):
+        raise ValueError(
+            f"PlayCell takes a cell of one flat input and flat states, got {kind} with inputs {cell.inputs}, "
+            f"input_size {cell.input_size} and state_sizes {cell.state_sizes}."
+        )
+    found: dict[str, Tensor] = {}
     like = next(cell.parameters())
-    x = like.new_zeros(1, *feature_shape(cell.input_size))
+    x = torch.linspace(-1, 1, cell.input_size).to(like)[None]
     with torch.no_grad(), capture_intermediates(lambda _, name, value: found.update({name: value})):
-        _, after = cell.step(x, cell.initial_state(1, dtype=like.dtype, device=like.device))
+        output, after = cell.step(x, cell.initial_state(1, dtype=like.dtype, device=like.device))
+    if not isinstance(output, Tensor) or not torch.equal(output, after[0]):
+        raise ValueError(
+            f"PlayCell takes a cell whose output is its first state, as a state that is held must show in it; {kind}'s "
+            f"is another than {cell.states[0]}."
+        )
     found |= {name: value for name, value in zip(cell.states, after, strict=True) if name not in found}
     return {name: value[0].numel() for name, value in found.items()}
 

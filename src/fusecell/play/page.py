@@ -11,10 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fusecell.cells.registry import CELLS
+import torch
+
 from fusecell.exporting import export
 from fusecell.layers import Recurrent
-from fusecell.play.models import ALPHABET, TASKS, Model, train_models
+from fusecell.play.models import ALPHABET, KINDS, TASKS, Model, train_models, zoo_cell
+from fusecell.tape.plots import is_gate
 
 __all__ = ["page", "write_page"]
 
@@ -22,7 +24,7 @@ _SCRIPTS = ("words.js", "model.js", "memory.js", "drawing.js", "weights.js", "pa
 """In the order in which they build on one another; together they are the page's one script."""
 
 
-def write_page(path: str | Path, *, seed: int = 0, updates: int | None = None) -> Path:
+def write_page(path: str | Path, *, seed: int = 0, kinds: Sequence[str] = KINDS, updates: int | None = None) -> Path:
     """Train the models and write the page of ``fusecell play``: one file that needs no network.
 
     Example:
@@ -35,6 +37,7 @@ def write_page(path: str | Path, *, seed: int = 0, updates: int | None = None) -
     Arguments:
         path: the file to write.
         seed: of the weights and of the training's sequences.
+        kinds: the cells, by their names in :data:`fusecell.CELLS`.
         updates: of each model's training, instead of its task's own.
 
     Returns:
@@ -42,9 +45,10 @@ def write_page(path: str | Path, *, seed: int = 0, updates: int | None = None) -
 
     Raises:
         OSError: if the file can't be written.
+        ValueError: for a name that is not in :data:`fusecell.CELLS`, or of a cell that :class:`PlayCell` doesn't take.
     """
     path = Path(path)
-    path.write_text(page(train_models(seed, updates=updates)), encoding="utf-8")
+    path.write_text(page(train_models(seed, kinds=kinds, updates=updates)), encoding="utf-8")
     return path
 
 
@@ -67,8 +71,7 @@ def page(models: Sequence[Model]) -> str:
 
 def _described(model: Model) -> dict[str, Any]:
     """Return what the page's script needs of a model: its module, and where everything lies in its arrays."""
-    (member,) = [member for member in CELLS if member.name == model.kind]
-    cell = model.cell
+    member, cell = zoo_cell(model.kind), model.cell
     with tempfile.TemporaryDirectory() as folder:
         export(Recurrent(cell), Path(folder) / "cell", format="web")
         wasm, script = Path(folder, "cell.wasm").read_bytes(), Path(folder, "cell.mjs").read_text(encoding="utf-8")
@@ -86,15 +89,18 @@ def _described(model: Model) -> dict[str, Any]:
         "states": list(cell.states[:own]),
         "stateSize": sum(cell.state_sizes[:own]),
         "weights": {name.removeprefix("cell_"): shape for name, shape in cell.weights.items()},
-        "gates": _gates(member.equation),
+        "gates": _gates(model),
         "blocks": list(cell.cell.gates),
     }
 
 
-def _gates(equation: str) -> list[str]:
-    """Return the names of the values between 0 and 1: what an equation calls the sigmoid of something."""
-    statements = [statement.partition(" = ") for statement in equation.split("; ")]
-    return [name for left, _, right in statements if right.startswith("σ(") for name in left.split(", ")]
+def _gates(model: Model) -> list[str]:
+    """Return the names of the values between 0 and 1, on sequences of the model's task."""
+    cell, x = model.cell, TASKS[model.task].batch(torch.Generator().manual_seed(0), True)
+    free = torch.full((*x.shape[:-1], cell.input_size - x.shape[-1]), torch.nan)
+    with torch.no_grad():
+        outputs, _ = Recurrent(cell)(torch.cat((x, free), -1))
+    return [name for name, place in cell.values.items() if is_gate(outputs[..., place])]
 
 
 def _in_script(data: object) -> str:

@@ -73,7 +73,7 @@ const app = {
     byId("lengths").replaceChildren(...curves.map(({ norms, stroke, pane }) => {
       const item = document.createElement("li"), steps = memoryLength(norms);
       item.style.setProperty("--stroke", stroke);
-      const facts = { side: pane.side, kind: say(pane.kind), steps, measured: norms.length - 1 };
+      const facts = { side: pane.side, kind: named(pane.kind), steps, measured: norms.length - 1 };
       item.textContent = say(steps === undefined ? "remembersMore" : "remembers", facts);
       return item;
     }));
@@ -124,6 +124,7 @@ const app = {
     byId("textControls").hidden = task !== "text";
     byId("curveControls").hidden = task !== "curve";
     byId("pin").checked = false;
+    byId("story").hidden = true; // it is of the experiment that was shown
     for (const pane of app.panes) pane.pinned = null;
     cells.forEach((cell, index) => { if (cell) app.panes[index].show(cell); });
     app.changed();
@@ -145,6 +146,7 @@ const app = {
         pane.cell.hold(value, number, -1, from);
       }
     });
+    byId("story").hidden = false;
     byId("story").dataset.word = `${name}Story`;
     sayAll(byId("story").parentElement);
     app.changed();
@@ -197,13 +199,18 @@ function speak() {
 
 async function start() {
   byId("text").value = app.text;
-  byId("experiments").replaceChildren(...Object.keys(EXPERIMENTS).map((name) =>
+  const kinds = [...new Set(data.models.map((model) => model.kind))];
+  const possible = Object.keys(EXPERIMENTS).filter((name) => EXPERIMENTS[name].kinds.every((kind) => kinds.includes(kind)));
+  byId("experiments").parentElement.hidden = !possible.length;
+  byId("experiments").replaceChildren(...possible.map((name) =>
     element(`<button type="button" data-name="${name}" data-word="${name}"></button>`)));
   byId("compare").checked = innerWidth > 800;
-  app.panes = EXPERIMENTS.free.kinds.map((kind, index) => new Pane(index, kind));
+  const first = possible.includes("free") ? EXPERIMENTS.free.kinds : [kinds[0], kinds[1] ?? kinds[0]];
+  app.panes = first.map((kind, index) => new Pane(index, kind));
   byId("panes").replaceChildren(...app.panes.map((pane) => pane.box));
   switchLanguage(language);
-  await app.choose("text", undefined, { anew: true });
+  await app.choose("text", first, { anew: true });
+  byId("story").hidden = false;
   listen();
   app.measure();
   document.documentElement.dataset.ready = "";

@@ -48,7 +48,7 @@ class Pane {
   /** Say all words again, in the page's language. */
   speak() {
     const { kind } = this, kinds = data.models.filter((model) => model.task === app.task);
-    this.find("kind").replaceChildren(...kinds.map((model) => new Option(say(model.kind), model.kind, false, model.kind === kind)));
+    this.find("kind").replaceChildren(...kinds.map((model) => new Option(named(model.kind), model.kind, false, model.kind === kind)));
     this.find("loss").textContent = TASKS[app.task].loss(this.cell.model.loss);
     this.find("loss").title = this.cell.model.paper;
     this.strip.hidden = app.task !== "text";
@@ -104,8 +104,11 @@ class Pane {
       if (state >= 0 && !after) return own[state * this.cell.units + app.unit];
       return this.cell.names.includes(name) ? this.cell.value(this.run, name, step)[app.unit] : undefined;
     };
-    const results = left.split(", ").map((name) => look(name.replace("'", ""), true).toFixed(4)).join(", ");
-    if (/[A-Z]/.test(right)) return [`    ${left} = ${results}`];
+    const numbers = left.split(", ").map((name) => look(name.replace("'", ""), true));
+    if (numbers.includes(undefined)) return [];
+    const results = numbers.map((number) => number.toFixed(4)).join(", ");
+    // With a product, or a gate that is named before its sigmoid, there is nothing to put numbers into.
+    if (/[A-Zσ]/.test(right)) return [`    ${left} = ${results}`];
     const spelled = right.replace(/([a-z]+)('?)/g, (whole, name, primed) => {
       const number = look(name, Boolean(primed));
       return number === undefined ? whole : number < 0 ? `(${number.toFixed(4)})` : number.toFixed(4);

@@ -45,7 +45,7 @@ class WeightEditor {
   open() {
     const names = Object.keys(this.pane.cell.model.weights);
     this.find("matrix").replaceChildren(...names.map((name) => new Option(name.replaceAll("_", " "), name)));
-    this.find("matrix").value = "weight_hh";
+    if (names.includes("weight_hh")) this.find("matrix").value = "weight_hh";
     this.choose(0, 0);
   }
 
@@ -57,10 +57,10 @@ class WeightEditor {
     return this.pane.cell.weight(this.name());
   }
 
-  /** The matrix's shape; a bias is a single column. */
+  /** The matrix's rows and columns; a bias is a single column. */
   shape() {
-    const [rows, columns = 1] = this.pane.cell.model.weights[this.name()];
-    return [rows, columns];
+    const [rows = 1, ...others] = this.pane.cell.model.weights[this.name()];
+    return [rows, others.reduce((a, b) => a * b, 1)];
   }
 
   choose(row, column) {
@@ -96,11 +96,12 @@ class WeightEditor {
 
   /** To what the chosen weight leads, and from what: "z 3 ← h 7". */
   #where(columns) {
-    const { model, units } = this.pane.cell, output = this.name().startsWith("readout");
-    const letter = (index) => (model.task === "text" ? `“${data.alphabet[index]}”` : "x");
-    const to = output ? letter(this.row) : `${model.blocks[Math.floor(this.row / units)]} ${this.row % units}`;
-    if (columns === 1 && this.name().includes("bias")) return to;
-    return `${to} ← ${this.name() === "weight_ih" ? letter(this.column) : `h ${this.column}`}`;
+    const { model, units } = this.pane.cell, name = this.name(), letters = model.task === "text";
+    const letter = (index) => (letters ? `“${data.alphabet[index]}”` : "x");
+    const block = model.blocks[Math.floor(this.row / units)] ?? "";
+    const to = name.startsWith("readout") ? letter(this.row) : `${block} ${this.row % units}`.trim();
+    if (columns === 1 && model.weights[name].length < 2) return to;
+    return `${to} ← ${name.endsWith("_ih") ? letter(this.column) : `h ${this.column}`}`;
   }
 }
 

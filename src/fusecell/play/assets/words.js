@@ -9,6 +9,9 @@ function say(word, facts = {}) {
   return words[language][word].replace(/\{(\w+)\}/g, (_, name) => facts[name]);
 }
 
+/** The name of a kind of cell; that of the zoo where the page has no other. */
+const named = (kind) => words[language][kind] ?? kind;
+
 /** Say all words of a part of the page. */
 function sayAll(part = document) {
   for (const element of part.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
