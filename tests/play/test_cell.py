@@ -108,7 +108,7 @@ def test_every_cell_of_the_zoo_is_itself(kind):
 
 
 def test_it_is_a_cell_of_the_contract():
-    fc.testing.check_cell(made("gru"))
+    fc.testing.check_cell(made("rnn_tanh"))
 
 
 def test_most_of_the_zoo_can_be_played_with():
