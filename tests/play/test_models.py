@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from fusecell.play import KINDS, train_models
-from fusecell.play.models import ALPHABET, TASKS, encode
+from fusecell.play.models import ALPHABET, TASKS, _prose_codes, encode
 
 
 def test_a_text_is_one_hot_and_what_is_unknown_a_space():
@@ -23,6 +25,13 @@ def test_texts_of_training_and_those_held_out():
     texts = {held: ["".join(ALPHABET[code] for code in row) for row in batch] for held, batch in batches.items()}
     assert all("  " not in text and " " in text for rows in texts.values() for text in rows)
     assert set(texts[False]) & set(texts[True]) == set()
+
+
+def test_a_python_without_its_help_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    _prose_codes.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="use a complete one"):
+        train_models(updates=1)
 
 
 def test_curves_are_within_what_can_be_drawn():

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +63,14 @@ def encode(text: str) -> Tensor:
 
 def _prose() -> str:
     """Return Python's own help on its language, paragraphs of prose alone, in the letters of the alphabet."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            "The models of texts learn from pydoc_data.topics, Python's own help, which this installation of Python "
+            "leaves out: use a complete one (on Debian and Ubuntu: apt-get install python3).",
+            name=missing.name,
+        ) from missing
     text = "\n".join(topics[name] for name in sorted(topics))
     paragraphs = [part for part in text.split("\n\n") if not part.startswith("   ") and "::=" not in part]
     plain = re.sub(rf"[^{re.escape(ALPHABET)}]", " ", " ".join(paragraphs).lower())
@@ -129,8 +136,9 @@ def train_models(seed: int = 0, *, kinds: Sequence[str] = KINDS, updates: int | 
     Raises:
         ValueError: for a name that is not in :data:`fusecell.CELLS`, or of a cell that :class:`PlayCell` doesn't take.
     """
-    members = [zoo_cell(kind) for kind in kinds]
-    return [_train(name, member, seed, updates) for name in TASKS for member in members]
+    # All are built before any is trained: a cell that can't be shown is refused at once.
+    cells = [(name, kind, _untrained(TASKS[name], zoo_cell(kind), seed)) for name in TASKS for kind in kinds]
+    return [_trained(name, kind, cell, seed, updates) for name, kind, cell in cells]
 
 
 def zoo_cell(name: str) -> ZooCell:
@@ -141,22 +149,25 @@ def zoo_cell(name: str) -> ZooCell:
     raise ValueError(f"There is no cell {name!r} in the zoo; expected one of {', '.join(each.name for each in CELLS)}.")
 
 
-def _train(name: str, member: ZooCell, seed: int, updates: int | None) -> Model:
-    task = TASKS[name]
-    updates = task.updates if updates is None else updates
+def _untrained(task: Task, member: ZooCell, seed: int) -> PlayCell:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = Recurrent(member.make(task.features, task.hidden_size))
-        readout = nn.Linear(layer.cell.output_size, task.features)
-    played = PlayCell(layer.cell, readout)  # before the training, as it refuses some cells
+        cell = member.make(task.features, task.hidden_size)
+        played = PlayCell(cell, nn.Linear(cell.output_size, task.features))
     sizes = {value: place.stop - place.start for value, place in played.values.items()}
     if set(sizes.values()) != {task.hidden_size}:
         raise ValueError(
             f"The page draws cells all of whose values have hidden_size features, {task.hidden_size} here; those of "
             f"{member.name} have {sizes}."
         )
+    return played
+
+
+def _trained(name: str, kind: str, cell: PlayCell, seed: int, updates: int | None) -> Model:
+    task, layer, readout = TASKS[name], Recurrent(cell.cell), cell.readout  # the plain cell trains faster
+    updates = task.updates if updates is None else updates
     generator = torch.Generator().manual_seed(seed)
-    parameters = [*layer.parameters(), *readout.parameters()]
+    parameters = list(cell.parameters())
     optimizer = torch.optim.Adam(parameters, _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, updates))
     for _ in range(updates):
@@ -170,4 +181,4 @@ def _train(name: str, member: ZooCell, seed: int, updates: int | None) -> Model:
     with torch.no_grad():
         held_out = [task.batch(generator, True) for _ in range(8)]
         losses = [task.loss(readout(layer(batch[:-1])[0]), batch[1:]).item() for batch in held_out]
-    return Model(name, member.name, played, sum(losses) / len(losses))
+    return Model(name, kind, cell, sum(losses) / len(losses))
