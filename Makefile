@@ -2,7 +2,7 @@
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
 # make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
 # make lint    format check, lint, types, import directions
-# make docs    write the API reference and build the site into site/        make docs-serve shows it while you write
+# make docs    write the API reference and the page of cells to play with, and build the site into site/        make docs-serve shows it while you write
 # make bench   install the peers, judge what is promised of time and memory, run the benchmarks
 # make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too
 
@@ -35,10 +35,12 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python scripts/api_reference.py docs/api
+	$(BIN)/python -m fusecell.play docs/play.html
 	$(BIN)/zensical build --strict
 
 docs-serve: $(VENV)/.installed-docs
 	$(BIN)/python scripts/api_reference.py docs/api
+	$(BIN)/python -m fusecell.play docs/play.html
 	$(BIN)/zensical serve
 
 bench: $(VENV)/.installed-bench

@@ -32,6 +32,7 @@ PAGES = {
         "Inside",
         "fusecell: record Tape explain summary count_cells linearize",
         "fusecell.inspection.linearize: Linearized",
+        "fusecell.play: PlayCell write_page",
     ),
     "testing": ("Testing", "fusecell.testing"),
     "settings": ("Settings", "fusecell: runner refresh show_config", f"fusecell.errors: {_ERRORS}"),

@@ -36,6 +36,13 @@ def test_count():
     assert "= 35 cell calls by 1 distinct" in run("count", "--seq-len", 35)
 
 
+def test_play_writes_a_page(tmp_path):
+    said = run("play", tmp_path / "play.html", "--updates", 0, "--cell", "mgu", "--cell", "ugrnn")
+    assert "open it in a browser, it needs no network" in said
+    assert "<title>fusecell</title>" in (tmp_path / "play.html").read_text(encoding="utf-8")
+    assert "There is no cell 'no'" in run("play", tmp_path / "play.html", "--cell", "no", code=2)
+
+
 def test_cells_lists_the_zoo():
     shown = run("cells")
     for member in fc.CELLS:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fusecell as fc
+from fusecell.play import write_page
 from tests.paths import ROOT
 
 _MODULES = ("fusecell", "fusecell.cells", "fusecell.init", "fusecell.testing", "fusecell.wrappers", "fusecell.onnx")
@@ -76,6 +77,7 @@ def site(tmp_path_factory, reference) -> Path:
     shutil.copy(ROOT / "mkdocs.yml", source)
     shutil.copytree(ROOT / "docs", source / "docs", dirs_exist_ok=True)
     reference.main(str(source / "docs" / "api"))
+    write_page(source / "docs" / "play.html", updates=0)
     built = subprocess.run([zensical, "build", "--strict"], cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     return source / "site"

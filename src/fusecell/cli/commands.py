@@ -92,6 +92,27 @@ def demo(
 
 
 @app.command()
+def play(
+    path: Annotated[Path, typer.Argument(help="The page to write.")] = Path("play.html"),
+    cell: Annotated[
+        list[str] | None, typer.Option(help="A cell by its name in `fusecell cells`; several times for several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the training's sequences.")] = 0,
+    updates: Annotated[
+        int | None, typer.Option(min=0, help="Updates of each model's training, instead of its own number.")
+    ] = None,
+) -> None:
+    """Train small cells for forty seconds, and write a web page where they run: see, hold and change every gate."""
+    from fusecell.play import KINDS, write_page
+
+    try:
+        written = write_page(path, seed=seed, kinds=cell or KINDS, updates=updates)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{written}: {written.stat().st_size:,} bytes; open it in a browser, it needs no network")
+
+
+@app.command()
 def cells() -> None:
     """List the cells that come with fusecell."""
     from fusecell.cells import CELLS
