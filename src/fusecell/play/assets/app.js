@@ -66,7 +66,8 @@ const app = {
 
   measure() {
     const strokes = [colour("--mark"), colour("--bar")];
-    const curves = app.shown().map((pane, index) => ({
+    const panes = app.shown().filter((pane) => pane.run); // the first cells may still be loading
+    const curves = panes.map((pane, index) => ({
       norms: gradientNorms(pane.cell, pane.run, pane.step(), WINDOW), stroke: strokes[index], pane,
     }));
     drawGradients(byId("gradients"), curves, WINDOW);
@@ -133,9 +134,10 @@ const app = {
 
   async experiment(name) {
     const { task, kinds, holds = [], from = 0, take = false } = EXPERIMENTS[name];
+    if (!(await app.choose(task, kinds, { anew: true }))) return;
+    // Not before: while cells load, a second one that was not shown has no run to draw.
     byId("compare").checked = true;
     byId("fromHere").checked = false;
-    if (!(await app.choose(task, kinds, { anew: true }))) return;
     app.step = app.steps() - 1; // gradients are measured from the cursor backwards
     if (take) app.panes[1].cell.takeWeights(app.panes[0].cell);
     app.panes.forEach((pane, index) => {
