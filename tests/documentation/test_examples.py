@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import shutil
+import subprocess
 import sys
 import threading
 from types import ModuleType
@@ -95,3 +98,19 @@ def test_the_page_hears_pitch(tmp_path):
         server.shutdown()
     assert messages == []
     assert near > 0.1  # by chance it would be one block in 36
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(strategy):
+    """Of the same batches, each has a half, and the losses are those of one process with all."""
+
+    def loss(*launcher):
+        script = (str(EXAMPLES / "train_distributed.py"), "--updates", "4", "--hidden", "20", "--strategy", strategy)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run(
+            [sys.executable, *launcher, *script], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return re.search(r"loss ([\d.]+)", done.stdout)[1]
+
+    assert loss("-m", "torch.distributed.run", "--nproc-per-node", "2") == loss()
