@@ -1,6 +1,18 @@
 """Expressions for the lines of random cells; ``{a}`` and ``{b}`` are values of the step."""
 
-__all__ = ["AXES", "AXIS_WEIGHTS", "BINARY", "GROUPED", "NORMS", "ORDERS", "POWERS", "REDUCTIONS", "TENSORS", "UNARY"]
+__all__ = [
+    "AXES",
+    "AXIS_WEIGHTS",
+    "BINARY",
+    "DRAWS",
+    "GROUPED",
+    "NORMS",
+    "ORDERS",
+    "POWERS",
+    "REDUCTIONS",
+    "TENSORS",
+    "UNARY",
+]
 
 UNARY = (
     *(f"torch.{name}({{a}})" for name in ("tanh", "sigmoid", "sin", "cos", "abs", "neg", "square", "sign", "erf")),
@@ -49,6 +61,15 @@ UNARY = (
     "{a} * torch.heaviside({a}.detach(), {a}.detach())",
     "F.pad({a}[:, 1:], (1, 0), value=0.7)",
     "torch.where(torch.signbit({a}), {a}, 0.5)",
+)
+# Random numbers, which a compiled call draws as the Python loop does.
+DRAWS = (
+    "{a} + 0.1 * torch.randn_like({a})",
+    "F.dropout({a}, 0.3, True)",
+    "{a} * torch.bernoulli(torch.sigmoid({a}))",
+    "{a} + torch.rand(len({a}), 1, dtype={a}.dtype)",
+    "{a} * torch.empty_like({a}).uniform_(0.5, 1.5)",
+    "torch.distributions.Normal({a}, 0.1, validate_args=False).rsample()",
 )
 POWERS = {"torch.square({a})": 2, "{a} ** 2": 2, "{a} ** 3": 3, "({a}.abs() + 0.1) ** 1.5": 1.5}
 BINARY = (
@@ -160,6 +181,17 @@ AXES = {
     "F.max_pool1d({A}, 2, 1).flatten(1)": ("p * (q - 1)", "x"),
     "torch.diagonal({A}, dim1=1, dim2=2)": ("min(p, q)", "x"),
     "torch.tril({A}).flatten(1)": ("p * q", "x"),
+    "{A}[torch.arange(len({a})), {B}[:, :, 0].argmax(1)]": ("q", "x"),
+    "{A}.index_put((torch.arange(len({a})), {B}[:, :, 0].argmax(1)), {b}[:, :{q}]).flatten(1)": ("p * q", "x"),
+    "{A}.cummax(2).values.flatten(1)": ("p * q", "x"),
+    "{A}.unfold(2, 2, 1).flatten(1)": ("2 * p * (q - 1)", "x"),
+    "F.unfold({A}[:, None], (2, 2)).flatten(1)": ("4 * (p - 1) * (q - 1)", "x"),
+    "F.pad({A}, (1, 1), mode='reflect').flatten(1)": ("p * (q + 2)", "x"),
+    "F.pad({A}, (1, 2), mode='replicate').flatten(1)": ("p * (q + 3)", "x"),
+    "F.instance_norm({A}, eps=0.1).flatten(1)": ("p * q", "4"),
+    "F.huber_loss({A}, {B}, reduction='none').flatten(1)": ("p * q", "2 * x"),
+    "F.cross_entropy({A}[:, :, 0], {B}[:, :, 1].argmax(1), reduction='none')[:, None]": ("1", "2 * x + 4"),
+    "F.grid_sample({A}[:, None], torch.stack(({A}, {B}), -1), align_corners=False).flatten(1)": ("p * q", "x"),
 }
 # And with a weight of a shape.
 AXIS_WEIGHTS = {

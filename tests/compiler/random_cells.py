@@ -40,6 +40,7 @@ from tests.compiler.expressions import (
     AXES,
     AXIS_WEIGHTS,
     BINARY,
+    DRAWS,
     GROUPED,
     NORMS,
     ORDERS,
@@ -296,6 +297,11 @@ class _Writer:
         args = (a, b) if f"{b.name}[" in form else (a,)
         return self.add(form, args, eval(width, {"p": p, "q": q}), 4 * a.bound * b.bound)
 
+    def drawn(self) -> _Value:
+        """A value with random numbers in it."""
+        a = self.any_value()
+        return self.add(self.choice(DRAWS).format(a=a.name), (a,), a.width, 2 * a.bound + 1)
+
     def _matrices(self) -> tuple[_Value, _Value, int, int]:
         """Two values of p x q features, which may be one."""
         a = self.value(lambda width: bool(_factors(width))) or self.product(self.choice([6, 10, 12, 40]))
@@ -371,7 +377,7 @@ def _factors(width: int) -> list[int]:
 
 
 KINDS = ("product", "product", "product", "unary", "unary", "unary", "binary", "binary", "binary", "logic")
-KINDS += ("axes", "axes", "axis_weight", "reduction", "norm", "grouped", "part", "join", "order", "small")
+KINDS += ("axes", "axes", "axis_weight", "drawn", "reduction", "norm", "grouped", "part", "join", "order", "small")
 
 
 @st.composite
