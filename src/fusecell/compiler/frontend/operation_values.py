@@ -98,20 +98,8 @@ class OperationValues(TensorValues):
     ) -> Sequence[Value | None]:
         """Return the values of the results of a call, by the kinds of its operands; None for one without a rule."""
         unsupported = [value for value in operands if isinstance(value, Unsupported)]
-        if unsupported and name in CONSTANTS:  # zeros or ones like something: of that only the shape matters
-            return [filled(self.writer, name, values, results[0])]
-        masked = [value for value in unsupported if isinstance(value, Masked)]
-        if masked and len(masked) == len(unsupported):
-            of_masked = self._of_masked(func, name, args, values, options, results, masked)
-            if of_masked is not None:
-                return of_masked
-        if unsupported and all(isinstance(value, RowNumbers) for value in unsupported):
-            if name in KEEPS or name in MOVES or name in ("_to_copy", "to"):
-                return [row_numbers(tuple(results[0].shape))]
-            if name in ("index", "index_put", "_index_put_impl"):
-                return [RULES[name](self.writer, *values, **options)]
         if unsupported:
-            return self._of_unsupported(unsupported[0], operands, results)
+            return self._with_unsupported(func, name, args, values, options, results, operands, unsupported)
         if any(isinstance(value, Sum | ExternalGrad) for value in operands):
             return self._of_sums(name, values, options, results, operands)
         if all(isinstance(value, Weight) for value in operands):
@@ -133,6 +121,32 @@ class OperationValues(TensorValues):
             if not self.backward or any(isinstance(value, Row) for value in operands):
                 raise
             return [Unsupported(tuple(result.shape), str(refusal)) for result in results]
+
+    def _with_unsupported(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+        operands: list[Value],
+        unsupported: list[Unsupported],
+    ) -> Sequence[Value | None]:
+        """Return the values of the results of an operation on what is no value of a graph by itself."""
+        if name in CONSTANTS:  # zeros or ones like something: of that only the shape matters
+            return [filled(self.writer, name, values, results[0])]
+        masked = [value for value in unsupported if isinstance(value, Masked)]
+        if masked and len(masked) == len(unsupported):
+            of_masked = self._of_masked(func, name, args, values, options, results, masked)
+            if of_masked is not None:
+                return of_masked
+        if all(isinstance(value, RowNumbers) for value in unsupported):
+            if name in KEEPS or name in MOVES or name in ("_to_copy", "to"):
+                return [row_numbers(tuple(results[0].shape))]
+            if name in ("index", "index_put", "_index_put_impl"):
+                return [RULES[name](self.writer, *values, **options)]
+        return self._of_unsupported(unsupported[0], operands, results)
 
     def _of_unsupported(self, first: Unsupported, operands: list[Value], results: Sequence[Tensor]) -> Sequence[Value]:
         """Refuse an operation on an unsupported value, unless it is among external gradients: those are torch's."""
@@ -236,7 +250,7 @@ class OperationValues(TensorValues):
         pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
         return pair
 
-    def _of_rows(
+    def _of_movement(
         self,
         func: Any,
         name: str,
@@ -244,7 +258,8 @@ class OperationValues(TensorValues):
         values: list[Any],
         options: dict[str, Any],
         results: Sequence[Tensor],
-    ) -> Sequence[Value | None]:
+    ) -> Sequence[Value | None] | None:
+        """Return the results of an operation that moves, copies or casts elements; None for any other."""
         writer = self.writer
         if name in ("_to_copy", "to"):
             return [self._cast(values[0], results[0], args[0].dtype)]
@@ -263,6 +278,20 @@ class OperationValues(TensorValues):
             return rows if isinstance(rows, list) else [rows]
         if name == "arange" and results[0].shape == (writer.rows,) and args[:2] in ((writer.rows,), (0, writer.rows)):
             return [row_numbers((writer.rows,))]
+        return None
+
+    def _of_rows(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
+    ) -> Sequence[Value | None]:
+        moved = self._of_movement(func, name, args, values, options, results)
+        if moved is not None:
+            return moved
         rule = RULES.get(name)
         if name in _DECISIONS:
             raise Untraceable(READS_VALUES)
@@ -276,7 +305,7 @@ class OperationValues(TensorValues):
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
         if name.startswith("bitwise_"):
             options["of_masks"] = results[0].dtype == torch.bool
-        result = rule(writer, *values, **options)
+        result = rule(self.writer, *values, **options)
         if name not in ELEMENTWISE:
             return list(result) if isinstance(result, tuple) else [result]
         rows = list(result) if isinstance(result, tuple) else [result]
