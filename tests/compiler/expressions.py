@@ -49,7 +49,8 @@ UNARY = (
     *(f"torch.{name}({{a}})" for name in ("round", "frac", "atan", "asinh", "sinc", "rad2deg", "nan_to_num")),
     *(f"torch.{name}(torch.tanh({{a}}))" for name in ("sinh", "cosh")),
     *(f"torch.{name}(0.9 * torch.tanh({{a}}))" for name in ("asin", "acos", "atanh", "erfinv")),
-    *(f"torch.{name}(torch.tanh({{a}}) + 2.1)" for name in ("acosh", "lgamma", "digamma")),
+    # Not digamma: of its gradient torch has ten digits only.
+    *(f"torch.{name}(torch.tanh({{a}}) + 2.1)" for name in ("acosh", "lgamma")),
     "torch.logit(torch.sigmoid({a}), 0.01)",
     "torch.round({a}, decimals=1)",
     "{a} % 0.7",
