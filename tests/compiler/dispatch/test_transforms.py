@@ -113,6 +113,9 @@ TRANSFORMS = {
         torch.stack([torch.stack((x, x.cos()), 2), torch.stack((x.sin(), x), 2)], 3)
     ),
     "vmap over weights": _backward_through_vmap,
+    "vmap over something else": lambda f, w, x: vmap(lambda y: [value * y for value in outputs_of(f, w, x)])(
+        x[0, :, 0]
+    ),
     "vmap over both": lambda f, w, x: vmap(lambda w, x: outputs_of(f, w, x), out_dims=1)(
         {name: torch.stack((value, value.cos())) for name, value in w.items()}, torch.stack((x, x.cos()))
     ),
@@ -175,6 +178,13 @@ def test_rows_of_different_lengths(transform: str) -> None:
 
     torch.manual_seed(2)
     compare(Padded(fc.GRUCell(5, 4)).to(DTYPE), TRANSFORMS[transform])
+
+
+@pytest.mark.parametrize("transform", ["vmap over weights", "gradients of each member"])
+def test_with_less_memory(transform: str) -> None:
+    torch.manual_seed(2)
+    with fc.recompute():
+        compare(fc.Recurrent(cells.MGUCell(5, 4)).to(DTYPE), TRANSFORMS[transform])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

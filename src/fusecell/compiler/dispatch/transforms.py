@@ -28,6 +28,7 @@ from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.second_order import TangentStep
 from fusecell.compiler.programs.transformable import PureScan, pure_scan
 from fusecell.compiler.refusal import Refusal
+from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 from fusecell.shapes import Outputs, is_size, map_outputs, output_shape, unpacked
 from fusecell.torch_internals import (
@@ -100,6 +101,8 @@ def _mapped(cell: Cell, inputs: State, state: State, options: Options, level: Fu
     of_weights = {path: level.members(value) for path, value in attributes(cell) if is_wrapped(value)}
     with level.lower():
         plain = rebound(cell, {path: value for path, (value, _) in of_weights.items()}, ())
+        if all(dim is None for _, dim in (*of_inputs, *of_state, *of_weights.values())):  # one result for all members
+            return _run(plain, _values(of_inputs), _values(of_state), options, is_dual)
         if all(dim is None for _, dim in of_weights.values()):
             result = _members_as_rows(plain, of_inputs, of_state, options, level.size, is_dual)
         else:
@@ -109,6 +112,10 @@ def _mapped(cell: Cell, inputs: State, state: State, options: Options, level: Fu
     (outputs, output_dim), (after, state_dim) = result
     wrapped = map_outputs(lambda value: level.of_members(value, output_dim), outputs)
     return wrapped, tuple([level.of_members(value, state_dim) for value in after])
+
+
+def _values(members: Members) -> State:
+    return tuple([value for value, _ in members])
 
 
 Members = list[tuple[Tensor, int | None]]
@@ -123,12 +130,11 @@ def _members_as_rows(
     """Run all members as rows of one call: row n of member m is row m N + n."""
 
     def as_rows(value: Tensor, dim: int | None, rows: int) -> Tensor:
-        value = (
-            value.unsqueeze(rows).expand(*value.shape[:rows], size, *value.shape[rows:])
-            if dim is None
-            else (value.movedim(dim, rows))
-        )
-        return value.flatten(rows, rows + 1)
+        if dim is None:
+            spread = value.unsqueeze(rows).expand(*value.shape[:rows], size, *value.shape[rows:])
+        else:
+            spread = value.movedim(dim, rows)
+        return spread.flatten(rows, rows + 1)
 
     if options.lengths is not None:
         options = replace(options, lengths=options.lengths.repeat(size))
@@ -201,8 +207,8 @@ def _ensemble(
     if isinstance(step, Refusal) or not step.traced.is_plain or step.traced.weights.direct_paths is None:
         return None
     leaves = [weights.get(path) or (getter(path)(one), None) for path in step.traced.weights.direct_paths]
-    recording = torch.is_grad_enabled()
-    training = step.training([recording and value.requires_grad for value, _ in (*inputs, *leaves)], options.recompute)
+    recording, recompute = torch.is_grad_enabled(), options.recompute or recomputing()
+    training = step.training([recording and value.requires_grad for value, _ in (*inputs, *leaves)], recompute)
     if isinstance(training, Refusal):
         return None
     tensors = [*inputs, *state, *leaves]
@@ -296,7 +302,7 @@ def _with_gradients(cell: Cell, inputs: State, state: State, options: Options) -
         )
     leaves = traced.weights.values(cell)
     flags = [below_functorch(value)[1] for value in (*inputs, *leaves)]
-    training = step.training(flags, options.recompute)
+    training = step.training(flags, options.recompute or recomputing())
     if isinstance(training, Refusal):
         return training
     scan = PureScan(step, training, plain, options, len(inputs), len(state))
