@@ -4,8 +4,8 @@ Each process has the same model and a part of every batch; after the backward gr
 are on one machine and speak by gloo; on a cluster the same command runs on every node, with ``--nnodes`` and
 ``--rdzv-endpoint``.
 
-    torchrun --nproc-per-node 2 examples/train_distributed.py
-    torchrun --nproc-per-node 2 examples/train_distributed.py --strategy fsdp
+    torchrun --standalone --nproc-per-node 2 examples/train_distributed.py
+    torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --strategy fsdp
     python examples/train_distributed.py                        # one process, for comparison
 
 The task is adding: of a sequence of random numbers two are marked, and the model says their sum.

@@ -113,4 +113,4 @@ def test_two_processes_learn_what_one_learns(strategy):
         assert done.returncode == 0, done.stderr[-2000:]
         return re.search(r"loss ([\d.]+)", done.stdout)[1]
 
-    assert loss("-m", "torch.distributed.run", "--nproc-per-node", "2") == loss()
+    assert loss("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2") == loss()
