@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the main job        make demo ARGS="--seconds 30"
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
+#              with another Python, torch, or both            make test PYTHON=python3.12 TORCH=2.14.0
 # make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
 # make lint    format check, lint, types, import directions
 # make docs    write the API reference and the page of cells to play with, and build the site into site/        make docs-serve shows it while you write
@@ -11,7 +12,11 @@ ARGS ?=
 # The CPU builds of torch. On Linux the package index's own build carries CUDA, gigabytes of it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-VENV := .venv
+# Another version of torch than that of constraints.txt, in an environment of its own.
+TORCH ?=
+
+VENV := $(if $(TORCH),.venv-torch-$(TORCH),.venv)
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -52,13 +57,14 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) demo-output
+	rm -rf .venv .venv-torch-* demo-output
 
 # .installed-X is the stamp of the extra X: installed once, again when its inputs change.
 # torch comes first and alone, so that no other package is looked up in torch's index.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	$(PIP) install --no-deps --constraint constraints.txt --extra-index-url $(TORCH_INDEX) torch
-	$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	$(if $(TORCH),sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(CONSTRAINTS))
+	$(PIP) install --no-deps --constraint $(CONSTRAINTS) --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@
 
 # Debian splits ensurepip from Python; there the outer pip installs the inner one.
