@@ -129,3 +129,23 @@ def test_an_account_that_a_step_keeps_is_of_all_steps(kind: str) -> None:
         fc.scan(cells[1], torch.ones(6, 3, 5))
     assert torch.equal(cells[1].count, cells[0].count)
     assert torch.equal(cells[1].mean, cells[0].mean)
+
+
+class Remembering(fc.Cell):
+    """A cell with a tensor of three rows on the module, in the place of a state."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 5)
+        self.before = torch.zeros(3, 5)
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        self.before = torch.tanh(x + self.before)
+        return self.before, state
+
+
+def test_a_batch_kept_on_the_module_is_refused_with_the_remedy() -> None:
+    with (
+        pytest.raises(fc.NotCompilable, match=r"was tried with: it takes any.* belongs into the state"),
+        fc.runner("compiled"),
+    ):
+        fc.scan(Remembering(), torch.ones(4, 3, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -119,13 +120,23 @@ def _traced_with(
         except (Untraceable, CompilerError) as refusal:
             return _refuse(str(refusal), runs, before)
         except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
-            return _refuse(f"The step raised {type(error).__name__}: {error}", runs, before)
+            return _refuse(f"The step raised {type(error).__name__}: {error}{_of_rows(error, runs)}", runs, before)
         finally:
             before.restore()
     for text in texts[1:]:
         if text != texts[0]:
             return Refusal((_difference(texts[0], text),))
     return replace(runs[0].traced(), leftovers=tuple(sorted(left)))
+
+
+def _of_rows(error: Exception, runs: Sequence[StepRun]) -> str:
+    """Explain a number in an error that the user has not written: that of the trace's rows."""
+    if not re.search(rf"\b{runs[-1].rows}\b", str(error)):
+        return ""
+    return (
+        f" ({runs[-1].rows} is the number of rows that the step was tried with: it takes any. A tensor with a row for "
+        "each of a batch, kept on the module from step to step, belongs into the state.)"
+    )
 
 
 def _are_leftovers(cell: Cell, changes: Sequence[Change]) -> bool:
