@@ -105,3 +105,16 @@ def test_the_tests_that_a_page_names_are_there(page):
     assert named
     for file, test in named:
         assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), test
+
+
+def test_the_readme_in_chinese_says_the_same() -> None:
+    """Code to the letter, as many headings, rows and figures, the same links but to the other language."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")]
+    for pattern in (r"```.*?```", r"^#+ ", r"^\|"):
+        one, other = (re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE) for text in texts)
+        assert one == other
+    links = [set(re.findall(r"\]\((.*?)\)", text)) for text in texts]
+    assert links[0] ^ links[1] == {"README.md", "README.zh.md"}
+    prose = [re.sub(r"```.*?```|`.*?`|\(.*?\)", "", text, flags=re.DOTALL) for text in texts]
+    figures = [sorted(re.findall(r"\d+\.\d+", text)) for text in prose]
+    assert figures[0] == figures[1]
