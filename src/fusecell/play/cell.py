@@ -90,20 +90,20 @@ class _HeldStep(nn.Module):
         self.cell, self.readout, self.holds = cell, readout, holds
 
     def forward(self, x: Tensor, own: State) -> tuple[Tensor, State]:
-        found: dict[str, Tensor] = {}
+        noted: dict[str, Tensor] = {}
 
         def held(name: str, value: Tensor) -> Tensor:
             hold = x[self.holds[name]]
-            found[name] = torch.where(torch.isnan(hold), value, hold)
-            return found[name]
+            noted[name] = torch.where(torch.isnan(hold), value, hold)
+            return noted[name]
 
         # The step's own notes are of one row, inside vmap: nobody outside can read them.
         with rewrite_intermediates(lambda _, name, value: held(name, value)), capture_intermediates(_ignore):
             _, after = self.cell.step(x[None, : self.cell.input_size], tuple(each[None] for each in own))
         # A state that the step noted is held already; the others are here.
         states = zip(self.cell.states, after, strict=True)
-        after = tuple(value if name in found else held(name, value) for name, value in states)
-        values = [found[name][0] for name in self.holds]
+        after = tuple(value if name in noted else held(name, value) for name, value in states)
+        values = [noted[name][0] for name in self.holds]
         return torch.cat((self.readout(after[0])[0], *values)), tuple(value[0] for value in after)
 
 
@@ -123,18 +123,18 @@ def _sizes_of_values(cell: Cell) -> dict[str, int]:
             f"PlayCell takes a cell of one flat input and flat states, got {kind} with inputs {cell.inputs}, "
             f"input_size {cell.input_size} and state_sizes {cell.state_sizes}."
         )
-    found: dict[str, Tensor] = {}
+    noted: dict[str, Tensor] = {}
     like = next(cell.parameters())
     x = torch.linspace(-1, 1, cell.input_size).to(like)[None]
-    with torch.no_grad(), capture_intermediates(lambda _, name, value: found.update({name: value})):
+    with torch.no_grad(), capture_intermediates(lambda _, name, value: noted.update({name: value})):
         output, after = cell.step(x, cell.initial_state(1, dtype=like.dtype, device=like.device))
     if not isinstance(output, Tensor) or not torch.equal(output, after[0]):
         raise ValueError(
             f"PlayCell takes a cell whose output is its first state, as a state that is held must show in it; {kind}'s "
             f"is another than {cell.states[0]}."
         )
-    found |= {name: value for name, value in zip(cell.states, after, strict=True) if name not in found}
-    return {name: value[0].numel() for name, value in found.items()}
+    noted |= {name: value for name, value in zip(cell.states, after, strict=True) if name not in noted}
+    return {name: value[0].numel() for name, value in noted.items()}
 
 
 def _slices(start: int, sizes: dict[str, int]) -> dict[str, slice]:

@@ -49,7 +49,7 @@ def from_keras(layer: Any) -> Iterator[CellWeights | DenseWeights]:
     elif getattr(layer, "layers", None):
         for part in layer.layers:
             yield from from_keras(part)
-    elif isinstance(getattr(layer, "cell", None), object) and type(layer).__name__ == "RNN":
+    elif kind == "RNN":
         for cell in getattr(layer.cell, "cells", [layer.cell]):
             yield from from_keras(cell)
     elif layer.get_weights():

@@ -269,3 +269,44 @@ def test_what_draws_or_is_differentiated_twice_is_left_to_torch() -> None:
     torch.testing.assert_close(second(x[0, :2].to(DTYPE)), expected)
     with pytest.raises(fc.NotCompilable, match="differentiate twice"), fc.runner("compiled"):
         second(x[0, :2].to(DTYPE))
+
+
+def test_weights_that_are_lazily_negated() -> None:
+    """A kernel reads memory, which knows nothing of the negation, and members lie at equal distances in it."""
+    torch.manual_seed(5)
+    layer = fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE)
+    x, results = torch.randn(6, 2, 5, dtype=DTYPE), []
+    numbers = torch.randn(3, 12, 4, dtype=torch.complex128)
+    for runner in ("eager", "compiled"):
+        with fc.runner(runner), torch.no_grad():
+            negated = numbers.conj().imag
+            assert negated.is_neg()
+            results.append(vmap(lambda w: functional_call(layer, {"cell.weight_hh": w}, (x,))[0])(negated))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+class Complex(fc.Cell):
+    """A complex weight, and a mask among the buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 5)
+        self.scale = nn.Parameter(torch.rand(5, dtype=DTYPE))
+        self.turn = nn.Parameter(torch.randn(5, dtype=torch.complex128))
+        self.register_buffer("mask", torch.tensor([True, False, True, True, False]))
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.where(self.mask, torch.tanh(self.scale * (x * self.turn).real + state[0]), 0.5 * state[0] + x)
+        return h, (h,)
+
+
+@pytest.mark.parametrize("transform", ["jvp of inputs", "jvp of weights", "dual numbers", "vmap over weights"])
+def test_complex_weights(transform: str) -> None:
+    torch.manual_seed(6)
+    compare(fc.Recurrent(Complex()), TRANSFORMS[transform], "auto")
+
+
+def test_zeros_without_memory_reach_no_kernel() -> None:
+    """torch's tangents may be such, and a user may hand one to a layer."""
+    layer, zeros = fc.Recurrent(fc.GRUCell(5, 4)), torch._efficientzerotensor((6, 2, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(zeros)[0], layer(torch.zeros(6, 2, 5))[0])

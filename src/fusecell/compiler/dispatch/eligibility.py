@@ -32,6 +32,7 @@ def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
     for value in (*inputs, *state):
         usual = usual and type(value) in _EXACT and value.is_cpu and value.layout is torch.strided
         usual = usual and value.dtype is dtype and not value.is_neg() and value.numel() > 0
+        usual = usual and not value._is_zerotensor()
     if not usual:
         return tensor_reasons((*inputs, *state))
     if in_dispatch_mode() or in_functorch_transform():
@@ -53,6 +54,8 @@ def tensor_reasons(tensors: State) -> tuple[str, ...]:
         return (f"Inputs and states must be of one dtype, float32, float64, bfloat16 or float16, got {kinds}.",)
     if any(value.is_neg() for value in tensors):
         return ("An input or state is a lazy negation.",)
+    if any(value._is_zerotensor() for value in tensors):  # as a tangent may be
+        return ("An input or state is a tensor of zeros without memory.",)
     return ("The input is empty: T, N or a size is 0.",) if any(value.numel() == 0 for value in tensors) else ()
 
 

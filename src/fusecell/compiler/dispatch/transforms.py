@@ -230,11 +230,13 @@ def _with_tangents(cell: Cell, inputs: State, state: State, options: Options, le
     below: Callable[[Tensor], Tensor] = (lambda value: value) if level is None else level.below
 
     def parts(value: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not (value.is_floating_point() or value.is_complex()):
+            return below(value), None
         primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]  # torch's
         return below(primal), None if tangent is None else below(tangent)
 
     of_inputs, of_state = [parts(value) for value in inputs], [parts(value) for value in state]
-    of_weights = {path: parts(value) for path, value in attributes(cell) if value.is_floating_point()}
+    of_weights = {path: parts(value) for path, value in attributes(cell)}
     if level is None:
         result = _pushed_forward(cell, of_inputs, of_state, of_weights, options)
     else:

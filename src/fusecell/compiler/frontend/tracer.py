@@ -131,7 +131,7 @@ def _traced_with(
 
 def _of_rows(error: Exception, runs: Sequence[StepRun]) -> str:
     """Explain a number in an error that the user has not written: that of the trace's rows."""
-    if not re.search(rf"\b{runs[-1].rows}\b", str(error)):
+    if not runs or not re.search(rf"\b{runs[-1].rows}\b", str(error)):
         return ""
     return (
         f" ({runs[-1].rows} is the number of rows that the step was tried with: it takes any. A tensor with a row for "

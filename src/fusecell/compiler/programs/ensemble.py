@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.programs.autograd import differentiated
-from fusecell.compiler.programs.members import backward_of_members, forward_of_members, of_member
+from fusecell.compiler.programs.members import backward_of_members, forward_of_members, in_memory, of_member
 from fusecell.compiler.programs.transformable import PureScan
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import State
@@ -54,7 +54,7 @@ class _Members(torch.autograd.Function):
     @staticmethod
     @one_thread_after_fork()
     def forward(ctx: Any, ensemble: Ensemble, *tensors: Tensor) -> State:
-        tensors = tuple([value.contiguous() for value in tensors])
+        tensors = in_memory(tensors)
         call = ensemble.scan.call(of_member(0, tensors, ensemble.own))
         saved, outputs, after = forward_of_members(call, ensemble.size, ensemble.own, tensors)
         ctx.ensemble, ctx.call = ensemble, call

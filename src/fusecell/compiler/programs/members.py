@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from fusecell.compiler.programs.training import Call, Gradients, Results
+from fusecell.errors import CompilerError
 from fusecell.execution.options import State
 
-__all__ = ["backward_of_members", "forward_of_members", "of_member"]
+__all__ = ["backward_of_members", "forward_of_members", "in_memory", "of_member"]
 
 
 def of_member(place: int, tensors: Sequence[Any], own: Sequence[bool]) -> State:
@@ -33,7 +34,7 @@ def forward_of_members(call: Call, size: int, own: Sequence[bool], tensors: Stat
         call: that of each member.
         size: how many members there are, two or more.
         own: as of :func:`of_member`.
-        tensors: contiguous, as what has to be copied would lie anywhere.
+        tensors: as :func:`in_memory` returns them.
     """
     two = [of_member(place, tensors, own) for place in (0, 1)]
     results = call.new_results(two[0], size)
@@ -42,8 +43,16 @@ def forward_of_members(call: Call, size: int, own: Sequence[bool], tensors: Stat
         call.bind_forward(each, Results(saved[place], outputs[place], tuple([value[place] for value in after])))
         for place, each in enumerate(two)
     )
+    # What was copied to be bound would lie anywhere, and so would what the other members' blocks point to.
+    if first.copies or second.copies:
+        raise CompilerError("the tensors of an ensemble's members lie at unequal distances")
     call.run_each(call.training.forward, first, second, size)
     return results
+
+
+def in_memory(tensors: Sequence[Tensor]) -> State:
+    """Return tensors as kernels read them: contiguous, and negated where they are lazily."""
+    return tuple([value.resolve_neg().contiguous() for value in tensors])
 
 
 def backward_of_members(
@@ -56,7 +65,7 @@ def backward_of_members(
         grads: of the outputs and the states after the last step, (members, ...).
     """
     two = [of_member(place, tensors, own) for place in (0, 1)]
-    of_members = _in_memory(call, saved, grads, two[0])
+    of_members = _gradients_in_memory(call, saved, grads, two[0])
     gradients = call.new_gradients(two[0], len(saved))
     first, second = (
         call.bind_backward(
@@ -71,7 +80,7 @@ def backward_of_members(
     return _in_order(call, gradients, two[0], len(saved))
 
 
-def _in_memory(call: Call, saved: Tensor, grads: Sequence[Tensor | None], tensors: State) -> list[Tensor]:
+def _gradients_in_memory(call: Call, saved: Tensor, grads: Sequence[Tensor | None], tensors: State) -> list[Tensor]:
     """Return the gradients of all members' results as kernels read them; zeros, the same for all, where there are none.
 
     Arguments:

@@ -1,7 +1,8 @@
 """The kernels of a step's forward and backward as Functions that torch.func can take apart: under grad, vjp and vmap.
 
-torch.func runs a Function below its transforms, on plain tensors, and asks it what to do with members of a vmap. They
-are run one after the other: each has its own weights, or wants its own gradients of them.
+torch.func runs a Function below its transforms, on plain tensors, and asks it what to do with members of a vmap. Each
+has its own weights, or wants its own gradients of them: their kernels run side by side (`programs.members`), or, where
+a transform is left below, one member after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fusecell.cell import Cell
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated
-from fusecell.compiler.programs.members import backward_of_members, forward_of_members, of_member
+from fusecell.compiler.programs.members import backward_of_members, forward_of_members, in_memory, of_member
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.eager import run_eager
@@ -108,7 +109,7 @@ class _Forward(torch.autograd.Function):
         # At this level of transforms; at another others may be needed.
         places = tuple([place for place in scan.gradient_places if ctx.needs_input_grad[1 + place]])
         if places and any(grad is not None for grad in grads):
-            gradients = _Backward.apply(scan, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]
+            gradients = _Backward.apply(scan, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]  # torch's
             for place, gradient in zip(places, gradients, strict=True):
                 result[place] = gradient
         return None, *result
@@ -184,7 +185,7 @@ def _is_plain(tensors: Sequence[Any]) -> bool:
 
 def _members_first(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> State:
     pairs = zip(tensors, dims, strict=True)
-    return tuple([(v if dim is None else v.movedim(dim, 0)).contiguous() for v, dim in pairs])
+    return in_memory([v if dim is None else v.movedim(dim, 0) for v, dim in pairs])
 
 
 def _member_first(value: Tensor, dim: int | None, size: int) -> Tensor:
@@ -215,7 +216,7 @@ def _many_backwards(
     ]
     of_rows = scan.of_members(size)
     saved = _Forward.apply(of_rows, *tensors)[0]  # type: ignore[no-untyped-call]  # torch's
-    gradients = _Backward.apply(of_rows, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]
+    gradients = _Backward.apply(of_rows, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]  # torch's
     results = []
     for place, gradient in zip(places, gradients, strict=True):
         axis = rows[place]
