@@ -13,7 +13,7 @@ from jax import lax, nn
 from benchmarks.problem import Array, Call, Problem
 from benchmarks.shapes import Mode
 
-__all__ = ["arrays", "jax_scan"]
+__all__ = ["arrays", "gru_outputs", "jax_scan"]
 
 Weights = dict[str, Any]
 Step = Callable[[Weights, Any, Any], Any]
@@ -34,6 +34,22 @@ def _gru(weights: Weights, h: Any, x: Any) -> Any:
     h_r, h_z, h_n = jnp.split(h @ weights["weight_hh"] + weights["bias_hh"], 3, -1)
     r, z = nn.sigmoid(x_r + h_r), nn.sigmoid(x_z + h_z)
     return (1 - z) * jnp.tanh(x_n + r * h_n) + z * h
+
+
+def gru_outputs(parameters: list[Any], x: Any) -> Any:
+    """Run a GRU over (T, N, features), from zeros.
+
+    Arguments:
+        parameters: torch.nn.GRUCell's, in their order.
+    """
+    w_ih, w_hh, b_ih, b_hh = parameters
+    weights = {"weight_ih": w_ih.T, "weight_hh": w_hh.T, "bias_ih": b_ih, "bias_hh": b_hh}
+
+    def step(h: Any, of_x: Any) -> Any:
+        h = _gru(weights, h, of_x)
+        return h, h
+
+    return lax.scan(step, jnp.zeros((x.shape[1], w_hh.shape[1])), _linear(weights, x))[1]
 
 
 def _lstm(weights: Weights, state: Any, x: Any) -> Any:

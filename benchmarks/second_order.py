@@ -27,11 +27,12 @@ def main() -> None:
     print(f"{machine.versions(('fusecell', 'torch', 'jax'))}, {time.strftime('%d %B %Y')}\n")
     print("| | ms | loop / ours | JAX / ours |")
     print("|---|---:|---:|---:|")
+    from benchmarks.agreement import check_agreement
     from benchmarks.clock import take_turns
 
     for name, contestants in _tasks(options).items():
         results = {contestant: call() for contestant, call in contestants.items()}
-        _check(name, results)
+        check_agreement(name, results)
         timings = take_turns(contestants, options.seconds)
         ours = timings["fusecell"].median
         others = [f"{timings[other].median / ours:.2f}" for other in ("loop", "JAX")]
@@ -80,18 +81,7 @@ def _jax_tasks(weights: list[Any], x: Any, direction: list[Any]) -> dict[str, Ca
     import jax
     import jax.numpy as jnp
 
-    def outputs(weights: list[Any], x: Any) -> Any:
-        w_ih, w_hh, b_ih, b_hh = weights
-
-        def step(h: Any, of_x: Any) -> Any:
-            x_r, x_z, x_n = jnp.split(of_x, 3, 1)
-            h_r, h_z, h_n = jnp.split(h @ w_hh.T + b_hh, 3, 1)
-            r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
-            n = jnp.tanh(x_n + r * h_n)
-            h = (1 - z) * n + z * h
-            return h, h
-
-        return jax.lax.scan(step, jnp.zeros((x.shape[1], w_hh.shape[1])), x @ w_ih.T + b_ih)[1]
+    from benchmarks.jax_peer import gru_outputs as outputs
 
     def loss(weights: list[Any]) -> Any:
         return jnp.mean(outputs(weights, x) ** 2)
@@ -108,18 +98,6 @@ def _jax_tasks(weights: list[Any], x: Any, direction: list[Any]) -> dict[str, Ca
         "product with the Hessian": lambda: jax.block_until_ready(product(weights, direction)),
         "gradient penalty": lambda: jax.block_until_ready(of_penalty(weights)),
     }
-
-
-def _check(name: str, results: dict[str, Any]) -> None:
-    """Raise where two contestants' numbers differ by more than rounding."""
-    import numpy as np
-
-    expected = [np.asarray(value) for value in results["loop"]]
-    for contestant, values in results.items():
-        for value, reference in zip(values, expected, strict=True):
-            apart = np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
-            if apart > 1e-3:
-                raise SystemExit(f"{name}: {contestant}'s numbers are apart from the loop's by {apart:.1e}")
 
 
 if __name__ == "__main__":

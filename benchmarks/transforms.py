@@ -37,10 +37,11 @@ def main() -> None:
     print(f"{machine.versions(('fusecell', 'torch', 'jax'))}, {time.strftime('%d %B %Y')}\n")
     print("| | ms | plain calls / ours | loop / ours | JAX / ours |")
     print("|---|---:|---:|---:|---:|")
+    from benchmarks.agreement import check_agreement
     from benchmarks.clock import take_turns
 
     for name, contestants in _tasks(options).items():
-        _check(name, {contestant: call() for contestant, call in contestants.items() if contestant != "plain"})
+        check_agreement(name, {contestant: call() for contestant, call in contestants.items() if contestant != "plain"})
         timings = take_turns(contestants, options.seconds)
         ours = timings["fusecell"].median
         others = [f"{timings[other].median / ours:.2f}" for other in ("plain", "loop", "JAX")]
@@ -113,18 +114,7 @@ def _jax_tasks(weights: list[list[Any]], x: Any, along: Any) -> dict[str, Task]:
     import jax
     import jax.numpy as jnp
 
-    def outputs(weights: list[Any], x: Any) -> Any:
-        w_ih, w_hh, b_ih, b_hh = weights
-
-        def step(h: Any, of_x: Any) -> Any:
-            x_r, x_z, x_n = jnp.split(of_x, 3, 1)
-            h_r, h_z, h_n = jnp.split(h @ w_hh.T + b_hh, 3, 1)
-            r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
-            n = jnp.tanh(x_n + r * h_n)
-            h = (1 - z) * n + z * h
-            return h, h
-
-        return jax.lax.scan(step, jnp.zeros((x.shape[1], w_hh.shape[1])), x @ w_ih.T + b_ih)[1]
+    from benchmarks.jax_peer import gru_outputs as outputs
 
     stacked = [jnp.stack(values) for values in zip(*weights, strict=True)]
     own, x, along = [value[0] for value in stacked], jnp.asarray(x), jnp.asarray(along)
@@ -137,19 +127,6 @@ def _jax_tasks(weights: list[list[Any]], x: Any, along: Any) -> dict[str, Task]:
         "gradients of each row": lambda: jax.block_until_ready(of_rows(own, x[0])),
         "jvp": lambda: jax.block_until_ready(tangent(x[0], along)),
     }
-
-
-def _check(name: str, results: dict[str, Any]) -> None:
-    """Raise where two contestants' numbers differ by more than rounding."""
-    import numpy as np
-
-    expected = [np.asarray(value.detach()) for value in results["loop"]]
-    for contestant, values in results.items():
-        for value, reference in zip(values, expected, strict=True):
-            value = value.detach() if hasattr(value, "detach") else value
-            apart = np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
-            if apart > 1e-3:
-                raise SystemExit(f"{name}: {contestant}'s numbers are apart from the loop's by {apart:.1e}")
 
 
 if __name__ == "__main__":
