@@ -174,7 +174,7 @@ def _with_computing_default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _without_fused_operations() -> Iterator[None]:
     """Let attention and recurrent layers be computed by operations that have rules, not by fused ones."""
-    flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # torch's
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.mha.set_fastpath_enabled(False)

@@ -245,7 +245,7 @@ class StepRun:
         with recorder, ValueReadGuard():
             handles = list(recorder.watch())
             try:
-                number = _Seed.apply(seeds, *results)  # type: ignore[no-untyped-call]
+                number = _Seed.apply(seeds, *results)  # type: ignore[no-untyped-call]  # torch's
                 # torch.autograd.grad would put the guard aside for as long as it runs.
                 gradients = torch.autograd.graph._engine_run_backward(
                     (number,), (torch.ones_like(number),), False, False, tuple(leaves), True, False

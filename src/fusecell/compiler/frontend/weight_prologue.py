@@ -84,7 +84,7 @@ class CustomCall:
         return f"{self.function.__module__}.{self.function.__qualname__}.apply"
 
     def __call__(self, *args: Any) -> Any:
-        return self.function.apply(*args)  # type: ignore[no-untyped-call]
+        return self.function.apply(*args)  # type: ignore[no-untyped-call]  # torch's
 
 
 @dataclass(frozen=True)

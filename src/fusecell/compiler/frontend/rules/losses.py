@@ -106,8 +106,8 @@ def _cross_entropy(w: Writer, x: Operand, target: Operand, weight: Operand | Non
     # torch's logarithms end at -100.
     yes = w.point("maximum", w.point("log", x), -100.0)
     no = w.point("maximum", w.point("log1p", w.point("neg", x)), -100.0)
-    chosen = w.point("mul", w.point("sub", target, 1.0), no)
-    loss = w.point("sub", chosen, w.point("mul", target, yes))
+    loss_of_no = w.point("mul", w.point("sub", target, 1.0), no)
+    loss = w.point("sub", loss_of_no, w.point("mul", target, yes))
     return _reduced(w, loss if weight is None else w.point("mul", loss, weight), reduction)
 
 

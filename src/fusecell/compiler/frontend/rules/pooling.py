@@ -187,7 +187,7 @@ def _image_of_windows(
     for place, taps in enumerate(itertools.product(*map(range, kernel))):
 
         def laid(numbers: Tensor, place: int = place, taps: Sequence[int] = taps) -> Tensor:
-            part = numbers.unflatten(1, (-1, math.prod(kernel)))[:, :, place].unflatten(-1, counts)  # type: ignore[no-untyped-call]
+            part = numbers.unflatten(1, (-1, math.prod(kernel)))[:, :, place].unflatten(-1, counts)  # type: ignore[no-untyped-call]  # torch's
             whole = part.new_zeros(*part.shape[:2], *(n + 2 * p for n, p in zip(output, pads, strict=True)))
             starts = [tap * gap for tap, gap in zip(taps, gaps, strict=True)]
             at: Any = (..., *(slice(s, s + n * step, step) for s, n, step in zip(starts, counts, steps, strict=True)))

@@ -98,7 +98,7 @@ def own_elements(w: Writer, x: Row, indices: Sequence[Operand | RowNumbers | Non
         size = float(x.shape[place])
         own = w.point("where", w.point("lt", index, 0.0), w.point("add", index, size), index)
         position = own if position is None else w.point("add", w.point("mul", position, size), own)
-    picks: tuple[int, ...] = torch.broadcast_shapes(first.shape, position.shape)  # type: ignore[no-untyped-call]
+    picks: tuple[int, ...] = torch.broadcast_shapes(first.shape, position.shape)  # type: ignore[no-untyped-call]  # torch's
     if position.axis not in (0, None) or picks[0] != x.shape[0] or any(size != 1 for size in first.shape[1:]):
         raise Untraceable(_OTHERWISE)
     if position.axis is None:  # the same places in all rows

@@ -39,7 +39,7 @@ def _matrix(w: Writer, elements: Elements) -> Row:
     height, width = len(elements), len(elements[0])
     shape = max((element.shape for element in flat), key=len)
     wide = [w.move(lambda numbers: numbers.expand(shape), element) for element in flat]
-    stacked: Row = w.move(lambda numbers: torch.stack(numbers, -1).unflatten(-1, (height, width)), wide)  # type: ignore[no-untyped-call]
+    stacked: Row = w.move(lambda numbers: torch.stack(numbers, -1).unflatten(-1, (height, width)), wide)  # type: ignore[no-untyped-call]  # torch's
     return stacked
 
 
