@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.levels import LEVELS, UNHELD, hold
+from benchmarks.levels import LEVELS, hold
 from benchmarks.machine import bind, describe, revision, versions
 from benchmarks.shapes import Mode, Shape, pick
 
@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not jobs:
         names = ", ".join(dict.fromkeys(shape.name for mode in modes for shape in pick(mode, quick=options.quick)))
         raise SystemExit(f"--only {options.only!r} is in no shape's name; there are {names}.")
-    if options.level:
-        hold(options.level)
+    unheld = hold(options.level) if options.level else ()
     try:
         cores = bind(options.threads)
     except ValueError as error:
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(_PACKAGES),
         "threads": options.threads,
         "level": options.level,
-        "not_held_to_level": list(UNHELD) if options.level else [],
+        "not_held_to_level": list(unheld),
     }
     _run(jobs, options, about)
 
@@ -96,7 +95,7 @@ def _run(jobs: Sequence[tuple[Shape, Mode]], options: argparse.Namespace, about:
         rows.append(measure(shape, mode, peers, options.threads, options.seconds))
         if rows[-1].refused:
             console.print(rows[-1].refused)
-    unheld = UNHELD if options.level else ()
+    unheld = tuple(str(name) for name in about["not_held_to_level"])
     level = f", held to {options.level}" if options.level else ""
     for mode, of_mode in report.by_mode(rows).items():
         console.print(report.as_table(of_mode, f"{mode.title}, {options.threads} thread(s){level}", unheld))

@@ -25,7 +25,13 @@ from enum import IntEnum, unique
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i64, ptr
-from fusecell.compiler.codegen.weight_gradients.pack_operand import PACKED, is_packed, packed_bytes
+from fusecell.compiler.codegen.weight_gradients.pack_operand import (
+    PACKED,
+    PACKED_COLUMNS,
+    is_packed,
+    packed_bytes,
+    strip_bytes,
+)
 from fusecell.compiler.ir.graph import SAVED
 from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
@@ -237,10 +243,14 @@ class Layout:
         for reduction in plan.sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
-        # One gradient after the other uses the same micro-panels, so that they stay in L1 and L2.
-        packed = [packed_bytes(module, reduction) for reduction in plan.sums if is_packed(module, plan, reduction)]
+        # One gradient after the other uses the same micro-panels and strips, so that they stay in L1 and L2.
+        packed = [reduction for reduction in plan.sums if is_packed(module, plan, reduction)]
         if packed:
-            sizes.append((PACKED, Size(fixed=self.partial_sums * max(packed))))
+            panels_a = self.partial_sums * max(packed_bytes(module, reduction) for reduction in packed)
+            strips_b = self.partial_sums * max(strip_bytes(module, reduction) for reduction in packed)
+            # Each thread has strips of its own, which lie a gap apart where the threads' rows do.
+            strips_b += module.target.tuning.thread_gap_bytes
+            sizes += [(PACKED, Size(fixed=panels_a)), (PACKED_COLUMNS, Size(fixed=strips_b, per_helper=strips_b))]
         # Slack behind each: a slice that begins in the middle of a vector is read by whole vectors.
         buffers = {name: size + Size(fixed=slack(module)) for name, size in sizes}
         if len(buffers) != len(sizes):

@@ -87,13 +87,18 @@ def outer_product(module: Module, rows: int, groups: int) -> str:
         f = Function(module, name, *params)
         f.comment(f"{rows} features x {groups} groups of {LANES} features")
         operands = _Operands(module.itemsize, a_k, b, module.vector_bytes, b_k, module.itemsize)
+        line_bytes = module.target.tuning.cache_line_bytes
+        last_line = groups * module.vector_bytes // line_bytes - 1
 
         def next_accumulators(k: Integer) -> Value:
             # Accumulators of large gradients come from L2 or L3. A line of the tile below for every k: the first line
-            # of each of its eight rows, then the second of each.
-            row, line = f.and_(k, 7, "row"), f.lshr(k, 3, "line")
+            # of each of its eight rows, then the second of each, up to its last, and no further to the right.
+            row = f.and_(k, 7, "row")
             next_tile = f.at(_ACC, f.mul(acc_row, f.add(row, rows)), "next_tile")
-            return f.at(next_tile, f.mul(line, module.target.tuning.cache_line_bytes), "prefetch.at")
+            if not last_line:
+                return next_tile
+            line = f.minimum(f.lshr(k, 3, "line"), last_line, "line")
+            return f.at(next_tile, f.mul(line, line_bytes), "prefetch.at")
 
         tile = _Tile(f, operands, rows, 1, groups, next_accumulators)
         tile.write(acc_row, start=(start, start_row), runs=(runs, a_run, b_run))

@@ -5,6 +5,7 @@
     for row group of the range:                    128 rows: a tile's part of a stays in L1
         pack a                                     only if its rows are long
         for portion of b's column groups:          as wide as a tile
+            pack b's columns                       only if a is packed
             for tile of a's features:              this thread's share
                 acc += a^T b                       microkernel `outer_product`, over the rows of the group
 
@@ -27,12 +28,15 @@ from fusecell.compiler.codegen.nests import SummedRows, emit_contract_sum, emit_
 from fusecell.compiler.codegen.tile_cost import split_evenly
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
+    PACKED_COLUMNS,
     TILE_FEATURES,
+    emit_pack_columns,
     emit_pack_operand,
     is_packed,
     micro_panel_bytes,
     outer_tiling,
     packed_bytes,
+    strip_bytes,
 )
 from fusecell.compiler.ir.graph import Node
 from fusecell.compiler.ir.primitives import LANES
@@ -203,6 +207,9 @@ class _Reduction:
         for portions, groups in split_evenly(module.groups(reduction.width), width):
             with f.for_range("group", group, group + portions * groups, groups) as first:
                 column = f.mul(first, module.vector_bytes)
+                tile_b = b.advanced(f, first, module.vector_bytes)
+                if packed is not None:
+                    tile_b = self._pack_columns(tile_b, groups, size)
                 for tiles in self._heights():
                     begin, end = f.partition(tiles.count, THREAD_ID, THREADS)
                     with f.for_range("tile", begin, end) as tile:
@@ -213,9 +220,9 @@ class _Reduction:
                             tile_a = a.advanced(f, feature, module.itemsize)
                         else:
                             tile_a = packed.advanced(f, f.add(tile, tiles.first), micro_panel_bytes(module))
-                        strides = (acc_row, start_row, tile_a.k, b.k, *size, tile_a.run, b.run)
+                        strides = (acc_row, start_row, tile_a.k, tile_b.k, *size, tile_a.run, tile_b.run)
                         name = outer_product(module, tiles.height, groups)
-                        f.call(name, acc, start, tile_a.start, f.at(b.start, column), *strides)
+                        f.call(name, acc, start, tile_a.start, tile_b.start, *strides)
             group += portions * groups
 
     def _pack(self, a: _Rows, size: tuple[Integer, Integer]) -> _Rows:
@@ -232,6 +239,18 @@ class _Reduction:
                 features = source.advanced(f, f.add(f.mul(begin, tiles.height), tiles.feature), module.itemsize)
                 tile_bytes = tiles.height * module.itemsize
                 f.call(emit_pack_operand(module), to.start, features.start, a.k, depth, f.sub(end, begin), tile_bytes)
+        return packed
+
+    def _pack_columns(self, b: _Rows, groups: int, size: tuple[Integer, Integer]) -> _Rows:
+        """Pack a portion of b's columns, each thread into a strip of its own; return the packed rows."""
+        f, module, (depth, runs) = self.f, self.module, size
+        row_bytes = groups * module.vector_bytes
+        strip = f.add(f.mul(THREAD_ID, self.layout.partial_sums), _RANGE.split, "strip")
+        start = f.at(self.layout.buffer(f, PACKED_COLUMNS), f.mul(strip, strip_bytes(module, self.reduction)))
+        packed = _Rows(start, row_bytes, f.mul(depth, row_bytes))
+        with f.for_range("run", 0, runs) as run:
+            source, target = b.advanced(f, run, b.run), packed.advanced(f, run, packed.run)
+            f.call(emit_pack_columns(module, groups), target.start, source.start, b.k, depth)
         return packed
 
     @property

@@ -1,13 +1,17 @@
-"""Packing of one operand of a weight's gradient into micro-panels (BLIS's packing of A)::
+"""Packing of the operands of a weight's gradient, as BLIS packs A and B::
 
-    for row in a row group of 128:
-        for tile of the features:
-            packed[tile][row] = operand[row, the tile's 8 features]
+    for row group of 128 rows:
+        for tile of a's features:
+            packed.a[tile][row] = a[row, the tile's 8 features]
+        for portion of b's columns, as wide as a tile:
+            packed.b[row] = b[row, the portion's columns]
 
-A tile of ``a^T b`` reads eight neighbouring features of row after row, and again for every portion of b's columns.
-Where rows are long, each of these reads is in another cache line, soon in another page, and all of them in few sets of
-L1, from which they evict each other. Packed, they are contiguous: 7 to 12 % of training at H of 512 and 800 on a Xeon,
-nothing on an EPYC; of rows below 2 kB, or with fewer than 256 columns of b, it is no faster (docs/performance.md).
+A tile of ``a^T b`` reads eight neighbouring features of row after row of a, and again for every portion of b's columns;
+and it reads a few columns of row after row of b, and again for every tile of a's features. Where rows are long, each of
+these reads is in another cache line, soon in another page, and all of them in few sets of L1, from which they evict
+each other. Packed, they are contiguous. Of a: 7 to 12 % of training at H of 512 and 800 on a Xeon, nothing on an EPYC.
+Of b: 3 to 9 % of the backward with AVX2's narrow tiles, 3 % with AVX-512's. Of rows below 2 kB, or with fewer than 256
+columns of b, it is no faster (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.schedule.plan import Plan, Sum
 
 __all__ = [
-    "PACKED", "TILE_FEATURES", "emit_pack_operand", "is_packed", "micro_panel_bytes", "outer_tiling",
-    "packed_bytes",
+    "PACKED", "PACKED_COLUMNS", "TILE_FEATURES", "emit_pack_columns", "emit_pack_operand", "is_packed",
+    "micro_panel_bytes", "outer_tiling", "packed_bytes", "strip_bytes",
 ]  # fmt: skip
 
 PACKED = "packed.a"
 """The buffer of the micro-panels, which one gradient after the other uses."""
+PACKED_COLUMNS = "packed.b"
+"""The buffer of the strips of the other operand's columns, one for each thread."""
 TILE_FEATURES = 8
 """Features of a micro-panel: as many as the tallest tile has rows."""
 _ROWS_AT_ONCE = 4
@@ -63,6 +69,12 @@ def packed_bytes(module: Module, reduction: Sum) -> int:
     return ceil_div(reduction.height, max_rows) * micro_panel_bytes(module)
 
 
+def strip_bytes(module: Module, reduction: Sum) -> int:
+    """Return the bytes of a strip: a tile's columns of a row group."""
+    tiling = outer_tiling(module, reduction)
+    return module.target.tuning.pack_row_group * max(tiling.widths) * module.vector_bytes
+
+
 _TO, _FROM, _FROM_K, _ROWS = ptr("to"), ptr("from"), i64("from.k"), i64("rows")
 _TILES, _TILE_BYTES = i64("tiles"), i64("tile.bytes")
 
@@ -93,3 +105,25 @@ def _copy(f: Function, source: Value, target: Value, rows: int) -> None:
     features = [f.load(f.at(source, offset), "features", itemsize, TILE_FEATURES) for offset in offsets]
     for row, vector in enumerate(features):
         f.store(vector, f.at(target, row * TILE_FEATURES * itemsize), TILE_FEATURES * itemsize)
+
+
+def emit_pack_columns(module: Module, groups: int) -> str:
+    """Return the name of the function that packs rows of some column groups, emitted on first use."""
+    name = f"pack.columns.{groups}"
+    if not module.is_new(name):
+        return name
+    f = Function(module, name, _TO, _FROM, _FROM_K, _ROWS, noalias=(_TO,))
+    whole = f.and_(_ROWS, -_ROWS_AT_ONCE, "rows_by_four")
+    row_bytes = groups * module.vector_bytes
+    for start, stop, rows in ((0, whole, _ROWS_AT_ONCE), (whole, _ROWS, 1)):
+        with f.for_range("k", start, stop, rows) as k:
+            source, target = f.at(_FROM, f.mul(k, _FROM_K)), f.at(_TO, f.mul(k, row_bytes))
+            places = [(row, group * module.vector_bytes) for row in range(rows) for group in range(groups)]
+            vectors = [
+                f.load(f.at(f.at(source, f.mul(_FROM_K, row)), offset), "columns", module.itemsize)
+                for row, offset in places
+            ]
+            for (row, offset), vector in zip(places, vectors, strict=True):
+                f.store(vector, f.at(target, row * row_bytes + offset), module.vector_bytes)
+    f.end()
+    return name
