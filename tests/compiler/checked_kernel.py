@@ -38,4 +38,6 @@ def run_checked(run, missing_slot=None):
         run(dict(zip(kernel.emitted.slots, slots, strict=True)))
 
     memory = extents(kernel, block.values, 7, 3)
-    check.checked_run(run_and_more, block.values, kernel.emitted, memory, kernel.slots.indices, rows=3, chunk=7)
+    check.checked_run(
+        run_and_more, block.values, kernel.emitted, memory, kernel.slots.indices, rows=3, chunk=7, threads=1
+    )

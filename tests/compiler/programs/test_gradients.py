@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusecell as fc
+from fusecell.compiler.cache_registry import forget_programs
 from fusecell.compiler.programs import launch as calls
 from tests.compiler.tuned import tuned
 
@@ -171,6 +172,28 @@ def test_bits_do_not_depend_on_threads(monkeypatch, make):
         torch.set_num_threads(threads)
     assert equal_bits(runs[0], runs[1])
     assert equal_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(31, 19), (3, 301), (150, 1)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_do_not_depend_on_packed_operands(monkeypatch, steps, rows, threads):
+    """Operands of weights' gradients are packed where they are large: here the small ones are as well."""
+    torch.manual_seed(4)
+    cell = fc.LSTMCell(37, 43)
+    arguments = drawn(cell, steps, rows, torch.float32)
+    first = call(cell, *arguments, {}, "compiled")
+    tuned(monkeypatch, pack_min_row_bytes=1, pack_min_groups=1)
+    monkeypatch.setattr(calls, "team_size", lambda *_: threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    forget_programs()
+    try:
+        packed = call(cell, *arguments, {}, "compiled")
+    finally:
+        torch.set_num_threads(before)
+        forget_programs()
+    assert equal_bits(first, packed)
+    assert "pack.columns" in fc.explain(cell).backward.llvm
 
 
 _DIGEST = """

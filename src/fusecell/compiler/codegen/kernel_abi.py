@@ -137,13 +137,19 @@ STEP_PARAMS = (ARGS, _T, _BASE, _SAVED_BASE, _OLD_STATE)
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Bytes of a buffer: fixed, and per row of a step, row of a chunk, step of a chunk, and thread beyond the first."""
+    """Bytes of a buffer: fixed, and per row of a step, row of a chunk, step of a chunk, and thread beyond the first.
+
+    Attributes:
+        per_thread: what each thread beyond the first writes.
+        gaps: what lies unused beside it.
+    """
 
     fixed: int = 0
     per_row: int = 0
     per_chunk_row: int = 0
     per_chunk_step: int = 0
-    per_helper: int = 0
+    per_thread: int = 0
+    gaps: int = 0
 
     def __add__(self, other: Size) -> Size:
         return Size(
@@ -151,8 +157,14 @@ class Size:
             self.per_row + other.per_row,
             self.per_chunk_row + other.per_chunk_row,
             self.per_chunk_step + other.per_chunk_step,
-            self.per_helper + other.per_helper,
+            self.per_thread + other.per_thread,
+            self.gaps + other.gaps,
         )
+
+    @property
+    def per_helper(self) -> int:
+        """Bytes for each thread beyond the first."""
+        return self.per_thread + self.gaps
 
     def bytes(self, rows: int, chunk_steps: int, threads: int = 1) -> int:
         """Return the size in a call of ``rows`` rows, ``chunk_steps`` steps in a chunk, and ``threads`` threads."""
@@ -193,7 +205,7 @@ def _scoped(module: Module, scope: str, row: int) -> Size:
         # Two copies, so that a step can write new states while other columns of it still read the old ones.
         "state": Size(per_row=2 * row),
         # With gaps between the parts of threads: a core's prefetcher would otherwise fetch rows that another writes.
-        "chunk": Size(per_chunk_row=row, per_helper=2 * module.target.tuning.thread_gap_bytes),
+        "chunk": Size(per_chunk_row=row, gaps=2 * module.target.tuning.thread_gap_bytes),
     }[scope]
 
 
@@ -248,9 +260,8 @@ class Layout:
         if packed:
             panels_a = self.partial_sums * max(packed_bytes(module, reduction) for reduction in packed)
             strips_b = self.partial_sums * max(strip_bytes(module, reduction) for reduction in packed)
-            # Each thread has strips of its own, which lie a gap apart where the threads' rows do.
-            strips_b += module.target.tuning.thread_gap_bytes
-            sizes += [(PACKED, Size(fixed=panels_a)), (PACKED_COLUMNS, Size(fixed=strips_b, per_helper=strips_b))]
+            # Each thread has strips of its own.
+            sizes += [(PACKED, Size(fixed=panels_a)), (PACKED_COLUMNS, Size(fixed=strips_b, per_thread=strips_b))]
         # Slack behind each: a slice that begins in the middle of a vector is read by whole vectors.
         buffers = {name: size + Size(fixed=slack(module)) for name, size in sizes}
         if len(buffers) != len(sizes):
@@ -329,7 +340,7 @@ class Layout:
         with f.if_(f.ne(scratch, NULL, "has_scratch"), "assign"):
             start = scratch
             for name, size in self.sizes.items():
-                self.set_buffer(f, name, f.at(start, f.mul(threads_before, gap if size.per_helper else 0)))
+                self.set_buffer(f, name, f.at(start, f.mul(threads_before, gap if size.gaps else 0)))
                 total: Integer = size.fixed
                 for count, bytes_ in (
                     (rows, size.per_row),

@@ -72,7 +72,7 @@ def run(
     scratch = _scratch(kernel.scratch_bytes(steps, rows, threads))
     kernel.set_sizes(block, steps, rows, reverse, scratch.data_ptr())
     if guard_pages.ENABLED:
-        run_guarded(kernel, block.values, partial(_start, kernel, steps, rows, threads))
+        run_guarded(kernel, block.values, partial(_start, kernel, steps, rows, threads), threads)
     else:
         _start(kernel, steps, rows, threads, block.address)
 
@@ -179,7 +179,7 @@ class PreparedCall:
             values[slot] = address + offset
         values[self._scratch_slot] = address + self._unread_size
         if guard_pages.ENABLED:
-            run_guarded(kernel, values, partial(_start, kernel, steps, rows, threads))
+            run_guarded(kernel, values, partial(_start, kernel, steps, rows, threads), threads)
         elif threads == 1:
             self._run_alone(values.buffer_info()[0])
         else:

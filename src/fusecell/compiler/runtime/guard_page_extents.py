@@ -13,17 +13,18 @@ from fusecell.compiler.runtime.kernel import Kernel
 __all__ = ["extents", "run_guarded"]
 
 
-def run_guarded(kernel: Kernel, values: array[int], run: Callable[[int], None]) -> None:
+def run_guarded(kernel: Kernel, values: array[int], run: Callable[[int], None], threads: int = 1) -> None:
     """Run a kernel on guarded copies of all that its arguments point to.
 
     Arguments:
         values: the slots of a filled argument block.
         run: runs the kernel over the argument block at an address.
+        threads: that it runs on, at the most.
     """
     slots = kernel.slots
     rows, chunk = values[slots.rows], values[slots.chunk_steps]
     pieces = extents(kernel, values, values[slots.steps], rows)
-    checked_run(run, values, kernel.emitted, pieces, slots.indices, rows=rows, chunk=chunk)
+    checked_run(run, values, kernel.emitted, pieces, slots.indices, rows=rows, chunk=chunk, threads=threads)
 
 
 def extents(kernel: Kernel, values: array[int], steps: int, rows: int) -> list[Extent]:

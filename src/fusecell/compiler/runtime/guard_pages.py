@@ -16,7 +16,7 @@ import os
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,13 +94,14 @@ class GuardedScratch:
     """
 
     def __init__(
-        self, values: array[int], emitted: Emitted, indices: Mapping[str, int], *, rows: int, chunk: int
+        self, values: array[int], emitted: Emitted, indices: Mapping[str, int], *, rows: int, chunk: int, threads: int
     ) -> None:
         self._buffers = []
         # Without scratch of the caller's a kernel takes each buffer's address from a slot of its own.
         values[indices["scratch"]] = 0
         for name, size in emitted.buffers.items():
-            size_bytes = align_up(size.bytes(rows, chunk))
+            # Threads' rows have no gaps between them here, in which a write would go unseen.
+            size_bytes = align_up(replace(size, gaps=0).bytes(rows, chunk, threads))
             self._buffers.append(_Guarded(f"its buffer {name}", size_bytes, emitted.slack))
             values[indices[f"at.{name}"]] = self._buffers[-1].start
 
@@ -123,6 +124,7 @@ def checked_run(
     *,
     rows: int,
     chunk: int,
+    threads: int,
 ) -> None:
     """Run a kernel on guarded copies of the caller's memory and in guarded scratch, then copy the results back.
 
@@ -136,7 +138,7 @@ def checked_run(
     for name in emitted.pointers:
         if not values[indices[name]]:
             raise CompilerError(f"a kernel was called without {name}.")
-    scratch = GuardedScratch(values, emitted, indices, rows=rows, chunk=chunk)
+    scratch = GuardedScratch(values, emitted, indices, rows=rows, chunk=chunk, threads=threads)
     copies = [_Copy(extent, values) for extent in extents if values[extent.pointer]]
     for copy in copies:
         copy.copy_in()
