@@ -25,7 +25,7 @@ from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.kernel_abi import Layout, Panel, Size, fixed_stride, slack
 from fusecell.compiler.codegen.llvm_builder import Module
 from fusecell.compiler.codegen.main_loop import emit_main_loop
-from fusecell.compiler.codegen.microkernel import StaticStrides
+from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides
 from fusecell.compiler.codegen.nests import emit_nest
 from fusecell.compiler.codegen.pack_weights import emit_packing
 from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
@@ -88,15 +88,15 @@ def emit(plan: Plan, target: Target) -> Emitted:
     return Emitted(module.text(), layout.slots, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
 
 
-def _static_strides(module: Module, products: Iterable[FusedProducts]) -> dict[int, StaticStrides]:
-    """Return the strides that are constant in a kernel's microkernels, by their number of fused products."""
+def _static_strides(module: Module, products: Iterable[FusedProducts]) -> dict[ProductKind, StaticStrides]:
+    """Return the strides that are constant in a kernel's microkernels, by what these multiply."""
     # As constants they are part of a load's address; as parameters they cost an addition or a register each.
-    strides: dict[int, tuple[set[int | None], set[int]]] = {}
+    strides: dict[ProductKind, tuple[set[int | None], set[int]]] = {}
     for each in products:
-        rows, depths = strides.setdefault(each.count, (set(), set()))
+        rows, depths = strides.setdefault(each.kind, (set(), set()))
         rows.add(fixed_stride(module, each.operand.buffer))
-        depths.add(each.panel.depth)
+        depths.add(each.panel.words)
     return {
-        count: StaticStrides(*(values.pop() if len(values) == 1 else None for values in both))
-        for count, both in strides.items()
+        kind: StaticStrides(*(values.pop() if len(values) == 1 else None for values in both))
+        for kind, both in strides.items()
     }

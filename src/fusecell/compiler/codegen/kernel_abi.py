@@ -33,13 +33,15 @@ from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     strip_bytes,
 )
 from fusecell.compiler.ir.graph import SAVED
-from fusecell.compiler.ir.sizes import ALIGNMENT
+from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.sizes import ALIGNMENT, ceil_div
+from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
 from fusecell.errors import CompilerError
 
 __all__ = [
     "ARGS", "SLOT_BYTES", "STEP", "STEP_PARAMS", "THREADS", "THREAD_ID", "Layout", "Panel", "RowAddress", "Size",
-    "StepRows", "TeamBlock", "fixed_stride", "row_address", "slack",
+    "StepRows", "TeamBlock", "fixed_stride", "row_address", "slack", "stored_vector_bytes",
 ]  # fmt: skip
 
 HEADER = (
@@ -176,7 +178,8 @@ class Size:
 class Panel:
     """Packed weights of the products that share an operand, as the microkernel reads them.
 
-    In memory ``[column group][k][product][lane]``: every read is the next one (BLIS's packing of B).
+    In memory ``[column group][k][product][lane]``: every read is the next one (BLIS's packing of B). Where a word has
+    the weights of two k, ``k`` counts words.
     """
 
     name: str
@@ -184,10 +187,24 @@ class Panel:
     width: int
     weights: tuple[tuple[str, bool, tuple[int, int], tuple[int, int]], ...]
     """Per product: the weight, whether it is transposed, its rows and its columns."""
+    stored: Storage | None = None
+    """The format of the weights; None: the kernel's own numbers."""
 
     def group_bytes(self, module: Module) -> int:
         """Return the bytes of one column group."""
-        return self.depth * len(self.weights) * module.vector_bytes
+        return self.words * len(self.weights) * stored_vector_bytes(module, self.stored)
+
+    @property
+    def words(self) -> int:
+        """The number of words of a lane: one for each k, or for each two."""
+        return ceil_div(self.depth, 2) if self.stored is not None and self.stored.packs_pairs else self.depth
+
+
+def stored_vector_bytes(module: Module, stored: Storage | None) -> int:
+    """Return the bytes of 16 lanes of words of a panel."""
+    if stored is None:
+        return module.vector_bytes
+    return LANES * (4 if stored.packs_pairs else stored.itemsize)
 
 
 UNROLLED_SAVED = 32

@@ -17,6 +17,7 @@ from fusecell.compiler.codegen.llvm_text import FALSE, TRUE, Integer, TextBuilde
 from fusecell.compiler.codegen.vector_math import declarations, definitions, function_name
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType, ceil_div, padded
+from fusecell.compiler.ir.storage import Storage
 
 __all__ = ["Function", "Module"]
 
@@ -356,6 +357,47 @@ class Function(TextBuilder):
         """Load a vector, of 16 lanes by default."""
         vector = f"<{lanes} x {self.module.scalar}>"
         return self.let(name, f"load {vector}, ptr {pointer}, align {align}", vector)
+
+    def load_stored(self, pointer: Value, stored: Storage, name: str) -> Value:
+        """Load 16 weights that are stored in another format, as float32 numbers."""
+        kind = "half" if stored is Storage.F16 else "i8"
+        align = LANES * stored.itemsize
+        loaded = self.let(
+            f"{name}.stored", f"load <{LANES} x {kind}>, ptr {pointer}, align {align}", f"<{LANES} x {kind}>"
+        )
+        if stored is Storage.F16:
+            return self.let(name, f"fpext <{LANES} x half> {loaded} to {self.module.vector}", self.module.vector)
+        whole = self.let(f"{name}.whole", f"sext <{LANES} x i8> {loaded} to <{LANES} x i32>")
+        return self.let(name, f"sitofp <{LANES} x i32> {whole} to {self.module.vector}", self.module.vector)
+
+    def store_stored(self, value: Value, pointer: Value, stored: Storage) -> None:
+        """Store 16 numbers in a format that has them exactly; pairs of bfloat16 are `store_half_word`'s."""
+        kind = "half" if stored is Storage.F16 else "i8"
+        opcode = "fptrunc" if stored is Storage.F16 else "fptosi"
+        packed = self.let("stored", f"{opcode} {typed(value)} to <{LANES} x {kind}>", f"<{LANES} x {kind}>")
+        self.store(packed, pointer, LANES * stored.itemsize)
+
+    def load_words(self, pointer: Value, name: str) -> Value:
+        """Load 16 words of 32 bits."""
+        return self.let(name, f"load <{LANES} x i32>, ptr {pointer}, align {LANES * 4}", f"<{LANES} x i32>")
+
+    def half_word(self, words: Value, half: int, name: str) -> Value:
+        """Return the bfloat16 numbers in the lower or in the upper halves of words, as float32 numbers."""
+        kind = words.type
+        move = f"and {kind} {words}, splat (i32 -65536)" if half else f"shl {kind} {words}, splat (i32 16)"
+        bits = self.let(f"{name}.bits", move, kind)
+        return self.let(name, f"bitcast {kind} {bits} to {self.module.vector}", self.module.vector)
+
+    def store_half_word(self, value: Value, pointer: Value, half: Integer) -> None:
+        """Store 16 numbers that bfloat16 has exactly in the halves of words: 0 the lower, which clears the upper."""
+        kind = f"<{LANES} x i32>"
+        bits = self.let("bits", f"bitcast {typed(value)} to {kind}", kind)
+        low = self.let("low", f"lshr {kind} {bits}, splat (i32 16)", kind)
+        there = self.load_words(pointer, "there")
+        both = self.let("both", f"or {kind} {there}, {bits}", kind)
+        is_upper = self.ne(half, 0, "is_upper")
+        words = self.let("words", f"select i1 {is_upper}, {kind} {both}, {kind} {low}", kind)
+        self.store(words, pointer, LANES * 4)
 
     def store(self, value: Value, pointer: Value, align: int) -> None:
         """Store a vector."""

@@ -11,22 +11,25 @@ The innermost loops of BLIS (Van Zee and van de Geijn, ACM TOMS 2015; Goto and v
 
 A tile is ``rows`` x ``products`` x ``groups`` vectors of accumulators; products that share an operand, as a GRU's
 gates do, share its loads. Every element takes one multiply-add per k, in order: whatever the tile, its bits are the
-same. The same loops sum over rows for the gradients of weights: there a tile's "rows" are features of one value, and k
-counts rows of the batch (`outer_product`).
+same. Weights that are stored in another format become numbers as they are loaded. The same loops sum over rows for the
+gradients of weights: there a tile's "rows" are features of one value, and k counts rows of the batch (`outer_product`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from fusecell.compiler.codegen.kernel_abi import stored_vector_bytes
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.tile_cost import TileCost
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.storage import Storage
 
-__all__ = ["StaticStrides", "microkernel", "outer_product"]
+__all__ = ["ProductKind", "StaticStrides", "microkernel", "outer_product"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +38,37 @@ class StaticStrides:
 
     Attributes:
         row: bytes between the operand's rows.
-        depth: of the panels.
+        depth: of the panels, in words.
     """
 
     row: int | None = None
     depth: int | None = None
 
 
+class ProductKind(NamedTuple):
+    """What a tile multiplies: how many products at once, and how their weights are stored."""
+
+    products: int
+    stored: Storage | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Both, as a part of a name."""
+        return str(self.products) if self.stored is None else f"{self.products}.{self.stored.value}"
+
+
 _ACC, _A, _DEPTH = ptr("acc"), ptr("a"), i64("depth")
 
 
-def microkernel(module: Module, rows: int, products: int, groups: int, strides: StaticStrides) -> str:
+def microkernel(module: Module, rows: int, kind: ProductKind, groups: int, strides: StaticStrides) -> str:
     """Return the name of the microkernel of a tile, emitted on first use.
 
     It takes the accumulators and the bytes between their rows; the operand and the bytes between its rows; the panel
     and the bytes between its column groups; the depth; and the address to prefetch, with the bytes from one k to the
     next.
     """
-    name = f"tile.{rows}x{products}x{groups}"
+    products, stored = kind
+    name = f"tile.{rows}x{products}x{groups}" + (f".{stored.value}" if stored is not None else "")
     if module.is_new(name):
         acc_row, a_row, panel, panel_group = i64("acc.row"), i64("a.row"), ptr("panel"), i64("panel.group")
         prefetch, prefetch_k = ptr("prefetch"), i64("prefetch.k")
@@ -60,10 +76,11 @@ def microkernel(module: Module, rows: int, products: int, groups: int, strides: 
         f = Function(module, name, *params, noalias=(_ACC,))
         f.comment(f"{rows} rows x {products} products x {groups} groups of {LANES} columns")
         # A distance that is a constant is part of the load's address, and costs no addition.
-        panel_k = products * module.vector_bytes
+        panel_vector = stored_vector_bytes(module, stored)
+        panel_k = products * panel_vector
         row: Integer = a_row if strides.row is None else strides.row
         group: Integer = panel_group if strides.depth is None else strides.depth * panel_k
-        operands = _Operands(row, module.itemsize, panel, group, panel_k, module.vector_bytes)
+        operands = _Operands(row, module.itemsize, panel, group, panel_k, panel_vector, stored)
 
         def next_panel(k: Integer) -> Value:
             return f.at(prefetch, f.mul(k, prefetch_k), "prefetch.at")
@@ -107,7 +124,7 @@ def outer_product(module: Module, rows: int, groups: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """Strides of a tile's operands in bytes: between rows and k of a; between column groups and k of the panel."""
+    """Strides of a tile's operands in bytes: between rows and k of a; between column groups and words of the panel."""
 
     a_row: Integer
     a_k: Integer
@@ -115,6 +132,7 @@ class _Operands:
     panel_group: Integer
     panel_k: Integer
     panel_align: int
+    stored: Storage | None = None
 
 
 @dataclass
@@ -171,6 +189,9 @@ class _Tile:
     def _multiply(self, sums: list[Value], a: Value, panel: Value, k_before: Integer) -> list[Value]:
         """Loop over k; ``k_before`` counts those of earlier runs."""
         f, operands = self.f, self.operands
+        stored = operands.stored
+        if stored is not None and stored.packs_pairs:
+            return self._multiply_pairs(sums, a)
         names = [f"c.{_label(key)}" for key in self._keys]
         row_offsets = [f.mul(operands.a_row, row) for row in range(self.rows)]
         group_offsets = [f.mul(operands.panel_group, group) for group in range(self.groups)]
@@ -184,7 +205,9 @@ class _Tile:
 
             def weight(product: int, group: int) -> Value:
                 start = f.at(panel_at, group_offsets[group], f"panel.g{group}")
-                pointer = f.at(start, product * f.module.vector_bytes)
+                pointer = f.at(start, product * operands.panel_align)
+                if stored is not None:
+                    return f.load_stored(pointer, stored, f"w{product}.{group}")
                 return f.load(pointer, f"w{product}.{group}", operands.panel_align)
 
             def number(row: int) -> Value:
@@ -192,6 +215,39 @@ class _Tile:
 
             self._multiply_add(carried, number, weight)
         return carried
+
+    def _multiply_pairs(self, sums: list[Value], a: Value) -> list[Value]:
+        """Loop over the words of a panel that have the weights of two k each, the lower one first; then an odd k."""
+        names = [f"c.{_label(key)}" for key in self._keys]
+        pairs = self.f.lshr(_DEPTH, 1, "pairs")
+        for start, stop, halves in ((0, pairs, (0, 1)), (pairs, self.f.sub(_DEPTH, pairs), (0,))):
+            with self.f.for_range_carrying("word", start, stop, sums, names=names) as (word, carried):
+                self._multiply_words(carried, a, word, halves)
+            sums = carried
+        return sums
+
+    def _multiply_words(self, sums: list[Value], a: Value, word: Value, halves: Sequence[int]) -> None:
+        """Add the products of a word's k, column by column: each word is in a register for its own products alone."""
+        f, operands = self.f, self.operands
+        a_at = f.at(a, f.mul(word, 2 * f.module.itemsize), "a.k")
+        panel_at = f.at(operands.panel, f.mul(word, operands.panel_k), "panel.k")
+        rows = [f.at(a_at, f.mul(operands.a_row, row), f"a.r{row}") for row in range(self.rows)]
+        numbers = {
+            (row, half): f.load_splat(f.at(rows[row], half * f.module.itemsize), f"a{row}.{half}")
+            for row in range(self.rows)
+            for half in halves
+        }
+        positions = {key: position for position, key in enumerate(self._keys)}
+        for group, product in itertools.product(range(self.groups), range(self.products)):
+            start = f.at(panel_at, f.mul(operands.panel_group, group), f"panel.g{group}")
+            name = f"w{product}.{group}"
+            words = f.load_words(f.at(start, product * operands.panel_align), name)
+            for half in halves:
+                weights = f.half_word(words, half, name)
+                for row in range(self.rows):
+                    key = (row, product, group)
+                    position = positions[key]
+                    sums[position] = f.fma(numbers[row, half], weights, sums[position], f"n.{_label(key)}")
 
     def _multiply_add(
         self, sums: list[Value], number: Callable[[int], Value], weight: Callable[[int, int], Value]

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusecell.compiler.codegen.kernel_abi import ARGS, Layout, Panel
+from fusecell.compiler.codegen.kernel_abi import ARGS, Layout, Panel, stored_vector_bytes
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.ir.primitives import LANES
+from fusecell.compiler.ir.storage import Storage
 
 __all__ = ["emit_packing", "pack_panel_name"]
 
@@ -28,7 +29,8 @@ def emit_packing(module: Module, layout: Layout, panels: Iterable[Panel]) -> Non
     for panel in panels:
         f = Function(module, pack_panel_name(panel), ARGS, first_group, groups, to)
         f.comment(", ".join(name for name, *_ in panel.weights))
-        pack = _pack(module, len(panel.weights))
+        count, stored = len(panel.weights), panel.stored
+        pack = _pack(module, count) if stored is None else _pack_stored(module, count, stored)
         for product, (name, transposed, (k0, _), (column0, _)) in enumerate(panel.weights):
             strides = [layout.integer(f, f"weight.{name}.stride{dim}") for dim in (0, 1)]
             column_bytes, k_bytes = strides if transposed else strides[::-1]
@@ -37,7 +39,9 @@ def emit_packing(module: Module, layout: Layout, panels: Iterable[Panel]) -> Non
             with f.for_range("group", 0, groups) as group:
                 columns_before = f.mul(f.add(first_group, group), LANES)
                 columns = f.minimum(f.sub(panel.width, columns_before), LANES, "columns")
-                target = f.at(f.at(to, f.mul(group, panel.group_bytes(module))), product * module.vector_bytes)
+                target = f.at(
+                    f.at(to, f.mul(group, panel.group_bytes(module))), product * stored_vector_bytes(module, stored)
+                )
                 first_column = f.at(source, f.mul(column_bytes, columns_before))
                 f.call(pack, target, first_column, k_bytes, column_bytes, columns, panel.depth)
         f.end()
@@ -83,6 +87,31 @@ def _pack(module: Module, products: int) -> str:
             with f.for_range("k", in_squares, _DEPTH) as k:
                 value = f.load_scalar(f.at(source, f.mul(k, _FROM_K)), "value")
                 f.store_scalar(value, f.at(target, f.mul(k, to_k)))
+    f.end()
+    return name
+
+
+def _pack_stored(module: Module, products: int, stored: Storage) -> str:
+    """Return the name of the function that packs a column group in another format, emitted on first use.
+
+    Number by number into a vector: such panels are packed once for very many steps.
+    """
+    name = f"pack.{products}.{stored.value}"
+    if not module.is_new(name):
+        return name
+    to_word = products * stored_vector_bytes(module, stored)
+    f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
+    columns = f.alloca_bytes(module.vector_bytes, "columns.at")
+    f.store(f.zero, columns, module.vector_bytes)
+    with f.for_range("k", 0, _DEPTH) as k:
+        with f.for_range("column", 0, _COLUMNS) as column:
+            source = f.at(f.at(_FROM, f.mul(column, _FROM_COLUMN)), f.mul(k, _FROM_K))
+            f.store_scalar(f.load_scalar(source, "value"), f.at(columns, f.mul(column, module.itemsize)))
+        vector = f.load(columns, "columns", module.vector_bytes)
+        if stored.packs_pairs:
+            f.store_half_word(vector, f.at(_TO, f.mul(f.lshr(k, 1, "word"), to_word)), f.and_(k, 1, "half"))
+        else:
+            f.store_stored(vector, f.at(_TO, f.mul(k, to_word)), stored)
     f.end()
     return name
 

@@ -25,6 +25,7 @@ from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, T
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i1, i64
 from fusecell.compiler.codegen.microkernel import (
+    ProductKind,
     StaticStrides,
     microkernel,
 )
@@ -40,6 +41,7 @@ from fusecell.compiler.codegen.stage_body import (
 )
 from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, cheapest, cheapest_tiling, split_evenly
 from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
 __all__ = ["FusedProducts", "StageEmitter", "fused_products"]
@@ -70,6 +72,11 @@ class FusedProducts:
         """How many products these are."""
         return len(self.panel.weights)
 
+    @property
+    def kind(self) -> ProductKind:
+        """What the microkernel depends on besides the tile."""
+        return ProductKind(self.count, self.panel.stored)
+
 
 def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[FusedProducts], Tiling]:
     """Fuse the products of a stage, in the order in which they accumulate, as many at once as cost least."""
@@ -99,14 +106,16 @@ def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
             operand = stage.operands[row]
             (k0, k1), (column0, column1) = attrs["rows"], attrs["cols"]
             source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (column0, column1))
+            leaf = plan.graph[weight]
+            stored = Storage(leaf.attrs["stored"]) if "stored" in leaf.attrs else None
             fits = last is not None and last.operand == operand and last.count < most
-            # A panel has one depth: its products share a loop over k.
-            if last is not None and fits and last.panel.depth == k1 - k0:
+            # A panel has one depth and one format: its products share a loop over k.
+            if last is not None and fits and (last.panel.depth, last.panel.stored) == (k1 - k0, stored):
                 fused.pop()
-                panel = Panel(last.panel.name, k1 - k0, stage.width, (*last.panel.weights, source))
+                panel = Panel(last.panel.name, k1 - k0, stage.width, (*last.panel.weights, source), stored)
                 last = FusedProducts(operand, last.first, panel)
             else:
-                panel = Panel(f"panel.{stage.name}.{len(fused)}", k1 - k0, stage.width, (source,))
+                panel = Panel(f"panel.{stage.name}.{len(fused)}", k1 - k0, stage.width, (source,), stored)
                 last = FusedProducts(operand, position, panel)
             fused.append(last)
     return fused
@@ -148,7 +157,7 @@ class StageEmitter:
     """Writer of the functions of one stage; ``@<stage>``, with the parameters `STAGE_PARAMS`, runs it.
 
     Attributes:
-        strides: the constant strides of the kernel's microkernels, by their number of fused products.
+        strides: the constant strides of the kernel's microkernels, by what these multiply.
         tiling: the tiles of its products.
     """
 
@@ -157,7 +166,7 @@ class StageEmitter:
     plan: Plan
     stage: Stage
     products: list[FusedProducts]
-    strides: dict[int, StaticStrides]
+    strides: dict[ProductKind, StaticStrides]
     tiling: Tiling
 
     @property
@@ -275,7 +284,7 @@ class StageEmitter:
             group_bytes = each.panel.group_bytes(self.module)
             panel = f.at(panel, f.mul(portion.panel_group, group_bytes))
             # A table, as the shape of a tile depends on the rows of the call: a switch would be a branch per shape.
-            table = Value(f"@{self._table(each.count)}", "ptr")
+            table = Value(f"@{self._table(each.kind)}", "ptr")
             tile = f.load_pointer(f.at(table, f.mul(entry, 8)), "microkernel", once=True)
             f.call(
                 tile,
@@ -290,17 +299,17 @@ class StageEmitter:
             )
         f.call(f"{self.name}.epilogue", *STEP_PARAMS, *args)
 
-    def _table(self, products: int) -> str:
+    def _table(self, kind: ProductKind) -> str:
         """Return the name of the table of microkernels: the short tiles, then the tall, each in two widths."""
         module, tiles = self.module, self.tiling
-        name = f"{self.name}.tiles.{products}"
+        name = f"{self.name}.tiles.{kind.suffix}"
         if module.is_new(name):
             shapes = [(height, tiles.width(height)) for height in range(1, tiles.short + 1)]
             shapes += [(height, tiles.width(tiles.max_rows)) for height in tiles.tall]
             entries: list[str] = []
             for height, most in shapes:
                 widths = [width for _, width in split_evenly(self.groups, most)]
-                names = [microkernel(module, height, products, width, self.strides[products]) for width in widths]
+                names = [microkernel(module, height, kind, width, self.strides[kind]) for width in widths]
                 entries += [*names, ""][:2]
             module.table(name, entries)
         return name
@@ -320,6 +329,8 @@ class StageEmitter:
         lines = self.module.vector_bytes // line
         shares = f.mul(groups, count * lines)
         is_idle = f.or_(f.eq(turn, 0, "is_first", once=True), f.gt(turn, shares, "is_late"), "is_idle")
+        if products.panel.stored is not None:  # of another size; and few rows, which don't prefetch, are what it is for
+            return panel, Value("0", "i64")
         next_panel = f.at(panel, f.mul(groups, products.panel.group_bytes(self.module)))
         share = f.at(next_panel, f.mul(f.sub(turn, 1), products.panel.depth * line), "next_panel")
         return f.select(is_idle, panel, share, "prefetch"), f.select(is_idle, 0, line, "prefetch.k")

@@ -70,6 +70,7 @@ def check_graph(graph: Graph, role: Role = "step", limits: GraphLimits = _OWN_ST
         raise CompilerError(f"a graph has a title and computes in f32 or f64, got {quoted(graph.title)}, {graph.dtype}")
     leaves = _check_nodes(graph, limits)
     _check_size(graph, limits)
+    _check_stored(graph)
     types: dict[str, Type] = {}
     for label, index in graph.outputs.items():
         if type(index) is not int or not 0 <= index < len(graph.nodes):
@@ -127,6 +128,19 @@ def _check_size(graph: Graph, limits: GraphLimits) -> None:
     )
     if combined > limits.work:
         raise CompilerError(f"its nests combine {combined:,} elements for each row, more than {limits.work:,}")
+
+
+def _check_stored(graph: Graph) -> None:
+    """Check that weights of another format are float32 ones of products: nothing else can read them."""
+    for index, users in enumerate(graph.users()):
+        node = graph[index]
+        if "stored" not in node.attrs:
+            continue
+        if graph.dtype != "f32":
+            raise CompilerError(f"{node.name} is stored as {node.attrs['stored']} in a graph of {graph.dtype}")
+        for user in users:
+            if graph[user].op not in ("product", "affine"):
+                raise CompilerError(f"{graph[user].name} reads {node.name}, which is stored for products alone")
 
 
 def _check_states(types: Mapping[str, Type], states: Mapping[str, Type]) -> None:

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from fusecell.compiler.ir.axes import AXIS_PRIMITIVES
+from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.ir.types import (
     LANES,
     MOST_ELEMENTS,
@@ -33,6 +34,8 @@ from fusecell.errors import CompilerError, quoted
 __all__ = ["ARGUMENTS", "LANES", "MOST_ELEMENTS", "PRIMITIVES", "Category", "Kind", "Primitive", "Type"]
 
 
+_STORED = tuple(storage.value for storage in Storage)
+
 # The rules.
 
 
@@ -41,7 +44,11 @@ def _row_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _weight_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
-    return Type("weight", shape_of(attrs, (1, 2)))
+    shape = shape_of(attrs, (1, 2))
+    stored = attrs.get("stored", Storage.BF16.value)
+    if stored not in _STORED or len(shape) != (2 if "stored" in attrs else len(shape)):
+        raise CompilerError(f"a matrix is stored as {', '.join(_STORED)}, got {quoted(stored)} for {list(shape)}")
+    return Type("weight", shape)
 
 
 def _const(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -200,7 +207,7 @@ _REDUCTION = Primitive(1, _reduce, "reduction")
 PRIMITIVES: Mapping[str, Primitive] = {
     "input": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
     "state": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
-    "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE),
+    "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE, optional=frozenset({"stored"})),
     "const": Primitive(0, _const, "constant", label="c", attributes=frozenset({"value"})),
     # Expensive are functions of some twenty vector instructions and more, and square roots. Only what Python computes
     # exactly as torch does is folded: of the others the last bit may differ, and a constant would not be the kernel's.

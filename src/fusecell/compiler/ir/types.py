@@ -79,6 +79,7 @@ class Primitive:
         identities: (position, number) of each argument that leaves the other one unchanged.
         label: the name of its values where the user gave them none; by default the primitive's.
         attributes: the names of all its attributes.
+        optional: the names of those that it may have besides.
         reads_values: of a row sum, whether its arguments are values per row.
     """
 
@@ -91,6 +92,7 @@ class Primitive:
     identities: tuple[tuple[int, float], ...] = ()
     label: str = ""
     attributes: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     reads_values: bool = False
 
     @property
@@ -146,7 +148,7 @@ class Primitive:
         """
         if self.arity is not None and self.arity != len(args):
             raise CompilerError(f"{op} takes {self.arity} arguments, got {len(args)}")
-        if attrs.keys() != self.attributes:
+        if attrs.keys() - self.optional != self.attributes:
             raise CompilerError(f"{op} has {names_of(self.attributes)}, got {names_of(attrs)}")
         return self.rule(args, attrs)
 
