@@ -27,7 +27,7 @@ FILE_BYTES, HEADER_BYTES = 2 << 30, 16 << 20
 """The default limits of a file and of its header, in bytes."""
 _MAX_AXES, _MAX_NAME = 8, 1024
 _DTYPES = {"F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4), "F64": ("float64", 8)}
-_DTYPES |= {"I64": ("int64", 8)}
+_DTYPES |= {"I64": ("int64", 8), "U16": ("uint16", 2), "I8": ("int8", 1)}
 
 
 @dataclass(frozen=True, slots=True)

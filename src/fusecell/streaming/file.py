@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusecell.compiler.ir.axes import AXIS_PRIMITIVES, work_of
-from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.graph import SAVED, Graph, Node
 from fusecell.compiler.ir.graph_contract import GraphLimits, check_graph
 from fusecell.compiler.ir.primitives import region
+from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
 from fusecell.errors import CompilerError, StreamFileError, quoted
 from fusecell.streaming.bound_step import MOST_STEPS, Array, Part, RowShapes
@@ -43,8 +44,11 @@ def write(parts: Sequence[Part], path: str | Path) -> None:
     tensors: dict[str, Array] = {}
     described = []
     for place, part in enumerate(parts):
-        for index, value in enumerate(part.weights):
-            tensors[f"{place}.weight.{index}"] = np.ascontiguousarray(value)
+        leaves = part.graph.leaves("weight")
+        for index, (leaf, value) in enumerate(zip(leaves, part.weights, strict=True)):
+            stored = part.graph[leaf].attrs.get("stored")
+            encoded = value if stored is None else Storage(stored).encode(value)
+            tensors[f"{place}.weight.{index}"] = np.ascontiguousarray(encoded)
         for index, value in enumerate(part.start):
             tensors[f"{place}.start.{index}"] = np.ascontiguousarray(value[:1])
         entry: dict[str, Any] = {"kind": part.kind, "graph": part.graph.text}
@@ -129,7 +133,9 @@ class _Step(NamedTuple):
 
 def _read(path: Path, limits: Limits) -> TensorFile:
     """Read the file and check its format and the names of its metadata."""
-    file = read_tensor_file(path, ("F32", "F64"), file_bytes=limits.file_bytes, header_bytes=limits.header_bytes)
+    file = read_tensor_file(
+        path, ("F32", "F64", "U16", "F16", "I8"), file_bytes=limits.file_bytes, header_bytes=limits.header_bytes
+    )
     about = file.metadata
     if about.get("format") != _FORMAT:
         raise ValueError(f"its format is {quoted(about.get('format'))}, expected {_FORMAT!r}")
@@ -187,8 +193,9 @@ def _step(place: int, entry: Any, tensors: dict[str, Array], limits: GraphLimits
     check_graph(graph, "step", limits)
     _check_step(graph)
     dtype = np.dtype(np.float32 if graph.dtype == "f32" else np.float64)
-    leaves = [graph[index].type.shape for index in graph.leaves("weight")]
-    weights = [_tensor(tensors, f"{place}.weight.{i}", shape, dtype) for i, shape in enumerate(leaves)]
+    weights = [
+        _weight(tensors, f"{place}.weight.{i}", graph[leaf], dtype) for i, leaf in enumerate(graph.leaves("weight"))
+    ]
     sizes = [graph[index].size for index in graph.leaves("state")]
     start = [_tensor(tensors, f"{place}.start.{i}", (1, size), dtype) for i, size in enumerate(sizes)]
     return _Step(kind, graph, weights, start, _row_shapes(entry["shapes"], graph) if "shapes" in entry else None)
@@ -240,6 +247,14 @@ def _multiply_adds(graph: Graph) -> int:
         elif node.op in AXIS_PRIMITIVES:
             total += work_of(node.op, [graph[arg].type for arg in node.args], node.attrs)
     return total
+
+
+def _weight(tensors: dict[str, Array], name: str, leaf: Node, dtype: np.dtype[Any]) -> Array:
+    """Take a weight out of ``tensors``, as the numbers that a kernel packs."""
+    if "stored" not in leaf.attrs:
+        return _tensor(tensors, name, leaf.type.shape, dtype)
+    storage = Storage(leaf.attrs["stored"])
+    return storage.decode(_tensor(tensors, name, leaf.type.shape, storage.dtype))
 
 
 def _tensor(tensors: dict[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -5,13 +5,14 @@ Nothing here imports torch: a stream that was saved runs without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusecell.streaming.bound_step import MOST_STEPS, Array, BoundStep, Part
+from fusecell.streaming.small_weights import StoredWeight, check_format, stored_weights, with_small_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +41,10 @@ class Stream:
         module: a cell, Stack, Recurrent, GRU, LSTM or RNN that runs forward; or a Sequential of these and of modules
             that apply to each step independently, such as a readout.
         batch_size: the number of rows, each with its own state.
+        weights: how the matrices of products are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``
+            with a scale for each output. All arithmetic is float32; what is not float32 is rounded once, here.
+        keep: names of weights that stay float32, as :attr:`weights` lists them, such as ``"0.weight_hh"``, or
+            ``"weight_hh"`` of all cells.
 
     Attributes:
         input_size, output_size: features of a step, or the shape of a row.
@@ -48,11 +53,13 @@ class Stream:
     Raises:
         TypeError: for any other module, a cell with several inputs, or one that draws random inputs (call ``eval()``).
         ValueError: for a bidirectional or reversed layer, whose first output needs the last input; for a batch_size
-            below 1.
+            below 1; for an unknown format, or one that this CPU can't read; for names in ``keep`` that no weight has.
         NotCompilable: if the step of a cell can't be compiled.
     """
 
-    def __init__(self, module: nn.Module, batch_size: int = 1) -> None:
+    def __init__(
+        self, module: nn.Module, batch_size: int = 1, *, weights: str = "float32", keep: Collection[str] = ()
+    ) -> None:
         try:
             from fusecell.streaming.build import parts_of
         except ModuleNotFoundError as error:
@@ -62,7 +69,10 @@ class Stream:
             ) from error
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Stream takes a batch_size of 1 or more, got {batch_size!r}.")
-        self._bind(parts_of(module, batch_size), batch_size, module)
+        parts = parts_of(module, batch_size)
+        check_format(weights, keep, parts[0].dtype)
+        self._bind(with_small_weights(parts, weights, keep), batch_size, module)
+        self._format, self._keep = weights, tuple(keep)
 
     @classmethod
     def of_parts(cls, parts: Sequence[Part], batch_size: int) -> Stream:
@@ -78,6 +88,7 @@ class Stream:
 
     def _bind(self, parts: Sequence[Part], rows: int, module: nn.Module | None) -> None:
         self._module = module
+        self._format, self._keep = "float32", ()
         self._rows = rows
         self.dtype = parts[0].dtype
         self._one, self._output_shape = parts[0].row_shapes.input, parts[-1].row_shapes.output
@@ -103,6 +114,21 @@ class Stream:
     def parts(self) -> tuple[Part, ...]:
         """The compiled cells of the stream, bottom first."""
         return tuple(cell.part for cell in self._cells)
+
+    @property
+    def weights(self) -> list[StoredWeight]:
+        """How each weight is stored: its name, shape, format, bytes, and why it stayed as it was if it did.
+
+        Example:
+            >>> import fusecell as fc
+            >>> for weight in fc.Stream(fc.GRUCell(5, 10), weights="int8").weights:
+            ...     print(weight.name, weight.format, weight.bytes, weight.reason)
+            0.weight_ih int8 270
+            0.bias_ih float32 120 not a matrix
+            0.weight_hh int8 420
+            0.bias_hh float32 120 not a matrix
+        """
+        return stored_weights(self.parts, self._format, self._keep)
 
     def save(self, path: str | Path) -> None:
         """Write the stream to a safetensors file, for :func:`fusecell.load_stream`.
@@ -273,7 +299,7 @@ class Stream:
             )
         state = self.state
         # Built anew: packed weights can't be updated in part, and parametrized ones are computed.
-        vars(self).update(vars(Stream(self._module, self._rows)))
+        vars(self).update(vars(Stream(self._module, self._rows, weights=self._format, keep=self._keep)))
         self.state = state
 
     def __repr__(self) -> str:

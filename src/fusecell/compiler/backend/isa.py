@@ -49,6 +49,7 @@ class InstructionSet:
         vector_registers: how many there are, without extensions.
         always_fused: whether a multiply-add with one rounding is part of the base.
         fused_features: features each of which brings one.
+        half_features: features each of which brings instructions that convert float16 to float32; None: the base does.
         denormals: how denormals are made to count as zero; None where nothing does it.
         spin_hint: the declaration, and the call, of the hint that a core is in a spin loop; None where there is none.
         levels: the targets that can be named, and the features that each adds to the one before.
@@ -59,6 +60,7 @@ class InstructionSet:
     vector_registers: int = 16
     always_fused: bool = False
     fused_features: frozenset[str] = frozenset()
+    half_features: frozenset[str] | None = frozenset()
     denormals: DenormalControl | None = None
     spin_hint: tuple[str, str] | None = None
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -91,6 +93,7 @@ _INSTRUCTION_SETS = (
         "x86_64",
         ("x86_64", "x86_64h", "amd64"),
         fused_features=frozenset({"fma"}),
+        half_features=frozenset({"f16c"}),
         denormals=_MXCSR,
         spin_hint=_X86_PAUSE,
         # The levels of the x86-64 psABI in LLVM's names.
@@ -115,6 +118,7 @@ _INSTRUCTION_SETS = (
         ("aarch64", "aarch64_be", "arm64", "arm64e", "arm64ec"),
         vector_registers=32,
         always_fused=True,
+        half_features=None,
         denormals=DenormalControl("@llvm.aarch64.get.fpcr", "@llvm.aarch64.set.fpcr", 64, 1 << 24),  # bit FZ
         spin_hint=("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),  # yield
     ),
@@ -137,6 +141,7 @@ _INSTRUCTION_SETS = (
             "thumbv8.1m.main",
         ),
         fused_features=frozenset({"vfp4"}),
+        half_features=frozenset({"vfp4"}),
         denormals=DenormalControl("@llvm.arm.get.fpscr", "@llvm.arm.set.fpscr", 32, 1 << 24),
         spin_hint=("declare void @llvm.arm.hint(i32)", "call void @llvm.arm.hint(i32 1)"),  # yield
     ),

@@ -30,6 +30,7 @@ class Target:
         vector_bits: width of the widest vector worth using: 512, 256 or 128.
         fma: whether a multiply-add is one instruction with one rounding.
         registers: number of vector registers.
+        converts_half: whether it has instructions that convert float16 to float32.
         sets_denormal_mode: whether a kernel makes denormals count as zero itself; else its caller does.
     """
 
@@ -39,6 +40,7 @@ class Target:
     vector_bits: int
     fma: bool
     registers: int
+    converts_half: bool = False
     sets_denormal_mode: bool = True
 
     @property
@@ -117,6 +119,7 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
         vector_bits=512 if avx512 else 256 if avx2 else 128,
         fma=isa.always_fused or avx512 or bool(isa.fused_features & has),
         registers=registers,
+        converts_half=isa.half_features is None or bool(isa.half_features & has),
     )
 
 

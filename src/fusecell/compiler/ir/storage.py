@@ -20,10 +20,11 @@ __all__ = ["LARGEST_I8", "Storage"]
 
 LARGEST_I8 = 127
 """The largest whole number of `Storage.I8`; -128 isn't used, so that every number has its negative."""
+_LARGEST_BF16 = np.array(0x7F7F0000, np.uint32).view(np.float32)[()]
 _Array = np.ndarray[Any, Any]
 
 
-class Storage(str, Enum):
+class Storage(Enum):
     """A format of stored weights."""
 
     BF16 = "bf16"
@@ -36,6 +37,11 @@ class Storage(str, Enum):
         return 1 if self is Storage.I8 else 2
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy's dtype of stored numbers; it has no bfloat16, whose bits are uint16."""
+        return np.dtype({Storage.BF16: np.uint16, Storage.F16: np.float16, Storage.I8: np.int8}[self])
+
+    @property
     def packs_pairs(self) -> bool:
         """Whether a word of 32 bits in a panel has the weights of two neighbouring k.
 
@@ -46,7 +52,7 @@ class Storage(str, Enum):
     def rounded(self, values: _Array) -> _Array:
         """Round float32 numbers to the nearest ones that this format has, ties to even.
 
-        Numbers too large for float16 become its largest, not infinity: a weight that is clipped is still a weight.
+        Numbers too large become the largest, not infinity: a weight that is clipped is still a weight.
         """
         if self is Storage.I8:
             return np.clip(np.rint(values), -LARGEST_I8, LARGEST_I8).astype(np.float32)
@@ -57,9 +63,8 @@ class Storage(str, Enum):
         even = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
         # NaN stays what it is, and what would round to infinity the largest number.
         rounded = np.where(np.isnan(values), bits | np.uint32(1 << 22), even) & np.uint32(0xFFFF0000)
-        largest = np.uint32(0x7F7F0000)
         overflows = np.isinf(rounded.view(np.float32)) & np.isfinite(values)
-        return np.where(overflows, rounded & np.uint32(0x80000000) | largest, rounded).view(np.float32)
+        return np.where(overflows, np.copysign(_LARGEST_BF16, values), rounded.view(np.float32))
 
     def encode(self, values: _Array) -> _Array:
         """Return numbers that this format has as they are stored: uint16, float16 or int8."""
