@@ -6,7 +6,7 @@ The library is imported inside the commands, because importing torch takes longe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -260,16 +260,18 @@ def stream_bench(
         console.print(f"{1e6 * low:9.2f} to {1e6 * high:9.2f} {count:9,} {bar}", highlight=False, soft_wrap=True)
 
 
-def _stream(model: str, batch_size: int) -> Stream:
+def _stream(model: str, batch_size: int, weights: str = "float32", keep: Sequence[str] = ()) -> Stream:
     """Open the stream that an argument names: a saved one, or one of MODULE:FACTORY in eval() mode."""
     from fusecell.streaming import Stream, load_stream
 
     try:
         if Path(model).exists() or ":" not in model:
+            if weights != "float32" or keep:
+                raise ValueError("--weights and --keep are for MODULE:FACTORY: a saved stream has its weights as it is")
             return load_stream(model, batch_size)
         from fusecell.cli.lookup import find_module
 
-        return Stream(find_module(model).eval(), batch_size)
+        return Stream(find_module(model).eval(), batch_size, weights=weights, keep=keep)
     except (OSError, TypeError, ValueError, NotCompilable) as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -295,6 +297,8 @@ def export(
     prefix: Annotated[str | None, typer.Option(help="Of every symbol; the file's name if left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
     verify: Annotated[bool, typer.Option(help="Run it, here or emulated, and compare bits with the stream.")] = False,
+    weights: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
+    keep: Annotated[list[str] | None, typer.Option(help="A weight that stays float32; may be given again.")] = None,
     listed: Annotated[
         bool, typer.Option("--list", callback=_list_targets, is_eager=True, help="List the targets.")
     ] = False,
@@ -302,7 +306,7 @@ def export(
     """Write a layer's step for programs without Python: an object file, a library, C, or a web page's module."""
     from fusecell.exporting import export as write
 
-    stream = _stream(model, batch_size)
+    stream = _stream(model, batch_size, weights, keep or ())
     try:
         typer.echo(str(write(stream, path, target, format, prefix=prefix, verify=verify)))  # type: ignore[arg-type]
     except (OSError, ValueError, ExportError) as error:

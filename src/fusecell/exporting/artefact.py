@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -37,6 +37,8 @@ def export(
     prefix: str | None = None,
     batch_size: int = 1,
     verify: bool = False,
+    weights: str = "float32",
+    keep: Collection[str] = (),
 ) -> ExportReport:
     """Write a layer's step for programs without Python: an object file, a library, C, or a web page's module.
 
@@ -64,12 +66,14 @@ def export(
         batch_size: rows of a step, if ``module`` is no stream.
         verify: run the artefact, here or on an emulator that is installed, and compare it with the stream, bit by bit.
             A test vector is written too, ``<path>_selftest.c``.
+        weights, keep: how weights are stored, as :class:`fusecell.Stream` takes it; a stream keeps what it has.
 
     Returns:
         The :class:`fusecell.exporting.ExportReport`, whose text has sizes and what was verified.
 
     Raises:
-        ValueError: for an unknown target or format, a prefix that is no name in C, or a target without float64.
+        ValueError: for an unknown target or format, a prefix that is no name in C, a target without float64, or one
+            without instructions for float16 weights.
         TypeError, NotCompilable: as :class:`fusecell.Stream` does.
         ExportError: if a tool that is needed is missing, or the artefact's numbers are not the stream's.
         OSError: if a file can't be written.
@@ -77,10 +81,16 @@ def export(
     if format not in get_args(Format):
         raise ValueError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
     machine = target_named("wasm32" if format == "web" else target)
-    stream = module if isinstance(module, Stream) else Stream(module, batch_size)
+    stream = _stream(module, batch_size, weights, keep)
     if stream.dtype.itemsize == 8 and not machine.doubles and format != "c":
         raise ValueError(
             f"{machine.summary} computes in float32 only, and the stream is float64: convert it by .float()."
+        )
+    halves = any(weight.format == "float16" for weight in stream.weights)
+    if halves and not machine.machine.converts_half and format != "c":
+        raise ValueError(
+            f"{machine.summary} has no instruction that reads float16 weights: store them as bfloat16, which takes as "
+            "much memory."
         )
     stem = _stem(Path(path))
     job = _Job(stream, stem, _prefix(prefix, stem), machine, verify)
@@ -93,6 +103,18 @@ def export(
 
         return export_web(job.stream, job.stem, job.prefix, machine, verify=verify)
     return job.object(format)
+
+
+def _stream(module: nn.Module | Stream, batch_size: int, weights: str, keep: Collection[str]) -> Stream:
+    """Return the stream to export."""
+    if not isinstance(module, Stream):
+        return Stream(module, batch_size, weights=weights, keep=keep)
+    if weights != "float32" or keep:
+        raise ValueError(
+            f"weights={weights!r} is for a module; a stream is exported with the weights that it has: make it "
+            f"Stream(module, weights={weights!r})."
+        )
+    return module
 
 
 def _stem(path: Path) -> Path:

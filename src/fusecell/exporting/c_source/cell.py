@@ -23,6 +23,7 @@ from fusecell.compiler.ir.affine import Term, affine_parts
 from fusecell.compiler.ir.graph import Graph, Node
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.ir.sizes import align_up, ceil_div
+from fusecell.compiler.ir.storage import Storage
 from fusecell.errors import ExportError
 from fusecell.exporting.c_source.axes import AXIS_LOOPS, AxisNest, indented, view_index
 from fusecell.exporting.c_source.constants import constant_values
@@ -380,6 +381,9 @@ class CellWriter:
         for index, term in products:
             name, weights = self._in_block[index], self._panel(index, term, size, blocks)
             factor = f"{weights}[{'block' if blocks > 1 else 0}][k][lane]"
+            stored = graph[term[1]].attrs.get("stored")
+            if stored is not None:
+                factor = f"(float){factor}" if Storage(stored) is Storage.I8 else f"number_{stored}({factor})"
             lines.append(f"    for (int lane = 0; lane < {size}; lane++)")
             lines.append(f"        {name}[lane] = FMA(a, {factor}, {name}[lane]);")
         return [*lines, "}"]
@@ -394,5 +398,9 @@ class CellWriter:
         padded[:, : region.shape[1]] = region
         name = self._constant_name(self._unique(f"{self.name[index]}_{self.name[weight]}"))
         panel = padded.reshape(k1 - k0, blocks, size).transpose(1, 0, 2)
-        self.data.append(self.writer.constant(name, panel))
+        stored = self.graph[weight].attrs.get("stored")
+        if stored is None:
+            self.data.append(self.writer.constant(name, panel))
+        else:
+            self.data.append(self.writer.stored_constant(name, panel, Storage(stored)))
         return name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType
+from fusecell.compiler.ir.storage import Storage
 from fusecell.exporting.c_source.functions import KEYWORDS, function_name
 
-__all__ = ["FIXED_PARTS", "REDUCTIONS", "RESERVED", "reduction_function"]
+__all__ = ["FIXED_PARTS", "REDUCTIONS", "RESERVED", "STORED_NUMBERS", "reduction_function"]
 
 FIXED_PARTS = """\
 #include <math.h>
@@ -104,10 +105,29 @@ static INLINE double number_f64(uint64_t bits)
 }
 """
 
+STORED_NUMBERS = {
+    Storage.BF16: """\
+/* A bfloat16 number: the upper half of a float. */
+static INLINE float number_bf16(uint16_t bits) { return number_f32((uint32_t)bits << 16); }
+""",
+    Storage.F16: """\
+/* A float16 number. Those without an exponent are multiples of 2^-24. */
+static INLINE float number_f16(uint16_t bits)
+{
+    const uint32_t sign = (uint32_t)(bits & 0x8000u) << 16;
+    const uint32_t normal = ((uint32_t)(bits & 0x7fffu) << 13) + ((uint32_t)112 << 23);
+    const uint32_t small = bits_f32((float)(bits & 0x3ff) * 5.9604644775390625e-08f);
+    return number_f32(sign | ((bits & 0x7c00u) != 0 ? normal : small));
+}
+""",
+    Storage.I8: "",
+}
+"""The functions that make floats of stored weights."""
 _OWN = """
 row col lane block count k a b memory inputs outputs input output stream state steps mode t FMA RESTRICT INLINE NOINLINE
 NAN INFINITY unix linux I line place first total step other own before equal pick at one most found_at candidate partial
-joined position reduce_sum reduce_prod reduce_amax reduce_amin bits_f32 bits_f64 number_f32 number_f64
+joined position reduce_sum reduce_prod reduce_amax reduce_amin bits_f32 bits_f64 number_f32 number_f64 number_bf16
+number_f16
 initial_state run_cells
 """
 RESERVED = KEYWORDS | frozenset(_OWN.split()) | {f"{letter}{number}" for letter in "ik" for number in range(24)}

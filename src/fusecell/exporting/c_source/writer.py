@@ -7,9 +7,10 @@ import re
 import numpy as np
 
 from fusecell.compiler.ir.sizes import ALIGNMENT, DType, align_up
+from fusecell.compiler.ir.storage import Storage
 from fusecell.exporting.c_source.cell import CellWriter
 from fusecell.exporting.c_source.functions import c_function, c_number
-from fusecell.exporting.c_source.parts import FIXED_PARTS, REDUCTIONS, reduction_function
+from fusecell.exporting.c_source.parts import FIXED_PARTS, REDUCTIONS, STORED_NUMBERS, reduction_function
 from fusecell.streaming.bound_step import Array
 from fusecell.streaming.stream import Stream
 
@@ -58,9 +59,20 @@ class SourceWriter:
 
     def constant(self, name: str, values: Array) -> str:
         """Write a constant array, in rows of 8 numbers."""
+        return self._constant(name, values, self.real)
+
+    def stored_constant(self, name: str, values: Array, storage: Storage) -> str:
+        """Write a constant array in another format, and the function that reads it."""
+        if text := STORED_NUMBERS[storage]:
+            self._functions.setdefault(storage.value, text)
+        encoded = storage.encode(values)
+        integers = encoded.view(np.uint16) if storage is Storage.F16 else encoded
+        return self._constant(name, integers, f"{integers.dtype}_t")
+
+    def _constant(self, name: str, values: Array, kind: str) -> str:
         self.weight_bytes += values.nbytes
         shape = "".join(f"[{size}]" for size in values.shape)
-        return f"static const {self.real} {name}{shape} = {_braced(values, self.dtype)};\n"
+        return f"static const {kind} {name}{shape} = {_braced(values, self.dtype)};\n"
 
     @property
     def external(self) -> tuple[str, ...]:
@@ -146,6 +158,7 @@ def _braced(values: Array, dtype: DType) -> str:
     """Write numbers in braces, nested as their shape."""
     if values.ndim > 1:
         return "{" + ",\n ".join(_braced(each, dtype) for each in values) + "}"
-    numbers = [c_number(float(value), dtype) for value in values]
+    is_real = values.dtype.kind == "f"
+    numbers = [c_number(float(value), dtype) if is_real else str(value) for value in values]
     lines = [", ".join(numbers[start : start + 8]) for start in range(0, len(numbers), 8)]
     return "{" + ",\n  ".join(lines) + "}"
