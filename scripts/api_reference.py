@@ -26,7 +26,11 @@ PAGES = {
     ),
     "sequences": ("Sequences", "fusecell: scan detach recompute", "fusecell.init"),
     "wrappers": ("Wrappers", "fusecell.wrappers"),
-    "streaming": ("Streaming", "fusecell: Stream load_stream", "fusecell.streaming: Limits"),
+    "streaming": (
+        "Streaming",
+        "fusecell: Stream load_stream weight_error",
+        "fusecell.streaming: Limits StoredWeight WeightError Difference",
+    ),
     "export": ("Exporting", "fusecell: export", "fusecell.onnx", "fusecell.weights"),
     "inside": (
         "Inside",

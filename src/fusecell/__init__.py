@@ -41,6 +41,7 @@ _HOME = {
     ),
     "Stream": "streaming",
     "load_stream": "streaming",
+    "weight_error": "streaming",
     "export": "exporting",
     "replace": "convert",
     "wrap": "wrapped_module",

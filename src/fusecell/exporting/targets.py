@@ -74,7 +74,7 @@ def _x86(level: str, summary: str, has: frozenset[str] = frozenset()) -> ExportT
     return ExportTarget(name=level, summary=summary, triple=triple, cpu=level, features=features, has=has)
 
 
-_AVX2 = frozenset({"avx2", "fma"})
+_AVX2 = frozenset({"avx2", "f16c", "fma"})
 _AVX512 = _AVX2 | {"avx512f", "avx512vl"}
 _FUSED = frozenset({"vfp4"})
 
