@@ -216,11 +216,11 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
     from fusecell.compiler.backend.target import host_target
     from fusecell.compiler.codegen.llvm_builder import Function, Module
     from fusecell.compiler.codegen.llvm_text import i64, ptr
-    from fusecell.compiler.codegen.microkernel import StaticStrides, microkernel
+    from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides, microkernel
     from fusecell.compiler.ir.sizes import DType
 
     module = Module("limits", DType.F32, host_target())
-    name = microkernel(module, rows, products, groups, StaticStrides())
+    name = microkernel(module, rows, ProductKind(products), groups, StaticStrides())
     accumulators, operand, all_panels, repeats = ptr("acc"), ptr("a"), ptr("panels"), i64("times")
     f = Function(module, "run", accumulators, operand, all_panels, repeats, exported=True)
     size = depth * products * module.vector_bytes

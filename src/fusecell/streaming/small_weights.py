@@ -35,6 +35,12 @@ _SCALE = ".scale"
 class StoredWeight:
     """How a weight of a stream is stored.
 
+    Example:
+        >>> import fusecell as fc
+        >>> weight = fc.Stream(fc.GRUCell(5, 10), weights="int8").weights[0]
+        >>> weight.name, weight.shape, weight.format, weight.bytes
+        ('0.weight_ih', (30, 5), 'int8', 270)
+
     Attributes:
         name: the number of the cell from the bottom, and the weight's name in it: ``"0.weight_hh"``.
         shape: of the weight.

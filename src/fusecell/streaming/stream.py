@@ -122,10 +122,10 @@ class Stream:
         Example:
             >>> import fusecell as fc
             >>> for weight in fc.Stream(fc.GRUCell(5, 10), weights="int8").weights:
-            ...     print(weight.name, weight.format, weight.bytes, weight.reason)
-            0.weight_ih int8 270
+            ...     print(weight.name, weight.format, weight.bytes, weight.reason or "-")
+            0.weight_ih int8 270 -
             0.bias_ih float32 120 not a matrix
-            0.weight_hh int8 420
+            0.weight_hh int8 420 -
             0.bias_hh float32 120 not a matrix
         """
         return stored_weights(self.parts, self._format, self._keep)

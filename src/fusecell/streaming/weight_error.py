@@ -22,6 +22,12 @@ __all__ = ["Difference", "WeightError", "weight_error"]
 class Difference:
     """How far a value of the stream with small weights is from that of the float32 stream.
 
+    Example:
+        >>> import torch, fusecell as fc
+        >>> output = fc.weight_error(fc.GRU(5, 10), torch.randn(20, 5), "bfloat16").values[0]
+        >>> 0 < output.rms <= output.largest < output.size
+        True
+
     Attributes:
         name: ``"output"``, or a state: ``"0.h"``, the number of its cell from the bottom and its name.
         largest: the largest difference.
@@ -38,6 +44,12 @@ class Difference:
 @dataclass(frozen=True)
 class WeightError:
     """The errors of small weights, and what these take; ``print`` shows both as tables.
+
+    Example:
+        >>> import torch, fusecell as fc
+        >>> report = fc.weight_error(fc.LSTM(5, 10), torch.randn(20, 5), "int8")
+        >>> print(str(report).splitlines()[0])
+        int8 weights: 1,240 bytes, of float32 2,720 (2.2x)
 
     Attributes:
         format: of the weights.

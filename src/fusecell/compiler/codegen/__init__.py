@@ -29,7 +29,7 @@ from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides
 from fusecell.compiler.codegen.nests import emit_nest
 from fusecell.compiler.codegen.pack_weights import emit_packing
 from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
-from fusecell.compiler.codegen.tile_cost import Product, TileCost, TileReport
+from fusecell.compiler.codegen.tile_cost import TileCost, TileReport
 from fusecell.compiler.codegen.work_sharing import MIN_ROWS_PER_THREAD, emit_barrier, emit_entries
 from fusecell.compiler.schedule.plan import Plan
 
@@ -75,7 +75,7 @@ def emit(plan: Plan, target: Target) -> Emitted:
     tiles = {
         stage.name: cost.describe(
             tilings[stage.name],
-            [Product(each.count, each.panel.depth) for each in products[stage.name]],
+            [each.product for each in products[stage.name]],
             module.groups(stage.width),
         )
         for stage in plan.stages

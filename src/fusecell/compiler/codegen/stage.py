@@ -73,6 +73,12 @@ class FusedProducts:
         return len(self.panel.weights)
 
     @property
+    def product(self) -> Product:
+        """What the cost of its tiles depends on."""
+        stored = self.panel.stored
+        return Product(self.count, self.panel.depth, stored is not None and stored.packs_pairs)
+
+    @property
     def kind(self) -> ProductKind:
         """What the microkernel depends on besides the tile."""
         return ProductKind(self.count, self.panel.stored)
@@ -84,8 +90,9 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[Fused
     candidates = []
     for most in range(_MOST_FUSED if stage.affines else 1, 0, -1):
         fused = _fuse(plan, stage, most)
-        products = [Product(each.count, each.panel.depth) for each in fused] or [Product(1, 1)]
-        if most == 1 or cost.fits(1, max(product.fused for product in products)):
+        products = [each.product for each in fused] or [Product(1, 1)]
+        pairs = any(product.pairs for product in products)
+        if most == 1 or cost.fits(1, max(product.fused for product in products), pairs=pairs):
             cycles, tiling = cheapest_tiling(module.target, module.dtype, tuple(products), groups)
             candidates.append((cycles, (fused, tiling)))
     # Of equals the first: fewer calls.

@@ -42,10 +42,17 @@ _MANY_TILES = 4
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Products computed by one microkernel call: how many share the operand, and its depth."""
+    """Products computed by one microkernel call.
+
+    Attributes:
+        fused: how many share the operand.
+        depth: of the operand.
+        pairs: whether a panel's word has the weights of two k, and so two numbers of a row are in use at a time.
+    """
 
     fused: int
     depth: int
+    pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +131,15 @@ class TileCost:
         self.registers_each = max(1, self.vector_bytes * 8 // target.vector_bits)
         self.accumulators = max(1, (target.registers - target.registers // 4) // self.registers_each)
 
-    def fits(self, rows: int, columns: int) -> bool:
-        """Whether the registers hold a tile's accumulators and the operands of one k."""
+    def fits(self, rows: int, columns: int, *, pairs: bool = False) -> bool:
+        """Whether the registers hold a tile's accumulators and the operands of one k, or of a pair."""
         if rows == columns == 1:
             return True
         # The rows' numbers and a vector of weights; or all vectors of weights and a number. One register too many, and
         # LLVM moves accumulators through memory for every k: a tile of 3 x 2 takes 1.7 times as long on AVX2.
         operands = min(rows + self.registers_each, columns * self.registers_each + 1)
+        if pairs:  # two numbers a row, a word, and the weights made of it
+            operands = 2 * rows + self.registers_each + 1
         accumulators = rows * columns
         needed = accumulators * self.registers_each + operands
         return accumulators <= self.accumulators and needed <= self.registers
@@ -202,8 +211,9 @@ class TileCost:
             groups: the column groups of their results.
             rows: the numbers of rows to average over.
         """
-        fused = max(product.fused for product in products)
-        tallest = max(height for height in range(1, MAX_ROWS + 1) if height == 1 or self.fits(height, fused))
+        fused, pairs = max(product.fused for product in products), any(product.pairs for product in products)
+        heights = range(1, MAX_ROWS + 1)
+        tallest = max(height for height in heights if height == 1 or self.fits(height, fused, pairs=pairs))
         # Of one row up: the widths of a tile alone, and of one among many.
         alone = [self._width(products, fused, groups, height, 1) for height in range(1, tallest)]
         candidates = []
@@ -216,10 +226,10 @@ class TileCost:
 
     def _width(self, products: Sequence[Product], fused: int, groups: int, height: int, tiles: int) -> int:
         """Return the cheapest width of tiles of a height, of which there are ``tiles`` below one another."""
-        widest = min(groups, MAX_GROUPS)
+        widest, pairs = min(groups, MAX_GROUPS), any(product.pairs for product in products)
         costs = {}
         for width in range(widest, 0, -1):
-            if width > 1 and not self.fits(height, width * fused):
+            if width > 1 and not self.fits(height, width * fused, pairs=pairs):
                 continue
             portions = split_evenly(groups, width)
             if portions[0][1] < width:
