@@ -101,18 +101,19 @@ def shot(page, name):
 
 
 def test_a_page_is_one_small_file(large, visit, tmp_path):
-    """Below six megabytes, five of them Plotly, which the browser runs only after the page is shown."""
+    """Below 1.2 MB, the library of its charts included, which the browser reads only after the page is shown."""
     path = tmp_path / "page.html"
     large.save_html(path)
-    assert path.stat().st_size < 6_000_000
+    assert path.stat().st_size < 1_200_000
     page = visit(path)
     assert page.evaluate("performance.getEntriesByType('resource').length") == 0
-    assert "javascript" not in page.get_attribute("#plotly", "type")
+    assert page.evaluate("[...document.querySelectorAll('.library')].map((each) => each.type)") == ["text/plain"] * 2
     assert page.evaluate("document.querySelector('body script:not([type])').textContent.length") < 100_000
     assert "200 steps × 2 direction(s) × 2 layer(s) = 800 cell calls" in page.inner_text("#formula")
     assert fc.count_cells(fc.GRU(5, 64, num_layers=2, bidirectional=True), 200) == 800
     page.wait_for_selector("html[data-ready]", state="attached")
-    assert page.locator("#norms svg.main-svg").count() > 0
+    for name in ("norms", "saturation", "memory"):
+        assert page.locator(f"#{name} svg").count() > 0
     shot(page, "page")
 
 
@@ -154,9 +155,64 @@ def test_one_cursor_in_all_views(large, large_path, visit):
     assert "step 100" in page.inner_text("#where")
     lefts = page.evaluate("[...document.querySelectorAll('.cursor')].map((each) => each.style.left)")
     assert set(lefts) == {"50%"}
-    assert page.evaluate("document.getElementById('norms').layout.shapes[0].x0") == 100
+    assert page.get_attribute("#norms", "data-step") == "100"
     torch.testing.assert_close(numbers(page, "z"), large.value("z")[100, 0], atol=1e-4, rtol=0)
     shot(page, "cursor")
+
+
+def test_numbers_under_the_mouse(large, large_path, visit):
+    page = visit(large_path)
+    canvas = page.locator('.heatmap canvas[data-name="n"]')
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    canvas.hover(position={"x": box["width"] * 0.2525, "y": box["height"] * 0.51})
+    text = page.inner_text("#tip")
+    assert text.startswith("n[32], step 50: ")
+    assert float(text.split(": ")[1]) == pytest.approx(large.value("n")[50, 0, 32].item(), abs=1e-4)
+    page.evaluate("scrollTo(0, 0)")
+    page.hover("h1")
+    assert page.locator("#tip").is_hidden()
+    page.hover("#vectors .vector:nth-child(2) canvas", position={"x": 3, "y": 10})
+    assert page.inner_text("#tip").startswith("z[0] = ")
+
+
+def test_units_that_stand_out(large, large_path, visit):
+    page = visit(large_path)
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.select_option("#unitsOf", "h")
+    page.select_option("#measure", "variesMost")
+    deviation = large.value("h")[:, 0].std(0, unbiased=False)
+    best = deviation.topk(8)
+    listed = [text.split(": ") for text in page.locator("#units button").all_inner_texts()]
+    assert [int(unit) for unit, _ in listed] == best.indices.tolist()
+    assert [float(number) for _, number in listed] == pytest.approx(best.values.tolist(), abs=1e-4)
+    page.locator("#units button").nth(2).click()
+    unit = best.indices[2].item()
+    assert page.input_value("#unit") == str(unit)
+    assert page.input_value("#step") == str(large.value("h")[:, 0, unit].abs().argmax().item())
+    page.select_option("#measure", "smallestMean")
+    smallest = large.value("h")[:, 0].mean(0)
+    first = page.locator("#units button").first.inner_text().split(": ")
+    assert int(first[0]) == smallest.argmin().item()
+    assert float(first[1]) == pytest.approx(smallest.min().item(), abs=1e-4)
+
+
+def test_pictures_can_be_saved(large_path, visit, tmp_path):
+    page = visit(large_path)
+    page.wait_for_selector("html[data-ready]", state="attached")
+    for button, name, begins in (
+        ("#save-norms", "norms.svg", b"<svg"),
+        ("#save-memory", "memory.svg", b"<svg"),
+        ("#saveGrid", "unrolled.png", b"\x89PNG"),
+        ('.heatmap:has(canvas[data-name="z"]) button', "z-0.png", b"\x89PNG"),
+    ):
+        with page.expect_download() as download:
+            page.click(button)
+        assert download.value.suggested_filename == name
+        download.value.save_as(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(begins)
+        assert len(content) > 2000
 
 
 def test_keyboard_language_theme_and_lengths(large_path, visit):
@@ -233,7 +289,7 @@ def test_moving_on_a_long_tape_redraws_little(tmp_path, visit):
         brushes.fillRect = counted("boxes", brushes.fillRect);
         brushes.strokeRect = counted("boxes", brushes.strokeRect);
         brushes.putImageData = counted("pictures", brushes.putImageData);
-        Plotly.react = counted("charts", Plotly.react);
+        chart = counted("charts", chart);
         for (let i = 1; i <= 15; i++) go({ step: 100 * i });
         return counts;
     }""")

@@ -82,9 +82,10 @@ class LayerNormLSTMCell(WeightCell):
     r"""The LSTM with layer normalisation of both products, and of the memory before the output gate.
 
     .. math::
-        i, f, g, o &= \mathrm{LN}_1(W_{ih} x) + \mathrm{LN}_2(W_{hh} h) \\
-        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(\mathrm{LN}_3(c'))
+        a &= \mathrm{LN}_1(W_{ih} x) + \mathrm{LN}_2(W_{hh} h) \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o) \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(\mathrm{LN}_3(c'))
 
     Each LN has its own gain and bias; LN1 and LN2 run over all four parts together (4 * hidden_size features), as in
     the paper, whose additional bias b is redundant with theirs.

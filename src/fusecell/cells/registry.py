@@ -109,7 +109,7 @@ CELLS: tuple[ZooCell, ...] = (
         LayerNormLSTMCell,
         "Ba, Kiros, Hinton, arXiv:1607.06450",
         "an LSTM with layer norm inside the step",
-        "i, f, g, o = LN(W x) + LN(U h); c' = σ(f)·c + σ(i)·tanh(g); h' = σ(o)·tanh(LN(c'))",
+        "i, f, o = σ(LN(W x) + LN(U h)); g = tanh(LN(Wg x) + LN(Ug h)); c' = f·c + i·g; h' = o·tanh(LN(c'))",
     ),
     ZooCell(
         "gru_layer_norm",
@@ -130,7 +130,7 @@ CELLS: tuple[ZooCell, ...] = (
         LiGRUCell,
         "Ravanelli et al., arXiv:1803.10225",
         "the light GRU of speech recognition, with layer norm for batch norm",
-        "z, n = LN(W x) + U h; h' = σ(z)·h + (1-σ(z))·relu(n)",
+        "z = σ(LN(Wz x) + Uz h); n = relu(LN(Wn x) + Un h); h' = z·h + (1-z)·n",
     ),
     ZooCell(
         "ugrnn",

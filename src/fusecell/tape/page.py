@@ -1,4 +1,4 @@
-"""Write a tape as one HTML file: its numbers, a script that draws them, and Plotly."""
+"""Write a tape as one HTML file: its numbers, scripts that draw them, and the library of its charts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from fusecell.tape.tape import Tape, Track, flat
 
 __all__ = ["page"]
 
+_SCRIPTS = ("charts", "units", "page")
+"""The page's own scripts; the last one starts it."""
 _LEVELS = 65535
 """The largest of the 16-bit numbers that values are stored as, from their least to their largest.
 
@@ -31,7 +33,6 @@ def page(tape: Tape, rows: Sequence[int], title: str) -> str:
     Raises:
         IndexError: for a row that the tape doesn't have.
         ValueError: for no rows at all.
-        ModuleNotFoundError: without Plotly.
     """
     indices = [int(row) for row in rows]
     for row in indices:
@@ -54,8 +55,9 @@ def page(tape: Tape, rows: Sequence[int], title: str) -> str:
         "WORDS": _asset("words.json").replace("<", "\\u003c"),
         # A tape may come from somebody else: none of its texts may close the script element and start another.
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "PLOTLY": _escape_script(_plotly()),
-        "SCRIPT": _asset("page.js"),
+        "DTHREE": _escape_script(_asset("plot/d3.min.js")),
+        "PLOT": _escape_script(_asset("plot/plot.umd.min.js")),
+        "SCRIPT": "\n".join(_asset(f"{name}.js") for name in _SCRIPTS),
     }
     # All marks in one pass: a text that replaces one may contain another.
     return re.sub(r"/\*([A-Z]+)\*/", lambda mark: parts[mark[1]], _asset("page.html"))
@@ -124,14 +126,6 @@ def _packed(value: Tensor) -> dict[str, Any]:
 
 def _asset(name: str) -> str:
     return resources.files("fusecell.tape").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """Return Plotly's script, which its Python package contains."""
-    try:
-        return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError('A tape\'s page needs plotly:  pip install "fusecell[tape]"') from missing
 
 
 def _escape_script(text: str) -> str:

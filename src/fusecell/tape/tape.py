@@ -211,7 +211,6 @@ class Tape:
 
         Raises:
             IndexError: for a row that the tape doesn't have.
-            ModuleNotFoundError: without Plotly.
         """
         from fusecell.tape.page import page
 

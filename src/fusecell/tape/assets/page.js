@@ -16,6 +16,7 @@ function say(word, facts = {}) {
 function sayAll() {
   document.documentElement.lang = page.language;
   for (const element of document.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
+  sayMeasures();
   byId("language").textContent = say("other");
   byId("title").textContent = document.title = tape.title;
   const cells = tape.tracks.length, even = cells === tape.layers * tape.directions;
@@ -189,12 +190,26 @@ function drawLine(draw, track, index) {
 
 const lineTop = (index) => (tape.tracks.length - 1 - index) * (grid.height + GAP) + 4;
 
-function pickFromGrid(event) {
+/** The step and the track under the mouse, or undefined beside them. */
+function placeInGrid(event) {
   const box = byId("grid").getBoundingClientRect();
   const step = Math.floor((event.clientX - box.left - LEFT) / grid.cell);
   const line = Math.floor((event.clientY - box.top) / (grid.height + GAP));
   const track = tape.tracks.length - 1 - line;
-  if (step >= 0 && step < tape.steps && track >= 0 && track < tape.tracks.length) go({ step, track });
+  return step >= 0 && step < tape.steps && track >= 0 && track < tape.tracks.length ? { step, track } : undefined;
+}
+
+function pickFromGrid(event) {
+  const place = placeInGrid(event);
+  if (place) go(place);
+}
+
+function sayOfGrid(event) {
+  const place = placeInGrid(event), value = place && find(tape.tracks[place.track], page.colour);
+  if (!value) return "";
+  const mean = vector(value, place.step).reduce((sum, number) => sum + number, 0) / value.size;
+  const label = page.colour.replace(/^d /, "∂"), number = valid(place.step) ? format(mean, value) : say("beyond");
+  return `${say("meanOf", { name: label })}, ${say("layer")} ${tape.tracks[place.track].layer}, ${say("step")} ${place.step}: ${number}`;
 }
 
 // ---- one cell ----
@@ -264,7 +279,9 @@ function drawVector({ name, label, value }) {
     draw.fillStyle = unit === page.unit ? colour("--mark") : css(shades.colours, shades.place(number));
     draw.fillRect(unit * step, Math.min(zero, zero - length), Math.max(step - (step > 3 ? 1 : 0), 0.5), Math.max(Math.abs(length), 0.5));
   });
-  canvas.addEventListener("click", (event) => go({ unit: Math.floor((event.offsetX / canvas.clientWidth) * value.size) }));
+  const unitAt = (event) => keep(Math.floor((event.offsetX / canvas.clientWidth) * value.size), value.size - 1);
+  canvas.addEventListener("click", (event) => go({ unit: unitAt(event) }));
+  hovered(canvas, (event) => `${label}[${unitAt(event)}] = ${format(values[unitAt(event)], value)}`);
   const chosen = Math.min(page.unit, value.size - 1), details = element.querySelector("details");
   details.dataset.name = name;
   details.querySelector("summary").textContent = `${label}[${chosen}] = ${format(values[chosen], value)}`;
@@ -300,7 +317,7 @@ function drawHeatmaps() {
 function drawHeatmap({ name, label, value }) {
   const element = document.createElement("div");
   element.className = "heatmap";
-  element.innerHTML = `<span class="name">${escaped(label)}</span><div class="frame"><canvas></canvas><div class="cursor"></div></div>`;
+  element.innerHTML = `<span class="name">${escaped(label)} <button type="button" class="save"></button></span><div class="frame"><canvas></canvas><div class="cursor"></div></div>`;
   const canvas = element.querySelector("canvas");
   canvas.dataset.name = name;
   canvas.width = tape.steps;
@@ -318,67 +335,20 @@ function drawHeatmap({ name, label, value }) {
     }
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
-  const pick = (event) => {
-    const step = Math.floor((event.offsetX / canvas.clientWidth) * tape.steps);
-    const unit = Math.floor((event.offsetY / canvas.clientHeight) * value.size);
-    go({ step: Math.max(0, Math.min(tape.steps - 1, step)), unit: Math.max(0, Math.min(value.size - 1, unit)) });
-  };
+  const placeOf = (event) => ({
+    step: keep(Math.floor((event.offsetX / canvas.clientWidth) * tape.steps), tape.steps - 1),
+    unit: keep(Math.floor((event.offsetY / canvas.clientHeight) * value.size), value.size - 1),
+  });
+  const pick = (event) => go(placeOf(event));
+  hovered(canvas, (event) => {
+    const { step, unit } = placeOf(event);
+    const number = valid(step) ? format(vector(value, step)[unit], value) : say("beyond");
+    return `${label}[${unit}], ${say("step")} ${step}: ${number}`;
+  });
+  saved(element.querySelector("button"), () => pictureOfCanvas(canvas, `${name}-${page.track}`));
   canvas.addEventListener("click", pick);
   canvas.addEventListener("mousemove", (event) => event.buttons && pick(event));
   return element;
-}
-
-// ---- charts ----
-
-function layout(extra) {
-  return {
-    margin: { l: 46, r: 10, t: 30, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--fore") }, legend: { orientation: "h", y: 1.18, traceorder: "normal" }, showlegend: true, ...extra,
-  };
-}
-
-const cursorShape = () => ({
-  type: "line", x0: page.step, x1: page.step, y0: 0, y1: 1, yref: "paper", line: { color: colour("--mark"), width: 2 },
-});
-
-function drawCharts() {
-  if (typeof Plotly === "undefined") return;
-  const track = tape.tracks[page.track], entries = shown(track), last = tape.lengths[page.row];
-  const steps = Array.from({ length: last }, (_, step) => step), quiet = { displayModeBar: false, responsive: true };
-  const normed = entries.filter(({ value }) => !value.gate);
-  Plotly.react("norms", normed.map(({ label, value }) => ({
-    x: steps, y: steps.map((step) => Math.hypot(...vector(value, step))), name: label, mode: "lines",
-  })), layout({ shapes: [cursorShape()], xaxis: { title: { text: say("steps") } } }), quiet);
-  const gates = entries.filter(({ value, name }) => value.gate && !track.states.includes(name) && name !== "output");
-  const shares = gates.map(({ value }) => saturation(value, last));
-  const bar = (index, word, shade) => ({
-    y: gates.map(({ label }) => label), x: shares.map((share) => share[index]), name: say(word), type: "bar",
-    orientation: "h", marker: { color: shade },
-  });
-  Plotly.react("saturation", [bar(0, "shut", "#3b528b"), bar(1, "between", "#9aa3ad"), bar(2, "open", "#5ec962")],
-    layout({ barmode: "stack", xaxis: { range: [0, 1], tickformat: ".0%" } }), quiet);
-  Plotly.react("memory", gates.map(({ label, value }) => ({
-    x: memory(value, last), name: label, type: "histogram", opacity: 0.6, nbinsx: 24,
-  })), layout({ barmode: "overlay", xaxis: { title: { text: say("steps") } }, yaxis: { title: { text: say("units") } } }), quiet);
-  byId("norms").on("plotly_click", (event) => go({ step: event.points[0].x }));
-}
-
-function moveChartCursor() {
-  if (typeof Plotly !== "undefined" && byId("norms").data) Plotly.relayout("norms", { shapes: [cursorShape()] });
-}
-
-function saturation(value, last) {
-  const counts = [0, 0, 0];
-  for (let step = 0; step < last; step++) {
-    for (const number of vector(value, step)) counts[number < 0.1 ? 0 : number > 0.9 ? 2 : 1] += 1;
-  }
-  return counts.map((count) => count / (last * value.size || 1));
-}
-
-function memory(value, last) {
-  const means = new Float64Array(value.size);
-  for (let step = 0; step < last; step++) vector(value, step).forEach((number, unit) => { means[unit] += number / last; });
-  return Array.from(means, (mean) => 1 / Math.max(1 - mean, 1e-4));
 }
 
 // ---- moving about ----
@@ -396,6 +366,7 @@ function go(change) {
   drawGrid();
   drawCell();
   drawHeatmaps();
+  drawUnits();
   if (before.track !== page.track || before.row !== page.row) drawCharts();
   else moveChartCursor();
 }
@@ -423,6 +394,38 @@ function drawAll() {
   drawCharts();
 }
 
+// ---- numbers under the mouse, and pictures to keep ----
+
+/** Say something of the place in an element that the mouse is over. */
+function hovered(element, text) {
+  const tip = byId("tip");
+  element.addEventListener("mousemove", (event) => {
+    tip.textContent = text(event);
+    tip.hidden = !tip.textContent;
+    tip.style.left = `${Math.min(event.clientX + 14, document.documentElement.clientWidth - tip.offsetWidth - 4)}px`;
+    tip.style.top = `${event.clientY + 16}px`;
+  });
+  element.addEventListener("mouseleave", () => { tip.hidden = true; });
+}
+
+/** Make a button that saves the file that a function returns a promise of: its content and its name. */
+function saved(button, file) {
+  button.textContent = "⤓";
+  button.title = say("save");
+  button.setAttribute("aria-label", say("save"));
+  button.onclick = async () => {
+    const { content, name } = await file(), link = document.createElement("a");
+    link.href = URL.createObjectURL(content);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+}
+
+function pictureOfCanvas(canvas, name) {
+  return new Promise((done) => canvas.toBlob((content) => done({ content, name: `${name}.png` }), "image/png"));
+}
+
 function start() {
   const names = [...new Set(tape.tracks.flatMap((track) => shown(track).map(({ name }) => name)))];
   byId("colour").replaceChildren(...names.map((name) => new Option(name.replace(/^d /, "∂"), name)));
@@ -436,6 +439,9 @@ function start() {
   byId("step").addEventListener("change", (event) => go({ step: keep(Number(event.target.value), tape.steps - 1) }));
   byId("unit").addEventListener("change", (event) => go({ unit: keep(Number(event.target.value), 1e9) }));
   byId("grid").addEventListener("click", pickFromGrid);
+  hovered(byId("grid"), sayOfGrid);
+  saved(byId("saveGrid"), () => pictureOfCanvas(byId("grid"), "unrolled"));
+  startUnits();
   byId("language").addEventListener("click", () => { page.language = page.language === "en" ? "zh" : "en"; drawAll(); });
   byId("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
@@ -446,11 +452,13 @@ function start() {
   let waiting = 0;
   window.addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => go({})); });
   drawAll();
-  // Plotly's five megabytes are read once the page is there.
+  // The library of the charts is read once the rest of the page is there.
   setTimeout(() => {
-    const script = document.createElement("script");
-    script.textContent = byId("plotly").textContent;
-    document.head.append(script);
+    for (const library of document.querySelectorAll("script.library")) {
+      const script = document.createElement("script");
+      script.textContent = library.textContent;
+      document.head.append(script);
+    }
     drawCharts();
     document.documentElement.dataset.ready = "true";
   }, 30);
