@@ -1,6 +1,8 @@
-"""Take trained cells out of Python: a filter in C++, a GRU on a bare microcontroller, a pitch tracker in a web page.
+"""Take trained cells out of Python: a filter in C++, Rust or a plugin, a GRU on a bare microcontroller, a web page.
 
 python examples/export_models.py filter             trains a filter, builds a C++ program, and filters a WAV file
+python examples/export_models.py rust               the same filter in a Rust program, which filters what it reads
+python examples/export_models.py plugin             the same filter as a LADSPA plugin, for audio editors and hosts
 python examples/export_models.py microcontroller    builds a program for a Cortex-M7, and runs it on QEMU
 python examples/export_models.py page               trains the pitch tracker of live_pitch.py, and serves a page
 """
@@ -11,6 +13,8 @@ import argparse
 import functools
 import http.server
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -95,6 +99,73 @@ def filter_example(folder: Path, seconds: float, updates: int | None = None) -> 
     return error, same
 
 
+# The same filter in Rust.
+
+
+def build_rust(layer: nn.Module, folder: Path) -> Path:
+    """Export a filter as a static library, and build the Rust program around it; return the program."""
+    fc.export(layer, folder / "filter", format="static", verify=True)
+    # Rust can't read a C header: its constants go into a file that the program includes.
+    sizes = re.findall(r"#define FILTER_(\w+_SIZE|MEMORY_BYTES) (\d+)", (folder / "filter.h").read_text())
+    lines = [f"#[allow(dead_code)]\nconst {name}: usize = {size};\n" for name, size in sizes]
+    (folder / "sizes.rs").write_text("".join(lines))
+    shutil.copy(folder / "filter.a", folder / "libfilter.a")
+    program = folder / "filter_rs"
+    command = ["rustc", "--edition=2021", "-O", "-D", "warnings", SOURCES / "filter.rs", "-L", folder]
+    environment = {**os.environ, "EXPORTED": str(folder.resolve())}
+    subprocess.run([*command, "-l", "static=filter", "-l", "m", "-o", program], check=True, env=environment)
+    return program
+
+
+def rust_example(folder: Path, seconds: float, updates: int | None = None) -> bool:
+    """Train, build and run; return whether the program's samples are the stream's, bit by bit."""
+    layer, _ = train_filter(seconds, updates=updates)
+    program = build_rust(layer, folder)
+    samples = np.random.default_rng(1).normal(0, 0.3, RATE).astype("<f4")
+    done = subprocess.run([program], input=samples.tobytes(), stdout=subprocess.PIPE, check=True)
+    same = done.stdout == fc.Stream(layer).push(samples[:, None]).astype("<f4").tobytes()
+    print(f"{len(samples)} samples by {program}, equal: {same}")
+    return same
+
+
+# The same filter as a LADSPA plugin.
+
+
+def build_plugin(layer: nn.Module, folder: Path) -> Path:
+    """Export a filter as a static library, and build the plugin around it; return the plugin."""
+    fc.export(layer, folder / "filter", format="static", verify=True)
+    plugin = folder / "fusecell_filter.so"
+    command = [
+        "cc",
+        "-std=c11",
+        "-shared",
+        "-fPIC",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        f"-I{folder}",
+        SOURCES / "ladspa_filter.c",
+    ]
+    subprocess.run([*command, folder / "filter.a", "-lm", "-o", plugin], check=True)
+    return plugin
+
+
+def plugin_example(folder: Path, seconds: float, updates: int | None = None) -> bool:
+    """Train, build, and have the host of LADSPA's SDK run the plugin; return whether its samples are the stream's."""
+    layer, _ = train_filter(seconds, updates=updates)
+    plugin = build_plugin(layer, folder).resolve()
+    samples = np.random.default_rng(1).normal(0, 8000, RATE).clip(-32768, 32767).round()
+    write_wav(folder / "in.wav", samples)
+    command = ["applyplugin", folder / "in.wav", folder / "out.wav", plugin, "fusecell_filter", "1"]
+    subprocess.run(command, check=True)
+    y = fc.Stream(layer).push((samples[:, None] / 32768).astype(np.float32))[:, 0]
+    heard = read_wav(folder / "out.wav")
+    # The host rounds to 16 bits in its own way.
+    same = len(heard) == RATE and bool(np.abs(heard - np.clip(y * 32768, -32768, 32767)).max() <= 1)
+    print(f"{len(heard)} samples by {plugin}, equal: {same}")
+    return same
+
+
 # A GRU on a microcontroller.
 
 
@@ -155,13 +226,17 @@ def serve(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
 def main() -> None:
     """Run one of the examples."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("example", choices=("filter", "microcontroller", "page"))
+    parser.add_argument("example", choices=("filter", "rust", "plugin", "microcontroller", "page"))
     parser.add_argument("--seconds", type=float, default=30, help="how long to train")
     parser.add_argument("--output", type=Path, default=Path("export-output"), help="the folder for all files")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.example == "filter":
         filter_example(options.output, options.seconds)
+    elif options.example == "rust":
+        rust_example(options.output, options.seconds)
+    elif options.example == "plugin":
+        plugin_example(options.output, options.seconds)
     elif options.example == "microcontroller":
         microcontroller_example(options.output)
     else:

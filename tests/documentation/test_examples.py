@@ -68,6 +68,17 @@ def test_a_filter_in_cpp_has_the_samples_of_its_stream(tmp_path):
     assert error < 0.05
 
 
+def test_a_filter_in_rust_has_the_bits_of_its_stream(tmp_path):
+    need("rustc", "ar")
+    assert load("export_models").rust_example(tmp_path, 0, updates=20)
+
+
+def test_a_ladspa_plugin_has_the_samples_of_its_stream(tmp_path):
+    """Run by the host of LADSPA's own SDK."""
+    need("cc", "ar", "applyplugin")
+    assert load("export_models").plugin_example(tmp_path, 0, updates=20)
+
+
 def test_a_gru_on_a_bare_microcontroller_has_the_bits_of_its_stream(tmp_path):
     """And takes less than 4 kB of memory, stack included."""
     need("arm-none-eabi-gcc", "qemu-system-arm")
