@@ -111,6 +111,33 @@ def test_recurrent_wraps_cells_of_torch() -> None:
     torch.testing.assert_close(layer(x)[0], fc.Recurrent(ours)(x)[0])
 
 
+def test_a_step_that_unpacks_its_states_has_two() -> None:
+    """A probe with one state of two rows would be taken apart by ``h, c = state``, and pass for a step."""
+
+    class Unpacks(nn.Module):
+        input_size, hidden_size = 5, 7
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(5, 7)
+
+        def forward(self, x: Tensor, state: Any) -> Any:
+            h, c = state
+            return self.cell(x, (h.expand(len(x), 7), c.expand(len(x), 7)))
+
+    module, x = Unpacks(), torch.randn(4, 3, 5)
+    cell = fc.wrap(module)
+    assert cell.states == ("h", "c")
+    state = (torch.randn(3, 7), torch.randn(3, 7))
+    expected, now = [], state
+    for value in x:
+        now = module(value, now)
+        expected.append(now[0])
+    y, after = fc.Recurrent(cell)(x, state)
+    torch.testing.assert_close(y, torch.stack(expected))
+    torch.testing.assert_close(after, now)
+
+
 def test_refusals() -> None:
     with pytest.raises(TypeError, match=r"expected an nn\.Module"):
         fc.wrap(torch.tanh)

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from fusecell.cell import Cell
 from fusecell.drop_in.class_swap import become, class_name, fusecell_class, is_torchs_recurrent, original_class
+from fusecell.other_libraries import scanned_class
+from fusecell.other_libraries.loops import Loop
 
 __all__ = ["Replaced", "Speedup", "accelerate", "replace"]
 
@@ -72,6 +74,9 @@ def replace(model: nn.Module, *, back: bool = False, sample: Any = None) -> Repl
     optimizers, and all else that refers to it, remain valid. A subclass of torch.nn's classes is replaced too, unless
     its forward is one of its own that doesn't call torch.nn's by ``super()``: what it adds stays.
 
+    Layers of ncps, sb3-contrib, speechbrain, torchrecurrent and torchrl that loop over time in Python become subclasses
+    of what they are, that run the loop as a scan (:mod:`fusecell.other_libraries`).
+
     Example:
         >>> import torch, fusecell as fc
         >>> model = torch.nn.ModuleDict({"encoder": torch.nn.GRU(5, 10), "head": torch.nn.Linear(10, 2)})
@@ -100,6 +105,7 @@ def replace(model: nn.Module, *, back: bool = False, sample: Any = None) -> Repl
     report = Replaced()
     for path, module in model.named_modules():
         _replace_one(module, path, report)
+    _forget_parts(model, report)
     if before is not None:
         report.speedup = _speedup(before, copy.deepcopy(model), sample)
     return report
@@ -108,7 +114,13 @@ def replace(model: nn.Module, *, back: bool = False, sample: Any = None) -> Repl
 def _replace_one(module: nn.Module, path: str, report: Replaced) -> None:
     """Replace a module, but none of its parts, and add it to a report if it is recurrent."""
     kind = type(module)
-    if isinstance(module, torch.jit.ScriptModule):
+    scanned = scanned_class(kind)
+    if isinstance(scanned, str):
+        report.left += ((path, f"{kind.__name__}: {scanned}"),)
+    elif scanned is not None:
+        become(module, scanned)
+        report.changed += ((path, class_name(kind), class_name(scanned)),)
+    elif isinstance(module, torch.jit.ScriptModule):
         if _RECURRENT.search(module.original_name):
             report.left += ((path, f"a TorchScript of {module.original_name}: replace it before torch.jit.script"),)
     elif is_torchs_recurrent(module):
@@ -122,6 +134,18 @@ def _replace_one(module: nn.Module, path: str, report: Replaced) -> None:
         report.left += (
             (path, f"{kind.__name__} is no class of torch.nn; fusecell.wrap takes one that computes a step"),
         )
+
+
+def _forget_parts(model: nn.Module, report: Replaced) -> None:
+    """Take out of a report the parts of other libraries' loops, which run as they are, but inside a scan."""
+    loops = [path for path, module in model.named_modules() if isinstance(module, Loop)]
+    prefixes = tuple([f"{path}." if path else "" for path in loops])
+    kinds = (nn.RNNBase, nn.RNNCellBase)
+    report.left = tuple(
+        (path, reason)
+        for path, reason in report.left
+        if not path.startswith(prefixes) or isinstance(model.get_submodule(path), kinds)
+    )
 
 
 def _replace_back(model: nn.Module) -> Replaced:
@@ -154,8 +178,10 @@ def _looks_recurrent(module: nn.Module) -> bool:
     kind = type(module)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase | Cell) or kind.__module__.startswith("fusecell."):
         return False
-    parts = (nn.RNNBase, nn.RNNCellBase, Cell)
-    return bool(_RECURRENT.search(kind.__name__)) and not any(isinstance(part, parts) for part in module.modules())
+    parts = (nn.RNNBase, nn.RNNCellBase, Cell, Loop)
+    if any(isinstance(part, parts) or scanned_class(type(part)) for part in module.modules()):
+        return False
+    return bool(_RECURRENT.search(kind.__name__))
 
 
 @contextmanager

@@ -19,7 +19,8 @@ _FORMS = (
     "a wrapped module takes (x, h) and returns h, or (output, h); or it takes (x, (h, c)) and returns (h, c), or "
     "(output, (h, c))"
 )
-_ROWS = 2
+# More rows than a step has states: ``h, c = state`` would take a tensor of two rows apart.
+_ROWS = 7
 
 
 def wrap(
@@ -159,7 +160,7 @@ def _passed_sizes(module: nn.Module, input_size: int, state_sizes: int | Sequenc
         except Exception as error:  # the module's own, in a form that it doesn't take
             failures.append(f"with {count} state{'s' * (count > 1)}: {type(error).__name__}: {error}")
             continue
-        if tuple(value.shape[-1] for value in after) == sizes:
+        if [tuple(value.shape) for value in after] == [(_ROWS, size) for size in sizes]:
             return sizes
         failures.append(f"with {count} state{'s' * (count > 1)} it returns {[tuple(value.shape) for value in after]}")
     raise ValueError(f"wrap: {type(module).__name__} is no step: {_FORMS}. Tried {'; '.join(failures)}.")
