@@ -1,7 +1,7 @@
 """Train DeepFilterNet 3, a speech enhancer, with fusecell: one line after the model is made.
 
-    pip install fusecell deepfilternet loguru torchaudio
-    python examples/recipes/deepfilternet.py
+pip install fusecell deepfilternet loguru torchaudio
+python examples/recipes/deepfilternet.py
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def enhancer() -> nn.Module:
         sys.modules["torchaudio.backend.common"].AudioMetaData = object  # type: ignore[attr-defined]
     from df.config import config
 
-    config.use_defaults()
+    config.use_defaults(allow_reload=True)
     from df.deepfilternet3 import init_model
 
     model: nn.Module = init_model()

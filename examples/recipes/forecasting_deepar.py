@@ -1,7 +1,7 @@
 """Train pytorch-forecasting's DeepAR with fusecell: one line after the model is made.
 
-    pip install fusecell pytorch-forecasting
-    python examples/recipes/forecasting_deepar.py
+pip install fusecell pytorch-forecasting
+python examples/recipes/forecasting_deepar.py
 """
 
 from __future__ import annotations

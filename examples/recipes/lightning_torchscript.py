@@ -1,7 +1,7 @@
 """Train a LightningModule with fusecell's layers, and save it as TorchScript that needs no fusecell.
 
-    pip install fusecell lightning
-    python examples/recipes/lightning_torchscript.py
+pip install fusecell lightning
+python examples/recipes/lightning_torchscript.py
 """
 
 from __future__ import annotations

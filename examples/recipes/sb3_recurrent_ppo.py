@@ -1,7 +1,7 @@
 """Train sb3-contrib's RecurrentPPO with fusecell: one line after the model is made.
 
-    pip install fusecell sb3-contrib
-    python examples/recipes/sb3_recurrent_ppo.py
+pip install fusecell sb3-contrib
+python examples/recipes/sb3_recurrent_ppo.py
 """
 
 from __future__ import annotations

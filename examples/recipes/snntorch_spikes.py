@@ -1,7 +1,7 @@
 """Train a network of snntorch's spiking neurons with fusecell: its loop over time becomes a scan of the same network.
 
-    pip install fusecell snntorch
-    python examples/recipes/snntorch_spikes.py
+pip install fusecell snntorch
+python examples/recipes/snntorch_spikes.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ def program(fusecell: bool, small: bool) -> Step:
     from snntorch import surrogate, utils
 
     rows, steps, features, units = (3, 11, 5, 7) if small else (64, 50, 64, 128)
-    neuron = {"beta": 0.9, "learn_beta": True, "threshold": 0.3, "init_hidden": True, "spike_grad": surrogate.fast_sigmoid()}
+    neuron = {
+        "beta": 0.9,
+        "learn_beta": True,
+        "threshold": 0.3,
+        "init_hidden": True,
+        "spike_grad": surrogate.fast_sigmoid(),
+    }
     network = nn.Sequential(
         nn.Linear(features, units), snntorch.Leaky(**neuron), nn.Linear(units, 2), snntorch.Leaky(**neuron)
     )
@@ -33,7 +39,7 @@ def program(fusecell: bool, small: bool) -> Step:
         utils.reset(network)
         return torch.stack([network(frame) for frame in x])
 
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-2)
     label = torch.arange(rows) % 2
     rate = 0.3 + 0.3 * torch.sin(torch.arange(steps)[:, None] * (0.5 + 0.5 * label))
     x = torch.bernoulli(rate[..., None].expand(steps, rows, features))

@@ -1,7 +1,7 @@
 """Train torchrl's LSTMModule and GRUModule with fusecell: one line after the modules are made.
 
-A batch of a replay buffer holds episodes one after the other. torchrl cuts each row where an episode begins, pads the
-pieces to one length, packs them, and puts the outputs together again; ``fc.replace`` makes it one call with ``resets=``.
+A row of a replay buffer holds episodes one after the other. torchrl cuts it where an episode begins, pads the pieces to
+one length, packs them, and puts the outputs together again; ``fc.replace`` makes it one call with ``resets=``.
 
     pip install fusecell torchrl
     python examples/recipes/torchrl_memory.py

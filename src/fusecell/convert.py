@@ -113,7 +113,7 @@ def replace(model: nn.Module, *, back: bool = False, sample: Any = None) -> Repl
 
 def _replace_one(module: nn.Module, path: str, report: Replaced) -> None:
     """Replace a module, but none of its parts, and add it to a report if it is recurrent."""
-    kind = type(module)
+    kind: Any = type(module)
     scanned = scanned_class(kind)
     if isinstance(scanned, str):
         report.left += ((path, f"{kind.__name__}: {scanned}"),)
@@ -152,7 +152,7 @@ def _replace_back(model: nn.Module) -> Replaced:
     """Replace fusecell's classes by those whose place they take."""
     modules = [(path, module, original_class(type(module))) for path, module in model.named_modules()]
     for path, module, original in modules:
-        if original is not None:
+        if original is not None and not isinstance(module, Loop):
             _check_plain(path, module)
     changed = []
     for path, module, original in modules:
@@ -176,12 +176,11 @@ def _check_plain(path: str, module: Any) -> None:
 def _looks_recurrent(module: nn.Module) -> bool:
     """Return whether a module is named as recurrent ones are, and is neither fusecell's nor made of such modules."""
     kind = type(module)
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase | Cell) or kind.__module__.startswith("fusecell."):
+    if not _RECURRENT.search(kind.__name__) or kind.__module__.startswith("fusecell."):
         return False
     parts = (nn.RNNBase, nn.RNNCellBase, Cell, Loop)
-    if any(isinstance(part, parts) or scanned_class(type(part)) for part in module.modules()):
-        return False
-    return bool(_RECURRENT.search(kind.__name__))
+    kinds: list[Any] = [type(part) for part in module.modules()]
+    return not any(issubclass(each, parts) or scanned_class(each) for each in kinds)
 
 
 @contextmanager

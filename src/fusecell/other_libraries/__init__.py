@@ -1,8 +1,8 @@
 """Layers of other libraries that loop over time in Python: subclasses of theirs that run the loop as a scan.
 
-No library is imported here: a class is found by the name of the class that it is or inherits from. What a subclass
-overrides are the methods of ``loops``, one for each library, in a module of its name; all else stays the library's. Each computes what the
-library's method does, to the number, and calls that where it can't.
+No library is imported here: a class is found by the name of the class that it is or inherits from. Each library has a
+module of its name, with the methods that subclasses override; all else stays the library's. A method returns what the
+library's own would, and calls that where it can't.
 """
 
 from __future__ import annotations

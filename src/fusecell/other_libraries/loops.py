@@ -33,7 +33,11 @@ class Loop:
         """
         cells = self.scanned_cells = {} if self.scanned_cells is None else self.scanned_cells
         known = cells.get(index)
-        if known is None or len(known[0]) != len(parts) or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+        if (
+            known is None
+            or len(known[0]) != len(parts)
+            or any(a is not b for a, b in zip(known[0], parts, strict=True))
+        ):
             known = cells[index] = parts, build(*parts)
         return known[1]
 

@@ -17,7 +17,7 @@ __all__ = ["Cfc", "Ltc"]
 class _Step(Cell):
     """One pass of the loop in ``CfC.forward`` and ``LTC.forward``."""
 
-    def __init__(self, cell: Any, memory: nn.Module | None, input_size: int) -> None:
+    def __init__(self, cell: Any, memory: Any, input_size: int) -> None:
         units = memory.hidden_size if memory is not None else getattr(cell, "state_size", None) or cell.hidden_size
         super().__init__(input_size, units)
         self.rnn_cell, self.memory = cell, memory
@@ -48,7 +48,8 @@ class _Continuous(Loop):
         if timespans is not None or not is_plain(input, 3) or not fits or draws(module):
             return super().forward(input, hx, timespans)  # type: ignore[misc, no-any-return]
         memory = module.lstm if self.use_mixed else None
-        cell = self.cell_around(lambda *parts: _Step(*parts, input.shape[-1]), self.rnn_cell, memory)
+        features = input.shape[-1]
+        cell = self.cell_around(lambda cell, memory: _Step(cell, memory, features), self.rnn_cell, memory)
         outputs: Any
         outputs, after = scan(cell, time_major(input, self.batch_first), None if hx is None else hx)
         outputs = self._readout(outputs if self.return_sequences else outputs[-1])

@@ -1,4 +1,4 @@
-"""sb3-contrib's recurrent policies: a sequence in which episodes begin is one call with resets, not a loop over time."""
+"""sb3-contrib's recurrent policies: a sequence in which episodes begin is one call with resets, no loop over time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class ActorCritic(Loop):
     ) -> tuple[Tensor, Any]:
         rows = lstm_states[0].shape[1]
         draws = lstm.dropout and lstm.training and lstm.num_layers > 1
-        if not isinstance(lstm, LSTM) or draws or features.numel() == rows * lstm.input_size:  # one step resets nothing inside
+        if (
+            not isinstance(lstm, LSTM) or draws or features.numel() == rows * lstm.input_size
+        ):  # one step resets nothing inside
             result: tuple[Tensor, Any] = super()._process_sequence(features, lstm_states, episode_starts, lstm)  # type: ignore[misc]
             return result
         # Rows follow one another in what is passed, each with all of its steps.

@@ -42,8 +42,12 @@ class _Light(Loop):
         layer: Any = self
         mask: Tensor = layer._sample_drop_mask(w)
         cell = self.cell_around(_LightStep, self.u, self.act, norm)
-        outputs, _ = scan(cell, (w, mask.expand(len(w), ht.shape[-1])[:, None]), ht, batch_first=True)
-        return outputs  # type: ignore[return-value]  # of a cell with one output
+        # A state or a mask of one row, or a mask of one number, is that of every row.
+        rows = (len(w), self.u.in_features)
+        outputs: Any
+        outputs, _ = scan(cell, (w, mask.expand(rows)[:, None]), ht.expand(rows), batch_first=True)
+        result: Tensor = outputs
+        return result
 
 
 class LightGru(_Light):

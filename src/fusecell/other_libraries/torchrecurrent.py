@@ -34,7 +34,7 @@ class _Layers(Loop):
         for index, cell in enumerate(self.cells):
             start = None if state is None else tuple([value[index] for value in states])
             wrapped = self.cell_around(self._wrapped, cell, index=index)
-            x, new = scan(wrapped, x, start[0] if start is not None and self.count == 1 else start)  # type: ignore[assignment]
+            x, new = scan(wrapped, x, start[0] if start is not None and self.count == 1 else start)
             after.append((new,) if isinstance(new, Tensor) else new)
         stacked = tuple([torch.stack(values) for values in zip(*after, strict=True)])
         return time_major(x, self.batch_first), stacked[0] if self.count == 1 else stacked

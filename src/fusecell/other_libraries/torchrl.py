@@ -1,7 +1,7 @@
 """torchrl's LSTMModule and GRUModule: a row of several episodes is one call with resets.
 
-torchrl has several ways ("backends") to run such a row; that of its ``"pad"`` cuts rows into episodes, pads and packs
-them. Here ``"pad"`` and ``"auto"`` take the way of ``"scan"``, which is given the rows as they are, and that is fusecell's.
+torchrl has several backends for such a row; its ``"pad"`` cuts rows into episodes, pads and packs them. Here ``"pad"``
+and ``"auto"`` take the way of ``"scan"``, which is given the rows as they are, and which is fusecell's.
 """
 
 from __future__ import annotations
