@@ -2,6 +2,7 @@
 # make test    install the test tools and run all tests       make test ARGS="-k gru"
 #              with another Python, torch, or both            make test PYTHON=python3.12 TORCH=2.14.0
 # make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
+# make integrations   install what else is tried with fusecell into .venv-integrations, and run the tests that need it
 # make lint    format check, lint, types, import directions
 # make docs    write the API reference and the page of cells to play with, and build the site into site/        make docs-serve shows it while you write
 # make bench   install the peers, judge what is promised of time and memory, run the benchmarks
@@ -20,7 +21,7 @@ CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint docs docs-serve bench clean distclean
+.PHONY: demo test check integrations lint docs docs-serve bench clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/fusecell demo $(ARGS)
@@ -31,6 +32,10 @@ test: $(VENV)/.installed-test
 
 check: export FUSECELL_CHECK := 1
 check: test
+
+integrations: $(VENV)-integrations/.installed
+	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest -n 2 --dist worksteal -m packages $(ARGS) \
+		tests/integrations tests/other_libraries tests/onnx/test_load.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
@@ -57,7 +62,7 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-torch-* demo-output
+	rm -rf .venv .venv-integrations .venv-torch-* demo-output
 
 # .installed-X is the stamp of the extra X: installed once, again when its inputs change.
 # torch comes first and alone, so that no other package is looked up in torch's index.
@@ -65,6 +70,10 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(if $(TORCH),sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(CONSTRAINTS))
 	$(PIP) install --no-deps --constraint $(CONSTRAINTS) --extra-index-url $(TORCH_INDEX) torch
 	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[$*]'
+	@touch $@
+
+$(VENV)-integrations/.installed: tests/integrations/environment.py $(wildcard tests/integrations/*.txt) $(VENV)/.installed-test $(VENV)/.installed-peers
+	$(BIN)/python -m tests.integrations.environment $(VENV)-integrations
 	@touch $@
 
 # Debian splits ensurepip from Python; there the outer pip installs the inner one.

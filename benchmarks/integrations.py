@@ -18,13 +18,13 @@ __all__ = ["FOLDER", "RECIPES", "load"]
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 RECIPES = {
-    "sb3_recurrent_ppo": "sb3_contrib",
-    "torchrl_memory": "torchrl",
-    "lightning_torchscript": "lightning",
-    "forecasting_deepar": "pytorch_forecasting",
-    "speechbrain_ligru": "speechbrain",
-    "deepfilternet": "df",
-    "snntorch_spikes": "snntorch",
+    "sb3_recurrent_ppo": ("sb3_contrib",),
+    "torchrl_memory": ("torchrl",),
+    "lightning_torchscript": ("lightning",),
+    "forecasting_deepar": ("pytorch_forecasting",),
+    "speechbrain_ligru": ("speechbrain",),
+    "deepfilternet": ("libdf", "loguru", "torchaudio"),  # df itself needs the line for torchaudio in the recipe
+    "snntorch_spikes": ("snntorch",),
 }
 """The recipes, and what each needs to import."""
 
@@ -39,10 +39,10 @@ def load(name: str) -> ModuleType:
 def main() -> None:
     """Print how many times as fast each recipe is."""
     warnings.simplefilter("ignore")  # the libraries' own
-    for name, package in RECIPES.items():
+    for name, modules in RECIPES.items():
         if len(sys.argv) > 1 and name not in sys.argv[1:]:
             continue
-        reason = missing(package)
+        reason = "; ".join(filter(None, map(missing, modules)))
         if reason:
             print(f"{name:24} {reason}")
             continue

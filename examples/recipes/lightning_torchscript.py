@@ -40,7 +40,7 @@ def classifier(features: int, units: int, classes: int) -> Any:
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=1e-2)
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
 
     return Classifier()
 
@@ -56,7 +56,7 @@ def program(fusecell: bool, small: bool) -> Step:
         fc.replace(model)
     x = torch.randn(rows, steps, features)
     data = torch.utils.data.TensorDataset(x, x.sum(1).argmax(1))
-    loader = torch.utils.data.DataLoader(data, batch_size=rows // 8)
+    loader = torch.utils.data.DataLoader(data, batch_size=rows // 4)
 
     def step() -> float:
         with warnings.catch_warnings():

@@ -15,9 +15,9 @@ from tests.paths import ROOT
 
 
 def need(name):
-    reason = "" if RECIPES[name] == "df" else missing(RECIPES[name])
-    if reason:
-        pytest.skip(reason)
+    for module in RECIPES[name]:
+        if missing(module):
+            pytest.skip(missing(module))
 
 
 @pytest.fixture(autouse=True)
@@ -29,21 +29,17 @@ def warnings_of_theirs():
         yield
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize("name", RECIPES)
 def test_losses_are_those_of_torch(name):
     need(name)
-    recipe = load(name)
-    if name == "deepfilternet":
-        try:
-            recipe.enhancer()
-        except (ImportError, OSError) as error:
-            pytest.skip(f"deepfilternet can't be imported: {error}")
-    losses, _ = load("side_by_side").run(recipe.program, 3, small=True)
+    losses, _ = load("side_by_side").run(load(name).program, 3, small=True)
     theirs, ours = zip(*losses, strict=True)
     assert len(set(theirs)) == 3
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.packages
 def test_a_lightning_module_is_saved_as_torchscript():
     need("lightning_torchscript")
     recipe, scripts = load("lightning_torchscript"), []

@@ -12,13 +12,17 @@ import fusecell as fc
 from tests.integrations.tools import TOOLS, agree, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
-HERE = [each for each in TOOLS if not each.long]
+MARKED = [
+    pytest.param(each, id=each.name, marks=[pytest.mark.packages] * bool(each.package or each.long)) for each in TOOLS
+]
 
 
-@pytest.mark.parametrize("tool", HERE, ids=[each.name for each in HERE])
-def test_a_tool_does_with_fusecell_what_it_does_with_torch(tool):
-    if not tool.installed:
-        pytest.skip(f"{tool.package} is not installed")
+@pytest.mark.parametrize("tool", MARKED)
+def test_a_tool_does_with_fusecell_what_it_does_with_torch(tool, request):
+    if tool.missing:
+        pytest.skip(tool.missing)
+    if tool.long and request.config.option.markexpr != "packages":
+        pytest.skip("long: make integrations runs it")
     results = []
     for library, works in ((nn, tool.torch), (fc, tool.fusecell)):
         if works:

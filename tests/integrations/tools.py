@@ -7,7 +7,6 @@ docs/integrations.md.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import os
 import pickle
@@ -26,6 +25,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import fusecell as fc
+from tests.integrations.packages import missing
 
 TOOLS: list[Tool] = []
 
@@ -54,8 +54,8 @@ class Tool:
     long: bool = False
 
     @property
-    def installed(self) -> bool:
-        return not self.package or importlib.util.find_spec(self.package) is not None
+    def missing(self) -> str:
+        return missing(self.package) if self.package else ""
 
     def run(self, library: Any) -> Any:
         """Use the tool with a library, from the same random numbers each time."""
@@ -965,11 +965,19 @@ def _(library):
 # --- Libraries that build models
 
 
+def with_fusecell(model, library):
+    """Replace a model's layers if it is fusecell's turn, and make sure that some were."""
+    if library is fc:
+        report = fc.replace(model)
+        assert report.changed
+        assert not report.left
+    return model
+
+
 @tool(
     "sb3-contrib RecurrentPPO",
     "Libraries that build models",
     package="sb3_contrib",
-    long=True,
     note="built under `with fc.accelerate():`",
 )
 def _(library):
@@ -989,7 +997,6 @@ def _(library):
     "torchrl GRUModule",
     "Libraries that build models",
     package="torchrl",
-    long=True,
     note="built under `with fc.accelerate():`",
 )
 def _(library):
@@ -1010,23 +1017,72 @@ def _(library):
     "pytorch-forecasting's LSTM",
     "Libraries that build models",
     package="pytorch_forecasting",
-    long=True,
     note="subclasses of torch.nn's, replaced by `fc.replace`",
 )
 def _(library):
     from pytorch_forecasting.models.nn import get_rnn
 
-    model = nn.Sequential(get_rnn("LSTM")(5, 8, batch_first=True))
-    if library is fc:
-        report = fc.replace(model)
-        assert report.changed
-        assert not report.left
+    model = with_fusecell(nn.Sequential(get_rnn("LSTM")(5, 8, batch_first=True)), library)
     y, state = model[0](inputs())
     return (
         y,
         state,
         model[0].handle_no_encoding(state, torch.tensor([[True], [False]] * 2), model[0].init_hidden_state(inputs())),
     )
+
+
+@tool(
+    "speechbrain LSTM, LiGRU",
+    "Libraries that build models",
+    package="speechbrain",
+    note="by `fc.replace`; LiGRU's loop too",
+)
+def _(library):
+    from speechbrain.nnet.RNN import LSTM, LiGRU
+
+    model = nn.ModuleList([LSTM(8, input_size=5), LiGRU(6, (4, 7, 8), dropout=0.2, bidirectional=True)])
+    lstm, ligru = with_fusecell(model, library)
+    result = ligru(lstm(inputs())[0])
+    return result, gradients(model, result[0].square().sum())
+
+
+@tool(
+    "torchrecurrent",
+    "Libraries that build models",
+    package="torchrecurrent",
+    note="by `fc.replace`: 38 of its 41 layers",
+)
+def _(library):
+    import torchrecurrent
+
+    model = with_fusecell(nn.ModuleList([torchrecurrent.JANET(5, 8, num_layers=2, batch_first=True)]), library)
+    y, state = model[0](inputs())
+    return y, state, gradients(model, y.square().sum())
+
+
+@tool("ncps CfC, LTC", "Libraries that build models", package="ncps", note="by `fc.replace`, of regular time steps")
+def _(library):
+    from ncps.torch import LTC, CfC
+    from ncps.wirings import AutoNCP
+
+    model = with_fusecell(nn.ModuleList([CfC(5, 8), LTC(8, AutoNCP(9, 2))]), library)
+    y, state = model[1](model[0](inputs())[0])
+    return y, state, gradients(model, y.square().sum())
+
+
+@tool(
+    "snntorch", "Libraries that build models", package="snntorch", note="a network of neurons as a cell, by `fc.wrap`"
+)
+def _(library):
+    import snntorch
+
+    network = nn.Sequential(nn.Linear(5, 8), snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True))
+    x = inputs().transpose(0, 1)
+    if library is fc:
+        spikes, _ = fc.Recurrent(fc.wrap(network, input_size=5, states=("1.mem",)))(x)
+    else:
+        spikes = torch.stack([network(frame) for frame in x])
+    return spikes, gradients(network, spikes.square().sum())
 
 
 def leaves(result: Any) -> list[Any]:
@@ -1063,8 +1119,8 @@ def main() -> int:
     for each in TOOLS:
         if len(sys.argv) > 1 and not any(word in each.name for word in sys.argv[1:]):
             continue
-        if not each.installed:
-            print(f"{each.name:60} {each.package} is not installed")
+        if each.missing:
+            print(f"{each.name:60} {each.missing}")
             continue
         results, row = [], []
         for library, expected in ((nn, each.torch), (fc, each.fusecell)):

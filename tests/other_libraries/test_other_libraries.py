@@ -18,6 +18,7 @@ from torch import nn
 import fusecell as fc
 from fusecell.other_libraries import scanned_class
 
+pytestmark = pytest.mark.packages
 DOUBLE = torch.float64
 
 
