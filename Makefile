@@ -35,7 +35,7 @@ check: test
 
 integrations: $(VENV)-integrations/.installed
 	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest -n 2 --dist worksteal -m packages $(ARGS) \
-		tests/integrations tests/other_libraries tests/onnx/test_load.py
+		tests/integrations tests/other_libraries tests/onnx/test_load.py tests/documentation/test_examples.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

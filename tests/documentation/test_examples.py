@@ -11,8 +11,10 @@ import sys
 import threading
 from types import ModuleType
 
+import numpy as np
 import pytest
 
+from tests.integrations.packages import missing
 from tests.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -125,3 +127,34 @@ def test_two_processes_learn_what_one_learns(strategy):
         return re.search(r"loss ([\d.]+)", done.stdout)[1]
 
     assert loss("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2") == loss()
+
+
+def test_scores_of_many_sequences_are_the_errors_of_the_model(tmp_path):
+    """Of lengths in any order, in a batch of fewer rows than the stream has."""
+    import torch
+
+    import fusecell as fc
+
+    example = load("score_with_ray")
+    torch.manual_seed(0)
+    untrained = fc.Sequential(fc.GRU(1, 24), torch.nn.Linear(24, 1))
+    fc.Stream(untrained, example.ROWS).save(tmp_path / "untrained.fusecell")
+    sequences, _ = example.heartbeats(5, seed=3)
+    batch = {"id": np.arange(5), "values": np.array(sequences, dtype=object)}
+    scores = example.score(batch, str(tmp_path / "untrained.fusecell"))["score"]
+    for values, score in zip(sequences, scores, strict=True):
+        x = torch.from_numpy(values)[:, None, None]
+        with torch.no_grad():
+            expected = (untrained(x[:-1])[0] - x[1:]).square().mean()
+        assert score == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.packages
+def test_ray_scores_files_of_sequences():
+    if missing("ray") or missing("pyarrow"):
+        pytest.skip(missing("ray") or missing("pyarrow"))
+    script = (sys.executable, str(EXAMPLES / "score_with_ray.py"), "--sequences", "300", "--cpus", "2")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(re.search(r"area under the curve ([\d.]+)", done.stdout)[1]) > 0.9
