@@ -72,7 +72,7 @@ def main() -> None:
         library, runtime = (
             build(*pair) for pair in ((ROOT, folder / "library"), (ROOT / "packaging/runtime", folder / "runtime"))
         )
-        assert [need for need in required(library) if not need.startswith("torch")] == required(runtime)
+        assert required(runtime) == ["numpy"] and "numpy" in required(library)
 
         venv.create(folder / "venv", with_pip=False)
         python = folder / "venv" / "bin" / "python"
@@ -82,7 +82,7 @@ def main() -> None:
         )  # fmt: skip
         stream = fc.Stream(fc.Sequential(fc.GRU(40, 64, 2), fc.Recurrent(fc.LSTMCell(64, 32)), nn.Linear(32, 2)))
         x = np.random.default_rng(0).standard_normal((50, 40)).astype(np.float32)
-        stream.save(folder / "model.fusecell")
+        stream.save(folder / "model.fusecell", code_for=["host"])
         np.save(folder / "x.npy", x)
         run(python, "-I", "-c", STEPS, folder / "model.fusecell", folder / "x.npy", folder / "y.npy")
         assert np.array_equal(np.load(folder / "y.npy"), stream.push(x)), "the installed runtime computes other numbers"
