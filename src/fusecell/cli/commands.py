@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusecell import __version__
-from fusecell.errors import ExportError, NotCompilable
+from fusecell.errors import CompilerError, ExportError, NotCompilable
 
 if TYPE_CHECKING:
     from torch import nn

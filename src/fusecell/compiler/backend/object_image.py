@@ -77,7 +77,7 @@ def image_of_object(code: bytes, entry: str) -> Image:
     """
     try:
         return _Linker(code).link(entry)
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, ValueError) as error:
         raise CompilerError(f"an object file ends too early to be linked ({error})") from error
 
 
