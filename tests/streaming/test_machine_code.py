@@ -141,6 +141,19 @@ def test_the_chosen_level_bounds_the_code(tmp_path, monkeypatch):
     assert not isinstance(part.kernel, _MappedKernel)
 
 
+@pytest.mark.parametrize(
+    "about", [{"machine": "plan9-mips"}, {"convention": 99}, {"features": ["avx10.2"]}, {"machine": "linux-aarch64"}]
+)
+def test_code_that_this_version_does_not_know_is_compiled_anew(saved, tmp_path, about):
+    path = crafted(saved, tmp_path / "it", lambda code, tensors: code[0].update(about, steps=[1, {}, None]))
+    assert not any(isinstance(part.kernel, _MappedKernel) for part in fc.load_stream(path, trusted=True).parts)
+
+
+def test_trust_is_a_bool(saved):
+    with pytest.raises(TypeError, match="True or False"):
+        fc.load_stream(saved, trusted="no")
+
+
 @pytest.mark.parametrize("names", [["avx2"], "host", [""]])
 def test_unknown_cpus_are_refused(tmp_path, names):
     with pytest.raises(ValueError, match="code_for takes"):

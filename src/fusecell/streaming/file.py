@@ -114,10 +114,13 @@ def load_stream(
         OSError: if the file can't be read, or the system lets no process execute memory that it has written.
         StreamFileError: if it is not a saved stream, is damaged, or exceeds a limit; a ValueError.
         ValueError: for a batch_size below 1.
+        TypeError: if ``trusted`` is no bool.
         ModuleNotFoundError: if llvmlite isn't installed, and the file has no code for this CPU, or isn't trusted.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"load_stream takes a batch_size of 1 or more, got {batch_size!r}.")
+    if not isinstance(trusted, bool):
+        raise TypeError(f"load_stream takes True or False for trusted, got {quoted(trusted)}.")
     try:
         file = _read(Path(path), limits)
         described = _described(file.metadata, limits)
@@ -300,7 +303,8 @@ def _code_for_this_cpu(
     # The check mode needs to know more of a kernel than a file has.
     if "code" not in file.metadata or not trusted or CHECKING:
         if importlib.util.find_spec("llvmlite") is None:
-            raise ModuleNotFoundError(_without_compiler(file, "" if trusted else "trusted=True isn't given"))
+            why = "FUSECELL_CHECK is set, which runs compiled code alone" if trusted else "trusted=True isn't given"
+            raise ModuleNotFoundError(_without_compiler(file, why))
         return compiled
     codes = read_code(file, [step.graph for step in steps], limits)
     fitting = [code for code in codes if not misfit(code)]

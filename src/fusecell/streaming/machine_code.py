@@ -194,7 +194,7 @@ def read_code(file: TensorFile, graphs: Sequence[Graph], limits: Limits) -> list
     described = parse_json(file.metadata["code"], 6)
     if not isinstance(described, list) or not 0 < len(described) <= _MOST_TARGETS:
         raise CompilerError(f"its code is {quoted(described)}, expected a list of 1 to {_MOST_TARGETS} entries")
-    images = {name: value for name, value in file.arrays().items() if name.startswith("code.")}
+    images = file.arrays("code.")
     codes = [_cpu_code(number, entry, images, graphs, limits) for number, entry in enumerate(described)]
     if images:
         raise CompilerError(f"no step takes its machine code {quoted(min(images))}")
@@ -210,8 +210,9 @@ def _cpu_code(number: int, entry: Any, images: dict[str, Array], graphs: Sequenc
     are_features = isinstance(features, list) and len(features) <= _MOST_FEATURES and all(map(_is_text, features))
     if not are_features or not isinstance(entry["steps"], list) or len(entry["steps"]) != len(graphs):
         raise CompilerError(f"its code {number} should list features, and a step for each of {len(graphs)}")
-    if machine != _MACHINE or not frozenset(features) <= frozenset(_LEVELS[_HIGHEST]):
-        # Of a machine that this version doesn't know: it won't be used, so what its steps mean doesn't matter.
+    known = machine == _MACHINE and entry["convention"] == CALLING_CONVENTION
+    if not known or not frozenset(features) <= frozenset(_LEVELS[_HIGHEST]):
+        # Of a machine or a version of fusecell that isn't known here: what its steps mean doesn't matter, see `misfit`.
         for place in range(len(graphs)):
             images.pop(f"code.{number}.{place}", None)
         return CpuCode(target, machine, frozenset(features), entry["convention"], [])
@@ -236,8 +237,10 @@ def _step_code(image: Array | None, entry: Any, graph: Graph, most_bytes: int) -
         raise CompilerError(f"its image has {size:,} bytes, expected 8 to {most_bytes:,}")
     if not isinstance(entry, dict) or entry.keys() != _STEP_KEYS:
         raise CompilerError(f"it is described by {quoted(entry)}, expected {', '.join(sorted(_STEP_KEYS))}")
-    if not _is_integer(entry["entry"], size) or not _is_integer(entry["macs"], 1 << 48):
+    if not _is_integer(entry["entry"], size):
         raise CompilerError(f"its function begins at {quoted(entry['entry'])} of {size} bytes")
+    if not _is_integer(entry["macs"], 1 << 48):
+        raise CompilerError(f"its multiply-adds are {quoted(entry['macs'])}, expected a number")
     data = image.tobytes()
     rebased, imported = _checked_words(entry["rebased"], entry["imported"], data)
     slots = _checked_slots(entry["slots"], graph)
