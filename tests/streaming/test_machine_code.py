@@ -97,6 +97,12 @@ for arguments, expected in (({}, "trusted=True isn't given"), ({"trusted": True}
     else:
         assert expected is None
 np.save(sys.argv[4], y)
+try:
+    fc.load_stream(sys.argv[2], trusted=True).save(sys.argv[4])
+except ModuleNotFoundError as error:
+    assert "pip install safetensors" in str(error)
+else:
+    raise AssertionError("a stream was saved without safetensors")
 """
 
 

@@ -43,7 +43,10 @@ _MOST_DIMS = 16
 
 def write(parts: Sequence[Part], path: str | Path, code_for: Sequence[str] = ()) -> None:
     """Write a stream's parts to a file, with machine code for the CPUs of these names."""
-    from safetensors.numpy import save
+    try:
+        from safetensors.numpy import save
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("To save a stream takes safetensors: pip install safetensors.") from error
 
     tensors: dict[str, Array] = {}
     described = []

@@ -19,6 +19,7 @@ import numpy as np
 
 from fusecell.compiler.backend.host_features import host_level_features, host_machine
 from fusecell.compiler.backend.isa import instruction_set
+from fusecell.compiler.backend.object_image import LIBRARY_FUNCTIONS
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.sizes import SLOT_BYTES, Size
 from fusecell.compiler.runtime.argument_block import Slots
@@ -39,7 +40,6 @@ _TRIPLE, _MACHINE = "x86_64-unknown-linux-gnu", "linux-x86_64"
 # Those with a fused multiply-add: without one the code would call a library for it, and give other bits.
 _LEVELS = {level: instruction_set(_TRIPLE).features_of(level) for level in ("x86-64-v3", "x86-64-v4")}
 _HIGHEST = "x86-64-v4"
-_IMPORTS = frozenset({"memcpy", "memmove", "memset"})
 _SIZES = ("fixed", "per_row", "per_chunk_row", "per_chunk_step", "per_thread", "gaps")
 _STEP_KEYS = {"entry", "rebased", "imported", "slots", "scratch", "macs"}
 _CODE_KEYS = {"target", "machine", "features", "convention", "steps"}
@@ -260,9 +260,9 @@ def _checked_words(rebased: Any, imported: Any, data: bytes) -> tuple[list[int],
         or not all(_is_integer(at, last) for at in rebased)
     ):
         raise CompilerError(f"its addresses lie at {quoted(rebased)}, expected places in {len(data)} bytes")
-    are_imports = isinstance(imported, dict) and imported.keys() <= _IMPORTS
+    are_imports = isinstance(imported, dict) and imported.keys() <= set(LIBRARY_FUNCTIONS)
     if not are_imports or not all(_is_integer(at, last) for at in imported.values()):
-        raise CompilerError(f"it calls {quoted(imported)}, expected no more than {', '.join(sorted(_IMPORTS))}")
+        raise CompilerError(f"it calls {quoted(imported)}, expected no more than {', '.join(LIBRARY_FUNCTIONS)}")
     places = sorted([*rebased, *imported.values()])
     if any(above - below < SLOT_BYTES for below, above in pairwise(places)):
         raise CompilerError("two of its addresses overlap")
