@@ -26,9 +26,10 @@ __all__ = ["main"]
 STEPS = """
 import importlib.util, sys
 assert importlib.util.find_spec("torch") is None, "torch is installed"
+assert importlib.util.find_spec("llvmlite") is None, "llvmlite is installed"
 assert importlib.util.find_spec("fusecell") is None, "fusecell is installed"
 import numpy as np, fusecell_runtime as fc
-stream = fc.load_stream(sys.argv[1])
+stream = fc.load_stream(sys.argv[1], trusted=True)
 np.save(sys.argv[3], np.stack([stream.step(x) for x in np.load(sys.argv[2])]))
 print("fusecell-runtime", fc.__version__, "in", fc.__file__)
 """
@@ -72,7 +73,8 @@ def main() -> None:
         library, runtime = (
             build(*pair) for pair in ((ROOT, folder / "library"), (ROOT / "packaging/runtime", folder / "runtime"))
         )
-        assert [need for need in required(library) if not need.startswith("torch")] == required(runtime)
+        assert required(runtime) == ["numpy"]
+        assert "numpy" in required(library)
 
         venv.create(folder / "venv", with_pip=False)
         python = folder / "venv" / "bin" / "python"
@@ -82,7 +84,7 @@ def main() -> None:
         )  # fmt: skip
         stream = fc.Stream(fc.Sequential(fc.GRU(40, 64, 2), fc.Recurrent(fc.LSTMCell(64, 32)), nn.Linear(32, 2)))
         x = np.random.default_rng(0).standard_normal((50, 40)).astype(np.float32)
-        stream.save(folder / "model.fusecell")
+        stream.save(folder / "model.fusecell", code_for=["host"])
         np.save(folder / "x.npy", x)
         run(python, "-I", "-c", STEPS, folder / "model.fusecell", folder / "x.npy", folder / "y.npy")
         assert np.array_equal(np.load(folder / "y.npy"), stream.push(x)), "the installed runtime computes other numbers"

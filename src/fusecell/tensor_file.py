@@ -54,11 +54,12 @@ class TensorFile:
     stored: dict[str, _Stored]
     data: bytearray
 
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Copy every tensor into a NumPy array."""
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray[Any, Any]]:
+        """Copy every tensor whose name begins so into a NumPy array."""
         return {
             name: np.frombuffer(self.data, each.dtype, math.prod(each.shape), each.start).reshape(each.shape).copy()
             for name, each in self.stored.items()
+            if name.startswith(prefix)
         }
 
     def tensors(self) -> dict[str, Tensor]:

@@ -149,6 +149,10 @@ def test_other_missing_modules_are_not_hidden():
 def test_stream_save_and_bench(tmp_path):
     path = tmp_path / "model.fusecell"
     assert "Stream(3 -> 2, float32" in run("stream", "save", f"{__name__}:build", path)
+    plain = path.stat().st_size
+    run("stream", "save", f"{__name__}:build", path, "--code-for", "x86-64-v3", "--code-for", "x86-64-v4")
+    assert path.stat().st_size > plain + 8192
+    assert fc.load_stream(path).input_size == 3
     shown = run("stream", "bench", path, "--steps", 500, "--batch-size", 2)
     assert "batch_size=2" in shown
     assert "500 steps, microseconds through Python" in shown

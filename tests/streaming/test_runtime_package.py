@@ -65,10 +65,20 @@ def test_the_runtime_package_computes_the_same_bits(package, tmp_path):
     assert np.array_equal(np.load(tmp_path / "y.npy"), stream.push(x))
 
 
+def runtime_needs():
+    """The dependencies of fusecell-runtime, and those of its extras."""
+    text = (PACKAGING / "pyproject.toml").read_text("utf-8")
+    needs = re.search(r"^dependencies = \[(.*)\]$", text, re.MULTILINE)[1]
+    extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return re.findall(r'"([^"]+)"', needs), re.findall(r'"([^"]+)"', extras)
+
+
 def test_the_runtime_package_imports_only_declared_dependencies(package_files, package):
     """Torch is imported inside functions only, which a stream never calls."""
-    declared = re.search(r"^dependencies = \[(.*)\]$", (PACKAGING / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-    allowed = {*re.findall(r'"(\w+)', declared[1]), *sys.stdlib_module_names, package_files.PACKAGE}
+    allowed = {re.match(r"\w+", need)[0] for needs in runtime_needs() for need in needs} | {
+        *sys.stdlib_module_names,
+        package_files.PACKAGE,
+    }
     without = {name.replace("fusecell", package_files.PACKAGE, 1) for name in package_files.WITHOUT}
     for path in package.rglob("*.py"):
         at_once = [
@@ -87,12 +97,12 @@ def test_the_runtime_package_imports_only_declared_dependencies(package_files, p
                 assert place.with_suffix(".py").exists() or (place / "__init__.py").exists(), f"{path}: {node.module}"
 
 
-def test_the_runtime_package_has_all_dependencies_but_torch():
-    runtime, library = (
-        set(re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*)\]$", path.read_text("utf-8"), re.MULTILINE)[1]))
-        for path in (PACKAGING / "pyproject.toml", ROOT / "pyproject.toml")
-    )
-    assert {name for name in library if not name.startswith("torch")} == runtime
+def test_the_runtime_package_needs_numpy_alone_and_has_the_library_s_other_dependencies_as_extras():
+    needs, extras = runtime_needs()
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    library = set(re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*)\]$", text, re.MULTILINE)[1]))
+    assert needs == ["numpy"]
+    assert {name for name in library if not name.startswith("torch")} == {*needs, *extras}
 
 
 _DECLARED = """

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusecell import __version__
-from fusecell.errors import ExportError, NotCompilable
+from fusecell.errors import CompilerError, ExportError, NotCompilable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -224,10 +224,17 @@ app.add_typer(stream_app, name="stream")
 def stream_save(
     module: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help=_MODULE_HELP)],
     path: Annotated[Path, typer.Argument(help="The file to write.")],
+    code_for: Annotated[
+        list[str] | None,
+        typer.Option(help="A CPU to add machine code for: host, x86-64-v3, x86-64-v4; may be given several times."),
+    ] = None,
 ) -> None:
     """Write a layer to a file that fusecell.load_stream reads without torch."""
     stream = _stream(module, 1)
-    stream.save(path)
+    try:
+        stream.save(path, code_for=code_for or ())
+    except (OSError, ValueError, CompilerError) as error:
+        raise typer.BadParameter(str(error)) from error
     typer.echo(f"{path}: {path.stat().st_size:,} bytes, {stream}")
 
 

@@ -35,7 +35,7 @@ def packed_buffers(part: Part, emitted: Emitted, target: Target) -> dict[str, by
     rows = max((value.shape[0] for value in part.start), default=1)
     states = [value.copy() for value in part.start]
     x, y = np.zeros((1, rows, part.input_size), part.dtype), np.zeros((1, rows, part.output_size), part.dtype)
-    slots = Slots(part.kernel.plan, emitted)
+    slots = Slots.of_kernel(part.plan, emitted)
     block = ArgumentBlock(slots)
     views = [View(value) for value in states]
     block.bind(inputs=[View(x)], outputs=[View(y)], weights=map(View, part.weights), first=views, last=views)

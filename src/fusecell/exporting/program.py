@@ -96,7 +96,7 @@ def build_program(parts: Sequence[Part], prefix: str, target: ExportTarget) -> P
         CompilerError: if LLVM refuses a text, or a kernel asks for an argument that an artefact can't give.
     """
     machine = target.machine
-    emitted = [emit(part.kernel.plan, machine) for part in parts]
+    emitted = [emit(part.plan, machine) for part in parts]
     writer = _Writer(parts, emitted, prefix, target)
     text, memory = writer.write()
     kernels = {
@@ -218,7 +218,7 @@ class _Writer:
         name = part.graph[leaf].name
         values[f"in.{name}.ptr"], values[f"in.{name}.row"] = ("%x", 0), part.input_size * item
         values["out.output.ptr"], values["out.output.row"] = ("%y", 0), part.output_size * item
-        for state, start in zip(part.kernel.plan.states, part.start, strict=True):
+        for state, start in zip(part.plan.states, part.start, strict=True):
             for kind in ("first", "last"):
                 values[f"{kind}.{state}.ptr"] = ("%memory", state_at)
                 values[f"{kind}.{state}.row"] = start.shape[1] * item

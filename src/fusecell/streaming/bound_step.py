@@ -6,18 +6,19 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fusecell.compiler.backend import tuning
-from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES
 from fusecell.compiler.ir.graph import Graph
-from fusecell.compiler.ir.sizes import ALIGNMENT
+from fusecell.compiler.ir.sizes import ALIGNMENT, SLOT_BYTES
 from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
-from fusecell.compiler.runtime.guard_page_extents import run_guarded
-from fusecell.compiler.runtime.kernel import Kernel
+from fusecell.compiler.runtime.kernel_calls import KernelCalls
+
+if TYPE_CHECKING:
+    from fusecell.compiler.schedule.plan import Plan
 
 __all__ = ["MOST_STEPS", "Array", "BoundStep", "Part", "RowShapes", "View"]
 
@@ -47,7 +48,7 @@ class Part:
     Arguments:
         kind: the name of the cell's class.
         graph: the graph of one step.
-        kernel: the kernel compiled from it.
+        kernel: the kernel compiled from it, in this process or when the stream was saved.
         weights: in the order of the graph's weight leaves.
         start: the initial states, (rows, size) each.
         shapes: of a row of the input, the output and each state, as users see them; flat if left out.
@@ -55,7 +56,7 @@ class Part:
 
     kind: str
     graph: Graph
-    kernel: Kernel
+    kernel: KernelCalls
     weights: Sequence[Array]
     start: Sequence[Array]
     shapes: RowShapes | None = None
@@ -72,6 +73,14 @@ class Part:
     @functools.cached_property
     def output_size(self) -> int:
         return self.kernel.output_sizes["output"]
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The schedule of the graph; made anew where the kernel came from a file."""
+        # The compiler, and llvmlite with it, is imported on use: to run a step needs neither.
+        from fusecell.compiler.runtime.kernel import Kernel, schedule
+
+        return self.kernel.plan if isinstance(self.kernel, Kernel) else schedule(self.graph)
 
     @property
     def row_shapes(self) -> RowShapes:
@@ -124,7 +133,7 @@ class BoundStep:
         block.bind(weights=map(View, part.weights), first=states, last=states)
         self._bind(block, self.input[None], self.output[None])
         chunk = kernel.chunk(MOST_STEPS, self._rows)
-        self._scratch = np.empty(kernel.emitted.scratch.bytes(self._rows, chunk) + ALIGNMENT, np.uint8)
+        self._scratch = np.empty(kernel.scratch.bytes(self._rows, chunk) + ALIGNMENT, np.uint8)
         kernel.set_sizes(block, 1, self._rows, False, self._scratch.ctypes.data, chunk)
         self.address = block.address
         self.run = kernel.short if kernel.macs * self._rows < tuning.TUNING.short_step_macs else kernel.long
@@ -142,7 +151,11 @@ class BoundStep:
 
     def _run_checked(self, address: int) -> None:
         """Run with the arguments at an address, on guarded copies of all that they point to."""
+        from fusecell.compiler.runtime.guard_page_extents import run_guarded
+        from fusecell.compiler.runtime.kernel import Kernel
+
         kernel = self.part.kernel
+        assert isinstance(kernel, Kernel)  # in the check mode, a file's machine code isn't used
         block = kernel.block()
         ctypes.memmove(block.address, address, SLOT_BYTES * len(block.values))
         run_guarded(kernel, block.values, kernel.long)

@@ -1,12 +1,14 @@
 """Save a stream to a file and load it: a safetensors file with each step's graph as text, and a checksum of both.
 
 Everything is checked before it is used: the text is parsed into primitives, types and sizes, and every tensor must fit
-them, within limits. A file can't contain code, so the worst that a hostile one does is to compute something else.
+them, within limits. Machine code, which a file may also have, can't be checked so: it is used only if the caller trusts
+the file. Without it the worst that a hostile file does is to compute something else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,10 +24,12 @@ from fusecell.compiler.ir.graph import SAVED, Graph, Node
 from fusecell.compiler.ir.graph_contract import GraphLimits, check_graph
 from fusecell.compiler.ir.primitives import region
 from fusecell.compiler.ir.storage import Storage
-from fusecell.compiler.runtime.kernel import Kernel, compile_graph
+from fusecell.compiler.runtime.guard_pages import ENABLED as CHECKING
+from fusecell.compiler.runtime.kernel_calls import KernelCalls
 from fusecell.errors import CompilerError, StreamFileError, quoted
 from fusecell.streaming.bound_step import MOST_STEPS, Array, Part, RowShapes
 from fusecell.streaming.limits import Limits
+from fusecell.streaming.machine_code import StepCode, compile_code, misfit, read_code
 from fusecell.streaming.stream import Stream
 from fusecell.strict_json import parse_json
 from fusecell.tensor_file import TensorFile, read_tensor_file
@@ -37,9 +41,12 @@ _DEFAULT_LIMITS = Limits()
 _MOST_DIMS = 16
 
 
-def write(parts: Sequence[Part], path: str | Path) -> None:
-    """Write a stream's parts to a file."""
-    from safetensors.numpy import save
+def write(parts: Sequence[Part], path: str | Path, code_for: Sequence[str] = ()) -> None:
+    """Write a stream's parts to a file, with machine code for the CPUs of these names."""
+    try:
+        from safetensors.numpy import save
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("To save a stream takes safetensors: pip install safetensors.") from error
 
     tensors: dict[str, Array] = {}
     described = []
@@ -56,7 +63,11 @@ def write(parts: Sequence[Part], path: str | Path) -> None:
             entry["shapes"] = part.shapes._asdict()
         described.append(entry)
     text = json.dumps(described)
-    about = {"format": _FORMAT, "parts": text, "sha256": digest(text, tensors)}
+    about = {"format": _FORMAT, "parts": text}
+    if code_for:
+        about["code"], images = compile_code([part.graph for part in parts], code_for)
+        tensors |= images
+    about["sha256"] = digest(text, tensors, about.get("code", ""))
     # Written under another name, then renamed, which is atomic: no reader ever sees half a file.
     temporary = Path(f"{path}.{os.getpid()}.part")
     try:
@@ -66,9 +77,10 @@ def write(parts: Sequence[Part], path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def digest(parts: str, tensors: Mapping[str, Array]) -> str:
+def digest(parts: str, tensors: Mapping[str, Array], code: str = "") -> str:
     """Return the checksum of a file's content: it finds damage, not forgery."""
     checksum = hashlib.sha256(parts.encode())
+    checksum.update(code.encode())
     for name in sorted(tensors):
         value = tensors[name]
         checksum.update(f"{name} {value.dtype} {value.shape}".encode())
@@ -76,7 +88,9 @@ def digest(parts: str, tensors: Mapping[str, Array]) -> str:
     return checksum.hexdigest()
 
 
-def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFAULT_LIMITS) -> Stream:
+def load_stream(
+    path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFAULT_LIMITS, trusted: bool = False
+) -> Stream:
     """Load a stream that :meth:`fusecell.Stream.save` wrote, in its initial state, without importing torch.
 
     Example:
@@ -91,28 +105,32 @@ def load_stream(path: str | Path, batch_size: int = 1, *, limits: Limits = _DEFA
         batch_size: the number of rows, each with its own state.
         limits: the most that the file may ask for, :class:`fusecell.streaming.Limits`; raise them for a large model
             from a source that you trust.
+        trusted: whether to run machine code that the file has, as ``save(path, code_for=...)`` writes it, if it fits
+            this CPU; then nothing is compiled, and llvmlite not imported. **Machine code is a program: it can do
+            whatever you can do.** The checksum finds damage and no forgery, so say True only of a file that is yours,
+            or that came to you as safely as your programs do. By default the code in a file isn't looked at.
 
     Returns:
         The :class:`fusecell.Stream`.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file can't be read, or the system lets no process execute memory that it has written.
         StreamFileError: if it is not a saved stream, is damaged, or exceeds a limit; a ValueError.
         ValueError: for a batch_size below 1.
+        TypeError: if ``trusted`` is no bool.
+        ModuleNotFoundError: if llvmlite isn't installed, and the file has no code for this CPU, or isn't trusted.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"load_stream takes a batch_size of 1 or more, got {batch_size!r}.")
+    if not isinstance(trusted, bool):
+        raise TypeError(f"load_stream takes True or False for trusted, got {quoted(trusted)}.")
     try:
         file = _read(Path(path), limits)
         described = _described(file.metadata, limits)
         # All parts are checked before the first is compiled: a hostile file costs as little as possible.
         steps = _steps(described, file, limits)
         _check_chain(steps)
-        parts: list[Part] = []
-        code = limits.code_bytes
-        for place, step in enumerate(steps):
-            parts.append(_part(place, step, batch_size, limits, code))
-            code -= len(parts[-1].kernel.emitted.text)
+        parts = _parts(steps, batch_size, limits, _code_for_this_cpu(file, steps, limits, trusted=trusted))
     except (CompilerError, ValueError) as error:
         raise StreamFileError(f"{path} is not a saved stream, or is damaged: {error}.") from error
     return Stream.of_parts(parts, batch_size)
@@ -139,8 +157,8 @@ def _read(path: Path, limits: Limits) -> TensorFile:
     about = file.metadata
     if about.get("format") != _FORMAT:
         raise ValueError(f"its format is {quoted(about.get('format'))}, expected {_FORMAT!r}")
-    if about.keys() != {"format", "parts", "sha256"}:
-        raise ValueError(f"its metadata are {quoted(sorted(about))}, expected format, parts and sha256")
+    if about.keys() - {"code"} != {"format", "parts", "sha256"}:
+        raise ValueError(f"its metadata are {quoted(sorted(about))}, expected format, parts, sha256 and perhaps code")
     return file
 
 
@@ -156,9 +174,11 @@ def _described(about: Mapping[str, str], limits: Limits) -> list[Any]:
 
 def _steps(described: list[Any], file: TensorFile, limits: Limits) -> list[_Step]:
     """Check the graph and the tensors of each part, against the checksum and within the limits."""
-    tensors = file.arrays()
-    if file.metadata["sha256"] != digest(file.metadata["parts"], tensors):
+    tensors, about = file.arrays(), file.metadata
+    if about["sha256"] != digest(about["parts"], tensors, about.get("code", "")):
         raise ValueError("its content is not what its checksum says; save the stream again")
+    for name in [name for name in tensors if "code" in about and name.startswith("code.")]:
+        del tensors[name]
     steps: list[_Step] = []
     nodes, features, work = limits.nodes, limits.features, limits.multiply_adds  # what is left for the next part
     for place, entry in enumerate(described):
@@ -278,22 +298,71 @@ def _check_chain(steps: Sequence[_Step]) -> None:
             )
 
 
-def _part(place: int, step: _Step, rows: int, limits: Limits, code_bytes: int) -> Part:
-    """Compile one part."""
+def _code_for_this_cpu(
+    file: TensorFile, steps: Sequence[_Step], limits: Limits, *, trusted: bool
+) -> Sequence[StepCode | None]:
+    """Return each step's machine code, or None for each that is to be compiled."""
+    compiled = [None] * len(steps)
+    # The check mode needs to know more of a kernel than a file has.
+    if "code" not in file.metadata or not trusted or CHECKING:
+        if importlib.util.find_spec("llvmlite") is None:
+            why = "FUSECELL_CHECK is set, which runs compiled code alone" if trusted else "trusted=True isn't given"
+            raise ModuleNotFoundError(_without_compiler(file, why))
+        return compiled
+    codes = read_code(file, [step.graph for step in steps], limits)
+    fitting = [code for code in codes if not misfit(code)]
+    if fitting:
+        return max(fitting, key=lambda code: len(code.features)).steps
+    if importlib.util.find_spec("llvmlite") is None:
+        reasons = "; ".join(f"{code.target}: {misfit(code)}" for code in codes)
+        raise ModuleNotFoundError(_without_compiler(file, f"none of it fits this machine ({reasons})"))
+    return compiled
+
+
+def _without_compiler(file: TensorFile, why: str) -> str:
+    """Say why a stream can't run where llvmlite is not installed."""
+    if "code" not in file.metadata:
+        why = "The file has no machine code (Stream.save(path, code_for=[...]) writes it)"
+    else:
+        why = f"The file has machine code, but {why}"
+    return (
+        f"{why}, so it has to be compiled here, and llvmlite is not installed: pip install llvmlite. Machine code is "
+        "a program that can do whatever you can do: load_stream(path, trusted=True) runs it, for a file that you trust."
+    )
+
+
+def _parts(steps: Sequence[_Step], rows: int, limits: Limits, codes: Sequence[StepCode | None]) -> list[Part]:
+    """Map or compile the code of all steps."""
+    parts = []
+    code_bytes = limits.code_bytes
+    for place, (step, code) in enumerate(zip(steps, codes, strict=True)):
+        if code is None:
+            kernel, text_bytes = _compiled(place, step, code_bytes)
+            code_bytes -= text_bytes
+        else:
+            kernel = code.load()
+        _check_scratch(place, kernel, limits)
+        start = [value.repeat(rows, 0) for value in step.start]
+        parts.append(Part(step.kind, step.graph, kernel, step.weights, start, step.shapes))
+    return parts
+
+
+def _compiled(place: int, step: _Step, code_bytes: int) -> tuple[KernelCalls, int]:
+    """Compile a step; return its kernel and the bytes of its LLVM text."""
+    from fusecell.compiler.runtime.kernel import compile_graph
+
     try:
         kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=code_bytes)
     except (AssertionError, LookupError, RecursionError) as error:
         # check_graph has passed, so the defect is the compiler's; a reader still has only one error to catch.
         name = type(error).__name__
         raise CompilerError(f"the compiler fails on its step {place}, please report it ({name}: {error})") from error
-    _check_scratch(place, kernel, limits)
-    start = [value.repeat(rows, 0) for value in step.start]
-    return Part(step.kind, step.graph, kernel, step.weights, start, step.shapes)
+    return kernel, len(kernel.emitted.text)
 
 
-def _check_scratch(place: int, kernel: Kernel, limits: Limits) -> None:
+def _check_scratch(place: int, kernel: KernelCalls, limits: Limits) -> None:
     """Raise CompilerError if a kernel needs more scratch memory for one row than the limit."""
-    size = kernel.emitted.scratch.bytes(1, kernel.chunk(MOST_STEPS, 1))
+    size = kernel.scratch.bytes(1, kernel.chunk(MOST_STEPS, 1))
     if size > limits.scratch_bytes:
         raise CompilerError(
             f"its step {place} takes {size:,} bytes of memory to run in, more than the {limits.scratch_bytes:,} "

@@ -26,7 +26,8 @@ class Limits:
         nodes: the number of values in a step, over all parts.
         features: the numbers per row in those values.
         multiply_adds: the multiply-adds of a step of one row.
-        code_bytes: the size of the LLVM text that is compiled, over all parts; 1 MiB takes some 5 seconds.
+        code_bytes: the size of the LLVM text that is compiled, over all parts; 1 MiB takes some 5 seconds. Also that of
+            a file's machine code for one CPU.
         scratch_bytes: the memory per row besides weights and states.
 
     Raises:

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.ir.graph import Builder, Graph, rebuild
 from fusecell.compiler.ir.storage import LARGEST_I8, Storage
-from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.streaming.bound_step import Array, Part
 
 __all__ = ["FORMATS", "StoredWeight", "check_format", "stored_weights", "with_small_weights"]
@@ -73,7 +71,11 @@ def check_format(format: str, keep: Collection[str], dtype: np.dtype[np.generic]
         return
     if dtype != np.float32:
         raise TypeError(f"Weights of {format} are for streams that compute in float32, this one computes in {dtype}.")
-    if format == "float16" and not host_target().converts_half:
+    if format != "float16":
+        return
+    from fusecell.compiler.backend.target import host_target  # LLVM knows the CPU: on use only
+
+    if not host_target().converts_half:
         raise ValueError(
             f"{host_target().name} has no instruction that reads float16; weights='bfloat16' takes as much memory."
         )
@@ -195,6 +197,8 @@ def _smaller(place: int, part: Part, storage: Storage, keep: Collection[str]) ->
         if stop - start != builder.size(scales):
             scales = builder.add("slice", scales, start=start, stop=stop)
         return builder.add("mul", new, scales)
+
+    from fusecell.compiler.runtime.kernel import compile_graph
 
     smaller = rebuild(graph, rewritten)
     return replace(part, graph=smaller, kernel=compile_graph(smaller, about=part.kind), weights=weights)

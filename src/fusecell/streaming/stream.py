@@ -130,11 +130,11 @@ class Stream:
         """
         return stored_weights(self.parts, self._format, self._keep)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, code_for: Sequence[str] = ()) -> None:
         """Write the stream to a safetensors file, for :func:`fusecell.load_stream`.
 
         It contains weights, initial states and the graph of each cell's step as text, which is checked when it is
-        loaded; no code, and not the present state, for which there is :meth:`snapshot`.
+        loaded; not the present state, for which there is :meth:`snapshot`; no code, unless ``code_for`` asks for it.
 
         Example:
             >>> import tempfile, pathlib, fusecell as fc
@@ -143,12 +143,20 @@ class Stream:
             >>> fc.load_stream(path)
             Stream(5 -> 10, float32, batch_size=1: GRUCell)
 
+        Arguments:
+            path: the file.
+            code_for: CPUs to add machine code for, which ``load_stream(path, trusted=True)`` runs without compiling:
+                ``"x86-64-v3"`` (AVX2 and FMA), ``"x86-64-v4"`` (AVX-512), and ``"host"``, the higher of the two that
+                this machine has. It runs on Linux; other machines compile the graph, which the file has in any case.
+
         Raises:
             OSError: if the file can't be written.
+            ValueError: for another name in ``code_for``, or ``"host"`` on another machine.
+            CompilerError: if a step's code can't be linked.
         """
         from fusecell.streaming.file import write
 
-        write(self.parts, path)
+        write(self.parts, path, code_for)
 
     def step(self, x: Array | Tensor, *, rows: Array | Tensor | None = None, out: Array | None = None) -> Array:
         """Run one step.

@@ -1,6 +1,6 @@
 import pytest
 
-from fusecell.compiler.backend import llvm, target
+from fusecell.compiler.backend import l2_cache, llvm, target
 from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import host_target
 
@@ -100,5 +100,5 @@ def test_the_second_cache(tmp_path, monkeypatch, sizes, expected):
         (tmp_path / f"index{place}").mkdir()
         (tmp_path / f"index{place}" / "level").write_text(f"{level}\n")
         (tmp_path / f"index{place}" / "size").write_text(f"{size}\n")
-    monkeypatch.setattr(target, "_CACHES", tmp_path)
-    assert target.l2_bytes.__wrapped__() == expected
+    monkeypatch.setattr(l2_cache, "_CACHES", tmp_path)
+    assert l2_cache.l2_bytes.__wrapped__() == expected

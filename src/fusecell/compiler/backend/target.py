@@ -5,18 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from fusecell.compiler.backend import llvm, tuning
 from fusecell.compiler.backend.isa import InstructionSet, instruction_set
 from fusecell.compiler.backend.tuning import Tuning
 
-__all__ = ["Target", "host_target", "l2_bytes", "target_of"]
+__all__ = ["Target", "host_target", "target_of"]
 
 NATIVE = "native"
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_USUAL_L2 = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,15 +117,3 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
         registers=registers,
         converts_half=isa.half_features is None or bool(isa.half_features & has),
     )
-
-
-@functools.cache
-def l2_bytes() -> int:
-    """Return the bytes of a core's L2, as Linux reports them; a megabyte where no system file does."""
-    try:
-        for cache in sorted(_CACHES.glob("index*")):
-            if (cache / "level").read_text().strip() == "2":
-                return int((cache / "size").read_text().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return _USUAL_L2
-    return _USUAL_L2

@@ -34,7 +34,7 @@ from fusecell.compiler.codegen.weight_gradients.pack_operand import (
 )
 from fusecell.compiler.ir.graph import SAVED
 from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.ir.sizes import ALIGNMENT, ceil_div
+from fusecell.compiler.ir.sizes import ALIGNMENT, SLOT_BYTES, Size, ceil_div
 from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
 from fusecell.errors import CompilerError
@@ -58,9 +58,6 @@ HEADER = (
     "offsets",  # address of the rows before each step in saved values; 0: steps times rows
     "packed",  # whether panels are packed already, or will be used again: see main_loop
 )
-
-SLOT_BYTES = 8
-"""Bytes of a slot, of the argument block and of the team block."""
 
 ARGS = ptr("args")
 """The argument block, the first parameter of every function that needs it."""
@@ -135,43 +132,6 @@ STEP = StepRows(_T, _BASE, _SAVED_BASE, _OLD_STATE)
 """The step's rows inside the functions of a stage."""
 STEP_PARAMS = (ARGS, _T, _BASE, _SAVED_BASE, _OLD_STATE)
 """The first parameters of every function of a stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Bytes of a buffer: fixed, and per row of a step, row of a chunk, step of a chunk, and thread beyond the first.
-
-    Attributes:
-        per_thread: what each thread beyond the first writes.
-        gaps: what lies unused beside it.
-    """
-
-    fixed: int = 0
-    per_row: int = 0
-    per_chunk_row: int = 0
-    per_chunk_step: int = 0
-    per_thread: int = 0
-    gaps: int = 0
-
-    def __add__(self, other: Size) -> Size:
-        return Size(
-            self.fixed + other.fixed,
-            self.per_row + other.per_row,
-            self.per_chunk_row + other.per_chunk_row,
-            self.per_chunk_step + other.per_chunk_step,
-            self.per_thread + other.per_thread,
-            self.gaps + other.gaps,
-        )
-
-    @property
-    def per_helper(self) -> int:
-        """Bytes for each thread beyond the first."""
-        return self.per_thread + self.gaps
-
-    def bytes(self, rows: int, chunk_steps: int, threads: int = 1) -> int:
-        """Return the size in a call of ``rows`` rows, ``chunk_steps`` steps in a chunk, and ``threads`` threads."""
-        of_chunk = rows * chunk_steps * self.per_chunk_row + chunk_steps * self.per_chunk_step
-        return self.fixed + self.per_row * rows + of_chunk + (threads - 1) * self.per_helper
 
 
 @dataclass(frozen=True, slots=True)

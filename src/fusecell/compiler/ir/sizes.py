@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 from fusecell.compiler.ir.primitives import LANES
 
-__all__ = ["ALIGNMENT", "DType", "align_up", "ceil_div", "padded"]
+__all__ = ["ALIGNMENT", "SLOT_BYTES", "DType", "Size", "align_up", "ceil_div", "padded"]
 
 ALIGNMENT = 64
 """Bytes that the addresses of buffers are multiples of: a cache line, and the widest vector load (AVX-512)."""
+
+SLOT_BYTES = 8
+"""Bytes of a slot, of the argument block and of the team block."""
 
 
 class DType(str, Enum):
@@ -33,6 +37,43 @@ class DType(str, Enum):
 
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes of a buffer: fixed, and per row of a step, row of a chunk, step of a chunk, and thread beyond the first.
+
+    Attributes:
+        per_thread: what each thread beyond the first writes.
+        gaps: what lies unused beside it.
+    """
+
+    fixed: int = 0
+    per_row: int = 0
+    per_chunk_row: int = 0
+    per_chunk_step: int = 0
+    per_thread: int = 0
+    gaps: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.fixed + other.fixed,
+            self.per_row + other.per_row,
+            self.per_chunk_row + other.per_chunk_row,
+            self.per_chunk_step + other.per_chunk_step,
+            self.per_thread + other.per_thread,
+            self.gaps + other.gaps,
+        )
+
+    @property
+    def per_helper(self) -> int:
+        """Bytes for each thread beyond the first."""
+        return self.per_thread + self.gaps
+
+    def bytes(self, rows: int, chunk_steps: int, threads: int = 1) -> int:
+        """Return the size in a call of ``rows`` rows, ``chunk_steps`` steps in a chunk, and ``threads`` threads."""
+        of_chunk = rows * chunk_steps * self.per_chunk_row + chunk_steps * self.per_chunk_step
+        return self.fixed + self.per_row * rows + of_chunk + (threads - 1) * self.per_helper
 
 
 def ceil_div(count: int, size: int) -> int:

@@ -8,14 +8,16 @@ filled. Nothing here needs torch: a stream that was saved binds NumPy's memory.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from fusecell.compiler.codegen import Emitted
-from fusecell.compiler.codegen.kernel_abi import SLOT_BYTES
-from fusecell.compiler.ir.graph import SAVED
-from fusecell.compiler.schedule.plan import Plan
+from fusecell.compiler.ir.graph import SAVED, Graph
+from fusecell.compiler.ir.sizes import SLOT_BYTES
 from fusecell.errors import CompilerError
+
+if TYPE_CHECKING:
+    from fusecell.compiler.codegen import Emitted
+    from fusecell.compiler.schedule.plan import Plan
 
 __all__ = ["ArgumentBlock", "NotPreparable", "Slots", "Strided"]
 
@@ -32,6 +34,13 @@ class NotPreparable(Exception):
 class Slots:
     """Indices of the slots in a kernel's argument block, looked up by name once.
 
+    Arguments:
+        graph: what the kernel computes.
+        states: the names of its states, in the kernel's order.
+        names: of all slots, in order.
+        pointers: the slots that must be filled.
+        saved: the names of the values saved for the backward.
+
     Attributes:
         inputs, outputs: address, step and row slot of each (T, N, size) tensor, by name.
         weights, sums: address and stride slots of each weight and of each weight's gradient, by name.
@@ -41,10 +50,17 @@ class Slots:
         indices: every slot, by name.
     """
 
-    def __init__(self, plan: Plan, emitted: Emitted) -> None:
-        graph = plan.graph
+    def __init__(
+        self,
+        graph: Graph,
+        states: Iterable[str],
+        names: Sequence[str],
+        pointers: Collection[str],
+        saved: Iterable[str] = (),
+    ) -> None:
         self.itemsize = graph.dtype.itemsize
-        self.indices = {name: index for index, name in enumerate(emitted.slots)}
+        self.indices = {name: index for index, name in enumerate(names)}
+        states = list(states)
         sequence, matrix, rows = (".ptr", ".step", ".row"), (".ptr", ".stride0", ".stride1"), (".ptr", ".row")
         leaves = {op: [graph[index].name for index in graph.leaves(op)] for op in ("input", "weight")}
         self.steps, self.rows, self.reverse = self._find("", "steps", "rows", "reverse")
@@ -56,9 +72,9 @@ class Slots:
         }
         self.weights = {name: self._find(f"weight.{name}", *matrix) for name in leaves["weight"]}
         self.first, self.last, self.reset = (
-            [self._find(f"{kind}.{name}", *rows) for name in plan.states] for kind in ("first", "last", "reset")
+            [self._find(f"{kind}.{name}", *rows) for name in states] for kind in ("first", "last", "reset")
         )
-        self.saved = {buffer.name: self.indices[f"{buffer.name}.ptr"] for buffer in plan.saved()}
+        self.saved = {name: self.indices[f"{name}.ptr"] for name in saved}
         self.outputs: dict[str, _Indices] = {}
         self.sums: dict[str, _Indices] = {}
         for label, index in graph.outputs.items():
@@ -66,19 +82,25 @@ class Slots:
                 self.sums[label] = self._find(f"out.{label}", *matrix)
             elif not label.startswith(("state.", SAVED)):
                 self.outputs[label] = self._find(f"out.{label}", *sequence)
-        self._check(emitted)
+        self._check(pointers)
         # Copied for each call: a slice of an array is one memcpy.
-        self.empty = array("q", bytes(SLOT_BYTES * len(emitted.slots)))
+        self.empty = array("q", bytes(SLOT_BYTES * len(names)))
+
+    @classmethod
+    def of_kernel(cls, plan: Plan, emitted: Emitted) -> Slots:
+        """Find the slots of a kernel that was emitted for a plan."""
+        saved = [buffer.name for buffer in plan.saved()]
+        return cls(plan.graph, plan.states, emitted.slots, emitted.pointers, saved)
 
     def _find(self, name: str, *parts: str) -> _Indices:
         return tuple([self.indices[name + part] for part in parts])
 
-    def _check(self, emitted: Emitted) -> None:
+    def _check(self, pointers: Collection[str]) -> None:
         """Hold the names that code generation uses to those that are bound here: a null address would be read."""
         tables = (self.inputs, self.weights, self.outputs, self.sums)
         bound = {indices[0] for table in tables for indices in table.values()} | set(self.saved.values())
         bound |= {indices[0] for indices in (*self.first, *self.last)}
-        missing = [name for name in emitted.pointers if self.indices[name] not in bound]
+        missing = [name for name in pointers if self.indices[name] not in bound]
         if missing:
             raise CompilerError(f"a kernel would be called without {', '.join(missing)}")
 

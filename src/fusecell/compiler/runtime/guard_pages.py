@@ -17,13 +17,15 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusecell.compiler.codegen import Emitted
 from fusecell.compiler.ir.sizes import align_up
 from fusecell.errors import CompilerError
+
+if TYPE_CHECKING:
+    from fusecell.compiler.codegen import Emitted
 
 __all__ = ["ENABLED", "Extent", "GuardedScratch", "checked_run"]
 

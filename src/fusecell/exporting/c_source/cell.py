@@ -54,7 +54,7 @@ class CellWriter:
 
     def __init__(self, writer: SourceWriter, place: int, part: Part, state_at: int) -> None:
         self.writer, self.place, self.part, self.state_at = writer, place, part, state_at
-        self.graph: Graph = part.kernel.plan.graph
+        self.graph: Graph = part.plan.graph
         self.nests: Nests = arrange(self.graph)
         self._used = set(RESERVED) | {writer.prefix}
         self.name = {index: self._unique(node.name) for index, node in self.graph}
