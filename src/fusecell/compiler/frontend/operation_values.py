@@ -85,6 +85,8 @@ class OperationValues(TensorValues):
         super().__init__(builder, rows, dtype, sources, leftovers)
         self._parts: dict[int, Weight] = {}
         """The real and imaginary parts of the slots that are complex, as slots of their own."""
+        self._mask_places: dict[int, Weight] = {}
+        """The positions of the features that masks pick, by the masks' slots; the gradient needs them again."""
 
     def _result_values(
         self,
@@ -243,9 +245,14 @@ class OperationValues(TensorValues):
             return value
         parts = self._parts.get(value.slot)
         if parts is None:
-            real = torch.empty(*self.weights.slots[value.slot].shape, 2, dtype=self.dtype)
+            complex_dtype = self.weights.slots[value.slot].dtype
+            real = torch.view_as_real(torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype))
             view = torch.ops.aten.view_as_real.default
             (parts,) = self.weights.record(view, "view_as_real", [Ref(value.slot)], {}, [real])
+            # A number takes the precision of what it meets: Python's 1j is complex128 where autograd keeps it.
+            if not self.weights.slots[value.slot].shape and real.dtype != self.dtype:
+                copy, dtype = torch.ops.aten._to_copy.default, {"dtype": self.dtype}
+                (parts,) = self.weights.record(copy, "to", [Ref(parts.slot)], dtype, [real.to(self.dtype)])
             self._parts[value.slot] = parts
         pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
         return pair
@@ -305,11 +312,24 @@ class OperationValues(TensorValues):
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
         if name.startswith("bitwise_"):
             options["of_masks"] = results[0].dtype == torch.bool
+        if name in ("index", "index_put", "_index_put_impl"):
+            values = [values[0], self._places(args[1], values[1]), *values[2:]]
         result = rule(self.writer, *values, **options)
         if name not in ELEMENTWISE:
             return list(result) if isinstance(result, tuple) else [result]
         rows = list(result) if isinstance(result, tuple) else [result]
         return [self._rounded(row, tensor) for row, tensor in zip(rows, results, strict=True)]
+
+    def _places(self, tensors: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
+        """Return an index in which masks of features that the step may read, a list of bools say, are positions."""
+        places = list(indices)
+        for position, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
+            if not isinstance(index, Weight) or tensor.dtype != torch.bool or tensor.dim() != 1:
+                continue
+            if index.slot not in self._mask_places and self.may_read(tensor):
+                self._mask_places[index.slot] = self.weights.literal(tensor.nonzero()[:, 0])
+            places[position] = self._mask_places.get(index.slot, index)
+        return places
 
     def _is_repeated_for_rows(self, name: str, values: Sequence[Any]) -> bool:
         """Whether a value that is the same for all rows is repeated once for each: ``weight.repeat(N)``."""
@@ -421,7 +441,7 @@ class OperationValues(TensorValues):
                 raise Untraceable(
                     f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this."
                 )
-            if tensor.dtype not in (torch.complex64, torch.complex128):
+            if tensor.dtype != (torch.complex128 if self.dtype == torch.float64 else torch.complex64):
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.

@@ -177,7 +177,8 @@ class Recorder(OperationValues, TorchDispatchMode):
             sharing = self._sharing(target)
             # Looked up before the call: what is written in place still has its old value.
             values = mapped(args, self.value, name)
-            options = mapped(kwargs, self.value, name)
+            # What is written to, out=y, is no operand.
+            options = mapped({key: each for key, each in kwargs.items() if key != "out"}, self.value, name)
             result = func(*args, **kwargs)
             # The recorder may read values of its own tensors, such as index tables; the step may not.
             with without_torch_functions():

@@ -272,8 +272,8 @@ class StepRun:
             is_matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
             forms = [form for leaf_slot, form in recorder.weights.leaves if leaf_slot == slot]
             shape = recorder.weights.slots[slot].shape
-            # What rows were taken from, such as matrices of experts.
-            is_table = is_matrix and len(shape) > 2 and math.prod(shape[:-2]) > 1
+            # What rows were taken from, such as matrices of experts, or the values of a curve at its knots.
+            is_table = is_matrix and (len(shape) == 1 or (len(shape) > 2 and math.prod(shape[:-2]) > 1))
             form = "table" if is_table else "matrix" if is_matrix else "vector"
             node = gradient.node
             if forms == ["matrix"] and not is_matrix:
