@@ -449,3 +449,31 @@ def test_a_complex_weight_of_which_others_are_made_has_its_own_gradient_too() ->
             y = fc.scan(cell, x)[0]
             results.append((y, *torch.autograd.grad(y.sin().sum(), list(cell.parameters()))))
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pythons_complex_numbers_have_the_precision_of_the_step(dtype: torch.dtype) -> None:
+    """Autograd keeps 1j as a complex128 number for the gradient, whatever it is multiplied with."""
+
+    class Waves(fc.Cell):
+        def step(self, x, state):
+            h = torch.exp(1j * torch.complex(x, state[0])).imag
+            return h, (torch.tanh(h),)
+
+    results, x = [], torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y = fc.scan(Waves(5, 5), x)[0]
+            results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
+def test_complex_arithmetic_in_another_precision_is_refused() -> None:
+    class Wider(fc.Cell):
+        def step(self, x, state):
+            h = (torch.exp(x.to(torch.complex128) * 1j).real + state[0]).to(x.dtype)
+            return h, (h,)
+
+    result = trace(Wider(5, 5), [(5,)], torch.float32, gradients=False)
+    assert not isinstance(result, Traced)
+    assert "complex128" in result.reasons[0]

@@ -190,9 +190,19 @@ class StepRun:
                 raise Untraceable(
                     f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}."
                 )
+            self._check_order(label, value)
             self.outputs[label] = self._node(value)
             self.row_shapes[label] = shape
         return output, after
+
+    def _check_order(self, label: str, value: Tensor) -> None:
+        """Refuse a state in whose memory a draw of the next step would not go row by row, as a kernel takes it."""
+        if self.recorder.draws and label.startswith("state.") and not torch.empty_like(value).is_contiguous():
+            state = label.removeprefix("state.")
+            raise Untraceable(
+                f"The step draws random numbers, and returns the state {state} with its dimensions in another order in "
+                f"memory, in which torch would draw numbers like it at the next step; return {state}.contiguous()."
+            )
 
     def _packed(self, output: Any) -> Any:
         """Return a tuple or dict of outputs as one flat row."""

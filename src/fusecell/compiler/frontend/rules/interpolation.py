@@ -1,4 +1,4 @@
-"""Rules for resizing by weighted means of neighbours, linear, cubic and adaptive: along each axis a product with a table.
+"""Rules for resizing by weighted means, linear, cubic and of windows: a product along each axis with a table.
 
 The table of an axis is torch's own operation, applied to each unit vector.
 """

@@ -70,14 +70,6 @@ def _aminmax(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -
     return w.reduce("amin", x, _dims(dim), keepdim), w.reduce("amax", x, _dims(dim), keepdim)
 
 
-def _renorm(w: Writer, x: Row, order: float, dim: int, most: float) -> Row:
-    others = [axis for axis in range(len(x.shape)) if axis != dim % len(x.shape)]
-    norm = _vector_norm(w, x, order, others, True)
-    # The small number is torch's.
-    scale = w.point("where", w.point("lt", most, norm), w.point("div", most, w.point("add", norm, 1e-7)), 1.0)
-    return w.point("mul", x, scale)
-
-
 def _extreme(op: str) -> Rule:
     return lambda w, x, dims=None, keepdim=False: w.reduce(op, x, _dims(dims), keepdim)
 
@@ -163,7 +155,6 @@ REDUCTIONS: Mapping[str, Rule] = {
     "count_nonzero": lambda w, x, dims=None: w.reduce("sum", w.number(w.truth(x)), _dims(dims), False),
     "linalg_vector_norm": _vector_norm,
     "norm": lambda w, x, order=2, *args, **options: _vector_norm(w, x, 2 if order is None else order, *args, **options),
-    "renorm": _renorm,
     "_softmax": _softmax,
     "_safe_softmax": _safe_softmax,
     "_log_softmax": _log_softmax,
