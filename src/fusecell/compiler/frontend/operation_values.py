@@ -85,6 +85,10 @@ class OperationValues(TensorValues):
         super().__init__(builder, rows, dtype, sources, leftovers)
         self._parts: dict[int, Weight] = {}
         """The real and imaginary parts of the slots that are complex, as slots of their own."""
+        self._resolved: set[int] = set()
+        """Copies that torch makes of conjugates for operations without rules for them: below autograd, which goes on."""
+        self._halves: dict[int, list[Weight]] = {}
+        """By the slots that are complex, the slots of the real part and of the imaginary part."""
         self._mask_places: dict[int, Weight] = {}
         """The positions of the features that masks pick, by the masks' slots; the gradient needs them again."""
 
@@ -247,13 +251,22 @@ class OperationValues(TensorValues):
         if parts is None:
             complex_dtype = self.weights.slots[value.slot].dtype
             real = torch.view_as_real(torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype))
-            view = torch.ops.aten.view_as_real.default
-            (parts,) = self.weights.record(view, "view_as_real", [Ref(value.slot)], {}, [real])
+            # A conjugate may be a view with a flag, which has no real view.
+            shape = torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype)
+            resolve, view = torch.ops.aten.resolve_conj.default, torch.ops.aten.view_as_real.default
+            (resolved,) = self.weights.record(resolve, "resolved", [Ref(value.slot)], {}, [shape])
+            (parts,) = self.weights.record(view, "view_as_real", [Ref(resolved.slot)], {}, [real])
             # A number takes the precision of what it meets: Python's 1j is complex128 where autograd keeps it.
             if not self.weights.slots[value.slot].shape and real.dtype != self.dtype:
                 copy, dtype = torch.ops.aten._to_copy.default, {"dtype": self.dtype}
                 (parts,) = self.weights.record(copy, "to", [Ref(parts.slot)], dtype, [real.to(self.dtype)])
             self._parts[value.slot] = parts
+            # Each by itself, for the gradient of a product: the prologue drops those that nothing takes.
+            select = torch.ops.aten.select.int
+            self._halves[value.slot] = [
+                self.weights.record(select, name, [Ref(parts.slot), -1, half], {}, [real[..., half]])[0]
+                for half, name in enumerate(("real", "imag"))
+            ]
         pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
         return pair
 
@@ -405,6 +418,9 @@ class OperationValues(TensorValues):
         tensors = iter(tensors_in(args))
         refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
         weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
+        if name == "clone" and (args[0].is_conj() or args[0].is_neg()) and torch.is_grad_enabled():
+            if args[0].requires_grad or id(args[0]) in self._resolved:
+                self._resolved.add(id(results[0]))
         if fill is not None:
             return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
         if len(operands) == 1 and isinstance(operands[0], Weight) and isinstance(values[0], Weight):
@@ -418,7 +434,8 @@ class OperationValues(TensorValues):
                 f"The step computes with a weight that {name}, a custom Function, has made together with rows: the "
                 "gradient would not go back through it."
             )
-        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
+        has_gradient = tensor.requires_grad or id(tensor) in self._resolved
+        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not has_gradient)
 
     def _ref_of(self, tensor: Tensor) -> Ref:
         """Return the reference to a tensor whose value is a weight."""

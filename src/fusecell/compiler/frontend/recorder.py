@@ -19,9 +19,7 @@ from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_ar
 from fusecell.compiler.frontend.draws import Draw, draw_name, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.operation_values import READS_VALUES, OperationValues
-from fusecell.compiler.frontend.rules.complex_numbers import (
-    sum_of_pairs,
-)
+from fusecell.compiler.frontend.rules.complex_numbers import are_joined, sum_of_pairs
 from fusecell.compiler.frontend.traced_values import (
     Complex,
     ExternalGrad,
@@ -356,6 +354,10 @@ class Recorder(OperationValues, TorchDispatchMode):
         if isinstance(gradient, ExternalGrad):
             return
         if isinstance(gradient, Complex) and slot in self._parts:
+            if not are_joined(self.writer, gradient):
+                real, imaginary = self._halves[slot]
+                self.collect(real.slot, gradient.real)
+                return self.collect(imaginary.slot, gradient.imaginary)
             with without_torch_functions(), disable_current_modes():
                 slot, gradient = self._parts[slot].slot, sum_of_pairs(self.writer, gradient)
         if not isinstance(gradient, Sum):
