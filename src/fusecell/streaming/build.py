@@ -60,7 +60,9 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
     for cell in cells:
         _check(cell, rows)
     _check_chain(cells)
-    kinds = {dtype for cell in cells if (dtype := weights_dtype(cell)) is not None} or {torch.get_default_dtype()}
+    kinds = {dtype.to_real() for cell in cells if (dtype := weights_dtype(cell)) is not None} or {
+        torch.get_default_dtype()
+    }
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
         raise TypeError(
             f"Stream computes in float32 or float64, the same in all cells, got {', '.join(sorted(map(str, kinds)))}. "

@@ -86,7 +86,7 @@ class OperationValues(TensorValues):
         self._parts: dict[int, Weight] = {}
         """The real and imaginary parts of the slots that are complex, as slots of their own."""
         self._resolved: set[int] = set()
-        """Copies that torch makes of conjugates for operations without rules for them: below autograd, which goes on."""
+        """Copies that torch makes of conjugates where an operation has no rule for them, below autograd."""
         self._halves: dict[int, list[Weight]] = {}
         """By the slots that are complex, the slots of the real part and of the imaginary part."""
         self._mask_places: dict[int, Weight] = {}
@@ -418,9 +418,8 @@ class OperationValues(TensorValues):
         tensors = iter(tensors_in(args))
         refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
         weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
-        if name == "clone" and (args[0].is_conj() or args[0].is_neg()) and torch.is_grad_enabled():
-            if args[0].requires_grad or id(args[0]) in self._resolved:
-                self._resolved.add(id(results[0]))
+        if name == "clone" and _is_flagged_with_gradient(args[0]):
+            self._resolved.add(id(results[0]))
         if fill is not None:
             return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
         if len(operands) == 1 and isinstance(operands[0], Weight) and isinstance(values[0], Weight):
@@ -471,6 +470,10 @@ class OperationValues(TensorValues):
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
                 raise Untraceable(f"A rule gives the shape {value_shape}, torch {shape}; please report this.")
+
+
+def _is_flagged_with_gradient(tensor: Tensor) -> bool:
+    return (tensor.is_conj() or tensor.is_neg()) and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _fill(name: str, values: list[Any], operands: list[Value]) -> float | None:

@@ -355,9 +355,9 @@ class Recorder(OperationValues, TorchDispatchMode):
             return
         if isinstance(gradient, Complex) and slot in self._parts:
             if not are_joined(self.writer, gradient):
-                real, imaginary = self._halves[slot]
-                self.collect(real.slot, gradient.real)
-                return self.collect(imaginary.slot, gradient.imaginary)
+                for half, part in zip(self._halves[slot], (gradient.real, gradient.imaginary), strict=True):
+                    self.collect(half.slot, part)
+                return
             with without_torch_functions(), disable_current_modes():
                 slot, gradient = self._parts[slot].slot, sum_of_pairs(self.writer, gradient)
         if not isinstance(gradient, Sum):

@@ -129,7 +129,7 @@ def _sum(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: An
 
 
 def are_joined(w: Writer, pair: Complex) -> bool:
-    """Whether the gradient of a complex weight can be one of its parts in turn: where it adds values up, unmultiplied."""
+    """Whether the gradient of a complex weight can be one of its parts in turn: where it adds up values of each row."""
     nodes = [w.builder.nodes[part.node] for part in (pair.real, pair.imaginary)]
     parts = [w.builder.nodes[arg] for node in nodes if node.op == "total" for arg in node.args]
     return all(node.op == "rowsum" for node in parts or nodes)
