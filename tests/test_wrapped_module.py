@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fusecell as fc
+from fusecell.shapes import feature_shape, tensors_of
 
 
 class Output(nn.Module):
@@ -151,3 +152,81 @@ def test_refusals() -> None:
         fc.wrap(nn.GRU(3, 4))
     with pytest.raises(ValueError, match="after a step nothing"):
         fc.wrap(nn.Linear(3, 4), states=("nothing",))
+
+
+class Picture(nn.Module):
+    """A state that is an image, in the form of ConvLSTM cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 12, 3, padding=1)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, c = state
+        i, f, o, g = self.conv(torch.cat((x, h), 1)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        return h, (h, c)
+
+
+class Spikes(nn.Module):
+    """An image of potentials in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.mem: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mem = 0.8 * self.mem + self.conv(x)
+        return torch.tanh(self.mem)
+
+
+class Several(nn.Module):
+    """Several outputs next to the state, as a dict or as a tuple."""
+
+    input_size, hidden_size = 5, 7
+
+    def __init__(self, is_dict: bool) -> None:
+        super().__init__()
+        self.cell, self.readout, self.is_dict = nn.GRUCell(5, 7), nn.Linear(7, 6), is_dict
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Any, Tensor]:
+        h = self.cell(x, h)
+        outputs = {"map": self.readout(h).view(-1, 2, 3), "sum": h.sum(1)}
+        return (outputs if self.is_dict else tuple(outputs.values())), h
+
+
+class Ids(nn.Module):
+    hidden_size = 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell = nn.Embedding(9, 5), nn.GRUCell(5, 7)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.cell(self.table(x), h)
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda: fc.wrap(Picture(), input_size=(2, 4, 3), state_sizes=((3, 4, 3),) * 2), (3, 4, 3)),
+        (lambda: fc.wrap(Spikes(), input_size=(2, 4, 3), states=("mem",)), (3, 4, 3)),
+        (lambda: fc.wrap(Several(True)), {"map": (2, 3), "sum": ()}),
+        (lambda: fc.wrap(Several(False)), ((2, 3), ())),
+        (lambda: fc.wrap(Ids(), input_size=()), 7),
+    ],
+)
+def test_shapes_ids_and_several_outputs(make: Any, sizes: Any) -> None:
+    torch.manual_seed(0)
+    cell, results = make().double(), []
+    assert cell.output_size == sizes
+    x = torch.randint(0, 9, (4, 3)) if cell.input_size == () else torch.randn(4, 3, *feature_shape(cell.input_size))
+    x = x if cell.input_size == () else x.double()
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y, _ = fc.scan(cell, x, lengths=[4, 2, 3])
+            gradients = torch.autograd.grad(sum(v.sin().sum() for v in tensors_of(y)), list(cell.parameters()))
+        results.append((*tensors_of(y), *gradients))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,19 +138,28 @@ def weights_dtype(cell: nn.Module) -> torch.dtype | None:
 def first_weight(module: nn.Module) -> Tensor | None:
     """Return the first floating-point weight of a module: a parameter, or a drop-in layer's weight in one of its cells.
 
+    A complex weight is returned only where there is no real one: next to real weights it takes part in a real cell.
     The cells that a drop-in layer builds around its weights hold them as plain attributes. Of plain attributes only
     those called ``weight...`` count: any other tensor is a constant of the user's, which decides no dtype.
     """
+    weight = _first(module, _is_weight)
+    if weight is not None and weight.is_complex():
+        real = _first(module, Tensor.is_floating_point)
+        return weight if real is None else real
+    return weight
+
+
+def _first(module: nn.Module, is_weight: Callable[[Tensor], bool]) -> Tensor | None:
     # In the order of module.parameters(), whose generators would take longer than a small cell's step.
     for parameter in module._parameters.values():
-        if parameter is not None and _is_weight(parameter):
+        if parameter is not None and is_weight(parameter):
             return parameter
     for part in module._modules.values():
-        weight = None if part is None else first_weight(part)
+        weight = None if part is None else _first(part, is_weight)
         if weight is not None:
             return weight
     for name, value in module.__dict__.items():
-        if name.startswith("weight") and isinstance(value, Tensor) and _is_weight(value):
+        if name.startswith("weight") and isinstance(value, Tensor) and is_weight(value):
             return value
     return None
 
@@ -163,7 +172,9 @@ def _is_weight(value: Tensor) -> bool:
 def compute_dtype(cell: Cell, first: Tensor) -> torch.dtype:
     """Return the dtype of a cell's states: its weights', else that of its first input, else the default."""
     fallback = first.dtype if first.is_floating_point() else torch.get_default_dtype()
-    return weights_dtype(cell) or fallback
+    dtype = weights_dtype(cell) or fallback
+    # Complex weights alone may multiply a real input.
+    return fallback if dtype.is_complex and first.dtype == dtype.to_real() else dtype
 
 
 def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
@@ -183,7 +194,7 @@ def check_dtype(cell: Cell, label: str, value: Tensor) -> None:
     expected, dtype = weight.dtype, value.dtype
     if dtype is expected or not (value.is_floating_point() or value.is_complex() or value.is_quantized):
         return
-    if autocasting(value.device.type):
+    if autocasting(value.device.type) or (expected.is_complex and dtype == expected.to_real()):
         return
     raise ValueError(
         f"{_name(cell)}'s weights are {expected} and {label} is {dtype}. "

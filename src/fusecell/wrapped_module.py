@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusecell.cell import Cell
 from fusecell.execution.options import State
 from fusecell.module_snapshot import Snapshot
+from fusecell.shapes import Outputs, OutputSize, Size, feature_shape
 
 __all__ = ["WrappedCell", "wrap"]
 
@@ -26,8 +27,8 @@ _ROWS = 7
 def wrap(
     module: nn.Module,
     *,
-    input_size: int | None = None,
-    state_sizes: int | Sequence[int] | None = None,
+    input_size: Size | None = None,
+    state_sizes: int | Sequence[Size] | None = None,
     states: Sequence[str] | None = None,
 ) -> WrappedCell:
     r"""Make a cell of a module that computes one time step.
@@ -37,7 +38,7 @@ def wrap(
     Where the state is passed in, the module's forward is one of ``(x, h) -> h``, ``(x, h) -> (output, h)``,
     ``(x, (h, c)) -> (h, c)`` and ``(x, (h, c)) -> (output, (h, c))``. Where the module keeps its state itself, as
     snntorch's neurons with ``init_hidden`` and spikingjelly's do, name its attributes as ``states``: each step then
-    begins with them set to the state, and the module is left as it was.
+    begins with them set to the state, and the module is left as it was. An output may be a tuple or dict of tensors.
 
     Example:
         >>> import torch, fusecell as fc
@@ -59,9 +60,11 @@ def wrap(
 
     Arguments:
         module: any module; it is a submodule of the cell, ``cell.module``, not a copy.
-        input_size: features of x; by default the module's ``input_size`` or ``in_features``.
-        state_sizes: features of each state, in the order in which they are passed; by default the module's
-            ``hidden_size``, as many as it returns, or the sizes of the named attributes after one step.
+        input_size: features of x, or the shape of a row of it, ``()`` for ids; by default the module's ``input_size``
+            or ``in_features``.
+        state_sizes: features or shape of each state, in the order in which they are passed, ``((8, 16, 16),) * 2``; by
+            default the module's ``hidden_size``, as many as it returns, or the sizes of the named attributes after one
+            step.
         states: names of the attributes that are the state, with the path of their submodule: ``("0.mem", "2.mem")``.
 
     Raises:
@@ -89,13 +92,13 @@ class WrappedCell(Cell):
 
     Arguments:
         module: computes one time step.
-        input_size: features of x.
-        sizes: features of each state.
+        input_size: features or shape of x.
+        sizes: features or shape of each state.
         attributes: the module's attributes that are the state; None where it is passed to forward.
     """
 
     def __init__(
-        self, module: nn.Module, input_size: int, sizes: tuple[int, ...], attributes: tuple[str, ...] | None
+        self, module: nn.Module, input_size: Size, sizes: tuple[Size, ...], attributes: tuple[str, ...] | None
     ) -> None:
         super().__init__(input_size, sizes[0])
         self.module = module
@@ -107,10 +110,9 @@ class WrappedCell(Cell):
             names = tuple(f"state_{name}" if name[0].isdigit() else name for name in names)
         self.states = names  # type: ignore[misc]  # a class attribute of cells that are written, not made
         self.sizes = self.state_sizes = sizes
-        output = _probed(self)
-        self.output_size = int(output.shape[-1])
+        self.output_size = _output_size(_probed(self))
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: State) -> tuple[Outputs, State]:
         if self.attributes is not None:
             # Modules keep more than their state: counters, records, what the last step has made of it.
             before = Snapshot(self.module)
@@ -129,18 +131,33 @@ class WrappedCell(Cell):
         return f"{self.input_size}, {self.state_sizes}"
 
 
-def _input_size(module: nn.Module, input_size: int | None) -> int:
+def _input_size(module: nn.Module, input_size: Size | None) -> Size:
     for value in (input_size, getattr(module, "input_size", None), getattr(module, "in_features", None)):
         if isinstance(value, int) and not isinstance(value, bool):
             return value
+        if isinstance(value, tuple | list) and all(isinstance(size, int) for size in value):
+            return tuple(value)
     raise ValueError(f"wrap: {type(module).__name__} has no input_size; pass wrap(module, input_size=...).")
 
 
-def _as_tuple(sizes: int | Sequence[int]) -> tuple[int, ...]:
+def _as_tuple(sizes: int | Sequence[Size]) -> tuple[Size, ...]:
     return (sizes,) if isinstance(sizes, int) else tuple(sizes)
 
 
-def _passed_sizes(module: nn.Module, input_size: int, state_sizes: int | Sequence[int] | None) -> tuple[int, ...]:
+def _size(value: Tensor) -> Size:
+    """Return the features or the shape of a row of a tensor."""
+    return int(value.shape[1]) if value.dim() == 2 else tuple(value.shape[1:])
+
+
+def _output_size(output: Outputs) -> OutputSize:
+    if isinstance(output, Tensor):
+        return _size(output)
+    if isinstance(output, Mapping):
+        return {name: _size(value) for name, value in output.items()}
+    return tuple(tuple(value.shape[1:]) for value in output)
+
+
+def _passed_sizes(module: nn.Module, input_size: Size, state_sizes: int | Sequence[Size] | None) -> tuple[Size, ...]:
     """Return the sizes of states that are passed in, found by a step with one state, and then with two."""
     if state_sizes is not None:
         return _as_tuple(state_sizes)
@@ -153,10 +170,14 @@ def _passed_sizes(module: nn.Module, input_size: int, state_sizes: int | Sequenc
     failures = []
     for count in (1, 2):
         sizes = (hidden,) * count
+        twin = copy.deepcopy(module).eval()
+
+        def stepped(x: Tensor, count: int = count, sizes: tuple[int, ...] = sizes, twin: nn.Module = twin) -> State:
+            state = _zeros(twin, sizes)
+            return _split(twin(x, state[0] if count == 1 else state), count)[1]
+
         try:
-            with torch.no_grad():
-                probe, state = _inputs(module, input_size, sizes)
-                _, after = _split(copy.deepcopy(module).eval()(probe, state[0] if count == 1 else state), count)
+            after = _of_probe(module, input_size, stepped)
         except Exception as error:  # the module's own, in a form that it doesn't take
             failures.append(f"with {count} state{'s' * (count > 1)}: {type(error).__name__}: {error}")
             continue
@@ -166,42 +187,64 @@ def _passed_sizes(module: nn.Module, input_size: int, state_sizes: int | Sequenc
     raise ValueError(f"wrap: {type(module).__name__} is no step: {_FORMS}. Tried {'; '.join(failures)}.")
 
 
-def _attribute_sizes(module: nn.Module, input_size: int, names: tuple[str, ...]) -> tuple[int, ...]:
+def _attribute_sizes(module: nn.Module, input_size: Size, names: tuple[str, ...]) -> tuple[Size, ...]:
     """Return the sizes of named attributes, after a step of a copy of the module."""
     twin = copy.deepcopy(module).eval()
-    with torch.no_grad():
-        twin(_inputs(module, input_size, ())[0])
+    _of_probe(module, input_size, twin)
     sizes = []
     for owner, name in _owners(twin, names):
         value = getattr(owner, name, None)
-        if not isinstance(value, Tensor) or value.dim() != 2:
+        if not isinstance(value, Tensor) or value.dim() < 1 or value.shape[0] != _ROWS:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"wrap: after a step {name} is {shape}, expected a tensor of shape (N, size).")
-        sizes.append(int(value.shape[-1]))
+            raise ValueError(f"wrap: after a step {name} is {shape}, expected a tensor of shape (N, size) or (N, ...).")
+        sizes.append(_size(value))
     return tuple(sizes)
 
 
-def _inputs(module: nn.Module, input_size: int, sizes: tuple[int, ...]) -> tuple[Tensor, State]:
+def _like(module: nn.Module) -> Tensor:
+    """Return an empty tensor with the dtype and device that a module computes in."""
     like = next((value for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()), None)
-    dtype, device = (None, None) if like is None else (like.dtype, like.device)
-    state = tuple(torch.zeros(_ROWS, size, dtype=dtype, device=device) for size in sizes)
-    return torch.zeros(_ROWS, input_size, dtype=dtype, device=device), state
+    return torch.empty(0) if like is None else like.detach().new_empty(0)
 
 
-def _probed(cell: WrappedCell) -> Tensor:
+def _zeros(module: nn.Module, sizes: Sequence[Size]) -> State:
+    like = _like(module)
+    return tuple(like.new_zeros(_ROWS, *feature_shape(size)) for size in sizes)
+
+
+def _of_probe(module: nn.Module, input_size: Size, stepped: Callable[[Tensor], Any]) -> Any:
+    """Return what a step makes of zeros; where it takes none that are floating-point numbers, of ids."""
+    (x,) = _zeros(module, (input_size,))
+    with torch.no_grad():
+        try:
+            return stepped(x)
+        except Exception as error:
+            try:
+                return stepped(x.long())
+            except Exception:  # the first error says more, but where ids are expected
+                raise error from None
+
+
+def _probed(cell: WrappedCell) -> Outputs:
     """Return the output of a step, which shows that the module is one."""
     twin = copy.deepcopy(cell).eval()
-    with torch.no_grad():
-        x, state = _inputs(cell.module, cell.input_size, cell.sizes)
-        output, after = twin.step(x, state)
-    expected = [(_ROWS, size) for size in cell.sizes]
-    if not isinstance(output, Tensor) or [tuple(getattr(value, "shape", ())) for value in after] != expected:
+    output, after = _of_probe(cell.module, cell.input_size, lambda x: twin.step(x, _zeros(cell.module, cell.sizes)))
+    expected = [(_ROWS, *feature_shape(size)) for size in cell.sizes]
+    if not _is_output(output) or [tuple(getattr(value, "shape", ())) for value in after] != expected:
         shapes = [tuple(getattr(value, "shape", ())) for value in after]
         raise ValueError(f"wrap: {type(cell.module).__name__} returns states {shapes}, expected {expected}; {_FORMS}.")
     return output
 
 
-def _split(result: Any, count: int) -> tuple[Tensor, State]:
+def _is_output(value: Any) -> bool:
+    """Whether a value is a tensor, or a tuple or dict of tensors."""
+    if isinstance(value, Tensor):
+        return True
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    return isinstance(parts, tuple | list) and bool(parts) and all(isinstance(part, Tensor) for part in parts)
+
+
+def _split(result: Any, count: int) -> tuple[Outputs, State]:
     """Return what a module returns as the output and the new state."""
     if isinstance(result, Tensor):
         if count == 1:
@@ -209,7 +252,7 @@ def _split(result: Any, count: int) -> tuple[Tensor, State]:
     elif isinstance(result, tuple | list):
         if len(result) == 2 and isinstance(result[1], tuple | list) and len(result[1]) == count:
             return result[0], tuple(result[1])
-        if count == 1 and len(result) == 2 and all(isinstance(value, Tensor) for value in result):
+        if count == 1 and len(result) == 2 and _is_output(result[0]) and isinstance(result[1], Tensor):
             return result[0], (result[1],)
         if count > 1 and len(result) == count and all(isinstance(value, Tensor) for value in result):
             return result[0], tuple(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,11 @@ IMAGES: dict[str, Body] = {
     "pooled_to_a_size": lambda c, z: (
         fit(F.adaptive_max_pool2d(image(z), (3, 2))) + fit(F.adaptive_max_pool1d(heads(z), 4))
     ),
+    "averaged_to_a_size": lambda c, z: (
+        fit(F.adaptive_avg_pool2d(image(z).sin(), (2, 3)))
+        + fit(F.adaptive_avg_pool1d(heads(z), 2))
+        + fit(F.adaptive_avg_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 3)))
+    ),
     "pooled_in_three_dimensions": lambda c, z: (
         fit(F.avg_pool3d(z.view(-1, 1, 2, 3, 4), 2, 1)) + fit(F.max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 2), 1))
     ),
@@ -200,10 +206,67 @@ REDUCTIONS: dict[str, Body] = {
     "running_extremes_with_ties": lambda c, z: z * fit((z.view(-1, 4, 6) > 0).to(z.dtype).cummax(2).indices),
     "cumulative_log": lambda c, z: fit(z.view(-1, 6, 4).logcumsumexp(2)),
     "all_and_any": lambda c, z: z * fit((heads(z) > -0.9).all(2)) + z * fit((heads(z) > 0.9).any(1, keepdim=True)),
+    "distances_of_pairs": lambda c, z: fit(F.pairwise_distance(heads(z), heads(z * z + 1))),
+    "without_nan": lambda c, z: fit(heads(torch.where(z > 0, z, math.nan)).nansum(1)) + _nan_mean(z),
+    "ranges": lambda c, z: fit(torch.aminmax(heads(z), dim=1).max - torch.aminmax(z, dim=1, keepdim=True).min),
+    "counts": lambda c, z: z * fit(torch.count_nonzero(heads(z) > 0, dim=2)) + torch.ldexp(z, (z > 0).long()),
     "norms": lambda c, z: fit(F.normalize(heads(z), dim=1) + heads(z).norm(dim=2, keepdim=True)),
 }
+
+
+def _nan_mean(z: Tensor) -> Tensor:
+    return torch.nanmean(torch.where(z > -0.5, z, math.nan), dim=1, keepdim=True)
+
+
+def _written_by_position(c: Any, z: Tensor) -> Tensor:
+    y = z.clone()
+    y[:, 1] = 1.5
+    y[:, [4, -1]] = z[:, 2:4]
+    y[:, c.order[:3]] = c.gain[:3] * z[:, :3]
+    y[:, torch.tensor([7])] += 1.0
+    y[:, 9] = c.bias[1]
+    y[:, 10].fill_(c.gain[2])
+    table = heads(y).clone()
+    table[:, [0, 2], 1:3] = z[:, 5:6, None]
+    table[..., [True, False] * 4] *= 2
+    return table.flatten(1) + fit(table[:, :, [True, True, False, False] * 2].sin())
+
+
+def _interpolated(c: Any, z: Tensor) -> Tensor:
+    knots = torch.linspace(-1, 1, 6, dtype=z.dtype)
+    right = torch.searchsorted(knots, z.detach().contiguous()).clamp(1, 5)
+    values = c.square[0]
+    left = values[right - 1]
+    return (
+        left
+        + (z - knots[right - 1]) / (knots[right] - knots[right - 1]) * (values[right] - left)
+        + fit(values * z[:, :8])
+    )
+
+
+def _scatter_reduced(c: Any, z: Tensor) -> Tensor:
+    places = (c.order[:5] % 4).expand(len(z), 5)
+    each = [
+        z[:, :6].scatter_reduce(1, places, z[:, 10:15], reduce, include_self=include_self)
+        for reduce in ("sum", "mean", "prod", "amax", "amin")
+        for include_self in (True, False)
+    ]
+    return fit(torch.stack(each, 1))
+
+
 # positions,
 INDEXING: dict[str, Body] = {
+    "written_by_position": _written_by_position,
+    "interpolated": _interpolated,
+    "scatter_reduced": _scatter_reduced,
+    "bins": lambda c, z: (
+        z * torch.bucketize(z.detach(), c.mean.sort().values)
+        + z * torch.bucketize(z.detach(), torch.linspace(-1, 1, 5, dtype=z.dtype), right=True)
+    ),
+    "searched_per_row": lambda c, z: (
+        z * fit(torch.searchsorted(heads(z).detach().sort(2).values, heads(z * z).detach(), side="right"))
+    ),
+    "among": lambda c, z: z * torch.isin(_ids(z, 5), torch.tensor([0, 3])) + z * torch.isin(_ids(z, 4), 2, invert=True),
     "embedding": lambda c, z: F.embedding(_ids(z[:, 0], 7), c.table) + F.embedding(_ids(z[:, :2], 7), c.table).sum(1),
     "embedding_with_padding": lambda c, z: F.embedding(_ids(z[:, 0], 7), c.table, padding_idx=3) * z,
     "one_hot": lambda c, z: z * F.one_hot(z.argmax(1), 24),
@@ -257,6 +320,7 @@ COMPLEX: dict[str, Body] = {
     "complex_from_real": lambda c, z: fit(
         (z[:, :6].to(torch.complex128 if z.dtype == torch.float64 else torch.complex64) * (2 + 1j)).imag
     ),
+    "powers_of_e": lambda c, z: fit(torch.exp(1j * torch.complex(z[:, :6], z[:, 6:12])).imag),
     "complex_parameters": lambda c, z: fit((torch.complex(z[:, :3], z[:, 3:6]) * torch.view_as_complex(c.phases)).imag),
     "fourier": lambda c, z: torch.fft.irfft(torch.fft.rfft(z) * torch.sigmoid(c.table[0, :13]), n=24),
     "fourier_of_heads": lambda c, z: fit(torch.fft.fft(torch.complex(heads(z), heads(z * z)), dim=1).real),

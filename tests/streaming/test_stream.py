@@ -207,3 +207,30 @@ def test_errors():
         stream.step(np.zeros((2, 5)), rows=np.array([0, 1]))
     with pytest.raises(ValueError, match="arrays of shapes"):
         stream.state = np.zeros((2, 8))
+
+
+class Tagger(fc.Cell):
+    """A cell of ids: it looks them up in a table."""
+
+    def __init__(self, input_size):
+        super().__init__(input_size, 7)
+        self.table, self.rec = nn.Embedding(9, 7), nn.Linear(7, 7)
+
+    def step(self, x, state):
+        ids = self.table(x)
+        h = torch.tanh((ids if ids.dim() == 2 else ids.sum(1)) + self.rec(state[0]))
+        return h, (h,)
+
+
+@pytest.mark.parametrize("size", [(), 2])
+def test_a_stream_takes_ids(size, tmp_path):
+    layer = fc.Recurrent(Tagger(size))
+    x = torch.randint(0, 9, (5, 3) if size == () else (5, 3, size))
+    stream = fc.Stream(layer, 3)
+    stream.save(tmp_path / "tagger.safetensors")
+    loaded = fc.load_stream(tmp_path / "tagger.safetensors", batch_size=3)
+    with torch.inference_mode():
+        expected = layer(x)[0].numpy()
+    for step, y in zip(x, expected, strict=True):
+        assert np.array_equal(stream.step(step), y)
+        assert np.array_equal(loaded.step(step.numpy()), y)

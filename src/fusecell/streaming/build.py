@@ -14,9 +14,10 @@ from fusecell.compiler.programs.inference import compile_step, without_notes
 from fusecell.compiler.refusal import Refusal
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
+from fusecell.execution.options import State
 from fusecell.layers import Recurrent, Sequential, Stack
 from fusecell.module_snapshot import preserved
-from fusecell.shapes import Size, feature_shape, is_size, output_shapes, size_text
+from fusecell.shapes import Shape, Size, feature_shape, is_size, output_shapes, size_text
 from fusecell.streaming.bound_step import Part, RowShapes
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
@@ -60,7 +61,9 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
     for cell in cells:
         _check(cell, rows)
     _check_chain(cells)
-    kinds = {dtype for cell in cells if (dtype := weights_dtype(cell)) is not None} or {torch.get_default_dtype()}
+    kinds = {dtype.to_real() for cell in cells if (dtype := weights_dtype(cell)) is not None} or {
+        torch.get_default_dtype()
+    }
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
         raise TypeError(
             f"Stream computes in float32 or float64, the same in all cells, got {', '.join(sorted(map(str, kinds)))}. "
@@ -76,12 +79,14 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     shapes = RowShapes(
         feature_shape(cell.input_size), feature_shape(cell.output_size), tuple(map(feature_shape, cell.state_sizes))
     )
+    start = first_state(cell, rows, dtype=dtype, device="cpu")
     program = compile_step(cell, [shapes.input], dtype, draws=False)
+    if isinstance(program, Refusal) and _takes_ids(cell, start, shapes.input, dtype):
+        program = compile_step(cell, [shapes.input], dtype, (torch.int64,), draws=False)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
     # Copies: training may go on with the module while the stream runs.
     weights = [np.array(value.numpy(), order="C") for value in program.traced.weights.values(cell)]
-    start = first_state(cell, rows, dtype=dtype, device="cpu")
     return Part(
         type(cell).__name__,
         without_notes(program.traced.graph),
@@ -90,6 +95,21 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
         [np.array(value.to(dtype).numpy(), order="C").reshape(rows, -1) for value in start],
         None if shapes.is_flat else shapes,
     )
+
+
+def _takes_ids(cell: Cell, start: State, shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether a step takes integers alone, as one does that looks them up in a table."""
+
+    def is_taken(x: Tensor) -> bool:
+        try:
+            with preserved(cell):
+                cell.step(x, start)
+        except Exception:  # the step's own, whatever it is: the compiler says what is wrong with it
+            return False
+        return True
+
+    x = torch.zeros((start[0].shape[0], *shape), dtype=dtype)
+    return not is_taken(x) and is_taken(x.long())
 
 
 def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:

@@ -449,3 +449,99 @@ def test_a_complex_weight_of_which_others_are_made_has_its_own_gradient_too() ->
             y = fc.scan(cell, x)[0]
             results.append((y, *torch.autograd.grad(y.sin().sum(), list(cell.parameters()))))
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pythons_complex_numbers_have_the_precision_of_the_step(dtype: torch.dtype) -> None:
+    """Autograd keeps 1j as a complex128 number for the gradient, whatever it is multiplied with."""
+
+    class Waves(fc.Cell):
+        def step(self, x, state):
+            h = torch.exp(1j * torch.complex(x, state[0])).imag
+            return h, (torch.tanh(h),)
+
+    results, x = [], torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y = fc.scan(Waves(5, 5), x)[0]
+            results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
+def test_complex_arithmetic_in_another_precision_is_refused() -> None:
+    class Wider(fc.Cell):
+        def step(self, x, state):
+            h = (torch.exp(x.to(torch.complex128) * 1j).real + state[0]).to(x.dtype)
+            return h, (h,)
+
+    result = trace(Wider(5, 5), [(5,)], torch.float32, gradients=False)
+    assert not isinstance(result, Traced)
+    assert "complex128" in result.reasons[0]
+
+
+class ComplexWeights(fc.Cell):
+    """A linear recurrence as S5 and the LRU write it: complex matrices, stored as such or as pairs of real numbers."""
+
+    def __init__(self, way: str, is_stored: bool) -> None:
+        super().__init__(5, 5)
+        self.state_sizes = ((4, 2),)
+        shapes = {"up": (4, 5), "down": (5, 4), "turn": (4,)}
+        for name, shape in shapes.items():
+            weight = torch.randn(*shape, dtype=torch.complex128) * 0.4
+            setattr(self, name, nn.Parameter(weight if is_stored else torch.view_as_real(weight).clone()))
+        self.way = way
+
+    def step(self, x, state):
+        up, down, turn = (
+            weight if weight.is_complex() else torch.view_as_complex(weight)
+            for weight in (self.up, self.down, self.turn)
+        )
+        z, h = x.to(up.dtype), torch.view_as_complex(state[0].contiguous())
+        h = torch.exp(-turn * turn.conj() + 1j * turn.imag) * h
+        if self.way == "einsum":
+            h = h + torch.einsum("pi,ni->np", up, z)
+            y = torch.einsum("ip,np->ni", down, h).real
+        elif self.way == "conjugate":
+            h = h + (up @ z.unsqueeze(-1)).squeeze(-1)
+            y = (h @ down.conj().t()).real + torch.matmul(down, h.conj().unsqueeze(-1)).squeeze(-1).imag
+        else:  # in a product and element by element
+            h = h + F.linear(z, up) + up[:, 0] * x[:, :4] + (up.abs() * x[:, None]).sum(-1)
+            y = (h @ down.T + down[:, 1] * h[:, :1]).real
+        return y, (torch.view_as_real(h),)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize("way", ["einsum", "conjugate", "mixed"])
+def test_complex_weights_have_the_gradients_of_the_loop(way: str, is_stored: bool) -> None:
+    torch.manual_seed(0)
+    cell, results = ComplexWeights(way, is_stored).double(), []
+    x = torch.randn(7, 3, 5, dtype=torch.float64, requires_grad=True)
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y, state = fc.scan(cell, x)
+            gradients = torch.autograd.grad(y.sin().sum() + state.sum(), [x, *cell.parameters()])
+        results.append((y, state, *gradients))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+    stream = fc.Stream(cell, 3)
+    steps = torch.stack([torch.from_numpy(stream.step(step.detach().numpy())).clone() for step in x])
+    torch.testing.assert_close(steps, results[1][0].detach(), rtol=1e-11, atol=1e-11)
+
+
+def test_the_part_of_a_conjugate_that_is_detached_has_no_gradient() -> None:
+    class Detached(fc.Cell):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.turn = nn.Parameter(torch.randn(4, 2, dtype=torch.float64))
+
+        def step(self, x, state):
+            turn = torch.view_as_complex(self.turn)
+            z = (turn * turn.conj().detach() + turn * turn.detach().conj()) * torch.complex(x, state[0])
+            return z.real, (z.imag,)
+
+    torch.manual_seed(0)
+    cell, results = Detached(), []
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            results.append(torch.autograd.grad(fc.scan(cell, x)[0].sum(), cell.turn))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)

@@ -167,6 +167,33 @@ def test_a_tensor_in_another_order_in_memory_is_drawn_for_in_the_loops_order() -
     assert torch.equal(*outputs)
 
 
+class DrawingLikeState(fc.Cell):
+    """A cell whose state lies column by column in memory after a step, in which order torch draws numbers like it."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 5)
+        self.mix = nn.Parameter(torch.eye(5))
+        self.is_in_order = False
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.tanh((self.mix @ (x + torch.randn_like(state[0])).t()).t())
+        return h, (h.contiguous() if self.is_in_order else h,)
+
+
+def test_a_state_in_another_order_in_memory_is_drawn_for_in_the_loops_order() -> None:
+    cell, x = DrawingLikeState(), torch.ones(7, 3, 5)
+    order = r"the state h with its dimensions .* h\.contiguous\(\)"
+    with pytest.raises(fc.NotCompilable, match=order), fc.runner("compiled"):
+        fc.scan(cell, x)
+    cell.is_in_order = True
+    outputs = []
+    for runner in ("compiled", "eager"):
+        torch.manual_seed(4)
+        with fc.runner(runner):
+            outputs.append(fc.scan(cell, x)[0])
+    torch.testing.assert_close(*outputs)
+
+
 def test_a_call_that_runs_eagerly_draws_once() -> None:
     """The generator is where one run of the loop leaves it, though the compiler refuses after it has begun."""
     cell, states = Drawing("dropout").requires_grad_(True), []

@@ -319,7 +319,9 @@ class Writer(FeatureMoves):
         ranks = {len(self.builder.nodes[part].type.shape) for part in parts}
         shape = tuple(np.broadcast_shapes(left.shape, right.shape))
         if len(ranks) > 1:
-            parts = [as_matrix(self.builder, part, shape[-2:]) for part in parts]
+            # A vector's gradient is a column where elements of it were taken by position.
+            matrix = shape[-2:] if len(shape) > 1 else (*shape, 1)
+            parts = [as_matrix(self.builder, part, matrix) for part in parts]
         return Sum(shape, self.builder.add("total", *parts))
 
 

@@ -85,6 +85,12 @@ class OperationValues(TensorValues):
         super().__init__(builder, rows, dtype, sources, leftovers)
         self._parts: dict[int, Weight] = {}
         """The real and imaginary parts of the slots that are complex, as slots of their own."""
+        self._resolved: set[int] = set()
+        """Copies that torch makes of conjugates where an operation has no rule for them, below autograd."""
+        self._halves: dict[int, list[Weight]] = {}
+        """By the slots that are complex, the slots of the real part and of the imaginary part."""
+        self._mask_places: dict[int, Weight] = {}
+        """The positions of the features that masks pick, by the masks' slots; the gradient needs them again."""
 
     def _result_values(
         self,
@@ -243,10 +249,24 @@ class OperationValues(TensorValues):
             return value
         parts = self._parts.get(value.slot)
         if parts is None:
-            real = torch.empty(*self.weights.slots[value.slot].shape, 2, dtype=self.dtype)
-            view = torch.ops.aten.view_as_real.default
-            (parts,) = self.weights.record(view, "view_as_real", [Ref(value.slot)], {}, [real])
+            complex_dtype = self.weights.slots[value.slot].dtype
+            real = torch.view_as_real(torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype))
+            # A conjugate may be a view with a flag, which has no real view.
+            shape = torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype)
+            resolve, view = torch.ops.aten.resolve_conj.default, torch.ops.aten.view_as_real.default
+            (resolved,) = self.weights.record(resolve, "resolved", [Ref(value.slot)], {}, [shape])
+            (parts,) = self.weights.record(view, "view_as_real", [Ref(resolved.slot)], {}, [real])
+            # A number takes the precision of what it meets: Python's 1j is complex128 where autograd keeps it.
+            if not self.weights.slots[value.slot].shape and real.dtype != self.dtype:
+                copy, dtype = torch.ops.aten._to_copy.default, {"dtype": self.dtype}
+                (parts,) = self.weights.record(copy, "to", [Ref(parts.slot)], dtype, [real.to(self.dtype)])
             self._parts[value.slot] = parts
+            # Each by itself, for the gradient of a product: the prologue drops those that nothing takes.
+            select = torch.ops.aten.select.int
+            self._halves[value.slot] = [
+                self.weights.record(select, name, [Ref(parts.slot), -1, half], {}, [real[..., half]])[0]
+                for half, name in enumerate(("real", "imag"))
+            ]
         pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
         return pair
 
@@ -305,11 +325,24 @@ class OperationValues(TensorValues):
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
         if name.startswith("bitwise_"):
             options["of_masks"] = results[0].dtype == torch.bool
+        if name in ("index", "index_put", "_index_put_impl"):
+            values = [values[0], self._places(args[1], values[1]), *values[2:]]
         result = rule(self.writer, *values, **options)
         if name not in ELEMENTWISE:
             return list(result) if isinstance(result, tuple) else [result]
         rows = list(result) if isinstance(result, tuple) else [result]
         return [self._rounded(row, tensor) for row, tensor in zip(rows, results, strict=True)]
+
+    def _places(self, tensors: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
+        """Return an index in which masks of features that the step may read, a list of bools say, are positions."""
+        places = list(indices)
+        for position, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
+            if not isinstance(index, Weight) or tensor.dtype != torch.bool or tensor.dim() != 1:
+                continue
+            if index.slot not in self._mask_places and self.may_read(tensor):
+                self._mask_places[index.slot] = self.weights.literal(tensor.nonzero()[:, 0])
+            places[position] = self._mask_places.get(index.slot, index)
+        return places
 
     def _is_repeated_for_rows(self, name: str, values: Sequence[Any]) -> bool:
         """Whether a value that is the same for all rows is repeated once for each: ``weight.repeat(N)``."""
@@ -385,6 +418,8 @@ class OperationValues(TensorValues):
         tensors = iter(tensors_in(args))
         refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
         weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
+        if name == "clone" and _is_flagged_with_gradient(args[0]):
+            self._resolved.add(id(results[0]))
         if fill is not None:
             return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
         if len(operands) == 1 and isinstance(operands[0], Weight) and isinstance(values[0], Weight):
@@ -398,7 +433,8 @@ class OperationValues(TensorValues):
                 f"The step computes with a weight that {name}, a custom Function, has made together with rows: the "
                 "gradient would not go back through it."
             )
-        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not tensor.requires_grad)
+        has_gradient = tensor.requires_grad or id(tensor) in self._resolved
+        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not has_gradient)
 
     def _ref_of(self, tensor: Tensor) -> Ref:
         """Return the reference to a tensor whose value is a weight."""
@@ -421,7 +457,7 @@ class OperationValues(TensorValues):
                 raise Untraceable(
                     f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this."
                 )
-            if tensor.dtype not in (torch.complex64, torch.complex128):
+            if tensor.dtype != (torch.complex128 if self.dtype == torch.float64 else torch.complex64):
                 raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
@@ -434,6 +470,10 @@ class OperationValues(TensorValues):
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
                 raise Untraceable(f"A rule gives the shape {value_shape}, torch {shape}; please report this.")
+
+
+def _is_flagged_with_gradient(tensor: Tensor) -> bool:
+    return (tensor.is_conj() or tensor.is_neg()) and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _fill(name: str, values: list[Any], operands: list[Value]) -> float | None:

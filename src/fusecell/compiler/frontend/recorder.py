@@ -19,9 +19,7 @@ from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_ar
 from fusecell.compiler.frontend.draws import Draw, draw_name, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.operation_values import READS_VALUES, OperationValues
-from fusecell.compiler.frontend.rules.complex_numbers import (
-    sum_of_pairs,
-)
+from fusecell.compiler.frontend.rules.complex_numbers import are_joined, sum_of_pairs
 from fusecell.compiler.frontend.traced_values import (
     Complex,
     ExternalGrad,
@@ -177,7 +175,8 @@ class Recorder(OperationValues, TorchDispatchMode):
             sharing = self._sharing(target)
             # Looked up before the call: what is written in place still has its old value.
             values = mapped(args, self.value, name)
-            options = mapped(kwargs, self.value, name)
+            # What is written to, out=y, is no operand.
+            options = mapped({key: each for key, each in kwargs.items() if key != "out"}, self.value, name)
             result = func(*args, **kwargs)
             # The recorder may read values of its own tensors, such as index tables; the step may not.
             with without_torch_functions():
@@ -355,6 +354,10 @@ class Recorder(OperationValues, TorchDispatchMode):
         if isinstance(gradient, ExternalGrad):
             return
         if isinstance(gradient, Complex) and slot in self._parts:
+            if not are_joined(self.writer, gradient):
+                for half, part in zip(self._halves[slot], (gradient.real, gradient.imaginary), strict=True):
+                    self.collect(half.slot, part)
+                return
             with without_torch_functions(), disable_current_modes():
                 slot, gradient = self._parts[slot].slot, sum_of_pairs(self.writer, gradient)
         if not isinstance(gradient, Sum):

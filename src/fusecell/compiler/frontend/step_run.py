@@ -190,9 +190,19 @@ class StepRun:
                 raise Untraceable(
                     f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}."
                 )
+            self._check_order(label, value)
             self.outputs[label] = self._node(value)
             self.row_shapes[label] = shape
         return output, after
+
+    def _check_order(self, label: str, value: Tensor) -> None:
+        """Refuse a state in whose memory a draw of the next step would not go row by row, as a kernel takes it."""
+        if self.recorder.draws and label.startswith("state.") and not torch.empty_like(value).is_contiguous():
+            state = label.removeprefix("state.")
+            raise Untraceable(
+                f"The step draws random numbers, and returns the state {state} with its dimensions in another order in "
+                f"memory, in which torch would draw numbers like it at the next step; return {state}.contiguous()."
+            )
 
     def _packed(self, output: Any) -> Any:
         """Return a tuple or dict of outputs as one flat row."""
@@ -272,8 +282,8 @@ class StepRun:
             is_matrix = len(self.builder.nodes[gradient.node].type.shape) == 2
             forms = [form for leaf_slot, form in recorder.weights.leaves if leaf_slot == slot]
             shape = recorder.weights.slots[slot].shape
-            # What rows were taken from, such as matrices of experts.
-            is_table = is_matrix and len(shape) > 2 and math.prod(shape[:-2]) > 1
+            # What rows were taken from, such as matrices of experts, or the values of a curve at its knots.
+            is_table = is_matrix and (len(shape) == 1 or (len(shape) > 2 and math.prod(shape[:-2]) > 1))
             form = "table" if is_table else "matrix" if is_matrix else "vector"
             node = gradient.node
             if forms == ["matrix"] and not is_matrix:

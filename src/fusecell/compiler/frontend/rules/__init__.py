@@ -19,6 +19,7 @@ from fusecell.compiler.frontend.rules.products import PRODUCTS
 from fusecell.compiler.frontend.rules.reduction import REDUCTIONS
 from fusecell.compiler.frontend.rules.sampling_grid import SAMPLING_GRIDS
 from fusecell.compiler.frontend.rules.scans import SCANS
+from fusecell.compiler.frontend.rules.searching import SEARCHES
 from fusecell.compiler.frontend.rules.small_matrices import SMALL_MATRICES
 from fusecell.compiler.frontend.rules.special import SPECIAL, SPECIAL_BACKWARD
 
@@ -35,6 +36,7 @@ RULES = {
     **POOLING,
     **INTERPOLATIONS,
     **INDEXING,
+    **SEARCHES,
     **LOSSES,
     **PADDINGS,
     **SAMPLING_GRIDS,

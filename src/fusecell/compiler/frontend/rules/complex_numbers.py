@@ -20,7 +20,7 @@ from fusecell.compiler.frontend.rules.indexing import INDEXING
 from fusecell.compiler.frontend.rules.scans import SCANS
 from fusecell.compiler.frontend.traced_values import Complex, Row, Sum, Untraceable
 
-__all__ = ["COMPLEX", "KEEPS_PAIR", "MAKES_COMPLEX", "moved_pair", "pair_of", "sum_of_pairs"]
+__all__ = ["COMPLEX", "KEEPS_PAIR", "MAKES_COMPLEX", "are_joined", "moved_pair", "pair_of", "sum_of_pairs"]
 
 _MOST_POINTS = 512
 """Points of a Fourier transform, at the most: as a product it takes the square of them."""
@@ -128,6 +128,13 @@ def _sum(w: Writer, x: Complex, dims: Any = None, keepdim: bool = False, **_: An
     return Complex(real.shape, real, imaginary)
 
 
+def are_joined(w: Writer, pair: Complex) -> bool:
+    """Whether the gradient of a complex weight can be one of its parts in turn: where it adds up values of each row."""
+    nodes = [w.builder.nodes[part.node] for part in (pair.real, pair.imaginary)]
+    parts = [w.builder.nodes[arg] for node in nodes if node.op == "total" for arg in node.args]
+    return all(node.op == "rowsum" for node in parts or nodes)
+
+
 def sum_of_pairs(w: Writer, pair: Complex) -> Sum:
     """Return the gradient of a complex weight as that of its parts, real and imaginary in turn."""
     node = _joined_sums(w, pair.real.node, pair.imaginary.node)
@@ -179,22 +186,25 @@ def _product(labels: tuple[str, str, str]) -> Callable[..., Complex]:
     def rule(w: Writer, a: Pair, b: Pair) -> Complex:
         x, y = pair_of(w, a), pair_of(w, b)
 
-        def times(left: Operand, right: Operand) -> Row:
-            result = contracted(w, left, right, *labels)
-            if isinstance(result, Sum):
-                raise Untraceable(
-                    "The step multiplies rows by a complex weight, whose gradient is not compiled: multiply by its "
-                    "parts, two real parameters, apart, as in torch.complex(x @ real, x @ imaginary)."
-                )
-            return result
+        def times(left: Operand, right: Operand) -> Row | Sum:
+            return contracted(w, left, right, *labels)
 
         real, imaginary = times(x.real, y.real), times(x.real, y.imaginary)
         if not _is_zero(w, x.imaginary):
-            real = w.point("sub", real, times(x.imaginary, y.imaginary))
-            imaginary = w.point("add", imaginary, times(x.imaginary, y.real))
+            real = _less(w, real, times(x.imaginary, y.imaginary))
+            imaginary = _more(w, imaginary, times(x.imaginary, y.real))
         return Complex(real.shape, real, imaginary)
 
     return rule
+
+
+def _more(w: Writer, a: Row | Sum, b: Row | Sum) -> Row | Sum:
+    """Write a sum of two rows, or of two sums over rows: parts of the gradient of a complex weight."""
+    return w.total(a, b) if isinstance(a, Sum) and isinstance(b, Sum) else w.point("add", a, b)
+
+
+def _less(w: Writer, a: Row | Sum, b: Row | Sum) -> Row | Sum:
+    return w.total(a, w.scaled(b, -1.0)) if isinstance(a, Sum) and isinstance(b, Sum) else w.point("sub", a, b)
 
 
 def _view_as_real(w: Writer, x: Complex) -> Row:

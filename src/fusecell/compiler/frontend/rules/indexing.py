@@ -227,11 +227,61 @@ def _index_put(
         elif accumulate or w.row(value).features not in ((), (1,)):
             raise Untraceable("The step writes values at places of a mask; write torch.where(mask, value, tensor).")
         return w.point("where", mask, w.point("add", x, value) if accumulate else value, x)
-    if len(places) != 1 or not accumulate:
-        raise Untraceable("The step writes at positions; use scatter along one dimension.")
+    if len(places) != 1:
+        raise Untraceable("The step writes at positions along several dimensions; use scatter along one dimension.")
     base = w.row(x)
     positions = _counted_from_start(w, index, base.shape[places[0]])
-    return _index_add(w, x, places[0], positions, value)
+    if accumulate:
+        return _index_add(w, x, places[0], positions, value)
+    return _index_write(w, base, places[0], positions, value)
+
+
+def _index_write(w: Writer, base: Row, axis: int, positions: Row, value: Operand) -> Row:
+    """Write a tensor of which elements along a dimension are replaced, at positions that are the same beside it."""
+    if positions.axis is not None or base.is_merged or axis == base.axis:
+        raise Untraceable(_MIXES)
+    shape = (*base.shape[:axis], *positions.shape, *base.shape[axis + 1 :])
+    rows = w.const(0.0, tuple(size if dim == base.axis else 1 for dim, size in enumerate(base.shape)), base.axis)
+    picks = math.prod(positions.shape)
+
+    def spread(numbers: torch.Tensor) -> torch.Tensor:
+        flat = numbers.reshape(*[1] * axis, picks, *[1] * (len(base.shape) - axis - 1))
+        return flat.expand(*[1] * axis, picks, *base.shape[axis + 1 :])
+
+    def joined(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.expand(shape).reshape(*base.shape[:axis], picks, *base.shape[axis + 1 :])
+
+    at = w.point("add", w.move(spread, positions), rows)
+    at = w.move(lambda numbers: numbers.expand(*base.shape[:axis], picks, *base.shape[axis + 1 :]), at)
+    return _scatter(w, base, axis, at, w.move(joined, w.number(value)))
+
+
+_BEGINS = {"amax": -math.inf, "amin": math.inf, "prod": 1.0, "sum": 0.0, "mean": 0.0}
+_JOINS = {"amax": "maximum", "amin": "minimum", "prod": "mul"}
+
+
+def _scatter_reduce(
+    w: Writer, x: Operand, dim: int, index: Operand, source: Operand, reduce: str, *, include_self: bool = True
+) -> Row:
+    positions, base = w.number(index), w.row(x)
+    values = _like_index(w, w.number(source), dim, positions)
+    ones = w.point("add", w.point("mul", positions, 0.0), 1.0)
+    count = scattered(w, base.shape, dim, positions, ones)
+    is_reached = w.truth(count)
+    start = base if include_self else w.point("where", is_reached, _BEGINS[reduce], base)
+    if reduce in ("sum", "mean"):
+        result = w.point("add", start, scattered(w, base.shape, dim, positions, values))
+        if reduce == "sum":
+            return result
+        return w.point("div", result, w.point("maximum", w.point("add", count, float(include_self)), 1.0))
+    parts = along(w, positions, dim)[1]
+    if parts > _MOST_WRITES:
+        raise Untraceable(f"The step reduces {parts} values by {reduce} into one another: at most {_MOST_WRITES}.")
+    result = start
+    for place in range(parts):
+        at = [w.move(lambda numbers, at=place: numbers.narrow(dim, at, 1), each) for each in (positions, values)]
+        result = _scatter(w, result, dim, at[0], w.point(_JOINS[reduce], gather(w, result, dim, at[0]), at[1]))
+    return result
 
 
 def _index_add(w: Writer, x: Operand, dim: int, index: Operand, source: Operand, alpha: float = 1) -> Row | Sum:
@@ -336,6 +386,7 @@ INDEXING: Mapping[str, Callable[..., Any]] = {
     "index_add": _index_add,
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_backward,
+    "scatter_reduce": _scatter_reduce,
     "sort": _sort,
     "argsort": lambda w, x, *args, **options: _sort(w, x, *args, **options)[1],
     "topk": _topk,

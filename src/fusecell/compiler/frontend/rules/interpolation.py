@@ -1,4 +1,4 @@
-"""Rules for resizing by weighted means of neighbours, linear and cubic: a product along each axis with a table.
+"""Rules for resizing by weighted means, linear, cubic and of windows: a product along each axis with a table.
 
 The table of an axis is torch's own operation, applied to each unit vector.
 """
@@ -68,8 +68,27 @@ def _backward(kind: str) -> Callable[..., Row]:
     return rule
 
 
+def _pooled_tables(sizes: Sizes, results: Sizes) -> list[torch.Tensor]:
+    pool = torch.nn.functional.adaptive_avg_pool1d
+    pairs = zip(sizes, results, strict=True)
+    return [pool(torch.eye(size, dtype=torch.float64)[None], result)[0] for size, result in pairs]
+
+
+def _adaptive_average_pool(w: Writer, x: Row, output: Sizes) -> Row:
+    return _resized(w, x, _pooled_tables(x.shape[-len(output) :], output))
+
+
+def _adaptive_average_pool_backward(dims: int) -> Callable[..., Row]:
+    def rule(w: Writer, g: Row, x: Row) -> Row:
+        return _resized(w, g, [table.T for table in _pooled_tables(x.shape[-dims:], g.shape[-dims:])])
+
+    return rule
+
+
 _KINDS = {"linear1d": "linear", "bilinear2d": "linear", "trilinear3d": "linear", "bicubic2d": "bicubic"}
 INTERPOLATIONS: Mapping[str, Callable[..., Any]] = {
     **{f"upsample_{name}": _forward(kind) for name, kind in _KINDS.items()},
     **{f"upsample_{name}_backward": _backward(kind) for name, kind in _KINDS.items()},
+    **{f"_adaptive_avg_pool{dims}d": _adaptive_average_pool for dims in (2, 3)},
+    **{f"_adaptive_avg_pool{dims}d_backward": _adaptive_average_pool_backward(dims) for dims in (2, 3)},
 }

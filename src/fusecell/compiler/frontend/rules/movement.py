@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
-from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.compiler.frontend.traced_values import Row, Untraceable, Weight
 
 __all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled", "padded_with", "repeated_for_rows"]
 
@@ -39,7 +39,12 @@ def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> R
     """Return the tensor of a factory: filled with a number, the same for all rows."""
     value = CONSTANTS[name]
     number = args[0] if name == "scalar_tensor" else args[-1] if args else None
-    if value is None:
+    other = None
+    if value is None and isinstance(number, Weight) and number.fill is not None:
+        value = number.fill  # y[:, 0] = 1.5 comes as a tensor of one number
+    elif value is None and isinstance(number, Row | Weight):
+        value, other = 0.0, number
+    elif value is None:
         if not isinstance(number, int | float):
             raise Untraceable("The step fills a tensor with the value of another.")
         value = float(number)
@@ -47,7 +52,8 @@ def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> R
     # A number is the same wherever in a dimension the batch is.
     axis = next((dim for dim, size in enumerate(shape) if size and size % w.rows == 0), None)
     split = (1, 1) if axis is None else (1, shape[axis] // w.rows)
-    return w.const(value, shape, axis, split)
+    numbers = w.const(value, shape, axis, split)
+    return numbers if other is None else w.point("add", numbers, other)
 
 
 def repeated_for_rows(w: Writer, value: Operand) -> Row:

@@ -239,6 +239,7 @@ POINTWISE: Mapping[str, Rule] = {
     "ceil": _ceil,
     "trunc": _trunc,
     "exp2": _exp2,
+    "ldexp": lambda w, x, exponent: w.point("mul", x, _exp2(w, exponent)),
     "log2": lambda w, x: w.point("div", w.point("log", x), math.log(2)),
     "log10": lambda w, x: w.point("div", w.point("log", x), math.log(10)),
     "tan": lambda w, x: w.point("div", w.point("sin", x), w.point("cos", x)),

@@ -62,6 +62,14 @@ def _std_mean(w: Writer, x: Row, dims: Dims = None, **options: Any) -> tuple[Row
     return w.point("sqrt", _variance(w, x, dims, **options)), mean(w, x, dims, options.get("keepdim", False))
 
 
+def _nan_sum(w: Writer, x: Row, dims: Dims = None, keepdim: bool = False, **_: Any) -> Row | Sum:
+    return total(w, w.point("where", w.point("ne", x, x), 0.0, x), dims, keepdim)
+
+
+def _aminmax(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> tuple[Row, Row]:
+    return w.reduce("amin", x, _dims(dim), keepdim), w.reduce("amax", x, _dims(dim), keepdim)
+
+
 def _extreme(op: str) -> Rule:
     return lambda w, x, dims=None, keepdim=False: w.reduce(op, x, _dims(dims), keepdim)
 
@@ -142,7 +150,11 @@ REDUCTIONS: Mapping[str, Rule] = {
     "any": _any,
     "amax": _extreme("amax"),
     "amin": _extreme("amin"),
+    "nansum": _nan_sum,
+    "aminmax": _aminmax,
+    "count_nonzero": lambda w, x, dims=None: w.reduce("sum", w.number(w.truth(x)), _dims(dims), False),
     "linalg_vector_norm": _vector_norm,
+    "norm": lambda w, x, order=2, *args, **options: _vector_norm(w, x, 2 if order is None else order, *args, **options),
     "_softmax": _softmax,
     "_safe_softmax": _safe_softmax,
     "_log_softmax": _log_softmax,
