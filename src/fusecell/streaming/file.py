@@ -30,6 +30,7 @@ from fusecell.errors import CompilerError, StreamFileError, quoted
 from fusecell.streaming.bound_step import MOST_STEPS, Array, Part, RowShapes
 from fusecell.streaming.limits import Limits
 from fusecell.streaming.machine_code import StepCode, compile_code, misfit, read_code
+from fusecell.streaming.small_weights import UnreadableWeights, check_storage
 from fusecell.streaming.stream import Stream
 from fusecell.strict_json import parse_json
 from fusecell.tensor_file import TensorFile, read_tensor_file
@@ -131,6 +132,8 @@ def load_stream(
         steps = _steps(described, file, limits)
         _check_chain(steps)
         parts = _parts(steps, batch_size, limits, _code_for_this_cpu(file, steps, limits, trusted=trusted))
+    except UnreadableWeights as error:
+        raise StreamFileError(f"{path} can't run here: {error}") from error
     except (CompilerError, ValueError) as error:
         raise StreamFileError(f"{path} is not a saved stream, or is damaged: {error}.") from error
     return Stream.of_parts(parts, batch_size)
@@ -351,6 +354,7 @@ def _compiled(place: int, step: _Step, code_bytes: int) -> tuple[KernelCalls, in
     """Compile a step; return its kernel and the bytes of its LLVM text."""
     from fusecell.compiler.runtime.kernel import compile_graph
 
+    check_storage(step.graph)
     try:
         kernel = compile_graph(step.graph, about=f"{step.kind}, saved stream", code_bytes=code_bytes)
     except (AssertionError, LookupError, RecursionError) as error:

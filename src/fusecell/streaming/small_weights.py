@@ -20,13 +20,20 @@ from fusecell.compiler.ir.graph import Builder, Graph, rebuild
 from fusecell.compiler.ir.storage import LARGEST_I8, Storage
 from fusecell.streaming.bound_step import Array, Part
 
-__all__ = ["FORMATS", "StoredWeight", "check_format", "stored_weights", "with_small_weights"]
+__all__ = [
+    "FORMATS", "StoredWeight", "UnreadableWeights", "check_format", "check_storage", "stored_weights",
+    "with_small_weights",
+]  # fmt: skip
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 """What weights can be stored as."""
 _STORAGE = {"bfloat16": Storage.BF16, "float16": Storage.F16, "int8": Storage.I8}
 _NAMES = {storage.value: name for name, storage in _STORAGE.items()}
 _SCALE = ".scale"
+
+
+class UnreadableWeights(ValueError):
+    """Weights are stored in a format that this CPU has no instruction to read."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,21 @@ def check_format(format: str, keep: Collection[str], dtype: np.dtype[np.generic]
         return
     if dtype != np.float32:
         raise TypeError(f"Weights of {format} are for streams that compute in float32, this one computes in {dtype}.")
-    if format != "float16":
-        return
+    if format == "float16":
+        _check_float16()
+
+
+def check_storage(graph: Graph) -> None:
+    """Raise UnreadableWeights if a graph has weights in a format that this CPU can't read."""
+    if any(graph[leaf].attrs.get("stored") == Storage.F16.value for leaf in graph.leaves("weight")):
+        _check_float16()
+
+
+def _check_float16() -> None:
     from fusecell.compiler.backend.target import host_target  # LLVM knows the CPU: on use only
 
     if not host_target().converts_half:
-        raise ValueError(
+        raise UnreadableWeights(
             f"{host_target().name} has no instruction that reads float16; weights='bfloat16' takes as much memory."
         )
 
@@ -109,7 +125,7 @@ def stored_weights(parts: Sequence[Part], wanted: str = "float32", keep: Collect
     """
     stored = []
     for place, part in enumerate(parts):
-        leaves, reasons = part.graph.leaves("weight"), _reasons(part)
+        leaves, reasons = part.graph.leaves("weight"), _reasons(part, _STORAGE.get(wanted))
         arrays = dict(zip(leaves, part.weights, strict=True))
         scales = {part.graph[index].name: index for index in leaves}
         for index in leaves:
@@ -138,8 +154,8 @@ def _is_named(full: str, names: Collection[str]) -> bool:
     return any(full == name or full.partition(".")[2] == name for name in names)
 
 
-def _reasons(part: Part) -> dict[int, str]:
-    """Say of each weight that can't be stored small why that is, by its index in the graph."""
+def _reasons(part: Part, storage: Storage | None) -> dict[int, str]:
+    """Say of each weight that can't be stored in a format why that is, by its index in the graph."""
     graph, users = part.graph, part.graph.users()
     reasons = {}
     for index, value in zip(graph.leaves("weight"), part.weights, strict=True):
@@ -157,12 +173,14 @@ def _reasons(part: Part) -> dict[int, str]:
             reasons[index] = "multiplied from both sides"
         elif not np.isfinite(value).all():
             reasons[index] = "not all of it is finite"
+        elif storage is not None and np.abs(value).max() > storage.largest:
+            reasons[index] = f"beyond the range of {_NAMES[storage.value]}"
     return reasons
 
 
 def _smaller(place: int, part: Part, storage: Storage, keep: Collection[str]) -> Part:
     """Return a part whose products read weights of another format."""
-    graph, reasons, users = part.graph, _reasons(part), part.graph.users()
+    graph, reasons, users = part.graph, _reasons(part, storage), part.graph.users()
     small = {
         index
         for index in graph.leaves("weight")
@@ -207,7 +225,8 @@ def _smaller(place: int, part: Part, storage: Storage, keep: Collection[str]) ->
 def _quantised(value: Array, *, by_rows: bool) -> tuple[Array, Array]:
     """Return whole numbers up to 127 and the scale of each output; outputs are rows, or columns."""
     largest = np.abs(value).max(axis=1 if by_rows else 0)
-    # An output without weights has any scale; 1 makes zeros of zeros.
-    scale = np.where(largest > 0, largest / np.float32(LARGEST_I8), 1).astype(np.float32)
+    # An output without weights has any scale: 1 makes zeros of zeros, and of what has no scale that is no denormal.
+    scale = largest / np.float32(LARGEST_I8)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
     whole = value / (scale[:, None] if by_rows else scale)
     return np.clip(np.rint(whole), -LARGEST_I8, LARGEST_I8).astype(np.float32), scale

@@ -91,7 +91,8 @@ def weight_error(
 
     Arguments:
         module: what :class:`fusecell.Stream` takes.
-        x: sequences that are like those it will run on, (T, input_size) or (T, N, input_size).
+        x: sequences that are like those it will run on, (T, input_size) or (T, N, input_size); of a ``batch_first``
+            layer (N, T, input_size).
         weights, keep: as :class:`fusecell.Stream` takes them.
 
     Returns:
@@ -105,8 +106,14 @@ def weight_error(
     exact = Stream(module)
     one = exact.input_size if isinstance(exact.input_size, tuple) else (exact.input_size,)
     has_rows = sequences.ndim == len(one) + 2
-    if len(sequences) == 0 or sequences.shape[2 if has_rows else 1 :] != one or sequences.ndim < len(one) + 1:
-        raise ValueError(f"weight_error takes x of shape (T, *{one}) or (T, N, *{one}), got {sequences.shape}.")
+    if sequences.size == 0 or sequences.shape[2 if has_rows else 1 :] != one or sequences.ndim < len(one) + 1:
+        of_row = ", ".join(map(str, one))
+        raise ValueError(
+            f"weight_error takes x of shape (T, {of_row}) or (T, N, {of_row}) with a step and a row at least, got "
+            f"{sequences.shape}."
+        )
+    if has_rows and getattr(module, "batch_first", False):
+        sequences = sequences.swapaxes(0, 1)
     rows = sequences.shape[1] if has_rows else 1
     if rows > 1:
         exact = Stream(module, rows)

@@ -49,6 +49,13 @@ class Storage(Enum):
         """
         return self is Storage.BF16
 
+    @property
+    def largest(self) -> float:
+        """The largest number; of `Storage.I8`, whose scale fits any, infinity."""
+        if self is Storage.I8:
+            return float("inf")
+        return float(np.finfo(np.float16).max) if self is Storage.F16 else float(_LARGEST_BF16)
+
     def rounded(self, values: _Array) -> _Array:
         """Round float32 numbers to the nearest ones that this format has, ties to even.
 
