@@ -101,10 +101,15 @@ def shot(page, name):
 
 
 def test_a_page_is_one_small_file(large, visit, tmp_path):
-    """Below 1.2 MB, the library of its charts included, which the browser reads only after the page is shown."""
+    """Below 1.2 MB, an LSTM's too, with the library of its charts, which is read only after the page is shown."""
     path = tmp_path / "page.html"
     large.save_html(path)
-    assert path.stat().st_size < 1_200_000
+    assert path.stat().st_size < 900_000
+    fc.record(fc.LSTM(5, 64, num_layers=2, bidirectional=True), torch.randn(200, 1, 5)).save_html(
+        tmp_path / "lstm.html"
+    )
+    assert (tmp_path / "lstm.html").stat().st_size < 1_200_000
+    assert "Permission to use, copy, modify" in path.read_text()
     page = visit(path)
     assert page.evaluate("performance.getEntriesByType('resource').length") == 0
     assert page.evaluate("[...document.querySelectorAll('.library')].map((each) => each.type)") == ["text/plain"] * 2
@@ -258,6 +263,14 @@ class Own(fc.Cell):
         return h, (h,)
 
 
+class Keeps(fc.Cell):
+    """A cell whose state is its input."""
+
+    def step(self, x, state):
+        h = x + 0 * state[0]
+        return h, (h,)
+
+
 def test_a_users_cell_shows_its_step(tmp_path, visit):
     tape = fc.record(fc.Recurrent(Own(6, 6)), torch.randn(9, 1, 6))
     tape.save_html(tmp_path / "own.html")
@@ -297,6 +310,57 @@ def test_moving_on_a_long_tape_redraws_little(tmp_path, visit):
     assert 0 < counts["vectors"] <= 15 * 4 * shown
     assert 15 * layers * steps <= counts["boxes"] <= 15 * (layers * steps + shown * size + 1)
     assert counts["pictures"] == counts["charts"] == 0
+
+
+def test_numbers_that_are_not_finite(tmp_path, visit):
+    """The page of a network that explodes opens, shows NaN as such, and leads to the first."""
+    x = torch.randn(20, 2, 3)
+    x[5, 0, 1] = float("nan")
+    tape = fc.record(fc.GRU(3, 4, num_layers=2, bidirectional=True), x)
+    tape.save_html(tmp_path / "nan.html", rows=(0, 1))
+    page = visit(tmp_path / "nan.html")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    assert page.inner_text("#notFinite") == "first number that is not finite: layer 0, forward, r[0], step 5"
+    page.click("#notFinite")
+    assert page.input_value("#step") == "5"
+    assert numbers(page, "h").isnan().all()
+    page.evaluate("go({ step: 4 })")
+    torch.testing.assert_close(numbers(page, "h"), tape.value("h", 0)[4, 0], atol=1e-4, rtol=0)
+    page.select_option("#row", "1")
+    assert page.locator("#notFinite").is_hidden()
+
+    cell = fc.RNNCell(3, 6, nonlinearity="relu")
+    with torch.no_grad():
+        cell.weight_hh.fill_(40.0)
+        cell.weight_ih.abs_()
+    tape = fc.record(fc.Recurrent(cell), torch.rand(60, 1, 3))
+    h = tape.value("h")[:, 0]
+    first = int((~h.isfinite()).any(-1).nonzero()[0, 0])
+    assert h[first].isinf().all()
+    tape.save_html(tmp_path / "inf.html")
+    page = visit(tmp_path / "inf.html")
+    page.click("#notFinite")
+    assert page.input_value("#step") == str(first)
+    assert page.inner_text('details[data-name="h"] summary') == "h[0] = ∞"
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 30.0, 1e9, 1e300])
+def test_digits_are_as_many_as_are_true(size, tmp_path, visit):
+    """Whatever the range, each printed number is the recorded one to within one of its last digit."""
+    generator = torch.Generator().manual_seed(3)
+    h = size * torch.randn(11, dtype=torch.float64, generator=generator) ** 3
+    tape = fc.record(fc.Recurrent(Keeps(11, 11).double()), h.repeat(4, 1, 1))
+    tape.save_html(tmp_path / "it.html")
+    page = visit(tmp_path / "it.html")
+    page.locator('details[data-name="h"] summary').click()
+    texts = page.locator('details[data-name="h"] span').all_inner_texts()
+    assert len(set(texts)) > 8
+    for text, number in zip(texts, h.tolist(), strict=True):
+        mantissa, _, exponent = text.strip().partition("e")
+        last_digit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        if text.strip() == "0":
+            last_digit = (h.max() - h.min()).item() / 65532
+        assert abs(float(text) - number) <= last_digit, text
 
 
 def test_errors(large, tmp_path):

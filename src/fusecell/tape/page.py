@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
+import zlib
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -20,11 +22,14 @@ __all__ = ["page"]
 
 _SCRIPTS = ("charts", "units", "page")
 """The page's own scripts; the last one starts it."""
-_LEVELS = 65535
+_LEVELS = 65532
 """The largest of the 16-bit numbers that values are stored as, from their least to their largest.
 
-A screen shows fewer levels than that, and the page is a fourth of what float32 as JSON text would be.
+A screen shows fewer levels than that, and the page is a fourth of what float32 as JSON text would be. It prints as many
+digits as they hold.
 """
+_NAN, _MINUS_INFINITY, _INFINITY = 65533, 65534, 65535
+"""What stands for numbers that are not finite."""
 
 
 def page(tape: Tape, rows: Sequence[int], title: str) -> str:
@@ -49,14 +54,16 @@ def page(tape: Tape, rows: Sequence[int], title: str) -> str:
         "lengths": [tape.steps if tape.lengths is None else int(tape.lengths[row]) for row in indices],
         "labels": tape.labels,
         "tracks": [_track(tape, track, layer, direction, indices) for layer, direction, track in tape.tracks()],
+        "notFinite": [_first_not_finite(tape, row) for row in indices],
     }
     parts = {
         "STYLE": _asset("page.css"),
         "WORDS": _asset("words.json").replace("<", "\\u003c"),
         # A tape may come from somebody else: none of its texts may close the script element and start another.
-        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "DTHREE": _escape_script(_asset("plot/d3.min.js")),
-        "PLOT": _escape_script(_asset("plot/plot.umd.min.js")),
+        "DATA": json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "LICENSE": _asset("plot/LICENSE").replace("--", "- -"),
+        "DTHREE": _compressed(_asset("plot/d3.min.js")),
+        "PLOT": _compressed(_asset("plot/plot.umd.min.js")),
         "SCRIPT": "\n".join(_asset(f"{name}.js") for name in _SCRIPTS),
     }
     # All marks in one pass: a text that replaces one may contain another.
@@ -92,7 +99,7 @@ def _gradient(track: Track, name: str) -> Tensor:
     return torch.zeros_like(track.values[name]) if gradient is None else gradient
 
 
-def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[int, list[float]]]:
+def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[int, list[float | str]]]:
     """Return, for each row, the states before those steps that didn't continue from the step before.
 
     These are the first step and the resets; the page draws the jump.
@@ -102,22 +109,52 @@ def _begins(tape: Tape, track: Track, name: str, rows: list[int]) -> list[dict[i
     starts = []
     for row in rows:
         length = tape.steps if tape.lengths is None else int(tape.lengths[row])
-        # Exact comparison: where a step continues, before is a copy of the state after its neighbour.
-        steps = (before[:length, row] != shifted[:length, row]).any(-1).nonzero()[:, 0].tolist()
-        starts.append({step: [float(f"{number:.6g}") for number in before[step, row].tolist()] for step in steps})
+        # Exact comparison: where a step continues, before is a copy of the state after its neighbour, its NaN included.
+        jumps = (before != shifted) & ~(before.isnan() & shifted.isnan())
+        steps = jumps[:length, row].any(-1).nonzero()[:, 0].tolist()
+        starts.append({step: [_json_number(number) for number in before[step, row].tolist()] for step in steps})
     return starts
+
+
+def _json_number(number: float) -> float | str:
+    """Round a number for the page; JSON has no NaN and no infinity, so these go as texts that JavaScript reads."""
+    if math.isfinite(number):
+        return float(f"{number:.6g}")
+    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(number)]
+
+
+def _first_not_finite(tape: Tape, row: int) -> dict[str, Any] | None:
+    """Return where a row's values first stop being finite: in the lowest layer, which others read, by its steps."""
+    length = tape.steps if tape.lengths is None else int(tape.lengths[row])
+    places = []
+    for index, (layer, _, track) in enumerate(tape.tracks()):
+        for order, (name, value) in enumerate(track.values.items()):
+            bad = ~flat(value)[:length, row].isfinite()
+            steps = bad.any(-1).nonzero()[:, 0]
+            if len(steps):
+                step = int(steps[-1] if track.reverse else steps[0])
+                passed = length - 1 - step if track.reverse else step
+                unit = int(bad[step].nonzero()[0, 0])
+                place = {"track": index, "name": name, "step": step, "unit": unit}
+                places.append(((layer, passed, index, order), place))
+    return min(places, key=lambda each: each[0])[1] if places else None
 
 
 def _packed(value: Tensor) -> dict[str, Any]:
     """Encode values of shape (T, rows, size) as base64 of little-endian 16-bit numbers, with their range."""
-    # NaN and infinities have no level, and a tape may hold them.
-    numbers = np.nan_to_num(value.double().numpy())
-    low, high = float(numbers.min()), float(numbers.max())
-    scale = (high - low) / _LEVELS or 1.0  # a constant has no range to divide by
-    levels = np.rint((numbers - low) / scale).astype("<u2")
+    numbers = value.double().numpy()
+    finite = np.isfinite(numbers)
+    low, high = (float(numbers[finite].min()), float(numbers[finite].max())) if finite.any() else (0.0, 0.0)
+    # Divided first: the range of float64's largest numbers is infinite. A constant has no range to divide by.
+    scale = high / _LEVELS - low / _LEVELS or 1.0
+    levels = np.rint(np.where(finite, numbers / scale - low / scale, 0)).clip(0, _LEVELS).astype("<u2")
+    levels[np.isnan(numbers)] = _NAN
+    levels[numbers == np.inf] = _INFINITY
+    levels[numbers == -np.inf] = _MINUS_INFINITY
     return {
         "size": value.shape[-1],
         "low": low,
+        "high": high,
         "scale": scale,
         "gate": is_gate(value),
         "data": base64.b64encode(levels.tobytes()).decode("ascii"),
@@ -128,6 +165,6 @@ def _asset(name: str) -> str:
     return resources.files("fusecell.tape").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _escape_script(text: str) -> str:
-    """Escape a script so that nothing in it closes the HTML element around it."""
-    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+def _compressed(text: str) -> str:
+    """Deflate a text, which the page inflates: base64, in which nothing closes the HTML element around it."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")

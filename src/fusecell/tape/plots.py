@@ -16,8 +16,9 @@ __all__ = ["is_gate", "plot", "table"]
 
 
 def is_gate(value: Any) -> bool:
-    """Return whether all elements of a tensor are between 0 and 1, as a gate's are."""
-    return bool(value.numel()) and bool((value >= 0).all()) and bool((value <= 1).all())
+    """Return whether all elements of a tensor are between 0 and 1, as a gate's are; those that are NaN don't count."""
+    within = (value >= 0) & (value <= 1)
+    return bool(within.any()) and bool((within | value.isnan()).all())
 
 
 def plot(tape: Tape, names: Sequence[str] | None, layer: int, direction: int, row: int) -> Any:
@@ -36,7 +37,8 @@ def plot(tape: Tape, names: Sequence[str] | None, layer: int, direction: int, ro
     for axis, name in zip(axes[:, 0], names, strict=True):
         value = flat(tape.value(name, layer, direction))[:, row]
         # Gates from 0 to 1, so that their colours compare; other values on a symmetric scale, on which 0 is white.
-        gate, most = is_gate(value), float(value.abs().max()) or 1.0
+        finite = value[value.isfinite()].abs()
+        gate, most = is_gate(value), (float(finite.max()) if finite.numel() else 0.0) or 1.0
         image = axis.imshow(
             value.T.numpy(),
             aspect="auto",

@@ -38,16 +38,18 @@ function drawCharts() {
 }
 
 function drawNorms(entries, last) {
-  const points = entries.flatMap(({ label, value }) => Array.from({ length: last }, (_, step) => ({
-    label, step, norm: Math.hypot(...vector(value, step)),
-  })));
+  // A line breaks where a norm is not finite.
+  const points = entries.flatMap(({ label, value }) => Array.from({ length: last }, (_, step) => {
+    const norm = Math.hypot(...vector(value, step));
+    return { label, step, norm: Number.isFinite(norm) ? norm : NaN, said: format(norm, value, value.scale * Math.sqrt(value.size)) };
+  }));
   const plot = chart("norms", {
     color: { legend: true, domain: entries.map(({ label }) => label) }, x: { label: say("steps") }, y: { label: null, grid: true },
     marks: [
       Plot.lineY(points, { x: "step", y: "norm", stroke: "label" }),
       Plot.ruleX([page.step], { stroke: colour("--mark"), strokeWidth: 2, className: "now" }),
       Plot.tip(points, Plot.pointer({
-        x: "step", y: "norm", fill: colour("--back"), title: ({ label, step, norm }) => `‖${label}‖, ${say("step")} ${step}: ${norm.toPrecision(5)}`,
+        x: "step", y: "norm", fill: colour("--back"), title: ({ label, step, said }) => `‖${label}‖, ${say("step")} ${step}: ${said}`,
       })),
     ],
   });
@@ -100,14 +102,15 @@ function drawMemory(gates, last) {
 function saturation(value, last) {
   const counts = [0, 0, 0];
   for (let step = 0; step < last; step++) {
-    for (const number of vector(value, step)) counts[number < 0.1 ? 0 : number > 0.9 ? 2 : 1] += 1;
+    for (const number of vector(value, step)) if (!Number.isNaN(number)) counts[number < 0.1 ? 0 : number > 0.9 ? 2 : 1] += 1;
   }
-  return counts.map((count) => count / (last * value.size || 1));
+  const total = counts[0] + counts[1] + counts[2];
+  return counts.map((count) => count / (total || 1));
 }
 
 /** Over how many steps each unit of a gate would remember. */
 function memory(value, last) {
   const means = new Float64Array(value.size);
   for (let step = 0; step < last; step++) vector(value, step).forEach((number, unit) => { means[unit] += number / last; });
-  return Array.from(means, (mean) => 1 / Math.max(1 - mean, 1e-4));
+  return Array.from(means.filter(Number.isFinite), (mean) => 1 / Math.max(1 - mean, 1e-4));
 }

@@ -27,12 +27,15 @@ function sayAll() {
 
 // ---- numbers ----
 
+/** The levels that stand for numbers without one. */
+const NOT_FINITE = { 65533: NaN, 65534: -Infinity, 65535: Infinity };
+
 /** The numbers of a value, (steps, rows, size) in one array; unpacked when they are first asked for. */
 function numbers(value) {
   if (!value.unpacked) {
     const bytes = Uint8Array.from(atob(value.data), (character) => character.charCodeAt(0));
     const levels = new Uint16Array(bytes.buffer);
-    value.unpacked = Float32Array.from(levels, (level) => value.low + level * value.scale);
+    value.unpacked = Float64Array.from(levels, (level) => (level in NOT_FINITE ? NOT_FINITE[level] : value.low + level * value.scale));
   }
   return value.unpacked;
 }
@@ -56,16 +59,20 @@ function find(track, name) {
 }
 
 const valid = (step) => step < tape.lengths[page.row];
-/** A number with four decimals, or as many digits where all of its value's are small. */
-function format(number, value) {
-  const small = value && value.scale * 65535 < 0.01;
-  return small && number !== 0 ? number.toExponential(3) : number.toFixed(4);
+/** A number with as many digits as are true: those of a value are multiples of its scale. Four decimals at most, or four digits. */
+function format(number, value, resolution = value.scale) {
+  if (!Number.isFinite(number)) return Number.isNaN(number) ? "NaN" : number < 0 ? "-∞" : "∞";
+  const decimals = Math.floor(-Math.log10(resolution));
+  const small = value.high - value.low < 0.01 || decimals < 0;
+  if (!small || number === 0) return number.toFixed(Math.max(0, Math.min(4, decimals)));
+  const digits = decimals + Math.floor(Math.log10(Math.abs(number)));
+  return digits < 0 ? "0" : number.toExponential(Math.min(3, digits));
 }
 
 /** A state as a step found it: that of the step before, but for the steps that begin. */
 function before(track, name, step) {
   const begun = track.begins[name][page.row][step];
-  return begun || vector(track.values[name], track.reverse ? step + 1 : step - 1);
+  return begun ? begun.map(Number) : vector(track.values[name], track.reverse ? step + 1 : step - 1);
 }
 
 // ---- colours ----
@@ -73,8 +80,12 @@ function before(track, name, step) {
 const SEQUENTIAL = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const DIVERGING = [[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 130], [178, 24, 43]];
 
+/** What is not a number has a colour of its own, behind the others. */
+const NAN_COLOUR = [217, 70, 239];
+
 function table(stops) {
-  const found = new Uint8Array(256 * 3);
+  const found = new Uint8Array(257 * 3);
+  found.set(NAN_COLOUR, 256 * 3);
   for (let i = 0; i < 256; i++) {
     const place = (i / 255) * (stops.length - 1), below = Math.min(Math.floor(place), stops.length - 2);
     for (let c = 0; c < 3; c++) {
@@ -86,11 +97,14 @@ function table(stops) {
 
 const TABLES = { gate: table(SEQUENTIAL), other: table(DIVERGING) };
 
+/** The largest distance from 0 among a value's finite numbers. */
+const reach = (value) => Math.max(Math.abs(value.low), Math.abs(value.high)) || 1;
+
 /** A function from a number to its place in a table of colours: gates from 0 to 1, others around 0. */
 function scale(value) {
-  if (value.gate) return { colours: TABLES.gate, place: (x) => Math.max(0, Math.min(255, Math.round(255 * x))) };
-  const most = Math.max(Math.abs(value.low), Math.abs(value.low + value.scale * 65535)) || 1;
-  return { colours: TABLES.other, place: (x) => Math.max(0, Math.min(255, Math.round(127.5 + (127.5 * x) / most))) };
+  const position = value.gate ? (x) => 255 * x : (x) => 127.5 + (127.5 * x) / reach(value);
+  const place = (x) => (Number.isNaN(x) ? 256 : Math.max(0, Math.min(255, Math.round(position(x)))));
+  return { colours: value.gate ? TABLES.gate : TABLES.other, place };
 }
 
 function css(colours, place) {
@@ -152,10 +166,16 @@ function means() {
       return sum / value.size;
     });
   });
-  const all = found.flatMap((each) => each || []);
+  const all = found.flatMap((each) => each || []).filter(Number.isFinite);
   means.key = key;
-  means.found = { of: found, least: all.reduce((a, b) => Math.min(a, b), Infinity), most: all.reduce((a, b) => Math.max(a, b), -Infinity) };
+  means.found = { of: found, least: all.reduce((a, b) => Math.min(a, b), all[0] ?? 0), most: all.reduce((a, b) => Math.max(a, b), all[0] ?? 0) };
   return means.found;
+}
+
+/** The place of a number between the least and the largest in a table of colours. */
+function shade(number, least, most) {
+  if (Number.isNaN(number)) return 256;
+  return Math.max(0, Math.min(255, Math.round(255 * ((number - least) / (most - least || 1)))));
 }
 
 /** One cell over time, from the top: the last layer first. */
@@ -172,7 +192,7 @@ function drawLine(draw, track, index) {
       if (cell >= 5) draw.strokeRect(x + pad + 0.5, top + 0.5, cell - 2 * pad - 1, height - 1);
       continue;
     }
-    draw.fillStyle = css(TABLES.gate, Math.round((255 * (mine[step] - least)) / (most - least || 1)));
+    draw.fillStyle = css(TABLES.gate, shade(mine[step], least, most));
     draw.fillRect(x + pad, top, cell - 2 * pad - (cell > 5 && !pad ? 1 : 0), height);
     const next = track.reverse ? step - 1 : step + 1;
     if (pad && next >= 0 && next < tape.steps && valid(next)) {
@@ -222,7 +242,7 @@ function withNumbers(statement, track) {
   const look = (name, primed) => {
     const value = track.values[name];
     if (!value || value.size <= page.unit) return undefined;
-    return (state(name, primed) ? before(track, name, page.step) : vector(value, page.step))[page.unit];
+    return format((state(name, primed) ? before(track, name, page.step) : vector(value, page.step))[page.unit], value);
   };
   const results = left.split(",").map((name) => look(name.trim().replace(/'$/, ""), true));
   if (results.some((result) => result === undefined)) return "";
@@ -233,11 +253,11 @@ function withNumbers(statement, track) {
       if (["tanh", "relu"].includes(name)) return whole;
       const number = look(name, Boolean(primed));
       if (number === undefined) complete = false;
-      return number === undefined ? whole : number < 0 ? `(${format(number)})` : format(number);
+      return number === undefined ? whole : number.startsWith("-") ? `(${number})` : number;
     });
-    if (complete) said = ` = ${spelled.replace(/\(\((-[\d.]+)\)\)/g, "($1)")}`;
+    if (complete) said = ` = ${spelled.replace(/\(\((-[^()]+)\)\)/g, "($1)")}`;
   }
-  return `${escaped(left + said)} = <b>${results.map((result) => format(result)).join(", ")}</b>`;
+  return `${escaped(left + said)} = <b>${results.join(", ")}</b>`;
 }
 
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
@@ -272,10 +292,11 @@ function drawVector({ name, label, value }) {
   const values = vector(value, page.step), canvas = element.querySelector("canvas");
   const width = Math.max(200, byId("vectors").clientWidth - 90), height = 46, step = width / value.size;
   const draw = brush(canvas, width, height), shades = scale(value);
-  const most = value.gate ? 1 : Math.max(Math.abs(value.low), Math.abs(value.low + value.scale * 65535)) || 1;
+  const most = value.gate ? 1 : reach(value);
   const zero = value.gate ? height : height / 2;
   values.forEach((number, unit) => {
-    const length = (number / most) * (value.gate ? height : height / 2);
+    const room = value.gate ? height : height / 2;
+    const length = Number.isNaN(number) ? room : Math.max(-room, Math.min(room, (number / most) * room));
     draw.fillStyle = unit === page.unit ? colour("--mark") : css(shades.colours, shades.place(number));
     draw.fillRect(unit * step, Math.min(zero, zero - length), Math.max(step - (step > 3 ? 1 : 0), 0.5), Math.max(Math.abs(length), 0.5));
   });
@@ -367,6 +388,7 @@ function go(change) {
   drawCell();
   drawHeatmaps();
   drawUnits();
+  sayNotFinite();
   if (before.track !== page.track || before.row !== page.row) drawCharts();
   else moveChartCursor();
 }
@@ -385,6 +407,16 @@ function onKey(event) {
   else if (ends !== undefined) go({ step: ends });
   else return;
   event.preventDefault();
+}
+
+/** A button that leads to where the row's numbers first stop being finite. */
+function sayNotFinite() {
+  const place = tape.notFinite[page.row], button = byId("notFinite");
+  button.hidden = !place;
+  if (!place) return;
+  const { layer, reverse } = tape.tracks[place.track];
+  button.textContent = say("notFinite", { ...place, layer, direction: say(reverse ? "backward" : "forward") });
+  button.onclick = () => go({ track: place.track, step: place.step, unit: place.unit });
 }
 
 function drawAll() {
@@ -426,6 +458,12 @@ function pictureOfCanvas(canvas, name) {
   return new Promise((done) => canvas.toBlob((content) => done({ content, name: `${name}.png` }), "image/png"));
 }
 
+/** The text that was deflated and written in base64. */
+function inflated(packed) {
+  const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
+}
+
 function start() {
   const names = [...new Set(tape.tracks.flatMap((track) => shown(track).map(({ name }) => name)))];
   byId("colour").replaceChildren(...names.map((name) => new Option(name.replace(/^d /, "∂"), name)));
@@ -453,10 +491,10 @@ function start() {
   window.addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => go({})); });
   drawAll();
   // The library of the charts is read once the rest of the page is there.
-  setTimeout(() => {
+  setTimeout(async () => {
     for (const library of document.querySelectorAll("script.library")) {
       const script = document.createElement("script");
-      script.textContent = library.textContent;
+      script.textContent = await inflated(library.textContent);
       document.head.append(script);
     }
     drawCharts();

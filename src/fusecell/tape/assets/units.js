@@ -11,8 +11,8 @@ const MEASURES = {
   smallestMean: (numbers) => -mean(numbers),
   variesMost: (numbers) => deviation(numbers),
   variesLeast: (numbers) => -deviation(numbers),
-  largest: (numbers) => Math.max(...numbers),
-  smallest: (numbers) => -Math.min(...numbers),
+  largest: (numbers) => numbers.reduce((most, number) => Math.max(most, number), -Infinity),
+  smallest: (numbers) => -numbers.reduce((least, number) => Math.min(least, number), Infinity),
 };
 
 const mean = (numbers) => numbers.reduce((sum, number) => sum + number, 0) / (numbers.length || 1);
@@ -28,9 +28,10 @@ function ranked(value, measure) {
   const units = Array.from({ length: value.size }, (_, unit) => {
     const numbers = Array.from({ length: last }, (_, step) => vector(value, step)[unit]);
     const peak = numbers.reduce((best, number, step) => (Math.abs(number) > Math.abs(numbers[best]) ? step : best), 0);
-    return { unit, peak, rank: MEASURES[measure](numbers) };
+    return { unit, peak, rank: MEASURES[measure](numbers.filter((number) => !Number.isNaN(number))) };
   });
-  return units.sort((a, b) => b.rank - a.rank || a.unit - b.unit);
+  const comparable = ({ rank }) => (Number.isNaN(rank) ? -Infinity : rank);
+  return units.sort((a, b) => (comparable(a) === comparable(b) ? a.unit - b.unit : comparable(b) > comparable(a) ? 1 : -1));
 }
 
 function drawUnits() {
