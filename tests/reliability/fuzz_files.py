@@ -151,10 +151,10 @@ def _shrunk(folder: Path, question: dict[str, Any], outcome: Outcome) -> Outcome
 
 def _answer(folder: Path) -> None:
     from fusecell.compiler.backend import llvm
-    from fusecell.streaming import file
+    from fusecell.compiler.runtime import kernel
 
     llvm.EFFORT = 0
-    file.compile_graph = _with_cache(file.compile_graph)
+    kernel.compile_graph = _with_cache(kernel.compile_graph)  # which is imported where it is used
     path = Path(tempfile.mkdtemp()) / "mutant"
     for line in sys.stdin:
         question = json.loads(line)
