@@ -17,7 +17,7 @@ from fusecell.errors import NotCompilable
 from fusecell.execution.options import State
 from fusecell.layers import Recurrent, Sequential, Stack
 from fusecell.module_snapshot import preserved
-from fusecell.shapes import Shape, Size, feature_shape, is_size, output_shapes, size_text
+from fusecell.shapes import Size, feature_shape, is_size, output_shapes, size_text
 from fusecell.streaming.bound_step import Part, RowShapes
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
@@ -81,7 +81,7 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     )
     start = first_state(cell, rows, dtype=dtype, device="cpu")
     program = compile_step(cell, [shapes.input], dtype, draws=False)
-    if isinstance(program, Refusal) and _takes_ids(cell, start, shapes.input, dtype):
+    if isinstance(program, Refusal) and _takes_ids(cell, start, torch.zeros((rows, *shapes.input), dtype=dtype)):
         program = compile_step(cell, [shapes.input], dtype, (torch.int64,), draws=False)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
@@ -97,7 +97,7 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     )
 
 
-def _takes_ids(cell: Cell, start: State, shape: Shape, dtype: torch.dtype) -> bool:
+def _takes_ids(cell: Cell, start: State, zeros: Tensor) -> bool:
     """Whether a step takes integers alone, as one does that looks them up in a table."""
 
     def is_taken(x: Tensor) -> bool:
@@ -108,8 +108,7 @@ def _takes_ids(cell: Cell, start: State, shape: Shape, dtype: torch.dtype) -> bo
             return False
         return True
 
-    x = torch.zeros((start[0].shape[0], *shape), dtype=dtype)
-    return not is_taken(x) and is_taken(x.long())
+    return not is_taken(zeros) and is_taken(zeros.long())
 
 
 def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
