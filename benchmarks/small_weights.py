@@ -18,7 +18,7 @@ from benchmarks.shapes import Mode, Shape
 __all__ = ["main"]
 
 SHAPES = tuple(Shape(*each) for each in (("gru", 1, 1, 40, 128), ("gru", 1, 1, 256, 256), ("lstm", 1, 1, 256, 256)))
-FORMATS = ("bfloat16", "float16", "int8")
+FORMATS = ("bfloat16", "float16", "int8", "int8-dynamic")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -66,7 +66,7 @@ def test_code_of_a_file_gives_the_bits_of_code_compiled_here(tmp_path, name):
         assert np.array_equal(mine, other)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8", "int8-dynamic"])
 def test_code_for_small_weights(tmp_path, weights):
     stream = fc.Stream(fc.GRU(17, 33), weights=weights)
     stream.save(tmp_path / "it", code_for=["host"])

@@ -304,7 +304,7 @@ def export(
     prefix: Annotated[str | None, typer.Option(help="Of every symbol; the file's name if left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
     verify: Annotated[bool, typer.Option(help="Run it, here or emulated, and compare bits with the stream.")] = False,
-    weights: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
+    weights: Annotated[str, typer.Option(help="float32, bfloat16, float16, int8 or int8-dynamic.")] = "float32",
     keep: Annotated[list[str] | None, typer.Option(help="A weight that stays float32; may be given again.")] = None,
     listed: Annotated[
         bool, typer.Option("--list", callback=_list_targets, is_eager=True, help="List the targets.")

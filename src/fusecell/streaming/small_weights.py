@@ -6,18 +6,26 @@ product a scale::
     scale[j] = max over k of |W[j, k]| / 127
     y[j] = scale[j] * sum over k of round(W[j, k] / scale[j]) * x[k]
 
+``int8-dynamic`` rounds what a matrix is multiplied by as well, at each step and for each row, with a scale of its own::
+
+    size = max over k of |x[k]| / 127
+    y[j] = scale[j] * size * sum over k of round(W[j, k] / scale[j]) * round(x[k] / size)
+
+The sum is one of whole numbers, which CPUs with VNNI add four at a time; its bits are the same wherever it is computed.
+
 Weights that anything but a product reads (a bias, a norm's gain, an embedding) stay float32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusecell.compiler.ir.graph import Builder, Graph, rebuild
-from fusecell.compiler.ir.storage import LARGEST_I8, Storage
+from fusecell.compiler.ir.graph import Builder, Graph, Node, rebuild
+from fusecell.compiler.ir.storage import LARGEST_I8, MOST_EXACT, Storage
 from fusecell.streaming.bound_step import Array, Part
 
 __all__ = [
@@ -25,11 +33,15 @@ __all__ = [
     "with_small_weights",
 ]  # fmt: skip
 
-FORMATS = ("float32", "bfloat16", "float16", "int8")
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int8-dynamic")
 """What weights can be stored as."""
-_STORAGE = {"bfloat16": Storage.BF16, "float16": Storage.F16, "int8": Storage.I8}
+_STORAGE = {
+    "bfloat16": Storage.BF16, "float16": Storage.F16, "int8": Storage.I8, "int8-dynamic": Storage.I8_I8
+}  # fmt: skip
 _NAMES = {storage.value: name for name, storage in _STORAGE.items()}
 _SCALE = ".scale"
+_LEAST = 1e-30
+"""The largest number of a row, at the least: its reciprocal, times 127, is a float32 as well."""
 
 
 class UnreadableWeights(ValueError):
@@ -49,7 +61,8 @@ class StoredWeight:
     Attributes:
         name: the number of the cell from the bottom, and the weight's name in it: ``"0.weight_hh"``.
         shape: of the weight.
-        format: one of ``"float32"`` (or ``"float64"``), ``"bfloat16"``, ``"float16"`` and ``"int8"``.
+        format: one of ``"float32"`` (or ``"float64"``), ``"bfloat16"``, ``"float16"``, ``"int8"`` and
+            ``"int8-dynamic"``.
         bytes: that it takes, with its scales.
         reason: why it has the format of the arithmetic although small weights were asked for; else empty.
     """
@@ -191,6 +204,7 @@ def _smaller(place: int, part: Part, storage: Storage, keep: Collection[str]) ->
     values = dict(zip(graph.leaves("weight"), part.weights, strict=True))
     weights: list[Array] = []
     scale_leaves: dict[int, int] = {}
+    operands: dict[int, tuple[int, int]] = {}
 
     def rewritten(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -199,27 +213,54 @@ def _smaller(place: int, part: Part, storage: Storage, keep: Collection[str]) ->
             if index not in small:
                 weights.append(value)
                 return builder.add_like(node, args)
-            if storage is Storage.I8:
+            if storage.is_whole:
                 value, scale = _quantised(value, by_rows=graph[users[index][0]].attrs["transposed"])
             weights.append(storage.rounded(value))
             leaf = builder.add("weight", name=node.name, **node.attrs, stored=storage.value)
-            if storage is Storage.I8:
+            if storage.is_whole:
                 scale_leaves[index] = builder.add("weight", name=node.name + _SCALE, shape=list(scale.shape))
                 weights.append(scale)
             return leaf
-        new = builder.add_like(node, args)
         if node.op != "product" or node.args[1] not in scale_leaves:
-            return new
+            return builder.add_like(node, args)
         scales = scale_leaves[node.args[1]]
         start, stop = node.attrs["cols"]
         if stop - start != builder.size(scales):
             scales = builder.add("slice", scales, start=start, stop=stop)
-        return builder.add("mul", new, scales)
+        if storage is Storage.I8:
+            return builder.add("mul", builder.add_like(node, args), scales)
+        if args[0] not in operands:
+            operands[args[0]] = _whole_operand(builder, args[0], graph[node.args[0]].name)
+        whole, size = operands[args[0]]
+        return builder.add("mul", _sum_of_bytes(builder, node, whole, args[1], scales), size)
 
     from fusecell.compiler.runtime.kernel import compile_graph
 
     smaller = rebuild(graph, rewritten)
     return replace(part, graph=smaller, kernel=compile_graph(smaller, about=part.kind), weights=weights)
+
+
+def _whole_operand(builder: Builder, operand: int, name: str) -> tuple[int, int]:
+    """Round a product's operand to whole numbers up to 127; return these and the size of one, for each row."""
+    largest = builder.add("amax", builder.add("abs", operand), name=f"{name}.largest")
+    largest = builder.add("maximum", largest, builder.const(_LEAST))  # of a row of zeros
+    per_size = builder.add("div", builder.const(float(LARGEST_I8)), largest)
+    whole = builder.add("round", builder.add("mul", operand, per_size), name=f"{name}.whole")
+    return whole, builder.add("mul", largest, builder.const(1 / LARGEST_I8), name=f"{name}.size")
+
+
+def _sum_of_bytes(builder: Builder, product: Node, whole: int, weight: int, scales: int) -> int:
+    """Add up the scaled products of as many features at a time as have a sum that float32 has."""
+    first, last = product.attrs["rows"]
+    parts = []
+    for start in range(first, last, MOST_EXACT):
+        stop = min(start + MOST_EXACT, last)
+        rows = whole
+        if (start, stop) != (first, last):
+            rows = builder.add("slice", whole, start=start - first, stop=stop - first)
+        attrs = {**product.attrs, "rows": [start, stop]}
+        parts.append(builder.add("mul", builder.add("product", rows, weight, **attrs), scales))
+    return functools.reduce(lambda one, other: builder.add("add", one, other), parts)
 
 
 def _quantised(value: Array, *, by_rows: bool) -> tuple[Array, Array]:

@@ -41,8 +41,9 @@ class Stream:
         module: a cell, Stack, Recurrent, GRU, LSTM or RNN that runs forward; or a Sequential of these and of modules
             that apply to each step independently, such as a readout.
         batch_size: the number of rows, each with its own state.
-        weights: how the matrices of products are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``
+        weights: how the matrices of products are stored: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"``
             with a scale for each output. All arithmetic is float32; what is not float32 is rounded once, here.
+            ``"int8-dynamic"`` also rounds what they multiply to int8, at each step, and sums are of whole numbers.
         keep: names of weights that stay float32, as :attr:`weights` lists them, such as ``"0.weight_hh"``, or
             ``"weight_hh"`` of all cells.
 

@@ -27,6 +27,8 @@ class Target:
         fma: whether a multiply-add is one instruction with one rounding.
         registers: number of vector registers.
         converts_half: whether it has instructions that convert float16 to float32.
+        multiplies_bytes: whether one instruction adds the products of four bytes with four others, for each sum of 32
+            bits of a vector: x86's VNNI.
         sets_denormal_mode: whether a kernel makes denormals count as zero itself; else its caller does.
     """
 
@@ -37,6 +39,7 @@ class Target:
     fma: bool
     registers: int
     converts_half: bool = False
+    multiplies_bytes: bool = False
     sets_denormal_mode: bool = True
 
     @property
@@ -116,4 +119,5 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
         fma=isa.always_fused or avx512 or bool(isa.fused_features & has),
         registers=registers,
         converts_half=isa.half_features is None or bool(isa.half_features & has),
+        multiplies_bytes="avx512vnni" in has if avx512 else avx2 and "avxvnni" in has,
     )

@@ -156,7 +156,9 @@ class Panel:
 
     @property
     def words(self) -> int:
-        """The number of words of a lane: one for each k, or for each two."""
+        """The number of words of a lane: one for each k, for each two, or for each four and one before them."""
+        if self.stored is not None and self.stored.packs_fours:
+            return 1 + ceil_div(self.depth, 4)
         return ceil_div(self.depth, 2) if self.stored is not None and self.stored.packs_pairs else self.depth
 
 
@@ -164,7 +166,7 @@ def stored_vector_bytes(module: Module, stored: Storage | None) -> int:
     """Return the bytes of 16 lanes of words of a panel."""
     if stored is None:
         return module.vector_bytes
-    return LANES * (4 if stored.packs_pairs else stored.itemsize)
+    return LANES * (4 if stored.packs_pairs or stored.packs_fours else stored.itemsize)
 
 
 UNROLLED_SAVED = 32

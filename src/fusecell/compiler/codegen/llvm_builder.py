@@ -399,6 +399,56 @@ class Function(TextBuilder):
         words = self.let("words", f"select i1 {is_upper}, {kind} {both}, {kind} {low}", kind)
         self.store(words, pointer, LANES * 4)
 
+    def store_byte(self, value: Value, pointer: Value, place: Integer, first: Value) -> None:
+        """Store 16 whole numbers as bytes of words; place 0, the lowest, clears the others.
+
+        What `dot_bytes` multiplies has 128 added to it. So 128 times each number is taken off the words at ``first``,
+        which a sum begins with.
+        """
+        kind = f"<{LANES} x i32>"
+        whole = self.let("whole", f"fptosi {typed(value)} to {kind}", kind)
+        too_much = self.let("too_much", f"shl {kind} {whole}, splat (i32 7)", kind)
+        before = self.load_words(first, "before")
+        self.store(self.let("start", f"sub {kind} {before}, {too_much}", kind), first, LANES * 4)
+        byte = self.let("byte", f"and {kind} {whole}, splat (i32 255)", kind)
+        bits = self.let("bits", f"trunc i64 {self.mul(place, 8)} to i32", "i32")
+        shifted = self.let("shifted", f"shl {kind} {byte}, {self.splat(bits, 'bits')}", kind)
+        there = self.load_words(pointer, "there")
+        both = self.let("both", f"or {kind} {there}, {shifted}", kind)
+        is_first = self.eq(place, 0, "is_first")
+        words = self.let("words", f"select i1 {is_first}, {kind} {shifted}, {kind} {both}", kind)
+        self.store(words, pointer, LANES * 4)
+
+    def load_bytes(self, pointer: Value, name: str) -> Value:
+        """Load four whole numbers from -127 to 127; return them plus 128, as the bytes of a word, in all 16 lanes."""
+        numbers = self.load(pointer, f"{name}.numbers", self.module.itemsize, 4)
+        whole = self.let(f"{name}.whole", f"fptosi {typed(numbers)} to <4 x i32>", "<4 x i32>")
+        # What lies behind a row may be no such number: any four bytes do, as its weights are zero.
+        defined = self.let(f"{name}.defined", f"freeze <4 x i32> {whole}", "<4 x i32>")
+        bytes_ = self.let(f"{name}.bytes", f"trunc <4 x i32> {defined} to <4 x i8>", "<4 x i8>")
+        unsigned = self.let(f"{name}.unsigned", f"xor <4 x i8> {bytes_}, splat (i8 -128)", "<4 x i8>")
+        word = self.let(f"{name}.word", f"bitcast <4 x i8> {unsigned} to i32", "i32")
+        return self.splat(word, name)
+
+    def dot_bytes(self, sums: Value, unsigned: Value, signed: Value, name: str) -> Value:
+        """Add to each sum of 32 bits the products of the four bytes of a lane of two vectors: x86's VPDPBUSD."""
+        lanes = min(LANES, self.module.target.vector_bits // 32)
+        kind = f"<{lanes} x i32>"
+        parts = []
+        for start in range(0, LANES, lanes):
+            part = range(start, start + lanes)
+            operands = [
+                each if lanes == LANES else self.shuffle(each, None, part, f"{name}.part")
+                for each in (sums, unsigned, signed)
+            ]
+            call = self.intrinsic(f"x86.avx512.vpdpbusd.{lanes * 32}", *operands, result=kind)
+            parts.append(self.let(name, call, kind))
+        return parts[0] if len(parts) == 1 else self.shuffle(parts[0], parts[1], range(LANES), name)
+
+    def as_numbers(self, integers: Value, name: str) -> Value:
+        """Convert 16 integers of 32 bits."""
+        return self.let(name, f"sitofp {typed(integers)} to {self.module.vector}", self.module.vector)
+
     def store(self, value: Value, pointer: Value, align: int) -> None:
         """Store a vector."""
         self.do(f"store {typed(value)}, ptr {pointer}, align {align}")
@@ -502,8 +552,8 @@ class Function(TextBuilder):
         return self.let(name, self.calling(function_name(op, self.module.dtype), args, vector), vector)
 
     def splat(self, scalar: Value, name: str) -> Value:
-        """Return a number in every lane."""
-        vector = self.module.vector
+        """Return a number, or an integer, in every lane."""
+        vector = f"<{LANES} x {scalar.type}>"
         first = self.let(f"{name}.lane", f"insertelement {vector} poison, {typed(scalar)}, i64 0", vector)
         instruction = f"shufflevector {vector} {first}, {vector} poison, <{LANES} x i32> zeroinitializer"
         return self.let(name, instruction, vector)
@@ -524,10 +574,11 @@ class Function(TextBuilder):
         return self.let(name, f"insertelement {typed(vector)}, {typed(number)}, i64 {lane}", vector.type)
 
     def shuffle(self, a: Value, b: Value | None, lanes: Sequence[int], name: str) -> Value:
-        """Return some lanes of two vectors, those of ``b`` numbered from 16 on, or of one vector."""
+        """Return some lanes of two vectors, those of ``b`` numbered from the last of ``a`` on, or of one vector."""
         order = ", ".join(f"i32 {lane}" for lane in lanes)
         second = f"{a.type} {'poison' if b is None else b}"
-        return self.let(name, f"shufflevector {typed(a)}, {second}, <{LANES} x i32> <{order}>", a.type)
+        result = f"<{len(lanes)} x {a.type.split(' x ')[1]}"
+        return self.let(name, f"shufflevector {typed(a)}, {second}, <{len(lanes)} x i32> <{order}>", result)
 
     def first_lanes(self, count: Integer, name: str = "mask") -> Value:
         """Return the mask of the first ``count`` lanes; all of them where it is larger."""
@@ -626,7 +677,8 @@ class Function(TextBuilder):
         label, before = self.fresh(name), self.current()
         self._used |= {f"{label}.more", f"{label}.next"}
         phis = [
-            Value(f"%{self.fresh(name)}", self.module.vector) for name in names or [f"{label}.carried"] * len(vectors)
+            Value(f"%{self.fresh(name)}", vector.type)
+            for name, vector in zip(names or [f"{label}.carried"] * len(vectors), vectors, strict=True)
         ]
         nonempty = nonempty or (isinstance(start, int) and isinstance(stop, int) and start < stop)
         if nonempty:

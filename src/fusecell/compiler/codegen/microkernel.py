@@ -192,6 +192,8 @@ class _Tile:
         stored = operands.stored
         if stored is not None and stored.packs_pairs:
             return self._multiply_pairs(sums, a)
+        if stored is not None and stored.packs_fours:
+            return self._multiply_bytes(sums, a)
         names = [f"c.{_label(key)}" for key in self._keys]
         row_offsets = [f.mul(operands.a_row, row) for row in range(self.rows)]
         group_offsets = [f.mul(operands.panel_group, group) for group in range(self.groups)]
@@ -215,6 +217,35 @@ class _Tile:
 
             self._multiply_add(carried, number, weight)
         return carried
+
+    def _multiply_bytes(self, sums: list[Value], a: Value) -> list[Value]:
+        """Loop over the words of a panel that have the weights of four k each; the sums are integers until the end."""
+        f, operands = self.f, self.operands
+        names = [f"c.{_label(key)}" for key in self._keys]
+        row_offsets = [f.mul(operands.a_row, row) for row in range(self.rows)]
+        group_offsets = [f.mul(operands.panel_group, group) for group in range(self.groups)]
+
+        def words_of(panel: Value, product: int, group: int) -> Value:
+            start = f.at(panel, group_offsets[group], f"panel.g{group}")
+            return f.load_words(f.at(start, product * operands.panel_align), f"w{product}.{group}")
+
+        # Before the weights' words is one of what a sum begins with.
+        first = [words_of(operands.panel, product, group) for _, product, group in self._keys]
+        words = f.lshr(f.add(_DEPTH, 3), 2, "words")
+        with f.for_range_carrying("word", 0, words, first, nonempty=True, names=names) as (word, carried):
+            a_at = f.at(a, f.mul(word, 4 * f.module.itemsize), "a.k")
+            panel_at = f.at(operands.panel, f.mul(f.add(word, 1), operands.panel_k), "panel.k")
+            numbers = [f.load_bytes(f.at(a_at, row_offsets[row], f"a.r{row}"), f"a{row}") for row in range(self.rows)]
+            for group, product in itertools.product(range(self.groups), range(self.products)):
+                weights = words_of(panel_at, product, group)
+                for row in range(self.rows):
+                    key = (row, product, group)
+                    place = self._keys.index(key)
+                    carried[place] = f.dot_bytes(carried[place], numbers[row], weights, f"n.{_label(key)}")
+        return [
+            f.fadd(total, f.as_numbers(integers, "whole"), f"s.{_label(key)}")
+            for key, total, integers in zip(self._keys, sums, carried, strict=True)
+        ]
 
     def _multiply_pairs(self, sums: list[Value], a: Value) -> list[Value]:
         """Loop over the words of a panel that have the weights of two k each, the lower one first; then an odd k."""

@@ -103,12 +103,17 @@ def _pack_stored(module: Module, products: int, stored: Storage) -> str:
     f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
     columns = f.alloca_bytes(module.vector_bytes, "columns.at")
     f.store(f.zero, columns, module.vector_bytes)
+    if stored.packs_fours:
+        f.store(f.zero, _TO, module.vector_bytes)  # of integers as of numbers
     with f.for_range("k", 0, _DEPTH) as k:
         with f.for_range("column", 0, _COLUMNS) as column:
             source = f.at(f.at(_FROM, f.mul(column, _FROM_COLUMN)), f.mul(k, _FROM_K))
             f.store_scalar(f.load_scalar(source, "value"), f.at(columns, f.mul(column, module.itemsize)))
         vector = f.load(columns, "columns", module.vector_bytes)
-        if stored.packs_pairs:
+        if stored.packs_fours:
+            word = f.add(f.lshr(k, 2, "word"), 1)
+            f.store_byte(vector, f.at(_TO, f.mul(word, to_word)), f.and_(k, 3, "place"), first=_TO)
+        elif stored.packs_pairs:
             f.store_half_word(vector, f.at(_TO, f.mul(f.lshr(k, 1, "word"), to_word)), f.and_(k, 1, "half"))
         else:
             f.store_stored(vector, f.at(_TO, f.mul(k, to_word)), stored)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, THREADS, Layout, Panel
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i1, i64
@@ -41,6 +42,7 @@ from fusecell.compiler.codegen.stage_body import (
 )
 from fusecell.compiler.codegen.tile_cost import Product, TileCost, Tiling, cheapest, cheapest_tiling, split_evenly
 from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.graph import Node
 from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.schedule.plan import Location, Plan, Stage
 
@@ -76,6 +78,8 @@ class FusedProducts:
     def product(self) -> Product:
         """What the cost of its tiles depends on."""
         stored = self.panel.stored
+        if stored is not None and stored.packs_fours:  # four k at a time
+            return Product(self.count, self.panel.words - 1)
         return Product(self.count, self.panel.depth, stored is not None and stored.packs_pairs)
 
     @property
@@ -89,7 +93,7 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[Fused
     cost, groups = TileCost(module.target, module.dtype), module.groups(stage.width)
     candidates = []
     for most in range(_MOST_FUSED if stage.affines else 1, 0, -1):
-        fused = _fuse(plan, stage, most)
+        fused = _fuse(plan, stage, most, module.target)
         products = [each.product for each in fused] or [Product(1, 1)]
         pairs = any(product.pairs for product in products)
         if most == 1 or cost.fits(1, max(product.fused for product in products), pairs=pairs):
@@ -99,7 +103,15 @@ def fused_products(plan: Plan, stage: Stage, module: Module) -> tuple[list[Fused
     return cheapest(candidates)[1]
 
 
-def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
+def _format(weight: Node, target: Target) -> Storage | None:
+    """Return the format in which a panel has a weight; whole numbers are converted where bytes can't be multiplied."""
+    if "stored" not in weight.attrs:
+        return None
+    stored = Storage(weight.attrs["stored"])
+    return Storage.I8 if stored.packs_fours and not target.multiplies_bytes else stored
+
+
+def _fuse(plan: Plan, stage: Stage, most: int, target: Target) -> list[FusedProducts]:
     """Fuse neighbouring products of one operand and one depth, up to ``most`` of them."""
     fused: list[FusedProducts] = []
     terms = [affine_parts(plan.graph[index])[1] for index in stage.affines]
@@ -114,7 +126,7 @@ def _fuse(plan: Plan, stage: Stage, most: int) -> list[FusedProducts]:
             (k0, k1), (column0, column1) = attrs["rows"], attrs["cols"]
             source = (plan.graph[weight].name, bool(attrs["transposed"]), (k0, k1), (column0, column1))
             leaf = plan.graph[weight]
-            stored = Storage(leaf.attrs["stored"]) if "stored" in leaf.attrs else None
+            stored = _format(leaf, target)
             fits = last is not None and last.operand == operand and last.count < most
             # A panel has one depth and one format: its products share a loop over k.
             if last is not None and fits and (last.panel.depth, last.panel.stored) == (k1 - k0, stored):

@@ -4,9 +4,11 @@
 bf16   the upper half of a float32: 8 bits of exponent, 8 of significand. A weight is half as long.
 f16    IEEE's half precision: 5 bits of exponent, 11 of significand.
 i8     a whole number from -127 to 127. The graph multiplies what they sum to by a scale for each output.
+i8.i8  the same, and what these weights multiply are such numbers too, as the graph says: sums are exact.
 =====  ======================================================================================================
 
-A kernel's weights are float32 numbers that such a format has exactly; packing them loses nothing.
+A kernel's weights are float32 numbers that such a format has exactly; packing them loses nothing. Sums of ``i8.i8``
+have at most `MOST_EXACT` terms: computed in float32 or in integers, they have the same bits.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LARGEST_I8", "Storage"]
+__all__ = ["LARGEST_I8", "MOST_EXACT", "Storage"]
 
 LARGEST_I8 = 127
 """The largest whole number of `Storage.I8`; -128 isn't used, so that every number has its negative."""
+MOST_EXACT = 2**24 // LARGEST_I8**2
+"""Products of two such numbers, 1040, of which float32 has every sum, in whichever order they are added."""
 _LARGEST_BF16 = np.array(0x7F7F0000, np.uint32).view(np.float32)[()]
 _Array = np.ndarray[Any, Any]
 
@@ -30,16 +34,22 @@ class Storage(Enum):
     BF16 = "bf16"
     F16 = "f16"
     I8 = "i8"
+    I8_I8 = "i8.i8"
 
     @property
     def itemsize(self) -> int:
         """Bytes of a weight."""
-        return 1 if self is Storage.I8 else 2
+        return 1 if self.is_whole else 2
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has whole numbers alone."""
+        return self in (Storage.I8, Storage.I8_I8)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy's dtype of stored numbers; it has no bfloat16, whose bits are uint16."""
-        return np.dtype({Storage.BF16: np.uint16, Storage.F16: np.float16, Storage.I8: np.int8}[self])
+        return np.dtype({Storage.BF16: np.uint16, Storage.F16: np.float16}.get(self, np.int8))
 
     @property
     def packs_pairs(self) -> bool:
@@ -50,9 +60,17 @@ class Storage(Enum):
         return self is Storage.BF16
 
     @property
+    def packs_fours(self) -> bool:
+        """Whether a word of 32 bits in a panel has the weights of four neighbouring k.
+
+        As an instruction takes them that adds the products of four bytes with four others to a sum of 32 bits.
+        """
+        return self is Storage.I8_I8
+
+    @property
     def largest(self) -> float:
-        """The largest number; of `Storage.I8`, whose scale fits any, infinity."""
-        if self is Storage.I8:
+        """The largest number; of whole numbers, whose scale fits any, infinity."""
+        if self.is_whole:
             return float("inf")
         return float(np.finfo(np.float16).max) if self is Storage.F16 else float(_LARGEST_BF16)
 
@@ -61,7 +79,7 @@ class Storage(Enum):
 
         Numbers too large become the largest, not infinity: a weight that is clipped is still a weight.
         """
-        if self is Storage.I8:
+        if self.is_whole:
             return np.clip(np.rint(values), -LARGEST_I8, LARGEST_I8).astype(np.float32)
         if self is Storage.F16:
             largest = float(np.finfo(np.float16).max)
@@ -75,7 +93,7 @@ class Storage(Enum):
 
     def encode(self, values: _Array) -> _Array:
         """Return numbers that this format has as they are stored: uint16, float16 or int8."""
-        if self is Storage.I8:
+        if self.is_whole:
             return values.astype(np.int8)
         if self is Storage.F16:
             return values.astype(np.float16)

@@ -383,7 +383,7 @@ class CellWriter:
             factor = f"{weights}[{'block' if blocks > 1 else 0}][k][lane]"
             stored = graph[term[1]].attrs.get("stored")
             if stored is not None:
-                factor = f"(float){factor}" if Storage(stored) is Storage.I8 else f"number_{stored}({factor})"
+                factor = f"(float){factor}" if Storage(stored).is_whole else f"number_{stored}({factor})"
             lines.append(f"    for (int lane = 0; lane < {size}; lane++)")
             lines.append(f"        {name}[lane] = FMA(a, {factor}, {name}[lane]);")
         return [*lines, "}"]

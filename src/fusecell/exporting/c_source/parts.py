@@ -121,6 +121,7 @@ static INLINE float number_f16(uint16_t bits)
 }
 """,
     Storage.I8: "",
+    Storage.I8_I8: "",
 }
 """The functions that make floats of stored weights."""
 _OWN = """
