@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["QUICK", "SHAPES", "STEPS", "STREAMS", "Mode", "Shape", "pick"]
+__all__ = ["QUICK", "SHAPES", "STEPS", "STREAMS", "USERS", "Mode", "Shape", "pick"]
 
 
 class Mode(Enum):
@@ -76,6 +76,14 @@ SHAPES: tuple[Shape, ...] = (
     Shape("gru_layer_norm", 64, 32, 64, 128),
     Shape("ligru", 100, 8, 80, 256),
 )
+USERS: dict[str, tuple[Shape, ...]] = {
+    "Reinforcement learning\nsmall layers, up to 128 rows": (SHAPES[0], SHAPES[1], SHAPES[2]),
+    "Audio and control\none or two sequences at a time": (SHAPES[3], SHAPES[4], SHAPES[10]),
+    "Speech\n256 to 800 units": SHAPES[5:10],
+    "Forecasting\n32 short series": (SHAPES[11], SHAPES[12]),
+    "A cell of one's own\nbeside JAX and a Python loop": SHAPES[13:],
+}
+"""The shapes by who has such layers; each shape once."""
 STEPS: tuple[Shape, ...] = (Shape("gru", 1, 1, 5, 10), Shape("gru", 1, 32, 64, 128))
 STREAMS: tuple[Shape, ...] = (
     Shape("gru", 1, 1, 1, 16),

@@ -3,6 +3,7 @@
 import copy
 import json
 import platform
+import statistics
 import subprocess
 import sys
 
@@ -12,12 +13,12 @@ import torch
 from matplotlib.axes import Axes
 
 import fusecell as fc
-from benchmarks import limits, overhead, plot, report
+from benchmarks import limits, overhead, overview, plot, report
 from benchmarks.clock import Timing, take_turns
 from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, PEERS, TORCH, Peer, installed
 from benchmarks.problem import make_problem
-from benchmarks.shapes import QUICK, SHAPES, STEPS, Mode, Shape, pick
+from benchmarks.shapes import QUICK, SHAPES, STEPS, USERS, Mode, Shape, pick
 from tests.paths import ROOT
 
 TINY = Shape("gru", 7, 3, 5, 10)
@@ -248,3 +249,15 @@ def test_a_kernel_without_products_calls_no_microkernel():
     assert "call void %microkernel" in text
     assert "call void %microkernel" not in bare
     assert len(text.splitlines()) - len(bare.splitlines()) == text.count("call void %microkernel")
+
+
+def test_the_overview_has_each_shape_once_and_every_run(tmp_path):
+    shapes = [shape for of_user in USERS.values() for shape in of_user]
+    assert sorted(shapes, key=SHAPES.index) == list(SHAPES)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "results").glob("*-core*.json"))]
+    for run in runs:
+        for mode in (Mode.INFERENCE, Mode.TRAINING):
+            every = [ratio for of_user in overview.ratios(run, mode).values() for ratio in of_user]
+            assert statistics.geometric_mean(every) == pytest.approx(run["geometric_mean_ratio"][mode.value])
+    overview.draw(runs, tmp_path / "overview.svg")
+    assert (tmp_path / "overview.svg").stat().st_size > 10_000
