@@ -1,4 +1,4 @@
-"""Weights from and for Keras, Flax, Equinox, Haiku and RTNeural."""
+"""Weights from and for Keras, Flax, Equinox, Haiku, RTNeural and TensorFlow Lite."""
 
 from fusecell.weights.convert import FORMATS, dump, load
 

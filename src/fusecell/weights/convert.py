@@ -14,6 +14,7 @@ from torch import nn
 from fusecell.weights.cell_weights import CellWeights, DenseWeights, parts_of
 from fusecell.weights.jax import TO_JAX, from_tree, is_equinox
 from fusecell.weights.keras import cell_from_keras, cell_to_keras, from_keras, is_keras
+from fusecell.weights.tflite import from_tflite
 
 __all__ = ["FORMATS", "dump", "load"]
 
@@ -40,7 +41,8 @@ def load(module: nn.Module, source: Any) -> None:
             these.
         source: a layer or model of Keras, or the tensors of one layer, ``[kernel, recurrent_kernel, bias]``; the
             parameters of Flax (linen or nnx), Equinox or Haiku, a cell's or a tree in which all cells are in their
-            order; a file of RTNeural, or what is in one. Or a list of these, one for each cell.
+            order; a file of RTNeural, ``.json``, or what is in one; a file of TensorFlow Lite, ``.tflite``. Or a list
+            of these, one for each cell.
 
     Raises:
         ValueError: where a cell of the source is of another kind or size than its place in the module, the source has
@@ -105,13 +107,7 @@ def _counted(kinds: list[str]) -> str:
 def _read(source: Any) -> Iterator[CellWeights | DenseWeights]:
     """Iterate over what is in a source of any kind."""
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.suffix != ".json":
-            raise ValueError(
-                f"weights.load reads files of RTNeural, .json, got {path.name}; load it with its framework, and pass "
-                "the layer or the parameters."
-            )
-        yield from _from_rtneural(json.loads(path.read_text(encoding="utf-8")))
+        yield from _from_file(Path(source))
     elif is_keras(source):
         yield from from_keras(source)
     elif isinstance(source, Mapping) and isinstance(source.get("layers"), list):
@@ -126,8 +122,20 @@ def _read(source: Any) -> Iterator[CellWeights | DenseWeights]:
         yield from from_tree(source)
     else:
         raise TypeError(
-            "weights.load takes a layer of Keras, parameters of Flax, Equinox or Haiku, or a file of RTNeural, got "
-            f"{type(source).__name__}."
+            "weights.load takes a layer of Keras, parameters of Flax, Equinox or Haiku, or a file of RTNeural or "
+            f"TensorFlow Lite, got {type(source).__name__}."
+        )
+
+
+def _from_file(path: Path) -> Iterator[CellWeights | DenseWeights]:
+    if path.suffix == ".tflite":
+        yield from from_tflite(path)
+    elif path.suffix == ".json":
+        yield from _from_rtneural(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        raise ValueError(
+            f"weights.load reads files of RTNeural, .json, and of TensorFlow Lite, .tflite, got {path.name}; load it "
+            "with its framework, and pass the layer or the parameters."
         )
 
 
