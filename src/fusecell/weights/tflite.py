@@ -289,11 +289,13 @@ class _Body:
     def check(self, weights: CellWeights) -> None:
         """Raise ValueError unless the body computes what the cell of the weights does."""
         inputs, size = weights.weight_ih.shape[1], weights.hidden_size
-        cell: Any = {
-            "GRU": lambda: GRUCell(inputs, size, reset_after=weights.reset_after),
-            "LSTM": lambda: LSTMCell(inputs, size),
-            "RNN": lambda: RNNCell(inputs, size, nonlinearity=weights.nonlinearity),
-        }[weights.kind]()
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+            "GRU": (GRUCell, {"reset_after": weights.reset_after}),
+            "LSTM": (LSTMCell, {}),
+            "RNN": (RNNCell, {"nonlinearity": weights.nonlinearity}),
+        }
+        kind, options = kinds[weights.kind]
+        cell = kind(inputs, size, **options)
         next(parts_of(cell)).write(weights)
         if len(self._states) != len(cell.states):
             raise ValueError(f"weights.load: {self._name} carries {len(self._states)} states, a {weights.kind} others.")
@@ -330,7 +332,7 @@ def _evaluate(
         if operator.outputs[0] in values or not needed.intersection(operator.outputs):
             continue
         args = [values[each] if each in values else graph.constant(each) for each in operator.inputs]
-        if any(arg is None and each >= 0 for arg, each in zip(args, operator.inputs, strict=True)):
+        if any(arg is None for arg in args[:2]):  # a product's bias, the third, may be left out
             raise ValueError(f"weights.load: {name} has a step that reads what it doesn't compute.")
         computed = _RULES.get(operator.name)
         if computed is None:
