@@ -4,7 +4,7 @@
 # make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
 # make integrations   install what else is tried with fusecell into .venv-integrations, and run the tests that need it
 # make lint    format check, lint, types, import directions
-# make docs    write the API reference and the page of cells to play with, and build the site into site/        make docs-serve shows it while you write
+# make docs    write the API reference, the gallery and the page of cells to play with, and build the site into site/        make docs-serve shows it while you write
 # make bench   install the peers, judge what is promised of time and memory, run the benchmarks
 # make clean   remove what the tools leave behind;  make distclean: .venv and demo-output too
 
@@ -45,11 +45,13 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python scripts/api_reference.py docs/api
+	$(BIN)/python scripts/gallery.py docs/gallery
 	$(BIN)/python -m fusecell.play docs/play.html
 	$(BIN)/zensical build --strict
 
 docs-serve: $(VENV)/.installed-docs
 	$(BIN)/python scripts/api_reference.py docs/api
+	$(BIN)/python scripts/gallery.py docs/gallery
 	$(BIN)/python -m fusecell.play docs/play.html
 	$(BIN)/zensical serve
 
@@ -58,7 +60,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:
-	rm -rf build dist site docs/api .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site docs/api docs/gallery .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

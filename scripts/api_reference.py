@@ -34,7 +34,8 @@ PAGES = {
     "export": ("Exporting", "fusecell: export", "fusecell.onnx", "fusecell.weights"),
     "inside": (
         "Inside",
-        "fusecell: record Tape explain summary count_cells linearize",
+        "fusecell: record Tape diagram explain summary count_cells linearize",
+        "fusecell.inspection.diagram: Diagram",
         "fusecell.inspection.linearize: Linearized",
         "fusecell.play: PlayCell write_page",
     ),

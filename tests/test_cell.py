@@ -354,7 +354,7 @@ def test_the_public_surface():
             "runner",
             "recompute",
         ),
-        *("linearize", "explain", "show_config", "refresh"),
+        *("linearize", "diagram", "explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "ExportError", "FusecellError", "NotCompilable"),
         *("cells", "init", "testing", "weights", "wrappers"),
     ]

@@ -51,6 +51,7 @@ _HOME = {
     "runner": "execution.context",
     "recompute": "execution.context",
     "linearize": "inspection.linearize",
+    "diagram": "inspection.diagram",
     "explain": "inspection.explain",
     "show_config": "inspection.environment",
     "refresh": "compiler.dispatch.runner",

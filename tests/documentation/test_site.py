@@ -22,12 +22,17 @@ _MODULES = ("fusecell", "fusecell.cells", "fusecell.init", "fusecell.testing", "
 _RAW = re.compile(r"\\(?:begin|frac|mathrm|sigma|odot|dot)\b|\$\$")
 
 
-@pytest.fixture(scope="module")
-def reference():
-    spec = importlib.util.spec_from_file_location("api_reference", ROOT / "scripts" / "api_reference.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return script("api_reference")
 
 
 def test_every_public_name_has_a_place(reference):
@@ -77,6 +82,7 @@ def site(tmp_path_factory, reference) -> Path:
     shutil.copy(ROOT / "mkdocs.yml", source)
     shutil.copytree(ROOT / "docs", source / "docs", dirs_exist_ok=True)
     reference.main(str(source / "docs" / "api"))
+    script("gallery").main([str(source / "docs" / "gallery"), "--updates", "1", "--steps", "20"])
     write_page(source / "docs" / "play.html", updates=0)
     built = subprocess.run([zensical, "build", "--strict"], cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -85,6 +91,19 @@ def site(tmp_path_factory, reference) -> Path:
 
 def pages(site: Path) -> list[str]:
     return sorted(str(page.relative_to(site).parent) for page in site.rglob("index.html"))
+
+
+def test_the_gallery_has_every_cell(site):
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for entry in (*fc.CELLS, *fc.cells.STRUCTURED_CELLS):
+        assert f"gallery/{entry.name}.md" in navigation
+        page = (site / "gallery" / entry.name / "index.html").read_text(encoding="utf-8")
+        assert "multiply-adds" in page or "several" in page or entry.name in ("rssm", "gru_d", "cfc", "attention_gru")
+        drawing = (site / "gallery" / f"{entry.name}.svg").read_text(encoding="utf-8")
+        cell = entry.make(32, 64)
+        for name in (*cell.inputs, *cell.states, *(f"{state}&#x27;" for state in cell.states), "output"):
+            assert 'y="' in drawing and f">{name}</text>" in drawing, (entry.name, name)
+        assert (site / "gallery" / f"{entry.name}.png").stat().st_size > 3000
 
 
 def test_links_lead_somewhere(site):
