@@ -87,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 _INDEX = """# Gallery
 
-Every published cell that comes with fusecell, drawn from its own graph, with its gates at work and its code. Each is a
-`step` of a dozen lines that you can copy and change: [how to write a cell](../cells.md). `fc.diagram(cell)` draws one of
-your own.
+Every published cell that comes with fusecell, drawn from its own graph, with its gates at work and its code. Each is
+a `step` of a dozen lines that you can copy and change: [how to write a cell](../cells.md). `fc.diagram(cell)` draws one
+of your own.
 
 | cell | what it is | its step |
 |---|---|---|
@@ -97,7 +97,7 @@ your own.
 
 
 def _page(entry: Entry, options: argparse.Namespace) -> str:
-    cell, name = entry.cell, entry.name
+    cell, name, kind = entry.cell, entry.name, entry.kind.__name__
     inputs = entry.inputs if entry.inputs is not None else torch.randn(SHOWN, 1, FEATURES)
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     cell.eval()
@@ -108,19 +108,19 @@ def _page(entry: Entry, options: argparse.Namespace) -> str:
         [
             f"# {name}",
             "",
-            f"**{entry.kind.__name__}**: {entry.summary}. {entry.paper}.",
+            f"**{kind}**: {entry.summary}. {entry.paper}.",
             "",
             *_equation(doc),
             "## Its step",
             "",
-            f"![The step of {entry.kind.__name__}, from its inputs and states to its new states]({name}.svg){{ .wide }}",
+            f"![The step of {kind}, from its inputs and states to its new states]({name}.svg){{ .wide }}",
             "",
-            "Blue is an input, yellow a state before and after the step, green the output; `σ` is the sigmoid. Drawn from",
-            "the graph that the compiler makes of the code below.",
+            "Blue is an input, yellow a state before and after the step, green the output; `σ` is the sigmoid. Drawn",
+            "from the graph that the compiler makes of the code below.",
             "",
             "## At work",
             "",
-            f"![The values of {entry.kind.__name__} at every step]({name}.png)",
+            f"![The values of {kind} at every step]({name}.png)",
             "",
             caption,
             "",
@@ -134,7 +134,7 @@ def _page(entry: Entry, options: argparse.Namespace) -> str:
             textwrap.dedent(inspect.getsource(entry.kind.step)).rstrip(),
             "```",
             "",
-            f"Arguments, shapes and an example: [{entry.kind.__name__}](../api/cells.md#{entry.kind.__name__.lower()}).",
+            f"Arguments, shapes and an example: [{kind}](../api/cells.md#{kind.lower()}).",
             "",
         ]
     )
@@ -280,8 +280,8 @@ def _costs(entry: Entry, inputs: Any, steps: int) -> list[str]:
         lines += [
             f"| a step of one row, in inference | {1e6 * _seconds(cell, inputs, steps):.2f} us |",
             "",
-            f"The time is the median of ten calls of {max(1, steps // 10)} steps when this page was built, on one core of a "
-            f"CPU that LLVM calls {cpu}.",
+            f"The time is the median of ten calls of {max(1, steps // 10)} steps when this page was built, on one core "
+            f"of a CPU that LLVM calls {cpu}.",
         ]
     return lines
 

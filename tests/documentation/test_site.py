@@ -98,11 +98,11 @@ def test_the_gallery_has_every_cell(site):
     for entry in (*fc.CELLS, *fc.cells.STRUCTURED_CELLS):
         assert f"gallery/{entry.name}.md" in navigation
         page = (site / "gallery" / entry.name / "index.html").read_text(encoding="utf-8")
-        assert "multiply-adds" in page or "several" in page or entry.name in ("rssm", "gru_d", "cfc", "attention_gru")
+        assert "the median of ten calls" in page
         drawing = (site / "gallery" / f"{entry.name}.svg").read_text(encoding="utf-8")
         cell = entry.make(32, 64)
         for name in (*cell.inputs, *cell.states, *(f"{state}&#x27;" for state in cell.states), "output"):
-            assert 'y="' in drawing and f">{name}</text>" in drawing, (entry.name, name)
+            assert f">{name}</text>" in drawing, (entry.name, name)
         assert (site / "gallery" / f"{entry.name}.png").stat().st_size > 3000
 
 

@@ -61,6 +61,12 @@ marker path { fill: #9aa5b1; stroke: none }
 class Diagram:
     """A picture of a step; a notebook shows it.
 
+    Example:
+        >>> import fusecell as fc
+        >>> picture = fc.diagram(fc.cells.MGUCell(5, 10))
+        >>> picture.boxes["n"].sources
+        ('h', 'f', 'x')
+
     Attributes:
         boxes: the values in it, by name: the inputs, the states and the step's variables, with their formulas.
         svg: the picture, a whole SVG file with colours for a light and for a dark page.

@@ -1,4 +1,4 @@
-"""Formulas that people know by one name, found in a step's graph: ``softplus``, ``silu``, ``layer_norm``, ``softmax``."""
+"""Formulas that people know by one name, found in a step's graph: ``softplus``, ``silu``, ``layer_norm``."""
 
 from __future__ import annotations
 
