@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 import sys
+import textwrap
 import warnings
 from types import ModuleType
 
@@ -14,18 +15,22 @@ import pytest
 import fusecell as fc
 from tests.paths import ROOT
 
-# Without the reference that `make docs` writes.
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "api")]
-SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Without the reference and the gallery that `make docs` writes.
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name not in ("api", "gallery")),
+]
+# An answer that is folded away is indented.
+SNIPPET = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
 def snippets():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in SNIPPET.finditer(text):
-            line = text.count("\n", 0, match.start(1)) + 1
+            line = text.count("\n", 0, match.start(2)) + 1
             # Lines kept in number, so that a traceback names the page's own.
-            code = "\n" * (line - 1) + match[1]
+            code = "\n" * (line - 1) + textwrap.dedent(match[2])
             yield pytest.param(page, code, id=f"{page.relative_to(ROOT)}:{line}")
 
 
@@ -95,7 +100,9 @@ def test_the_readme_is_short_and_shows_something_by_line_30():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    links = [link for link in links if not link.startswith("api/")]  # made with the site, whose test follows them
+    links = [
+        link for link in links if not link.removeprefix("../").startswith(("api/", "gallery/"))
+    ]  # made with the site, whose test follows them
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
@@ -118,3 +125,8 @@ def test_the_readme_in_chinese_says_the_same() -> None:
     prose = [re.sub(r"```.*?```|`.*?`|\(.*?\)", "", text, flags=re.DOTALL) for text in texts]
     figures = [sorted(re.findall(r"\d+\.\d+", text)) for text in prose]
     assert figures[0] == figures[1]
+
+
+def test_the_tutorial_s_picture_is_the_cell_s():
+    picture = (ROOT / "docs" / "images" / "gru-step.svg").read_text(encoding="utf-8")
+    assert picture == fc.diagram(fc.GRUCell(5, 10)).svg
