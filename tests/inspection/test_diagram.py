@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusecell as fc
+from fusecell.compiler.ir.step_boxes import Box
 from fusecell.inspection.diagram import _columns, _svg
-from fusecell.inspection.step_boxes import Box
 
 _SVG = "{http://www.w3.org/2000/svg}"
 

@@ -275,7 +275,9 @@ def test_a_users_cell_shows_its_step(tmp_path, visit):
     tape = fc.record(fc.Recurrent(Own(6, 6)), torch.randn(9, 1, 6))
     tape.save_html(tmp_path / "own.html")
     page = visit(tmp_path / "own.html")
-    assert 'gate = self.note("gate", torch.sigmoid(x))' in page.inner_text("#equations")
+    shown = page.inner_text("#equations")
+    assert "gate = σ(x)" in shown
+    assert 'gate = self.note("gate", torch.sigmoid(x))' in shown
     torch.testing.assert_close(numbers(page, "gate"), tape.value("gate")[0, 0], atol=1e-4, rtol=0)
 
 

@@ -261,7 +261,8 @@ def test_equations_are_those_of_the_cell():
     assert "Un (r·h)" in fc.record(fc.GRU(3, 4, reset_after=False), x).track(0, 0).equation
     assert "P (o·tanh(c'))" in fc.record(fc.LSTM(3, 4, proj_size=2), x).track(0, 0).equation
     assert "relu" in fc.record(fc.RNN(3, 4, nonlinearity="relu"), x).track(0, 0).equation
-    assert fc.record(fc.Recurrent(Noting()), torch.randn(2, 1, 5)).track(0, 0).equation == ""
+    noting = fc.record(fc.Recurrent(Noting()), torch.randn(2, 1, 5)).track(0, 0)
+    assert noting.equation == "drive = relu(x); step = (drive − h)·rate_sigmoid; h' = h + step"  # its graph's
     wrapped = fc.record(fc.Recurrent(fc.Zoneout(fc.Zoneout(fc.LSTMCell(3, 4), 0.1), 0.1)), x).track(0, 0)
     assert wrapped.equation == ""  # its c' is not the equation's
     assert "f * c + i * g" in wrapped.source

@@ -21,10 +21,10 @@ from torch import nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.ir.graph import Graph
+from fusecell.compiler.ir.step_boxes import Box, boxes_of
 from fusecell.errors import NotCompilable
 from fusecell.inspection.explain import explain
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
-from fusecell.inspection.step_boxes import Box, boxes_of
 from fusecell.shapes import Size
 
 __all__ = ["Diagram", "diagram"]

@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusecell.cells import CELLS
 from fusecell.tape.plots import is_gate
 from fusecell.tape.tape import Tape, Track, flat
 
 __all__ = ["page"]
+
+_PUBLISHED = frozenset(entry.cell.__name__ for entry in CELLS)
+"""Cells whose equations are known; of others a page shows the code as well."""
 
 _SCRIPTS = ("charts", "units", "page")
 """The page's own scripts; the last one starts it."""
@@ -86,7 +90,7 @@ def _track(tape: Tape, track: Track, layer: int, direction: int, rows: list[int]
         "reverse": track.reverse,
         "states": track.states,
         "equation": track.equation,
-        "source": track.source,
+        "source": "" if track.kind in _PUBLISHED else track.source,
         "values": values,
         "begins": {name: _begins(tape, track, name, rows) for name in track.states},
         "gradients": gradients,

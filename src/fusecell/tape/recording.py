@@ -24,6 +24,7 @@ from fusecell.compiler.dispatch.program_cache import ProgramCache
 from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
 from fusecell.compiler.ir.graph import Graph, copy, rebuild
+from fusecell.compiler.ir.step_boxes import boxes_of
 from fusecell.compiler.programs.inference import Program, run_all
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.refusal import Refusal, refusal
@@ -35,9 +36,9 @@ from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.execution.runners import register
 from fusecell.layers.scan_wrappers import unwrapped
-from fusecell.shapes import Outputs, in_order, is_size, map_outputs, tensors_of, unpacked
+from fusecell.shapes import Outputs, feature_shape, in_order, is_size, map_outputs, tensors_of, unpacked
 from fusecell.tape.tape import Tape, Track
-from fusecell.validation import compute_dtype, first_state
+from fusecell.validation import compute_dtype, first_state, weights_dtype
 from fusecell.wrappers import Wrapper
 
 __all__ = ["record"]
@@ -286,10 +287,13 @@ class _Probed(Wrapper):
 
 
 def _equation(cell: Cell) -> str:
-    """Return the equations of a cell's class in ``CELLS``, of the member whose options are most like the cell's."""
+    """Return the equations of a cell: those of its class in ``CELLS``, else the formulas of its graph.
+
+    Of several members of ``CELLS`` it is the one whose options are most like the cell's.
+    """
     options = tuple((name, getattr(cell, name, None)) for name in ("reset_after", "nonlinearity", "norm"))
     kind: Any = type(cell)
-    return _equation_of(kind, options, bool(getattr(cell, "proj_size", 0)))
+    return _equation_of(kind, options, bool(getattr(cell, "proj_size", 0))) or _formulas(cell)
 
 
 # Cached, because each lookup builds every member of the class.
@@ -302,6 +306,17 @@ def _equation_of(kind: Any, options: tuple[tuple[str, Any], ...], projected: boo
 
     members = [member for member in CELLS if member.cell is kind]
     return max(members, key=matches).equation if members else ""
+
+
+def _formulas(cell: Cell) -> str:
+    """Return how the step's variables are computed from one another, by its graph; "" if it can't be traced."""
+    if len(cell.inputs) != 1:
+        return ""
+    traced = trace(cell, [feature_shape(cell.input_size)], weights_dtype(cell) or torch.float32, gradients=False)
+    if isinstance(traced, Refusal):
+        return ""
+    boxes = [box for box in boxes_of(traced.graph) if box.formula and box.formula not in box.sources]
+    return "; ".join(f"{box.name} = {box.formula}" for box in boxes)
 
 
 def _source(cell: Cell) -> str:

@@ -22,7 +22,7 @@ class Track:
         values: (T, N, ...) tensors by name.
         find_before: computes ``before``, on first use: most readers of a tape never need it.
         probes: zeros added to each value, by name, whose ``.grad`` a backward fills; empty without gradients.
-        equation: the equations of the step, for a cell in ``CELLS``; "" for other cells.
+        equation: the equations of the step: as in ``CELLS``, or the formulas of the cell's graph; "" if it has none.
         source: the step's Python source; "" where Python has none.
     """
 

@@ -276,7 +276,8 @@ function drawCell() {
       const numbered = withNumbers(statement, track);
       return numbered ? [escaped(statement), "    " + numbered] : [escaped(statement)];
     });
-    box.innerHTML = `${lines.join("\n")}\n\n<i>${say("numbersOf", { unit: page.unit })}</i>`;
+    const code = track.source ? `\n\n${escaped(track.source)}` : "";
+    box.innerHTML = `${lines.join("\n")}\n\n<i>${say("numbersOf", { unit: page.unit })}</i>${code}`;
   } else {
     box.textContent = track.source || track.kind;
   }

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fusecell.compiler.ir.graph import Graph, Node
 from fusecell.compiler.ir.primitives import PRIMITIVES
-from fusecell.inspection.step_idioms import TRANSPARENT, idiom
+from fusecell.compiler.ir.step_idioms import TRANSPARENT, idiom
 
 __all__ = ["Box", "boxes_of"]
 
