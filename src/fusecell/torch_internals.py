@@ -24,6 +24,7 @@ __all__ = [
     "autograd_node",
     "below_functorch",
     "common_to_members",
+    "computes_weight",
     "disable_current_modes",
     "forward_ad",
     "function_apply",
@@ -53,6 +54,12 @@ __all__ = [
 
 OPERATOR_TYPE: type = torch._ops.OperatorBase
 """Base class of ``torch.ops.aten.add.Tensor`` and of higher-order operators."""
+
+
+def computes_weight(hook: object) -> bool:
+    """Whether a hook before a module is torch's own for pruning or the older norms: it computes a weight, no more."""
+    kind = next((kind for kind in type(hook).__mro__ if "__call__" in vars(kind)), object)
+    return kind.__module__.startswith("torch.nn.utils.")
 
 
 with_torch_functions: Any = torch._C._EnableTorchFunction

@@ -179,9 +179,9 @@ class OperationValues(TensorValues):
         mask, writer = masked[0].mask, self.writer
         if name == "index_put":
             return [RULES[name](writer, *values, **options)]
-        if any((value.mask.node, value.mask.shape) != (mask.node, mask.shape) for value in masked):
+        if not all(value.is_of(mask) for value in masked):
             return None
-        of_rows = mask.axis == 0 and set(mask.shape[1:]) <= {1}
+        of_rows = masked[0].of_rows
         if name not in ELEMENTWISE and name not in KEEPS and not of_rows:
             return None
         others = [value for value in values_in((values, options)) if not isinstance(value, Masked)]

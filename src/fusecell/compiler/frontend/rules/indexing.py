@@ -219,7 +219,7 @@ def _index_put(
     if len(places) == 1 and w.is_mask(w.row(index)):
         mask = _mask_of(w, index, places[0], len(w.row(x).shape))
         if isinstance(value, Masked):
-            if (value.mask.node, value.mask.shape) != (mask.node, mask.shape):
+            if not value.is_of(mask):
                 raise Untraceable("The step writes elements that one mask picks to places of another. " + _PICKS)
             value = value.row
         elif (fill := _fill_of(w, value)) is not None:
