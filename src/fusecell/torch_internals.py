@@ -43,6 +43,7 @@ __all__ = [
     "outside_functorch",
     "tensor_guards",
     "with_torch_functions",
+    "without_compilation",
     "without_distribution_checks",
     "without_functorch",
     "without_jit_trace",
@@ -300,6 +301,16 @@ def without_jit_trace() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(before)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_compilation() -> Iterator[None]:
+    """Let what torch.compile has wrapped run as it is written for the block."""
+    if "torch._dynamo" not in sys.modules:  # nothing is wrapped, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

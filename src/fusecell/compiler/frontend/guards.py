@@ -136,7 +136,7 @@ class _Table:
 def guards_of(module: nn.Module) -> ModuleGuards | None:
     """Return guards on a module and all in it; None where it has hooks, or something that may change inside."""
     state = vars(module)
-    if any(map(state.get, HOOKS)):
+    if any(map(state.get, HOOKS)) or "training" not in state:  # one that torch.compile has wrapped has no flag
         return None
     atoms, functions, loose = {}, {}, []
     for name in attribute_names(module):
@@ -173,7 +173,7 @@ def constants(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield path and value of each number, flag and name in a module that torch can guard by itself."""
     for prefix, part in module.named_modules():
         for name in attribute_names(part):
-            value = vars(part)[name]
+            value = vars(part).get(name)
             if isinstance(value, bool | int | float | str):
                 yield f"{prefix}.{name}" if prefix else name, value
 

@@ -115,6 +115,8 @@ def signature(module: nn.Module, _seen: _Seen | None = None, without: Collection
     seen = _Seen({}, {}) if _seen is None else _seen
     seen.objects.setdefault(id(module), len(seen.objects))
     state = vars(module)
+    if "training" not in state:  # a module that torch.compile has wrapped: its attributes are the other's
+        return type(module), signature(module.get_submodule("_orig_mod"), seen)
     code = definition(type(module))
     entries: list[Any] = [type(module), code and ref(code)]
     for table in HOOKS:
