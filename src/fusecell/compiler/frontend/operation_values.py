@@ -47,6 +47,8 @@ from fusecell.compiler.ir.graph import Builder
 __all__ = ["READS_VALUES", "OperationValues"]
 
 _NUMBERS = (torch.bool, torch.int64, torch.int32)
+_SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16)
+"""Those of inputs, which may be moved and cast: arithmetic would have to wrap around."""
 _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 """Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
 
@@ -479,6 +481,7 @@ class OperationValues(TensorValues):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
             accepted = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
+            accepted += _SMALL_INTEGERS if name in MOVES else ()
             # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
             unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
             if tensor.dtype not in accepted and not constant and not unchanged:

@@ -138,7 +138,9 @@ class StepRun:
         if self.gradients and dtype.is_floating_point and not name.startswith("grad."):
             # No leaf of autograd: in place on one torch raises before the recorder can say where.
             tensor = tensor.requires_grad_().clone()
-        self.recorder.know(tensor, Row(tuple(tensor.shape), node), fixed=True)
+        row = Row(tuple(tensor.shape), node)
+        value = self.recorder.writer.truth(row) if dtype == torch.bool else row
+        self.recorder.know(tensor, value, fixed=True)
         return tensor
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
