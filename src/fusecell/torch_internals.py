@@ -24,6 +24,7 @@ __all__ = [
     "autograd_node",
     "below_functorch",
     "common_to_members",
+    "computes_weight",
     "disable_current_modes",
     "forward_ad",
     "function_apply",
@@ -42,6 +43,7 @@ __all__ = [
     "outside_functorch",
     "tensor_guards",
     "with_torch_functions",
+    "without_compilation",
     "without_distribution_checks",
     "without_functorch",
     "without_jit_trace",
@@ -53,6 +55,12 @@ __all__ = [
 
 OPERATOR_TYPE: type = torch._ops.OperatorBase
 """Base class of ``torch.ops.aten.add.Tensor`` and of higher-order operators."""
+
+
+def computes_weight(hook: object) -> bool:
+    """Whether a hook before a module is torch's own for pruning or the older norms: it computes a weight, no more."""
+    kind = next((kind for kind in type(hook).__mro__ if "__call__" in vars(kind)), object)
+    return kind.__module__.startswith("torch.nn.utils.")
 
 
 with_torch_functions: Any = torch._C._EnableTorchFunction
@@ -293,6 +301,16 @@ def without_jit_trace() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(before)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_compilation() -> Iterator[None]:
+    """Let what torch.compile has wrapped run as it is written for the block."""
+    if "torch._dynamo" not in sys.modules:  # nothing is wrapped, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -126,6 +126,14 @@ PRODUCTS: dict[str, Body] = {
     "a_vector_per_head": lambda c, z: (
         fit(heads(z) @ c.square[0]) + fit(torch.einsum("nhd,d->nh", heads(z), c.square[:, 1]))
     ),
+    "parts_of_a_vector_as_matrices": lambda c, z: fit(
+        heads(z)[..., :4] @ c.square[0, :4, None]
+        + heads(z)[..., 4:] @ c.bias[:, None]
+        + heads(z)[..., :2] @ c.gain[:2, None]
+    ),
+    "repeated_weights": lambda c, z: (
+        heads(z) * c.square[0].expand(3, 8) + heads(z) * c.gain[0].expand(8) + c.gain[0]
+    ).flatten(1),
     "dots": lambda c, z: z * torch.stack([torch.dot(c.square[0], c.square[1])]) + z,
 }
 # images,
@@ -254,11 +262,30 @@ def _scatter_reduced(c: Any, z: Tensor) -> Tensor:
     return fit(torch.stack(each, 1))
 
 
+def _triangles(c: Any, z: Tensor) -> Tensor:
+    i, j = torch.tril_indices(4, 4)
+    lower = z.new_zeros(len(z), 4, 4)
+    lower[:, i, j] = z[:, :10]
+    lower[:, range(4), range(4)] += 0.7
+    lower[:, j[1:3], i[1:3]] = c.gain[:2]
+    picked = (lower @ lower.mT)[:, [[-1], [0]], [0, 1, -2]]
+    return fit(lower.sin()) + fit(picked) + fit(lower[:, i, j])
+
+
+def _copied_and_written(c: Any, z: Tensor) -> Tensor:
+    y = torch.select_scatter(heads(z), z[:, :8].sin(), 1, -1)
+    y = torch.slice_scatter(y, heads(z)[:, :, :3] * 2, 2, 1, 7, 2)
+    square = torch.diagonal_scatter(y.mT @ y, z[:, 2:9], 1, 1, 2)
+    return fit(y) + fit(square.index_copy(1, c.order[1:4] % 8, y)) + fit(square.index_fill(2, c.order[:2], 0.7))
+
+
 # positions,
 INDEXING: dict[str, Body] = {
     "written_by_position": _written_by_position,
     "interpolated": _interpolated,
     "scatter_reduced": _scatter_reduced,
+    "triangles_by_position": _triangles,
+    "copied_and_written": _copied_and_written,
     "bins": lambda c, z: (
         z * torch.bucketize(z.detach(), c.mean.sort().values)
         + z * torch.bucketize(z.detach(), torch.linspace(-1, 1, 5, dtype=z.dtype), right=True)
@@ -313,8 +340,33 @@ def _rotating(c: Any, z: Tensor) -> Tensor:
     return torch.view_as_real(turned - 0.5 * turned.conj()).flatten(1) + fit(mixed.real) + fit(turned.abs())
 
 
+def _functions(c: Any, z: Tensor) -> Tensor:
+    x = torch.complex(z[:, :6] * 2, z[:, 6:12])
+    weight = torch.complex(c.narrow[0, :6], c.narrow[1, :6])
+    each = [
+        x**3,
+        (x + 2) ** -1.5,
+        (x - 0.4).sqrt(),
+        torch.log(x + 3),
+        torch.tanh(3 * x),
+        1 - x,
+        torch.reciprocal(x + 3),
+    ]
+    mapped = torch.addmm(weight[0], x, weight)
+    return fit(torch.view_as_real(torch.stack(each).sum(0))) + fit(mapped.imag) + fit(x.square().real)
+
+
+def _spectrum_cut(c: Any, z: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft2(image(z), norm="ortho")
+    low = torch.zeros_like(spectrum)
+    low[..., :2, :2] = spectrum[..., :2, :2] * torch.view_as_complex(c.square[:2].view(2, 2, 2, 2))
+    return torch.fft.irfft2(low, s=(3, 4)).flatten(1) + fit(torch.fft.ifft2(torch.fft.fft2(image(z)) * (1 + 2j)).imag)
+
+
 COMPLEX: dict[str, Body] = {
     "rotations": _rotating,
+    "functions": _functions,
+    "fourier_of_images": _spectrum_cut,
     "angles": lambda c, z: fit(torch.polar(z[:, :6], torch.complex(z[:, 6:12], z[:, 12:18]).angle()).imag),
     "angles_of_a_spectrum": lambda c, z: fit(torch.fft.rfft(heads(z)).angle().sin()),
     "complex_from_real": lambda c, z: fit(

@@ -124,3 +124,47 @@ def test_the_recurrent_part_of_a_published_model() -> None:
     (layer,) = fc.onnx.load(path).values()
     y, _ = layer(torch.from_numpy(x), (torch.from_numpy(feeds["h"]), torch.from_numpy(feeds["c"])))
     np.testing.assert_allclose(y.detach().numpy(), expected[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"direction": "sideways"}, "has the direction 'sideways' and weights of 1"),
+        ({"direction": "bidirectional"}, "has the direction 'bidirectional' and weights of 1"),
+        ({"gates": 3}, "has the attribute gates=3, which these nodes don't have"),
+        ({"layout": "1"}, "has the attribute layout='1', expected int"),
+        ({"direction": b"\xff"}, "which is no text"),
+    ],
+)
+def test_attributes_that_say_something_else_are_refused(attributes, reason) -> None:
+    with pytest.raises(fc.ExportError, match=reason):
+        fc.onnx.load(_gru_node(**attributes))
+
+
+@pytest.mark.parametrize(("tensor", "shape"), [("w", (1, 5, 3)), ("r", (1, 6, 3)), ("w", (6, 3)), ("r", (2, 6, 2))])
+def test_weights_that_do_not_belong_together_are_refused(tensor, shape) -> None:
+    model = _gru_node()
+    for stored in model.graph.initializer:
+        if stored.name == tensor:
+            stored.CopyFrom(numpy_helper.from_array(np.ones(shape, dtype=np.float32), tensor))
+    with pytest.raises(fc.ExportError, match=r"gates has hidden_size 2 and weights W \("):
+        fc.onnx.load(model)
+
+
+def test_another_hidden_size_is_refused_and_lower_case_taken() -> None:
+    model = _gru_node(activations=["sigmoid", "tanh"])
+    assert isinstance(next(iter(fc.onnx.load(model).values())), fc.GRU)
+    size = next(each for each in model.graph.node[0].attribute if each.name == "hidden_size")
+    size.i = 7
+    with pytest.raises(fc.ExportError, match="has hidden_size 7"):
+        fc.onnx.load(model)
+
+
+def test_files_and_tensors_that_cannot_be_read(tmp_path) -> None:
+    model = _gru_node()
+    model.graph.initializer[0].data_type = 99
+    with pytest.raises(fc.ExportError, match="the model's tensor w can't be read"):
+        fc.onnx.load(model)
+    (tmp_path / "model.onnx").write_bytes(_gru_node().SerializeToString()[:-5])
+    with pytest.raises(fc.ExportError, match="is no ONNX model, or a part of one"):
+        fc.onnx.load(tmp_path / "model.onnx")

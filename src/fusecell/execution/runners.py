@@ -21,7 +21,7 @@ from fusecell.execution.context import RunnerName, active_runner, chosen_runner,
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.execution.torchscript import refuse_trace
-from fusecell.torch_internals import any_autocast, in_jit_trace, is_profiling
+from fusecell.torch_internals import any_autocast, computes_weight, in_jit_trace, is_profiling
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -67,6 +67,9 @@ def run(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tens
         return traced_runner()(cell, inputs, state, options)
     if in_jit_trace():
         refuse_trace(type(cell).__name__, "the trace would hold its loop unrolled, wrong for every other length.")
+    for hook in cell._forward_pre_hooks.values():
+        if computes_weight(hook):  # of a parameter of the cell's own, which is never called itself
+            hook(cell, ())
     name = active_runner()
     function = _RUNNERS.get(name) or _load(name)
     if is_profiling():

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -57,14 +58,30 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, GRU | LS
     Raises:
         ExportError: for a node that no layer here computes, with the reason, and a model that has none.
     """
-    model = source if isinstance(source, onnx.ModelProto) else onnx.load(Path(source))
+    model = source if isinstance(source, onnx.ModelProto) else _read(Path(source))
     layers: dict[str, GRU | LSTM | RNN] = {}
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 20)
     _collect(model.graph, None, opset, layers)
     if not layers:
-        kinds = sorted({node.op_type for node in model.graph.node})
-        raise ExportError(f"onnx.load: the model has no GRU, LSTM or RNN; it has {', '.join(kinds)}.")
+        kinds = sorted({str(node.op_type) for node in model.graph.node})
+        raise ExportError(f"onnx.load: the model has no GRU, LSTM or RNN; it has {', '.join(kinds) or 'no nodes'}.")
     return layers
+
+
+def _array(tensor: onnx.TensorProto) -> Array:
+    """Return the numbers of a model's tensor."""
+    try:
+        return numpy_helper.to_array(tensor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(f"onnx.load: the model's tensor {tensor.name} can't be read: {error}.") from error
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """Read a model's file."""
+    try:
+        return onnx.load(path)
+    except DecodeError as error:
+        raise ExportError(f"onnx.load: {path} is no ONNX model, or a part of one: {error}.") from error
 
 
 class _Scope:
@@ -77,11 +94,14 @@ class _Scope:
     def __init__(self, graph: onnx.GraphProto, outer: _Scope | None, opset: int) -> None:
         self._outer = outer
         self._opset = opset
-        self._values: dict[str, Array | None] = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        self._values: dict[str, Array | None] = {}
+        self._stored = {each.name: each for each in graph.initializer}
         self._producers = {name: node for node in graph.node for name in node.output if name}
 
     def constant(self, name: str) -> Array | None:
         """Return a value; None for one that an input of the model may change."""
+        if name not in self._values and name in self._stored:
+            self._values[name] = _array(self._stored[name])
         if name not in self._values:
             producer = self._producers.get(name)
             if producer is None:
@@ -120,7 +140,7 @@ def _collect(graph: onnx.GraphProto, outer: _Scope | None, opset: int, layers: d
 
 def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
     kind = node.op_type
-    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    attributes = _attributes(node, name)
     for attribute, what in _UNSUPPORTED.items():
         if attributes.get(attribute):
             raise ExportError(f"onnx.load: {kind} {name} has {what}, which no layer here has.")
@@ -130,7 +150,10 @@ def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
     _warn_of_constants(kind, name, inputs, scope)
     w, r = (_constant(node, name, scope, at) for at in (1, 2))
     b = _constant(node, name, scope, 3) if inputs[3] else None
-    direction = attributes.get("direction", b"forward").decode()
+    _check_shapes(f"{kind} {name}", attributes, w, r, b, len(GATES[kind]))
+    direction = attributes.get("direction", "forward")
+    if direction not in ("forward", "reverse", "bidirectional") or (direction == "bidirectional") != (len(w) == 2):
+        raise ExportError(f"onnx.load: {kind} {name} has the direction {direction!r} and weights of {len(w)}.")
     if direction == "reverse":
         raise ExportError(
             f"onnx.load: {kind} {name} runs backwards only; use fusecell.Recurrent(cell, reverse=True) with the "
@@ -152,6 +175,51 @@ def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
                 order = np.argsort(GATES[kind])
                 getattr(layer, part + suffix).copy_(torch.from_numpy(reordered(value, [int(i) for i in order])))
     return layer  # type: ignore[no-any-return]
+
+
+_KINDS = {
+    **dict.fromkeys(("hidden_size", "linear_before_reset", "layout", "input_forget", "output_sequence"), int),
+    **dict.fromkeys(("activations", "activation_alpha", "activation_beta"), list),
+    "direction": str,
+    "clip": float,
+}
+"""The attributes of recurrent nodes."""
+
+
+def _attributes(node: onnx.NodeProto, name: str) -> dict[str, Any]:
+    """Return a node's attributes, texts as such."""
+    attributes: dict[str, Any] = {}
+    for each in node.attribute:
+        value = helper.get_attribute_value(each)
+        try:
+            value = value.decode() if isinstance(value, bytes) else value
+            if isinstance(value, list):
+                value = [item.decode() if isinstance(item, bytes) else item for item in value]
+        except UnicodeDecodeError as error:
+            what = f"onnx.load: {node.op_type} {name} has {each.name} {value!r}"
+            raise ExportError(f"{what}, which is no text.") from error
+        kind = _KINDS.get(each.name)
+        if kind is None or type(value) is not kind:
+            expected = "which these nodes don't have" if kind is None else f"expected {kind.__name__}"
+            raise ExportError(f"onnx.load: {node.op_type} {name} has the attribute {each.name}={value!r}, {expected}.")
+        attributes[each.name] = value
+    return attributes
+
+
+def _check_shapes(what: str, attributes: Mapping[str, Any], w: Array, r: Array, b: Array | None, gates: int) -> None:
+    """Check that a node's weights belong together."""
+    hidden = r.shape[-1] if r.ndim == 3 else 0
+    rows = gates * hidden
+    expected = ((len(w), rows, w.shape[-1]), (len(w), rows, hidden), (len(w), 2 * rows)) if w.ndim == 3 else ()
+    actual = (w.shape, r.shape, (len(w), 2 * rows) if b is None else b.shape)
+    if not hidden or actual != expected or attributes.get("hidden_size", hidden) != hidden:
+        size = attributes.get("hidden_size", "no number")
+        of_bias = "" if b is None else f", B {b.shape}"
+        raise ExportError(
+            f"onnx.load: {what} has hidden_size {size} and weights W {w.shape}, R {r.shape}{of_bias}; expected "
+            f"(directions, {gates} * hidden_size, features), (directions, {gates} * hidden_size, hidden_size) and "
+            f"(directions, {2 * gates} * hidden_size)."
+        )
 
 
 def _warn_of_constants(kind: str, name: str, inputs: list[str], scope: _Scope) -> None:
@@ -177,10 +245,11 @@ def _constant(node: onnx.NodeProto, name: str, scope: _Scope, at: int) -> Array:
 
 
 def _activations(kind: str, name: str, attributes: Mapping[str, Any], directions: int) -> dict[str, Any]:
-    activations = [each.decode() for each in attributes.get("activations", [])]
-    if not activations or activations == _ACTIVATIONS[kind] * directions:
+    activations = [str(each) for each in attributes.get("activations", [])]
+    spelled = [each.capitalize() for each in activations]  # ONNX Runtime takes them in lower case, too
+    if not activations or spelled == _ACTIVATIONS[kind] * directions:
         return {}
-    if kind == "RNN" and activations == ["Relu"] * directions:
+    if kind == "RNN" and spelled == ["Relu"] * directions:
         return {"nonlinearity": "relu"}
     raise ExportError(
         f"onnx.load: {kind} {name} has the activations {', '.join(activations)}, which no layer here has."

@@ -194,3 +194,23 @@ inside.wait()
     for _ in range(3):
         process = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=600)
         assert process.returncode == 0, process.stderr.decode()
+
+
+class Lazy(fc.Cell):
+    """A cell whose first call says how wide its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.inp, self.rec = nn.LazyLinear(6), nn.Linear(6, 6)
+
+    def step(self, x, state):
+        h = torch.tanh(self.inp(x) + self.rec(state[0]))
+        return h, (h,)
+
+
+def test_weights_of_the_first_call_are_compiled_with_the_second():
+    layer, x = fc.Recurrent(Lazy()), torch.randn(4, 3, 5)
+    with pytest.warns(fc.EagerWarning, match=r"inp\.weight is initialized by the first call"):
+        first = layer(x)[0]
+    with fc.runner("compiled"):
+        torch.testing.assert_close(layer(x)[0], first)

@@ -180,3 +180,41 @@ def test_a_cache_is_forgotten_with_its_object() -> None:
     fc.refresh()
     assert Cache.calls == 1
     assert len(cache_registry._FORGETS) == count
+
+
+class Redefined(fc.Cell):
+    """A cell whose step and submodule are defined anew while it is in use, as in a notebook."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.part = type("Part", (nn.Module,), {"forward": lambda part, x: 2 * x})()
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> Any:
+        return self.part(x) + state[0], state
+
+
+def _halved(self: Any, x: Tensor, state: tuple[Tensor, ...]) -> Any:
+    return self.part(x) / 2 + state[0], state
+
+
+def _assign(kind: Any, name: str, function: Any) -> None:
+    setattr(kind, name, function)
+
+
+def _replace_code(kind: Any, name: str, function: Any) -> None:
+    getattr(kind, name).__code__ = function.__code__
+
+
+@pytest.mark.parametrize("change", [_assign, _replace_code], ids=["assigned", "code"])
+@pytest.mark.parametrize("call", [_without, lambda layer: fc.step(layer.cell, X[0])[0].max()], ids=["layer", "step"])
+def test_a_method_that_is_defined_anew_is_seen_without_refresh(change: Any, call: Any) -> None:
+    layer: Any = fc.Recurrent(type("Own", (Redefined,), {"step": Redefined.step})())
+    code = Redefined.step.__code__
+    assert [float(call(layer)) for _ in range(3)] == [2, 2, 2]
+    change(type(layer.cell.part), "forward", lambda part, x: 6 * x)
+    assert [float(call(layer)) for _ in range(3)] == [6, 6, 6]
+    change(type(layer.cell), "step", _halved)
+    try:
+        assert [float(call(layer)) for _ in range(3)] == [3, 3, 3]
+    finally:
+        Redefined.step.__code__ = code

@@ -387,3 +387,29 @@ def test_profiles_name_the_layer(gradients):
             other(x)
     counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("fusecell")}
     assert counts == {"fusecell::GRU": 1, "fusecell::LSTMCell": 1, "fusecell::RNNCell": 1}
+
+
+class Inside(fc.Cell):
+    """A cell with a compiled submodule, and with a cell and a layer inside its step."""
+
+    def __init__(self):
+        super().__init__(5, 6)
+        self.part = torch.compile(nn.Sequential(nn.Linear(5, 6), nn.Tanh()), backend="eager")
+        self.cell, self.layer = fc.GRUCell(6, 6), fc.GRU(6, 6)
+
+    def step(self, x, state):
+        h = self.cell(self.part(x), state[0])
+        return self.layer(h[None])[0][0], (h,)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch's compiler, where the loop runs it
+def test_a_compiled_submodule_and_layers_inside_a_step_are_part_of_it():
+    torch.manual_seed(0)
+    layer, x = fc.Recurrent(Inside()), torch.randn(4, 3, 5, requires_grad=True)
+    results = []
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y, h = layer(x)
+            results.append((y, h, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)

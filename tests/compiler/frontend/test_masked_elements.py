@@ -67,10 +67,42 @@ def _parts_of_rows(cell: Masking, x: Tensor, h: Tensor) -> Tensor:
     return new
 
 
+def _experts(cell: Masking, x: Tensor, h: Tensor) -> Tensor:
+    weight, place = torch.softmax(cell.linear(torch.cat((x, h), -1))[:, :2], -1).max(-1)
+    new = torch.zeros_like(h)
+    for number, expert in enumerate((cell.norm, torch.sin)):
+        chosen = place == number
+        new[chosen] = weight[chosen].unsqueeze(-1) * expert(h[chosen]) + x[chosen, 2:3]
+    return new
+
+
+def _columns_of_masks(cell: Masking, x: Tensor, h: Tensor) -> Tensor:
+    new, masks = h * 0.5, x > 0
+    for column in (0, 4):
+        new[masks[:, column]] = h[masks[:, column]].cos()
+    return new
+
+
 STEPS = {
     step.__name__.strip("_"): step
-    for step in (_negated, _scaled, _two_masks, _rows, _cell_on_rows, _norm_on_rows, _parts_of_rows)
+    for step in (
+        _negated,
+        _scaled,
+        _two_masks,
+        _rows,
+        _cell_on_rows,
+        _norm_on_rows,
+        _parts_of_rows,
+        _experts,
+        _columns_of_masks,
+    )
 }
+
+
+def _written_elsewhere(masks: Tensor, h: Tensor) -> Tensor:
+    new = h.clone()
+    new[masks[:, 0]] = h[masks[:, 1]]
+    return new
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -93,6 +125,7 @@ def test_the_numbers_are_those_of_the_loop(name: str) -> None:
     [
         ("summed", lambda cell, x, h: h + h[x > 0].sum()),
         ("mean of picked rows", lambda cell, x, h: h + h[x[:, 0] > 0].mean(0)),
+        ("another column of masks", lambda cell, x, h: _written_elsewhere(x > 0, h)),
         ("another mask", lambda cell, x, h: torch.zeros_like(h).masked_scatter(x > 0, h[h > 0])),
     ],
 )

@@ -175,3 +175,10 @@ def test_numbers_have_the_names_of_their_attributes():
     assert {name for name in numbers if numbers[name] != changed[name]} == {"rate", "config.inner.sign", "part.p"}
     cell.flag = False
     assert split_numbers(signature(cell))[0] != blank
+
+
+def test_a_weak_reference_to_what_has_no_hash():
+    cell = fc.Cell(4, 4)
+    cell.lin = nn.Linear(4, 4)
+    cell.handle = cell.lin.weight.register_hook(lambda grad: grad)  # it refers to the table of the hooks
+    assert hash(signature(cell)) == hash(signature(cell))

@@ -280,13 +280,12 @@ def test_hooks_are_refused() -> None:
     assert "rec has hooks" in result.reasons[0]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_hooks_of_torchs_old_weight_norm_are_refused_with_the_new_one() -> None:
-    cell = BodyCell(both)
-    nn.utils.weight_norm(cell.rec)
+@pytest.mark.parametrize(("states", "inputs"), [(("h", "h"), ("x",)), (("my state",), ("x",)), (("h",), ("",))])
+def test_names_that_a_graph_cannot_have_are_refused(states: tuple[str, ...], inputs: tuple[str, ...]) -> None:
+    cell = type("Named", (BodyCell,), {"states": states, "inputs": inputs})(both)
     result = trace(cell, [(4,)], torch.float32, gradients=False)
     assert isinstance(result, Refusal)
-    assert "use torch.nn.utils.parametrizations.weight_norm" in result.reasons[0]
+    assert f"Its states are called {', '.join(map(repr, states))}" in result.reasons[0]
 
 
 # surroundings

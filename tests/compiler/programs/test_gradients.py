@@ -346,3 +346,30 @@ def test_weight_gradients_around_one_row_block(rows):
         seen.append([parameter.grad.clone() for parameter in cell.parameters()])
     for actual, loop in zip(*seen, strict=True):
         torch.testing.assert_close(actual, loop, rtol=1e-11, atol=1e-13)
+
+
+class Named(fc.Cell):
+    """A leaky cell with states of other names."""
+
+    def __init__(self, states):
+        self.states = states
+        super().__init__(5, 6)
+        self.inp, self.rec = nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def step(self, x, state):
+        total = self.inp(x) + sum(map(self.rec, state))
+        state = tuple(0.5 * before + torch.tanh(total * (place + 1)) for place, before in enumerate(state))
+        return state[-1].relu(), state
+
+
+@pytest.mark.parametrize(
+    "states", [("state", "output"), ("output",), ("output", "state.output"), ("x", "input"), ("grad", "saved.output")]
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_states_may_have_any_name(states, recompute):
+    torch.manual_seed(0)
+    cell = Named(states).double()
+    arguments = drawn(cell, 5, 3)
+    results = [call(cell, *arguments, {"recompute": recompute}, runner) for runner in ("compiled", "eager")]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

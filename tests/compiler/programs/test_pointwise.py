@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusecell as fc
 from tests.compiler.elementwise_functions import DOMAINS, FUNCTIONS
@@ -150,3 +150,24 @@ def test_edges_are_torchs(names: tuple[str, ...], dtype: torch.dtype) -> None:
         value, expected = compiled[name][0], eager[name][0]
         zero = (expected == 0) & (value == 0)
         assert torch.equal(value[zero].signbit(), expected[zero].signbit()), name
+
+
+class Rounded(fc.Cell):
+    """A cell that rounds to 16 bits and back."""
+
+    def __init__(self, dtype):
+        super().__init__(8, 8)
+        self.to = dtype
+        self.gain = nn.Parameter(torch.ones(8, dtype=torch.float64))
+
+    def step(self, x, state):
+        y = (x * self.gain).to(self.to).to(x.dtype)
+        return y, (y,)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_float64_is_rounded_to_16_bits_by_way_of_float32(dtype, bits):
+    x = 1 + 2.0**-bits + torch.tensor([[[s * 2.0**-p for p in (24, 26, 30, 40) for s in (1, -1)]]], dtype=torch.float64)
+    with fc.runner("compiled"):
+        y, _ = fc.scan(Rounded(dtype), x)
+    assert torch.equal(y, x.to(dtype).double())

@@ -11,7 +11,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State, steps_of
 from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
 
-__all__ = ["as_numbers", "call_reasons", "loop_is_faster", "needs_gradient", "tensor_reasons"]
+__all__ = ["INTEGERS", "as_numbers", "call_reasons", "loop_is_faster", "needs_gradient", "tensor_reasons"]
 
 # A subclass may give any operator another meaning.
 _EXACT = (Tensor, nn.Parameter)
@@ -22,6 +22,8 @@ _LARGE_CELL = 2**19
 _FEW_STEPS = 2
 _EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53, torch.bfloat16: 2**8, torch.float16: 2**11}
 """The largest number up to which a dtype has every integer."""
+INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+"""The dtypes of inputs that kernels take as numbers of the cell's own dtype."""
 
 
 def call_reasons(inputs: State, state: State) -> tuple[str, ...]:
@@ -60,12 +62,12 @@ def tensor_reasons(tensors: State) -> tuple[str, ...]:
 
 
 def as_numbers(inputs: State, dtype: torch.dtype) -> State | Refusal:
-    """Return inputs with integers as the numbers of the dtype of the cell's states, which kernels take.
+    """Return inputs with integers and bools as the numbers of the dtype of the cell's states, which kernels take.
 
     Only integers that each are such a number: a token's id beyond is another token's.
     """
     for value in inputs:
-        if value.dtype is torch.int64 and dtype in _EXACT_INTEGERS:
+        if value.dtype in INTEGERS and value.dtype is not torch.bool and dtype in _EXACT_INTEGERS:
             most = _EXACT_INTEGERS[dtype]
             if value.numel() and not (type(value) in _EXACT and value.is_cpu):
                 return inputs
@@ -78,7 +80,7 @@ def as_numbers(inputs: State, dtype: torch.dtype) -> State | Refusal:
                         ".double(), or look the ids up outside the cell.",
                     )
                 )
-    return tuple([value.to(dtype) if value.dtype is torch.int64 else value for value in inputs])
+    return tuple([value.to(dtype) if value.dtype in INTEGERS else value for value in inputs])
 
 
 def loop_is_faster(cell: Cell, inputs: State) -> bool:

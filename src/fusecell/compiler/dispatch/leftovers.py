@@ -1,15 +1,17 @@
 """Run steps that leave tensors in attributes of their module, as spiking neurons do with their potential.
 
 No step reads what an earlier one has left, so a compiled loop computes the same without it. After a call, though, it is
-there for whoever looks: the last step is run in Python, and sets the attributes as the last step of a loop does.
+there for whoever looks: the last step is run in Python, and sets the attributes as the last step of a loop does. Where
+they are weights that hooks compute, as pruning does, the hooks alone are run.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.programs.autograd import TrainableStep
@@ -18,6 +20,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State, steps_of
 from fusecell.shapes import packed
+from fusecell.torch_internals import computes_weight
 
 __all__ = ["run_leaving"]
 
@@ -26,6 +29,12 @@ def run_leaving(
     program: Program | TrainableStep, cell: Cell, inputs: State, numbers: State, state: State, options: Options
 ) -> tuple[Tensor, State] | Refusal:
     """Run all steps but the last as machine code, and the last in Python."""
+    hooks = _weights_hooks(cell)
+    if hooks.keys() >= set(program.traced.leftovers):
+        result = program(cell, numbers, state, options)
+        for module, hook in hooks.values():
+            hook(module, ())
+        return result
     steps = steps_of(inputs)
     if options.lengths is not None and options.reverse:
         name = program.traced.leftovers[0]
@@ -47,6 +56,18 @@ def run_leaving(
     output, after = run_eager(cell, _part(inputs, steps, at), state, _part_of_options(options, at, 1, last))
     outputs.append(packed(output, 2))
     return torch.cat(outputs[::-1] if options.reverse else outputs), after
+
+
+def _weights_hooks(cell: Cell) -> dict[str, tuple[nn.Module, Any]]:
+    """Return the hooks that compute weights of submodules, by the weight's path."""
+    found = {}
+    for prefix, module in cell.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if prefix and computes_weight(hook):
+                # Pruning and the norms call it differently.
+                name = getattr(hook, "_tensor_name", None) or getattr(hook, "name", "")
+                found[f"{prefix}.{name}"] = module, hook
+    return found
 
 
 def _part(inputs: State, steps: int, part: slice) -> State:

@@ -15,7 +15,7 @@ from fusecell.cell import Cell
 from fusecell.cell_tree import iter_cells
 from fusecell.compiler.cache_registry import forget_programs, register_cache
 from fusecell.compiler.dispatch import fast_path
-from fusecell.compiler.dispatch.eligibility import as_numbers, call_reasons, loop_is_faster, needs_gradient
+from fusecell.compiler.dispatch.eligibility import INTEGERS, as_numbers, call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.dispatch.transforms import is_transformed, run_transformed
@@ -104,7 +104,7 @@ def _users_level() -> int:
 def _numbers(cell: Cell, inputs: State, state: State) -> State | Refusal:
     """Return inputs as kernels take them, integers as numbers."""
     for value in inputs:
-        if value.dtype is torch.int64:
+        if value.dtype in INTEGERS:
             return as_numbers(inputs, state[0].dtype if state else compute_dtype(cell, value))
     return inputs
 

@@ -9,13 +9,20 @@ the module alive.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
 
-from fusecell.compiler.frontend.signature import HOOKS, attribute_names, is_immutable, is_plain_tensor, is_reference
+from fusecell.compiler.frontend.signature import (
+    HOOKS,
+    attribute_names,
+    definition,
+    is_immutable,
+    is_plain_tensor,
+    is_reference,
+)
 
 __all__ = ["ModuleGuards", "attribute_guards", "constants", "guards_of"]
 
@@ -48,6 +55,8 @@ class ModuleGuards:
         parts: Mapping[str, ModuleGuards | None],
     ) -> None:
         self._kind, self._size = kind, size
+        self._code = None if size is None else definition(kind)
+        self._get_code = attrgetter("step.__code__" if hasattr(kind, "step") else "forward.__code__")
         self._get_atoms, self._atoms = _getter(atoms), tuple(atoms.values())
         self._functions = tuple(functions.items())
         self._buffers = tables[1]
@@ -65,7 +74,7 @@ class ModuleGuards:
         """Return the module's tensors, in the order of ``paths``; None if anything else has changed."""
         try:
             return self._tensors(module)
-        except KeyError:  # an attribute is gone
+        except (KeyError, AttributeError):  # an attribute is gone
             return None
 
     def _tensors(self, module: nn.Module) -> tuple[Tensor, ...] | None:
@@ -74,6 +83,8 @@ class ModuleGuards:
             return None
         if self._size is None:
             return self._get_parameters(state["_parameters"])
+        if self._code is not None and self._get_code(self._kind) is not self._code:
+            return None
         parameters, buffers, modules, a, b, c, d = _TABLES(state)
         if a or b or c or d or len(state) != self._size or [*parameters] != self._order:
             return None
@@ -125,7 +136,7 @@ class _Table:
 def guards_of(module: nn.Module) -> ModuleGuards | None:
     """Return guards on a module and all in it; None where it has hooks, or something that may change inside."""
     state = vars(module)
-    if any(map(state.get, HOOKS)):
+    if any(map(state.get, HOOKS)) or "training" not in state:  # one that torch.compile has wrapped has no flag
         return None
     atoms, functions, loose = {}, {}, []
     for name in attribute_names(module):
@@ -162,7 +173,7 @@ def constants(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield path and value of each number, flag and name in a module that torch can guard by itself."""
     for prefix, part in module.named_modules():
         for name in attribute_names(part):
-            value = vars(part)[name]
+            value = vars(part).get(name)
             if isinstance(value, bool | int | float | str):
                 yield f"{prefix}.{name}" if prefix else name, value
 

@@ -17,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 from fusecell.compiler.frontend.replacements import REPLACEMENTS
 from fusecell.compiler.frontend.sampling import SAMPLING
 from fusecell.compiler.frontend.traced_values import Untraceable
+from fusecell.execution.context import runner
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.torch_internals import (
     in_functorch_transform,
     with_torch_functions,
+    without_compilation,
     without_distribution_checks,
     without_functorch,
     without_jit_trace,
@@ -136,6 +138,9 @@ def isolated(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(_without_nan_checks())
         stack.enter_context(without_distribution_checks())
         stack.enter_context(without_jit_trace())
+        stack.enter_context(without_compilation())
+        # Cells and layers inside the step are part of it.
+        stack.enter_context(runner("eager"))
         # A scripted function is run as it is written at its first call, and otherwise optimised at its second.
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]  # documented
         stack.enter_context(_with_computing_default_dtype(dtype))

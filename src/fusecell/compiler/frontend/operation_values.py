@@ -47,6 +47,8 @@ from fusecell.compiler.ir.graph import Builder
 __all__ = ["READS_VALUES", "OperationValues"]
 
 _NUMBERS = (torch.bool, torch.int64, torch.int32)
+_SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16)
+"""Those of inputs, which may be moved and cast: arithmetic would have to wrap around."""
 _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 """Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
 
@@ -116,7 +118,7 @@ class OperationValues(TensorValues):
             return [filled(self.writer, name, values, results[0])]
         is_complex = name in MAKES_COMPLEX or any(result is not None and result.is_complex() for result in results)
         if is_complex or any(isinstance(value, Complex) for value in operands):
-            return self._of_complex(func, name, values, options, results)
+            return self._of_complex(func, name, args, values, options, results)
         if name in KEEPS:
             return [operands[0]]
         # A weight meets rows as a row, too: `Writer.row` turns operands into rows.
@@ -179,9 +181,9 @@ class OperationValues(TensorValues):
         mask, writer = masked[0].mask, self.writer
         if name == "index_put":
             return [RULES[name](writer, *values, **options)]
-        if any((value.mask.node, value.mask.shape) != (mask.node, mask.shape) for value in masked):
+        if not all(value.is_of(mask) for value in masked):
             return None
-        of_rows = mask.axis == 0 and set(mask.shape[1:]) <= {1}
+        of_rows = masked[0].of_rows
         if name not in ELEMENTWISE and name not in KEEPS and not of_rows:
             return None
         others = [value for value in values_in((values, options)) if not isinstance(value, Masked)]
@@ -199,7 +201,13 @@ class OperationValues(TensorValues):
         return [Masked((), masked[0].reason, value, mask) if isinstance(value, Row) else value for value in all_rows]
 
     def _of_complex(
-        self, func: Any, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor]
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        values: list[Any],
+        options: dict[str, Any],
+        results: Sequence[Tensor],
     ) -> Sequence[Value | None]:
         """Return the values of an operation on complex numbers, as pairs of real values."""
         writer = self.writer
@@ -213,6 +221,8 @@ class OperationValues(TensorValues):
             return [Complex(row.shape, row, writer.const(0.0, row.shape, row.axis, row.split))]
         if name == "copy":
             return [moved_pair(writer, lambda numbers: numbers.expand(results[0].shape), values[1])]
+        if name == "as_strided":
+            return [moved_pair(writer, lambda numbers: strided(numbers, args[0], results[0]), values[0])]
         if name in MOVES:
             moved = moved_pair(writer, func, *values, **options)
             return moved if isinstance(moved, list) else [moved]
@@ -365,10 +375,16 @@ class OperationValues(TensorValues):
             whole = RULES["trunc"](self.writer, row)
             return self.writer.point("where", self.writer.point("eq", whole, 0.0), 0.0, whole)
         if result.dtype in self._casts:
-            return self.writer.point(self._casts[result.dtype], row)
+            return self.writer.point(self._casts[result.dtype], self._through_float32(row, source))
         if result.dtype not in self._dtypes and not widens(self.dtype, result.dtype):
             raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
         return row
+
+    def _through_float32(self, row: Row, source: torch.dtype) -> Row:
+        """Round a float64 to float32, by which torch rounds it to 16 bits: twice."""
+        if source != torch.float64 or torch.float32 not in self._casts:
+            return row
+        return self.writer.point(self._casts[torch.float32], row)
 
     def _of_sums(
         self, name: str, values: list[Any], options: dict[str, Any], results: Sequence[Tensor], operands: list[Value]
@@ -422,8 +438,10 @@ class OperationValues(TensorValues):
             self._resolved.add(id(results[0]))
         if fill is not None:
             return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
-        if len(operands) == 1 and isinstance(operands[0], Weight) and isinstance(values[0], Weight):
-            return weight_views(func, name, operands[0], values[1:], weights)
+        # The gradient of what is repeated is added up, which the prologue's own backward does.
+        is_repeated = name == "expand" and args[0].requires_grad and results[0].numel() > args[0].numel()
+        if len(operands) == 1 and isinstance(values[0], Weight) and (self.backward or not is_repeated):
+            return weight_views(func, name, values[0], values[1:], weights)
         return weights
 
     def _ref(self, value: Weight, tensor: Tensor) -> Ref:
@@ -463,6 +481,7 @@ class OperationValues(TensorValues):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
             accepted = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
+            accepted += _SMALL_INTEGERS if name in MOVES else ()
             # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
             unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
             if tensor.dtype not in accepted and not constant and not unchanged:

@@ -1,8 +1,8 @@
 """Functions of torch that look at a tensor's values where nothing need depend on them, written so that they don't.
 
 ``one_hot`` checks its classes, and the gradients of products and determinants look for zeros, to divide where there are
-none. While a
-step is traced, these stand for them: with torch's numbers, and gradients without a division.
+none. While a step is traced, these stand for them: with torch's numbers, and gradients without a division. Others stand
+for functions that copy a tensor and write to a part of it, as steps do themselves.
 """
 
 from __future__ import annotations
@@ -99,6 +99,26 @@ def _determinant(A: Tensor) -> Tensor:
     return total
 
 
+def _slice_scatter(
+    input: Tensor, src: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    result = input.clone()
+    torch.ops.aten.slice.Tensor(result, dim, start, end, step).copy_(src)
+    return result
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    result = input.clone()
+    result.select(dim, index).copy_(src)
+    return result
+
+
+def _diagonal_scatter(input: Tensor, src: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    result = input.clone()
+    result.diagonal(offset, dim1, dim2).copy_(src)
+    return result
+
+
 REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.prod: _product,
     Tensor.prod: _product,
@@ -108,4 +128,10 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.det: _determinant,
     Tensor.det: _determinant,
     torch.linalg.det: _determinant,
+    torch.slice_scatter: _slice_scatter,
+    Tensor.slice_scatter: _slice_scatter,
+    torch.select_scatter: _select_scatter,
+    Tensor.select_scatter: _select_scatter,
+    torch.diagonal_scatter: _diagonal_scatter,
+    Tensor.diagonal_scatter: _diagonal_scatter,
 }

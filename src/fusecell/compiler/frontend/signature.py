@@ -7,20 +7,22 @@ What a module consists of, and which of its values cannot change inside, is said
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Hashable, Mapping, MutableSequence, Set
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from collections.abc import Collection, Mapping, MutableSequence, Set
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fusecell.torch_internals import OPERATOR_TYPE
+from fusecell.torch_internals import OPERATOR_TYPE, computes_weight
 
 __all__ = [
     "HOOKS",
     "Key",
+    "definition",
     "attribute_names",
     "is_immutable",
     "is_plain_tensor",
@@ -87,12 +89,22 @@ def is_plain_tensor(value: Any) -> bool:
     return type(value) in _PLAIN_TENSORS
 
 
+def definition(kind: type) -> CodeType | None:
+    """Return the code of a class's ``step``, or else ``forward``; None where it is no function of Python's.
+
+    A notebook that reloads modules, or an assignment to the class, changes it under the same class.
+    """
+    function = getattr(kind, "step", None) or getattr(kind, "forward", None)
+    return getattr(function, "__code__", None)
+
+
 def signature(module: nn.Module, _seen: _Seen | None = None, without: Collection[str] = ()) -> Key:
     """Return a key that changes whenever the module would trace differently.
 
-    It contains every bool, number, string and None, alone, in tuples, lists and dicts or in the attributes of other
-    objects; functions and classes by identity; the shape, dtype, requires_grad and tying of tensors; the training
-    flag; whether there are hooks; and all submodules. It does not contain globals and closures.
+    It contains the code of ``step`` or ``forward``; every bool, number, string and None, alone, in tuples, lists and
+    dicts or in the attributes of other objects; functions and classes by identity; the shape, dtype, requires_grad and
+    tying of tensors; the training flag; whether there are hooks, and which weights these compute; and all submodules.
+    It does not contain globals and closures.
 
     A value is an entry (name, type, content), without the name in a sequence; a container's content is a tuple of
     entries.
@@ -103,9 +115,13 @@ def signature(module: nn.Module, _seen: _Seen | None = None, without: Collection
     seen = _Seen({}, {}) if _seen is None else _seen
     seen.objects.setdefault(id(module), len(seen.objects))
     state = vars(module)
-    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
-    hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    entries: list[Any] = [type(module), bool(hooks)]
+    if "training" not in state:  # a module that torch.compile has wrapped: its attributes are the other's
+        return type(module), signature(module.get_submodule("_orig_mod"), seen)
+    code = definition(type(module))
+    entries: list[Any] = [type(module), code and ref(code)]
+    for table in HOOKS:
+        if state[table]:
+            entries.append((table, *_hooks(state[table], seen)))
     for name in _attribute_names(tuple(state)):
         if without and name in without:
             continue
@@ -180,10 +196,17 @@ def _blanked(entries: Key, path: str, numbers: dict[str, Any]) -> Key:
     return tuple(blanked)
 
 
+def _hooks(table: Mapping[int, Any], seen: _Seen) -> tuple[type, Key]:
+    """Return what hooks compute, as far as that is known: of any other only that it is there."""
+    return tuple, tuple([_frozen(hook if computes_weight(hook) else None, seen) for hook in table.values()])
+
+
 def _tensor(name: str, value: Tensor | None, seen: _Seen) -> Key:
     if value is None:
         return name, None
     kind = type(value)
+    if isinstance(value, UninitializedBuffer | UninitializedParameter):
+        return name, kind, id(value)
     if kind is nn.Parameter:
         kind = Tensor  # functional_call puts a tensor in a parameter's place
     number = seen.tensors.setdefault(id(value), len(seen.tensors))
@@ -226,7 +249,16 @@ def _object(value: Any, seen: _Seen) -> Any:
         return frozenset((type(item), item) for item in value)
     if isinstance(value, MutableSequence):
         return tuple([_frozen(item, seen) for item in value])
-    return value if isinstance(value, Hashable) else None
+    return value if _is_hashable(value) else None
+
+
+def _is_hashable(value: Any) -> bool:
+    # By its hash: a weak reference has the type of a hashable object, and the hash of what it refers to.
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _fields(value: Any) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from fusecell.compiler.frontend.sums_over_rows import as_matrix
 from fusecell.compiler.frontend.traced_step import Traced, attributes, input_names
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
 from fusecell.compiler.ir.graph import Builder
+from fusecell.compiler.ir.graph_contract import gradient_leaf
 from fusecell.compiler.ir.naming import name_values
 from fusecell.eager import checked_output
 from fusecell.shapes import Shape, feature_shape, is_size, output_shape, packed, size_text
@@ -137,7 +138,9 @@ class StepRun:
         if self.gradients and dtype.is_floating_point and not name.startswith("grad."):
             # No leaf of autograd: in place on one torch raises before the recorder can say where.
             tensor = tensor.requires_grad_().clone()
-        self.recorder.know(tensor, Row(tuple(tensor.shape), node), fixed=True)
+        row = Row(tuple(tensor.shape), node)
+        value = self.recorder.writer.truth(row) if dtype == torch.bool else row
+        self.recorder.know(tensor, value, fixed=True)
         return tensor
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -235,7 +238,7 @@ class StepRun:
 
     def _backward(self, x: list[Tensor], state: list[Tensor], output: Tensor, after: list[Tensor]) -> None:
         recorder, cell = self.recorder, self.cell
-        labels = ["grad.output", *(f"grad.{name}" for name in cell.states)]
+        labels = ["grad.output", *map(gradient_leaf, cell.states)]
         results = [output, *after]
         seeds = [
             self._leaf("input", label, tuple(value.shape[1:]), self.dtype)

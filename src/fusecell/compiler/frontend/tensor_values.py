@@ -104,7 +104,8 @@ class TensorValues:
             return Unsupported(
                 shape,
                 f"The step uses a tensor of shape {shape} that is neither an input, a state, a parameter, a buffer or "
-                "an attribute of the cell nor made in the step; keep it on the cell with register_buffer.",
+                "an attribute of the cell nor made in the step; keep it on the cell with register_buffer, and a module "
+                "that has it as an attribute or in an nn.ModuleList.",
             )
         self.know(source, self.weights.source(path, source), fixed=True)
         return self._settled(self._values[key_of(source)])

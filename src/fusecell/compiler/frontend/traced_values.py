@@ -195,6 +195,21 @@ class Masked(Unsupported):
     row: Row
     mask: Row
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether the mask picks whole rows."""
+        return _is_of_rows(self.mask)
+
+    def is_of(self, mask: Row) -> bool:
+        """Whether it is this mask that picks the elements; a mask of rows may be spread over any dimensions."""
+        if mask.node != self.mask.node or not np.array_equal(mask.full_index.ravel(), self.mask.full_index.ravel()):
+            return False
+        return mask.shape == self.mask.shape or (self.of_rows and _is_of_rows(mask))
+
+
+def _is_of_rows(mask: Row) -> bool:
+    return mask.axis == 0 and set(mask.shape[1:]) <= {1}
+
 
 Value = Row | Complex | Weight | Sum | ExternalGrad | Unsupported
 

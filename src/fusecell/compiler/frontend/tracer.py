@@ -10,19 +10,23 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fusecell.cell import Cell
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES
 from fusecell.compiler.frontend.isolation import isolated
+from fusecell.compiler.frontend.signature import HOOKS
 from fusecell.compiler.frontend.step_run import StepRun
 from fusecell.compiler.frontend.traced_step import Traced, attributes
 from fusecell.compiler.frontend.traced_values import Untraceable
+from fusecell.compiler.ir.graph import NAME
 from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
 from fusecell.module_snapshot import Change, Snapshot
 from fusecell.shapes import feature_shape, output_shapes
 from fusecell.step_changes import changing_line, explain_changes
+from fusecell.torch_internals import computes_weight
 
 __all__ = ["trace"]
 
@@ -31,7 +35,6 @@ _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 7
 _ABOUT_ROWS = "rows"
 _IN_PLACE = "is a view and is being modified inplace"
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # One trace at a time: `intercepted` patches a class of torch's, and `isolated` changes settings of the whole process.
 _LOCK = new_lock()
 
@@ -182,15 +185,9 @@ def _refuse_changes(run: StepRun, before: Snapshot, changes: list[Change]) -> Re
     return Refusal((explain_changes(changes, line),), tuple(dict.fromkeys(change.attribute for change in changes)))
 
 
-_INSTEAD_OF_HOOKS = {
-    "WeightNorm": "; use torch.nn.utils.parametrizations.weight_norm, which has none",
-    "SpectralNorm": "; use torch.nn.utils.parametrizations.spectral_norm, which has none",
-}
-
-
-def _hook_of(module: nn.Module) -> str:
-    """Return the class of a module's first hook that is called before it."""
-    return next((type(hook).__name__ for hook in module._forward_pre_hooks.values()), "")
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, other than those that compute its weights before it."""
+    return any(not computes_weight(hook) for kind in HOOKS for hook in getattr(module, kind, {}).values())
 
 
 def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
@@ -198,13 +195,22 @@ def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
     if dtype not in COMPILED_DTYPES:
         return (f"Only float32, float64, bfloat16 and float16 are compiled, the cell computes in {dtype}.",)
     reasons = [
-        f"The submodule {name} has hooks, which may do anything{_INSTEAD_OF_HOOKS.get(_hook_of(module), '')}."
+        f"The submodule {name} has hooks, which may do anything."
         for name, module in cell.named_modules()
-        if module is not cell and any(getattr(module, kind, None) for kind in _HOOKS)
+        if module is not cell and _has_hooks(module)
     ]
+    names = (*cell.states, *cell.inputs)
+    if len(set(cell.states)) < len(cell.states) or not all(map(NAME.fullmatch, names)):
+        reasons.append(
+            f"Its states are called {', '.join(map(repr, cell.states))}, its inputs "
+            f"{', '.join(map(repr, cell.inputs))}: names are letters, digits, _ and points, and no two states have the "
+            "same."
+        )
     # A kernel reads memory: a subclass may have none, or give its elements another meaning.
     reasons += [
-        f"{path} is a {type(value).__name__}, a subclass of Tensor."
+        f"{path} is initialized by the first call."
+        if isinstance(value, UninitializedBuffer | UninitializedParameter)
+        else f"{path} is a {type(value).__name__}, a subclass of Tensor."
         for path, value in attributes(cell)
         if type(value) not in _PLAIN_TENSORS
     ]
@@ -214,7 +220,7 @@ def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         if not tensor.is_cpu or tensor.layout is not torch.strided
     ]
     shared = nn.modules.module
-    if any(getattr(shared, f"_global{kind}", None) for kind in _HOOKS):
+    if any(getattr(shared, f"_global{kind}", None) for kind in HOOKS):
         reasons.append("Hooks on all modules are registered, which may do anything.")
     return tuple(reasons)
 

@@ -11,7 +11,7 @@ step      ``output``; ``state.<name>`` for each state, of the state's own type; 
           ``after.<name>`` and ``saved.<name>``, all of them rows
 joint     those of a step; and ``grad.input.<name>`` and ``grad.state.<name>`` of the leaf's type, and
           ``grad.weight.<name>``, a sum of the leaf's shape. Its last inputs are ``grad.output`` and
-          ``grad.<state>``, of the types of what they are the gradients of
+          ``grad.<state>``, of the types of what they are the gradients of; see :func:`gradient_leaf`
 gradient  ``state.grad.<name>`` for each of its states, ``grad.input.<name>`` and ``grad.weight.<name>``
 ========  ====================================================================================================
 """
@@ -28,11 +28,19 @@ from fusecell.compiler.ir.graph import MOST_LABEL, NAME, Graph
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
 from fusecell.errors import CompilerError, quoted
 
-__all__ = ["GraphLimits", "Role", "check_graph"]
+__all__ = ["GraphLimits", "Role", "check_graph", "gradient_leaf"]
 
 Role = Literal["step", "joint", "gradient"]
 _LEAVES = ("input", "state", "weight")
 _STEP_LABELS = ("note.", "after.", "saved.")
+
+
+def gradient_leaf(state: str) -> str:
+    """Name the gradient of a state among the leaves of a graph.
+
+    That of the output is ``grad.output``, so a state of this name has another, and one of that other name too.
+    """
+    return f"grad.{'state.' if state == 'output' or state.startswith('state.') else ''}{state}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +182,7 @@ def _check_result(label: str, result: Type, leaves: Mapping[str, Mapping[str, Ty
 
 def _check_incoming(output: Type, leaves: Mapping[str, Mapping[str, Type]]) -> None:
     """Check the inputs of a joint graph that are gradients."""
-    expected = {"grad.output": output, **{f"grad.{name}": state for name, state in leaves["state"].items()}}
+    expected = {"grad.output": output, **{gradient_leaf(name): state for name, state in leaves["state"].items()}}
     for name, like in expected.items():
         leaf = leaves["input"].get(name)
         if leaf != like:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node
+from fusecell.compiler.ir.graph_contract import gradient_leaf
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.ir.sizes import padded
 
@@ -234,9 +235,9 @@ def _backward(joint: Graph, outputs: dict[str, int], saved: dict[int, str]) -> G
     names = {joint[index].name: index for index in joint.leaves("input")}
     states = [joint[index].name for index in joint.leaves("state")]
     leaves = {index: ("input", name) for index, name in saved.items()}
-    leaves |= {names[f"grad.{state}"]: ("state", f"grad.{state}") for state in states}
+    leaves |= {names[gradient_leaf(state)]: ("state", gradient_leaf(state)) for state in states}
     results = {label: index for label, index in outputs.items() if not label.startswith("grad.state.")}
-    carried = {f"state.grad.{state}": outputs.get(f"grad.state.{state}") for state in states}
+    carried = {f"state.{gradient_leaf(state)}": outputs.get(f"grad.state.{state}") for state in states}
     results |= {label: index for label, index in carried.items() if index is not None}
     gradient = _copied(joint, results, leaves, "gradient", keep_states=False)
     return _with_all_states(gradient, joint, carried)
@@ -247,7 +248,8 @@ def _with_all_states(gradient: Graph, joint: Graph, carried: dict[str, int | Non
     builder = Builder(gradient.title, gradient.dtype)
     states = [joint[index] for index in joint.leaves("state")]
     leaves = {
-        f"grad.{node.name}": builder.append("state", (), {"shape": [node.size]}, f"grad.{node.name}") for node in states
+        name: builder.append("state", (), {"shape": [node.size]}, name)
+        for node, name in zip(states, map(gradient_leaf, (node.name for node in states)), strict=True)
     }
     new: dict[int, int] = {}
     for index, node in gradient:
@@ -257,7 +259,8 @@ def _with_all_states(gradient: Graph, joint: Graph, carried: dict[str, int | Non
             new[index] = builder.append(node.op, [new[arg] for arg in node.args], node.attrs, node.name)
     outputs = {label: new[index] for label, index in gradient.outputs.items()}
     for node in states:
-        if carried[f"state.grad.{node.name}"] is None:
+        label = f"state.{gradient_leaf(node.name)}"
+        if carried[label] is None:
             zeros = builder.add("broadcast", builder.const(0.0), size=node.size)
-            outputs[f"state.grad.{node.name}"] = zeros
+            outputs[label] = zeros
     return Graph(gradient.title, gradient.dtype, tuple(builder.nodes), outputs)

@@ -21,6 +21,7 @@ from fusecell.compiler.frontend.rules.sampling_grid import SAMPLING_GRIDS
 from fusecell.compiler.frontend.rules.scans import SCANS
 from fusecell.compiler.frontend.rules.searching import SEARCHES
 from fusecell.compiler.frontend.rules.small_matrices import SMALL_MATRICES
+from fusecell.compiler.frontend.rules.sorting import SORTING
 from fusecell.compiler.frontend.rules.special import SPECIAL, SPECIAL_BACKWARD
 
 __all__ = ["ELEMENTWISE", "RULES"]
@@ -36,6 +37,7 @@ RULES = {
     **POOLING,
     **INTERPOLATIONS,
     **INDEXING,
+    **SORTING,
     **SEARCHES,
     **LOSSES,
     **PADDINGS,

@@ -15,7 +15,8 @@ import torch
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.pointwise import split_halves
 from fusecell.compiler.frontend.rules.reduction import centred, mean, total
-from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Untraceable, Value
+from fusecell.compiler.frontend.sums_over_rows import reordered
+from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Untraceable, Value, arranged
 
 __all__ = ["BACKWARD", "SUMS"]
 
@@ -245,7 +246,7 @@ def _squeeze(w: Writer, value: Sum, dims: Any = None) -> Sum:
 
 def _sum_of_units(w: Writer, value: Sum, dims: Any = None, keepdim: bool = False, **_: Any) -> Sum:
     """Sum over dimensions of size 1, as autograd does where torch has broadcast: nothing is added."""
-    reduced = [dim % len(value.shape) for dim in dims]
+    reduced = [dim % len(value.shape) for dim in (range(len(value.shape)) if dims is None else dims)]
     if any(value.shape[dim] != 1 for dim in reduced):
         raise Untraceable("The step sums the gradient of a weight over a dimension.")
     return Sum(tuple(n for dim, n in enumerate(value.shape) if keepdim or dim not in reduced), value.node)
@@ -259,14 +260,16 @@ def _place(w: Writer, value: Sum, shape: Sequence[int], dim: int, start: int, st
     begin = start + shape[dim] if start < 0 else start
     if value.shape == tuple(shape):
         return value
-    stored = len(w.builder.nodes[value.node].type.shape)
+    stored, node = len(w.builder.nodes[value.node].type.shape), value.node
+    if len(shape) < stored:  # a vector whose part is used as a matrix of one row or column
+        stored, node = 1, reordered(w.builder, node, arranged(value.shape))
     if stored == 1:
         size, corner = [math.prod(shape)], [begin * math.prod(shape[dim + 1 :])]
         if math.prod(shape[:dim]) != 1:
             raise Untraceable("The step takes columns of a weight that is used element by element.")
     else:
         size, corner = list(shape), [begin if position == dim else 0 for position in range(len(shape))]
-    return Sum(tuple(shape), w.builder.add("place", value.node, shape=size, corner=corner))
+    return Sum(tuple(shape), w.builder.add("place", node, shape=size, corner=corner))
 
 
 def _place_one(w: Writer, value: Sum, shape: Sequence[int], dim: int, index: int) -> Sum:

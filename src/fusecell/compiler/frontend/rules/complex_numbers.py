@@ -1,7 +1,7 @@
 """Rules for complex numbers: pairs of real values, by which complex states and products are computed.
 
 A graph has real numbers alone. The order of operations is that of the textbook formulas, which torch's kernels have
-too, except for division and square roots, where torch scales against overflow; these are not compiled.
+too, except for division and square roots, where torch scales against overflow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from fusecell.compiler.frontend.traced_values import Complex, Row, Sum, Untracea
 __all__ = ["COMPLEX", "KEEPS_PAIR", "MAKES_COMPLEX", "are_joined", "moved_pair", "pair_of", "sum_of_pairs"]
 
 _MOST_POINTS = 512
-"""Points of a Fourier transform, at the most: as a product it takes the square of them."""
+"""Points of a Fourier transform along a dimension, at the most: as a product it takes the square of them."""
+_MOST_FACTORS = 8
+"""Of a power that is computed as a product, at the most."""
 
 Pair = Complex | Row | float | int | complex | bool
 
@@ -110,6 +112,45 @@ def _sgn(w: Writer, x: Complex) -> Complex:
 def _exp(w: Writer, x: Complex) -> Complex:
     size = w.point("exp", x.real)
     return _of(w, w.point("mul", size, w.point("cos", x.imaginary)), w.point("mul", size, w.point("sin", x.imaginary)))
+
+
+def _log(w: Writer, x: Complex) -> Complex:
+    return _of(w, w.point("log", _abs(w, x)), _angle(w, x))
+
+
+def _angle(w: Writer, x: Complex) -> Row:
+    return w.point("atan2", x.imaginary, x.real)
+
+
+def _pow(w: Writer, x: Pair, exponent: Operand) -> Complex:
+    if isinstance(x, Complex) and isinstance(exponent, int | float):
+        if 0 < exponent == int(exponent) <= _MOST_FACTORS:
+            result = x
+            for _ in range(int(exponent) - 1):
+                result = _mul(w, result, x)
+            return result
+        return _polar(w, w.point("pow", _abs(w, x), float(exponent)), w.point("mul", _angle(w, x), float(exponent)))
+    raise Untraceable("Powers of complex numbers are compiled for exponents that are real numbers.")
+
+
+def _tanh(w: Writer, x: Complex) -> Complex:
+    # With e^-2|x|, which is no overflow.
+    small = w.point("exp", w.point("mul", w.point("abs", x.real), -2.0))
+    twice = w.point("mul", x.imaginary, 2.0)
+    square = w.point("mul", small, small)
+    across = w.point("mul", w.point("mul", small, 2.0), w.point("cos", twice))
+    scale = w.point("add", w.point("add", square, 1.0), across)
+    real = w.point("copysign", w.point("div", w.point("sub", 1.0, square), scale), x.real)
+    return _of(w, real, w.point("div", w.point("mul", w.point("mul", small, 2.0), w.point("sin", twice)), scale))
+
+
+def _tanh_backward(w: Writer, gradient: Pair, result: Complex) -> Complex:
+    return _mul(w, gradient, _conj(w, _each("sub")(w, 1.0, _mul(w, result, result))))
+
+
+def _addmm(w: Writer, bias: Pair, a: Pair, b: Pair, *, beta: float = 1, alpha: float = 1) -> Complex:
+    scaled = _mul(w, _product(("ik", "kj", "ij"))(w, a, b), float(alpha))
+    return _each("add")(w, _mul(w, bias, float(beta)), scaled)
 
 
 def _equal(w: Writer, a: Pair, b: Pair) -> Row:
@@ -239,10 +280,10 @@ def moved_pair(w: Writer, func: Callable[..., Any], values: Any, *args: Any, **k
 
 
 def _fourier(w: Writer, x: Pair, dims: Sequence[int], normalisation: int, sign: float) -> Complex:
-    """Write a Fourier transform along one dimension, as a product with the table of its sines and cosines."""
+    """Write a Fourier transform, along each dimension as a product with the table of its sines and cosines."""
     pair = pair_of(w, x)
-    if len(dims) != 1:
-        raise Untraceable("Fourier transforms are compiled along one dimension.")
+    if len(dims) > 1:
+        pair = _fourier(w, pair, dims[1:], normalisation, sign)
     dim = dims[0] % len(pair.shape)
     size = pair.shape[dim]
     if size > _MOST_POINTS:
@@ -272,12 +313,15 @@ def _fft_r2c(w: Writer, x: Row, dims: Sequence[int], normalisation: int, oneside
     whole = _fourier(w, x, dims, normalisation, -1.0)
     if not onesided:
         return whole
-    half: Complex = moved_pair(w, lambda numbers: numbers.narrow(dims[0], 0, numbers.shape[dims[0]] // 2 + 1), whole)
+    last = dims[-1]
+    half: Complex = moved_pair(w, lambda numbers: numbers.narrow(last, 0, numbers.shape[last] // 2 + 1), whole)
     return half
 
 
 def _fft_c2r(w: Writer, x: Complex, dims: Sequence[int], normalisation: int, last: int) -> Row:
-    dim = dims[0]
+    dim = dims[-1]
+    if len(dims) > 1:
+        x = _fourier(w, x, dims[:-1], normalisation, 1.0)
 
     # The other half is the first one's conjugate, backwards.
     def rest(numbers: torch.Tensor) -> torch.Tensor:
@@ -285,7 +329,7 @@ def _fft_c2r(w: Writer, x: Complex, dims: Sequence[int], normalisation: int, las
 
     mirrored: Complex = moved_pair(w, rest, x)
     whole: Complex = moved_pair(w, lambda numbers: torch.cat(numbers, dim), [x, _conj(w, mirrored)])
-    real: Row = _fourier(w, whole, dims, normalisation, 1.0).real
+    real: Row = _fourier(w, whole, dims[-1:], normalisation, 1.0).real
     return real
 
 
@@ -312,7 +356,16 @@ COMPLEX: Mapping[str, Callable[..., Any]] = {
     "exp": _exp,
     "eq": _equal,
     "ne": lambda w, a, b: w.point("not", _equal(w, a, b)),
-    "angle": lambda w, x: w.point("atan2", x.imaginary, x.real),
+    "angle": _angle,
+    "log": _log,
+    "pow": _pow,
+    "sqrt": lambda w, x: _pow(w, x, 0.5),
+    "square": lambda w, x: _mul(w, x, x),
+    "reciprocal": lambda w, x: _div(w, 1.0, x),
+    "rsub": lambda w, x, other, alpha=1: _each("sub")(w, other, _mul(w, x, float(alpha)) if alpha != 1 else x),
+    "tanh": _tanh,
+    "tanh_backward": _tanh_backward,
+    "addmm": _addmm,
     "sum": _sum,
     "mean": _mean,
     "mm": _product(("ik", "kj", "ij")),

@@ -1,4 +1,4 @@
-"""Rules for taking elements by positions: gather, index_select, embedding, sort, topk; and for their gradients.
+"""Rules for taking elements by positions: gather, index_select, embedding; and for their gradients.
 
 Positions are values as any others, whole numbers in the graph's own format. Those of a row pick from the row itself, or
 from a weight's rows; the gradient adds up in a fixed order what was picked from one place.
@@ -17,6 +17,7 @@ from fusecell.compiler.frontend.contractions import weight_row
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.row_numbers import is_every_row, own_elements
 from fusecell.compiler.frontend.rules.scans import along
+from fusecell.compiler.frontend.rules.several_indices import counted_from_start, picked_together
 from fusecell.compiler.frontend.traced_values import Masked, Row, RowNumbers, Sum, Untraceable, Value, Weight
 
 __all__ = ["INDEXING", "gather", "index_select", "scattered"]
@@ -168,15 +169,14 @@ def _index(w: Writer, x: Value, indices: Sequence[Operand | None]) -> Row | Mask
         return own.result(w, gather(w, own.opened(w, x), 1, own.positions))
     places = [place for place, index in enumerate(indices) if index is not None]
     if len(places) != 1:
-        raise Untraceable(
-            "The step indexes with several tensors at once; take elements along one dimension with torch.gather."
-        )
+        part = picked_together(w, w.row(x), indices)
+        return index_select(w, part.opened(w, w.row(x)), part.axis, part.positions)
     index = indices[places[0]]
     assert index is not None
     if w.is_mask(w.row(index)):
         row = w.row(x)
         return Masked((), _PICKS, row, _mask_of(w, index, places[0], len(row.shape)))
-    return index_select(w, x, places[0], _counted_from_start(w, index, x.shape[places[0]]))
+    return index_select(w, x, places[0], counted_from_start(w, index, x.shape[places[0]]))
 
 
 def _fill_of(w: Writer, value: Operand) -> float | None:
@@ -198,11 +198,6 @@ def _mask_of(w: Writer, index: Operand, dim: int, dims: int) -> Row:
     return mask
 
 
-def _counted_from_start(w: Writer, index: Operand, size: int) -> Row:
-    """Return positions, of which negative ones count from the end."""
-    return w.point("where", w.point("lt", index, 0.0), w.point("add", index, float(size)), index)
-
-
 def _index_put(
     w: Writer, x: Operand, indices: Sequence[Operand | None], value: Operand, accumulate: bool = False, *_: Any
 ) -> Row | Sum:
@@ -219,7 +214,7 @@ def _index_put(
     if len(places) == 1 and w.is_mask(w.row(index)):
         mask = _mask_of(w, index, places[0], len(w.row(x).shape))
         if isinstance(value, Masked):
-            if (value.mask.node, value.mask.shape) != (mask.node, mask.shape):
+            if not value.is_of(mask):
                 raise Untraceable("The step writes elements that one mask picks to places of another. " + _PICKS)
             value = value.row
         elif (fill := _fill_of(w, value)) is not None:
@@ -227,13 +222,28 @@ def _index_put(
         elif accumulate or w.row(value).features not in ((), (1,)):
             raise Untraceable("The step writes values at places of a mask; write torch.where(mask, value, tensor).")
         return w.point("where", mask, w.point("add", x, value) if accumulate else value, x)
-    if len(places) != 1:
-        raise Untraceable("The step writes at positions along several dimensions; use scatter along one dimension.")
     base = w.row(x)
-    positions = _counted_from_start(w, index, base.shape[places[0]])
-    if accumulate:
-        return _index_add(w, x, places[0], positions, value)
-    return _index_write(w, base, places[0], positions, value)
+    if len(places) != 1:
+        part = picked_together(w, base, indices)
+        written = _write(w, part.opened(w, base), part.axis, part.positions, value, accumulate)
+        if isinstance(written, Sum):
+            raise Untraceable("The step adds up the gradient of a weight at positions along several dimensions.")
+        return part.closed(w, written)
+    return _write(w, base, places[0], counted_from_start(w, index, base.shape[places[0]]), value, accumulate)
+
+
+def _write(w: Writer, base: Row, axis: int, positions: Row, value: Operand, accumulate: bool) -> Row | Sum:
+    if not accumulate:
+        return _index_write(w, base, axis, positions, value)
+    shape = (*base.shape[:axis], *positions.shape, *base.shape[axis + 1 :])
+    values = w.move(lambda numbers: numbers.expand(shape), w.number(value))
+    return _index_add(w, base, axis, positions, values)
+
+
+def _index_copy(w: Writer, x: Operand, dim: int, index: Operand, value: Operand) -> Row:
+    base = w.row(x)
+    axis = dim % len(base.shape)
+    return _index_write(w, base, axis, counted_from_start(w, index, base.shape[axis]), value)
 
 
 def _index_write(w: Writer, base: Row, axis: int, positions: Row, value: Operand) -> Row:
@@ -335,45 +345,6 @@ def _embedding_backward(
     return _sum_at(w, positions, w.number(gradient), (count, gradient.shape[-1]))
 
 
-def _sorted(w: Writer, x: Row, dim: int = -1, descending: bool = False) -> tuple[Row, Row]:
-    """Write a value's elements in order along a dimension, and their positions."""
-    row = w.number(x)
-    if not row.shape:
-        return row, w.const(0.0)
-    last: Row = w.move(lambda numbers: numbers.movedim(dim, -1), row)
-    outer, count, _ = along(w, last, -1)
-    node = w.builder.add("argsort", w.flat(last), outer=outer, count=count, descending=descending)
-    order = Row(last.shape, node, last.axis, None, last.split)
-    order = w.move(lambda numbers: numbers.movedim(-1, dim), order)
-    return gather(w, row, dim, order), order
-
-
-def _sort(w: Writer, x: Row, dim: int = -1, descending: bool = False, **options: Any) -> tuple[Row, Row]:
-    return _sorted(w, x, options.get("dim", dim), options.get("descending", descending))
-
-
-def _topk(w: Writer, x: Row, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Row, Row]:
-    _, order = _sorted(w, x, dim, largest)
-    positions: Row = w.move(lambda numbers: numbers.narrow(dim, 0, k), order)
-    return gather(w, x, dim, positions), positions
-
-
-def _kth(w: Writer, x: Row, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Row, Row]:
-    _, order = _sorted(w, x, dim)
-    positions: Row = w.move(lambda numbers: numbers.narrow(dim, k - 1, 1), order)
-    both = gather(w, x, dim, positions), positions
-    if keepdim:
-        return both
-    values, places = (w.move(lambda numbers: numbers.squeeze(dim), each) for each in both)
-    return values, places
-
-
-def _median(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
-    if dim is None:
-        raise Untraceable("The median of all elements mixes the rows of the batch; give it a dimension.")
-    return _kth(w, x, (x.shape[dim] + 1) // 2, dim, keepdim)
-
-
 INDEXING: Mapping[str, Callable[..., Any]] = {
     "gather": gather,
     "scatter": _scatter,
@@ -384,12 +355,9 @@ INDEXING: Mapping[str, Callable[..., Any]] = {
     "index_put": _index_put,
     "_index_put_impl": _index_put,
     "index_add": _index_add,
+    "index_copy": _index_copy,
+    "index_fill": _index_copy,
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_backward,
     "scatter_reduce": _scatter_reduce,
-    "sort": _sort,
-    "argsort": lambda w, x, *args, **options: _sort(w, x, *args, **options)[1],
-    "topk": _topk,
-    "kthvalue": _kth,
-    "median": _median,
 }

@@ -1,0 +1,61 @@
+"""Rules for what puts elements in order: sort, topk, kthvalue, median."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fusecell.compiler.frontend.graph_writer import Writer
+from fusecell.compiler.frontend.rules.indexing import gather
+from fusecell.compiler.frontend.rules.scans import along
+from fusecell.compiler.frontend.traced_values import Row, Untraceable
+
+__all__ = ["SORTING"]
+
+
+def _sorted(w: Writer, x: Row, dim: int = -1, descending: bool = False) -> tuple[Row, Row]:
+    """Write a value's elements in order along a dimension, and their positions."""
+    row = w.number(x)
+    if not row.shape:
+        return row, w.const(0.0)
+    last: Row = w.move(lambda numbers: numbers.movedim(dim, -1), row)
+    outer, count, _ = along(w, last, -1)
+    node = w.builder.add("argsort", w.flat(last), outer=outer, count=count, descending=descending)
+    order = Row(last.shape, node, last.axis, None, last.split)
+    order = w.move(lambda numbers: numbers.movedim(-1, dim), order)
+    return gather(w, row, dim, order), order
+
+
+def _sort(w: Writer, x: Row, dim: int = -1, descending: bool = False, **options: Any) -> tuple[Row, Row]:
+    return _sorted(w, x, options.get("dim", dim), options.get("descending", descending))
+
+
+def _topk(w: Writer, x: Row, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Row, Row]:
+    _, order = _sorted(w, x, dim, largest)
+    positions: Row = w.move(lambda numbers: numbers.narrow(dim, 0, k), order)
+    return gather(w, x, dim, positions), positions
+
+
+def _kth(w: Writer, x: Row, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Row, Row]:
+    _, order = _sorted(w, x, dim)
+    positions: Row = w.move(lambda numbers: numbers.narrow(dim, k - 1, 1), order)
+    both = gather(w, x, dim, positions), positions
+    if keepdim:
+        return both
+    values, places = (w.move(lambda numbers: numbers.squeeze(dim), each) for each in both)
+    return values, places
+
+
+def _median(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
+    if dim is None:
+        raise Untraceable("The median of all elements mixes the rows of the batch; give it a dimension.")
+    return _kth(w, x, (x.shape[dim] + 1) // 2, dim, keepdim)
+
+
+SORTING: Mapping[str, Callable[..., Any]] = {
+    "sort": _sort,
+    "argsort": lambda w, x, *args, **options: _sort(w, x, *args, **options)[1],
+    "topk": _topk,
+    "kthvalue": _kth,
+    "median": _median,
+}
