@@ -18,11 +18,14 @@ from onnx.reference import ReferenceEvaluator
 
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import ExportError
+from fusecell.layers import Recurrent
 from fusecell.onnx.recurrent_nodes import GATES, reordered
+from fusecell.onnx.scan_node import scan_layer
 
 __all__ = ["load"]
 
 Array = npt.NDArray[Any]
+Layer = GRU | LSTM | RNN | Recurrent
 _LAYERS = {"GRU": GRU, "LSTM": LSTM, "RNN": RNN}
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
 _CALL_ARGUMENTS = {
@@ -34,7 +37,7 @@ _CALL_ARGUMENTS = {
 _UNSUPPORTED = {"clip": "a clip of its gates", "input_forget": "coupled input and forget gates"}
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, GRU | LSTM | RNN]:
+def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, Layer]:
     """Return the recurrent nodes of an ONNX model, by the node's name, as layers with its weights.
 
     Example:
@@ -48,23 +51,32 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, GRU | LS
         source: a file, or a model. Its nodes are looked for in subgraphs, too.
 
     Returns:
-        For each node of type GRU, LSTM or RNN a layer with one layer of cells, in the order of the graph. Nodes without
-        a name are called after their first output, a name that stands again has ``.1`` behind it. A layer takes
+        For each node of type GRU, LSTM or RNN a layer with one layer of cells, in the order of the graph; for each Scan
+        a :class:`fusecell.Recurrent` whose cell computes the node's body, with its constants as parameters. Nodes
+        without a name are called after their first output, a name that stands again has ``.1`` behind it. A layer takes
         (T, N, features), whatever the node's ``layout``.
 
     Warns:
-        UserWarning: where the node has constants that a layer takes with each call: first states and lengths.
+        UserWarning: where the node has constants that a layer takes with each call: first states and lengths; and for
+            each Scan that is no layer, with the reason, in a model that has others.
 
     Raises:
         ExportError: for a node that no layer here computes, with the reason, and a model that has none.
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(Path(source))
-    layers: dict[str, GRU | LSTM | RNN] = {}
+    layers: dict[str, Layer] = {}
+    refused: list[ExportError] = []
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 20)
-    _collect(model.graph, None, opset, layers)
+    _collect(model.graph, None, opset, layers, refused)
+    if refused and not layers:
+        raise refused[0]
+    for each in refused:
+        warnings.warn(f"{each} It is left out.", UserWarning, stacklevel=2)
     if not layers:
         kinds = sorted({str(node.op_type) for node in model.graph.node})
-        raise ExportError(f"onnx.load: the model has no GRU, LSTM or RNN; it has {', '.join(kinds) or 'no nodes'}.")
+        raise ExportError(
+            f"onnx.load: the model has no GRU, LSTM, RNN or Scan; it has {', '.join(kinds) or 'no nodes'}."
+        )
     return layers
 
 
@@ -122,20 +134,55 @@ class _Scope:
         self._values.update(zip([name for name in node.output if name], results, strict=True))  # type: ignore[arg-type]
 
 
-def _collect(graph: onnx.GraphProto, outer: _Scope | None, opset: int, layers: dict[str, GRU | LSTM | RNN]) -> None:
+def _collect(
+    graph: onnx.GraphProto,
+    outer: _Scope | None,
+    opset: int,
+    layers: dict[str, Layer],
+    refused: list[ExportError],
+) -> None:
+    """Add a graph's layers, and those of its subgraphs."""
     scope = _Scope(graph, outer, opset)
     for node in graph.node:
         if node.op_type in _LAYERS:
-            name = unique = node.name or next(output for output in node.output if output)
-            count = 0
-            while unique in layers:
-                count += 1
-                unique = f"{name}.{count}"
-            layers[unique] = _layer(node, unique, scope)
+            name = _unique(node, layers)
+            layers[name] = _layer(node, name, scope)
+        elif node.op_type == "Scan":
+            name = _unique(node, layers)
+            try:
+                layers[name] = scan_layer(node, name, scope.constant, opset)
+            except ExportError as error:
+                refused.append(error)
+            else:
+                _warn_of_states(node, name, scope)
+                continue  # what its body has is a part of the step
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
-                    _collect(inner, scope, opset, layers)
+                    _collect(inner, scope, opset, layers, refused)
+
+
+def _unique(node: onnx.NodeProto, layers: Mapping[str, Any]) -> str:
+    """Return a name for a node that no other has."""
+    name = unique = str(node.name) or next(output for output in node.output if output)
+    count = 0
+    while unique in layers:
+        count += 1
+        unique = f"{name}.{count}"
+    return unique
+
+
+def _warn_of_states(node: onnx.NodeProto, name: str, scope: _Scope) -> None:
+    scanned = next(int(each.i) for each in node.attribute if each.name == "num_scan_inputs")
+    for each in node.input[: len(node.input) - scanned]:
+        value = scope.constant(each)
+        if value is not None and value.any():
+            warnings.warn(
+                f"onnx.load: Scan {name} begins with a constant state, {each} of shape {value.shape}, which is no part "
+                "of a layer: pass it as the state with each call.",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
