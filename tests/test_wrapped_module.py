@@ -230,3 +230,32 @@ def test_shapes_ids_and_several_outputs(make: Any, sizes: Any) -> None:
             gradients = torch.autograd.grad(sum(v.sin().sum() for v in tensors_of(y)), list(cell.parameters()))
         results.append((*tensors_of(y), *gradients))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+class Takes(nn.Module):
+    """A step whose states are passed in a form that wrap doesn't pass them in."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.cell = form, nn.LSTMCell(5, 6)
+
+    def forward(self, x, *args, **kwargs):
+        h, c = self.form(*args, **kwargs)
+        h, c = self.cell(x, (h, c))
+        return h, (h, c)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (lambda h, c: (h, c), "missing 1 required positional argument: 'c'"),
+        (lambda state: (state["h"], state["c"]), "tuple indices must be integers"),
+        (lambda *, state: state, "takes 0 positional arguments but 1"),
+    ],
+    ids=["apart", "dict", "keyword"],
+)
+def test_a_form_of_states_that_is_not_passed_is_told(form, reason):
+    with pytest.raises(
+        ValueError, match=rf"Takes is no step: .*states of 6, 6 features it raises TypeError: .*{reason}"
+    ):
+        fc.wrap(Takes(form), input_size=5, state_sizes=(6, 6))

@@ -110,7 +110,15 @@ class WrappedCell(Cell):
             names = tuple(f"state_{name}" if name[0].isdigit() else name for name in names)
         self.states = names  # type: ignore[misc]  # a class attribute of cells that are written, not made
         self.sizes = self.state_sizes = sizes
-        self.output_size = _output_size(_probed(self))
+        try:
+            self.output_size = _output_size(_probed(self))
+        except Exception as error:  # the module's own, in a form that it doesn't take
+            if attributes is not None or str(error).startswith("wrap: "):
+                raise
+            raise ValueError(
+                f"wrap: {type(module).__name__} is no step: {_FORMS}. With an input of {input_size} and states of "
+                f"{', '.join(map(str, sizes))} features it raises {type(error).__name__}: {error}"
+            ) from error
 
     def step(self, x: Tensor, state: State) -> tuple[Outputs, State]:
         if self.attributes is not None:

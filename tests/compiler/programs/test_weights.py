@@ -67,3 +67,33 @@ def test_cells_that_share_weights():
         layer.cell.inp.weight.mul_(3)
         for compiled, loop in (both(layer, x), both(fc.Recurrent(other), x)):
             torch.testing.assert_close(compiled, loop)
+
+
+class Wide(fc.Cell):
+    """A cell with a weight for each pair of units, and so with a gradient of many columns."""
+
+    def __init__(self, size):
+        super().__init__(size, size)
+        self.pairs, self.rec = nn.Parameter(torch.randn(size, size)), nn.Linear(size, size)
+
+    def step(self, x, state):
+        h = torch.tanh((torch.sigmoid(self.pairs * x.unsqueeze(-1)) * state[0].unsqueeze(1)).mean(-1) + self.rec(x))
+        return h, (h,)
+
+
+@pytest.mark.parametrize("size", [24, 25, 40])
+def test_gradients_of_many_columns(size):
+    torch.manual_seed(0)
+    cell, x = Wide(size).double(), torch.randn(5, 3, size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y, _ = fc.scan(cell, x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_code_of_a_gradient_does_not_grow_with_its_columns():
+    lengths = [len(fc.explain(Wide(size)).backward.llvm) for size in (64, 128)]
+    assert lengths[1] < 1.5 * lengths[0]  # of four times as many columns

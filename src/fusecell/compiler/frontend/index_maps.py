@@ -20,6 +20,8 @@ __all__ = ["Access", "Blocks", "access_of", "blocks_of", "inverse"]
 
 _MOST_BLOCKS = 16
 """Blocks along one axis, at the most: each becomes a loop in the kernel."""
+_PART = 2**15
+"""Elements of a map that are compared at once: what fits into a cache."""
 _MOST_STEP = 4
 """Step of a tensor with zeros between its elements, at the most, as the gradient of a slice with a step has."""
 
@@ -67,16 +69,25 @@ def access_of(index: Index) -> Access | None:
         for axis, extent in enumerate(index.shape)
     )
     reaches_next = any(abs(stride) > NEXT_NODE // 2 for stride in strides)
-    if reaches_next or not np.array_equal(index, _affine(index.shape, offset, strides)):
+    if reaches_next or not _is_affine(index, strides):
         return None
     return Access(index.shape, offset, strides)
 
 
-def _affine(shape: Sequence[int], offset: int, strides: Sequence[int]) -> Index:
-    index = np.full((), offset, dtype=np.int64)
-    for extent, stride in zip(shape, strides, strict=True):
-        index = index[..., None] + np.arange(extent, dtype=np.int64) * stride
-    return index
+def _is_affine(index: Index, strides: Sequence[int]) -> bool:
+    """Whether a map has these strides; part by part, as a copy of a large convolution's would be tens of megabytes."""
+    if not index.ndim:
+        return True
+    first = index[0]
+    if not _is_affine(first, strides[1:]):
+        return False
+    count = max(_PART // first.size, 1)
+    for begin in range(0, len(index), count):
+        part = index[begin : begin + count]
+        moved = np.arange(begin, begin + len(part), dtype=np.int64) * strides[0]
+        if not np.array_equal(part, first + moved.reshape(-1, *[1] * first.ndim)):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

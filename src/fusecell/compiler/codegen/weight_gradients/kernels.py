@@ -77,6 +77,8 @@ class RowRange:
         return *head, self.rows, self.row_step, self.split
 
 
+_FEW_BLOCKS = 4
+"""Blocks of eight column groups that are written out, at the most; of wider sums a loop goes through them."""
 _ACC, _OPENS = ptr("acc"), i1("opens")
 _RANGE_PARAMS = (
     i64("first"), i64("saved.first"), i64("runs"), i64("run.step"), i64("saved.run.step"), i64("rows"),
@@ -137,15 +139,24 @@ class _Reduction:
         b = self._operand(self.reduction.b, "b")
         # A row panel opens by loading zeros in place of the accumulators: nothing has to clear them before.
         zeros = module.zeros(8 * module.vector_bytes)
-        for first in range(0, module.groups(self.reduction.width), 8):
-            groups = min(8, module.groups(self.reduction.width) - first)
+        blocks, begin = module.groups(self.reduction.width) // 8, 0
+        if blocks > _FEW_BLOCKS:
+            begin = 8 * blocks
+            with f.for_range("block", THREAD_ID, blocks, THREADS) as block:
+                self._add_block(b, f.mul(block, 8), 8, zeros)
+        for first in range(begin, module.groups(self.reduction.width), 8):
             turn = f.urem(first // 8, THREADS, "turn")
             # Whole groups per thread: a group's sum has one order of additions, whichever thread does it.
             with f.if_(f.eq(turn, THREAD_ID, "is_this_thread"), "this_thread"):
-                acc = f.at(_ACC, first * module.vector_bytes)
-                start = f.select(_OPENS, zeros, acc, "start")
-                self._add_rows(start, acc, b.advanced(f, first, module.vector_bytes), groups)
+                self._add_block(b, first, min(8, module.groups(self.reduction.width) - first), zeros)
         f.end()
+
+    def _add_block(self, b: _Rows, first: Integer, groups: int, zeros: Value) -> None:
+        """Add all rows of some column groups, from one on, to their accumulators."""
+        f, vector_bytes = self.f, self.module.vector_bytes
+        acc = f.at(_ACC, f.mul(first, vector_bytes))
+        start = f.select(_OPENS, zeros, acc, "start")
+        self._add_rows(start, acc, b.advanced(f, first, vector_bytes), groups)
 
     def _add_rows(self, start: Value, acc: Value, b: _Rows, groups: int) -> None:
         """Add all rows of some column groups, in registers, to what is at ``start``; store the sums at ``acc``."""
