@@ -1,7 +1,7 @@
 """Private names of torch under public ones: what each of them is, and why nothing public does.
 
-Checked against torch 2.12, 2.13 and 2.14. A torch that has renamed one fails the tests at once, as calls and traces use
-all of them. Only ``tensor_guards`` does without, as nothing but speed depends on it.
+Checked against torch 2.10, 2.12, 2.13 and 2.14. A torch that has renamed one fails the tests at once, as calls and
+traces use all of them. Only ``tensor_guards`` does without, as nothing but speed depends on it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "OPERATOR_TYPE",
+    "TAKES_MODULES_AS_CONSTANTS",
     "FunctorchLevel",
     "any_autocast",
     "apply_directly",
@@ -52,6 +53,9 @@ __all__ = [
     "without_saved_tensor_hooks",
     "without_torch_functions",
 ]
+
+TAKES_MODULES_AS_CONSTANTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether torch.compile gives a module to a function whose result is a constant of its trace; 2.10 and 2.11 don't."""
 
 OPERATOR_TYPE: type = torch._ops.OperatorBase
 """Base class of ``torch.ops.aten.add.Tensor`` and of higher-order operators."""

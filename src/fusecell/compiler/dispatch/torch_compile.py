@@ -28,9 +28,9 @@ from fusecell.eager import run_eager
 from fusecell.errors import CompilerError, EagerWarning
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
-from fusecell.execution.runners import register
+from fusecell.execution.runners import register, run
 from fusecell.shapes import Outputs, is_size, unpacked
-from fusecell.torch_internals import disable_current_modes
+from fusecell.torch_internals import TAKES_MODULES_AS_CONSTANTS, disable_current_modes
 from fusecell.validation import first_state
 
 __all__ = ["run_traced"]
@@ -46,6 +46,14 @@ attributes that it is computed from; the number of the prologue that computes th
 they are the weights; path and value of each number, flag and name in the cell: torch traces again if one changes.
 """
 _UNROLLED: Described = ("", (), -1, ())
+
+
+def _run_outside(
+    owner: nn.Module, inputs: State, state: State, options: Options, leaf: int = -1
+) -> tuple[Outputs, State]:
+    """Run a cell outside of torch's graph, which a torch before 2.12 breaks for it."""
+    cell: Any = owner.leaf_cells()[leaf][2] if leaf >= 0 else owner  # type: ignore[operator]  # a drop-in layer's method
+    return run(cell, inputs, state, options)
 
 
 def run_traced(
@@ -230,4 +238,14 @@ def _real(value: Tensor) -> Tensor:
     return nn.Parameter(result, requires_grad=value.requires_grad)
 
 
-register("traced", run_traced)
+if TAKES_MODULES_AS_CONSTANTS:
+    register("traced", run_traced)
+else:
+    register(
+        "traced",
+        torch._dynamo.disable(  # type: ignore[no-untyped-call]  # torch's
+            _run_outside,
+            reason="fusecell's layers in one graph, fullgraph=True and torch.export, take torch 2.12 or newer; without "
+            "fullgraph torch.compile calls them between its graphs",
+        ),
+    )
