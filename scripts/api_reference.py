@@ -21,7 +21,7 @@ PAGES = {
     "cells": ("Cells", "fusecell: Cell GRUCell LSTMCell RNNCell step CELLS wrap", "fusecell.cells"),
     "layers": (
         "Layers",
-        "fusecell: Recurrent Bidirectional Stack Sequential",
+        "fusecell: Recurrent Bidirectional Stack Sequential Ensemble",
         "fusecell: GRU LSTM RNN replace accelerate",
     ),
     "sequences": ("Sequences", "fusecell: scan detach recompute", "fusecell.init"),

@@ -346,6 +346,7 @@ def test_the_public_surface():
             "load_stream",
             "weight_error",
             "export",
+            "Ensemble",
             "replace",
             "wrap",
             "accelerate",

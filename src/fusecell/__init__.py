@@ -43,6 +43,7 @@ _HOME = {
     "load_stream": "streaming",
     "weight_error": "streaming",
     "export": "exporting",
+    "Ensemble": "ensemble",
     "replace": "convert",
     "wrap": "wrapped_module",
     "accelerate": "convert",
