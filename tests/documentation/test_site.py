@@ -82,7 +82,7 @@ def site(tmp_path_factory, reference) -> Path:
     shutil.copy(ROOT / "mkdocs.yml", source)
     shutil.copytree(ROOT / "docs", source / "docs", dirs_exist_ok=True)
     reference.main(str(source / "docs" / "api"))
-    script("gallery").main([str(source / "docs" / "gallery"), "--updates", "1", "--steps", "20"])
+    script("gallery").main([str(source / "docs" / "gallery"), "--updates", "0", "--steps", "20"])
     write_page(source / "docs" / "play.html", updates=0)
     built = subprocess.run([zensical, "build", "--strict"], cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -143,7 +143,9 @@ def test_every_page_in_a_browser(site):
                 context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
                 tab = context.new_page()
                 listen(tab, home, problems)
-                for page in pages(site):
+                # Pages that a script writes look alike: in the second setting, the stricter one, all of them are opened.
+                opened = [page for page in pages(site) if scheme == "dark" or "gallery/" not in page]
+                for page in opened:
                     tab.goto(f"{home}{page}/")
                     problems += [f"{page} ({scheme}, {width}): {problem}" for problem in look_at(tab)]
                 context.close()
