@@ -143,7 +143,7 @@ def test_every_page_in_a_browser(site):
                 context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
                 tab = context.new_page()
                 listen(tab, home, problems)
-                # Pages that a script writes look alike: in the second setting, the stricter one, all of them are opened.
+                # Pages that a script writes look alike: all are opened in the second setting, the stricter one.
                 opened = [page for page in pages(site) if scheme == "dark" or "gallery/" not in page]
                 for page in opened:
                     tab.goto(f"{home}{page}/")
