@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "OPERATOR_TYPE",
+    "SOLVES_ADJOINTS_BY_FACTORS",
     "TAKES_MODULES_AS_CONSTANTS",
     "FunctorchLevel",
     "any_autocast",
@@ -54,7 +55,11 @@ __all__ = [
     "without_torch_functions",
 ]
 
-TAKES_MODULES_AS_CONSTANTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+_FROM_2_12 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+SOLVES_ADJOINTS_BY_FACTORS = _FROM_2_12
+"""Whether the gradient of a linear system is ``lu_solve`` with the factors as they are; in 2.10 it isn't."""
+
+TAKES_MODULES_AS_CONSTANTS = _FROM_2_12
 """Whether torch.compile gives a module to a function whose result is a constant of its trace; 2.10 and 2.11 don't."""
 
 OPERATOR_TYPE: type = torch._ops.OperatorBase

@@ -14,6 +14,7 @@ import torch
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.torch_internals import SOLVES_ADJOINTS_BY_FACTORS
 
 __all__ = ["SMALL_MATRICES"]
 
@@ -94,6 +95,11 @@ def _success(w: Writer, like: Row) -> Row:
 
 
 def _solve(w: Writer, a: Operand, b: Operand, *, left: bool = True, **_: Any) -> tuple[Any, ...]:
+    if not SOLVES_ADJOINTS_BY_FACTORS:
+        raise Untraceable(
+            "torch.linalg.solve in a step wants torch 2.12 or newer: older ones use its factors in another way for the "
+            "gradient. torch.linalg.inv(a) @ b is compiled."
+        )
     return _solved(w, _elements(w, a), a, b, left), *_factors(w, a), _success(w, w.number(a))
 
 
