@@ -107,6 +107,25 @@ def test_double_no_grad_copies_and_files():
     assert len(models) == len(list(models)) == 2
 
 
+def test_members_draw_noise_of_their_own():
+    models = fc.Ensemble([fc.Recurrent(fc.Zoneout(fc.VariationalDropout(fc.GRUCell(3, 16), output=0.2), 0.3))] * 2)
+    x = torch.randn(9, 4, 3)
+    y, _ = models(x)
+    assert not torch.equal(y[0], y[1])
+    y.sum().backward()
+    models.eval()
+    y, _ = models(x)
+    assert torch.equal(y[0], y[1])
+    assert torch.equal(y[0], models.member(0)(x)[0])
+
+
+def test_rows_are_reset_in_all_members():
+    models, resets = fc.Ensemble(lambda: fc.Recurrent(fc.cells.MGUCell(3, 4)), 2), torch.rand(9, 3) < 0.3
+    x = torch.randn(9, 3, 3)
+    y, _ = models(x, resets=resets)
+    torch.testing.assert_close(y[1], models.member(1)(x, resets=resets)[0])
+
+
 def test_training_one_member_leaves_the_others():
     models, x = fc.Ensemble(lambda: fc.GRU(3, 4), 3), torch.randn(5, 2, 3)
     before = [value.detach().clone() for value in models.parameters()]

@@ -131,7 +131,7 @@ def test_files_and_notebooks(tmp_path):
 
 
 def test_what_is_refused():
-    with pytest.raises(TypeError, match="explain takes a layer or a cell"):
+    with pytest.raises(TypeError, match="diagram takes a cell or a layer of fusecell, got Linear"):
         fc.diagram(nn.Linear(3, 5))
     with pytest.raises(ValueError, match="of GRUCell, LSTMCell"):
         fc.diagram(fc.Sequential(fc.Recurrent(fc.GRUCell(3, 5)), fc.Recurrent(fc.LSTMCell(5, 5))))

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fusecell.cell import Cell
+from fusecell.cell_tree import HasCells
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.step_boxes import Box, boxes_of
 from fusecell.errors import NotCompilable
@@ -116,7 +117,10 @@ def diagram(
         ValueError: if there are several kinds of cells, or input sizes are missing.
         NotCompilable: if the step can't be traced.
     """
-    cells = {type(cell): cell for _, cell in named_recurrent_parts(module) if isinstance(cell, Cell)}
+    parts = [part for _, part in named_recurrent_parts(module) if isinstance(part, Cell | HasCells)]
+    cells = {type(part): part for part in parts if isinstance(part, Cell)}
+    if not parts:
+        raise TypeError(f"diagram takes a cell or a layer of fusecell, got {type(module).__name__}, which has none.")
     if len(cells) > 1:
         kinds = ", ".join(kind.__name__ for kind in cells)
         raise ValueError(f"diagram takes one cell, or a layer of one kind, got a {type(module).__name__} of {kinds}.")

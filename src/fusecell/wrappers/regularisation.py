@@ -16,6 +16,7 @@ from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
 from fusecell.module_snapshot import preserved
 from fusecell.shapes import Shape, Size, feature_shape
+from fusecell.torch_internals import in_functorch_transform
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]
@@ -338,6 +339,8 @@ def _bernoulli(p: float, *shape: int, dtype: torch.dtype | None, device: torch.d
     """Draw a tensor of 1 with probability p, else 0."""
     # Two numbers from each 64 random bits, so p is exact to 2**-32: bernoulli_ takes three times as long.
     count = math.prod(shape)
+    if in_functorch_transform():  # where members of a vmap draw numbers of their own, no memory can be drawn into
+        return (torch.rand(shape, device=device) < p).to(torch.get_default_dtype() if dtype is None else dtype)
     bits = torch.empty(-(-count // 2), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int32)
     below = bits[:count] < round(p * 2**32) - 2**31
     return below.reshape(shape).to(torch.get_default_dtype() if dtype is None else dtype)
