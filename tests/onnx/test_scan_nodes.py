@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -262,6 +265,27 @@ def test_operators_are_the_reference_s(kind):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
     np.testing.assert_allclose(OPERATORS[kind]({}, torch.from_numpy(x)).numpy(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_damaged_models_are_refused_or_read(seed):
+    content, rng, read = by_hand().SerializeToString(), random.Random(seed), 0
+    for _ in range(120):
+        changed = bytearray(content)
+        for _ in range(rng.randrange(1, 5)):
+            changed[rng.randrange(len(changed))] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+        model = onnx.ModelProto()
+        try:
+            model.ParseFromString(bytes(changed))
+        except DecodeError:
+            continue
+        try:
+            fc.onnx.load(model)
+            read += 1
+        except ExportError:
+            continue
+    assert read
 
 
 def test_a_model_that_onnx_itself_accepts():

@@ -34,6 +34,8 @@ _CALL_ARGUMENTS = {
     6: ("initial_c", "the second tensor of hx"),
 }
 """Inputs of a node that a layer takes with each call, and how."""
+_DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a node raises whose parts don't fit together, in as many ways as there are parts."""
 _UNSUPPORTED = {"clip": "a clip of its gates", "input_forget": "coupled input and forget gates"}
 
 
@@ -151,11 +153,12 @@ def _collect(
             name = _unique(node, layers)
             try:
                 layers[name] = scan_layer(node, name, scope.constant, opset)
-            except ExportError as error:
-                refused.append(error)
-            else:
                 _warn_of_states(node, name, scope)
                 continue  # what its body has is a part of the step
+            except ExportError as error:
+                refused.append(error)
+            except _DAMAGED as error:
+                refused.append(ExportError(f"onnx.load: Scan {name} contradicts itself: {error!r}."))
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
