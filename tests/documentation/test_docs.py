@@ -130,3 +130,9 @@ def test_the_readme_in_chinese_says_the_same() -> None:
 def test_the_tutorial_s_picture_is_the_cell_s():
     picture = (ROOT / "docs" / "images" / "gru-step.svg").read_text(encoding="utf-8")
     assert picture == fc.diagram(fc.GRUCell(5, 10)).svg
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "zh" not in page.parts], ids=lambda page: page.name)
+def test_lines_of_prose_end_before_column_120(page):
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))] == []
