@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,8 @@ from fusecell.errors import quoted
 from fusecell.strict_json import parse_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 __all__ = ["FILE_BYTES", "HEADER_BYTES", "TensorFile", "is_text", "read_tensor_file"]
@@ -76,7 +77,7 @@ class TensorFile:
 
 
 def read_tensor_file(
-    path: Path, dtypes: Collection[str], *, file_bytes: int = FILE_BYTES, header_bytes: int = HEADER_BYTES
+    path: str | Path, dtypes: Collection[str], *, file_bytes: int = FILE_BYTES, header_bytes: int = HEADER_BYTES
 ) -> TensorFile:
     """Read a safetensors file.
 
@@ -89,9 +90,9 @@ def read_tensor_file(
         ValueError: if it isn't such a file, or exceeds a limit. The text says what is wrong, without the path.
     """
     # A directory is left to open(), whose IsADirectoryError says what is wrong; opening a pipe would wait forever.
-    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+    if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
         raise ValueError("it is a pipe or a device, expected a file")
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > file_bytes:
             raise ValueError(f"it has {size:,} bytes, more than the {file_bytes:,} that it may have")

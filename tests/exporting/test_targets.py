@@ -14,6 +14,8 @@ from torch import nn
 
 import fusecell as fc
 from fusecell.compiler.backend import llvm
+from fusecell.compiler.codegen import emit
+from fusecell.compiler.ir.primitives import LANES
 from fusecell.exporting import TARGETS
 from fusecell.exporting.program import build_program
 from fusecell.exporting.targets import target_named
@@ -52,6 +54,25 @@ def test_every_function_in_both_formats_and_several_rows(target, dtype, tmp_path
     layer = fc.Recurrent(EveryFunction()).to(dtype)
     report = verified(fc.export(layer, tmp_path / "cell", target, batch_size=3, verify=True))
     assert set(report.external) <= {"memcpy", "sin", "cos", "pow"}
+
+
+@pytest.mark.parametrize("target", ["host", "x86-64-v3", "x86-64-v4-vnni", "aarch64", "aarch64-dotprod", "armv7"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_of_bytes(target, rows, tmp_path):
+    """Exact sums: the bits are the stream's, by x86's VNNI, ARM's dot products or float32's multiply-adds."""
+    layer = fc.LSTM(37, 21)
+    report = verified(fc.export(layer, tmp_path / "it", target, batch_size=rows, weights="int8-dynamic", verify=True))
+    assert report.weight_bytes < 4 * 4 * 21 * (37 + 21)
+
+
+@pytest.mark.parametrize(("target", "count"), [("aarch64-dotprod", 4), ("arm64-apple", 4), ("x86-64-v3-vnni", 2)])
+def test_instructions_that_multiply_bytes_are_chosen(target, count):
+    """And packed by this machine, which needn't have them: a word of four bytes has as many terms anywhere."""
+    machine = target_named(target).machine
+    assert machine.byte_dot is not None
+    assert LANES // (machine.byte_dot.bits // 32) == count
+    (part,) = fc.Stream(fc.GRU(37, 21), weights="int8-dynamic").parts
+    assert machine.byte_dot.intrinsic in emit(part.plan, machine).text
 
 
 @pytest.mark.parametrize("target", TARGETS)

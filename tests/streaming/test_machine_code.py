@@ -74,6 +74,29 @@ def test_code_for_small_weights(tmp_path, weights):
     assert np.array_equal(fc.load_stream(tmp_path / "it", trusted=True).push(x), stream.push(x))
 
 
+@pytest.mark.parametrize(("level", "feature"), [("x86-64-v4-vnni", "avx512vnni"), ("x86-64-v3-vnni", "avxvnni")])
+def test_code_that_multiplies_bytes(tmp_path, level, feature):
+    """Its sums are float32's, so a CPU without the instruction has the same bits, by the code beside it."""
+    stream = fc.Stream(fc.GRU(17, 33), weights="int8-dynamic")
+    stream.save(tmp_path / "it", code_for=["x86-64-v3", level])
+    with safe_open(tmp_path / "it", framework="np") as file:
+        codes = json.loads(file.metadata()["code"])
+    assert [code["target"] for code in codes] == ["x86-64-v3", level]
+    assert feature in codes[1]["features"]
+    assert feature not in codes[0]["features"]
+    x = np.random.default_rng(1).standard_normal((9, 17)).astype(np.float32)
+    assert np.array_equal(fc.load_stream(tmp_path / "it", trusted=True).push(x), stream.push(x))
+
+
+def test_the_host_needs_byte_products_for_bytes_alone():
+    (graph,) = (part.graph for part in fc.Stream(fc.GRU(3, 4)).parts)
+    (small,) = (part.graph for part in fc.Stream(fc.GRU(3, 4), weights="int8-dynamic").parts)
+    plain, multiplying = (json.loads(compile_code([each], ["host"])[0])[0]["target"] for each in (graph, small))
+    assert not plain.endswith("-vnni")
+    has = llvm.host().features
+    assert multiplying.endswith("-vnni") == ("avx512vnni" in has if plain == "x86-64-v4" else "avxvnni" in has)
+
+
 def test_a_stream_with_code_of_a_file_is_saved_and_exported(saved, tmp_path):
     loaded = fc.load_stream(saved, trusted=True)
     loaded.save(tmp_path / "again", code_for=["host"])

@@ -35,6 +35,8 @@ app = typer.Typer(
 _MODULE_HELP = (
     "A layer, or a function without arguments that returns one: models.tagger:build is build in models/tagger.py."
 )
+_WEIGHTS_HELP = "float32, bfloat16, float16, int8 or int8-dynamic."
+_KEEP_HELP = "A weight that stays float32; may be given again."
 _MODULE = typer.Argument(metavar="[MODULE:FACTORY]", help=_MODULE_HELP)
 _CELL = typer.Option(help="Instead of MODULE:FACTORY, a cell by its name in `fusecell cells`, such as gru.")
 
@@ -226,11 +228,16 @@ def stream_save(
     path: Annotated[Path, typer.Argument(help="The file to write.")],
     code_for: Annotated[
         list[str] | None,
-        typer.Option(help="A CPU to add machine code for: host, x86-64-v3, x86-64-v4; may be given several times."),
+        typer.Option(
+            help="A CPU to add machine code for: host, x86-64-v3, x86-64-v4, or one of the two with -vnni behind it; "
+            "may be given several times."
+        ),
     ] = None,
+    weights: Annotated[str, typer.Option(help=_WEIGHTS_HELP)] = "float32",
+    keep: Annotated[list[str] | None, typer.Option(help=_KEEP_HELP)] = None,
 ) -> None:
     """Write a layer to a file that fusecell.load_stream reads without torch."""
-    stream = _stream(module, 1)
+    stream = _stream(module, 1, weights, keep or ())
     try:
         stream.save(path, code_for=code_for or ())
     except (OSError, ValueError, CompilerError) as error:
@@ -304,8 +311,8 @@ def export(
     prefix: Annotated[str | None, typer.Option(help="Of every symbol; the file's name if left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
     verify: Annotated[bool, typer.Option(help="Run it, here or emulated, and compare bits with the stream.")] = False,
-    weights: Annotated[str, typer.Option(help="float32, bfloat16, float16, int8 or int8-dynamic.")] = "float32",
-    keep: Annotated[list[str] | None, typer.Option(help="A weight that stays float32; may be given again.")] = None,
+    weights: Annotated[str, typer.Option(help=_WEIGHTS_HELP)] = "float32",
+    keep: Annotated[list[str] | None, typer.Option(help=_KEEP_HELP)] = None,
     listed: Annotated[
         bool, typer.Option("--list", callback=_list_targets, is_eager=True, help="List the targets.")
     ] = False,

@@ -69,12 +69,39 @@ def without_threads(text: str, target: Target) -> str:
     return text
 
 
+def _without_byte_dots(text: str, target: Target, host: Target) -> str:
+    """Return a kernel's text with a function in the place of an instruction that multiplies bytes, unless it's here."""
+    dot = target.byte_dot
+    if dot is None or dot == host.byte_dot:
+        return text
+    declared = f"declare {dot.sums} @llvm.{dot.intrinsic}({dot.sums}, {dot.operand}, {dot.operand})"
+    if declared not in text:
+        return text
+    count = dot.bits // 8
+    to_words = {"numbers": "sext" if dot.signed else "zext", "weights": "sext"}
+    lines = [f"define {dot.sums} @dot_bytes({dot.sums} %sum.0, {dot.operand} %numbers, {dot.operand} %weights) {{"]
+    for name, extend in to_words.items():
+        lines.append(f"  %{name}.bytes = bitcast {dot.operand} %{name} to {dot.bytes}")
+        lines.append(f"  %{name}.words = {extend} {dot.bytes} %{name}.bytes to <{count} x i32>")
+    lines.append(f"  %products = mul <{count} x i32> %numbers.words, %weights.words")
+    for place in range(4):
+        lanes = ", ".join(f"i32 {byte}" for byte in range(place, count, 4))
+        kind = f"<{count} x i32>"
+        lines.append(
+            f"  %part.{place} = shufflevector {kind} %products, {kind} poison, <{count // 4} x i32> <{lanes}>"
+        )
+        lines.append(f"  %sum.{place + 1} = add {dot.sums} %sum.{place}, %part.{place}")
+    lines += [f"  ret {dot.sums} %sum.4", "}"]
+    return text.replace(declared, "\n".join(lines)).replace(f"@llvm.{dot.intrinsic}(", "@dot_bytes(")
+
+
 def _runner(emitted: Emitted, target: Target) -> Callable[[int], None]:
     """Load a target's kernel on this machine, with denormals treated as the target treats them."""
     host = host_target()
     control = host.isa.denormals if target.isa.flushes_denormals else None
     before, after, declarations = denormal_mode(control)
-    text = without_threads(emitted.text, target) + "\n".join(sorted(declarations - set(emitted.text.splitlines())))
+    text = _without_byte_dots(without_threads(emitted.text, target), target, host)
+    text += "\n".join(sorted(declarations - set(emitted.text.splitlines())))
     text += f"\ndefine void @pack(ptr %args) noinline {{\n  {before}call void @run(ptr %args)\n  {after}ret void\n}}\n"
     code = load(text, ["pack"], host)
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address("pack"))

@@ -68,10 +68,18 @@ class ExportTarget:
         return f"{text}."
 
 
-def _x86(level: str, summary: str, has: frozenset[str] = frozenset()) -> ExportTarget:
+def _x86(level: str, summary: str, has: frozenset[str] = frozenset(), more: str = "") -> ExportTarget:
+    """Return a level of x86-64 on Linux, with or without a feature more."""
     triple = "x86_64-unknown-linux-gnu"
-    features = ",".join(f"+{feature}" for feature in instruction_set(triple).features_of(level))
-    return ExportTarget(name=level, summary=summary, triple=triple, cpu=level, features=features, has=has)
+    names = [*instruction_set(triple).features_of(level), *([more] if more else [])]
+    return ExportTarget(
+        name=f"{level}-vnni" if more else level,
+        summary=summary,
+        triple=triple,
+        cpu=level,
+        features=",".join(f"+{feature}" for feature in names),
+        has=has.union(names[len(names) - bool(more) :]),
+    )
 
 
 _AVX2 = frozenset({"avx2", "f16c", "fma"})
@@ -82,12 +90,23 @@ _ALL = (
     _x86("x86-64-v2", "x86-64 with SSE4.2, Linux"),
     _x86("x86-64-v3", "x86-64 with AVX2 and FMA, Linux", _AVX2),
     _x86("x86-64-v4", "x86-64 with AVX-512, Linux", _AVX512),
+    _x86("x86-64-v3", "x86-64 with AVX2, FMA and AVX-VNNI for int8-dynamic, Linux", _AVX2, "avxvnni"),
+    _x86("x86-64-v4", "x86-64 with AVX-512 and its VNNI for int8-dynamic, Linux", _AVX512, "avx512vnni"),
     ExportTarget(name="aarch64", summary="64-bit ARM, Linux", triple="aarch64-unknown-linux-gnu", cpu="generic"),
+    ExportTarget(
+        name="aarch64-dotprod",
+        summary="64-bit ARM with dot products for int8-dynamic (ARMv8.2 and later), Linux",
+        triple="aarch64-unknown-linux-gnu",
+        cpu="generic",
+        features="+v8.2a,+dotprod",
+        has=frozenset({"dotprod"}),
+    ),
     ExportTarget(
         name="arm64-apple",
         summary="Apple silicon, macOS 11 and later",
         triple="arm64-apple-macosx11.0.0",
         cpu="apple-m1",
+        has=frozenset({"dotprod"}),
     ),
     ExportTarget(
         name="armv7",

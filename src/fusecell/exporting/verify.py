@@ -27,6 +27,7 @@ __all__ = ["NotRunnable", "run_c", "run_object", "run_wasm"]
 
 _EMULATED = {
     "aarch64": ("aarch64-linux-gnu-gcc", "qemu-aarch64"),
+    "aarch64-dotprod": ("aarch64-linux-gnu-gcc", "qemu-aarch64"),
     "riscv64": ("riscv64-linux-gnu-gcc", "qemu-riscv64"),
     "armv7": ("arm-linux-gnueabihf-gcc", "qemu-arm"),
 }
@@ -87,7 +88,8 @@ def _is_native(target: ExportTarget) -> bool:
     isa = instruction_set(host.triple)
     if isa.name != target.machine.isa.name or "linux" not in target.triple or "linux" not in host.triple:
         return False
-    return target.name not in isa.levels or host.features.issuperset(isa.features_of(target.name))
+    wanted = [feature.removeprefix("+") for feature in target.features.split(",")]
+    return target.cpu not in isa.levels or host.features.issuperset(wanted)
 
 
 def _run_here(code: bytes, interface: Interface, numbers: ReferenceNumbers) -> None:

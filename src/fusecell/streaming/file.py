@@ -14,8 +14,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +34,9 @@ from fusecell.streaming.stream import Stream
 from fusecell.strict_json import parse_json
 from fusecell.tensor_file import TensorFile, read_tensor_file
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 __all__ = ["StreamFileError", "digest", "load_stream", "write"]
 
 _FORMAT = "fusecell stream 1"
@@ -44,6 +46,8 @@ _MOST_DIMS = 16
 
 def write(parts: Sequence[Part], path: str | Path, code_for: Sequence[str] = ()) -> None:
     """Write a stream's parts to a file, with machine code for the CPUs of these names."""
+    from pathlib import Path  # here and above for types only: to load a stream takes no more modules than it must
+
     try:
         from safetensors.numpy import save
     except ModuleNotFoundError as error:
@@ -126,7 +130,7 @@ def load_stream(
     if not isinstance(trusted, bool):
         raise TypeError(f"load_stream takes True or False for trusted, got {quoted(trusted)}.")
     try:
-        file = _read(Path(path), limits)
+        file = _read(path, limits)
         described = _described(file.metadata, limits)
         # All parts are checked before the first is compiled: a hostile file costs as little as possible.
         steps = _steps(described, file, limits)
@@ -152,7 +156,7 @@ class _Step(NamedTuple):
     shapes: RowShapes | None
 
 
-def _read(path: Path, limits: Limits) -> TensorFile:
+def _read(path: str | Path, limits: Limits) -> TensorFile:
     """Read the file and check its format and the names of its metadata."""
     file = read_tensor_file(
         path, ("F32", "F64", "U16", "F16", "I8"), file_bytes=limits.file_bytes, header_bytes=limits.header_bytes

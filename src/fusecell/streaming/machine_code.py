@@ -22,6 +22,7 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.object_image import LIBRARY_FUNCTIONS
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.sizes import SLOT_BYTES, Size
+from fusecell.compiler.ir.storage import Storage
 from fusecell.compiler.runtime.argument_block import Slots
 from fusecell.compiler.runtime.kernel_calls import KernelCalls
 from fusecell.compiler.runtime.mapped_code import MappedCode
@@ -38,8 +39,15 @@ CALLING_CONVENTION = 1
 
 _TRIPLE, _MACHINE = "x86_64-unknown-linux-gnu", "linux-x86_64"
 # Those with a fused multiply-add: without one the code would call a library for it, and give other bits.
-_LEVELS = {level: instruction_set(_TRIPLE).features_of(level) for level in ("x86-64-v3", "x86-64-v4")}
-_HIGHEST = "x86-64-v4"
+_V3, _V4 = (instruction_set(_TRIPLE).features_of(level) for level in ("x86-64-v3", "x86-64-v4"))
+_LEVELS = {
+    "x86-64-v3": _V3,
+    "x86-64-v3-vnni": (*_V3, "avxvnni"),
+    "x86-64-v4": _V4,
+    "x86-64-v4-vnni": (*_V4, "avx512vnni"),
+}
+_BYTE_DOTS = "-vnni"
+_FEATURES = frozenset(feature for level in _LEVELS.values() for feature in level)
 _SIZES = ("fixed", "per_row", "per_chunk_row", "per_chunk_step", "per_thread", "gaps")
 _STEP_KEYS = {"entry", "rebased", "imported", "slots", "scratch", "macs"}
 _CODE_KEYS = {"target", "machine", "features", "convention", "steps"}
@@ -115,7 +123,9 @@ def compile_code(graphs: Sequence[Graph], names: Sequence[str]) -> tuple[str, di
         raise ValueError(f"code_for takes a list of names, as in code_for=[{names!r}].")
     images: dict[str, Array] = {}
     described = []
-    for number, level in enumerate(dict.fromkeys(_level(name) for name in names)):
+    stored = {graph[leaf].attrs.get("stored") for graph in graphs for leaf in graph.leaves("weight")}
+    levels = [_level(name, multiplies_bytes=Storage.I8_I8.value in stored) for name in names]
+    for number, level in enumerate(dict.fromkeys(levels)):
         steps = []
         for place, graph in enumerate(graphs):
             step, images[f"code.{number}.{place}"] = _compile_step(graph, level)
@@ -135,7 +145,7 @@ def _compile_step(graph: Graph, level: str) -> tuple[dict[str, Any], Array]:
     from fusecell.compiler.runtime.kernel import multiply_adds, schedule
 
     features = _LEVELS[level]
-    target = target_of(level, ",".join(f"+{name}" for name in features), _TRIPLE, frozenset(features))
+    target = target_of(level.removesuffix(_BYTE_DOTS), ",".join(f"+{name}" for name in features), _TRIPLE, frozenset(features))
     plan = schedule(graph)
     emitted = emit(plan, target)
     image = image_of_object(llvm.object_code(emitted.text, ["run"], target.cpu, target.features, target.triple), "run")
@@ -150,11 +160,12 @@ def _compile_step(graph: Graph, level: str) -> tuple[dict[str, Any], Array]:
     return described, np.frombuffer(image.data, np.int8)
 
 
-def _level(name: str) -> str:
-    """Return the level of x86-64 that a name stands for."""
+def _level(name: str, *, multiplies_bytes: bool) -> str:
+    """Return the level of x86-64 that a name stands for; the host's has VNNI only if bytes are multiplied."""
     if name == "host":
         has = _usable_features() if host_machine() == _MACHINE else frozenset()
-        fitting = [level for level, features in _LEVELS.items() if has.issuperset(features)]
+        levels = [level for level in _LEVELS if multiplies_bytes or not level.endswith(_BYTE_DOTS)]
+        fitting = [level for level in levels if has.issuperset(_LEVELS[level])]
         if fitting:
             return fitting[-1]
         raise ValueError(
@@ -167,10 +178,10 @@ def _level(name: str) -> str:
 
 
 def _usable_features() -> frozenset[str]:
-    """Return what this machine has of x86-64's levels, up to the one that ``FUSECELL_TARGET`` names."""
+    """Return what this machine has of the features that code can need, up to the level ``FUSECELL_TARGET`` names."""
     isa = instruction_set(_TRIPLE)
     chosen = os.environ.get("FUSECELL_TARGET", "")
-    return host_level_features(frozenset(isa.features_of(chosen if chosen in isa.levels else _HIGHEST)))
+    return host_level_features(frozenset(isa.features_of(chosen)) if chosen in isa.levels else _FEATURES)
 
 
 def misfit(code: CpuCode) -> str:
@@ -211,7 +222,7 @@ def _cpu_code(number: int, entry: Any, images: dict[str, Array], graphs: Sequenc
     if not are_features or not isinstance(entry["steps"], list) or len(entry["steps"]) != len(graphs):
         raise CompilerError(f"its code {number} should list features, and a step for each of {len(graphs)}")
     known = machine == _MACHINE and entry["convention"] == CALLING_CONVENTION
-    if not known or not frozenset(features) <= frozenset(_LEVELS[_HIGHEST]):
+    if not known or not _FEATURES.issuperset(features):
         # Of a machine or a version of fusecell that isn't known here: what its steps mean doesn't matter, see `misfit`.
         for place in range(len(graphs)):
             images.pop(f"code.{number}.{place}", None)

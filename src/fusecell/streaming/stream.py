@@ -6,7 +6,6 @@ Nothing here imports torch: a stream that was saved runs without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,8 @@ from fusecell.streaming.bound_step import MOST_STEPS, Array, BoundStep, Part
 from fusecell.streaming.small_weights import StoredWeight, check_format, stored_weights, with_small_weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 __all__ = ["Stream"]
@@ -147,8 +148,9 @@ class Stream:
         Arguments:
             path: the file.
             code_for: CPUs to add machine code for, which ``load_stream(path, trusted=True)`` runs without compiling:
-                ``"x86-64-v3"`` (AVX2 and FMA), ``"x86-64-v4"`` (AVX-512), and ``"host"``, the higher of the two that
-                this machine has. It runs on Linux; other machines compile the graph, which the file has in any case.
+                ``"x86-64-v3"`` (AVX2 and FMA), ``"x86-64-v4"`` (AVX-512), each also with ``-vnni`` behind it (byte
+                products, for ``"int8-dynamic"``), and ``"host"``, the highest of these that this machine has. It runs
+                on Linux; other machines compile the graph, which the file has in any case.
 
         Raises:
             OSError: if the file can't be written.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import platform
 import sys
-from pathlib import Path
 
 __all__ = ["host_level_features", "host_machine"]
 
-_CPUS = Path("/proc/cpuinfo")
+_CPUS = "/proc/cpuinfo"
 # LLVM's names of features that Linux calls by another name.
 _LINUX_NAMES = {
     "sahf": "lahf_lm",
@@ -18,6 +17,8 @@ _LINUX_NAMES = {
     "sse4.2": "sse4_2",
     "bmi": "bmi1",
     "lzcnt": "abm",
+    "avx512vnni": "avx512_vnni",
+    "avxvnni": "avx_vnni",
 }
 
 
@@ -35,7 +36,8 @@ def host_level_features(wanted: frozenset[str]) -> frozenset[str]:
 @functools.cache
 def _flags() -> frozenset[str]:
     try:
-        lines = _CPUS.read_text("utf-8", "replace").splitlines()
+        with open(_CPUS, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
     except OSError:
         return frozenset()  # nothing is known, so no code fits
     sets = {frozenset(line.partition(":")[2].split()) for line in lines if line.partition(":")[0].strip() == "flags"}

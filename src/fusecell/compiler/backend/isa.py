@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-__all__ = ["DenormalControl", "InstructionSet", "instruction_set"]
+__all__ = ["ByteDot", "DenormalControl", "InstructionSet", "instruction_set"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DenormalControl:
     """The register that says whether denormals count as zero, and how LLVM reads and writes it.
 
@@ -39,7 +39,41 @@ class DenormalControl:
         return {f"declare i{self.bits} {self.read}()", f"declare void {self.write}(i{self.bits})"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class ByteDot:
+    """The instruction that adds the products of four bytes with four others, for each sum of 32 bits of a vector.
+
+    Attributes:
+        feature: that a CPU with it has.
+        intrinsic: LLVM's name of it, without ``llvm.``.
+        bits: the width of its vectors.
+        signed: whether the bytes of both operands are signed; else those of the first are not.
+        takes_words: whether the operands are vectors of words to LLVM, each of four bytes; else of bytes.
+    """
+
+    feature: str
+    intrinsic: str
+    bits: int
+    signed: bool = False
+    takes_words: bool = True
+
+    @property
+    def sums(self) -> str:
+        """LLVM's type of the sums."""
+        return f"<{self.bits // 32} x i32>"
+
+    @property
+    def bytes(self) -> str:
+        """LLVM's type of a vector of bytes."""
+        return f"<{self.bits // 8} x i8>"
+
+    @property
+    def operand(self) -> str:
+        """LLVM's type of an operand."""
+        return self.sums if self.takes_words else self.bytes
+
+
+@dataclass(frozen=True, eq=False)
 class InstructionSet:
     """Properties of an instruction set that kernels use.
 
@@ -50,6 +84,7 @@ class InstructionSet:
         always_fused: whether a multiply-add with one rounding is part of the base.
         fused_features: features each of which brings one.
         half_features: features each of which brings instructions that convert float16 to float32; None: the base does.
+        byte_dots: instructions that multiply bytes, the widest first.
         denormals: how denormals are made to count as zero; None where nothing does it.
         spin_hint: the declaration, and the call, of the hint that a core is in a spin loop; None where there is none.
         levels: the targets that can be named, and the features that each adds to the one before.
@@ -61,6 +96,7 @@ class InstructionSet:
     always_fused: bool = False
     fused_features: frozenset[str] = frozenset()
     half_features: frozenset[str] | None = frozenset()
+    byte_dots: tuple[ByteDot, ...] = ()
     denormals: DenormalControl | None = None
     spin_hint: tuple[str, str] | None = None
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -94,6 +130,10 @@ _INSTRUCTION_SETS = (
         ("x86_64", "x86_64h", "amd64"),
         fused_features=frozenset({"fma"}),
         half_features=frozenset({"f16c"}),
+        byte_dots=(
+            ByteDot("avx512vnni", "x86.avx512.vpdpbusd.512", 512),
+            ByteDot("avxvnni", "x86.avx512.vpdpbusd.256", 256),
+        ),
         denormals=_MXCSR,
         spin_hint=_X86_PAUSE,
         # The levels of the x86-64 psABI in LLVM's names.
@@ -119,6 +159,7 @@ _INSTRUCTION_SETS = (
         vector_registers=32,
         always_fused=True,
         half_features=None,
+        byte_dots=(ByteDot("dotprod", "aarch64.neon.sdot.v4i32.v16i8", 128, signed=True, takes_words=False),),
         denormals=DenormalControl("@llvm.aarch64.get.fpcr", "@llvm.aarch64.set.fpcr", 64, 1 << 24),  # bit FZ
         spin_hint=("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),  # yield
     ),

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from fusecell.compiler.backend import llvm, tuning
-from fusecell.compiler.backend.isa import InstructionSet, instruction_set
+from fusecell.compiler.backend.isa import ByteDot, InstructionSet, instruction_set
 from fusecell.compiler.backend.tuning import Tuning
 
 __all__ = ["Target", "host_target", "target_of"]
@@ -27,8 +27,7 @@ class Target:
         fma: whether a multiply-add is one instruction with one rounding.
         registers: number of vector registers.
         converts_half: whether it has instructions that convert float16 to float32.
-        multiplies_bytes: whether one instruction adds the products of four bytes with four others, for each sum of 32
-            bits of a vector: x86's VNNI.
+        byte_dot: the instruction that multiplies bytes, x86's VNNI or ARM's dot product; None if it has none.
         sets_denormal_mode: whether a kernel makes denormals count as zero itself; else its caller does.
     """
 
@@ -39,7 +38,7 @@ class Target:
     fma: bool
     registers: int
     converts_half: bool = False
-    multiplies_bytes: bool = False
+    byte_dot: ByteDot | None = None
     sets_denormal_mode: bool = True
 
     @property
@@ -111,13 +110,15 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
     avx2 = {"avx2", "fma"} <= has
     # AVX-512 doubles the vector registers, in 64-bit code alone.
     registers = 32 if avx512 and isa.name == "x86_64" else isa.vector_registers
+    vector_bits = 512 if avx512 else 256 if avx2 else 128
+    dots = (dot for dot in isa.byte_dots if dot.feature in has and dot.bits <= vector_bits)
     return Target(
         cpu=cpu,
         features=features,
         triple=triple,
-        vector_bits=512 if avx512 else 256 if avx2 else 128,
+        vector_bits=vector_bits,
         fma=isa.always_fused or avx512 or bool(isa.fused_features & has),
         registers=registers,
         converts_half=isa.half_features is None or bool(isa.half_features & has),
-        multiplies_bytes="avx512vnni" in has if avx512 else avx2 and "avxvnni" in has,
+        byte_dot=next(dots, None),
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 __all__ = ["TUNING", "Tuning"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Tuning:
     """Machine-dependent constants, each with its unit and its reason.
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusecell.compiler.backend.isa import ByteDot
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.llvm_text import FALSE, TRUE, Integer, TextBuilder, Value, literal, type_of, typed
 from fusecell.compiler.codegen.vector_math import declarations, definitions, function_name
@@ -402,8 +403,8 @@ class Function(TextBuilder):
     def store_byte(self, value: Value, pointer: Value, place: Integer, first: Value) -> None:
         """Store 16 whole numbers as bytes of words; place 0, the lowest, clears the others.
 
-        What `dot_bytes` multiplies has 128 added to it. So 128 times each number is taken off the words at ``first``,
-        which a sum begins with.
+        What `dot_bytes` multiplies has 128 added to it, where its instruction takes unsigned bytes. So 128 times each
+        number is taken off the words at ``first``, which a sum begins with.
         """
         kind = f"<{LANES} x i32>"
         whole = self.let("whole", f"fptosi {typed(value)} to {kind}", kind)
@@ -420,30 +421,52 @@ class Function(TextBuilder):
         self.store(words, pointer, LANES * 4)
 
     def load_bytes(self, pointer: Value, name: str) -> Value:
-        """Load four whole numbers from -127 to 127; return them plus 128, as the bytes of a word, in all 16 lanes."""
+        """Load four whole numbers from -127 to 127; return them as the bytes of a word, in all 16 lanes.
+
+        Where the instruction of `dot_bytes` takes unsigned bytes, 128 is added to each.
+        """
         numbers = self.load(pointer, f"{name}.numbers", self.module.itemsize, 4)
         whole = self.let(f"{name}.whole", f"fptosi {typed(numbers)} to <4 x i32>", "<4 x i32>")
         # What lies behind a row may be no such number: any four bytes do, as its weights are zero.
         defined = self.let(f"{name}.defined", f"freeze <4 x i32> {whole}", "<4 x i32>")
         bytes_ = self.let(f"{name}.bytes", f"trunc <4 x i32> {defined} to <4 x i8>", "<4 x i8>")
-        unsigned = self.let(f"{name}.unsigned", f"xor <4 x i8> {bytes_}, splat (i8 -128)", "<4 x i8>")
-        word = self.let(f"{name}.word", f"bitcast <4 x i8> {unsigned} to i32", "i32")
+        if not self._byte_dot.signed:
+            bytes_ = self.let(f"{name}.unsigned", f"xor <4 x i8> {bytes_}, splat (i8 -128)", "<4 x i8>")
+        word = self.let(f"{name}.word", f"bitcast <4 x i8> {bytes_} to i32", "i32")
         return self.splat(word, name)
 
-    def dot_bytes(self, sums: Value, unsigned: Value, signed: Value, name: str) -> Value:
-        """Add to each sum of 32 bits the products of the four bytes of a lane of two vectors: x86's VPDPBUSD."""
-        lanes = min(LANES, self.module.target.vector_bits // 32)
-        kind = f"<{lanes} x i32>"
+    def first_of_dots(self, corrections: Value) -> Value:
+        """Return what sums of `dot_bytes` begin with, given the words that `store_byte` has at ``first``."""
+        return Value("zeroinitializer", corrections.type) if self._byte_dot.signed else corrections
+
+    def dot_bytes(self, sums: Value, numbers: Value, weights: Value, name: str) -> Value:
+        """Add to each sum of 32 bits the products of the four bytes of a lane of two vectors, by one instruction."""
+        dot = self._byte_dot
+        lanes = dot.bits // 32
         parts = []
         for start in range(0, LANES, lanes):
             part = range(start, start + lanes)
             operands = [
                 each if lanes == LANES else self.shuffle(each, None, part, f"{name}.part")
-                for each in (sums, unsigned, signed)
+                for each in (sums, numbers, weights)
             ]
-            call = self.intrinsic(f"x86.avx512.vpdpbusd.{lanes * 32}", *operands, result=kind)
-            parts.append(self.let(name, call, kind))
-        return parts[0] if len(parts) == 1 else self.shuffle(parts[0], parts[1], range(LANES), name)
+            if not dot.takes_words:
+                operands[1:] = [self._as(each, dot.bytes, f"{name}.bytes") for each in operands[1:]]
+            parts.append(self.let(name, self.intrinsic(dot.intrinsic, *operands, result=dot.sums), dot.sums))
+        while len(parts) > 1:
+            lanes *= 2
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self.shuffle(one, other, range(lanes), name) for one, other in pairs]
+        return parts[0]
+
+    @property
+    def _byte_dot(self) -> ByteDot:
+        dot = self.module.target.byte_dot
+        assert dot is not None, "panels of bytes are for targets that multiply them"
+        return dot
+
+    def _as(self, value: Value, kind: str, name: str) -> Value:
+        return self.let(name, f"bitcast {typed(value)} to {kind}", kind)
 
     def as_numbers(self, integers: Value, name: str) -> Value:
         """Convert 16 integers of 32 bits."""

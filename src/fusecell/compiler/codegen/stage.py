@@ -108,7 +108,7 @@ def _format(weight: Node, target: Target) -> Storage | None:
     if "stored" not in weight.attrs:
         return None
     stored = Storage(weight.attrs["stored"])
-    return Storage.I8 if stored.packs_fours and not target.multiplies_bytes else stored
+    return Storage.I8 if stored.packs_fours and target.byte_dot is None else stored
 
 
 def _fuse(plan: Plan, stage: Stage, most: int, target: Target) -> list[FusedProducts]:
