@@ -62,7 +62,19 @@ def time_shape(shape: Shape, weights: str, turns: int) -> tuple[float, float]:
         model = stem.with_suffix(".onnx")
         model.write_bytes(make_model(problem).SerializeToString())
         program = stem.with_suffix(".program")
-        build = ["gcc", "-O2", "-std=gnu11", "-I", folder, _SOURCE, stem.with_suffix(".o"), "-o", program, "-ldl", "-lm"]
+        build = [
+            "gcc",
+            "-O2",
+            "-std=gnu11",
+            "-I",
+            folder,
+            _SOURCE,
+            stem.with_suffix(".o"),
+            "-o",
+            program,
+            "-ldl",
+            "-lm",
+        ]
         subprocess.run(build, check=True)
         states = ["h", "c"] if shape.cell == "lstm" else ["h"]
         run = [program, _library(), model, str(turns), *states]

@@ -28,8 +28,9 @@ PAGES = {
     "wrappers": ("Wrappers", "fusecell.wrappers"),
     "streaming": (
         "Streaming",
-        "fusecell: Stream load_stream weight_error",
+        "fusecell: Stream load_stream weight_error quantize",
         "fusecell.streaming: Limits StoredWeight WeightError Difference",
+        "fusecell.quantized: QuantizedCell",
     ),
     "export": ("Exporting", "fusecell: export", "fusecell.onnx", "fusecell.weights"),
     "inside": (

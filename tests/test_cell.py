@@ -347,6 +347,7 @@ def test_the_public_surface():
             "weight_error",
             "export",
             "Ensemble",
+            "quantize",
             "replace",
             "wrap",
             "accelerate",
@@ -357,6 +358,6 @@ def test_the_public_surface():
         ),
         *("linearize", "diagram", "explain", "show_config", "refresh"),
         *("count_cells", "summary", "EagerWarning", "ExportError", "FusecellError", "NotCompilable"),
-        *("cells", "init", "testing", "weights", "wrappers"),
+        *("cells", "init", "quantized", "testing", "weights", "wrappers"),
     ]
     assert all(getattr(fc, name) is not None for name in fc.__all__)

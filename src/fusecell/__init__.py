@@ -44,6 +44,7 @@ _HOME = {
     "weight_error": "streaming",
     "export": "exporting",
     "Ensemble": "ensemble",
+    "quantize": "quantized",
     "replace": "convert",
     "wrap": "wrapped_module",
     "accelerate": "convert",
@@ -63,7 +64,7 @@ _HOME = {
     "FusecellError": "errors",
     "NotCompilable": "errors",
 }
-_MODULES = ("cells", "init", "testing", "weights", "wrappers")
+_MODULES = ("cells", "init", "quantized", "testing", "weights", "wrappers")
 # Not in __all__, as it needs a package of its own.
 _OPTIONAL = ("onnx",)
 # Who takes a name from here is about to compute: the compiler is imported with it, not in the first call.

@@ -87,9 +87,7 @@ def _without_byte_dots(text: str, target: Target, host: Target) -> str:
     for place in range(4):
         lanes = ", ".join(f"i32 {byte}" for byte in range(place, count, 4))
         kind = f"<{count} x i32>"
-        lines.append(
-            f"  %part.{place} = shufflevector {kind} %products, {kind} poison, <{count // 4} x i32> <{lanes}>"
-        )
+        lines.append(f"  %part.{place} = shufflevector {kind} %products, {kind} poison, <{count // 4} x i32> <{lanes}>")
         lines.append(f"  %sum.{place + 1} = add {dot.sums} %sum.{place}, %part.{place}")
     lines += [f"  ret {dot.sums} %sum.4", "}"]
     return text.replace(declared, "\n".join(lines)).replace(f"@llvm.{dot.intrinsic}(", "@dot_bytes(")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.programs.inference import compile_step, without_notes
+from fusecell.compiler.programs.prepacked import KernelCell
 from fusecell.compiler.refusal import Refusal
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import NotCompilable
@@ -22,7 +23,7 @@ from fusecell.streaming.bound_step import Part, RowShapes
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
 
-__all__ = ["PerStep", "parts_of"]
+__all__ = ["PerStep", "part_of", "parts_of"]
 
 
 class PerStep(Cell):
@@ -57,7 +58,19 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
     Raises:
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
-    cells = list(_cells(module, None))
+    return _parts(list(_cells(module, None)), rows)
+
+
+def part_of(cell: Cell, rows: int) -> Part:
+    """Compile a cell as one, with copies of its present weights, be it a Stack of several.
+
+    Raises:
+        TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
+    """
+    return _parts([cell], rows)[0]
+
+
+def _parts(cells: Sequence[Cell], rows: int) -> list[Part]:
     for cell in cells:
         _check(cell, rows)
     _check_chain(cells)
@@ -161,6 +174,11 @@ def _check(cell: Cell, rows: int) -> None:
         raise TypeError(
             f"Stream gives one output at a step, {name} has several ({', '.join(output_shapes(cell.output_size))}). "
             "Return those that you need concatenated, or use fusecell.step."
+        )
+    if isinstance(cell, KernelCell):
+        raise TypeError(
+            "Stream takes the model before fusecell.quantize, and the format of its weights: "
+            "Stream(model, weights='int8')."
         )
     if cell.draw(1, rows):
         raise TypeError(f"Stream: {name} draws random inputs; eval() it first.")

@@ -145,7 +145,9 @@ def _compile_step(graph: Graph, level: str) -> tuple[dict[str, Any], Array]:
     from fusecell.compiler.runtime.kernel import multiply_adds, schedule
 
     features = _LEVELS[level]
-    target = target_of(level.removesuffix(_BYTE_DOTS), ",".join(f"+{name}" for name in features), _TRIPLE, frozenset(features))
+    target = target_of(
+        level.removesuffix(_BYTE_DOTS), ",".join(f"+{name}" for name in features), _TRIPLE, frozenset(features)
+    )
     plan = schedule(graph)
     emitted = emit(plan, target)
     image = image_of_object(llvm.object_code(emitted.text, ["run"], target.cpu, target.features, target.triple), "run")

@@ -230,9 +230,7 @@ class _Tile:
             return f.load_words(f.at(start, product * operands.panel_align), f"w{product}.{group}")
 
         # Before the weights' words is one of what a sum begins with.
-        first = [
-            f.first_of_dots(words_of(operands.panel, product, group)) for _, product, group in self._keys
-        ]
+        first = [f.first_of_dots(words_of(operands.panel, product, group)) for _, product, group in self._keys]
         words = f.lshr(f.add(_DEPTH, 3), 2, "words")
         with f.for_range_carrying("word", 0, words, first, nonempty=True, names=names) as (word, carried):
             a_at = f.at(a, f.mul(word, 4 * f.module.itemsize), "a.k")

@@ -26,6 +26,7 @@ from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
+from fusecell.compiler.programs.prepacked import KernelCell
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import IndexedKernel, Training
 from fusecell.compiler.runtime.argument_block import NotPreparable
@@ -143,7 +144,7 @@ def _prepare(
     if guards is None or module_tensors is None or (module_tensors and is_expanded_weight(module_tensors[0])):
         return None
     cell: Any = owner if factory is None else factory.cell()
-    if not all_flat(cell):  # a form has one dimension of features
+    if isinstance(cell, KernelCell) or not all_flat(cell):  # a form has one dimension of features
         return None
     if not _starts_from_zeros(cell, args) or (active_runner() == "auto" and loop_is_faster(cell, inputs)):
         return None

@@ -19,6 +19,7 @@ from fusecell.compiler.dispatch.eligibility import INTEGERS, as_numbers, call_re
 from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.dispatch.transforms import is_transformed, run_transformed
+from fusecell.compiler.programs.prepacked import KernelCell
 from fusecell.compiler.programs.replay import is_in_order
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
@@ -40,6 +41,12 @@ _warned: set[tuple[type[Cell], tuple[str, ...]]] = set()
 _OUT_OF_ORDER = (
     "The step draws random numbers, and an input or a state has its dimensions in another order in memory, in which "
     "the loop would draw; pass it as .contiguous()."
+)
+_ONLY_INFERENCE = Refusal(
+    (
+        "It is quantized, for inference: a call whose input or state requires gradients isn't compiled. Call it under "
+        "torch.no_grad(), or train the model that it was made of.",
+    )
 )
 
 
@@ -110,6 +117,8 @@ def _numbers(cell: Cell, inputs: State, state: State) -> State | Refusal:
 
 
 def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Options) -> tuple[Outputs, State] | Refusal:
+    if isinstance(cell, KernelCell):
+        return _ONLY_INFERENCE if needs_gradient(cell, (*inputs, *state)) else cell.run_kernel(numbers, state, options)
     find = find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program
     program = find(cell, inputs, numbers[0].dtype)
     if isinstance(program, Refusal):

@@ -1,6 +1,6 @@
 """Evaluate a graph in torch: the reference that tests compare every pass and every kernel with.
 
-Only tests use it. It is part of the package because it defines what each primitive computes.
+It defines what each primitive computes. Quantized cells, which are graphs, are evaluated by it in Python's loop.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,6 +95,7 @@ def run_all(
     reset: State,
     options: Options,
     shapes: Mapping[str, Shape] = _FLAT,
+    launch: Callable[..., None] = run,
 ) -> tuple[dict[str, Tensor], State]:
     """Run a forward kernel of several outputs; return each, (T, N, ...), by name, and the states after the last step.
 
@@ -103,10 +104,12 @@ def run_all(
     Arguments:
         reset: the states that resets go back to.
         shapes: of a row of each output, by name; flat where it has none.
+        launch: runs the kernel, with the arguments of :func:`run`.
     """
     dtype = inputs[0].dtype
     if has_16_bits(dtype):
-        outputs, after = run_all(kernel, weights, widened(inputs), widened(state), widened(reset), options, shapes)
+        wide = widened(inputs), widened(state), widened(reset)
+        outputs, after = run_all(kernel, weights, *wide, options, shapes, launch)
         return dict(zip(outputs, rounded(tuple(outputs.values()), dtype), strict=True)), rounded(after, dtype)
     steps, rows = steps_of(inputs), inputs[0].shape[1]
     after = tuple([value.new_empty(value.shape) for value in state])
@@ -120,7 +123,7 @@ def run_all(
     block.bind(inputs=inputs, weights=weights, first=state, last=after, outputs=outputs.values())
     if options.resets is not None:
         block.bind(reset=reset, resets=options.resets)
-    run(kernel, block, steps, rows, options.reverse, ragged)
+    launch(kernel, block, steps, rows, options.reverse, ragged)
     return outputs, after
 
 

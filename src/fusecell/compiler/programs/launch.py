@@ -23,7 +23,7 @@ from fusecell.compiler.runtime.thread_team import backs_off, run_team
 from fusecell.compiler.runtime.thread_team import run_each as run_on_team
 from fusecell.execution.options import State
 
-__all__ = ["PreparedCall", "RaggedRows", "run", "run_each"]
+__all__ = ["PreparedCall", "RaggedRows", "run", "run_each", "start"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def run(
     scratch = _scratch(kernel.scratch_bytes(steps, rows, threads))
     kernel.set_sizes(block, steps, rows, reverse, scratch.data_ptr())
     if guard_pages.ENABLED:
-        run_guarded(kernel, block.values, partial(_start, kernel, steps, rows, threads), threads)
+        run_guarded(kernel, block.values, partial(start, kernel, steps, rows, threads), threads)
     else:
-        _start(kernel, steps, rows, threads, block.address)
+        start(kernel, steps, rows, threads, block.address)
 
 
 def run_each(
@@ -113,7 +113,7 @@ def run_each(
     run_on_team(kernel.loaded.address("run"), members, threads)
 
 
-def _start(kernel: Kernel, steps: int, rows: int, threads: int, address: int) -> None:
+def start(kernel: Kernel, steps: int, rows: int, threads: int, address: int) -> None:
     """Run a kernel over the argument block at an address."""
     if threads > 1:
         run_team(kernel.team, address, threads, step_us(kernel, rows) * steps)
@@ -179,11 +179,11 @@ class PreparedCall:
             values[slot] = address + offset
         values[self._scratch_slot] = address + self._unread_size
         if guard_pages.ENABLED:
-            run_guarded(kernel, values, partial(_start, kernel, steps, rows, threads), threads)
+            run_guarded(kernel, values, partial(start, kernel, steps, rows, threads), threads)
         elif threads == 1:
             self._run_alone(values.buffer_info()[0])
         else:
-            _start(kernel, steps, rows, threads, values.buffer_info()[0])
+            start(kernel, steps, rows, threads, values.buffer_info()[0])
         del memory
 
 
