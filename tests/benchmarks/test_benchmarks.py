@@ -3,6 +3,7 @@
 import copy
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 
 import fusecell as fc
-from benchmarks import limits, overhead, overview, plot, report
+from benchmarks import from_c, limits, overhead, overview, plot, report
 from benchmarks.clock import Timing, take_turns
 from benchmarks.measure import Row, measure
 from benchmarks.peers import EAGER, PEERS, TORCH, Peer, installed
@@ -261,3 +262,13 @@ def test_the_overview_has_each_shape_once_and_every_run(tmp_path):
             assert statistics.geometric_mean(every) == pytest.approx(run["geometric_mean_ratio"][mode.value])
     overview.draw(runs, tmp_path / "overview.svg")
     assert (tmp_path / "overview.svg").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_steps_from_c_have_the_numbers_of_onnx_runtimes(cell):
+    """Which the program compares: another entry of the table of functions, or another layout, would not give them."""
+    pytest.importorskip("onnxruntime")
+    ours, peers = from_c.time_shape(Shape(cell, 1, 1, 5, 11), "float32", 3)
+    assert 0 < ours < 1e6
+    assert 0 < peers < 1e6

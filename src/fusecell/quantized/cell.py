@@ -46,7 +46,7 @@ class QuantizedCell(KernelCell):
         >>> import torch, fusecell as fc
         >>> cell = fc.quantized.QuantizedCell(fc.GRUCell(40, 128), "int8")
         >>> sum(value.nbytes for value in cell.state_dict().values())
-        70144
+        71168
         >>> y, h = fc.scan(cell, torch.randn(7, 3, 40))
         >>> y.shape
         torch.Size([7, 3, 128])

@@ -37,8 +37,9 @@ def quantize(module: nn.Module, weights: str = "int8", *, keep: Collection[str] 
         >>> x = torch.randn(50, 4, 7)
         >>> bool((small["rnn"](x)[0] - model["rnn"](x)[0]).abs().max() < 0.02)
         True
-        >>> [weight.format for weight in small["rnn"].cells[0].weights if weight.name.startswith("0.weight")]
-        ['float32', 'int8']
+        >>> formats = {weight.name: weight.format for weight in small["rnn"].cells[0].weights}
+        >>> formats["0.weight_ih"], formats["0.weight_hh"]
+        ('float32', 'int8')
 
     Arguments:
         module: any module with cells, or layers of fusecell; :func:`fusecell.replace` makes these of torch.nn's.
