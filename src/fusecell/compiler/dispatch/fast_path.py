@@ -264,6 +264,7 @@ class _TrainingCall:
         training = step.training(flags, call.form.recompute or recomputing())
         if not isinstance(training, Training):
             raise NotPreparable
+        self._training = training
         steps, rows = call.sizes
         self.forward = BoundForward(training.forward, call, training.saved_size(steps * rows))
         self.backward = BoundBackward(training, call, requires_grad)
@@ -277,10 +278,11 @@ class _TrainingCall:
             return results[0], results[1:]
         return None, results
 
-    def again(self, owner: nn.Module, tensors: State, *, eager: bool) -> State:
+    def again(self, owner: nn.Module, tensors: State, saved: Tensor, *, eager: bool) -> State:
         """Run the call again under autograd, for gradients of gradients.
 
         Arguments:
+            saved: by its forward.
             eager: by the Python loop, for gradients of many backwards at once.
         """
         if self._conversion is not None:  # the loop's results have the layer's dtype, their gradients the kernel's
@@ -295,7 +297,8 @@ class _TrainingCall:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
         cell = rebound(cell, dict(zip(self._paths, weights, strict=True)), ())
         options = Options(reverse=form.reverse)
-        result = None if eager else self._step(cell, (x,), state, options)
+        before = None if self._conversion is not None else (self._training, saved)
+        result = None if eager else self._step(cell, (x,), state, options, before)
         outputs, after = run_eager(cell, (x,), state, options) if not isinstance(result, tuple) else result
         states = tuple([form.state(value) for value in after])
         results = (form.output(outputs), *states) if form.outputs else states
@@ -345,7 +348,9 @@ class _CachedScan(torch.autograd.Function):
             return (
                 None,
                 None,
-                *differentiated(lambda aliases: call.again(owner, aliases, eager=eager), tensors, needed, grads),
+                *differentiated(
+                    lambda aliases: call.again(owner, aliases, saved, eager=eager), tensors, needed, grads
+                ),
             )
         if not call.form.outputs:  # then the states are the only results
             grads = (None, *grads)

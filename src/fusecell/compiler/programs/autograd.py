@@ -64,8 +64,20 @@ class TrainableStep:
         self._labels = (*(f"grad.input.{name}" for name in self._inputs), *(f"grad.weight.{name}" for name in names))
         self._trainings: dict[tuple[bool, ...], Training | Refusal] = {}
 
-    def __call__(self, cell: Cell, inputs: State, state: State, options: Options) -> tuple[Tensor, State] | Refusal:
-        """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`."""
+    def __call__(
+        self,
+        cell: Cell,
+        inputs: State,
+        state: State,
+        options: Options,
+        before: tuple[Training, Tensor] | None = None,
+    ) -> tuple[Tensor, State] | Refusal:
+        """Run over (T, N, ...) inputs with gradients; see :func:`fusecell.eager.run_eager`.
+
+        Arguments:
+            before: the kernels of the same call, which has been run, and what it saved. Then the results have no
+                values, only gradients.
+        """
         prologue = self.traced.weights
         weights = prologue.values(cell)
         flags = self.flags([value.requires_grad for value in inputs], weights)
@@ -83,6 +95,8 @@ class TrainableStep:
             inputs, state, reset = map(widened, (inputs, state, reset))
         call = Call.of(training, inputs, state, reset, weights, options, self.traced.shapes["output"])
         call.generator_state = generator_state
+        if before is not None and before[0] is training:
+            call.saved = before[1]
         results = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
         if has_16_bits(dtype):
             results = rounded(results, dtype)

@@ -153,6 +153,7 @@ class Call:
         all_rows: rows of all steps together.
         output: the shape of a row of the output.
         generator_state: of torch's generator before the call drew what its steps draw.
+        saved: what the same call has saved before, whose forward isn't run again.
         ends: where inputs, states, states to reset to, and weights end among the call's tensors. The tensors that
             weights are computed from come last.
     """
@@ -166,6 +167,7 @@ class Call:
     ends: tuple[int, int, int, int]
     output: Shape = ()
     generator_state: Tensor | None = None
+    saved: Tensor | None = None
 
     @classmethod
     def of(
@@ -206,7 +208,11 @@ class Call:
 
     @one_thread_after_fork()
     def forward(self, tensors: State) -> Results:
-        """Run the forward kernel."""
+        """Run the forward kernel; of a call that has been run before, return what it saved, and results unwritten."""
+        if self.saved is not None:
+            like, state = tensors[0], self.split(tensors)[1]
+            unwritten = like.new_empty(1).expand(self.steps, self.rows, *self.output)
+            return Results(self.saved, unwritten, tuple([value.new_empty(1).expand(value.shape) for value in state]))
         results = self.new_results(tensors)
         block = self.bind_forward(tensors, results)
         self._run(self.training.forward, block, reverse=self.options.reverse)
