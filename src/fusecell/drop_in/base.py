@@ -23,7 +23,7 @@ from fusecell.drop_in.checks import check_hidden, check_input
 from fusecell.execution.call_form import CellFactory, sequence_form
 from fusecell.execution.call_path import call
 from fusecell.execution.natively import natively
-from fusecell.execution.options import Options, State
+from fusecell.execution.options import Options, Recompute, State, check_recompute
 from fusecell.execution.results import public_state, swap_time_and_batch, with_dim, without_dim
 from fusecell.execution.runners import traced_as_operator, traced_runner
 from fusecell.execution.symbolic_trace import is_proxy, record_call
@@ -40,7 +40,7 @@ __all__ = ["Scanned"]
 # The attributes of an nn.Module as its constructor makes them, for cells that are built without calling it.
 _CONTAINERS = tuple((name, type(value)) for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 _CONSTANTS = {name: value for name, value in vars(nn.Module()).items() if not isinstance(value, dict | set)}
-_PLAIN = {recompute: Options(recompute=recompute) for recompute in (False, True)}
+_PLAIN: dict[Recompute, Options] = {each: Options(recompute=each) for each in (False, True, "chunk")}
 
 
 _TORCHS_CHECKS = ("check_input", "check_hidden_size", "check_forward_args")
@@ -76,7 +76,7 @@ class Scanned:
     proj_size: int
     training: bool
     _parameters: dict[str, nn.Parameter | None]
-    recompute: bool = False
+    recompute: Recompute = False
     masked_output: MaskedOutput = "hold"
     tbptt: int | None = None
     clip_state_grad: float | None = None
@@ -92,14 +92,14 @@ class Scanned:
     def __init__(
         self,
         *args: Any,
-        recompute: bool = False,
+        recompute: Recompute = False,
         masked_output: MaskedOutput = "hold",
         tbptt: int | None = None,
         clip_state_grad: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.recompute = recompute
+        self.recompute = check_recompute(type(self).__name__, recompute)
         self.masked_output, self.tbptt, self.clip_state_grad = masked_output, tbptt, clip_state_grad
         self._wrap_options()  # an invalid one is an error here, not at the first call
 
@@ -142,7 +142,7 @@ class Scanned:
         # Where torch.compile breaks its graph at this layer it compiles this frame, but none that @natively marks.
         if has_data or torch.compiler.is_compiling() or not self._is_one_scan(input):
             return self._checked_forward(input, hx, lengths=lengths, resets=resets, mask=mask)
-        form = sequence_form(input.dim() == 3, self.batch_first, True, False, self.recompute)
+        form = sequence_form(input.dim() == 3, self.batch_first, True, False, self.recompute is True)
         module: Any = self  # torch.nn's class makes it one
         return call(module, input, hx, form, Scanned._checked_forward, (), Scanned._cell_factory)
 
@@ -157,6 +157,8 @@ class Scanned:
     def _is_one_scan(self, input: Any) -> TypeGuard[Tensor]:
         """Return whether a call on ``input`` is the scan of one cell over one tensor, which a kernel can do alone."""
         if not isinstance(input, Tensor) or self.num_layers > 1 or self.bidirectional or self._has_own_checks:
+            return False
+        if self.recompute == "chunk":
             return False
         return self._wrap_options() is PLAIN
 
@@ -382,7 +384,7 @@ class Scanned:
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
         options = describe(self._wrap_options())
-        return ", ".join([text, *(["recompute=True"] if self.recompute else []), *options])
+        return ", ".join([text, *([f"recompute={self.recompute!r}"] if self.recompute else []), *options])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.num_layers == 1 and not self.bidirectional:  # then a cell's state_dict can be loaded too

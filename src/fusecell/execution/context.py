@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fusecell.execution.options import Options
+from fusecell.execution.options import Options, Recompute, check_recompute
 
 if TYPE_CHECKING:
     from fusecell.cell import Cell
@@ -35,7 +35,7 @@ class _Context(threading.local):
     """The settings of one thread."""
 
     name: Any = None  # a RunnerName, or "record", a runner that users can't name
-    recompute = False
+    recompute: Recompute = False
     keep: Any = None
 
 
@@ -80,12 +80,16 @@ def runner(name: RunnerName) -> Iterator[None]:
 
 
 @contextmanager
-def recompute(enabled: bool = True) -> Iterator[None]:
+def recompute(enabled: Recompute = True) -> Iterator[None]:
     """Save less for the backward inside a ``with`` block, in this thread.
 
     Training saves, for each row and step, the products and transcendental functions that the gradient needs: for a GRU
     five numbers per unit. With recomputation only the states are saved and the backward computes the rest again, about
     a third more arithmetic. The layers' argument ``recompute=True`` does the same for one layer.
+
+    With ``"chunk"`` a sequence is divided into about as many chunks as each has steps, of which only the first state is
+    saved; the backward runs the forward of each again. Beside inputs and outputs memory then grows with the square root
+    of the steps.
 
     Example:
         >>> import torch, fusecell as fc
@@ -95,18 +99,22 @@ def recompute(enabled: bool = True) -> Iterator[None]:
         >>> y.sum().backward()
 
     Arguments:
-        enabled: False to switch it off again inside another block; a layer's own ``recompute=True`` stays.
+        enabled: True or "chunk"; False to switch it off again inside another block; a layer's own ``recompute=True``
+            stays.
+
+    Raises:
+        ValueError: for any other value.
     """
     before = recomputing()
-    _CONTEXT.recompute = enabled
+    _CONTEXT.recompute = check_recompute("fusecell.recompute", enabled)
     try:
         yield
     finally:
         _CONTEXT.recompute = before
 
 
-def recomputing() -> bool:
-    """Return whether ``with recompute():`` is in force in this thread."""
+def recomputing() -> Recompute:
+    """Return the argument of the ``with recompute():`` that is in force in this thread; False outside."""
     return _CONTEXT.recompute
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Options", "State", "steps_of"]
+__all__ = ["Options", "Recompute", "State", "check_recompute", "steps_of"]
 
 State = tuple[Tensor, ...]
+Recompute = bool | Literal["chunk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +21,27 @@ class Options:
         lengths: (N,) int64, row n is valid for t < lengths[n].
         resets: (T, N) bool, True puts a row back to the initial state before the step at t.
         reverse: run from the last step to the first.
-        recompute: save only the states for the backward, which computes everything else again.
+        recompute: True: save only the states for the backward, which computes everything else again; "chunk": only
+            those before each of some square root of T chunks.
     """
 
     lengths: Tensor | None = None
     resets: Tensor | None = None
     reverse: bool = False
-    recompute: bool = False
+    recompute: Recompute = False
+
+
+def check_recompute(where: str, value: object) -> Recompute:
+    """Return a ``recompute`` that a user gave.
+
+    Raises:
+        ValueError: for anything but True, False and "chunk", naming the class or function that it was given to.
+    """
+    if value == "chunk":
+        return "chunk"
+    if isinstance(value, str) or value not in (True, False):
+        raise ValueError(f"{where}: recompute must be True, False or 'chunk', got {value!r}.")
+    return bool(value)
 
 
 def steps_of(inputs: State) -> int:

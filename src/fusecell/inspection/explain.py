@@ -285,7 +285,7 @@ def _explain_cell(
         lines += _describe_refusal(program, trainable)
     elif not isinstance(program, Refusal):
         requires_grad = trainable.flags([False] * len(inputs), trainable.traced.weights.values(cell))
-        training = trainable.training(requires_grad, recomputing())
+        training = trainable.training(requires_grad, bool(recomputing()))
         if isinstance(training, Refusal):
             training_reasons = training.reasons
         elif any(requires_grad):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,10 @@ from fusecell.cell import Cell
 from fusecell.cell_tree import HasCells
 from fusecell.compiler.dispatch.runner import find_trainable
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, kernel_dtype
+from fusecell.compiler.programs.chunked import chunk_steps
 from fusecell.compiler.refusal import Refusal
-from fusecell.execution.options import State
+from fusecell.execution.context import recomputing
+from fusecell.execution.options import Recompute, State
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.layers import Bidirectional, Recurrent, Sequential
 from fusecell.shapes import Size, feature_shape, output_shape
@@ -42,6 +44,7 @@ class LayerSummary:
         states: the shape of each of its states by name.
         calls: how often its ``step`` is called; 0 for a module that is no cell.
         saved: bytes saved for the backward in training, without its output; None where it isn't compiled.
+        saved_with: what ``saved`` would be with each value of ``recompute``; empty where it isn't compiled.
     """
 
     name: str
@@ -52,6 +55,7 @@ class LayerSummary:
     states: dict[str, Shape]
     calls: int
     saved: int | None = None
+    saved_with: Mapping[Recompute, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,10 @@ class Summary:
     def saved(self) -> int:
         """Bytes saved between forward and backward in training, of all layers that are compiled."""
         return sum(layer.saved or 0 for layer in self.layers)
+
+    def saved_with(self, recompute: Recompute) -> int:
+        """Return what :attr:`saved` would be with a value of ``recompute`` for all layers: True, False or "chunk"."""
+        return sum(layer.saved_with.get(recompute, 0) for layer in self.layers)
 
     @property
     def calls(self) -> int:
@@ -103,7 +111,14 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(_aligned(*cell) for cell in zip(row, widths, _NUMBERS, strict=True)) for row in table]
         rule = "-" * max(map(len, lines))
-        return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:-1], rule, lines[-1]))
+        return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:-1], rule, lines[-1], *self._advice()))
+
+    def _advice(self) -> Iterator[str]:
+        """Say how to save less, where it is much."""
+        options: tuple[Recompute, ...] = (True, "chunk")
+        less = [f"{self.saved_with(each):,} with recompute={each!r}" for each in options]
+        if self.saved > _MUCH_SAVED and self.saved_with("chunk") < self.saved:
+            yield f"saved for the backward: {self.saved:,} bytes; {', '.join(less)}"
 
     def _repr_html_(self) -> str:
         header, *rows = self.table()
@@ -120,6 +135,7 @@ class Summary:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+_MUCH_SAVED = 64 << 20
 _NUMBERS = (False, False, True, True, True, True, False, False)
 
 
@@ -193,7 +209,7 @@ class _Walk:
     seq_len: int
     rows: int
     batch_first: bool = False
-    recompute: bool = False
+    recompute: Recompute = False
 
     def describe(self, module: nn.Module, name: str = "") -> tuple[list[LayerSummary], Size]:
         """Describe the parts of a module; return them and the features of its output."""
@@ -259,29 +275,38 @@ class _Walk:
         }
         macs = self._step_macs(cell)
         total = None if macs is None else macs * self.seq_len
-        kind, shape, saved = (
-            type(cell).__name__ + suffix,
-            self._sequence(*output_shape(cell.output_size)),
-            self._saved(cell),
-        )
-        return LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len, saved)
+        kind, shape = type(cell).__name__ + suffix, self._sequence(*output_shape(cell.output_size))
+        return self._with_saved(LayerSummary(name, kind, _parameters(cell), total, shape, states, self.seq_len), cell)
 
-    def _saved(self, cell: Cell) -> int | None:
-        """Return the bytes saved for the gradients of all parameters; None if the cell can't be compiled."""
+    def _with_saved(self, line: LayerSummary, cell: Cell) -> LayerSummary:
+        """Add the bytes that training a cell saves."""
+        saved = self._saved(cell)
+        return replace(line, saved=saved.get(self.recompute or recomputing()), saved_with=saved)
+
+    def _saved(self, cell: Cell) -> dict[Recompute, int]:
+        """Return the bytes saved for the gradients of all parameters, by recompute; {} if it can't be compiled."""
         like = _like(cell)
         drawn = cell.draw(1, self.rows, **like)
         # The widths of further inputs are unknown before a call, and other dtypes are never compiled.
         if len(cell.inputs) > 1 + len(drawn) or like["dtype"] not in COMPILED_DTYPES:
-            return None
+            return {}
         inputs = (torch.zeros((1, self.rows, *feature_shape(cell.input_size)), **like), *drawn)
         with torch.enable_grad():
             trainable = find_trainable(cell, inputs)
             if isinstance(trainable, Refusal):  # of token ids it may compile
                 trainable = find_trainable(cell, (inputs[0].long(), *drawn), like["dtype"])
             if isinstance(trainable, Refusal):
-                return None
-            numbers = trainable.saved_numbers(cell, [False] * len(inputs), self.recompute)
-        return int(numbers * kernel_dtype(like["dtype"]).itemsize * self.seq_len * self.rows)
+                return {}
+            flags = [False] * len(inputs)
+            all_numbers, of_states = (trainable.saved_numbers(cell, flags, recompute) for recompute in (False, True))
+        row = kernel_dtype(like["dtype"]).itemsize * self.rows
+        chunk = chunk_steps(self.seq_len)
+        starts = math.ceil(self.seq_len / chunk) * sum(math.prod(feature_shape(size)) for size in cell.state_sizes)
+        return {
+            False: all_numbers * row * self.seq_len,
+            True: of_states * row * self.seq_len,
+            "chunk": (all_numbers * min(chunk, self.seq_len) + starts) * row,
+        }
 
     def _step_macs(self, cell: Cell) -> int | None:
         """Return the multiply-accumulates of one step; None for a cell with several inputs."""
@@ -315,7 +340,7 @@ class _Walk:
             rows.append(self._of_weights(_join(name, suffix), kind, tensors, self._sequence(width), states))
         if isinstance(module, HasCells):
             cells = module.leaf_cells()
-            rows = [replace(row, saved=self._saved(cell)) for row, (_, _, cell) in zip(rows, cells, strict=True)]
+            rows = [self._with_saved(row, cell) for row, (_, _, cell) in zip(rows, cells, strict=True)]
         return rows, width * len(directions)
 
     def _torch_cell(self, cell: nn.RNNCellBase, name: str) -> LayerSummary:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
-from fusecell.execution.options import State
+from fusecell.execution.options import Recompute, State, check_recompute
 from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.layers.arguments import Lengths
 from fusecell.layers.scan import Input, not_a_cell, scan
@@ -40,7 +40,7 @@ class Recurrent(nn.Module):
         batch_first: input and output are (N, T, features) instead of (T, N, features). States never are.
         reverse: run from the last step to the first.
         recompute: save only the states for the backward, which computes everything else again: less memory, about a
-            third more arithmetic. See :func:`fusecell.recompute`.
+            third more arithmetic; ``"chunk"``: save still less. See :func:`fusecell.recompute`.
         masked_output, tbptt, clip_state_grad: as in :func:`fusecell.scan`.
 
     Raises:
@@ -54,7 +54,7 @@ class Recurrent(nn.Module):
         *,
         batch_first: bool = False,
         reverse: bool = False,
-        recompute: bool = False,
+        recompute: Recompute = False,
         masked_output: MaskedOutput = "hold",
         tbptt: int | None = None,
         clip_state_grad: float | None = None,
@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
         self.cell = cell
         self.batch_first = batch_first
         self.reverse = reverse
-        self.recompute = recompute
+        self.recompute = check_recompute("Recurrent", recompute)
         wrap_options("Recurrent", masked_output, tbptt, clip_state_grad)
         self.masked_output: MaskedOutput = masked_output
         self.tbptt = tbptt
@@ -113,7 +113,7 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         flags = {"batch_first": self.batch_first, "reverse": self.reverse, "recompute": self.recompute}
-        parts = [f"{name}=True" for name, value in flags.items() if value]
+        parts = [f"{name}={value!r}" for name, value in flags.items() if value]
         return ", ".join(parts + describe(wrap_options("", self.masked_output, self.tbptt, self.clip_state_grad)))
 
 

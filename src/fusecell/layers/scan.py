@@ -13,7 +13,7 @@ from fusecell.cell import Cell
 from fusecell.execution.call_form import sequence_form
 from fusecell.execution.call_path import call
 from fusecell.execution.natively import natively
-from fusecell.execution.options import Options, State, steps_of
+from fusecell.execution.options import Options, Recompute, State, check_recompute, steps_of
 from fusecell.execution.results import public_state, swap_time_and_batch, without_dim
 from fusecell.execution.runners import run
 from fusecell.execution.symbolic_trace import is_proxy, refuse_proxy
@@ -38,7 +38,7 @@ def scan(
     resets: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
-    recompute: bool = False,
+    recompute: Recompute = False,
     mask: Tensor | None = None,
     masked_output: MaskedOutput = "hold",
     tbptt: int | None = None,
@@ -67,7 +67,8 @@ def scan(
             ``cell.initial_state`` before the step that consumes ``input[t, n]``.
         reverse: run from the last step to the first, each row within its own length; outputs stay in input time.
         recompute: save only the states for the backward, which computes everything else again: less memory, about a
-            third more arithmetic.
+            third more arithmetic. ``"chunk"``: save only the states before each of about the square root of T chunks,
+            for the arithmetic of another forward.
         mask: bool of the shape of ``resets``: where False, the row takes no part in the step. Its state is held, a
             reset does nothing, and the input's value there is never read.
         masked_output: the output where the mask is False: ``"hold"``, that of the row's last valid step (0 before the
@@ -90,6 +91,7 @@ def scan(
     if type(input) is not Tensor and is_proxy(input):
         refuse_proxy("fusecell.scan")
     wrap = wrap_options("scan", masked_output, tbptt, clip_state_grad)
+    recompute = check_recompute("scan", recompute)
     has_data = lengths is not None or resets is not None or mask is not None
     if isinstance(input, PackedSequence):
         if has_data:
@@ -99,13 +101,13 @@ def scan(
             )
         return _scan_packed(cell, input, state, reverse, recompute, wrap)
     # A prepared kernel runs one cell, so no Stack; while torch traces there are no addresses to launch one with.
-    is_one_kernel = wrap is PLAIN and not has_data and not isinstance(cell, Stack)
+    is_one_kernel = wrap is PLAIN and not has_data and not isinstance(cell, Stack) and recompute != "chunk"
     is_one_kernel = is_one_kernel and not isinstance(cell.input_size, tuple)  # prepared calls are of flat rows
     if not is_one_kernel or not isinstance(input, Tensor) or torch.compiler.is_compiling():
         return _scan_padded(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
         )
-    form = sequence_form(input.dim() == 3, bool(batch_first), False, bool(reverse), bool(recompute))
+    form = sequence_form(input.dim() == 3, bool(batch_first), False, bool(reverse), recompute is True)
     return call(cell, input, state, form, _scan_padded, (reverse, recompute, batch_first))
 
 
@@ -115,7 +117,7 @@ def _scan_padded(
     input: Tensor | tuple[Tensor, ...],
     state: StateLike | None,
     reverse: bool,
-    recompute: bool,
+    recompute: Recompute,
     batch_first: bool,
     wrap: WrapOptions = PLAIN,
     *,
@@ -140,7 +142,7 @@ def _scan_padded(
 
 @natively
 def _scan_packed(
-    cell: Cell, packed: PackedSequence, state: StateLike | None, reverse: bool, recompute: bool, wrap: WrapOptions
+    cell: Cell, packed: PackedSequence, state: StateLike | None, reverse: bool, recompute: Recompute, wrap: WrapOptions
 ) -> tuple[Outputs, Tensor | State]:
     """Validate the arguments of a scan over a PackedSequence, and run it."""
     check_packed(packed)

@@ -121,7 +121,7 @@ def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | 
     uncacheable = key in calls and calls[key] is None
     if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(args):
         return
-    if any_autocast() or has_saved_tensor_hooks():
+    if any_autocast() or has_saved_tensor_hooks() or recomputing() == "chunk":
         return
     inputs, state = (form.sequence(args[0]),), tuple([form.rows_of(value) for value in args[1:]])
     if call_reasons(inputs, state):
@@ -261,7 +261,7 @@ class _TrainingCall:
         call = replace(call, tensors=tensors, weights=range(call.count, len(tensors)))
         requires_grad = [value.requires_grad for value in tensors]
         flags = (requires_grad[0], *requires_grad[call.count :])
-        training = step.training(flags, call.form.recompute or recomputing())
+        training = step.training(flags, bool(call.form.recompute or recomputing()))
         if not isinstance(training, Training):
             raise NotPreparable
         self._training = training
@@ -348,9 +348,7 @@ class _CachedScan(torch.autograd.Function):
             return (
                 None,
                 None,
-                *differentiated(
-                    lambda aliases: call.again(owner, aliases, saved, eager=eager), tensors, needed, grads
-                ),
+                *differentiated(lambda aliases: call.again(owner, aliases, saved, eager=eager), tensors, needed, grads),
             )
         if not call.form.outputs:  # then the states are the only results
             grads = (None, *grads)

@@ -69,7 +69,7 @@ def run_traced(
     wanted = tuple([value.requires_grad for value in inputs]) if torch.is_grad_enabled() else None
     # A size may be symbolic in a trace; the length of a list is an integer, and torch guards it.
     features = tuple([tuple([len([0] * size) for size in value.shape[2:]]) for value in inputs])
-    recompute = options.recompute or recomputing()
+    recompute = bool(options.recompute or recomputing())
     text, paths, prologue, values = _described(owner, leaf, features, inputs[0].dtype, wanted, recompute)
     if not text or not _usual((*inputs, *state)):
         if leaf >= 0:

@@ -207,7 +207,7 @@ def _ensemble(
     if isinstance(step, Refusal) or not step.traced.is_plain or step.traced.weights.direct_paths is None:
         return None
     leaves = [weights.get(path) or (getter(path)(one), None) for path in step.traced.weights.direct_paths]
-    recording, recompute = torch.is_grad_enabled(), options.recompute or recomputing()
+    recording, recompute = torch.is_grad_enabled(), bool(options.recompute or recomputing())
     training = step.training([recording and value.requires_grad for value, _ in (*inputs, *leaves)], recompute)
     if isinstance(training, Refusal):
         return None
@@ -304,7 +304,7 @@ def _with_gradients(cell: Cell, inputs: State, state: State, options: Options) -
         )
     leaves = traced.weights.values(cell)
     flags = [below_functorch(value)[1] for value in (*inputs, *leaves)]
-    training = step.training(flags, options.recompute or recomputing())
+    training = step.training(flags, bool(options.recompute or recomputing()))
     if isinstance(training, Refusal):
         return training
     scan = PureScan(step, training, plain, options, len(inputs), len(state))

@@ -15,6 +15,7 @@ from fusecell.compiler.frontend import Traced, input_names, trace
 from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.signature import Key, signature, without_tensors
 from fusecell.compiler.ir.sizes import padded
+from fusecell.compiler.programs.chunked import ChunkedCall
 from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.progress import told_if_slow
 from fusecell.compiler.programs.rebind import rebound
@@ -82,6 +83,7 @@ class TrainableStep:
         weights = prologue.values(cell)
         flags = self.flags([value.requires_grad for value in inputs], weights)
         recompute = options.recompute or recomputing()
+        in_chunks, recompute = recompute == "chunk", recompute is True
         # Without the lock, as a dict's get is atomic: most calls find their kernels.
         training = self._trainings.get((recompute, *flags)) or self.training(flags, recompute)
         if isinstance(training, Refusal):
@@ -93,15 +95,16 @@ class TrainableStep:
         if has_16_bits(dtype):
             # Under autograd, which so rounds the gradient of each once.
             inputs, state, reset = map(widened, (inputs, state, reset))
-        call = Call.of(training, inputs, state, reset, weights, options, self.traced.shapes["output"])
+        kind: type[Call] = ChunkedCall if in_chunks else Call
+        call = kind.of(training, inputs, state, reset, weights, options, self.traced.shapes["output"])
         call.generator_state = generator_state
         if before is not None and before[0] is training:
             call.saved = before[1]
         results = _apply(self, cell, call, *inputs, *state, *reset, *weights, *prologue.originals(cell))
         if has_16_bits(dtype):
             results = rounded(results, dtype)
-        kind = self.traced.output_dtype
-        return results[0] if kind is None else results[0].to(kind), results[1:]
+        of_output = self.traced.output_dtype
+        return results[0] if of_output is None else results[0].to(of_output), results[1:]
 
     @cached_property
     def second_order(self) -> SecondOrder:
@@ -126,7 +129,7 @@ class TrainableStep:
     def saved_numbers(self, cell: Cell, inputs: Sequence[bool], recompute: bool) -> int:
         """Return how many numbers are saved per row and step for the gradients of all weights and of some inputs."""
         flags = self.flags(inputs, self.traced.weights.values(cell))
-        graphs = self.forward_backward(flags, recompute or recomputing())
+        graphs = self.forward_backward(flags, recompute)
         return sum(padded(size) for _, size in graphs.saved)
 
     def flags(self, inputs: Sequence[bool], weights: State) -> tuple[bool, ...]:

@@ -214,9 +214,12 @@ class Call:
             unwritten = like.new_empty(1).expand(self.steps, self.rows, *self.output)
             return Results(self.saved, unwritten, tuple([value.new_empty(1).expand(value.shape) for value in state]))
         results = self.new_results(tensors)
-        block = self.bind_forward(tensors, results)
-        self._run(self.training.forward, block, reverse=self.options.reverse)
+        self.run_forward(tensors, results)
         return results
+
+    def run_forward(self, tensors: State, results: Results) -> None:
+        """Run the forward kernel, which writes to the memory of some results."""
+        self._run(self.training.forward, self.bind_forward(tensors, results), reverse=self.options.reverse)
 
     def new_results(self, tensors: State, *members: int) -> Results:
         """Allocate what the forward writes; of several members of an ensemble, with a dimension for them."""
