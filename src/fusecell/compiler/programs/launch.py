@@ -100,17 +100,18 @@ def run_each(
             block.bind(ragged=(ragged.order, ragged.counts, ragged.offsets))
     threads = 1 if backs_off() else torch.get_num_threads()
     each_on_all = guard_pages.ENABLED or 1 < threads > count
-    size = 0 if each_on_all else align_up(kernel.scratch_bytes(steps, rows))
-    scratch = _scratch(size * count or kernel.scratch_bytes(steps, rows))
-    for place, block in enumerate(blocks):
-        kernel.set_sizes(block, steps, rows, reverse, align_up(scratch.data_ptr()) + place * size)
+    # For each thread, not for each member: the next member finds it in the cache.
+    size = align_up(kernel.scratch_bytes(steps, rows))
+    scratch = _scratch(size * (1 if each_on_all else threads))
+    for block in blocks:
+        kernel.set_sizes(block, steps, rows, reverse, align_up(scratch.data_ptr()))
     first, second = (np.frombuffer(block.values, np.int64) for block in blocks)
     members = first + np.arange(count)[:, None] * (second - first)
     if each_on_all:
         for member in members:
             run(kernel, ArgumentBlock(kernel.slots, array("q", member.tobytes())), steps, rows, reverse)
         return
-    run_on_team(kernel.loaded.address("run"), members, threads)
+    run_on_team(kernel.loaded.address("run"), members, threads, kernel.slots.scratch, size)
 
 
 def start(kernel: Kernel, steps: int, rows: int, threads: int, address: int) -> None:

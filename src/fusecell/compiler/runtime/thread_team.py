@@ -73,13 +73,15 @@ def run_team(address: int, args: int, threads: int, microseconds: float) -> None
     _backoff.judge(now, late=late)
 
 
-def run_each(address: int, blocks: npt.NDArray[np.int64], threads: int) -> None:
+def run_each(address: int, blocks: npt.NDArray[np.int64], threads: int, scratch: int, scratch_bytes: int) -> None:
     """Call machine code once for each of several argument blocks, each time in one thread of a team.
 
     Arguments:
         address: of a kernel's ``@run``.
-        blocks: one in each row.
+        blocks: one in each row; each has the address of the first thread's scratch memory.
         threads: the size of the team; one that there is no OpenMP runtime for is this thread alone.
+        scratch: the slot of a block that has it.
+        scratch_bytes: how far apart the threads' scratch memory is.
     """
     runtime = None if in_forked_child() or threads == 1 else _openmp()
     first, size = blocks.ctypes.data, blocks.strides[0]
@@ -88,13 +90,16 @@ def run_each(address: int, blocks: npt.NDArray[np.int64], threads: int) -> None:
         for place in range(len(blocks)):
             call(first + place * size)
         return
-    shared = array("q", [address, len(blocks), first, size, *[0] * 12])
+    shared = array("q", [address, len(blocks), first, size, scratch, scratch_bytes, *[0] * 10])
     runtime.parallel(_each().address("each"), shared.buffer_info()[0], threads, 0)
 
 
 @functools.cache
 def _each() -> Loaded:
-    """Compile what each thread of :func:`run_each` runs: the next block that none has taken, until all are."""
+    """Compile what each thread of :func:`run_each` runs: the next block that none has taken, until all are.
+
+    The first thing that a thread takes is a number of its own, which says where its scratch memory is.
+    """
     return load(
         """
 define void @each(ptr %shared) {
@@ -106,8 +111,15 @@ entry:
   %blocks = load ptr, ptr %blocks.ptr
   %size.ptr = getelementptr i64, ptr %shared, i64 3
   %size = load i64, ptr %size.ptr
+  %scratch.ptr = getelementptr i64, ptr %shared, i64 4
+  %scratch = load i64, ptr %scratch.ptr
+  %scratch.bytes.ptr = getelementptr i64, ptr %shared, i64 5
+  %scratch.bytes = load i64, ptr %scratch.bytes.ptr
   ; in another cache line than what all threads read
   %next.ptr = getelementptr i64, ptr %shared, i64 12
+  %threads.ptr = getelementptr i64, ptr %shared, i64 13
+  %thread = atomicrmw add ptr %threads.ptr, i64 1 seq_cst
+  %distance = mul i64 %thread, %scratch.bytes
   br label %take
 take:
   %index = atomicrmw add ptr %next.ptr, i64 1 seq_cst
@@ -116,6 +128,10 @@ take:
 run:
   %offset = mul i64 %index, %size
   %block = getelementptr i8, ptr %blocks, i64 %offset
+  %own.ptr = getelementptr i64, ptr %block, i64 %scratch
+  %of.first = load i64, ptr %own.ptr
+  %own = add i64 %of.first, %distance
+  store i64 %own, ptr %own.ptr
   call void %kernel(ptr %block)
   br label %take
 done:
