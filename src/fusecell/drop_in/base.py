@@ -266,7 +266,9 @@ class Scanned:
         return packing.repack(outputs), public_state(tuple(packing.unsort(value, 1) for value in after))
 
     def _wrap_options(self) -> WrapOptions:
-        """Validate masked_output, tbptt and clip_state_grad: attributes, which may have been set since."""
+        """Validate recompute, masked_output, tbptt and clip_state_grad: attributes, which may have been set since."""
+        if self.recompute not in _PLAIN:
+            check_recompute(type(self).__name__, self.recompute)
         return wrap_options(type(self).__name__, self.masked_output, self.tbptt, self.clip_state_grad)
 
     def state_sizes(self) -> tuple[int, ...]:

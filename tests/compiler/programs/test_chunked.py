@@ -127,6 +127,17 @@ def test_other_values_are_refused(value):
             make()
 
 
+def test_an_attribute_that_is_set():
+    layer, x = fc.GRU(3, 4), torch.randn(9, 2, 3)
+    expected = layer(x)[0]
+    for value in ("chunk", True, False):
+        layer.recompute = value
+        assert torch.equal(layer(x)[0], expected)
+    layer.recompute = "chunks"
+    with pytest.raises(ValueError, match="GRU: recompute must be True"):
+        layer(x)
+
+
 def test_it_is_seen():
     assert "recompute='chunk'" in repr(fc.GRU(3, 4, recompute="chunk"))
     assert "recompute='chunk'" in repr(fc.Recurrent(fc.GRUCell(3, 4), recompute="chunk"))
