@@ -149,3 +149,47 @@ def test_of_a_layer_called_twice(calls) -> None:
     for result in results[:3]:
         torch.testing.assert_close(result, results[3], rtol=1e-9, atol=1e-9)
     assert calls == [True] * 3
+
+
+def test_tangents_that_are_zero_are_not_multiplied(monkeypatch):
+    """Of inputs without tangents: a GRU's backward has products with the states' tangents, and none with the inputs'."""
+    kernels = []
+    compiled = second_order.SecondOrder._kernels
+
+    def spy(self, tangents, inputs):
+        kernels.append(compiled(self, tangents, inputs))
+        return kernels[-1]
+
+    monkeypatch.setattr(second_order.SecondOrder, "_kernels", spy)
+    size, width = 24, 16
+    cell, x = fc.GRUCell(width, size), torch.randn(5, 3, width)
+    weights = list(cell.parameters())
+    first = torch.autograd.grad(fc.scan(cell, x)[0].square().sum(), weights, create_graph=True)
+    torch.autograd.grad(sum(value.square().sum() for value in first), weights)
+    (training,) = [each for flags, each in kernels[0]._trainings.items() if not flags[1]]
+    recurrent = 3 * size * size
+    assert training.backward.kernel.macs == 5 * recurrent + 3 * size * width
+
+
+def test_the_first_forward_is_run_once(monkeypatch):
+    """What a prepared call saved serves its gradients of gradients too."""
+    from fusecell.compiler.programs.training import Call
+
+    cell, x = fc.GRUCell(4, 5), torch.randn(6, 2, 4)
+    weights = list(cell.parameters())
+    runs = []
+    run_forward = Call.run_forward
+    monkeypatch.setattr(Call, "run_forward", lambda self, *rest: runs.append(self) or run_forward(self, *rest))
+
+    def hessian_product():
+        loss = fc.scan(cell, x)[0].square().sum()
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(sum(value.square().sum() for value in first), weights)
+
+    hessian_product()
+    hessian_product()
+    runs.clear()
+    product = hessian_product()
+    assert len(runs) == 1  # of the step with tangents; the cell's own is the prepared call
+    with fc.runner("eager"):
+        torch.testing.assert_close(product, hessian_product(), atol=1e-4, rtol=1e-4)

@@ -21,7 +21,10 @@ Pass = Callable[[Graph], Graph]
 
 
 def fold_constants(graph: Graph) -> Graph:
-    """Compute arithmetic on numbers alone; replace x*1, x/1, x-0 and x+0 by x, their value for every x but -0."""
+    """Compute arithmetic on numbers alone; replace x*1, x/1, x-0 and x+0 by x, their value for every x but -0.
+
+    A sum over rows of products with zeros, as with tangents of what has none, is left out of a total.
+    """
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node = graph[index]
@@ -34,11 +37,28 @@ def fold_constants(graph: Graph) -> Graph:
             other = args[1 - position]
             if numbers[position] == identity and builder.nodes[other].type == node.type:
                 return other
+        if node.op == "total":
+            args = tuple([arg for arg in args if not _sums_zeros(builder, arg)]) or args[:1]
+            if len(args) == 1:
+                return args[0]
         if node.op == "broadcast" and builder.nodes[args[0]].type == node.type:
             return args[0]
         return builder.add_like(node, args)
 
     return rebuild(graph, rewrite)
+
+
+def _sums_zeros(builder: Builder, index: int) -> bool:
+    """Whether a value is a sum over rows of products, one operand of which is zero."""
+    node = builder.nodes[index]
+    if node.op == "transpose":
+        return _sums_zeros(builder, node.args[0])
+    return node.op == "outer" and any(_is_zero(builder, arg) for arg in node.args)
+
+
+def _is_zero(builder: Builder, index: int) -> bool:
+    node = builder.nodes[index]
+    return _is_zero(builder, node.args[0]) if node.op == "broadcast" else _number(builder, index) == 0
 
 
 def spread_constants(graph: Graph) -> Graph:
