@@ -175,10 +175,41 @@ def test_copies_files_and_state_dicts():
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x)[0], expected)
     other = fc.quantize(fc.LSTM(17, 23, 2, bidirectional=True), "int8")
-    assert not torch.equal(other(x)[0], expected)  # its weights are packed now
+    for _ in range(3):
+        assert not torch.equal(other(x)[0], expected)  # its weights are packed now, its call prepared
     other.load_state_dict(small.state_dict())
     assert torch.equal(other(x)[0], expected)
     assert torch.equal(small.float().to("cpu")(x)[0], expected)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_prepared_calls(batch_first):
+    """From the second on calls of a size are prepared; they follow the weights, the state and the form."""
+    layer, cell = fc.LSTM(7, 19, batch_first=batch_first), fc.GRUCell(7, 19)
+    small, small_cell = fc.quantize(layer, "int8"), fc.quantize(cell, "int8")
+    with torch.no_grad():
+        for shape in ((5, 3, 7), (5, 7), (1, 1, 7), (5, 3, 7)):
+            rows = shape[0 if batch_first else 1] if len(shape) == 3 else None
+            for state in (None, tuple(torch.randn(1, *([rows] if rows else []), 19) for _ in range(2))):
+                x = torch.randn(shape)
+                with fc.runner("eager"):
+                    expected, after = small(x, state)
+                for _ in range(3):
+                    y, last = small(x, state)
+                    torch.testing.assert_close((y, *last), (expected, *after), atol=1e-5, rtol=1e-4)
+        x, h = torch.randn(3, 7), torch.randn(3, 19)
+        with fc.runner("eager"):
+            expected = small_cell(x, h), small_cell(x), small_cell(x[0])
+        for _ in range(3):
+            torch.testing.assert_close((small_cell(x, h), small_cell(x), small_cell(x[0])), expected)
+        other = fc.quantize(fc.GRUCell(7, 19), "int8")
+        small_cell.load_state_dict(other.state_dict())
+        torch.testing.assert_close(small_cell(x, h), other(x, h))
+        whole = fc.quantize(fc.GRU(7, 19), "int8")
+        for _ in range(3):
+            whole(x)
+        whole.cells[0] = other
+        assert torch.equal(whole(x)[0], fc.scan(other, x)[0])
 
 
 def test_gradients_of_inputs_by_the_loop():

@@ -144,7 +144,7 @@ class Scanned:
             return self._checked_forward(input, hx, lengths=lengths, resets=resets, mask=mask)
         form = sequence_form(input.dim() == 3, self.batch_first, True, False, self.recompute is True)
         module: Any = self  # torch.nn's class makes it one
-        return call(module, input, hx, form, Scanned._checked_forward, (), Scanned._cell_factory)
+        return call(module, input, hx, form, Scanned._checked_forward, (), type(self)._cell_factory)
 
     def _check_unset(self, unset: tuple[object, ...]) -> None:
         if len(unset) > 3 or any(value is not None for value in unset):

@@ -124,7 +124,15 @@ class QuantizedCell(KernelCell):
         """Run over (T, N, ...) inputs without gradients; see :func:`fusecell.eager.run_eager`."""
         reset = () if options.resets is None else reset_state(self, inputs[0])
         shape = feature_shape(self.output_size)
-        return _kernel_of(self)(inputs, state, reset, options, {} if len(shape) == 1 else {"output": shape})
+        return self.prepacked()(inputs, state, reset, options, {} if len(shape) == 1 else {"output": shape})
+
+    def prepacked(self) -> PrepackedKernel:
+        """Return the kernel with the present weights, made on first use and after a change of a buffer."""
+        return _kernel_of(self)
+
+    def starts_from_zeros(self) -> bool:
+        """Whether all first states are zeros."""
+        return not any(self.get_buffer(f"{_START}{index}").any() for index in range(len(self.states)))
 
     def part(self, rows: int) -> Part:
         """Return the cell as streams and exports take it."""

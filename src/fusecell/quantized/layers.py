@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.drop_in import GRU, LSTM, RNN
+from fusecell.execution.call_form import CellFactory
 from fusecell.quantized.cell import QuantizedCell
 
 __all__ = ["QuantizedGRU", "QuantizedLSTM", "QuantizedRNN", "quantized_layer"]
@@ -29,9 +30,10 @@ class _Quantized:
         """Return a tensor of the dtype and on the device of the weights, which is all that the layer reads of them."""
         return self.like
 
-    def _is_one_scan(self, input: Any) -> bool:
-        """A prepared call would launch the kernel of a cell that is built around the layer's own weights."""
-        return False
+    def _cell_factory(self) -> CellFactory:
+        """Return how to get the cell of a layer that has one; its weights are its own."""
+        names = ("training", "input_size", "hidden_size", "bias", "proj_size")
+        return CellFactory(lambda: self.cells[0], names, {})  # type: ignore[arg-type, return-value]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         module: Any = nn.Module

@@ -152,7 +152,7 @@ def test_of_a_layer_called_twice(calls) -> None:
 
 
 def test_tangents_that_are_zero_are_not_multiplied(monkeypatch):
-    """Of inputs without tangents: a GRU's backward has products with the states' tangents, and none with the inputs'."""
+    """Of inputs without tangents: a GRU has products with the tangents of states, and none with those of inputs."""
     kernels = []
     compiled = second_order.SecondOrder._kernels
 

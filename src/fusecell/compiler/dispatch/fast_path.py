@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
@@ -26,7 +27,7 @@ from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
 from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
-from fusecell.compiler.programs.prepacked import KernelCell
+from fusecell.compiler.programs.prepacked import KernelCell, PrepackedCall
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.compiler.programs.training import IndexedKernel, Training
 from fusecell.compiler.runtime.argument_block import NotPreparable
@@ -144,8 +145,10 @@ def _prepare(
     if guards is None or module_tensors is None or (module_tensors and is_expanded_weight(module_tensors[0])):
         return None
     cell: Any = owner if factory is None else factory.cell()
-    if isinstance(cell, KernelCell) or not all_flat(cell):  # a form has one dimension of features
+    if not all_flat(cell):  # a form has one dimension of features
         return None
+    if isinstance(cell, KernelCell):
+        return _prepare_own_kernel(cell, form, args, args + module_tensors, guards)
     if not _starts_from_zeros(cell, args) or (active_runner() == "auto" and loop_is_faster(cell, inputs)):
         return None
     trainable = needs_gradient(cell, args)
@@ -178,6 +181,21 @@ def _prepare(
     except NotPreparable:
         return None
     return _CachedCall(guards, check, run if conversion is None else _ConvertedCall(run, conversion))
+
+
+def _prepare_own_kernel(
+    cell: KernelCell, form: CallForm, args: State, tensors: State, guards: ModuleGuards
+) -> _CachedCall | None:
+    """Prepare the call of a cell that comes with its kernel; None where that isn't all that it takes."""
+    check = tensor_guards(tensors)
+    if check is None or needs_gradient(cell, args) or not (len(args) > 1 or cell.starts_from_zeros()):
+        return None
+    if args[0].dtype is not torch.float32:
+        return None
+    try:
+        return _CachedCall(guards, check, _OwnKernelCall(cell, form, args))
+    except NotPreparable:
+        return None
 
 
 def _starts_from_zeros(cell: Cell, args: State) -> bool:
@@ -236,6 +254,23 @@ class _InferenceCall:
         return self._forward(tensors)[1:]
 
 
+class _OwnKernelCall:
+    """A cached call of a cell that comes with its kernel, whose weights are packed."""
+
+    def __init__(self, cell: KernelCell, form: CallForm, args: State) -> None:
+        self._prepacked = own = cell.prepacked()
+        slots = own.kernel.slots
+        everything = IndexedKernel(own.kernel, list(slots.inputs), list(slots.weights))
+        call = ExampleCall(form, args, len(args), None, own.weights)
+        self._forward = BoundForward(everything, call, prepare=partial(PrepackedCall, own))
+
+    def __call__(self, owner: Any, tensors: State) -> tuple[Tensor | None, State] | None:
+        cell = owner if isinstance(owner, KernelCell) else owner.leaf_cells()[0][2]
+        if cell.prepacked() is not self._prepacked:  # its weights have changed
+            return None
+        return self._forward(tensors)[1:]
+
+
 class _TrainingCall:
     """A cached call with gradients.
 
@@ -256,7 +291,7 @@ class _TrainingCall:
         self._template, self._step, self._paths, self._conversion = template, step, paths, conversion
         self.form, self._count = call.form, call.count
         # Only these go through autograd, which takes time for each tensor.
-        self._select = _selector([*range(call.count), *call.weights])
+        self._select = _selector([*range(call.count), *(call.weights or ())])
         tensors = self._select(call.tensors)
         call = replace(call, tensors=tensors, weights=range(call.count, len(tensors)))
         requires_grad = [value.requires_grad for value in tensors]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,13 +30,14 @@ class ExampleCall:
         tensors: the input, the states unless they start at zero, and others.
         count: how many of them the caller gave: the input and the states.
         weights: the index of each weight among the tensors.
-        matrices: the weights as kernels read them, views of the same memory.
+        matrices: the weights as kernels read them, views of the same memory; or those that all calls have in common,
+            where ``weights`` is None.
     """
 
     form: CallForm
     tensors: State
     count: int
-    weights: Sequence[int]
+    weights: Sequence[int] | None
     matrices: State
 
     @cached_property
@@ -53,6 +54,8 @@ class ExampleCall:
         """Return slot and tensor of the input and of each weight, where a kernel reads them."""
         slots = indexed.kernel.slots
         x = [(slot, 0) for (slot, *_), index in zip(slots.inputs.values(), indexed.inputs, strict=True) if index == 0]
+        if self.weights is None:
+            return x
         weights = zip(slots.weights.values(), indexed.weights, strict=True)
         return x + [(slot, self.weights[index]) for (slot, *_), index in weights]
 
@@ -62,12 +65,19 @@ class BoundForward:
 
     Arguments:
         saved_size: how many numbers the kernel saves for a backward.
+        prepare: makes the prepared call.
 
     Raises:
         NotPreparable: if one of the tensors would have to be copied first.
     """
 
-    def __init__(self, indexed: IndexedKernel, call: ExampleCall, saved_size: int = 0) -> None:
+    def __init__(
+        self,
+        indexed: IndexedKernel,
+        call: ExampleCall,
+        saved_size: int = 0,
+        prepare: Callable[..., PreparedCall] = PreparedCall,
+    ) -> None:
         kernel, form, like = indexed.kernel, call.form, call.tensors[0]
         slots, (steps, rows) = kernel.slots, call.sizes
         sizes, size = _state_sizes(kernel), kernel.output_sizes["output"]
@@ -88,7 +98,7 @@ class BoundForward:
         self._rows_first = form.rows_first
         self._saved, self._saved_size = indexed.saved_offsets(steps * rows), saved_size
         unread = [] if form.outputs else [(self._output, steps * rows * size * kernel.itemsize)]
-        self.prepared = PreparedCall(kernel, block, steps, rows, form.reverse, reads, unread)
+        self.prepared = prepare(kernel, block, steps, rows, form.reverse, reads, unread)
 
     def __call__(self, tensors: State) -> tuple[Tensor | None, Tensor | None, State]:
         """Return what is saved for the backward, the outputs if they are wanted, and the states after the last step."""
@@ -130,6 +140,7 @@ class BoundBackward:
         states = [like.new_empty(rows, size) for size in sizes]
         block = kernel.block()
         indexed.bind(block, (call.x, output), call.matrices)
+        assert call.weights is not None, "what is trained is no constant"
         weights = [call.weights[index] for index in indices.weights]
         block.bind(
             first=states,

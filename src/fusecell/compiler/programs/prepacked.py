@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.compiler.ir.sizes import ALIGNMENT
+from fusecell.compiler.ir.sizes import ALIGNMENT, align_up
 from fusecell.compiler.programs.inference import run_all
-from fusecell.compiler.programs.launch import RaggedRows, run, start
+from fusecell.compiler.programs.launch import PreparedCall, RaggedRows, run, start
 from fusecell.compiler.programs.team_size import team_size
 from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
@@ -22,7 +23,7 @@ from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.execution.options import Options, State
 from fusecell.shapes import Shape
 
-__all__ = ["KernelCell", "PrepackedKernel"]
+__all__ = ["KernelCell", "PrepackedCall", "PrepackedKernel"]
 
 _MOST_SIZES = 4
 """Numbers of rows for which packed weights are kept at a time."""
@@ -30,12 +31,20 @@ _MOST_STEPS = 1 << 20
 """More than any chunk has; the steps of a call are not limited by it."""
 
 
-class KernelCell(Cell, ABC):
+class KernelCell(Cell):  # no ABC: `isinstance` of those takes longer than a step
     """A cell that comes with a kernel of its own, which runs its calls without gradients."""
 
-    @abstractmethod
+    def prepacked(self) -> PrepackedKernel:
+        """Return its kernel, which another one takes the place of when the cell's weights have changed."""
+        raise NotImplementedError
+
+    def starts_from_zeros(self) -> bool:
+        """Whether all of its first states are zeros."""
+        raise NotImplementedError
+
     def run_kernel(self, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; see :func:`fusecell.eager.run_eager`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,15 @@ class _Memory:
     """Scratch memory for so many rows on so many threads, which keeps the packed weights, and the steps of a chunk."""
 
     scratch: np.ndarray
+    address: int
     chunk: int
+
+    @classmethod
+    def of(cls, kernel: Kernel, rows: int, threads: int) -> _Memory:
+        """Allocate it; for calls of any number of steps."""
+        chunk = kernel.chunk(_MOST_STEPS, rows)
+        scratch = np.empty(kernel.scratch.bytes(rows, chunk, threads) + ALIGNMENT, np.uint8)
+        return cls(scratch, align_up(scratch.ctypes.data), chunk)
 
 
 class PrepackedKernel:
@@ -56,7 +73,7 @@ class PrepackedKernel:
     """
 
     def __init__(self, kernel: Kernel, weights: State) -> None:
-        self._kernel, self._weights = kernel, weights
+        self.kernel, self.weights = kernel, weights
         self._memory: OrderedDict[tuple[int, int], _Memory] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -65,7 +82,7 @@ class PrepackedKernel:
     ) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; arguments and results as of :func:`run_forward`."""
         with self._lock:
-            outputs, after = run_all(self._kernel, self._weights, inputs, state, reset, options, shapes, self._run)
+            outputs, after = run_all(self.kernel, self.weights, inputs, state, reset, options, shapes, self._run)
         return outputs["output"], after
 
     def _run(
@@ -77,16 +94,43 @@ class PrepackedKernel:
             return
         if ragged is not None:
             block.bind(ragged=(ragged.order, ragged.counts, ragged.offsets))
+        kernel.set_sizes(block, steps, rows, reverse, 0)
+        self._launch(block.values, steps, rows)
+
+    def launch(self, values: array[int], steps: int, rows: int) -> None:
+        """Run the kernel with an argument block that has all but the addresses of what is packed."""
+        with self._lock:
+            self._launch(values, steps, rows)
+
+    def _launch(self, values: array[int], steps: int, rows: int) -> None:
+        kernel = self.kernel
         threads = team_size(kernel, steps, rows)
         memory = self._memory.get((rows, threads))
         is_packed = memory is not None
         if memory is None:
-            chunk = kernel.chunk(_MOST_STEPS, rows)
-            memory = _Memory(np.empty(kernel.scratch.bytes(rows, chunk, threads) + ALIGNMENT, np.uint8), chunk)
-        kernel.set_sizes(block, steps, rows, reverse, memory.scratch.ctypes.data, memory.chunk)
-        block.values[kernel.slots.packed] = 1 if is_packed else 2
-        start(kernel, steps, rows, threads, block.address)
-        self._memory[rows, threads] = memory
-        self._memory.move_to_end((rows, threads))
-        if len(self._memory) > _MOST_SIZES:
-            self._memory.popitem(last=False)
+            memory = _Memory.of(kernel, rows, threads)
+        slots = kernel.slots
+        values[slots.scratch], values[slots.chunk_steps] = memory.address, memory.chunk
+        values[slots.packed] = 1 if is_packed else 2
+        start(kernel, steps, rows, threads, values.buffer_info()[0])
+        if not is_packed:
+            self._memory[rows, threads] = memory
+            if len(self._memory) > _MOST_SIZES:
+                self._memory.popitem(last=False)
+
+
+class PrepackedCall(PreparedCall):
+    """A prepared call of a kernel whose weights are packed."""
+
+    def __init__(self, owner: PrepackedKernel, *args: Any) -> None:
+        super().__init__(*args)
+        self._owner = owner
+        # Results that nobody reads.
+        self._waste = np.empty(self._unread_size + ALIGNMENT, np.uint8)
+
+    def run(self, values: array[int]) -> None:
+        """Run the kernel with arguments that have the addresses of all of the caller's tensors."""
+        address = align_up(self._waste.ctypes.data)
+        for slot, offset in self._unread:
+            values[slot] = address + offset
+        self._owner.launch(values, self._steps, self._rows)
