@@ -24,11 +24,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the check mode, deselect tests that run no kernels, unless a test is named on the command line."""
-    if guard_pages.ENABLED and not any("::" in argument for argument in config.args):
-        unneeded = [item for item in items if item.path.relative_to(TESTS).with_suffix("").as_posix() in RUN_NO_KERNELS]
-        config.hook.pytest_deselected(items=unneeded)
-        items[:] = [item for item in items if item not in set(unneeded)]
+    """Deselect tests of the site, and in the check mode tests that run no kernels, unless a test is named, or a marker.
+
+    A test is named on the command line by its ``::``, a marker by ``-m``.
+    """
+    if any("::" in argument for argument in config.args):
+        return
+    unneeded = [item for item in items if item.get_closest_marker("site") and not config.option.markexpr]
+    if guard_pages.ENABLED:
+        files = [item.path.relative_to(TESTS).with_suffix("").as_posix() for item in items]
+        unneeded += [item for item, file in zip(items, files, strict=True) if file in RUN_NO_KERNELS]
+    config.hook.pytest_deselected(items=unneeded)
+    items[:] = [item for item in items if item not in set(unneeded)]
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:

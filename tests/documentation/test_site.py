@@ -93,6 +93,7 @@ def pages(site: Path) -> list[str]:
     return sorted(str(page.relative_to(site).parent) for page in site.rglob("index.html"))
 
 
+@pytest.mark.site
 def test_the_gallery_has_every_cell(site):
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for entry in (*fc.CELLS, *fc.cells.STRUCTURED_CELLS):
@@ -106,6 +107,7 @@ def test_the_gallery_has_every_cell(site):
         assert (site / "gallery" / f"{entry.name}.png").stat().st_size > 3000
 
 
+@pytest.mark.site
 def test_links_lead_somewhere(site):
     ids, dead = {}, []
     for page in site.rglob("index.html"):
@@ -123,6 +125,7 @@ def test_links_lead_somewhere(site):
     assert dead == []
 
 
+@pytest.mark.site
 def test_every_page_in_a_browser(site):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
