@@ -97,9 +97,7 @@ def _without_layers() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: _gru_node(clip=3.0), "has a clip of its gates"),
-        (lambda: _gru_node(direction="reverse"), "runs backwards only"),
-        (lambda: _gru_node(activations=["Affine", "Tanh"]), "has the activations Affine, Tanh"),
+        (lambda: _gru_node(activations=["Swish", "Tanh"]), "has the activation 'Swish'"),
         (_without_layers, "no GRU, LSTM, RNN or Scan; it has Relu"),
     ],
 )

@@ -11,23 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.errors import ExportError
-from fusecell.layers import Recurrent
-from fusecell.onnx.recurrent_nodes import GATES, reordered
+from fusecell.onnx.node_layer import NodeWeights, RecurrentLayer, UnknownActivations, layer_of_node
+from fusecell.onnx.recurrent_nodes import GATES
 from fusecell.onnx.scan_node import scan_layer
 
 __all__ = ["load"]
 
 Array = npt.NDArray[Any]
-Layer = GRU | LSTM | RNN | Recurrent
-_LAYERS = {"GRU": GRU, "LSTM": LSTM, "RNN": RNN}
-_ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
 _CALL_ARGUMENTS = {
     4: ("sequence_lens", "lengths"),
     5: ("initial_h", "hx"),
@@ -36,10 +31,9 @@ _CALL_ARGUMENTS = {
 """Inputs of a node that a layer takes with each call, and how."""
 _DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading a node raises whose parts don't fit together, in as many ways as there are parts."""
-_UNSUPPORTED = {"clip": "a clip of its gates", "input_forget": "coupled input and forget gates"}
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, Layer]:
+def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, RecurrentLayer]:
     """Return the recurrent nodes of an ONNX model, by the node's name, as layers with its weights.
 
     Example:
@@ -53,10 +47,12 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, Layer]:
         source: a file, or a model. Its nodes are looked for in subgraphs, too.
 
     Returns:
-        For each node of type GRU, LSTM or RNN a layer with one layer of cells, in the order of the graph; for each Scan
-        a :class:`fusecell.Recurrent` whose cell computes the node's body, with its constants as parameters. Nodes
-        without a name are called after their first output, a name that stands again has ``.1`` behind it. A layer takes
-        (T, N, features), whatever the node's ``layout``.
+        For each node of type GRU, LSTM or RNN a layer with one layer of cells, in the order of the graph: the layer of
+        that name; a :class:`fusecell.Recurrent` for a node that runs backwards only; and for one with other
+        activations, a clip, peepholes or coupled gates a Recurrent or a :class:`fusecell.Bidirectional`, whose cells
+        compute the node's equation. For each Scan a Recurrent whose cell computes the node's body, with its constants
+        as parameters. Nodes without a name are called after their first output, a name that stands again has ``.1``
+        behind it. A layer takes (T, N, features), whatever the node's ``layout``.
 
     Warns:
         UserWarning: where the node has constants that a layer takes with each call: first states and lengths; and for
@@ -66,7 +62,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> dict[str, Layer]:
         ExportError: for a node that no layer here computes, with the reason, and a model that has none.
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(Path(source))
-    layers: dict[str, Layer] = {}
+    layers: dict[str, RecurrentLayer] = {}
     refused: list[ExportError] = []
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 20)
     _collect(model.graph, None, opset, layers, refused)
@@ -140,13 +136,13 @@ def _collect(
     graph: onnx.GraphProto,
     outer: _Scope | None,
     opset: int,
-    layers: dict[str, Layer],
+    layers: dict[str, RecurrentLayer],
     refused: list[ExportError],
 ) -> None:
     """Add a graph's layers, and those of its subgraphs."""
     scope = _Scope(graph, outer, opset)
     for node in graph.node:
-        if node.op_type in _LAYERS:
+        if node.op_type in GATES:
             name = _unique(node, layers)
             layers[name] = _layer(node, name, scope)
         elif node.op_type == "Scan":
@@ -188,43 +184,26 @@ def _warn_of_states(node: onnx.NodeProto, name: str, scope: _Scope) -> None:
             )
 
 
-def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> GRU | LSTM | RNN:
+def _layer(node: onnx.NodeProto, name: str, scope: _Scope) -> RecurrentLayer:
     kind = node.op_type
     attributes = _attributes(node, name)
-    for attribute, what in _UNSUPPORTED.items():
-        if attributes.get(attribute):
-            raise ExportError(f"onnx.load: {kind} {name} has {what}, which no layer here has.")
     inputs = [*node.input, *[""] * (8 - len(node.input))]
-    if kind == "LSTM" and inputs[7]:
-        raise ExportError(f"onnx.load: LSTM {name} has peepholes; fusecell.PeepholeLSTMCell has others per unit.")
     _warn_of_constants(kind, name, inputs, scope)
     w, r = (_constant(node, name, scope, at) for at in (1, 2))
     b = _constant(node, name, scope, 3) if inputs[3] else None
     _check_shapes(f"{kind} {name}", attributes, w, r, b, len(GATES[kind]))
+    peepholes = _constant(node, name, scope, 7) if kind == "LSTM" and inputs[7] else None
+    if peepholes is not None and peepholes.shape != (len(w), 3 * r.shape[-1]):
+        raise ExportError(
+            f"onnx.load: LSTM {name} has peepholes {peepholes.shape}, expected {(len(w), 3 * r.shape[-1])}."
+        )
     direction = attributes.get("direction", "forward")
     if direction not in ("forward", "reverse", "bidirectional") or (direction == "bidirectional") != (len(w) == 2):
         raise ExportError(f"onnx.load: {kind} {name} has the direction {direction!r} and weights of {len(w)}.")
-    if direction == "reverse":
-        raise ExportError(
-            f"onnx.load: {kind} {name} runs backwards only; use fusecell.Recurrent(cell, reverse=True) with the "
-            'weights of fusecell.onnx.load of the node with direction="forward".'
-        )
-    options: dict[str, Any] = {"bias": b is not None, "bidirectional": direction == "bidirectional"}
-    options |= _activations(kind, name, attributes, len(w))
-    if kind == "GRU" and not attributes.get("linear_before_reset", 0):
-        options["reset_after"] = False
-    hidden = r.shape[-1]
-    dtype = torch.from_numpy(w).dtype
-    layer: Any = _LAYERS[kind](w.shape[-1], hidden, dtype=dtype, **options)
-    with torch.no_grad():
-        for at, suffix in enumerate(("_l0", "_l0_reverse")[: len(w)]):
-            parts = {"weight_ih": w[at], "weight_hh": r[at]}
-            if b is not None:
-                parts["bias_ih"], parts["bias_hh"] = np.split(b[at], 2)
-            for part, value in parts.items():
-                order = np.argsort(GATES[kind])
-                getattr(layer, part + suffix).copy_(torch.from_numpy(reordered(value, [int(i) for i in order])))
-    return layer  # type: ignore[no-any-return]
+    try:
+        return layer_of_node(kind, attributes, NodeWeights(w, r, b, peepholes))
+    except UnknownActivations as error:
+        raise ExportError(f"onnx.load: {kind} {name} has {error}.") from error
 
 
 _KINDS = {
@@ -292,15 +271,3 @@ def _constant(node: onnx.NodeProto, name: str, scope: _Scope, at: int) -> Array:
             "constants."
         )
     return np.array(value, dtype=np.float32 if value.dtype == np.float16 else value.dtype)
-
-
-def _activations(kind: str, name: str, attributes: Mapping[str, Any], directions: int) -> dict[str, Any]:
-    activations = [str(each) for each in attributes.get("activations", [])]
-    spelled = [each.capitalize() for each in activations]  # ONNX Runtime takes them in lower case, too
-    if not activations or spelled == _ACTIVATIONS[kind] * directions:
-        return {}
-    if kind == "RNN" and spelled == ["Relu"] * directions:
-        return {"nonlinearity": "relu"}
-    raise ExportError(
-        f"onnx.load: {kind} {name} has the activations {', '.join(activations)}, which no layer here has."
-    )
