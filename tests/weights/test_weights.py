@@ -307,3 +307,37 @@ def test_nothing_is_written_where_something_does_not_fit() -> None:
     with pytest.raises(ValueError, match="input_size=5"):
         fc.weights.load(layer, [GRU, wrong])
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+
+
+class _KerasLayer:
+    """What is read of Keras's layers."""
+
+    def __init__(self, values: Any = (), **attributes: Any) -> None:
+        self.name, self.values = "layer", list(values)
+        vars(self).update(attributes)
+
+    def get_weights(self) -> list[Any]:
+        return self.values
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+
+def test_what_a_layer_of_keras_does_besides_is_told() -> None:
+    def tanh() -> None: ...
+    def sigmoid() -> None: ...
+
+    kind = type("GRU", (_KerasLayer,), {})
+    functions = {"activation": tanh, "recurrent_activation": sigmoid}
+    backwards = kind(GRU, go_backwards=True, **functions)
+    layer = fc.Recurrent(fc.GRUCell(I, H), reverse=True)
+    with pytest.warns(UserWarning, match=r"goes backwards, as Recurrent\(cell, reverse=True\)") as warned:
+        fc.weights.load(layer, backwards)
+    assert warned[0].filename == __file__
+    both = type("Bidirectional", (_KerasLayer,), {})
+    layers = {"forward_layer": kind(GRU, **functions), "backward_layer": backwards}
+    with pytest.warns(UserWarning, match="by merge_mode='sum'"):
+        fc.weights.load(fc.GRU(I, H, bidirectional=True), both(merge_mode="sum", **layers))
+    other = fc.GRU(I, H, bidirectional=True)
+    fc.weights.load(other, both(merge_mode="concat", **layers))  # whose second layer goes backwards as it should
+    assert torch.equal(other.weight_hh_l0_reverse, layer.cell.weight_hh)

@@ -5,6 +5,7 @@ A GRU with ``reset_after=True`` has two biases, (2, 3 H); other layers have one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,16 +29,28 @@ def is_keras(source: Any) -> bool:
 def from_keras(layer: Any) -> Iterator[CellWeights | DenseWeights]:
     """Iterate over the weights in a layer or model, in the order of its layers.
 
+    Warns:
+        UserWarning: for what a layer does besides, which is no part of its weights.
+
     Raises:
         TypeError: for a layer with weights of another kind.
         ValueError: for one that computes with other activations.
     """
+    yield from _from_keras(layer, in_bidirectional=False)
+
+
+def _from_keras(layer: Any, *, in_bidirectional: bool) -> Iterator[CellWeights | DenseWeights]:
     kind = type(layer).__name__.removesuffix("Cell")
     if kind == "Bidirectional":
-        yield from from_keras(layer.forward_layer)
-        yield from from_keras(layer.backward_layer)
+        mode = getattr(layer, "merge_mode", "concat")
+        if mode != "concat":
+            _warn(layer, f"combines its directions by merge_mode={mode!r}, and layers here concatenate them")
+        yield from _from_keras(layer.forward_layer, in_bidirectional=True)
+        yield from _from_keras(layer.backward_layer, in_bidirectional=True)
     elif kind in _RECURRENT:
         _check_activations(layer, _RECURRENT[kind])
+        if getattr(layer, "go_backwards", False) and not in_bidirectional:
+            _warn(layer, "goes backwards, as Recurrent(cell, reverse=True) does, which leaves outputs in input time")
         weights = cell_from_keras(layer.get_weights(), layer.name)
         if weights.kind == "RNN":
             activation = layer.activation.__name__
@@ -48,12 +61,16 @@ def from_keras(layer: Any) -> Iterator[CellWeights | DenseWeights]:
         yield DenseWeights(values[0].T, values[1] if len(values) > 1 else None, layer.name)
     elif getattr(layer, "layers", None):
         for part in layer.layers:
-            yield from from_keras(part)
+            yield from _from_keras(part, in_bidirectional=False)
     elif kind == "RNN":
         for cell in getattr(layer.cell, "cells", [layer.cell]):
-            yield from from_keras(cell)
+            yield from _from_keras(cell, in_bidirectional=in_bidirectional)
     elif layer.get_weights():
         raise TypeError(f"weights.load: Keras's {type(layer).__name__} {layer.name} has no counterpart here.")
+
+
+def _warn(layer: Any, what: str) -> None:
+    warnings.warn(f"weights.load: Keras's {layer.name} {what}. Its weights are copied all the same.", stacklevel=6)
 
 
 def _check_activations(layer: Any, kind: str) -> None:
