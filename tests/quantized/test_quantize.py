@@ -130,6 +130,17 @@ def test_a_model_with_several_layers():
     assert torch.equal(small.train()(x), small.eval()(x))
 
 
+def test_a_model_in_training_is_quantized_as_in_eval_mode():
+    cell = fc.Zoneout(fc.VariationalDropout(fc.GRUCell(5, 7), output=0.5), 0.3)
+    layer, x = fc.Recurrent(cell), torch.randn(9, 2, 5)
+    small = fc.quantize(layer, "bfloat16")
+    assert layer.training
+    assert cell.cell.training
+    torch.testing.assert_close(small(x)[0], rounded(layer, torch.bfloat16).eval()(x)[0].detach())
+    weighted = nn.utils.parametrizations.weight_norm(fc.GRU(5, 7), "weight_hh_l0")
+    torch.testing.assert_close(fc.quantize(weighted, "float16")(x)[0], weighted(x)[0].detach(), atol=1e-3, rtol=0)
+
+
 def test_one_cell_in_two_places_stays_one():
     cell = fc.GRUCell(5, 5)
     small = fc.quantize(nn.ModuleList([fc.Recurrent(cell), fc.Recurrent(cell, reverse=True)]), "bfloat16")
@@ -241,7 +252,7 @@ def test_torchs_transforms_and_its_compiler():
         (lambda: fc.GRU(3, 4), {"keep": "weight_ih"}, TypeError, r"write keep=\['weight_ih'\]"),
         (lambda: fc.GRU(3, 4).double(), {}, TypeError, "computes in float64"),
         (lambda: nn.GRU(3, 4), {}, TypeError, "fusecell.replace"),
-        (lambda: fc.Recurrent(fc.cells.GRUDCell(3, 4)), {}, TypeError, "has 3"),
+        (lambda: fc.Recurrent(fc.cells.GRUDCell(3, 4)), {}, TypeError, "quantize takes cells with one input, .* has 3"),
         (lambda: type("Mine", (fc.GRU,), {})(3, 4), {}, TypeError, "Mine is a subclass"),
         (lambda: torch.zeros(3), {}, TypeError, "takes a module"),
     ],

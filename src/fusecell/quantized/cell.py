@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.cache_registry import register_cache
@@ -34,7 +35,7 @@ _WEIGHT, _START = "weight_", "start_"
 
 
 class QuantizedCell(KernelCell):
-    r"""A cell in eval mode whose matrices are stored in 16 or 8 bits, for inference.
+    r"""A cell in eval() mode whose matrices are stored in 16 or 8 bits, for inference.
 
     .. math:: (y_t, s_t) = \mathrm{step}_{\hat W}(x_t, s_{t-1})
 
@@ -66,10 +67,11 @@ class QuantizedCell(KernelCell):
 
     def __init__(self, cell: Cell, weights: str, keep: Collection[str] = ()) -> None:
         super().__init__(cell.input_size, cell.hidden_size)
-        # On the instance: what is a class's of other cells depends on the cell inside.
-        self.states, self.inputs = cell.states, cell.inputs  # type: ignore[misc]
-        self.state_sizes, self.output_size = tuple(cell.state_sizes), cell.output_size
-        part = part_of(cell, 2)
+        with _evaluating(cell):
+            # On the instance: what is a class's of other cells depends on the cell inside.
+            self.states, self.inputs = cell.states, cell.inputs  # type: ignore[misc]
+            self.state_sizes, self.output_size = tuple(cell.state_sizes), cell.output_size
+            part = part_of(cell, 2, "quantize")
         check_format(weights, keep, part.dtype)
         (small,) = with_small_weights([part], weights, keep)
         self.kind, self.format, self.kept = type(cell).__name__, weights, tuple(keep)
@@ -160,6 +162,18 @@ class QuantizedCell(KernelCell):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.input_size} -> {self.output_size}, {self.format}"
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode inside a ``with`` block."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class _LoadedKernel(NamedTuple):

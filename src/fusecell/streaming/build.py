@@ -58,28 +58,32 @@ def parts_of(module: nn.Module, rows: int) -> list[Part]:
     Raises:
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
-    return _parts(list(_cells(module, None)), rows)
+    return _parts(list(_cells(module, None)), rows, "Stream")
 
 
-def part_of(cell: Cell, rows: int) -> Part:
+def part_of(cell: Cell, rows: int, caller: str) -> Part:
     """Compile a cell as one, with copies of its present weights, be it a Stack of several.
+
+    Arguments:
+        caller: the function that errors name.
 
     Raises:
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
-    return _parts([cell], rows)[0]
+    return _parts([cell], rows, caller)[0]
 
 
-def _parts(cells: Sequence[Cell], rows: int) -> list[Part]:
+def _parts(cells: Sequence[Cell], rows: int, caller: str) -> list[Part]:
     for cell in cells:
-        _check(cell, rows)
+        _check(cell, rows, caller)
     _check_chain(cells)
     kinds = {dtype.to_real() for cell in cells if (dtype := weights_dtype(cell)) is not None} or {
         torch.get_default_dtype()
     }
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        names = ", ".join(sorted(map(str, kinds)))
         raise TypeError(
-            f"Stream computes in float32 or float64, the same in all cells, got {', '.join(sorted(map(str, kinds)))}. "
+            f"{caller} computes in float32 or float64, the same in all cells, got {names}. "
             "Convert the module with .float() or .double()."
         )
     (dtype,) = kinds
@@ -167,23 +171,25 @@ def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
         )
 
 
-def _check(cell: Cell, rows: int) -> None:
+def _check(cell: Cell, rows: int, caller: str) -> None:
     """Raise TypeError for a cell that needs more than one input in a step."""
     name = type(cell).__name__
     if not is_size(cell.output_size):
         raise TypeError(
-            f"Stream gives one output at a step, {name} has several ({', '.join(output_shapes(cell.output_size))}). "
+            f"{caller} takes cells with one output, {name} has several ({', '.join(output_shapes(cell.output_size))}). "
             "Return those that you need concatenated, or use fusecell.step."
         )
     if isinstance(cell, KernelCell):
         raise TypeError(
-            "Stream takes the model before fusecell.quantize, and the format of its weights: "
+            f"{caller} takes the model before fusecell.quantize, and the format of its weights: "
             "Stream(model, weights='int8')."
         )
     if cell.draw(1, rows):
-        raise TypeError(f"Stream: {name} draws random inputs; eval() it first.")
+        raise TypeError(f"{caller}: {name} draws random inputs; eval() it first.")
     if len(cell.inputs) > 1:
-        raise TypeError(f"Stream takes cells with one input, {name} has {len(cell.inputs)}: {', '.join(cell.inputs)}.")
+        raise TypeError(
+            f"{caller} takes cells with one input, {name} has {len(cell.inputs)}: {', '.join(cell.inputs)}."
+        )
 
 
 def _check_chain(cells: Sequence[Cell]) -> None:
