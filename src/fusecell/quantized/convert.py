@@ -17,6 +17,7 @@ from fusecell.streaming.small_weights import FORMATS
 
 __all__ = ["quantize"]
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _LAYER = re.compile(r"_l\d+(_reverse)?$")
 
 
@@ -103,7 +104,8 @@ def _suffixes(layer: GRU | LSTM | RNN) -> list[str]:
 def _weight_names(part: nn.Module) -> list[str]:
     """List the names of the weights of a cell or a drop-in layer."""
     if isinstance(part, GRU | LSTM | RNN):
-        return [name for name, _ in part.named_parameters()]
+        names = (kind + suffix for suffix in _suffixes(part) for kind in _WEIGHTS)
+        return [name for name in names if getattr(part, name, None) is not None]
     return [name for name, _ in (*part.named_parameters(), *part.named_buffers())]
 
 

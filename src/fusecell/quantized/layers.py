@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.execution.call_form import CellFactory
@@ -79,7 +80,7 @@ def quantized_layer(layer: GRU | LSTM | RNN, weights: str, keep: list[Collection
     Raises:
         TypeError: for a user's subclass.
     """
-    kind: Any = _CLASSES.get(type(layer))
+    kind: Any = _CLASSES.get(type_before_parametrizations(layer))
     if kind is None:
         raise TypeError(
             f"{type(layer).__name__} is a subclass of a fusecell layer, whose forward may read weights: quantize takes "
