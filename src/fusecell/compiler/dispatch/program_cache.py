@@ -145,7 +145,7 @@ class ProgramCache(Generic[Compiled]):
             for name, value in numbers.items():
                 compiled[name].add(value)
             return None
-        name = names[0].rpartition(".")[2].partition("[")[0]
+        name = names[0].rpartition(".")[2].partition("[")[0].rpartition(" ")[2]
         what = f"attribute {names[0]} changes" if len(names) == 1 else f"attributes {', '.join(names)} change"
         return Refusal(
             (

@@ -142,8 +142,9 @@ find_trainable = TRAINABLE_STEPS.find
 def refresh(module: nn.Module | None = None) -> None:
     """Forget what was compiled for the cells in a module and for others of their classes; for all, without a module.
 
-    A compiled step follows every attribute of its cell. It does not follow global variables, class attributes and the
-    variables that its functions enclose: call this after a change of one. It also drops what :func:`fusecell.record`
+    A compiled step follows every attribute of its cell, and of what its code mentions the functions and numbers, be
+    they global variables, attributes of the class or enclosed. It does not follow what is inside of other objects, such
+    as a global dict or a module: call this after such a change. It also drops what :func:`fusecell.record`
     and torch's operator have compiled, but not what torch.compile has traced: that is ``torch.compiler.reset()``.
 
     Example:

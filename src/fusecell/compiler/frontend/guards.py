@@ -23,6 +23,7 @@ from fusecell.compiler.frontend.signature import (
     is_plain_tensor,
     is_reference,
 )
+from fusecell.compiler.frontend.step_sources import sources_of
 
 __all__ = ["ModuleGuards", "attribute_guards", "constants", "guards_of"]
 
@@ -56,6 +57,8 @@ class ModuleGuards:
     ) -> None:
         self._kind, self._size = kind, size
         self._code = None if size is None else definition(kind)
+        sources = sources_of(kind, self._code)
+        self._are_sources_current = None if sources is None else sources.is_current
         self._get_code = attrgetter("step.__code__" if hasattr(kind, "step") else "forward.__code__")
         self._get_atoms, self._atoms = _getter(atoms), tuple(atoms.values())
         self._functions = tuple(functions.items())
@@ -84,6 +87,8 @@ class ModuleGuards:
         if self._size is None:
             return self._get_parameters(state["_parameters"])
         if self._code is not None and self._get_code(self._kind) is not self._code:
+            return None
+        if self._are_sources_current is not None and not self._are_sources_current(self._kind):
             return None
         parameters, buffers, modules, a, b, c, d = _TABLES(state)
         if a or b or c or d or len(state) != self._size or [*parameters] != self._order:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fusecell.compiler.frontend.step_sources import sources_of
 from fusecell.torch_internals import OPERATOR_TYPE, computes_weight
 
 __all__ = [
@@ -104,7 +105,7 @@ def signature(module: nn.Module, _seen: _Seen | None = None, without: Collection
     It contains the code of ``step`` or ``forward``; every bool, number, string and None, alone, in tuples, lists and
     dicts or in the attributes of other objects; functions and classes by identity; the shape, dtype, requires_grad and
     tying of tensors; the training flag; whether there are hooks, and which weights these compute; and all submodules.
-    It does not contain globals and closures.
+    Of globals and closures it contains the numbers and the user's functions that the code mentions.
 
     A value is an entry (name, type, content), without the name in a sequence; a container's content is a tuple of
     entries.
@@ -119,6 +120,9 @@ def signature(module: nn.Module, _seen: _Seen | None = None, without: Collection
         return type(module), signature(module.get_submodule("_orig_mod"), seen)
     code = definition(type(module))
     entries: list[Any] = [type(module), code and ref(code)]
+    sources = sources_of(type(module), code)
+    if sources is not None:
+        entries += [(label, *_frozen_source(value, seen)) for label, value in sources.values]
     for table in HOOKS:
         if state[table]:
             entries.append((table, *_hooks(state[table], seen)))
@@ -194,6 +198,11 @@ def _blanked(entries: Key, path: str, numbers: dict[str, Any]) -> Key:
             content = _blanked(content, entry_path, numbers)
         blanked.append((*entry[:-1], content))
     return tuple(blanked)
+
+
+def _frozen_source(value: Any, seen: _Seen) -> Key:
+    """Return the value of a name that code mentions; a function's is its code."""
+    return (CodeType, ref(value)) if isinstance(value, CodeType) else _frozen(value, seen)
 
 
 def _hooks(table: Mapping[int, Any], seen: _Seen) -> tuple[type, Key]:
