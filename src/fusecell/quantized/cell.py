@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -92,7 +92,10 @@ class QuantizedCell(KernelCell):
     @property
     def weights(self) -> list[StoredWeight]:
         """How each weight is stored: its name, shape, format, bytes, and why it stayed as it was if it did."""
-        return stored_weights([self.part(1)], self.format, self.kept)
+        start = [value.numpy() for value in self.initial_state(1)]
+        numbers = [value.numpy() for value in self._numbers()]
+        part = Part(self.kind, self.graph, self.prepacked().kernel, numbers, start)
+        return stored_weights([part], self.format, self.kept)
 
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -136,18 +139,13 @@ class QuantizedCell(KernelCell):
         """Whether all first states are zeros."""
         return not any(self.get_buffer(f"{_START}{index}").any() for index in range(len(self.states)))
 
-    def part(self, rows: int) -> Part:
-        """Return the cell as streams and exports take it."""
+    def _numbers(self) -> State:
+        """Return the weights as float32 numbers, in the order of the graph's leaves."""
         graph = self.graph
-        start = [value.reshape(rows, -1).numpy() for value in self.initial_state(rows)]
-        weights = [value.numpy() for value in self._numbers()]
-        return Part(self.kind, graph, compile_graph(graph, about=self.kind), weights, start)
-
-    def _numbers(self) -> Iterator[Tensor]:
-        """Iterate over the weights as float32 numbers, in the order of the graph's leaves."""
-        graph = self.graph
-        for index, leaf in enumerate(graph.leaves("weight")):
-            yield _decoded(self.get_buffer(f"{_WEIGHT}{index}"), graph[leaf].attrs.get("stored"))
+        leaves = enumerate(graph.leaves("weight"))
+        return tuple(
+            [_decoded(self.get_buffer(f"{_WEIGHT}{index}"), graph[leaf].attrs.get("stored")) for index, leaf in leaves]
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedCell:
         dtype = fn(torch.zeros(0)).dtype
@@ -192,8 +190,17 @@ def _kernel_of(cell: QuantizedCell) -> PrepackedKernel:
     versions = tuple([(value.data_ptr(), value._version) for value in cell._buffers.values() if value is not None])
     loaded = _KERNELS.get(cell)
     if loaded is None or loaded.versions != versions:
-        kernel = compile_graph(cell.graph, about=f"{cell.kind}, {cell.format}")
-        loaded = _KERNELS[cell] = _LoadedKernel(versions, PrepackedKernel(kernel, tuple(cell._numbers())))
+        graph, reference = cell.graph, ref(cell)
+        kernel = compile_graph(graph, about=f"{cell.kind}, {cell.format}")
+        # What is stored in fewer bits is an operand of products alone.
+        only_packed = ["stored" in graph[leaf].attrs for leaf in graph.leaves("weight")]
+
+        def numbers() -> State:
+            owner = reference()
+            assert owner is not None, "its kernel is run by the cell"
+            return owner._numbers()
+
+        loaded = _KERNELS[cell] = _LoadedKernel(versions, PrepackedKernel(kernel, numbers, only_packed))
     return loaded.run
 
 

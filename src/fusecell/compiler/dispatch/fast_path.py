@@ -261,7 +261,7 @@ class _OwnKernelCall:
         self._prepacked = own = cell.prepacked()
         slots = own.kernel.slots
         everything = IndexedKernel(own.kernel, list(slots.inputs), list(slots.weights))
-        call = ExampleCall(form, args, len(args), None, own.weights)
+        call = ExampleCall(form, args, len(args), None, own.packed_weights)
         self._forward = BoundForward(everything, call, prepare=partial(PrepackedCall, own))
 
     def __call__(self, owner: Any, tensors: State) -> tuple[Tensor | None, State] | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.execution.options import Options, State
+from fusecell.forks import new_lock
 from fusecell.shapes import Shape
 
 __all__ = ["KernelCell", "PrepackedCall", "PrepackedKernel"]
@@ -64,25 +64,34 @@ class _Memory:
 
 
 class PrepackedKernel:
-    """A kernel and the weights that it was given.
+    """A kernel, and the weights that it packs.
 
     Calls of several Python threads run one after the other, as they share memory.
 
     Arguments:
-        weights: in the order of the graph's weight leaves; only read until the first call for a number of rows.
+        weights: returns them, in the order of the graph's weight leaves; asked at the first call for a number of rows,
+            so that nothing has to keep those that are only packed.
+        only_packed: of each, whether the kernel reads it but to pack it.
+
+    Attributes:
+        packed_weights: for calls that find their weights packed: in the place of those that are only packed tensors of
+            the same shapes.
     """
 
-    def __init__(self, kernel: Kernel, weights: State) -> None:
-        self.kernel, self.weights = kernel, weights
+    def __init__(self, kernel: Kernel, weights: Callable[[], State], only_packed: Sequence[bool]) -> None:
+        self.kernel, self._weights = kernel, weights
+        self.packed_weights = tuple(
+            [_unread(value) if is_packed else value for value, is_packed in zip(weights(), only_packed, strict=True)]
+        )
         self._memory: OrderedDict[tuple[int, int], _Memory] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def __call__(
         self, inputs: State, state: State, reset: State, options: Options, shapes: Mapping[str, Shape]
     ) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs; arguments and results as of :func:`run_forward`."""
         with self._lock:
-            outputs, after = run_all(self.kernel, self.weights, inputs, state, reset, options, shapes, self._run)
+            outputs, after = run_all(self.kernel, self.packed_weights, inputs, state, reset, options, shapes, self._run)
         return outputs["output"], after
 
     def _run(
@@ -90,7 +99,10 @@ class PrepackedKernel:
     ) -> None:
         """Run the kernel with all its tensors bound, in memory that has the packed weights, or will have them."""
         if guard_pages.ENABLED:  # which gives every run scratch memory of its own
+            weights = self._weights()  # which nothing else keeps until the kernel has read them
+            block.bind(weights=weights)
             run(kernel, block, steps, rows, reverse, ragged)
+            del weights
             return
         if ragged is not None:
             block.bind(ragged=(ragged.order, ragged.counts, ragged.offsets))
@@ -106,17 +118,26 @@ class PrepackedKernel:
         kernel = self.kernel
         threads = team_size(kernel, steps, rows)
         memory = self._memory.get((rows, threads))
-        is_packed = memory is not None
+        slots, is_packed = kernel.slots, memory is not None
+        weights: State = ()
         if memory is None:
             memory = _Memory.of(kernel, rows, threads)
-        slots = kernel.slots
+            weights = self._weights()  # which nothing else keeps until the kernel has packed them
+            block = ArgumentBlock(slots, values)
+            block.bind(weights=weights)
         values[slots.scratch], values[slots.chunk_steps] = memory.address, memory.chunk
         values[slots.packed] = 1 if is_packed else 2
         start(kernel, steps, rows, threads, values.buffer_info()[0])
+        del weights
         if not is_packed:
             self._memory[rows, threads] = memory
             if len(self._memory) > _MOST_SIZES:
                 self._memory.popitem(last=False)
+
+
+def _unread(value: Tensor) -> Tensor:
+    """Return a tensor of the shape of another, one row of memory long."""
+    return value.new_empty(value.shape[-1:]).expand(value.shape)
 
 
 class PrepackedCall(PreparedCall):
