@@ -379,9 +379,18 @@ COMPLEX: dict[str, Body] = {
 }
 
 
+        torch.sin(x),
+        torch.cos(2 * x),
+        torch.sinh(x),
+        torch.cosh(x),
+        torch.sigmoid(3 * x),
 def _at_best(z: Tensor) -> Tensor:
     best = z.topk(3)
     return torch.zeros_like(z).scatter(1, best.indices, best.values * 2)
 
 
 AXES: dict[str, Body] = {**PRODUCTS, **IMAGES, **REDUCTIONS, **INDEXING, **MATRICES, **COMPLEX}
+    "conjugates": lambda c, z: (
+        fit((torch.complex(heads(z), heads(z * z)).conj() @ torch.complex(heads(z), -heads(z)).mH).imag)
+        + fit(torch.complex(z, z * z).conj().imag.sin())
+    ),
