@@ -337,6 +337,22 @@ def _rotating(c: Any, z: Tensor) -> Tensor:
         z[:, :12], z[:, 12:]
     )
     mixed = torch.einsum("ni,nij->nj", turned[:, :3], turned.view(-1, 3, 4)) / (2 + 1j)
+    "from_the_right": lambda c, z: fit(
+        torch.linalg.solve_triangular(_lower(z), z.view(-1, 6, 2, 2)[..., :1, :], upper=False, left=False)
+        + torch.linalg.solve(square(z), z.view(-1, 6, 2, 2)[..., :1, :], left=False)
+    ),
+    "determinants_of_weights": lambda c, z: (
+        z * torch.linalg.det(c.square) + z * torch.linalg.slogdet(c.square[:6, :6]).logabsdet
+    ),
+    "logarithms_of_determinants": lambda c, z: (
+        z * fit(torch.logdet(square(z))) + fit(torch.slogdet(z[:, :9].view(-1, 1, 3, 3)).logabsdet)
+    ),
+    "one_matrix_for_all_rows": lambda c, z: fit(
+        torch.linalg.solve(torch.diag(c.gain + 1) + c.square[:4, :4], z[:, :4].T).T
+    ),
+    "inverse_by_cholesky": lambda c, z: (
+        torch.cholesky_inverse(torch.linalg.cholesky(_positive(z))) + torch.cholesky_inverse(_lower(z).mT, upper=True)
+    ).flatten(1),
     return torch.view_as_real(turned - 0.5 * turned.conj()).flatten(1) + fit(mixed.real) + fit(turned.abs())
 
 

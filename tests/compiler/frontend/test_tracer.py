@@ -73,6 +73,8 @@ UNTRIED = {
     "_index_put_impl",
     "argsort",
     "_native_batch_norm_legit_no_training",
+    "_linalg_det",
+    "_linalg_slogdet",
 }
 
 

@@ -7,6 +7,7 @@ for functions that copy a tensor and write to a part of it, as steps do themselv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,9 +87,7 @@ def _determinant(A: Tensor) -> Tensor:
     """Expand a determinant by its first row: torch's gradient of it would look for zeros."""
     size = A.shape[-1]
     if size > _MOST_ROWS:
-        raise Untraceable(
-            f"Determinants of {size} x {size} matrices are not compiled: of up to {_MOST_ROWS} rows they are."
-        )
+        return torch.det(A)  # compiled where A is made of weights alone
     if size == 1:
         return A[..., 0, 0]
     total = torch.zeros_like(A[..., 0, 0])
@@ -101,6 +100,19 @@ def _determinant(A: Tensor) -> Tensor:
 
 def _slice_scatter(
     input: Tensor, src: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+def _sign_and_log_determinant(A: Tensor) -> Any:
+    if A.shape[-1] > _MOST_ROWS:
+        return torch.linalg.slogdet(A)
+    value = _determinant(A)
+    named = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # torch's, named after the function
+    return named((value.detach().sign(), value.abs().log()))
+
+
+def _log_determinant(A: Tensor) -> Tensor:
+    sign, size = _sign_and_log_determinant(A)
+    return torch.where(sign < 0, math.nan, size)
+
+
 ) -> Tensor:
     result = input.clone()
     torch.ops.aten.slice.Tensor(result, dim, start, end, step).copy_(src)
@@ -135,3 +147,5 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.diagonal_scatter: _diagonal_scatter,
     Tensor.diagonal_scatter: _diagonal_scatter,
 }
+    **dict.fromkeys((torch.linalg.slogdet, torch.slogdet, Tensor.slogdet), _sign_and_log_determinant),
+    **dict.fromkeys((torch.logdet, Tensor.logdet), _log_determinant),
