@@ -366,6 +366,14 @@ def test_values_of_buffers_may_be_read_while_they_stay() -> None:
     assert difference() < 1e-6
 
 
+def test_dtypes_may_be_compared() -> None:
+    def body(cell, x, h):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return h.to(torch.result_type(h, 2.0)) * (2.0 if torch.can_cast(torch.float32, wide) else 3.0)
+
+    compare(BodyCell(body).double())
+
+
 def _gradient(cell, x, h):
     return x - 0.3 * torch.func.grad(lambda q: torch.tanh(q @ cell.w).sum())(h)
 

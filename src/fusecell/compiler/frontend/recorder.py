@@ -43,8 +43,8 @@ _VALUE_CHECKS = ("_linalg_check_errors",)
 """Calls that raise for some values, singular matrices, and return nothing: compiled, these give infinities and NaN."""
 
 _VALUE_READS = ("_local_scalar_dense", "is_nonzero", "equal")
-_SHAPE_CHECKS = ("is_same_size", "_has_same_storage_numel")
-"""Calls that look at the shapes of tensors alone."""
+_SHAPE_CHECKS = ("is_same_size", "_has_same_storage_numel", "promote_types", "result_type", "can_cast")
+"""Calls that look at the shapes and dtypes of tensors alone."""
 
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
 
