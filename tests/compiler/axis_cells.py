@@ -147,6 +147,18 @@ IMAGES: dict[str, Body] = {
     "conv2d_strided": lambda c, z: fit(F.conv2d(image(z), c.kernel2, padding=(1, 2), stride=(1, 2), dilation=1)),
     "conv2d_dilated": lambda c, z: fit(F.conv2d(image(z), c.kernel2, padding=2, dilation=2)),
     "conv_transposed": lambda c, z: fit(F.conv_transpose2d(image(z), c.back2, stride=2, padding=1, output_padding=1)),
+    "a_kernel_for_each_row": lambda c, z: (
+        fit(
+            F.conv2d(
+                z.reshape(1, -1, 3, 4),
+                z[:, :18].reshape(-1, 1, 3, 3),
+                z[:, 18:20].flatten(),
+                padding=1,
+                groups=2 * len(z),
+            ).view(-1, 2, 12)
+        )
+        + fit(F.conv1d(z.view(1, -1, 6), z[:, :24].reshape(-1, 4, 2), stride=2, groups=len(z)).view(-1, 3, 3))
+    ),
     "max_pool": lambda c, z: fit(F.max_pool2d(image(z), 2, 1)) + fit(F.max_pool1d(heads(z), 3, 2, 1)),
     "average_pool": lambda c, z: fit(F.avg_pool2d(image(z), 2, 1, 1)) + fit(F.avg_pool1d(heads(z), 2)),
     "nearest": lambda c, z: fit(F.interpolate(image(z)[:, :, ::2, ::2], scale_factor=2)),
