@@ -253,6 +253,12 @@ class Recorder(OperationValues, TorchDispatchMode):
         for path, tensor in self.sources.values():
             if tensor.untyped_storage()._cdata == storage:
                 name = path.rpartition(".")[2]
+                owner, _, of_parametrization = path.partition(".parametrizations.")
+                if of_parametrization:
+                    return (
+                        f"The parametrization of self.{owner} changes {name} in place at each step, which a compiled "
+                        f"loop would not. self.{owner}.parametrizations.eval() leaves it as it is, and is compiled."
+                    )
                 return (
                     f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
                     f'name it in `states = ("h", "{name}")` and return its new value as part of the new state.'
