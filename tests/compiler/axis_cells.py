@@ -103,6 +103,8 @@ def _losses(c: Any, z: Tensor) -> Tensor:
         F.binary_cross_entropy_with_logits(x * 30, y.sigmoid(), weights, pos_weight=weights + 1, reduction="none"),
         F.cross_entropy(x, classes, reduction="none")[:, None] * x,
         F.nll_loss(x, classes, weights, reduction="none", ignore_index=2)[:, None] * y,
+        F.gaussian_nll_loss(x, y, z[:, 16:].square(), reduction="none", eps=0.05),
+        F.gaussian_nll_loss(x, y, z[:, 16].exp(), full=True, reduction="none"),
     ]
     return fit(torch.stack(each).sum(0))
 
@@ -145,6 +147,18 @@ IMAGES: dict[str, Body] = {
     "conv2d_strided": lambda c, z: fit(F.conv2d(image(z), c.kernel2, padding=(1, 2), stride=(1, 2), dilation=1)),
     "conv2d_dilated": lambda c, z: fit(F.conv2d(image(z), c.kernel2, padding=2, dilation=2)),
     "conv_transposed": lambda c, z: fit(F.conv_transpose2d(image(z), c.back2, stride=2, padding=1, output_padding=1)),
+    "a_kernel_for_each_row": lambda c, z: (
+        fit(
+            F.conv2d(
+                z.reshape(1, -1, 3, 4),
+                z[:, :18].reshape(-1, 1, 3, 3),
+                z[:, 18:20].flatten(),
+                padding=1,
+                groups=2 * len(z),
+            ).view(-1, 2, 12)
+        )
+        + fit(F.conv1d(z.view(1, -1, 6), z[:, :24].reshape(-1, 4, 2), stride=2, groups=len(z)).view(-1, 3, 3))
+    ),
     "max_pool": lambda c, z: fit(F.max_pool2d(image(z), 2, 1)) + fit(F.max_pool1d(heads(z), 3, 2, 1)),
     "average_pool": lambda c, z: fit(F.avg_pool2d(image(z), 2, 1, 1)) + fit(F.avg_pool1d(heads(z), 2)),
     "nearest": lambda c, z: fit(F.interpolate(image(z)[:, :, ::2, ::2], scale_factor=2)),
@@ -188,6 +202,10 @@ IMAGES: dict[str, Body] = {
     ),
     "sampled_at_the_nearest": lambda c, z: fit(
         F.grid_sample(image(z), z[:, :8].view(-1, 2, 2, 2) * 1.2, mode="nearest", align_corners=False)
+    ),
+    "sampled_by_maps": lambda c, z: fit(
+        F.grid_sample(image(z), F.affine_grid(z[:, :6].view(-1, 2, 3), [len(z), 2, 2, 3], False), align_corners=False)
+        + F.grid_sample(image(z), F.affine_grid(z[:, :6].view(-1, 2, 3), [len(z), 2, 2, 3], True), align_corners=True)
     ),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
 }
@@ -296,6 +314,12 @@ INDEXING: dict[str, Body] = {
     "among": lambda c, z: z * torch.isin(_ids(z, 5), torch.tensor([0, 3])) + z * torch.isin(_ids(z, 4), 2, invert=True),
     "embedding": lambda c, z: F.embedding(_ids(z[:, 0], 7), c.table) + F.embedding(_ids(z[:, :2], 7), c.table).sum(1),
     "embedding_with_padding": lambda c, z: F.embedding(_ids(z[:, 0], 7), c.table, padding_idx=3) * z,
+    "bags_of_embeddings": lambda c, z: (
+        F.embedding_bag(_ids(z[:, :3], 7), c.table)
+        + F.embedding_bag(_ids(z[:, :2], 7), c.table, mode="max")
+        + F.embedding_bag(_ids(z[:, :3], 7), c.table, mode="sum", per_sample_weights=z[:, 3:6], padding_idx=3)
+        + F.embedding_bag(_ids(z[:, :4], 7), c.table, padding_idx=-2)
+    ),
     "one_hot": lambda c, z: z * F.one_hot(z.argmax(1), 24),
     "gather": lambda c, z: fit(heads(z).gather(2, heads(z)[..., :4].argsort(2))),
     "gather_over_heads": lambda c, z: fit(heads(z).gather(1, heads(z).argsort(1)[:, :2])),
@@ -325,6 +349,22 @@ MATRICES: dict[str, Body] = {
         + torch.cholesky_solve(z.view(-1, 6, 2, 2), _lower(z).mT, upper=True)
     ),
     "triangular": lambda c, z: fit(torch.linalg.solve_triangular(_lower(z), z.view(-1, 6, 2, 2), upper=False)),
+    "from_the_right": lambda c, z: fit(
+        torch.linalg.solve_triangular(_lower(z), z.view(-1, 6, 2, 2)[..., :1, :], upper=False, left=False)
+        + torch.linalg.solve(square(z), z.view(-1, 6, 2, 2)[..., :1, :], left=False)
+    ),
+    "determinants_of_weights": lambda c, z: (
+        z * torch.linalg.det(c.square) + z * torch.linalg.slogdet(c.square[:6, :6]).logabsdet
+    ),
+    "logarithms_of_determinants": lambda c, z: (
+        z * fit(torch.logdet(square(z))) + fit(torch.slogdet(z[:, :9].view(-1, 1, 3, 3)).logabsdet)
+    ),
+    "one_matrix_for_all_rows": lambda c, z: fit(
+        torch.linalg.solve(torch.diag(c.gain + 1) + c.square[:4, :4], z[:, :4].T).T
+    ),
+    "inverse_by_cholesky": lambda c, z: (
+        torch.cholesky_inverse(torch.linalg.cholesky(_positive(z))) + torch.cholesky_inverse(_lower(z).mT, upper=True)
+    ).flatten(1),
     "cross": lambda c, z: torch.linalg.cross(z.view(-1, 8, 3), z.view(-1, 8, 3).flip(1)).flatten(1),
     "triangles": lambda c, z: fit(torch.triu(z.view(-1, 6, 4), 1) + torch.tril(z.view(-1, 6, 4))),
     "diagonals": lambda c, z: fit(torch.diag_embed(z[:, :5])) + fit(z.view(-1, 4, 6).diagonal(dim1=1, dim2=2)),
@@ -351,6 +391,11 @@ def _functions(c: Any, z: Tensor) -> Tensor:
         torch.tanh(3 * x),
         1 - x,
         torch.reciprocal(x + 3),
+        torch.sin(x),
+        torch.cos(2 * x),
+        torch.sinh(x),
+        torch.cosh(x),
+        torch.sigmoid(3 * x),
     ]
     mapped = torch.addmm(weight[0], x, weight)
     return fit(torch.view_as_real(torch.stack(each).sum(0))) + fit(mapped.imag) + fit(x.square().real)
@@ -367,6 +412,10 @@ COMPLEX: dict[str, Body] = {
     "rotations": _rotating,
     "functions": _functions,
     "fourier_of_images": _spectrum_cut,
+    "conjugates": lambda c, z: (
+        fit((torch.complex(heads(z), heads(z * z)).conj() @ torch.complex(heads(z), -heads(z)).mH).imag)
+        + fit(torch.complex(z, z * z).conj().imag.sin())
+    ),
     "angles": lambda c, z: fit(torch.polar(z[:, :6], torch.complex(z[:, 6:12], z[:, 12:18]).angle()).imag),
     "angles_of_a_spectrum": lambda c, z: fit(torch.fft.rfft(heads(z)).angle().sin()),
     "complex_from_real": lambda c, z: fit(

@@ -312,6 +312,7 @@ WEIGHTS: dict[str, Body] = {
     "einsum": lambda c, x, h: torch.einsum("ni,oi->no", h, c.square) + torch.einsum("ni,io->no", h, c.square),
     "matrix_exp": lambda c, x, h: h @ torch.matrix_exp(c.square - c.square.T),
     "qr": lambda c, x, h: h @ torch.linalg.qr(c.square)[0],
+    "products_with_zeros": lambda c, x, h: h + torch.zeros_like(h) @ torch.tanh(c.square * c.mask),
     "row_and_whole": lambda c, x, h: h * c.square[0] + c.square[:, 1] * h + h @ c.square,
     "identity": lambda c, x, h: F.linear(h, c.square - torch.eye(6, dtype=h.dtype) * c.scalar),
     "built_in_place": lambda c, x, h: F.linear(h, _built(c)),

@@ -36,6 +36,13 @@ from tests.compiler.traced_cells import (
 )
 
 
+def traced_reason(cell: fc.Cell, dtype: torch.dtype = torch.float32) -> str:
+    """Return why the gradient of a step is not traced."""
+    result = trace(cell, [(cell.input_size,)], dtype, gradients=True)
+    assert isinstance(result, Refusal)
+    return result.reasons[0]
+
+
 def test_zoo(zoo_cell: ZooCell) -> None:
     cell = zoo_cell.make(5, 6, dtype=torch.float64)
     step_trace = compare(cell)
@@ -73,6 +80,8 @@ UNTRIED = {
     "_index_put_impl",
     "argsort",
     "_native_batch_norm_legit_no_training",
+    "_linalg_det",
+    "_linalg_slogdet",
 }
 
 
@@ -362,6 +371,41 @@ def test_values_of_buffers_may_be_read_while_they_stay() -> None:
         difference()
     fc.refresh(cell)
     assert difference() < 1e-6
+
+
+def _overwrites(cell, x, h):
+    gates = both(cell, x, h).clone()
+    gates[:, :3].sigmoid_()
+    gates[:, 3:].tanh_()
+    return gates * 2
+
+
+def test_refusals_of_values_overwritten() -> None:
+    reason = traced_reason(BodyCell(_overwrites))
+    assert "g.sigmoid() for g.sigmoid_()" in reason
+    assert "number of rows" not in reason
+
+
+def test_refusals_of_sparse_weights() -> None:
+    cell = BodyCell(lambda cell, x, h: torch.sparse.mm(cell.graph, h.t()).t())
+    cell.register_buffer("graph", torch.eye(6).to_sparse())
+    assert "The cell's graph is not a dense tensor on the CPU: keep its zeros" in traced_reason(cell)
+
+
+def test_parametrizations_that_change_themselves() -> None:
+    cell = BodyCell(lambda cell, x, h: cell.rec(h) + cell.inp(x)).double()
+    parametrizations.spectral_norm(cell.rec)
+    assert "self.rec.parametrizations.eval() leaves it as it is" in traced_reason(cell, torch.float64)
+    cell.rec.parametrizations.eval()
+    compare(cell)
+
+
+def test_dtypes_may_be_compared() -> None:
+    def body(cell, x, h):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return h.to(torch.result_type(h, 2.0)) * (2.0 if torch.can_cast(torch.float32, wide) else 3.0)
+
+    compare(BodyCell(body).double())
 
 
 def _gradient(cell, x, h):

@@ -12,6 +12,8 @@ A kernel's functions, callers first; each module's docstring has the loop nest t
     @<gradient>, @outer.<...>           weight_gradients   sums over rows and steps
     @fc.<op>.<dtype>                    vector_math        tanh, exp, ... of 16 lanes
 
+`shared_functions` then makes one of those that are the same but for the buffers that they work on.
+
 The text is written as it should run, loops rotated and common values computed once: LLVM's passes could do that too,
 but take as long as generating the machine code (docs/performance.md).
 """
@@ -28,6 +30,7 @@ from fusecell.compiler.codegen.main_loop import emit_main_loop
 from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides
 from fusecell.compiler.codegen.nests import emit_nest
 from fusecell.compiler.codegen.pack_weights import emit_packing
+from fusecell.compiler.codegen.shared_functions import share_functions
 from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
 from fusecell.compiler.codegen.tile_cost import TileCost, TileReport
 from fusecell.compiler.codegen.work_sharing import MIN_ROWS_PER_THREAD, emit_barrier, emit_entries
@@ -57,8 +60,13 @@ class Emitted:
     tiles: dict[str, TileReport]
 
 
-def emit(plan: Plan, target: Target) -> Emitted:
-    """Write a plan as LLVM text; it exports ``run``, and ``team`` for threads that run a call together."""
+def emit(plan: Plan, target: Target, *, share: bool = False) -> Emitted:
+    """Write a plan as LLVM text; it exports ``run``, and ``team`` for threads that run a call together.
+
+    Arguments:
+        share: write functions that differ in slots of the argument block alone once. Programs in which the slots become
+            constants are better off without.
+    """
     module = Module(plan.graph.title, plan.graph.dtype, target)
     products, tilings = {}, {}
     for stage in plan.stages:
@@ -85,6 +93,8 @@ def emit(plan: Plan, target: Target) -> Emitted:
     emit_barrier(module)
     emit_main_loop(module, layout, plan, panels)
     emit_entries(module)
+    if share:
+        module.functions = share_functions(module.functions, module.tables)
     return Emitted(module.text(), layout.slots, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
 
 

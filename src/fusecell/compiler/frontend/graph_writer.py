@@ -253,12 +253,13 @@ class Writer(FeatureMoves):
 
     def product(self, row: Row, weight: Weight) -> Row:
         """Add a product of (N, K) rows and a (K, F) weight."""
-        of_row = self.builder.nodes[row.node]
-        if of_row.op == "const" and of_row.attrs["value"] == 0:  # tangents of what has none are zeros
-            return self.const(0.0, (row.shape[0], weight.shape[-1]), row.axis)
         view = weight.view
         if not isinstance(view, Matrix):
             view = Matrix(weight.slot, (0, weight.shape[-2]), (0, weight.shape[-1]))
+        of_row = self.builder.nodes[row.node]
+        if of_row.op == "const" and of_row.attrs["value"] == 0:  # tangents of what has none are zeros
+            self.leaf(view.slot, "matrix")  # its gradient is zeros, and ends here
+            return self.const(0.0, (row.shape[0], weight.shape[-1]), row.axis)
         # A transposed view is no transposed copy: packing reads the stored matrix either way round.
         rows, cols = (view.cols, view.rows) if view.flipped else (view.rows, view.cols)
         node = self.builder.add(

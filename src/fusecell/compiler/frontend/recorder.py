@@ -43,8 +43,8 @@ _VALUE_CHECKS = ("_linalg_check_errors",)
 """Calls that raise for some values, singular matrices, and return nothing: compiled, these give infinities and NaN."""
 
 _VALUE_READS = ("_local_scalar_dense", "is_nonzero", "equal")
-_SHAPE_CHECKS = ("is_same_size", "_has_same_storage_numel")
-"""Calls that look at the shapes of tensors alone."""
+_SHAPE_CHECKS = ("is_same_size", "_has_same_storage_numel", "promote_types", "result_type", "can_cast")
+"""Calls that look at the shapes and dtypes of tensors alone."""
 
 _RANDOM = "The step draws random numbers; draw them in Cell.draw, which is called once per sequence."
 
@@ -253,6 +253,12 @@ class Recorder(OperationValues, TorchDispatchMode):
         for path, tensor in self.sources.values():
             if tensor.untyped_storage()._cdata == storage:
                 name = path.rpartition(".")[2]
+                owner, _, of_parametrization = path.partition(".parametrizations.")
+                if of_parametrization:
+                    return (
+                        f"The parametrization of self.{owner} changes {name} in place at each step, which a compiled "
+                        f"loop would not. self.{owner}.parametrizations.eval() leaves it as it is, and is compiled."
+                    )
                 return (
                     f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
                     f'name it in `states = ("h", "{name}")` and return its new value as part of the new state.'

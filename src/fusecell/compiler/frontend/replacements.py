@@ -7,11 +7,13 @@ for functions that copy a tensor and write to a part of it, as steps do themselv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fusecell.compiler.frontend.traced_values import Untraceable
 
@@ -73,7 +75,7 @@ def _product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype:
 def _as_number(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None:
         return x.to(dtype)
-    return x if x.dtype.is_floating_point else x.to(torch.int64)
+    return x if x.dtype.is_floating_point or x.dtype.is_complex else x.to(torch.int64)
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
@@ -86,9 +88,7 @@ def _determinant(A: Tensor) -> Tensor:
     """Expand a determinant by its first row: torch's gradient of it would look for zeros."""
     size = A.shape[-1]
     if size > _MOST_ROWS:
-        raise Untraceable(
-            f"Determinants of {size} x {size} matrices are not compiled: of up to {_MOST_ROWS} rows they are."
-        )
+        return torch.det(A)  # compiled where A is made of weights alone
     if size == 1:
         return A[..., 0, 0]
     total = torch.zeros_like(A[..., 0, 0])
@@ -97,6 +97,19 @@ def _determinant(A: Tensor) -> Tensor:
         term = A[..., 0, column] * _determinant(rest)
         total = total - term if column % 2 else total + term
     return total
+
+
+def _sign_and_log_determinant(A: Tensor) -> Any:
+    if A.shape[-1] > _MOST_ROWS:
+        return torch.linalg.slogdet(A)
+    value = _determinant(A)
+    named = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # torch's, named after the function
+    return named((value.detach().sign(), value.abs().log()))
+
+
+def _log_determinant(A: Tensor) -> Tensor:
+    sign, size = _sign_and_log_determinant(A)
+    return torch.where(sign < 0, math.nan, size)
 
 
 def _slice_scatter(
@@ -119,15 +132,80 @@ def _diagonal_scatter(input: Tensor, src: Tensor, offset: int = 0, dim1: int = 0
     return result
 
 
+def _gaussian_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the negative logarithm of a normal density; torch first looks for variances below 0."""
+    variance = torch.full_like(input, var) if not isinstance(var, Tensor) else var
+    if variance.shape != input.shape and variance.shape == input.shape[:-1]:
+        variance = variance.unsqueeze(-1)
+    # Too small ones are replaced for the value, and not for the gradient.
+    variance = variance + (variance.clamp(min=eps) - variance).detach()
+    loss = 0.5 * (variance.log() + (input - target) ** 2 / variance)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _bag_of_embeddings(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Look up embeddings and join those of a row; torch puts the bags of all rows end to end."""
+    if input.dim() != 2 or offsets is not None or max_norm is not None or scale_grad_by_freq or sparse:
+        raise Untraceable("Of embedding_bag only plain bags (N, K) of ids are compiled; look up an nn.Embedding.")
+    found = functional.embedding(input, weight, padding_idx)
+    if per_sample_weights is not None:
+        found = found * per_sample_weights.unsqueeze(-1)
+    if padding_idx is None:
+        return found.sum(1) if mode == "sum" else found.mean(1) if mode == "mean" else found.amax(1)
+    counted = (input != padding_idx % len(weight)).unsqueeze(-1)
+    if mode == "max":
+        raise Untraceable("The largest of embeddings with a padding_idx are not compiled; mask them, and take amax.")
+    total = (found * counted).sum(1)
+    return total if mode == "sum" else total / counted.sum(1).clamp(min=1)
+
+
+def _grid_of_maps(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    """Return the positions that affine maps send those of an image to, the last axis first."""
+    lines = []
+    for count in reversed(size[2:]):
+        ends = 1.0 if align_corners else (count - 1) / count
+        lines.append(torch.linspace(-ends, ends, count, dtype=theta.dtype) if count > 1 else torch.zeros(1))
+    axes = torch.meshgrid(*reversed(lines), indexing="ij")
+    places = torch.stack((*reversed(axes), torch.ones(tuple(size[2:]))), -1).to(theta.dtype)
+    grid = places.flatten(0, -2) @ theta.mT
+    return grid.view(len(theta), *size[2:], -1)
+
+
 REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.prod: _product,
     Tensor.prod: _product,
     torch.cumprod: _running_product,
     Tensor.cumprod: _running_product,
-    torch.nn.functional.one_hot: _one_hot,
+    functional.one_hot: _one_hot,
+    functional.gaussian_nll_loss: _gaussian_loss,
+    functional.embedding_bag: _bag_of_embeddings,
+    functional.affine_grid: _grid_of_maps,
     torch.det: _determinant,
     Tensor.det: _determinant,
     torch.linalg.det: _determinant,
+    **dict.fromkeys((torch.linalg.slogdet, torch.slogdet, Tensor.slogdet), _sign_and_log_determinant),
+    **dict.fromkeys((torch.logdet, Tensor.logdet), _log_determinant),
     torch.slice_scatter: _slice_scatter,
     Tensor.slice_scatter: _slice_scatter,
     torch.select_scatter: _select_scatter,

@@ -34,6 +34,9 @@ __all__ = ["trace"]
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _ABOUT_ROWS = "rows"
 _IN_PLACE = "is a view and is being modified inplace"
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_DENSE = ": keep its zeros, with .to_dense(); in a compiled loop they cost less than looking the others up."
+_OVERWRITTEN = "has been modified by an inplace operation"
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # One trace at a time: `intercepted` patches a class of torch's, and `isolated` changes settings of the whole process.
 _LOCK = new_lock()
@@ -123,13 +126,23 @@ def _traced_with(
         except (Untraceable, CompilerError) as refusal:
             return _refuse(str(refusal), runs, before)
         except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
-            return _refuse(f"The step raised {type(error).__name__}: {error}{_of_rows(error, runs)}", runs, before)
+            return _refuse(_raised(error, runs), runs, before)
         finally:
             before.restore()
     for text in texts[1:]:
         if text != texts[0]:
             return Refusal((_difference(texts[0], text),))
     return replace(runs[0].traced(), leftovers=tuple(sorted(left)))
+
+
+def _raised(error: Exception, runs: Sequence[StepRun]) -> str:
+    """Say what the step has raised, in fewer words than torch where it is a change in place."""
+    if _OVERWRITTEN in str(error):
+        return (
+            "The step changes in place a value that its gradient needs, such as the result of sigmoid or tanh, which "
+            "raises in the Python loop too; compute a new tensor: g.sigmoid() for g.sigmoid_()."
+        )
+    return f"The step raised {type(error).__name__}: {error}{_of_rows(error, runs)}"
 
 
 def _of_rows(error: Exception, runs: Sequence[StepRun]) -> str:
@@ -215,7 +228,7 @@ def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
         if type(value) not in _PLAIN_TENSORS
     ]
     reasons += [
-        f"The cell's {name} is not a dense tensor on the CPU."
+        f"The cell's {name} is not a dense tensor on the CPU{_DENSE if tensor.layout in _SPARSE else '.'}"
         for name, tensor in attributes(cell)
         if not tensor.is_cpu or tensor.layout is not torch.strided
     ]

@@ -73,7 +73,7 @@ def compile_graph(
     check_graph(graph, "gradient" if backward else "step")
     target = target or host_target()
     planned = schedule(graph, backward=backward)
-    emitted = emit(planned, target)
+    emitted = emit(planned, target, share=True)
     if code_bytes is not None and len(emitted.text) > code_bytes:
         raise CompilerError(f"a step's code has {len(emitted.text):,} bytes, more than the {code_bytes:,} it may have")
     slots = Slots.of_kernel(planned, emitted)

@@ -326,6 +326,7 @@ SUMS: Mapping[str, Rule] = {
     "slice_backward": _place,
     "select_backward": _place_one,
     "neg": lambda w, value: w.scaled(value, -1.0),
+    "_neg_view": lambda w, value: w.scaled(value, -1.0),
     "mul": _times,
     "div": lambda w, value, factor: w.scaled(value, 1.0 / factor),
 }

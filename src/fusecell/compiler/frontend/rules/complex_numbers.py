@@ -148,6 +148,38 @@ def _tanh_backward(w: Writer, gradient: Pair, result: Complex) -> Complex:
     return _mul(w, gradient, _conj(w, _each("sub")(w, 1.0, _mul(w, result, result))))
 
 
+def _sinh(w: Writer, x: Complex) -> Complex:
+    return _each("sub")(w, *_halves_of_exp(w, x))
+
+
+def _cosh(w: Writer, x: Complex) -> Complex:
+    return _each("add")(w, *_halves_of_exp(w, x))
+
+
+def _halves_of_exp(w: Writer, x: Complex) -> tuple[Complex, Complex]:
+    """Return exp(x) / 2 and exp(-x) / 2."""
+    return _mul(w, 0.5, _exp(w, x)), _mul(w, 0.5, _exp(w, _neg(w, x)))
+
+
+def _turned(rule: Callable[[Writer, Complex], Complex]) -> Callable[[Writer, Complex], Complex]:
+    """Return the rule of a function of x i: sin(x) = sinh(x i) / i, and cos(x) = cosh(x i)."""
+    return lambda w, x: rule(w, Complex(x.shape, w.point("neg", x.imaginary), x.real))
+
+
+def _sin(w: Writer, x: Complex) -> Complex:
+    turned = _turned(_sinh)(w, x)
+    return Complex(turned.shape, turned.imaginary, w.point("neg", turned.real))
+
+
+def _sigmoid(w: Writer, x: Complex) -> Complex:
+    # By tanh, which is no overflow.
+    return _each("add")(w, 0.5, _mul(w, 0.5, _tanh(w, _mul(w, 0.5, x))))
+
+
+def _sigmoid_backward(w: Writer, gradient: Pair, result: Complex) -> Complex:
+    return _mul(w, gradient, _conj(w, _mul(w, result, _each("sub")(w, 1.0, result))))
+
+
 def _addmm(w: Writer, bias: Pair, a: Pair, b: Pair, *, beta: float = 1, alpha: float = 1) -> Complex:
     scaled = _mul(w, _product(("ik", "kj", "ij"))(w, a, b), float(alpha))
     return _each("add")(w, _mul(w, bias, float(beta)), scaled)
@@ -365,6 +397,13 @@ COMPLEX: Mapping[str, Callable[..., Any]] = {
     "rsub": lambda w, x, other, alpha=1: _each("sub")(w, other, _mul(w, x, float(alpha)) if alpha != 1 else x),
     "tanh": _tanh,
     "tanh_backward": _tanh_backward,
+    "sinh": _sinh,
+    "cosh": _cosh,
+    "sin": _sin,
+    "cos": _turned(_cosh),
+    "sigmoid": _sigmoid,
+    "sigmoid_backward": _sigmoid_backward,
+    "_neg_view": _neg,
     "addmm": _addmm,
     "sum": _sum,
     "mean": _mean,

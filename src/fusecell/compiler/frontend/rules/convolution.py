@@ -8,13 +8,16 @@ convolution is a contraction over channels and the kernel, and its gradients are
     weight gradient[o, c, k] = sum over rows, y of  gradient[o, y]  image[c, y s + k d]
 
 where ``spread`` is the output's gradient with s - 1 zeros between its elements, padded or cropped.
+
+With the batch among the channels, and a group of them for each row, each row has a kernel of its own: the same three,
+without a sum over rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,13 @@ def _convolution(
     row, kernel = w.number(image), weight_row(w, weight)
     dims = len(kernel.shape) - 2
     geometry = Geometry.of(dims, stride, padding, dilation, groups)
+    if _has_own_kernels(w, row, kernel, groups) and not transposed:
+        own = replace(geometry, groups=groups // w.rows)
+        result = _forward(w, _of_each_row(row, 1), _kernel_of_each_row(kernel), own, True)
+        if bias is not None:
+            added = _of_each_row(w.number(bias), 0)
+            result = w.point("add", result, w.move(lambda numbers: numbers.unflatten(1, (-1, *[1] * dims)), added))
+        return _merged_again(result, 1)
     if transposed:
         extents = [
             (size - 1) * s - 2 * p + d * (k - 1) + extra + 1
@@ -95,12 +105,14 @@ def _convolution_backward(
     output_padding: Sizes,
     groups: int,
     output_mask: Sequence[bool],
-) -> tuple[Row | None, Sum | None, Row | Sum | None]:
+) -> tuple[Row | None, Row | Sum | None, Row | Sum | None]:
     g, x, kernel = w.number(gradient), w.number(image), weight_row(w, weight)
     dims = len(kernel.shape) - 2
     geometry = Geometry.of(dims, stride, padding, dilation, groups)
     of_image: Row | None = None
-    of_weight: Sum | None = None
+    of_weight: Row | Sum | None = None
+    if _has_own_kernels(w, x, kernel, groups) and not transposed:
+        return _backward_of_own_kernels(w, g, x, kernel, replace(geometry, groups=groups // w.rows), output_mask)
     if output_mask[0]:
         of_image = (
             _forward(w, g, kernel, geometry) if transposed else image_gradient(w, g, kernel, x.shape[2:], geometry)
@@ -113,16 +125,59 @@ def _convolution_backward(
     return of_image, of_weight, of_bias
 
 
-def _forward(w: Writer, image: Row, kernel: Row, geometry: Geometry) -> Row:
+def _has_own_kernels(w: Writer, image: Row, kernel: Row, groups: int) -> bool:
+    """Whether an image has a row's channels after those of another, and a kernel for each row."""
+    return image.axis == 1 and image.shape[0] == 1 and kernel.axis == 0 and groups % w.rows == 0
+
+
+def _of_each_row(value: Row, axis: int) -> Row:
+    """Return a value whose batch is merged with the channels after it, dimension ``axis``, with the batch first."""
+    apart = value.apart()
+    channels, rest = value.split[1], value.shape[axis + 1 :]
+    rows = value.shape[axis] // channels
+    return Row((rows, channels, *rest), apart.node, 0, apart.full_index.reshape(channels, *rest))
+
+
+def _kernel_of_each_row(kernel: Row) -> Row:
+    """Return the kernels of rows as one kernel is, without the batch."""
+    own = _of_each_row(kernel, 0)
+    return Row(own.shape[1:], own.node, None, own.index)
+
+
+def _merged_again(value: Row, axis: int) -> Row:
+    """Return a value (N, channels, ...) with both as dimension ``axis``, after dimensions of size 1."""
+    rows, channels, *rest = value.shape
+    shape = (*[1] * axis, rows * channels, *rest)
+    merged = Row(shape, value.node, axis, None, (1, channels))
+    return replace(merged, index=value.full_index.reshape(merged.features))
+
+
+def _backward_of_own_kernels(
+    w: Writer, gradient: Row, image: Row, kernel: Row, geometry: Geometry, output_mask: Sequence[bool]
+) -> tuple[Row | None, Row | None, Row | None]:
+    g, x, own = _of_each_row(gradient, 1), _of_each_row(image, 1), _kernel_of_each_row(kernel)
+    of_image = image_gradient(w, g, own, x.shape[2:], geometry, True) if output_mask[0] else None
+    of_weight: Row | None = None
+    if output_mask[1]:
+        a, b, labels = _weight_operands(w, g, x, own.shape, geometry)
+        sizes = {**b.sizes(), **a.sizes()}
+        product = product_of_rows(w, a, b, labels, sizes, (w.rows, *(sizes[label] for label in labels)), 0)
+        grouped = product.full_index.reshape(own.shape)
+        of_weight = _merged_again(Row((w.rows, *own.shape), product.node, 0, grouped), 0)
+    of_bias = _merged_again(w.reduce("sum", g, range(2, len(g.shape)), False), 0) if output_mask[2] else None
+    return None if of_image is None else _merged_again(of_image, 1), of_weight, of_bias
+
+
+def _forward(w: Writer, image: Row, kernel: Row, geometry: Geometry, own: bool = False) -> Row:
     windows, lead = _windows(w, image, kernel.shape[2:], geometry)
     spatial = len(kernel.shape) - 2
     positions, taps = _axes("y", spatial), _axes("k", spatial)
     a = Labelled(windows.node, windows.index, (*lead, "g", "c", *positions, *taps), True)
-    b = Labelled(kernel.node, _grouped(kernel.full_index, geometry.groups), ("g", "o", "c", *taps), False)
+    b = Labelled(kernel.node, _grouped(kernel.full_index, geometry.groups), ("g", "o", "c", *taps), own)
     return _image(w, image, a, b, (*lead, "g", "o", *positions))
 
 
-def image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geometry: Geometry) -> Row:
+def image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geometry: Geometry, own: bool = False) -> Row:
     def spread(numbers: Tensor) -> Tensor:
         dims = range(len(extents))
         spaced = [(size - 1) * s + 1 for size, s in zip(numbers.shape[2:], geometry.stride, strict=True)]
@@ -143,11 +198,20 @@ def image_gradient(w: Writer, gradient: Row, kernel: Row, extents: Sizes, geomet
     positions, taps = _axes("y", spatial), _axes("k", spatial)
     flipped = np.flip(windows.index, tuple(range(windows.index.ndim - spatial, windows.index.ndim)))
     a = Labelled(windows.node, flipped, (*lead, "g", "o", *positions, *taps), True)
-    b = Labelled(kernel.node, _grouped(kernel.full_index, geometry.groups), ("g", "o", "c", *taps), False)
+    b = Labelled(kernel.node, _grouped(kernel.full_index, geometry.groups), ("g", "o", "c", *taps), own)
     return _image(w, gradient, a, b, (*lead, "g", "c", *positions))
 
 
 def _weight_gradient(w: Writer, small: Row, large: Row, shape: tuple[int, ...], geometry: Geometry) -> Sum:
+    a, b, labels = _weight_operands(w, small, large, shape, geometry)
+    result = sum_of_products(w, a, b, labels, {**b.sizes(), **a.sizes()})
+    return Sum(shape, result.node)
+
+
+def _weight_operands(
+    w: Writer, small: Row, large: Row, shape: tuple[int, ...], geometry: Geometry
+) -> tuple[Labelled, Labelled, tuple[str, ...]]:
+    """Return the operands of a weight's gradient and the labels of its dimensions."""
     windows, lead = _windows(w, large, shape[2:], geometry)
     spatial = len(shape) - 2
     positions, taps = _axes("y", spatial), _axes("k", spatial)
@@ -156,9 +220,7 @@ def _weight_gradient(w: Writer, small: Row, large: Row, shape: tuple[int, ...], 
     index = index.reshape(*index.shape[: len(lead)], geometry.groups, -1, *index.shape[len(lead) + 1 :])
     a = Labelled(apart.node, index, (*lead, "g", "o", *positions), True)
     b = Labelled(windows.node, windows.index, (*lead, "g", "c", *positions, *taps), True)
-    sizes = {**b.sizes(), **a.sizes()}
-    result = sum_of_products(w, a, b, ("g", "o", "c", *taps), sizes)
-    return Sum(shape, result.node)
+    return a, b, ("g", "o", "c", *taps)
 
 
 @dataclass(frozen=True, slots=True)

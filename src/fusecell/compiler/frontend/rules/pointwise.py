@@ -236,6 +236,7 @@ POINTWISE: Mapping[str, Rule] = {
     "div": _div,
     "pow": power,
     "sgn": _same("sign"),
+    "_neg_view": _same("neg"),
     "ceil": _ceil,
     "trunc": _trunc,
     "exp2": _exp2,

@@ -119,26 +119,52 @@ def _solved(w: Writer, m: Elements, a: Operand, b: Operand, left: bool) -> Row:
     is_vector = len(right.shape) == len(w.number(a).shape) - 1
     if is_vector:
         right = w.move(lambda numbers: numbers.unsqueeze(-1), right)
-    columns = _elements_of_any(w, right)
-    first, second = (inverse, columns) if left else (columns, inverse)
-    result = _matrix(w, _times(w, first, second))
+    lines = _lines(w, right, left)
+    size = len(inverse)
+    coefficients = inverse if left else [[inverse[j][i] for j in range(size)] for i in range(size)]
+    result = _of_lines(w, [_dot(w, [_of_a_line(w, value) for value in line], lines) for line in coefficients], left)
     if is_vector:
         result = w.move(lambda numbers: numbers.squeeze(-1), result)
     return result
 
 
-def _elements_of_any(w: Writer, row: Row) -> Elements:
-    height, width = row.shape[-2:]
-    return [[w.move(lambda numbers, i=i, j=j: numbers[..., i, j], row) for j in range(width)] for i in range(height)]
+def _lines(w: Writer, row: Row, left: bool) -> list[Row]:
+    """Return the rows of matrices, or where an operation is from the right their columns, each as one value.
+
+    A line may have the batch in it, where a matrix that all rows share is applied to all of them at once.
+    """
+    size = row.shape[-2 if left else -1]
+    if row.axis == len(row.shape) - (2 if left else 1):
+        raise Untraceable("The step mixes the rows of the batch: a matrix is applied to the batch dimension.")
+    return [w.move(lambda numbers, i=i: numbers[..., i, :] if left else numbers[..., i], row) for i in range(size)]
 
 
-def _times(w: Writer, a: Elements, b: Elements) -> Elements:
-    return [[_dot(w, line, [other[j] for other in b]) for j in range(len(b[0]))] for line in a]
+def _of_a_line(w: Writer, element: Row) -> Row:
+    """Return an element of each matrix, to be computed with lines of others."""
+    wide: Row = w.move(lambda numbers: numbers.unsqueeze(-1), element)
+    return wide
+
+
+def _of_lines(w: Writer, lines: Sequence[Row], left: bool) -> Row:
+    stacked: Row = w.move(lambda numbers: torch.stack(numbers, -2 if left else -1), list(lines))
+    return stacked
 
 
 def _dot(w: Writer, a: Sequence[Row], b: Sequence[Row]) -> Row:
     terms = [w.point("mul", x, y) for x, y in zip(a, b, strict=True)]
     return reduce(lambda total, term: w.point("add", total, term), terms)
+
+
+def _determinant(w: Writer, matrix: Operand) -> tuple[Row, None, None]:
+    """Return a determinant, without the factors, by which torch would compute its gradient."""
+    m = _elements(w, matrix)
+    everything = range(len(m))
+    return _minor(w, m, everything, everything), None, None
+
+
+def _log_determinant(w: Writer, matrix: Operand) -> tuple[Row, Row, None, None]:
+    determinant, *_ = _determinant(w, matrix)
+    return w.point("sign", determinant), w.point("log", w.point("abs", determinant)), None, None
 
 
 def _cholesky(w: Writer, matrix: Operand, *, upper: bool = False, **_: Any) -> tuple[Row, Row]:
@@ -161,25 +187,20 @@ def _cholesky(w: Writer, matrix: Operand, *, upper: bool = False, **_: Any) -> t
 def _triangular(
     w: Writer, a: Operand, b: Operand, *, upper: bool, left: bool = True, unitriangular: bool = False, **_: Any
 ) -> Row:
-    m, right = _elements(w, a), _elements_of_any(w, w.number(b))
+    m, lines = _elements(w, a), _lines(w, w.number(b), left)
     size = len(m)
     if not left:
         # X A = B is Aᵀ Xᵀ = Bᵀ.
         m = [[m[j][i] for j in range(size)] for i in range(size)]
-        right = [[line[i] for line in right] for i in range(len(right[0]))]
         upper = not upper
-    order = range(size - 1, -1, -1) if upper else range(size)
-    solution: Elements = [[] for _ in range(size)]
-    for i in order:
-        solved = range(i + 1, size) if upper else range(i)
-        for column in range(len(right[0])):
-            value = right[i][column]
-            for k in solved:
-                value = w.point("sub", value, w.point("mul", m[i][k], solution[k][column]))
-            solution[i].append(value if unitriangular else w.point("div", value, m[i][i]))
-    if not left:
-        solution = [[line[i] for line in solution] for i in range(len(solution[0]))]
-    return _matrix(w, solution)
+    m = [[_of_a_line(w, value) for value in line] for line in m]
+    solution = dict(enumerate(lines))
+    for i in range(size - 1, -1, -1) if upper else range(size):
+        value = lines[i]
+        for k in range(i + 1, size) if upper else range(i):
+            value = w.point("sub", value, w.point("mul", m[i][k], solution[k]))
+        solution[i] = value if unitriangular else w.point("div", value, m[i][i])
+    return _of_lines(w, list(solution.values()), left)
 
 
 def _cholesky_solve(w: Writer, b: Operand, factor: Operand, upper: bool = False) -> Row:
@@ -187,6 +208,14 @@ def _cholesky_solve(w: Writer, b: Operand, factor: Operand, upper: bool = False)
     turned = w.move(lambda numbers: numbers.mT, w.number(factor))
     lower, higher = (turned, factor) if upper else (factor, turned)
     return _triangular(w, higher, _triangular(w, lower, b, upper=False), upper=True)
+
+
+def _inverse_by_cholesky(w: Writer, factor: Operand, upper: bool = False) -> Row:
+    """Return the inverse of A, given L of A = L Lᵀ, or its transpose."""
+    size = w.number(factor).shape[-1]
+    one, zero = w.const(1.0), w.const(0.0)
+    identity = _matrix(w, [[one if i == j else zero for j in range(size)] for i in range(size)])
+    return _cholesky_solve(w, identity, factor, upper)
 
 
 def _cross(w: Writer, a: Operand, b: Operand, *, dim: int = -1) -> Row:
@@ -210,5 +239,8 @@ SMALL_MATRICES: Mapping[str, Callable[..., Any]] = {
     "linalg_cholesky_ex": _cholesky,
     "linalg_solve_triangular": _triangular,
     "cholesky_solve": _cholesky_solve,
+    "cholesky_inverse": _inverse_by_cholesky,
+    "_linalg_slogdet": _log_determinant,
+    "_linalg_det": _determinant,
     "linalg_cross": _cross,
 }
