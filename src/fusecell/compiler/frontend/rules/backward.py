@@ -309,7 +309,10 @@ def _cast(w: Writer, value: Sum, *, dtype: Any = None, **_: Any) -> Sum:
 def _times(w: Writer, a: Any, b: Any) -> Sum:
     value, factor = (a, b) if isinstance(a, Sum) else (b, a)
     if not isinstance(factor, int | float):
-        raise Untraceable("The gradient of a weight is multiplied by a tensor.")
+        raise Untraceable(
+            "The step multiplies a weight by numbers that are others at each step, such as a dropout mask of it, and "
+            "its gradient is a sum over all steps. Mask the values that the weight is multiplied by instead."
+        )
     return w.scaled(value, factor)
 
 
