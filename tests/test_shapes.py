@@ -360,7 +360,7 @@ def test_wrong_ranks_say_what_was_expected():
         fc.Bidirectional(fc.Recurrent(Shaped((2, 3), 4)), fc.Recurrent(Shaped((2, 2), 4)))
     with pytest.raises(ValueError, match="must agree"):
         fc.Stack(Shaped((2, 3), 4), Shaped((3, 2), 4))
-    with pytest.raises(TypeError, match=r"one output at a step, Shaped has several"):
+    with pytest.raises(TypeError, match=r"takes cells with one output, Shaped has several"):
         fc.Stream(fc.Recurrent(Shaped((2, 3), 4, "dict")))
 
 
