@@ -132,6 +132,71 @@ def test_enclosed_variables_and_functions():
     assert not torch.equal(layer(x)[0], before[0])
 
 
+def make_gate(factor):
+    def gate_of_factor(value):
+        return value * factor
+
+    return gate_of_factor
+
+
+def make_step(factor):
+    def step(self, x, state):
+        h = x * factor + state[0]
+        return h, (h,)
+
+    return step
+
+
+first_gate, second_gate = make_gate(2.0), make_gate(3.0)
+
+
+class Gated(fc.Cell):
+    def step(self, x, state):
+        h = torch.tanh(first_gate(x)) + second_gate(x) + state[0]
+        return h, (h,)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["first_gate", "second_gate"])
+def test_functions_of_one_code_differ_by_what_they_enclose(name, training, monkeypatch):
+    layer, x = fc.Recurrent(Gated(3, 3)), torch.randn(5, 2, 3)
+    with torch.set_grad_enabled(training):
+        before = outputs(layer, x, "compiled")
+        monkeypatch.setitem(globals(), name, make_gate(5.0))
+        after = outputs(layer, x, "compiled")
+        torch.testing.assert_close(after, outputs(layer, x, "eager"))
+        assert not torch.allclose(after[0], before[0])
+
+
+@pytest.mark.parametrize("parameters", ["value, factor={}", "value, *, factor={}"])
+def test_functions_of_one_code_differ_by_their_defaults(parameters, monkeypatch):
+    def define(factor):
+        namespace = {}
+        code = compile(f"def gate({parameters.format(factor)}):\n    return value * factor", __file__, "exec")
+        exec(code, globals(), namespace)
+        monkeypatch.setitem(globals(), "gate", namespace["gate"])
+
+    layer, x = fc.Recurrent(Scaled()), torch.randn(5, 2, 3)
+    define(2.0)
+    before = outputs(layer, x, "compiled")
+    define(5.0)
+    after = outputs(layer, x, "compiled")
+    torch.testing.assert_close(after, outputs(layer, x, "eager"))
+    assert not torch.allclose(after[0], before[0])
+
+
+def test_a_step_that_is_assigned_with_other_enclosed_variables(monkeypatch):
+    class Assigned(fc.Cell):
+        step = make_step(2.0)
+
+    layer, x = fc.Recurrent(Assigned(3, 3)), torch.randn(5, 2, 3)
+    before = outputs(layer, x, "compiled")
+    Assigned.step = make_step(4.0)
+    after = outputs(layer, x, "compiled")
+    torch.testing.assert_close(after, outputs(layer, x, "eager"))
+    assert not torch.allclose(after[0], before[0])
+
+
 def test_a_module_inside_whose_forward_has_globals(monkeypatch):
     class Inner(nn.Module):
         def forward(self, x):

@@ -14,7 +14,7 @@ from operator import attrgetter, is_, itemgetter
 from pathlib import Path
 from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -47,18 +47,31 @@ class Name(NamedTuple):
     path: str = ""
     cell: CellType | None = None
 
+    def reader(self) -> Callable[[type], Any]:
+        """Return a function of the class that reads the name anew."""
+        table, cell, key = self.table, self.cell, self.label.partition(" ")[2]
+        if table is not None:
+            return lambda kind: table[key]
+        if cell is not None:
+            return lambda kind: cell.cell_contents
+        return attrgetter(self.path)
+
 
 class StepSources:
     """The values of the names that a step's code mentions, at a time.
 
-    Functions are known by their code, and kept by nothing here: they may enclose the module.
+    Functions are compared by their code, and those with defaults or enclosed variables, of which two may share a code,
+    by identity too. None is kept alive here: it may enclose the module.
 
     Attributes:
-        values: by what they are called, "global alpha"; of a function its code.
+        values: by what they are called, "global alpha"; of a function its code, and its defaults besides.
     """
 
     def __init__(self, names: Sequence[Name]) -> None:
-        self.values = tuple([(name.label, _content(name.value)) for name in names])
+        functions = [name for name in names if type(name.value) is FunctionType]
+        values = [(name.label, _content(name.value)) for name in names]
+        self.values = (*values, *(entry for name in functions for entry in _defaults(name.value)))
+        self._identities = [(name.reader(), ref(name.value)) for name in functions if _has_state(name.value)]
         # Compared in every call, so in as few steps of Python as there are kinds of names.
         self._globals: list[tuple[dict[str, Any], Callable[..., Any], tuple[Any, ...], bool]] = []
         tables = {id(name.table): name.table for name in names if name.table is not None}
@@ -93,12 +106,27 @@ class StepSources:
                 return False
             if self._member is not None and self._member[0](kind) is not self._member[1]:
                 return False
-            return all(_content(cell.cell_contents) is content for cell, content in self._cells)
+            if not all(_content(cell.cell_contents) is content for cell, content in self._cells):
+                return False
+            return all(read(kind) is function() for read, function in self._identities)
         except (KeyError, AttributeError, ValueError):  # a name is gone, or something else
             return False
 
 
 _CODE = attrgetter("__code__")
+
+
+def _has_state(function: FunctionType) -> bool:
+    """Whether a function computes with more than its code says."""
+    return bool(function.__closure__ or function.__defaults__ or function.__kwdefaults__)
+
+
+def _defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Iterate over the followed defaults of a function's parameters."""
+    values = [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    for name, value in values:
+        if _is_followed(value):
+            yield f"default {name} of {function.__qualname__}", _content(value)
 
 
 def _content(value: Any) -> Any:
@@ -117,7 +145,7 @@ def _getter(keys: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     return lambda table: (table[key],)
 
 
-_KNOWN: WeakKeyDictionary[type, tuple[CodeType, StepSources]] = WeakKeyDictionary()
+_SOURCES: WeakKeyDictionary[type, tuple[CodeType, StepSources]] = WeakKeyDictionary()
 
 
 def sources_of(kind: type, code: CodeType | None) -> StepSources | None:
@@ -128,12 +156,12 @@ def sources_of(kind: type, code: CodeType | None) -> StepSources | None:
     """
     if code is None or not _is_users(code.co_filename):
         return None
-    known = _KNOWN.get(kind)
-    if known is not None and known[0] is code and known[1].is_current(kind):
-        return known[1] if known[1].values else None
+    before = _SOURCES.get(kind)
+    if before is not None and before[0] is code and before[1].is_current(kind):
+        return before[1] if before[1].values else None
     function = getattr(kind, "step", None) or getattr(kind, "forward", None)
     sources = StepSources(_names(kind, function) if isinstance(function, FunctionType) else [])
-    _KNOWN[kind] = code, sources
+    _SOURCES[kind] = code, sources
     return sources if sources.values else None
 
 
@@ -141,10 +169,14 @@ def _names(kind: type, function: FunctionType) -> list[Name]:
     """List the names that a function mentions, and those of the functions that they lead to."""
     names: dict[tuple[int, str], Name] = {}
     left, seen = [function], {function}
+    if _has_state(function):
+        own = Name(f"class {function.__name__}", function, path="step" if hasattr(kind, "step") else "forward")
+        names[0, own.label] = own
     while left and len(names) < _MOST:
         function = left.pop()
         for name in _own_names(kind, function):
-            names.setdefault((id(name.table), name.label), name)
+            place = name.cell if name.table is None else name.table
+            names.setdefault((0 if place is None else id(place), name.label), name)
             if isinstance(name.value, FunctionType) and name.value not in seen:
                 seen.add(name.value)
                 left.append(name.value)
