@@ -142,7 +142,7 @@ class Scanned:
         # Where torch.compile breaks its graph at this layer it compiles this frame, but none that @natively marks.
         if has_data or torch.compiler.is_compiling() or not self._is_one_scan(input):
             return self._checked_forward(input, hx, lengths=lengths, resets=resets, mask=mask)
-        form = sequence_form(input.dim() == 3, self.batch_first, True, False, self.recompute is True)
+        form = sequence_form(input.dim() == 3, self.batch_first, True, False, bool(self.recompute))
         module: Any = self  # torch.nn's class makes it one
         return call(module, input, hx, form, Scanned._checked_forward, (), type(self)._cell_factory)
 

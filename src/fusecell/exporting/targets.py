@@ -69,16 +69,17 @@ class ExportTarget:
 
 
 def _x86(level: str, summary: str, has: frozenset[str] = frozenset(), more: str = "") -> ExportTarget:
-    """Return a level of x86-64 on Linux, with or without a feature more."""
+    """Return a level of x86-64 on Linux, or the level with VNNI, whose feature is ``more``."""
     triple = "x86_64-unknown-linux-gnu"
-    names = [*instruction_set(triple).features_of(level), *([more] if more else [])]
+    added = [more] if more else []
+    names = [*instruction_set(triple).features_of(level), *added]
     return ExportTarget(
         name=f"{level}-vnni" if more else level,
         summary=summary,
         triple=triple,
         cpu=level,
         features=",".join(f"+{feature}" for feature in names),
-        has=has.union(names[len(names) - bool(more) :]),
+        has=has.union(added),
     )
 
 

@@ -88,8 +88,8 @@ def _is_native(target: ExportTarget) -> bool:
     isa = instruction_set(host.triple)
     if isa.name != target.machine.isa.name or "linux" not in target.triple or "linux" not in host.triple:
         return False
-    wanted = [feature.removeprefix("+") for feature in target.features.split(",")]
-    return target.cpu not in isa.levels or host.features.issuperset(wanted)
+    features = [feature.removeprefix("+") for feature in target.features.split(",")]
+    return target.cpu not in isa.levels or host.features.issuperset(features)
 
 
 def _run_here(code: bytes, interface: Interface, numbers: ReferenceNumbers) -> None:

@@ -107,7 +107,7 @@ def scan(
         return _scan_padded(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
         )
-    form = sequence_form(input.dim() == 3, bool(batch_first), False, bool(reverse), recompute is True)
+    form = sequence_form(input.dim() == 3, bool(batch_first), False, bool(reverse), bool(recompute))
     return call(cell, input, state, form, _scan_padded, (reverse, recompute, batch_first))
 
 

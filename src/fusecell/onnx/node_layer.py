@@ -114,13 +114,13 @@ def _weighted(make: Any, kind: str, weights: NodeWeights, options: Mapping[str, 
         suffixes: of the names of its weights, for each direction.
     """
     sizes = weights.w.shape[-1], weights.r.shape[-1]
-    made = make(*sizes, bias=weights.b is not None, dtype=weights.dtype, **options)
+    module = make(*sizes, bias=weights.b is not None, dtype=weights.dtype, **options)
     order = [int(place) for place in np.argsort(GATES[kind])]
     with torch.no_grad():
         for at, suffix in enumerate(suffixes[: len(weights.w)]):
             for name, value in weights.of_direction(at).items():
-                getattr(made, name + suffix).copy_(torch.from_numpy(reordered(value, order)))
-    return made
+                getattr(module, name + suffix).copy_(torch.from_numpy(reordered(value, order)))
+    return module
 
 
 def _node_cell(

@@ -68,13 +68,12 @@ class QuantizedCell(KernelCell):
     def __init__(self, cell: Cell, weights: str, keep: Collection[str] = ()) -> None:
         super().__init__(cell.input_size, cell.hidden_size)
         with _evaluating(cell):
-            # On the instance: what is a class's of other cells depends on the cell inside.
-            self.states, self.inputs = cell.states, cell.inputs  # type: ignore[misc]
+            self.states, self.inputs = cell.states, cell.inputs  # type: ignore[misc]  # the class's, of other cells
             self.state_sizes, self.output_size = tuple(cell.state_sizes), cell.output_size
             part = part_of(cell, 2, "quantize")
         check_format(weights, keep, part.dtype)
         (small,) = with_small_weights([part], weights, keep)
-        self.kind, self.format, self.kept = type(cell).__name__, weights, tuple(keep)
+        self.kind, self.format, self.keep = type(cell).__name__, weights, tuple(keep)
         self.graph_text = small.graph.text
         for index, (leaf, value) in enumerate(zip(small.graph.leaves("weight"), small.weights, strict=True)):
             stored = small.graph[leaf].attrs.get("stored")
@@ -95,7 +94,7 @@ class QuantizedCell(KernelCell):
         start = [value.numpy() for value in self.initial_state(1)]
         numbers = [value.numpy() for value in self._numbers()]
         part = Part(self.kind, self.graph, self.prepacked().kernel, numbers, start)
-        return stored_weights([part], self.format, self.kept)
+        return stored_weights([part], self.format, self.keep)
 
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

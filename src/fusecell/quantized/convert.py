@@ -117,11 +117,11 @@ def _is_named(full: str, name: str) -> bool:
 def _quantized(path: str, part: nn.Module, weights: str, keep: Collection[str]) -> nn.Module:
     """Return the replacement of a cell or a drop-in layer."""
 
-    def kept(suffix: str) -> list[str]:
+    def float32_names(suffix: str) -> list[str]:
         names = [each.removesuffix(suffix) for each in _weight_names(part) if each.endswith(suffix)]
         return [each for each in names if any(_is_named(_joined(path, each + suffix), name) for name in keep)]
 
     if isinstance(part, GRU | LSTM | RNN):
-        return quantized_layer(part, weights, [kept(suffix) for suffix in _suffixes(part)])
+        return quantized_layer(part, weights, [float32_names(suffix) for suffix in _suffixes(part)])
     assert isinstance(part, Cell)
-    return QuantizedCell(part, weights, kept(""))
+    return QuantizedCell(part, weights, float32_names(""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ __all__ = ["QuantizedGRU", "QuantizedLSTM", "QuantizedRNN", "quantized_layer"]
 class _Quantized:
     """Base class of the three, before the drop-in's class in the order of method resolution."""
 
-    cells: nn.ModuleList
+    bidirectional: bool
+    cells: Sequence[QuantizedCell]  # an nn.ModuleList
     like: Tensor
 
     def leaf_cells(self) -> list[tuple[int, int, QuantizedCell]]:
         """Return the cells as (layer, direction, cell), bottom first."""
-        directions = 2 if self.bidirectional else 1  # type: ignore[attr-defined]
-        return [(index // directions, index % directions, cell) for index, cell in enumerate(self.cells)]  # type: ignore[misc]
+        directions = 2 if self.bidirectional else 1
+        return [(index // directions, index % directions, cell) for index, cell in enumerate(self.cells)]
 
     def _weight(self, name: str) -> Tensor:
         """Return a tensor of the dtype and on the device of the weights, which is all that the layer reads of them."""
@@ -34,7 +35,7 @@ class _Quantized:
     def _cell_factory(self) -> CellFactory:
         """Return how to get the cell of a layer that has one; its weights are its own."""
         names = ("training", "input_size", "hidden_size", "bias", "proj_size")
-        return CellFactory(lambda: self.cells[0], names, {})  # type: ignore[arg-type, return-value]
+        return CellFactory(lambda: self.cells[0], names, {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         module: Any = nn.Module
@@ -52,7 +53,7 @@ class _Quantized:
         return False
 
     def extra_repr(self) -> str:
-        text: str = super().extra_repr()  # type: ignore[misc]
+        text: str = super().extra_repr()  # type: ignore[misc]  # the layer's, after this class
         return f"{text}, weights={self.cells[0].format!r}"
 
 
@@ -60,11 +61,11 @@ class QuantizedGRU(_Quantized, GRU):  # type: ignore[misc]  # whose cells are an
     """A :class:`fusecell.GRU` whose weights are stored in 16 or 8 bits; :func:`fusecell.quantize` makes it."""
 
 
-class QuantizedLSTM(_Quantized, LSTM):  # type: ignore[misc]
+class QuantizedLSTM(_Quantized, LSTM):  # type: ignore[misc]  # as above
     """A :class:`fusecell.LSTM` whose weights are stored in 16 or 8 bits; :func:`fusecell.quantize` makes it."""
 
 
-class QuantizedRNN(_Quantized, RNN):  # type: ignore[misc]
+class QuantizedRNN(_Quantized, RNN):  # type: ignore[misc]  # as above
     """A :class:`fusecell.RNN` whose weights are stored in 16 or 8 bits; :func:`fusecell.quantize` makes it."""
 
 

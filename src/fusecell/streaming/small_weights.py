@@ -90,7 +90,7 @@ def check_format(format: str, keep: Collection[str], dtype: np.dtype[np.generic]
             raise ValueError("keep names weights that stay float32, and with weights='float32' all do.")
         return
     if dtype != np.float32:
-        raise TypeError(f"Weights of {format} are for streams that compute in float32, this one computes in {dtype}.")
+        raise TypeError(f"Weights of {format} are for cells that compute in float32, this one computes in {dtype}.")
     if format == "float16":
         _check_float16()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.cache_registry import register_cache
+from fusecell.compiler.dispatch.conversion import Conversion, ConvertedCall, selector
 from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.prepared_kernels import BoundBackward, BoundForward, ExampleCall
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
-from fusecell.compiler.frontend.dtypes import has_16_bits, rounded, widened
+from fusecell.compiler.frontend.dtypes import has_16_bits, widened
 from fusecell.compiler.frontend.guards import ModuleGuards, attribute_guards, guards_of
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated, transformed
 from fusecell.compiler.programs.inference import Program
@@ -163,7 +163,7 @@ def _prepare(
     check = tensor_guards(tensors)
     conversion = None
     if has_16_bits(args[0].dtype):
-        conversion = _Conversion(tensors, [*range(len(args)), *weights])
+        conversion = Conversion(tensors, [*range(len(args)), *weights])
         tensors, weights = conversion.widened(tensors), list(range(len(args), len(args) + len(weights)))
     matrices = tuple([leaf.of(tensors[index]).detach() for index, (_, leaf) in zip(weights, leaves, strict=True)])
     # A leaf that is a copy of its weight would have to be copied in every call.
@@ -180,7 +180,7 @@ def _prepare(
             run = _InferenceCall(step, call)
     except NotPreparable:
         return None
-    return _CachedCall(guards, check, run if conversion is None else _ConvertedCall(run, conversion))
+    return _CachedCall(guards, check, run if conversion is None else ConvertedCall(run, conversion))
 
 
 def _prepare_own_kernel(
@@ -204,42 +204,6 @@ def _starts_from_zeros(cell: Cell, args: State) -> bool:
     if len(cell.inputs) > 1 or "draw" in attributes or "initial_state" in attributes:
         return False
     return len(args) > 1 or kind.initial_state is Cell.initial_state or not cell.states
-
-
-class _Conversion:
-    """The tensors of a 16-bit call that a kernel takes, converted to its float32 and back.
-
-    Arguments:
-        tensors: all of an example call's.
-        indices: of those that the kernel takes; the input comes first.
-    """
-
-    def __init__(self, tensors: State, indices: Sequence[int]) -> None:
-        self._select = _selector(indices)
-        self._dtypes = [tensors[index].dtype for index in indices]
-        self.dtype = self._dtypes[0]
-
-    def widened(self, tensors: State) -> State:
-        """Select and convert those that the kernel takes."""
-        return widened(self._select(tensors))
-
-    def restored(self, tensors: State) -> State:
-        """Convert the tensors that :meth:`widened` returned back to what they were."""
-        return tuple([value.to(dtype) for value, dtype in zip(tensors, self._dtypes, strict=True)])
-
-
-class _ConvertedCall:
-    """A cached call of a 16-bit layer, around the call of its float32 kernels."""
-
-    def __init__(self, run: _InferenceCall | _TrainingCall, conversion: _Conversion) -> None:
-        self._run, self._conversion = run, conversion
-
-    def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:
-        result = self._run(owner, self._conversion.widened(tensors))
-        if result is None:
-            return None
-        (outputs, after), dtype = result, self._conversion.dtype
-        return None if outputs is None else outputs.to(dtype), rounded(after, dtype)
 
 
 class _InferenceCall:
@@ -286,12 +250,12 @@ class _TrainingCall:
         template: Cell | None,
         paths: Sequence[str],
         call: ExampleCall,
-        conversion: _Conversion | None,
+        conversion: Conversion | None,
     ) -> None:
         self._template, self._step, self._paths, self._conversion = template, step, paths, conversion
         self.form, self._count = call.form, call.count
         # Only these go through autograd, which takes time for each tensor.
-        self._select = _selector([*range(call.count), *(call.weights or ())])
+        self._select = selector([*range(call.count), *(call.weights or ())])
         tensors = self._select(call.tensors)
         call = replace(call, tensors=tensors, weights=range(call.count, len(tensors)))
         requires_grad = [value.requires_grad for value in tensors]
@@ -338,14 +302,6 @@ class _TrainingCall:
         states = tuple([form.state(value) for value in after])
         results = (form.output(outputs), *states) if form.outputs else states
         return results if self._conversion is None else widened(results)
-
-
-def _selector(indices: Sequence[int]) -> Callable[[State], State]:
-    """Return a function that takes some entries of a tuple, in an order of its own."""
-    if len(indices) > 1:
-        return itemgetter(*indices)
-    (index,) = indices
-    return lambda tensors: (tensors[index],)
 
 
 def _without_weights(cell: Cell) -> Cell:

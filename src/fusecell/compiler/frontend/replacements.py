@@ -168,15 +168,15 @@ def _bag_of_embeddings(
     """Look up embeddings and join those of a row; torch puts the bags of all rows end to end."""
     if input.dim() != 2 or offsets is not None or max_norm is not None or scale_grad_by_freq or sparse:
         raise Untraceable("Of embedding_bag only plain bags (N, K) of ids are compiled; look up an nn.Embedding.")
-    found = functional.embedding(input, weight, padding_idx)
+    vectors = functional.embedding(input, weight, padding_idx)
     if per_sample_weights is not None:
-        found = found * per_sample_weights.unsqueeze(-1)
+        vectors = vectors * per_sample_weights.unsqueeze(-1)
     if padding_idx is None:
-        return found.sum(1) if mode == "sum" else found.mean(1) if mode == "mean" else found.amax(1)
+        return vectors.sum(1) if mode == "sum" else vectors.mean(1) if mode == "mean" else vectors.amax(1)
     counted = (input != padding_idx % len(weight)).unsqueeze(-1)
     if mode == "max":
         raise Untraceable("The largest of embeddings with a padding_idx are not compiled; mask them, and take amax.")
-    total = (found * counted).sum(1)
+    total = (vectors * counted).sum(1)
     return total if mode == "sum" else total / counted.sum(1).clamp(min=1)
 
 

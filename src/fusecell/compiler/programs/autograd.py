@@ -83,7 +83,8 @@ class TrainableStep:
         weights = prologue.values(cell)
         flags = self.flags([value.requires_grad for value in inputs], weights)
         recompute = options.recompute or recomputing()
-        in_chunks, recompute = recompute == "chunk", recompute is True
+        in_chunks = recompute == "chunk"
+        recompute = bool(recompute) and not in_chunks
         # Without the lock, as a dict's get is atomic: most calls find their kernels.
         training = self._trainings.get((recompute, *flags)) or self.training(flags, recompute)
         if isinstance(training, Refusal):

@@ -35,8 +35,8 @@ class ChunkedCall(Call):
         chunks = self._chunks()
         saved = tensors[0].new_empty(len(chunks), sum(sizes))
         outputs = self._new_rows(tensors[0], *self.output)
-        for kept, chunk in zip(saved, chunks, strict=True):
-            for place, value in zip(kept.split(sizes), state, strict=True):
+        for start, chunk in zip(saved, chunks, strict=True):
+            for place, value in zip(start.split(sizes), state, strict=True):
                 place.copy_(value.reshape(-1))
             call, of_chunk = self._of_chunk(chunk, tensors, state)
             results = call.new_results(of_chunk)._replace(outputs=outputs[chunk])
@@ -49,8 +49,8 @@ class ChunkedCall(Call):
         first, after, _, _ = self.ends
         state, of_output, of_state = self.split(tensors)[1], grads[0], list(grads[1:])
         result: list[Tensor | None] = [None] * len(tensors)
-        for kept, chunk in zip(reversed(saved), reversed(self._chunks()), strict=True):
-            values = kept.split([value.numel() for value in state])
+        for start, chunk in zip(reversed(saved), reversed(self._chunks()), strict=True):
+            values = start.split([value.numel() for value in state])
             before = tuple([value.view(like.shape) for value, like in zip(values, state, strict=True)])
             call, of_chunk = self._of_chunk(chunk, tensors, before)
             of_outputs = None if of_output is None else of_output[chunk]
@@ -59,17 +59,9 @@ class ChunkedCall(Call):
             for index, gradient in enumerate(gradients):
                 if gradient is not None and not first <= index < after:
                     is_input = index < first and tensors[index].shape[0] == self.steps
-                    result[index] = self._joined(result[index], gradient, tensors[index], chunk if is_input else None)
+                    result[index] = _joined(result[index], gradient, tensors[index], chunk if is_input else None)
         result[first:after] = of_state
         return result
-
-    def _joined(self, whole: Tensor | None, gradient: Tensor, like: Tensor, chunk: slice | None) -> Tensor:
-        """Put a chunk's gradient into its place in that of the sequence; without a place, add it."""
-        if chunk is None:
-            return gradient if whole is None else whole.add_(gradient)
-        whole = torch.empty_like(like) if whole is None else whole
-        whole[chunk] = gradient
-        return whole
 
     def _chunks(self) -> list[slice]:
         """Return the steps of each chunk, in the order in which they are run."""
@@ -82,6 +74,15 @@ class ChunkedCall(Call):
         options = _options_of(self.options, chunk)
         call = Call.of(self.training, inputs, state, reset, weights, options, self.output)
         return call, (*inputs, *state, *reset, *weights, *originals)
+
+
+def _joined(whole: Tensor | None, gradient: Tensor, like: Tensor, chunk: slice | None) -> Tensor:
+    """Put a chunk's gradient into its place in that of the sequence; without a place, add it."""
+    if chunk is None:
+        return gradient if whole is None else whole.add_(gradient)
+    whole = torch.empty_like(like) if whole is None else whole
+    whole[chunk] = gradient
+    return whole
 
 
 def _slices(steps: int, *, reverse: bool) -> Iterator[slice]:
