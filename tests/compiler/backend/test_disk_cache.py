@@ -217,14 +217,16 @@ def test_a_read_only_cache_is_still_read(directory, monkeypatch):
     assert load_and_check() is True
 
 
-def test_the_cache_can_be_switched_off(directory, monkeypatch):
-    monkeypatch.setenv("FUSECELL_CACHE", "off")
+@pytest.mark.parametrize("word", ["off", "OFF", "0", "false", "no"])
+def test_the_cache_can_be_switched_off(word, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSECELL_CACHE", word)
     assert load_and_check() is False
     assert load_and_check() is False
-    assert cache_info() == cache.CacheInfo(None, 0, 0, enabled=False, reason="FUSECELL_CACHE is off")
+    assert cache_info() == cache.CacheInfo(None, 0, 0, enabled=False, reason=f"FUSECELL_CACHE is {word}")
     assert clear_cache() == 0
     assert not directory.exists()
-    assert not Path("off").exists()
+    assert not Path(word).exists()
 
 
 @pytest.mark.skipif(os.name != "posix" or os.uname().sysname == "Darwin", reason="XDG's rules")

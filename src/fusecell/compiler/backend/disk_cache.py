@@ -31,6 +31,7 @@ TEMPORARY = ".writing-"
 # Seconds after which a temporary file is that of a writer that was killed: none takes so long.
 ABANDONED_AFTER = 3600.0
 DEFAULT_MEBIBYTES = 256
+_OFF = ("off", "0", "false", "no")  # what people write to switch something off; no name of a directory
 
 # magic, format, key, payload's length, SHA-256 of key and payload
 HEADER = struct.Struct(">8sI32sQ32s")
@@ -116,7 +117,7 @@ def cache_info() -> CacheInfo:
     """Report what is in the disk cache of compiled kernels, and where it is.
 
     The directory is ``FUSECELL_CACHE``, or ``fusecell`` in the platform's cache directory
-    (``XDG_CACHE_HOME``, ``~/.cache``); ``FUSECELL_CACHE=off`` switches the cache off.
+    (``XDG_CACHE_HOME``, ``~/.cache``); ``FUSECELL_CACHE=off`` (or ``0``) switches the cache off.
     ``FUSECELL_CACHE_SIZE`` bounds it, in MiB (256).
 
     Example:
@@ -151,8 +152,8 @@ def _limit() -> int:
 def _directory() -> tuple[Path | None, str]:
     """Return the cache's directory, and why it must not be used ("" if it may)."""
     choice = os.environ.get("FUSECELL_CACHE", "")
-    if choice == "off":
-        return None, "FUSECELL_CACHE is off"
+    if choice.lower() in _OFF:
+        return None, f"FUSECELL_CACHE is {choice}"
     try:
         directory = Path(choice).expanduser().absolute() if choice else _platform_directory()
     except RuntimeError:
