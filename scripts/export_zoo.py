@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,27 +27,41 @@ TARGETS = (
     "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55",
 )  # fmt: skip
 INPUT_SIZE, HIDDEN_SIZE = 5, 13
+STRUCTURED_INPUT_SIZE, STRUCTURED_HIDDEN_SIZE = 12, 24  # multiples of their heads, blocks and channels
 
 
-def models() -> dict[str, torch.nn.Module]:
-    """Return every cell of the zoo, and a model of several, by name; sizes are multiples of nothing."""
-    made: dict[str, torch.nn.Module] = {}
+@dataclass(frozen=True)
+class Exported:
+    """A model, and the sizes of its inputs where it takes several."""
+
+    model: torch.nn.Module
+    input_sizes: tuple[tuple[int, ...], ...] | None = None
+
+
+def models() -> dict[str, Exported]:
+    """Return every cell of the zoo, and a model of several, by name; sizes are multiples of nothing that needn't be."""
+    made: dict[str, Exported] = {}
     for member in fc.CELLS:
         torch.manual_seed(3)
-        made[member.name] = fc.Recurrent(member.make(INPUT_SIZE, HIDDEN_SIZE))
+        made[member.name] = Exported(fc.Recurrent(member.make(INPUT_SIZE, HIDDEN_SIZE)))
+    for entry in fc.cells.STRUCTURED_CELLS:
+        torch.manual_seed(3)
+        cell = entry.make(STRUCTURED_INPUT_SIZE, STRUCTURED_HIDDEN_SIZE)
+        made[entry.name] = Exported(fc.Recurrent(cell), entry.input_sizes(cell, STRUCTURED_INPUT_SIZE))
     stack = fc.Recurrent(fc.Stack(fc.GRUCell(INPUT_SIZE, 7), fc.LSTMCell(7, 7), residual=True))
-    made["stack_with_readout"] = fc.Sequential(stack, torch.nn.Linear(7, 3), torch.nn.Tanh())
+    made["stack_with_readout"] = Exported(fc.Sequential(stack, torch.nn.Linear(7, 3), torch.nn.Tanh()))
     return made
 
 
-def check(model: torch.nn.Module, target: str, folder: Path, *, batch_size: int) -> str:
+def check(exported: Exported, target: str, folder: Path, *, batch_size: int, double: bool = False) -> str:
     """Export a model and run it; return "same bits" and where, a reason why not, or what differs."""
     fmt = "c" if target == "c" else "object"
     machine = "host" if target == "c" else target
     try:
-        stream = fc.Stream(model.eval(), batch_size)
+        model = exported.model.double() if double else exported.model
+        stream = fc.Stream(model.eval(), batch_size, input_sizes=exported.input_sizes)
         report = fc.export(stream, folder / "model", machine, fmt, verify=True)
-    except (fc.ExportError, ValueError) as error:
+    except (fc.FusecellError, ValueError, TypeError) as error:
         return f"FAILED: {error}"
     return report.verified
 
@@ -59,16 +74,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     args = parser.parse_args()
     failed = False
-    chosen = {name: model for name, model in models().items() if not args.cells or name in args.cells}
+    chosen = {name: each for name, each in models().items() if not args.cells or name in args.cells}
     for target in args.targets:
         if args.float64 and target in ("cortex-m4", "cortex-m33"):
             continue  # float32 only
         began, results = time.perf_counter(), Counter[str]()
-        for name, model in chosen.items():
+        for name, each in chosen.items():
             with tempfile.TemporaryDirectory() as folder:
-                result = check(
-                    model.double() if args.float64 else model, target, Path(folder), batch_size=args.batch_size
-                )
+                result = check(each, target, Path(folder), batch_size=args.batch_size, double=args.float64)
             results[result] += 1
             if result.startswith("FAILED"):
                 failed = True

@@ -197,3 +197,16 @@ def test_export_writes_a_saved_stream_for_a_target(tmp_path):
     assert "No target is called 'vax'" in run(
         "export", tmp_path / "gru.fusecell", tmp_path / "x", "--target", "vax", code=2
     )
+
+
+def worlds():
+    return fc.cells.RSSMCell(2, 5, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2,5,3", "'prior_mean': 3"), ("2x1,scalar", "got 2 input_sizes"), ("2,,3", "'2,,3' lists no sizes")],
+)
+def test_sizes_of_several_inputs(text, expected, tmp_path):
+    arguments = "stream", "save", "tests.cli.test_cli:worlds", tmp_path / "it", "--input-sizes", text
+    assert expected in run(*arguments, code=0 if text == "2,5,3" else 2)

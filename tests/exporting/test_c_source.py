@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fusecell as fc
 from fusecell.compiler.ir.primitives import PRIMITIVES
+from fusecell.compiler.ir.sizes import DType
 from fusecell.exporting.c_source.axes import AXIS_LOOPS
 from fusecell.exporting.c_source.expressions import POINTWISE
+from fusecell.exporting.c_source.functions import c_number
 from tests.compiler.axis_cells import AXES, AxisCell
 from tests.compiler.cell_recipes import RandomCell
 from tests.compiler.random_cells import recipes
 from tests.exporting.models import EveryFunction, four_cells
 from tests.exporting.test_targets import verified
+from tests.several_inputs import CELLS
 
 needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler: apt-get install gcc")
 
@@ -28,6 +32,29 @@ needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a
 def test_c_is_written_for_every_primitive():
     assert {name for name, primitive in PRIMITIVES.items() if primitive.pointwise} == POINTWISE
     assert {name for name, primitive in PRIMITIVES.items() if primitive.category == "nest"} == set(AXIS_LOOPS)
+
+
+@given(st.floats(width=64) | st.sampled_from([0.408248290463863, 1e-45, 3.4028235677973366e38, 16777217.0, -0.0]))
+def test_numbers_are_rounded_once(value):
+    """0.408248290463863, cut to nine digits, is on the other side of the middle of two float32."""
+    with np.errstate(over="ignore"):
+        expected = np.float32(value)
+    text = c_number(value, DType.F32)
+    names = {"NAN": "nan", "INFINITY": "inf", "-INFINITY": "-inf"}
+    actual = np.float32(names.get(text) or float(text.removesuffix("f")))
+    assert actual.tobytes() == expected.tobytes() or (np.isnan(actual) and np.isnan(expected))
+
+
+@pytest.mark.parametrize("name", ["dict", "tuple"])
+def test_several_inputs_and_outputs(name, tmp_path):
+    case = CELLS[name]
+    export = fc.export(case.cell(), tmp_path / "it", format="c", batch_size=2, input_sizes=case.sizes, verify=True)
+    verified(export)
+    header = (tmp_path / "it.h").read_text()
+    if name == "dict":
+        assert "#define IT_INPUT_VALUE_AT 3 /* 2 numbers */" in header
+        assert "#define IT_OUTPUT_THE_STATE_AT 2 /* 7 numbers */" in header
+        assert "#define IT_OUTPUT_MEMORY_AT 9 /* 6 numbers, [2][3] */" in header
 
 
 @pytest.mark.parametrize("name", ["attention", "extremes_of_dim", "cumulative", "topk", "scatter_add", "conv2d"])

@@ -17,6 +17,7 @@ import fusecell as fc
 from fusecell.compiler.backend.target import host_target
 from fusecell.quantized import QuantizedCell
 from tests.exporting.models import zoo
+from tests.several_inputs import CELLS, NamedOutputs, by_name
 
 HALF = pytest.param(
     "float16",
@@ -252,7 +253,12 @@ def test_torchs_transforms_and_its_compiler():
         (lambda: fc.GRU(3, 4), {"keep": "weight_ih"}, TypeError, r"write keep=\['weight_ih'\]"),
         (lambda: fc.GRU(3, 4).double(), {}, TypeError, "computes in float64"),
         (lambda: nn.GRU(3, 4), {}, TypeError, "fusecell.replace"),
-        (lambda: fc.Recurrent(fc.cells.GRUDCell(3, 4)), {}, TypeError, "quantize takes cells with one input, .* has 3"),
+        (
+            lambda: fc.Recurrent(fc.cells.GRUDCell(3, 4)),
+            {},
+            TypeError,
+            "GRUDCell takes 3 inputs .*, whose sizes",
+        ),
         (lambda: type("Mine", (fc.GRU,), {})(3, 4), {}, TypeError, "Mine is a subclass"),
         (lambda: torch.zeros(3), {}, TypeError, "takes a module"),
     ],
@@ -270,3 +276,30 @@ def test_what_a_quantized_model_refuses():
         fc.Stream(small)
     with pytest.raises(RuntimeError, match=r"input\.size"):
         small(torch.randn(5, 2, 7))
+
+
+@pytest.mark.parametrize("name", ["dict", "tuple", "gru_d"])
+@pytest.mark.parametrize("format", ["bfloat16", "int8-dynamic"])
+def test_cells_of_several_inputs_and_outputs(name, format):
+    case = CELLS[name]
+    layer, inputs = fc.Recurrent(case.cell()), case.inputs(7, 3)
+    small = fc.quantize(layer, format, input_sizes=case.sizes)
+    outputs = by_name(small(inputs)[0])
+    expected = by_name(fc.Stream(layer, 3, weights=format, input_sizes=case.sizes).push(inputs))
+    with fc.runner("eager"):
+        interpreted = by_name(small(inputs)[0])
+    for key, value in expected.items():
+        assert np.array_equal(outputs[key].numpy(), value)
+        torch.testing.assert_close(interpreted[key], outputs[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [((3, 2, ()), "those of several inputs are 'a.cell', 'b.cell': pass a dict"), ({"c": (3, 2, ())}, "names 'c'")],
+)
+def test_sizes_of_inputs_that_fit_no_cell(sizes, text):
+    model = nn.ModuleDict({"a": fc.Recurrent(NamedOutputs()), "b": fc.Recurrent(NamedOutputs())})
+    with pytest.raises(ValueError, match=text):
+        fc.quantize(model, input_sizes=sizes)
+    both = {"a.cell": (3, 2, ()), "b.cell": (3, 2, ())}
+    assert isinstance(fc.quantize(model, input_sizes=both)["b"].cell, QuantizedCell)

@@ -199,9 +199,9 @@ def test_errors():
     with pytest.raises(ValueError, match="batch_size of 1 or more, got 0"):
         fc.Stream(fc.GRUCell(5, 9), 0)
     stream = fc.Stream(fc.GRUCell(5, 9), 2)
-    with pytest.raises(ValueError, match=r"expected an input of shape \(2, 5\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"expected an array of shape \(2, 5\), got \(5,\)"):
         stream.step(np.zeros(5))
-    with pytest.raises(ValueError, match=r"chunk of shape \(T, \*\(2, 5\)\)"):
+    with pytest.raises(ValueError, match=r"an array of shape \(T, 2, 5\)"):
         stream.push(np.zeros((3, 5)))
     with pytest.raises(ValueError, match="rows must be bool"):
         stream.step(np.zeros((2, 5)), rows=np.array([0, 1]))

@@ -18,6 +18,7 @@ from fusecell.cells.linear_recurrence import LRUCell, RGLRUCell
 from fusecell.cells.spiking import ALIFCell, LIFCell
 from fusecell.cells.world_model import RSSMCell
 from fusecell.cells.xlstm import MLSTMCell, SLSTMCell
+from fusecell.shapes import Shape
 
 __all__ = ["STRUCTURED_CELLS", "StructuredCell"]
 
@@ -56,6 +57,15 @@ class StructuredCell:
     equation: str
     make: Callable[[int, int], Cell]
     inputs: Callable[[int, int, int], Inputs] = _randn
+
+    def input_sizes(self, cell: Cell, features: int) -> tuple[Shape, ...] | None:
+        """Return the shape of each input of a cell that it made, those included that it draws; None where it has one.
+
+        That is what :class:`fusecell.Stream` takes as ``input_sizes``.
+        """
+        if len(cell.inputs) == 1:
+            return None
+        return tuple([tuple(value.shape[2:]) for value in (*self.inputs(1, 1, features), *cell.draw(1, 1))])
 
 
 def _missing(steps: int, rows: int, features: int) -> Inputs:

@@ -37,6 +37,7 @@ _MODULE_HELP = (
 )
 _WEIGHTS_HELP = "float32, bfloat16, float16, int8 or int8-dynamic."
 _KEEP_HELP = "A weight that stays float32; may be given again."
+_INPUTS_HELP = "The size of each of several inputs, as in 5,4x16,scalar."
 _MODULE = typer.Argument(metavar="[MODULE:FACTORY]", help=_MODULE_HELP)
 _CELL = typer.Option(help="Instead of MODULE:FACTORY, a cell by its name in `fusecell cells`, such as gru.")
 
@@ -235,9 +236,10 @@ def stream_save(
     ] = None,
     weights: Annotated[str, typer.Option(help=_WEIGHTS_HELP)] = "float32",
     keep: Annotated[list[str] | None, typer.Option(help=_KEEP_HELP)] = None,
+    input_sizes: Annotated[str | None, typer.Option(help=_INPUTS_HELP)] = None,
 ) -> None:
     """Write a layer to a file that fusecell.load_stream reads without torch."""
-    stream = _stream(module, 1, weights, keep or ())
+    stream = _stream(module, 1, weights, keep or (), input_sizes)
     try:
         stream.save(path, code_for=code_for or ())
     except (OSError, ValueError, CompilerError) as error:
@@ -250,13 +252,14 @@ def stream_bench(
     model: Annotated[str, typer.Argument(help="The file of a saved stream, or MODULE:FACTORY.")],
     steps: Annotated[int, typer.Option(min=1, help="Number of steps to time.")] = 100_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
+    input_sizes: Annotated[str | None, typer.Option(help=_INPUTS_HELP)] = None,
 ) -> None:
     """Time the steps of a stream: median, tail, maximum and histogram."""
     from rich.progress import Progress
 
     from fusecell.streaming.latency import measure
 
-    stream = _stream(model, batch_size)
+    stream = _stream(model, batch_size, input_sizes=input_sizes)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing", total=steps)
@@ -274,18 +277,23 @@ def stream_bench(
         console.print(f"{1e6 * low:9.2f} to {1e6 * high:9.2f} {count:9,} {bar}", highlight=False, soft_wrap=True)
 
 
-def _stream(model: str, batch_size: int, weights: str = "float32", keep: Sequence[str] = ()) -> Stream:
+def _stream(
+    model: str, batch_size: int, weights: str = "float32", keep: Sequence[str] = (), input_sizes: str | None = None
+) -> Stream:
     """Open the stream that an argument names: a saved one, or one of MODULE:FACTORY in eval() mode."""
     from fusecell.streaming import Stream, load_stream
 
     try:
         if Path(model).exists() or ":" not in model:
-            if weights != "float32" or keep:
-                raise ValueError("--weights and --keep are for MODULE:FACTORY: a saved stream has its weights as it is")
+            if weights != "float32" or keep or input_sizes is not None:
+                raise ValueError(
+                    "--weights, --keep and --input-sizes are for MODULE:FACTORY: a saved stream has its own"
+                )
             return load_stream(model, batch_size)
-        from fusecell.cli.lookup import find_module
+        from fusecell.cli.lookup import find_module, sizes_of
 
-        return Stream(find_module(model).eval(), batch_size, weights=weights, keep=keep)
+        sizes = None if input_sizes is None else sizes_of(input_sizes)
+        return Stream(find_module(model).eval(), batch_size, weights=weights, keep=keep, input_sizes=sizes)
     except (OSError, TypeError, ValueError, NotCompilable) as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -313,6 +321,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Run it, here or emulated, and compare bits with the stream.")] = False,
     weights: Annotated[str, typer.Option(help=_WEIGHTS_HELP)] = "float32",
     keep: Annotated[list[str] | None, typer.Option(help=_KEEP_HELP)] = None,
+    input_sizes: Annotated[str | None, typer.Option(help=_INPUTS_HELP)] = None,
     listed: Annotated[
         bool, typer.Option("--list", callback=_list_targets, is_eager=True, help="List the targets.")
     ] = False,
@@ -320,7 +329,7 @@ def export(
     """Write a layer's step for programs without Python: an object file, a library, C, or a web page's module."""
     from fusecell.exporting import export as write
 
-    stream = _stream(model, batch_size, weights, keep or ())
+    stream = _stream(model, batch_size, weights, keep or (), input_sizes)
     try:
         typer.echo(str(write(stream, path, target, format, prefix=prefix, verify=verify)))  # type: ignore[arg-type]
     except (OSError, ValueError, ExportError) as error:

@@ -10,7 +10,7 @@ from torch import nn
 from fusecell.cells import CELLS
 from fusecell.layers import Recurrent
 
-__all__ = ["find_cell", "find_module"]
+__all__ = ["find_cell", "find_module", "sizes_of"]
 
 
 def find_cell(name: str, input_size: int, hidden_size: int) -> Recurrent:
@@ -51,6 +51,23 @@ def find_module(path: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{path} gave {type(module).__name__}, expected a torch.nn.Module.")
     return module
+
+
+def sizes_of(text: str) -> tuple[tuple[int, ...], ...]:
+    """Read the sizes of several inputs: ``5,4x16,scalar`` is ((5,), (4, 16), ()).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        shapes = [() if part.strip() == "scalar" else tuple(map(int, part.split("x"))) for part in text.split(",")]
+    except ValueError:
+        shapes = []
+    if not shapes or any(dim < 1 for shape in shapes for dim in shape):
+        raise ValueError(
+            f"{text!r} lists no sizes; expected numbers, shapes or scalar with commas, as in 5,4x16,scalar."
+        )
+    return tuple(shapes)
 
 
 def _plain(name: str) -> str:

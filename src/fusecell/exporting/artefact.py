@@ -39,12 +39,14 @@ def export(
     verify: bool = False,
     weights: str = "float32",
     keep: Collection[str] = (),
+    input_sizes: Sequence[int | tuple[int, ...]] | None = None,
 ) -> ExportReport:
     """Write a layer's step for programs without Python: an object file, a library, C, or a web page's module.
 
     The files hold the weights, the initial state and the functions ``<prefix>_init``, ``_reset``, ``_step``, ``_push``,
     ``_get_state`` and ``_set_state``, which compute what :class:`fusecell.Stream` computes. Beside the artefact there
-    are a C header and a C++ wrapper, ``.h`` and ``.hpp``.
+    are a C header and a C++ wrapper, ``.h`` and ``.hpp``. Several inputs or outputs are side by side in a row; the
+    header says where each begins.
 
     Example:
         >>> import tempfile, pathlib, fusecell as fc
@@ -66,7 +68,7 @@ def export(
         batch_size: rows of a step, if ``module`` is no stream.
         verify: run the artefact, here or on an emulator that is installed, and compare it with the stream, bit by bit.
             A test vector is written too, ``<path>_selftest.c``.
-        weights, keep: how weights are stored, as :class:`fusecell.Stream` takes it; a stream keeps what it has.
+        weights, keep, input_sizes: as :class:`fusecell.Stream` takes them; a stream keeps what it has.
 
     Returns:
         The :class:`fusecell.exporting.ExportReport`, whose text has sizes and what was verified.
@@ -81,7 +83,7 @@ def export(
     if format not in get_args(Format):
         raise ValueError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
     machine = target_named("wasm32" if format == "web" else target)
-    stream = _stream(module, batch_size, weights, keep)
+    stream = _stream(module, batch_size, weights, keep, input_sizes)
     if stream.dtype.itemsize == 8 and not machine.doubles and format != "c":
         raise ValueError(
             f"{machine.summary} computes in float32 only, and the stream is float64: convert it by .float()."
@@ -105,10 +107,18 @@ def export(
     return job.object(format)
 
 
-def _stream(module: nn.Module | Stream, batch_size: int, weights: str, keep: Collection[str]) -> Stream:
+def _stream(
+    module: nn.Module | Stream,
+    batch_size: int,
+    weights: str,
+    keep: Collection[str],
+    input_sizes: Sequence[int | tuple[int, ...]] | None,
+) -> Stream:
     """Return the stream to export."""
     if not isinstance(module, Stream):
-        return Stream(module, batch_size, weights=weights, keep=keep)
+        return Stream(module, batch_size, weights=weights, keep=keep, input_sizes=input_sizes)
+    if input_sizes is not None:
+        raise ValueError("input_sizes is for a module; a stream has its inputs.")
     if weights != "float32" or keep:
         raise ValueError(
             f"weights={weights!r} is for a module; a stream is exported with the weights that it has: make it "

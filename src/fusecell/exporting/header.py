@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fusecell.compiler.ir.sizes import ALIGNMENT
 
-__all__ = ["Interface", "c_header", "cpp_wrapper"]
+__all__ = ["Field", "Interface", "c_header", "cpp_wrapper"]
+
+
+class Field(NamedTuple):
+    """An input or an output in a row of all of them.
+
+    Attributes:
+        name: the cell's.
+        span: its first number in the row, and the one behind its last.
+        shape: as the cell has it.
+    """
+
+    name: str
+    span: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +34,7 @@ class Interface:
         prefix: of every symbol.
         scalar: C's name of the numbers.
         rows: rows of the batch.
-        input_size, output_size: features of a row.
+        inputs, outputs: what is side by side in a row, in order.
         state_size: numbers of all states of all rows.
         memory_bytes: of a stream.
         about: what it is, in a line.
@@ -27,17 +44,43 @@ class Interface:
     prefix: str
     scalar: str
     rows: int
-    input_size: int
-    output_size: int
+    inputs: Sequence[Field]
+    outputs: Sequence[Field]
     state_size: int
     memory_bytes: int
     about: str
     numbers: str
 
     @property
+    def input_size(self) -> int:
+        """Numbers of a row of the input."""
+        return self.inputs[-1].span[1]
+
+    @property
+    def output_size(self) -> int:
+        """Numbers of a row of the output."""
+        return self.outputs[-1].span[1]
+
+    @property
     def macro(self) -> str:
         """The prefix of constants."""
         return self.prefix.upper()
+
+    def constants(self, what: str, fields: Sequence[Field]) -> str:
+        """Define where each of several inputs or outputs begins in a row; empty where there is one."""
+        if len(fields) == 1:
+            return ""
+        lines = [f"/* Side by side in a row of the {what.lower()}: */"]
+        names: set[str] = set()
+        for name, (first, last), shape in fields:
+            plain = re.sub(r"\W", "_", name, flags=re.ASCII).upper()
+            while plain in names:
+                plain += "_"
+            names.add(plain)
+            count = "1 number" if last - first == 1 else f"{last - first} numbers"
+            form = ", " + "".join(f"[{dim}]" for dim in shape) if len(shape) > 1 else ""
+            lines.append(f"#define {self.macro}_{what}_{plain}_AT {first} /* {count}{form} */")
+        return "\n".join([*lines, ""])
 
 
 def c_header(interface: Interface) -> str:
@@ -57,6 +100,7 @@ def c_header(interface: Interface) -> str:
 #define {m}_ROWS {interface.rows} /* of the batch */
 #define {m}_INPUT_SIZE {interface.input_size} /* numbers of a row */
 #define {m}_OUTPUT_SIZE {interface.output_size}
+{interface.constants("INPUT", interface.inputs)}{interface.constants("OUTPUT", interface.outputs)}\
 #define {m}_STATE_SIZE {interface.state_size} /* numbers of the states of all rows */
 #define {m}_MEMORY_BYTES {interface.memory_bytes} /* of a stream: states, then scratch memory */
 #define {m}_ALIGNMENT {ALIGNMENT}

@@ -38,7 +38,8 @@ def packed_buffers(part: Part, emitted: Emitted, target: Target) -> dict[str, by
     slots = Slots.of_kernel(part.plan, emitted)
     block = ArgumentBlock(slots)
     views = [View(value) for value in states]
-    block.bind(inputs=[View(x)], outputs=[View(y)], weights=map(View, part.weights), first=views, last=views)
+    inputs = [View(x[:, :, first:last]) for first, last in part.input_ranges.values()]
+    block.bind(inputs=inputs, outputs=[View(y)], weights=map(View, part.weights), first=views, last=views)
     values = block.values
     memory = np.zeros(emitted.scratch.bytes(rows, 1) + ALIGNMENT * (len(emitted.buffers) + 1), np.uint8)
     values[slots.steps] = values[slots.chunk_steps] = 1

@@ -214,9 +214,8 @@ class _Writer:
         """Return the slots that aren't zero: numbers, and addresses as a base and an offset."""
         item, rows = self.itemsize, self.rows
         values: dict[str, int | tuple[str, int]] = {"steps": 1, "rows": rows, "chunk_steps": 1, "packed": 1}
-        (leaf,) = part.graph.leaves("input")
-        name = part.graph[leaf].name
-        values[f"in.{name}.ptr"], values[f"in.{name}.row"] = ("%x", 0), part.input_size * item
+        for name, (first, _) in part.input_ranges.items():
+            values[f"in.{name}.ptr"], values[f"in.{name}.row"] = ("%x", first * item), part.input_size * item
         values["out.output.ptr"], values["out.output.row"] = ("%y", 0), part.output_size * item
         for state, start in zip(part.plan.states, part.start, strict=True):
             for kind in ("first", "last"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import Target, host_target, target_of
 from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.exporting.header import Interface
-from fusecell.shapes import feature_shape
 from fusecell.streaming.bound_step import Array, Part
+from fusecell.streaming.row_layout import split_row
 from fusecell.streaming.stream import Stream
 
 __all__ = ["ReferenceNumbers", "reference_numbers", "selftest_source"]
@@ -51,12 +52,19 @@ def reference_numbers(parts: Sequence[Part], rows: int, *, fused: bool) -> Refer
     if target != host_target():
         parts = [replace(part, kernel=compile_graph(part.graph, target=target)) for part in parts]
     stream = Stream.of_parts(parts, rows)
-    shape = (STEPS, rows, *feature_shape(stream.input_size))
-    inputs = np.random.default_rng(0).standard_normal(shape).astype(stream.dtype)
-    outputs = np.stack([stream.step(x) for x in inputs])
+    random = np.random.default_rng(0)
+    inputs = random.standard_normal((STEPS, rows, parts[0].input_size)).astype(stream.dtype)
+    layout = parts[0].row_shapes.input
+    outputs = np.stack([_flat(stream.step(split_row(x, layout)), rows) for x in inputs])
     states = stream.state
     state = np.concatenate([value.ravel() for value in states]) if states else np.empty(0, stream.dtype)
     return ReferenceNumbers(inputs, outputs, state)
+
+
+def _flat(outputs: Any, rows: int) -> Array:
+    """Return an output's rows as artefacts have them: several are side by side."""
+    several = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else [outputs]
+    return np.concatenate([value.reshape(rows, -1) for value in several], -1)
 
 
 def _reference_target(fused: bool) -> Target | None:

@@ -5,9 +5,11 @@ All of it is written here; no tool of the web is needed, neither to build nor to
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from fusecell.exporting.header import Interface
+from fusecell.exporting.header import Field, Interface
 from fusecell.exporting.interface import interface_of, macs_of, sibling
 from fusecell.exporting.object_file import read_object
 from fusecell.exporting.program import FUNCTIONS, build_program
@@ -70,6 +72,11 @@ def export_web(stream: Stream, stem: Path, prefix: str, target: ExportTarget, *,
     )
 
 
+def _spans(fields: Sequence[Field]) -> str:
+    """Write where each input or output is in a row, by name."""
+    return json.dumps({field.name: field.span for field in fields})
+
+
 def _es_module(interface: Interface, wasm: str) -> str:
     p = interface.prefix
     single = interface.scalar == "float"
@@ -81,6 +88,9 @@ def _es_module(interface: Interface, wasm: str) -> str:
 export const rows = {interface.rows};
 export const inputSize = {interface.input_size};
 export const outputSize = {interface.output_size};
+// The first number of each in a row, and the one behind its last.
+export const inputs = {_spans(interface.inputs)};
+export const outputs = {_spans(interface.outputs)};
 export const stateSize = {interface.state_size};
 
 const memoryBytes = {interface.memory_bytes}, itemBytes = {4 if single else 8}, page = 65536;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -21,7 +21,7 @@ from fusecell.compiler.programs.inference import reset_state
 from fusecell.compiler.programs.prepacked import KernelCell, PrepackedKernel
 from fusecell.compiler.runtime.kernel import compile_graph
 from fusecell.execution.options import Options, State
-from fusecell.shapes import feature_shape
+from fusecell.shapes import Outputs, Size, feature_shape, output_shape, unpacked
 from fusecell.streaming.bound_step import Part
 from fusecell.streaming.build import part_of
 from fusecell.streaming.small_weights import StoredWeight, check_format, stored_weights, with_small_weights
@@ -53,9 +53,10 @@ class QuantizedCell(KernelCell):
         torch.Size([7, 3, 128])
 
     Arguments:
-        cell: with one input and one output, which draws nothing in eval mode.
+        cell: one that draws nothing in eval mode.
         weights: "bfloat16", "float16", "int8" or "int8-dynamic", as :class:`fusecell.Stream` takes them.
         keep: the names of weights that stay float32.
+        input_sizes: the features or shape of each input, for a cell that takes several.
 
     Attributes:
         format: how the weights are stored.
@@ -65,12 +66,14 @@ class QuantizedCell(KernelCell):
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
 
-    def __init__(self, cell: Cell, weights: str, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self, cell: Cell, weights: str, keep: Collection[str] = (), input_sizes: Sequence[Size] | None = None
+    ) -> None:
         super().__init__(cell.input_size, cell.hidden_size)
         with _evaluating(cell):
             self.states, self.inputs = cell.states, cell.inputs  # type: ignore[misc]  # the class's, of other cells
             self.state_sizes, self.output_size = tuple(cell.state_sizes), cell.output_size
-            part = part_of(cell, 2, "quantize")
+            part = part_of(cell, 2, "quantize", input_sizes)
         check_format(weights, keep, part.dtype)
         (small,) = with_small_weights([part], weights, keep)
         self.kind, self.format, self.keep = type(cell).__name__, weights, tuple(keep)
@@ -110,24 +113,26 @@ class QuantizedCell(KernelCell):
             ]
         )
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor | State, state: State) -> tuple[Outputs, State]:
         """Evaluate the graph with the numbers that the stored weights stand for."""
-        graph, rows = self.graph, x.shape[0]
+        inputs = (x,) if isinstance(x, Tensor) else tuple(x)
+        graph, rows = self.graph, inputs[0].shape[0]
         weights = zip(graph.leaves("weight"), self._numbers(), strict=True)
         values = {graph[leaf].name: value for leaf, value in weights}
-        leaves = zip((*graph.leaves("input"), *graph.leaves("state")), (x, *state), strict=True)
+        leaves = zip((*graph.leaves("input"), *graph.leaves("state")), (*inputs, *state), strict=True)
         values |= {graph[leaf].name: value.reshape(rows, -1).to(torch.float32) for leaf, value in leaves}
         results = interpret(graph, values)
         after = [
             results[f"state.{name}"].reshape(rows, *feature_shape(size))
             for name, size in zip(self.states, self.state_sizes, strict=True)
         ]
-        return results["output"].reshape(rows, *feature_shape(self.output_size)), tuple(after)
+        output = results["output"].reshape(rows, *output_shape(self.output_size))
+        return unpacked(self.output_size, output, 1), tuple(after)
 
     def run_kernel(self, inputs: State, state: State, options: Options) -> tuple[Tensor, State]:
         """Run over (T, N, ...) inputs without gradients; see :func:`fusecell.eager.run_eager`."""
         reset = () if options.resets is None else reset_state(self, inputs[0])
-        shape = feature_shape(self.output_size)
+        shape = output_shape(self.output_size)
         return self.prepacked()(inputs, state, reset, options, {} if len(shape) == 1 else {"output": shape})
 
     def prepacked(self) -> PrepackedKernel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from fusecell.cell import Cell
 from fusecell.drop_in import GRU, LSTM, RNN
 from fusecell.quantized.cell import QuantizedCell
 from fusecell.quantized.layers import quantized_layer
+from fusecell.shapes import Size
 from fusecell.streaming.small_weights import FORMATS
 
 __all__ = ["quantize"]
@@ -21,7 +22,13 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _LAYER = re.compile(r"_l\d+(_reverse)?$")
 
 
-def quantize(module: nn.Module, weights: str = "int8", *, keep: Collection[str] = ()) -> nn.Module:
+def quantize(
+    module: nn.Module,
+    weights: str = "int8",
+    *,
+    keep: Collection[str] = (),
+    input_sizes: Sequence[Size] | Mapping[str, Sequence[Size]] | None = None,
+) -> nn.Module:
     r"""Return a copy of a model in eval mode, whose cells store their matrices in 16 or 8 bits.
 
     .. math:: \hat W_{jk} = s_j \, \mathrm{round}(W_{jk} / s_j), \quad s_j = \max_k |W_{jk}| / 127
@@ -48,15 +55,17 @@ def quantize(module: nn.Module, weights: str = "int8", *, keep: Collection[str] 
             matrices multiply, at each step, and adds whole numbers: the quickest where a CPU has VNNI or dot products.
         keep: names of weights that stay float32, such as ``"weight_hh"`` of all cells, ``"rnn.weight_ih_l0"``, or
             ``"decoder.cell.out.weight"``.
+        input_sizes: the features or shape of each input of a cell that takes several; a dict by the names of cells in
+            the model, ``{"encoder.cell": (5, 5, 1)}``, where more than one does.
 
     Returns:
         The copy. Its parameters are those of what isn't recurrent, and require no gradients; ``state_dict`` has the
         stored weights. A call whose input requires gradients runs as a Python loop.
 
     Raises:
-        TypeError: if the module has no cells, a cell has several inputs or outputs, or computes in another dtype than
-            float32; for a subclass of GRU, LSTM or RNN.
-        ValueError: for another format, or a name in ``keep`` that no weight has.
+        TypeError: if the module has no cells, a cell has several inputs without ``input_sizes``, or computes in another
+            dtype than float32; for a subclass of GRU, LSTM or RNN.
+        ValueError: for another format, a name in ``keep`` that no weight has, or in ``input_sizes`` that no cell has.
         NotCompilable: if the step of a cell can't be compiled.
     """
     if not isinstance(module, nn.Module):
@@ -76,8 +85,9 @@ def quantize(module: nn.Module, weights: str = "int8", *, keep: Collection[str] 
     for name in keep:
         if not any(_is_named(each, name) for each in names):
             raise ValueError(f"keep names {name!r}, and the weights are {', '.join(names)}.")
+    sizes = _sizes_by_path(parts, input_sizes)
     # What deepcopy finds by the identity of the original it takes for its copy.
-    copies: dict[int, Any] = {id(part): _quantized(path, part, weights, keep) for path, part in parts}
+    copies: dict[int, Any] = {id(part): _quantized(path, part, weights, keep, sizes.get(path)) for path, part in parts}
     copied: nn.Module = copy.deepcopy(module, copies)
     return copied.eval().requires_grad_(False)
 
@@ -89,6 +99,23 @@ def _recurrent(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Modu
         return
     for name, part in module.named_children():
         yield from _recurrent(part, _joined(path, name))
+
+
+def _sizes_by_path(
+    parts: Sequence[tuple[str, nn.Module]], input_sizes: Sequence[Size] | Mapping[str, Sequence[Size]] | None
+) -> Mapping[str, Sequence[Size]]:
+    """Return the sizes of the inputs of those cells that take several, by their paths."""
+    several = [path for path, part in parts if isinstance(part, Cell) and len(part.inputs) > 1]
+    if input_sizes is None:
+        return {}
+    sizes = input_sizes if isinstance(input_sizes, Mapping) else dict.fromkeys(several, input_sizes)
+    cells = ", ".join(map(repr, several)) or "none"
+    if not isinstance(input_sizes, Mapping) and len(several) != 1:
+        raise ValueError(f"input_sizes lists sizes of one cell, and those of several inputs are {cells}: pass a dict.")
+    for path in sizes:
+        if path not in several:
+            raise ValueError(f"input_sizes names {path!r}, and the cells of several inputs are {cells}.")
+    return sizes
 
 
 def _joined(path: str, name: str) -> str:
@@ -114,7 +141,9 @@ def _is_named(full: str, name: str) -> bool:
     return full == name or full.endswith(f".{name}") or _LAYER.sub("", full.rpartition(".")[2]) == name
 
 
-def _quantized(path: str, part: nn.Module, weights: str, keep: Collection[str]) -> nn.Module:
+def _quantized(
+    path: str, part: nn.Module, weights: str, keep: Collection[str], input_sizes: Sequence[Size] | None
+) -> nn.Module:
     """Return the replacement of a cell or a drop-in layer."""
 
     def float32_names(suffix: str) -> list[str]:
@@ -124,4 +153,4 @@ def _quantized(path: str, part: nn.Module, weights: str, keep: Collection[str]) 
     if isinstance(part, GRU | LSTM | RNN):
         return quantized_layer(part, weights, [float32_names(suffix) for suffix in _suffixes(part)])
     assert isinstance(part, Cell)
-    return QuantizedCell(part, weights, float32_names(""))
+    return QuantizedCell(part, weights, float32_names(""), input_sizes)

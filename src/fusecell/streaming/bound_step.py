@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from fusecell.compiler.ir.sizes import ALIGNMENT, SLOT_BYTES
 from fusecell.compiler.runtime import guard_pages
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.kernel_calls import KernelCalls
+from fusecell.streaming.row_layout import RowLayout, is_one_shape
 
 if TYPE_CHECKING:
     from fusecell.compiler.schedule.plan import Plan
@@ -29,16 +31,20 @@ MOST_STEPS = 64
 
 
 class RowShapes(NamedTuple):
-    """The shapes of a row of a cell's input, of its output and of each of its states."""
+    """The shapes of a row of a cell's input, of its output and of each of its states.
 
-    input: tuple[int, ...]
-    output: tuple[int, ...]
+    Several inputs are a tuple of shapes, several outputs a tuple or a dict.
+    """
+
+    input: RowLayout
+    output: RowLayout
     states: tuple[tuple[int, ...], ...]
 
     @property
     def is_flat(self) -> bool:
-        """Whether each is one dimension of features."""
-        return all(len(shape) == 1 for shape in (self.input, self.output, *self.states))
+        """Whether each is one tensor of one dimension, its features."""
+        are_one = is_one_shape(self.input) and is_one_shape(self.output)
+        return are_one and all(len(shape) == 1 for shape in (self.input, self.output, *self.states))
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Part:
         kernel: the kernel compiled from it, in this process or when the stream was saved.
         weights: in the order of the graph's weight leaves.
         start: the initial states, (rows, size) each.
-        shapes: of a row of the input, the output and each state, as users see them; flat if left out.
+        shapes: of a row of the input, the output and each state, as users see them; flat if left out. A kernel has
+            several inputs, or outputs, side by side in a row.
     """
 
     kind: str
@@ -67,8 +74,14 @@ class Part:
 
     @functools.cached_property
     def input_size(self) -> int:
-        (leaf,) = self.graph.leaves("input")
-        return self.graph[leaf].size
+        return sum(self.graph[leaf].size for leaf in self.graph.leaves("input"))
+
+    @property
+    def input_ranges(self) -> dict[str, tuple[int, int]]:
+        """The first feature of each input, by its name in the graph, in a row of all, and the one behind its last."""
+        leaves = [self.graph[leaf] for leaf in self.graph.leaves("input")]
+        ends = accumulate([leaf.size for leaf in leaves], initial=0)
+        return {leaf.name: span for leaf, span in zip(leaves, pairwise(ends), strict=True)}
 
     @functools.cached_property
     def output_size(self) -> int:
@@ -87,7 +100,9 @@ class Part:
         """The shapes of a row, as users see them."""
         if self.shapes is not None:
             return self.shapes
-        return RowShapes((self.input_size,), (self.output_size,), tuple([value.shape[1:] for value in self.start]))
+        inputs = tuple([(self.graph[leaf].size,) for leaf in self.graph.leaves("input")])
+        states = tuple([value.shape[1:] for value in self.start])
+        return RowShapes(inputs if len(inputs) > 1 else inputs[0], (self.output_size,), states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +130,7 @@ class BoundStep:
 
     Arguments:
         part: the compiled cell.
-        source: (rows, input_size), the buffer of its input: the output of the cell below.
+        source: (rows, input_size), the buffer of its inputs, side by side: the output of the cell below.
     """
 
     def __init__(self, part: Part, source: Array) -> None:
@@ -162,7 +177,8 @@ class BoundStep:
 
     def _bind(self, block: ArgumentBlock, x: Array, y: Array) -> None:
         """Bind the arrays of inputs and outputs, (T, N, size)."""
-        block.bind(inputs=[View(x)] * len(block.slots.inputs), outputs=[View(y)])
+        inputs = [View(x[:, :, first:last]) for first, last in self.part.input_ranges.values()]
+        block.bind(inputs=inputs, outputs=[View(y)])
 
     def run_some(self, order: Array, count: Array) -> None:
         """Run one step of the first ``count`` rows in ``order``; both are int64 arrays, (rows,) and (1,)."""

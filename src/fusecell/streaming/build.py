@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from fusecell.errors import NotCompilable
 from fusecell.execution.options import State
 from fusecell.layers import Recurrent, Sequential, Stack
 from fusecell.module_snapshot import preserved
-from fusecell.shapes import Size, feature_shape, is_size, output_shapes, size_text
+from fusecell.shapes import OutputSize, Size, feature_shape, is_size, output_shapes, size_text
 from fusecell.streaming.bound_step import Part, RowShapes
+from fusecell.streaming.row_layout import RowLayout, shape_list
 from fusecell.validation import first_state, weights_dtype
 from fusecell.wrappers import Residual
 
@@ -48,35 +49,37 @@ class PerStep(Cell):
         return self.module(x), ()
 
 
-def parts_of(module: nn.Module, rows: int) -> list[Part]:
+def parts_of(module: nn.Module, rows: int, input_sizes: Sequence[Size] | None = None) -> list[Part]:
     """Compile the cells of a module, bottom first, with copies of their present weights.
 
     Arguments:
-        module: as :class:`fusecell.Stream` takes it.
+        module, input_sizes: as :class:`fusecell.Stream` takes them.
         rows: the number of rows.
 
     Raises:
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
-    return _parts(list(_cells(module, None)), rows, "Stream")
+    return _parts(list(_cells(module, None)), rows, "Stream", input_sizes)
 
 
-def part_of(cell: Cell, rows: int, caller: str) -> Part:
+def part_of(cell: Cell, rows: int, caller: str, input_sizes: Sequence[Size] | None = None) -> Part:
     """Compile a cell as one, with copies of its present weights, be it a Stack of several.
 
     Arguments:
         caller: the function that errors name.
+        input_sizes: as :class:`fusecell.Stream` takes them.
 
     Raises:
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does.
     """
-    return _parts([cell], rows, caller)[0]
+    return _parts([cell], rows, caller, input_sizes)[0]
 
 
-def _parts(cells: Sequence[Cell], rows: int, caller: str) -> list[Part]:
-    for cell in cells:
-        _check(cell, rows, caller)
-    _check_chain(cells)
+def _parts(cells: Sequence[Cell], rows: int, caller: str, input_sizes: Sequence[Size] | None) -> list[Part]:
+    for place, cell in enumerate(cells):
+        _check(cell, rows, caller, gets_noise=place == 0 and input_sizes is not None)
+    _check_chain(cells, caller)
+    bottom = _input_layout(cells[0], input_sizes, caller)
     kinds = {dtype.to_real() for cell in cells if (dtype := weights_dtype(cell)) is not None} or {
         torch.get_default_dtype()
     }
@@ -88,18 +91,21 @@ def _parts(cells: Sequence[Cell], rows: int, caller: str) -> list[Part]:
         )
     (dtype,) = kinds
     with torch.inference_mode(False), torch.no_grad():
-        return [_part(cell, rows, dtype) for cell in cells]
+        inputs = [bottom, *(feature_shape(cell.input_size) for cell in cells[1:])]
+        return [_part(cell, rows, dtype, layout) for cell, layout in zip(cells, inputs, strict=True)]
 
 
-def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
+def _part(cell: Cell, rows: int, dtype: torch.dtype, inputs: RowLayout) -> Part:
     """Compile one cell."""
-    shapes = RowShapes(
-        feature_shape(cell.input_size), feature_shape(cell.output_size), tuple(map(feature_shape, cell.state_sizes))
-    )
+    shapes = RowShapes(inputs, _output_layout(cell.output_size), tuple(map(feature_shape, cell.state_sizes)))
     start = first_state(cell, rows, dtype=dtype, device="cpu")
-    program = compile_step(cell, [shapes.input], dtype, draws=False)
-    if isinstance(program, Refusal) and _takes_ids(cell, start, torch.zeros((rows, *shapes.input), dtype=dtype)):
-        program = compile_step(cell, [shapes.input], dtype, (torch.int64,), draws=False)
+    program = compile_step(cell, shape_list(inputs), dtype, draws=False)
+    if isinstance(program, Refusal):
+        dtypes = _dtypes_with_ids(
+            cell, start, [torch.zeros((rows, *shape), dtype=dtype) for shape in shape_list(inputs)]
+        )
+        if dtypes is not None:
+            program = compile_step(cell, shape_list(inputs), dtype, dtypes, draws=False)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
     # Copies: training may go on with the module while the stream runs.
@@ -114,21 +120,62 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype) -> Part:
     )
 
 
-def _takes_ids(cell: Cell, start: State, zeros: Tensor) -> bool:
-    """Whether a step takes integers alone, as one does that looks them up in a table."""
+def _dtypes_with_ids(cell: Cell, start: State, zeros: Sequence[Tensor]) -> tuple[torch.dtype, ...] | None:
+    """Return the dtypes of the inputs of a step that takes integers, as one does that looks them up in a table.
 
-    def is_taken(x: Tensor) -> bool:
+    Returns:
+        None if it takes numbers of the cell's dtype, or nothing with as few integers as there can be.
+    """
+
+    def is_taken(inputs: Sequence[Tensor]) -> bool:
         try:
             with preserved(cell):
-                cell.step(x, start)
+                cell.step(inputs[0] if len(inputs) == 1 else tuple(inputs), start)
         except Exception:  # the step's own, whatever it is: the compiler says what is wrong with it
             return False
         return True
 
-    return not is_taken(zeros) and is_taken(zeros.long())
+    places = range(len(zeros))
+    for count in range(len(zeros) + 1):
+        for ids in combinations(places, count):
+            inputs = [value.long() if place in ids else value for place, value in enumerate(zeros)]
+            if is_taken(inputs):
+                return tuple(value.dtype for value in inputs) if ids else None
+    return None
 
 
-def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
+def _input_layout(cell: Cell, sizes: Sequence[Size] | None, caller: str) -> RowLayout:
+    """Return the shape of a row of the bottom cell's input, or of each of its inputs.
+
+    Raises:
+        TypeError, ValueError: unless there is a size for each of several inputs.
+    """
+    names = ", ".join(cell.inputs)
+    if sizes is None:
+        if len(cell.inputs) == 1:
+            return feature_shape(cell.input_size)
+        raise TypeError(
+            f"{caller}: {type(cell).__name__} takes {len(cell.inputs)} inputs ({names}), whose sizes it doesn't say: "
+            f"pass {caller}(..., input_sizes=(...)), the features or shape of each."
+        )
+    if len(sizes) != len(cell.inputs):
+        raise ValueError(
+            f"{caller}: {type(cell).__name__} takes {len(cell.inputs)} inputs ({names}), got {len(sizes)} input_sizes: "
+            "pass one for each."
+        )
+    shapes = tuple(map(feature_shape, sizes))
+    return shapes if len(shapes) > 1 else shapes[0]
+
+
+def _output_layout(size: OutputSize) -> RowLayout:
+    """Return the shape of a row of an output, or of each of several."""
+    if is_size(size):
+        return feature_shape(size)
+    shapes = tuple(output_shapes(size).values())
+    return dict(zip(size, shapes, strict=True)) if isinstance(size, Mapping) else shapes
+
+
+def _cells(module: nn.Module, width: OutputSize | None) -> Iterator[Cell]:
     """Iterate over the cells of a module, bottom first.
 
     Not ``iter_cells``: the order is that of execution, and what can't run step by step is refused.
@@ -163,6 +210,11 @@ def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
                 width = cell.output_size
                 yield cell
     elif width is not None and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if not is_size(width):
+            raise TypeError(
+                f"Stream: {type(module).__name__} above a cell of several outputs ({', '.join(output_shapes(width))}) "
+                "would be handed all of them; make it a part of the cell's step."
+            )
         yield PerStep(module, width)
     else:
         raise TypeError(
@@ -171,32 +223,40 @@ def _cells(module: nn.Module, width: Size | None) -> Iterator[Cell]:
         )
 
 
-def _check(cell: Cell, rows: int, caller: str) -> None:
-    """Raise TypeError for a cell that needs more than one input in a step."""
+def _check(cell: Cell, rows: int, caller: str, *, gets_noise: bool) -> None:
+    """Raise TypeError for a cell that doesn't run step by step as it is.
+
+    Arguments:
+        gets_noise: whether steps are handed what a layer would draw.
+    """
     name = type(cell).__name__
-    if not is_size(cell.output_size):
-        raise TypeError(
-            f"{caller} takes cells with one output, {name} has several ({', '.join(output_shapes(cell.output_size))}). "
-            "Return those that you need concatenated, or use fusecell.step."
-        )
     if isinstance(cell, KernelCell):
         raise TypeError(
             f"{caller} takes the model before fusecell.quantize, and the format of its weights: "
             "Stream(model, weights='int8')."
         )
-    if cell.draw(1, rows):
-        raise TypeError(f"{caller}: {name} draws random inputs; eval() it first.")
-    if len(cell.inputs) > 1:
+    if not gets_noise and (count := len(cell.draw(1, rows))):
         raise TypeError(
-            f"{caller} takes cells with one input, {name} has {len(cell.inputs)}: {', '.join(cell.inputs)}."
+            f"{caller}: {name} draws random inputs, {', '.join(cell.inputs[-count:])}; eval() it first. One that draws "
+            f"in eval mode too takes them as inputs: {caller}(..., input_sizes=(...)), the sizes of all "
+            f"{len(cell.inputs)}."
+        )
+    if isinstance(cell.output_size, Mapping) and not all(isinstance(key, str) for key in cell.output_size):
+        raise TypeError(
+            f"{caller}: the outputs of {name} are to have names that are text, got {list(cell.output_size)}."
         )
 
 
-def _check_chain(cells: Sequence[Cell]) -> None:
-    """Raise ValueError unless each cell takes rows of the shape that the one below gives; kernels see flat rows."""
+def _check_chain(cells: Sequence[Cell], caller: str) -> None:
+    """Raise unless each cell takes rows of the shape that the one below gives; kernels see flat rows."""
     for below, above in pairwise(cells):
+        if len(above.inputs) > 1 or not is_size(below.output_size):
+            raise TypeError(
+                f"{caller}: {type(below).__name__} and {type(above).__name__} above it hand one tensor from one to the "
+                "other; only the bottom cell may have several inputs, and only the top one several outputs."
+            )
         if feature_shape(below.output_size) != feature_shape(above.input_size):
             raise ValueError(
-                f"Stream: {type(below).__name__} gives rows of {size_text(below.output_size)} and "
+                f"{caller}: {type(below).__name__} gives rows of {size_text(below.output_size)} and "
                 f"{type(above).__name__} above it takes {size_text(above.input_size)}; they must agree."
             )

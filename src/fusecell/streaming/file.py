@@ -29,6 +29,7 @@ from fusecell.errors import CompilerError, StreamFileError, quoted
 from fusecell.streaming.bound_step import MOST_STEPS, Array, Part, RowShapes
 from fusecell.streaming.limits import Limits
 from fusecell.streaming.machine_code import StepCode, compile_code, misfit, read_code
+from fusecell.streaming.row_layout import RowLayout
 from fusecell.streaming.small_weights import UnreadableWeights, check_storage
 from fusecell.streaming.stream import Stream
 from fusecell.strict_json import parse_json
@@ -41,7 +42,7 @@ __all__ = ["StreamFileError", "digest", "load_stream", "write"]
 
 _FORMAT = "fusecell stream 1"
 _DEFAULT_LIMITS = Limits()
-_MOST_DIMS = 16
+_MOST_DIMS, _MOST_FEATURES = 16, 1 << 32
 
 
 def write(parts: Sequence[Part], path: str | Path, code_for: Sequence[str] = ()) -> None:
@@ -232,31 +233,56 @@ def _row_shapes(entry: Any, graph: Graph) -> RowShapes:
     """Check the shapes of a row, which must have as many features as the graph's rows."""
     if not isinstance(entry, dict) or entry.keys() != {"input", "output", "states"}:
         raise CompilerError(f"its shapes are {quoted(entry)}, expected an object of input, output and states")
-    (leaf,) = graph.leaves("input")
+    inputs = [graph[leaf].size for leaf in graph.leaves("input")]
     states = [graph[index].size for index in graph.leaves("state")]
     if not isinstance(entry["states"], list) or len(entry["states"]) != len(states):
         raise CompilerError(f"its shapes of states are {quoted(entry['states'])}, expected {len(states)}")
     return RowShapes(
-        _shape(entry["input"], graph[leaf].size),
-        _shape(entry["output"], graph[graph.outputs["output"]].size),
+        _inputs(entry["input"], inputs),
+        _outputs(entry["output"], graph[graph.outputs["output"]].size),
         tuple(_shape(shape, size) for shape, size in zip(entry["states"], states, strict=True)),
     )
 
 
-def _shape(shape: Any, size: int) -> tuple[int, ...]:
-    """Check the shape of a row of so many features."""
+def _inputs(entry: Any, sizes: Sequence[int]) -> RowLayout:
+    """Check the shape of a row of the input, or of each of several."""
+    if len(sizes) == 1:
+        return _shape(entry, sizes[0])
+    if not isinstance(entry, list) or len(entry) != len(sizes):
+        raise CompilerError(f"the shapes of its inputs are {quoted(entry)}, expected {len(sizes)}")
+    return tuple(_shape(shape, size) for shape, size in zip(entry, sizes, strict=True))
+
+
+def _outputs(entry: Any, size: int) -> RowLayout:
+    """Check the shape of a row of the output, or of each of several, which are side by side."""
+    several: Any = entry.values() if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict | list) or not any(isinstance(shape, list) for shape in several):
+        return _shape(entry, size)
+    if len(several) > size:
+        raise CompilerError(f"it has {len(several)} outputs of {size} features in all")
+    shapes = tuple(_shape(shape, None) for shape in several)
+    if sum(map(math.prod, shapes)) != size:
+        raise CompilerError(f"the shapes of its outputs are {quoted(entry)}, expected {size} features in all")
+    return dict(zip(entry, shapes, strict=True)) if isinstance(entry, dict) else shapes
+
+
+def _shape(shape: Any, size: int | None) -> tuple[int, ...]:
+    """Check the shape of a row of so many features, or of any number that there can be."""
+    most = _MOST_FEATURES if size is None else size
     is_shape = isinstance(shape, list) and len(shape) <= _MOST_DIMS
     # A bool is an int to Python, and no dimension.
-    if not is_shape or not all(type(dim) is int and 0 < dim <= size for dim in shape) or math.prod(shape) != size:
-        raise CompilerError(f"the shape of a row is {quoted(shape)}, expected dimensions of {size} features in all")
+    is_shape = is_shape and all(type(dim) is int and 0 < dim <= most for dim in shape)
+    if not is_shape or (size is not None and math.prod(shape) != size):
+        number = "" if size is None else f" of {size} features in all"
+        raise CompilerError(f"the shape of a row is {quoted(shape)}, expected dimensions{number}")
     return tuple(shape)
 
 
 def _check_step(graph: Graph) -> None:
-    """Raise CompilerError unless a graph has what a stream's step has: one input, an output, and states."""
+    """Raise CompilerError unless a graph has what a stream's step has: inputs, an output, and states."""
     inputs = [graph[index].name for index in graph.leaves("input")]
-    if len(inputs) != 1 or inputs[0].startswith(SAVED):
-        raise CompilerError(f"a stream's step has one input, this has {quoted(inputs)}")
+    if not inputs or any(name.startswith(SAVED) for name in inputs):
+        raise CompilerError(f"a stream's step has the inputs {quoted(inputs)}, expected one or more of the caller's")
     others = sorted(label for label in graph.outputs if label != "output" and not label.startswith("state."))
     if others:
         raise CompilerError(f"its results include {quoted(others)}, expected the output and the states alone")
@@ -296,8 +322,10 @@ def _tensor(tensors: dict[str, Array], name: str, shape: tuple[int, ...], dtype:
 def _check_chain(steps: Sequence[_Step]) -> None:
     """Raise ValueError unless each step takes the output of the one below."""
     for below, above in pairwise(steps):
-        (leaf,) = above.graph.leaves("input")
-        output, input = below.graph[below.graph.outputs["output"]].size, above.graph[leaf].size
+        leaves = above.graph.leaves("input")
+        if len(leaves) > 1:
+            raise ValueError(f"{above.kind} above {below.kind} takes {len(leaves)} inputs, expected one")
+        output, input = below.graph[below.graph.outputs["output"]].size, above.graph[leaves[0]].size
         if output != input or below.graph.dtype != above.graph.dtype:
             raise ValueError(
                 f"{below.kind} gives {output} features in {below.graph.dtype}, {above.kind} above it "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusecell.streaming.bound_step import Array
+from fusecell.streaming.row_layout import split_row
 from fusecell.streaming.stream import Stream
 
 __all__ = ["Latency", "measure"]
@@ -54,11 +55,10 @@ def measure(stream: Stream, steps: int, *, progress: Callable[[int], object] | N
         steps: the number of steps to time, after up to 1000 to warm up.
         progress: called about a hundred times with the number of steps done.
     """
-    size = stream.input_size
-    rows = (stream.batch_size, *(size if isinstance(size, tuple) else (size,)))
-    inputs = np.random.default_rng(0).normal(size=(256, *rows)).astype(stream.dtype)
-    size = stream.output_size
-    out = np.empty((stream.batch_size, *(size if isinstance(size, tuple) else (size,))), stream.dtype)
+    part = stream.parts[0]
+    rows = np.random.default_rng(0).normal(size=(256, stream.batch_size, part.input_size)).astype(stream.dtype)
+    inputs = [split_row(row, part.row_shapes.input) for row in rows]
+    out = stream.step(inputs[0])
     # Local names and 256 inputs made before: the loop is to time steps and nothing else.
     clock, step, ticks = time.perf_counter_ns, stream.step, np.empty(steps, np.int64)
     for index in range(min(steps, 1000)):

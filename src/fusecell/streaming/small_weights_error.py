@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusecell.streaming.bound_step import Array
+from fusecell.streaming.row_layout import is_one_shape, joined_row, total_features
 from fusecell.streaming.small_weights import StoredWeight
 from fusecell.streaming.stream import Stream
 
@@ -75,7 +76,12 @@ class WeightError:
 
 
 def weight_error(
-    module: nn.Module, x: Array | Tensor, weights: str = "int8", *, keep: Collection[str] = ()
+    module: nn.Module,
+    x: Any,
+    weights: str = "int8",
+    *,
+    keep: Collection[str] = (),
+    input_sizes: Sequence[int | tuple[int, ...]] | None = None,
 ) -> WeightError:
     """Run a module's stream with small weights and with float32 ones, and compare outputs and states.
 
@@ -92,8 +98,8 @@ def weight_error(
     Arguments:
         module: what :class:`fusecell.Stream` takes.
         x: sequences that are like those it will run on, (T, input_size) or (T, N, input_size); of a ``batch_first``
-            layer (N, T, input_size).
-        weights, keep: as :class:`fusecell.Stream` takes them.
+            layer (N, T, input_size). A tuple of such for a cell that takes several inputs.
+        weights, keep, input_sizes: as :class:`fusecell.Stream` takes them.
 
     Returns:
         The :class:`fusecell.streaming.WeightError`.
@@ -102,9 +108,13 @@ def weight_error(
         TypeError, ValueError, NotCompilable: as :class:`fusecell.Stream` does; ValueError for sequences of another
             shape, or without a step.
     """
-    sequences = x.detach().numpy() if hasattr(x, "detach") else np.asarray(x)
-    exact = Stream(module)
-    one = exact.input_size if isinstance(exact.input_size, tuple) else (exact.input_size,)
+    exact = Stream(module, input_sizes=input_sizes)
+    layout = exact.parts[0].row_shapes.input
+    one: Any = layout
+    if is_one_shape(layout):
+        sequences = _array(x)
+    else:
+        sequences, one = joined_row(x, layout, _array, "weight_error takes"), (total_features(layout),)
     has_rows = sequences.ndim == len(one) + 2
     if sequences.size == 0 or sequences.shape[2 if has_rows else 1 :] != one or sequences.ndim < len(one) + 1:
         of_row = ", ".join(map(str, one))
@@ -116,9 +126,10 @@ def weight_error(
         sequences = sequences.swapaxes(0, 1)
     rows = sequences.shape[1] if has_rows else 1
     if rows > 1:
-        exact = Stream(module, rows)
-    small = Stream(module, rows, weights=weights, keep=keep)
-    pairs = [("output", exact.push(sequences), small.push(sequences))]
+        exact = Stream(module, rows, input_sizes=input_sizes)
+    small = Stream(module, rows, weights=weights, keep=keep, input_sizes=input_sizes)
+    outputs = [_named(stream.push(sequences)) for stream in (exact, small)]
+    pairs = [(name, value, outputs[1][name]) for name, value in outputs[0].items()]
     names = [
         f"{place}.{part.graph[index].name}"
         for place, part in enumerate(exact.parts)
@@ -133,6 +144,19 @@ def weight_error(
         sum(each.bytes for each in stored),
         sum(each.bytes for each in exact.weights),
     )
+
+
+def _array(value: Array | Tensor) -> Array:
+    return value.detach().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _named(outputs: Any) -> dict[str, Array]:
+    """Return outputs by name: ``output``, ``output[0]`` or ``output['name']``."""
+    if isinstance(outputs, dict):
+        return {f"output[{name!r}]": value for name, value in outputs.items()}
+    if isinstance(outputs, tuple):
+        return {f"output[{place}]": value for place, value in enumerate(outputs)}
+    return {"output": outputs}
 
 
 def _compared(name: str, exact: Array, small: Array) -> Difference:

@@ -5,12 +5,13 @@ Nothing here imports torch: a stream that was saved runs without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusecell.streaming.bound_step import MOST_STEPS, Array, BoundStep, Part
+from fusecell.streaming.row_layout import RowLayout, is_one_shape, joined_row, split_row
 from fusecell.streaming.small_weights import StoredWeight, check_format, stored_weights, with_small_weights
 
 if TYPE_CHECKING:
@@ -47,20 +48,32 @@ class Stream:
             ``"int8-dynamic"`` also rounds what they multiply to int8, at each step, and sums are of whole numbers.
         keep: names of weights that stay float32, as :attr:`weights` lists them, such as ``"0.weight_hh"``, or
             ``"weight_hh"`` of all cells.
+        input_sizes: the features or shape of each input, for a cell that takes several; steps then take a tuple. What
+            a cell draws at random is an input too, its last ones: a stream is handed its noise.
 
     Attributes:
-        input_size, output_size: features of a step, or the shape of a row.
+        input_size, output_size: features of a step, or the shape of a row; of several inputs or outputs a tuple of
+            shapes, or the dict of sizes that the cell has.
         dtype: NumPy's, of inputs, outputs and states.
 
     Raises:
-        TypeError: for any other module, a cell with several inputs, or one that draws random inputs (call ``eval()``).
+        TypeError: for any other module, a cell with several inputs without ``input_sizes``, or one that draws random
+            inputs (call ``eval()``).
         ValueError: for a bidirectional or reversed layer, whose first output needs the last input; for a batch_size
             below 1; for an unknown format, or one that this CPU can't read; for names in ``keep`` that no weight has.
         NotCompilable: if the step of a cell can't be compiled.
     """
 
+    _sizes: Sequence[int | tuple[int, ...]] | None
+
     def __init__(
-        self, module: nn.Module, batch_size: int = 1, *, weights: str = "float32", keep: Collection[str] = ()
+        self,
+        module: nn.Module,
+        batch_size: int = 1,
+        *,
+        weights: str = "float32",
+        keep: Collection[str] = (),
+        input_sizes: Sequence[int | tuple[int, ...]] | None = None,
     ) -> None:
         try:
             from fusecell.streaming.build import parts_of
@@ -71,10 +84,10 @@ class Stream:
             ) from error
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Stream takes a batch_size of 1 or more, got {batch_size!r}.")
-        parts = parts_of(module, batch_size)
+        parts = parts_of(module, batch_size, input_sizes)
         check_format(weights, keep, parts[0].dtype)
         self._bind(with_small_weights(parts, weights, keep), batch_size, module)
-        self._format, self._keep = weights, tuple(keep)
+        self._format, self._keep, self._sizes = weights, tuple(keep), input_sizes
 
     @classmethod
     def of_parts(cls, parts: Sequence[Part], batch_size: int) -> Stream:
@@ -91,10 +104,14 @@ class Stream:
     def _bind(self, parts: Sequence[Part], rows: int, module: nn.Module | None) -> None:
         self._module = module
         self._format, self._keep = "float32", ()
+        self._sizes = None
         self._rows = rows
         self.dtype = parts[0].dtype
-        self._one, self._output_shape = parts[0].row_shapes.input, parts[-1].row_shapes.output
-        self.input_size, self.output_size = _size(self._one), _size(self._output_shape)
+        self._inputs, self._outputs = parts[0].row_shapes.input, parts[-1].row_shapes.output
+        self._one_input, self._one_output = is_one_shape(self._inputs), is_one_shape(self._outputs)
+        self.input_size, self.output_size = _size(self._inputs), _size(self._outputs)
+        # Several are side by side.
+        self._one: Any = self._inputs if self._one_input else (parts[0].input_size,)
         self._cells: list[BoundStep] = []
         source = np.zeros((rows, parts[0].input_size), self.dtype)
         for part in parts:
@@ -102,7 +119,7 @@ class Stream:
             source = self._cells[-1].output
         # Views of the kernels' buffers in the users' shapes.
         self._input = self._cells[0].input.reshape(rows, *self._one)
-        self._output = source.reshape(rows, *self._output_shape)
+        self._output = source.reshape(rows, *(self._outputs if self._one_output else (-1,)))
         self._calls: list[tuple[Callable[[int], None], int]] = [(cell.run, cell.address) for cell in self._cells]
         self._order = np.arange(rows, dtype=np.int64)
         self._count = np.array([rows], dtype=np.int64)
@@ -161,29 +178,30 @@ class Stream:
 
         write(self.parts, path, code_for)
 
-    def step(self, x: Array | Tensor, *, rows: Array | Tensor | None = None, out: Array | None = None) -> Array:
+    def step(self, x: Any, *, rows: Array | Tensor | None = None, out: Any = None) -> Any:
         """Run one step.
 
         Arguments:
             x: (batch_size, input_size), or (input_size,) if there is one row; an array or a tensor. An ``input_size``
-                that is a shape stands for as many dimensions.
+                that is a shape stands for as many dimensions. Of a cell that takes several inputs a tuple of such, or
+                one array that has the features of all of them side by side.
             rows: (batch_size,) bool, True for rows that take part. The others keep their state, and their output is 0.
-            out: an array for the output, in place of a new one.
+            out: an array for the output, in place of a new one; a tuple or a dict where there are several.
 
         Returns:
-            The output, in the form of ``x``.
+            The output, in the form of ``x``; a tuple or a dict of outputs if the cell's step returns one.
 
         Raises:
             TypeError: for complex numbers or other objects.
             ValueError: where a shape doesn't fit.
         """
         if type(x) is not np.ndarray:
-            x = _array(x)
+            x = self._row(x, "Stream.step takes")
         if x.dtype is not self._input.dtype:  # identity holds nearly always, and == takes longer
             x = self._real("input", x)
         unbatched = x.shape == self._one and self._rows == 1
         if not unbatched and x.shape != self._input.shape:
-            raise ValueError(f"Stream.step expected an input of shape {self._input.shape}, got {x.shape}.")
+            raise ValueError(f"Stream.step expected {self._expected(*self._input.shape)}, got {x.shape}.")
         self._input[...] = x
         if rows is None:
             for run, address in self._calls:
@@ -191,9 +209,31 @@ class Stream:
         else:
             self._step_some(_array(rows))
         output = self._output[0] if unbatched else self._output
+        if not self._one_output:
+            return self._several(output, out)
         if out is None:
             return output.copy()  # the next step overwrites the buffer
         np.copyto(out, output)
+        return out
+
+    def _row(self, x: Any, what: str) -> Array:
+        """Return an input as an array, and several of them as one that has them side by side."""
+        if self._one_input or isinstance(x, np.ndarray) or hasattr(x, "detach"):
+            return _array(x)
+        return joined_row(x, self._inputs, lambda value: self._real("input", _array(value)), what)
+
+    def _expected(self, *shape: object) -> str:
+        """Say what a step or a chunk is to be."""
+        text = f"an array of shape ({', '.join(map(str, shape))})"
+        return text if self._one_input else f"a tuple of {len(self._inputs)} inputs, or {text}"
+
+    def _several(self, row: Array, out: Any) -> Any:
+        """Return the outputs that lie side by side in rows, or copy each to where it is to go."""
+        values = split_row(row, self._outputs)
+        if out is None:
+            return values
+        for place in values if isinstance(values, dict) else range(len(values)):
+            np.copyto(out[place], values[place])
         return out
 
     def _step_some(self, rows: Array) -> None:
@@ -209,11 +249,12 @@ class Stream:
             cell.output[~rows] = 0
             cell.run_some(self._order, self._count)
 
-    def push(self, chunk: Array | Tensor) -> Array:
+    def push(self, chunk: Any) -> Any:
         """Run several steps at once.
 
         Arguments:
-            chunk: (T, batch_size, input_size), or (T, input_size) if there is one row.
+            chunk: (T, batch_size, input_size), or (T, input_size) if there is one row; a tuple of such where there are
+                several inputs.
 
         Returns:
             The outputs, in the form of ``chunk``.
@@ -222,16 +263,17 @@ class Stream:
             TypeError: for complex numbers or other objects.
             ValueError: where a shape doesn't fit.
         """
-        x = np.asarray(self._real("chunk", _array(chunk)), dtype=self.dtype)
+        x = np.asarray(self._real("chunk", self._row(chunk, "Stream.push takes")), dtype=self.dtype)
         shape, unbatched = x.shape, x.shape[1:] == self._one and self._rows == 1
         x = x[:, None] if unbatched else x
         if x.shape[1:] != self._input.shape or x.ndim != self._input.ndim + 1:
-            raise ValueError(f"Stream.push expected a chunk of shape (T, *{self._input.shape}), got {shape}.")
+            raise ValueError(f"Stream.push expected {self._expected('T', *self._input.shape)}, got {shape}.")
         flat = x.reshape(len(x), self._rows, -1) if len(x) else x
         outputs = [self._push(np.ascontiguousarray(piece)) for piece in _pieces(flat)]
         y = np.concatenate(outputs) if outputs else np.empty((0, *self._output.shape), self.dtype)
         y = y.reshape(len(x), *self._output.shape)
-        return y[:, 0] if unbatched else y
+        y = y[:, 0] if unbatched else y
+        return y if self._one_output else split_row(y, self._outputs)
 
     def _real(self, name: str, value: Array) -> Array:
         """Return ``value``, or raise TypeError if it can't be converted to real numbers without losing a part."""
@@ -310,7 +352,8 @@ class Stream:
             )
         state = self.state
         # Built anew: packed weights can't be updated in part, and parametrized ones are computed.
-        vars(self).update(vars(Stream(self._module, self._rows, weights=self._format, keep=self._keep)))
+        options: dict[str, Any] = {"weights": self._format, "keep": self._keep, "input_sizes": self._sizes}
+        vars(self).update(vars(Stream(self._module, self._rows, **options)))
         self.state = state
 
     def __repr__(self) -> str:
@@ -318,9 +361,11 @@ class Stream:
         return f"Stream({self.input_size} -> {self.output_size}, {self.dtype}, batch_size={self._rows}: {kinds})"
 
 
-def _size(shape: tuple[int, ...]) -> int | tuple[int, ...]:
-    """Return a shape of one dimension as the number of features."""
-    return shape[0] if len(shape) == 1 else shape
+def _size(layout: RowLayout) -> Any:
+    """Return a row's shape as users write it: one dimension as the number of features."""
+    if isinstance(layout, Mapping):
+        return {name: _size(shape) for name, shape in layout.items()}
+    return layout[0] if is_one_shape(layout) and len(layout) == 1 else layout
 
 
 def _array(value: Any) -> Array:

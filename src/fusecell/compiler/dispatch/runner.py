@@ -117,6 +117,17 @@ def _numbers(cell: Cell, inputs: State, state: State) -> State | Refusal:
 
 
 def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Options) -> tuple[Outputs, State] | Refusal:
+    result = _run_packed(cell, inputs, numbers, state, options)
+    size = cell.output_size
+    if isinstance(result, Refusal) or is_size(size):
+        return result
+    return unpacked(size, result[0], 2), result[1]
+
+
+def _run_packed(
+    cell: Cell, inputs: State, numbers: State, state: State, options: Options
+) -> tuple[Outputs, State] | Refusal:
+    """Run over the inputs; several outputs are side by side in one."""
     if isinstance(cell, KernelCell):
         return _ONLY_INFERENCE if needs_gradient(cell, (*inputs, *state)) else cell.run_kernel(numbers, state, options)
     find = find_trainable if needs_gradient(cell, (*inputs, *state)) else find_program
@@ -126,13 +137,8 @@ def _run(cell: Cell, inputs: State, numbers: State, state: State, options: Optio
     if program.traced.draws and not all(map(is_in_order, (*[value[0] for value in inputs], *state))):
         return Refusal((_OUT_OF_ORDER,))
     if program.traced.leftovers:
-        result = run_leaving(program, cell, inputs, numbers, state, options)
-    else:
-        result = program(cell, numbers, state, options)
-    size = cell.output_size
-    if isinstance(result, Refusal) or is_size(size):
-        return result
-    return unpacked(size, result[0], 2), result[1]
+        return run_leaving(program, cell, inputs, numbers, state, options)
+    return program(cell, numbers, state, options)
 
 
 find_program = PROGRAMS.find

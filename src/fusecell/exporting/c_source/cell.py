@@ -106,10 +106,12 @@ class CellWriter:
         return " + row * {}" if self.writer.stream.batch_size > 1 else ""
 
     def _pointers(self) -> list[str]:
-        """Declare where the input, the states and stored values are."""
+        """Declare where the inputs, the states and stored values are."""
         graph, real, at = self.graph, self.writer.real, self.state_at
-        (leaf,) = graph.leaves("input")
-        lines = [f"const {real} *const {self.name[leaf]} = inputs{self._row.format(graph[leaf].size)};"]
+        row, lines = self._row.format(self.part.input_size), []
+        for leaf in graph.leaves("input"):
+            first, _ = self.part.input_ranges[graph[leaf].name]
+            lines.append(f"const {real} *const {self.name[leaf]} = inputs{row}{f' + {first}' if first else ''};")
         for leaf, start in zip(graph.leaves("state"), self.part.start, strict=True):
             lines.append(f"{real} *const {self.name[leaf]} = memory + {at}{self._row.format(graph[leaf].size)};")
             at += start.size

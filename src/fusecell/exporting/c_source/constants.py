@@ -39,8 +39,8 @@ def constant_values(part: Part, graph: Graph, indices: Sequence[int]) -> dict[in
     constant = Graph(builder.title, builder.dtype, tuple(builder.nodes), {"output": result, **states})
     kernel = compile_graph(constant)
     start = [np.zeros((1, step[index].size), part.dtype) for index in step.leaves("state")]
-    stream = Stream.of_parts([Part(part.kind, constant, kernel, part.weights, start)], 1)
-    values = stream.step(np.zeros(part.input_size, part.dtype))
+    constants = Part(part.kind, constant, kernel, part.weights, start)
+    values = Stream.of_parts([constants], 1).step(np.zeros(constants.input_size, part.dtype))
     sizes = [graph[index].size for index in indices]
     return dict(zip(indices, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
 

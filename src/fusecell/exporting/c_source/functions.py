@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from fusecell.compiler.codegen.llvm_text import Value
 from fusecell.compiler.codegen.vector_math import BINARY_OPS, RULES
 from fusecell.compiler.codegen.vector_math.constants import PRECISIONS
@@ -32,6 +34,10 @@ _INTEGERS = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "shl": "
 
 def c_number(value: float, dtype: DType) -> str:
     """Spell a number of a format in C, exactly."""
+    if dtype is DType.F32:
+        # Nine digits spell a float32. Those of a float64 beside it may be another's: a compiler would round them again.
+        with np.errstate(over="ignore"):
+            value = float(np.float32(value))
     if math.isnan(value):
         return "NAN"
     if math.isinf(value):
