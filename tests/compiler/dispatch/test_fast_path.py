@@ -41,6 +41,18 @@ class Scaled(fc.Cell):
         return 2 * h, (h,)
 
 
+class Computed(Scaled):
+    """The same with weights that torch computes from others, and from numbers that the step spells out."""
+
+    def step(self, x, state):
+        (h,) = state
+        weight = nn.functional.softplus(self.rec.weight) / 9
+        slope = torch.tensor([0.5, 2.0, 1.0], dtype=x.dtype).repeat(self.hidden_size // 3) * torch.exp(self.inp.bias)
+        new = self.function(self.norm(self.inp(x)) * self.gain * slope + h @ weight.t() * self.pair[0]) + self.shift
+        h = self.rate * h + (1 - self.rate) * (new if self.flag else -new)
+        return 2 * h, (h,)
+
+
 def learns(parameter):
     parameter.requires_grad_(not parameter.requires_grad)
 
@@ -101,9 +113,10 @@ def results_of(cell, x, state):
 
 
 @pytest.mark.filterwarnings("ignore::fusecell.EagerWarning")
+@pytest.mark.parametrize("kind", [Scaled, Computed])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_between_two_calls_is_seen(change):
-    cell, x, state = Scaled().double(), torch.randn(4, 3, 5).double(), torch.randn(3, 9).double()
+def test_a_change_between_two_calls_is_seen(change, kind):
+    cell, x, state = kind().double(), torch.randn(4, 3, 5).double(), torch.randn(3, 9).double()
     cell.shift = cell.shift.double()
     for _ in range(2):
         results_of(cell, x, state)
@@ -138,8 +151,6 @@ def hits():
 def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
     cell, x = zoo_cell.make(5, 9).eval(), torch.randn(4, 3, 5)
     layer = fc.Recurrent(cell)
-    if type(cell).__name__ in ("FastGRNNCell", "AntisymmetricRNNCell"):
-        pytest.skip("Its weights are computed in every call.")
     for calls in range(3):
         with torch.no_grad():
             cell(x[0])
@@ -147,6 +158,35 @@ def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
         layer(x)[0].sum().backward()
         cell(x[0])
         assert hits["calls"] == 4 * calls
+
+
+def test_computed_weights_have_gradients_of_gradients(hits):
+    cell = Computed(2, 3)
+    cell.shift = cell.shift[:3]
+    cell, x = cell.double(), torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    cell.shift = cell.shift.double()
+
+    def penalty():
+        gradients = torch.autograd.grad(fc.scan(cell, x)[0].square().sum(), (x, cell.rec.weight), create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in gradients)
+        return torch.autograd.grad(loss, (x, *cell.parameters()), allow_unused=True, materialize_grads=True)
+
+    penalty()
+    hits["calls"] = 0
+    actual = penalty()
+    assert hits["calls"] == 1
+    for value, expected in zip(actual, in_a_loop(penalty), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_a_weight_that_another_is_computed_from_must_not_change_before_the_backward():
+    cell, x = Computed(), torch.randn(4, 3, 5)
+    for _ in range(2):
+        y, _ = fc.scan(cell, x)
+        with torch.no_grad():
+            cell.rec.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("kind", [fc.RNN, fc.GRU, fc.LSTM])

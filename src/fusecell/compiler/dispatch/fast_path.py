@@ -8,7 +8,7 @@ takes the slow path, and is then cached too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.compiler.cache_registry import register_cache
+from fusecell.compiler.dispatch.computed_weights import ComputedWeights
 from fusecell.compiler.dispatch.conversion import Conversion, ConvertedCall, selector
 from fusecell.compiler.dispatch.eligibility import call_reasons, loop_is_faster, needs_gradient
 from fusecell.compiler.dispatch.prepared_kernels import BoundBackward, BoundForward, ExampleCall
@@ -153,10 +154,14 @@ def _prepare(
         return None
     trainable = needs_gradient(cell, args)
     step: Any = (TRAINABLE_STEPS if trainable else PROGRAMS).find(cell, inputs)
-    leaves = step.traced.weights.stored_leaves if isinstance(step, TrainableStep | Program) else None
-    if leaves is None or not step.traced.is_plain:
+    if not isinstance(step, TrainableStep | Program) or not step.traced.is_plain:
         return None
     indices = {path: index for index, path in enumerate(guards.paths, len(args))}
+    leaves = step.traced.weights.stored_leaves
+    if leaves is None:
+        if factory is not None or has_16_bits(args[0].dtype):
+            return None
+        return _prepare_computed(step, form, args, args + module_tensors, guards, indices)
     if factory is not None:
         indices = {path: indices[name] for path, name in factory.weights.items()}
     weights, tensors = [indices[path] for path, _ in leaves], args + module_tensors
@@ -173,14 +178,43 @@ def _prepare(
     call = ExampleCall(form, tensors, len(args), weights, matrices)
     run: Any
     try:
-        if trainable:
+        if isinstance(step, TrainableStep):
             template = None if factory is None else _without_weights(cell)
-            run = _TrainingCall(step, template, [path for path, _ in leaves], call, conversion)
+            # Only these go through autograd, which takes time for each tensor.
+            select = selector([*range(len(args)), *weights])
+            run = _TrainingCall(step, template, [path for path, _ in leaves], call, select, conversion)
         else:
             run = _InferenceCall(step, call)
     except NotPreparable:
         return None
     return _CachedCall(guards, check, run if conversion is None else ConvertedCall(run, conversion))
+
+
+def _prepare_computed(
+    step: TrainableStep | Program,
+    form: CallForm,
+    args: State,
+    tensors: State,
+    guards: ModuleGuards,
+    indices: Mapping[str, int],
+) -> _CachedCall | None:
+    """Prepare a call whose weights torch computes from others; None where guards and addresses are not all it takes."""
+    prologue, count = step.traced.weights, len(args)
+    check = tensor_guards(tensors)
+    if check is None or not all(path in indices for path in prologue.source_paths):
+        return None
+    computed = ComputedWeights(prologue, count, indices)
+    weights = prologue.computed_from([tensors[indices[path]] for path in computed.paths])
+    matrices = tuple([weight.detach() for weight in weights])
+    call = ExampleCall(form, (*args, *weights), count, range(count, count + len(weights)), matrices)
+    try:
+        if isinstance(step, TrainableStep):
+            training = _TrainingCall(step, None, computed.paths, replace(call, tensors=tensors), computed.select, None)
+            return _CachedCall(guards, check, training)
+        inference = _InferenceCall(step, call)
+    except NotPreparable:
+        return None
+    return _CachedCall(guards, check, lambda owner, tensors: inference(owner, computed.select(tensors)))
 
 
 def _prepare_own_kernel(
@@ -240,7 +274,9 @@ class _TrainingCall:
 
     Arguments:
         template: a copy of the cell without its weights, where the cell is built anew for each call.
-        paths: of each weight in the cell.
+        paths: of the cell's tensors that the last ones of ``select`` take the place of when the step is run again.
+        select: returns what goes through autograd of a call's tensors: the caller's, then the weights, then the tensors
+            that weights are computed from.
         conversion: what the tensors went through, in a 16-bit layer.
     """
 
@@ -250,13 +286,14 @@ class _TrainingCall:
         template: Cell | None,
         paths: Sequence[str],
         call: ExampleCall,
+        select: Callable[[State], State],
         conversion: Conversion | None,
     ) -> None:
         self._template, self._step, self._paths, self._conversion = template, step, paths, conversion
-        self.form, self._count = call.form, call.count
-        # Only these go through autograd, which takes time for each tensor.
-        self._select = selector([*range(call.count), *(call.weights or ())])
-        tensors = self._select(call.tensors)
+        self.form, self._count, self._select = call.form, call.count, select
+        everything = select(call.tensors)
+        tensors = everything[: call.count + len(call.matrices)]
+        self._computes = len(everything) > len(tensors)
         call = replace(call, tensors=tensors, weights=range(call.count, len(tensors)))
         requires_grad = [value.requires_grad for value in tensors]
         flags = (requires_grad[0], *requires_grad[call.count :])
@@ -286,7 +323,8 @@ class _TrainingCall:
         """
         if self._conversion is not None:  # the loop's results have the layer's dtype, their gradients the kernel's
             tensors = self._conversion.restored(tensors)
-        args, weights, form = tensors[: self._count], tensors[self._count :], self.form
+        # What weights are computed from is last: a gradient of it is one of the step, through the computation.
+        args, sources, form = tensors[: self._count], tensors[len(tensors) - len(self._paths) :], self.form
         cell: Any = self._template
         if cell is None:
             cell = owner
@@ -294,10 +332,10 @@ class _TrainingCall:
         x, state = form.sequence(args[0]), tuple([form.rows_of(value) for value in args[1:]])
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
-        cell = rebound(cell, dict(zip(self._paths, weights, strict=True)), ())
+        cell = rebound(cell, dict(zip(self._paths, sources, strict=True)), ())
         options = Options(reverse=form.reverse)
         before = None if self._conversion is not None else (self._training, saved)
-        result = None if eager else self._step(cell, (x,), state, options, before)
+        result = None if eager or self._computes else self._step(cell, (x,), state, options, before)
         outputs, after = run_eager(cell, (x,), state, options) if not isinstance(result, tuple) else result
         states = tuple([form.state(value) for value in after])
         results = (form.output(outputs), *states) if form.outputs else states
@@ -343,7 +381,8 @@ class _CachedScan(torch.autograd.Function):
             )
         if not call.form.outputs:  # then the states are the only results
             grads = (None, *grads)
-        return None, None, *call.backward(saved, tensors, grads)
+        gradients = call.backward(saved, tensors, grads)
+        return None, None, *gradients, *(None,) * (len(tensors) - len(gradients))
 
 
 # Past torch's own `apply`, which looks for transforms of torch.func: the tensors' guards have done so.

@@ -153,6 +153,11 @@ class Prologue:
         paths = {slot: path for path, slot in self.sources}
         return [(paths[leaf.slot], leaf) for leaf in self.leaves]
 
+    @property
+    def source_paths(self) -> list[str]:
+        """The path of each source that is none of the step's own numbers."""
+        return [path for path, _ in self.sources if path not in self.literals]
+
     def _getter(self) -> Callable[[Cell], Any] | None:
         """Return one getter for all leaves, where each is an attribute unchanged."""
         paths = self.direct_paths
@@ -174,6 +179,11 @@ class Prologue:
         """Compute the weights from the result of :meth:`originals`."""
         slots = self.slot_values(originals)
         return tuple(leaf.of(slots[leaf.slot]) for leaf in self.leaves)
+
+    def computed_from(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the weights from the tensors at :attr:`source_paths`."""
+        rest = iter(tensors)
+        return self.computed([self.literals[path] if path in self.literals else next(rest) for path, _ in self.sources])
 
     def slot_values(self, originals: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return the value of every slot, after all steps."""

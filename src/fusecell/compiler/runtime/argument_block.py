@@ -200,6 +200,10 @@ class ArgumentBlock:
 
     def _flat(self, tensor: Strided, leading: int) -> Strided:
         """Return a tensor with its features in one dimension, side by side: a view where its strides allow."""
+        if not any(tensor.stride()[:leading]):  # one row that is repeated, as in the gradient of a sum: copied once
+            row = tensor[(slice(0, 1),) * leading].reshape(*(1,) * leading, -1).contiguous()
+            self.copies.append(row)
+            return row.expand(*tensor.shape[:leading], row.shape[-1])
         flat = tensor.reshape(*tensor.shape[:leading], -1)
         flat = flat if flat.stride()[-1] == 1 or flat.shape[-1] == 1 else flat.contiguous()
         if flat.data_ptr() != tensor.data_ptr():
