@@ -18,9 +18,9 @@ __all__ = [
     "Outputs",
     "Shape",
     "Size",
-    "all_flat",
     "feature_shape",
     "features_of",
+    "has_flat_rows",
     "in_order",
     "is_size",
     "map_outputs",
@@ -83,11 +83,9 @@ def size_text(size: OutputSize, *leading: object) -> str:
     return f"({dims[0]},)" if len(dims) == 1 else f"({', '.join(dims)})"
 
 
-def all_flat(cell: Any) -> bool:
-    """Whether x, each state and the output of a cell are one vector of features per row."""
-    return all(not isinstance(size, tuple | list | Mapping) for size in (cell.input_size, cell.output_size)) and all(
-        not isinstance(size, tuple | list) for size in cell.state_sizes
-    )
+def has_flat_rows(cell: Any) -> bool:
+    """Whether x and the output of a cell are one vector of features per row."""
+    return not any(isinstance(size, tuple | list | Mapping) for size in (cell.input_size, cell.output_size))
 
 
 # Tuples and dicts of outputs

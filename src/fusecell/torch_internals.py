@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -43,6 +44,7 @@ __all__ = [
     "is_expanded_weight",
     "is_profiling",
     "outside_functorch",
+    "sharing_dual_level",
     "tensor_guards",
     "with_torch_functions",
     "without_compilation",
@@ -242,6 +244,22 @@ def is_batched_gradient(grad: Tensor) -> bool:
 def in_forward_mode() -> bool:
     """Whether a ``dual_level`` is entered; the module's counter, -1 outside."""
     return forward_ad._current_level >= 0
+
+
+@contextmanager
+def sharing_dual_level() -> Iterator[None]:
+    """Let ``torch.func.jvp`` use the ``dual_level`` that a caller has entered: torch has one at a time.
+
+    A jvp inside another does so already. torch counts those, and not the levels that are entered without one.
+    """
+    if not in_forward_mode() or eager_transforms.JVP_NESTING:
+        yield
+        return
+    eager_transforms.JVP_NESTING += 1
+    try:
+        yield
+    finally:
+        eager_transforms.JVP_NESTING -= 1
 
 
 def any_autocast() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -316,3 +318,10 @@ def test_errors(make, error, text):
 )
 def test_wrappers_keep_the_contract(make):
     fc.testing.check_cell(make())
+
+
+def test_weights_are_dropped_anew_where_the_state_is_passed(x):
+    layer = fc.Recurrent(fc.WeightDrop(fc.GRUCell(D, H).double(), ["weight_hh"], 0.5))
+    state = torch.zeros(x.shape[1], H, dtype=torch.float64)
+    outputs = [layer(x, state)[0] for _ in range(4)]
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(outputs))

@@ -39,12 +39,16 @@ class CallForm(NamedTuple):
     reverse: bool = False
     recompute: bool = False
 
-    def fits(self, tensors: State) -> bool:
-        """Return whether the input, and the states after it, have the number of dimensions of this form."""
-        rank = 1 + self.batched
-        return tensors[0].dim() == rank + self.steps and all(
-            value.dim() == rank + self.layered for value in tensors[1:]
-        )
+    def fits(self, tensors: State, ranks: Sequence[int]) -> bool:
+        """Return whether the input, and the states after it, have the number of dimensions of this form.
+
+        Arguments:
+            ranks: dimensions of a row of each state.
+        """
+        if tensors[0].dim() != 1 + self.batched + self.steps:
+            return False
+        states, leading = tensors[1:], self.batched + self.layered
+        return not states or [value.dim() - leading for value in states] == [*ranks]
 
     # From the caller's layout to a kernel's, always by views.
 
@@ -57,7 +61,7 @@ class CallForm(NamedTuple):
         return value if self.steps else value[None]
 
     def rows_of(self, state: Tensor) -> Tensor:
-        """Return a state as (N, size)."""
+        """Return a state as (N, ...)."""
         state = state[0] if self.layered else state
         return state if self.batched else state[None]
 
@@ -70,7 +74,7 @@ class CallForm(NamedTuple):
     # And back.
 
     def state(self, rows: Tensor) -> Tensor:
-        """Return a state (N, size) in the caller's layout."""
+        """Return a state (N, ...) in the caller's layout."""
         state = rows if self.batched else rows[0]
         return state[None] if self.layered else state
 
@@ -89,9 +93,9 @@ class CallForm(NamedTuple):
         """Return the shape that outputs have in memory: steps before rows, even where (N, T, size) is returned."""
         return (steps,) * self.steps + (rows,) * self.batched + (size,)
 
-    def state_shape(self, rows: int, size: int) -> tuple[int, ...]:
-        """Return the shape of a state in the caller's layout."""
-        return (1,) * self.layered + (rows,) * self.batched + (size,)
+    def state_shape(self, rows: int, *shape: int) -> tuple[int, ...]:
+        """Return the shape of a state, a row of which has a shape, in the caller's layout."""
+        return (1,) * self.layered + (rows,) * self.batched + shape
 
 
 # Cached: building a named tuple takes longer than looking one up, and a small call has few microseconds in all.

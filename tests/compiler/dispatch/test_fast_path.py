@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fusecell as fc
 from fusecell.compiler.backend.tuning import TUNING
 from fusecell.compiler.dispatch import fast_path
+from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.frontend.guards import guards_of
 from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs import launch
@@ -51,6 +52,34 @@ class Computed(Scaled):
         new = self.function(self.norm(self.inp(x)) * self.gain * slope + h @ weight.t() * self.pair[0]) + self.shift
         h = self.rate * h + (1 - self.rate) * (new if self.flag else -new)
         return 2 * h, (h,)
+
+
+class Started(Scaled):
+    """The same with a first state of its own, which is learnt."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.linspace(-1, 1, 9))
+
+    def initial_state(self, batch_size, *, dtype=None, device=None):
+        return (self.start.to(dtype).expand(batch_size, -1),)
+
+
+class Memory(fc.Cell):
+    """A cell with a vector and a matrix as states."""
+
+    states = ("h", "memory")
+
+    def __init__(self):
+        super().__init__(5, 9)
+        self.state_sizes = (9, (3, 4))
+        self.inp, self.rec = nn.Linear(5, 12), nn.Linear(12, 9)
+
+    def step(self, x, state):
+        h, memory = state
+        memory = 0.9 * memory + torch.tanh(self.inp(x)).view(-1, 3, 4) * h[:, :3, None]
+        h = torch.sigmoid(self.rec(memory.flatten(1)) + h)
+        return h, (h, memory)
 
 
 def learns(parameter):
@@ -113,7 +142,7 @@ def results_of(cell, x, state):
 
 
 @pytest.mark.filterwarnings("ignore::fusecell.EagerWarning")
-@pytest.mark.parametrize("kind", [Scaled, Computed])
+@pytest.mark.parametrize("kind", [Scaled, Computed, Started])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_change_between_two_calls_is_seen(change, kind):
     cell, x, state = kind().double(), torch.randn(4, 3, 5).double(), torch.randn(3, 9).double()
@@ -158,6 +187,59 @@ def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
         layer(x)[0].sum().backward()
         cell(x[0])
         assert hits["calls"] == 4 * calls
+
+
+def test_first_states_of_a_cell_are_asked_for_anew(hits):
+    cell, x = Started().double(), torch.randn(4, 3, 5, dtype=torch.float64)
+    cell.shift = cell.shift.double()
+
+    def run():
+        cell.zero_grad()
+        fc.scan(cell, x)[0].square().sum().backward()
+        with torch.no_grad():
+            return [cell.start.grad.clone(), cell(x[0]), cell(x[0, 0]), fc.scan(cell, x[:, 0])[0]]
+
+    run()
+    torch.testing.assert_close(run(), in_a_loop(run))
+    assert hits["calls"] == 4
+    with torch.no_grad():
+        cell.start.mul_(2)
+    hits["calls"] = 0
+    torch.testing.assert_close(run(), in_a_loop(run))
+    assert hits["calls"] == 4
+    # What it returns may change in more than its values.
+    cell.initial_state = lambda rows, **_: (torch.full((9, rows), 0.5, dtype=torch.float64).t(),)
+    cell.start.requires_grad_(False)
+    for _ in range(3):
+        with torch.no_grad():
+            actual = cell(x[0]), fc.scan(cell, x)[0]
+            torch.testing.assert_close(actual, in_a_loop(lambda: (cell(x[0]), fc.scan(cell, x)[0])))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("passes_state", [False, True])
+def test_states_that_are_matrices(hits, batch_first, passes_state):
+    layer = fc.Recurrent(Memory().double(), batch_first=batch_first)
+
+    def run(x, h, memory):
+        layer.zero_grad()
+        state = (h.requires_grad_(), memory.requires_grad_()) if passes_state else None
+        y, after = layer(x.requires_grad_(), state)
+        (y.square().sum() + after[0].sum() + (after[1] * memory).sum()).backward()
+        last = fc.step(layer.cell, x[0].detach(), tuple(value.detach() for value in after))[1]
+        with torch.no_grad():
+            results = [y, *after, layer(x, state)[0], layer(x[0] if not batch_first else x[:, 0])[0], *last]
+        leaves = (x, h, memory) if passes_state else (x,)
+        return [value.detach() for value in results], [v.grad for v in (*leaves, *layer.parameters())]
+
+    for repeat in range(3):
+        torch.manual_seed(repeat)
+        arguments = [torch.randn(size, dtype=torch.float64) for size in ((3, 3, 5), (3, 9), (3, 3, 4))]
+        hits["calls"] = 0
+        actual = run(*(value.clone() for value in arguments))
+        assert hits["calls"] == (4 if repeat else 0)
+        expected = in_a_loop(lambda arguments=arguments: run(*(value.clone() for value in arguments)))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_computed_weights_have_gradients_of_gradients(hits):
@@ -254,7 +336,7 @@ def test_caches_keep_no_cell_or_weight_alive():
     layer.weight_hh_l0 = nn.Parameter(torch.zeros_like(layer.weight_hh_l0))
     gc.collect()
     assert weights[1]() is None
-    for cache in (fast_path.PROGRAMS, fast_path.TRAINABLE_STEPS):
+    for cache in (PROGRAMS, TRAINABLE_STEPS):
         cache.forget({Scaled})  # their keys hold functions
     del cell, layer
     gc.collect()

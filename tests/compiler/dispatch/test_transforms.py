@@ -310,3 +310,14 @@ def test_zeros_without_memory_reach_no_kernel() -> None:
     layer, zeros = fc.Recurrent(fc.GRUCell(5, 4)), torch._efficientzerotensor((6, 2, 5))
     with torch.no_grad():
         torch.testing.assert_close(layer(zeros)[0], layer(torch.zeros(6, 2, 5))[0])
+
+
+def test_a_step_is_compiled_inside_of_a_dual_level():
+    """torch has one such level at a time, in which a trace of tangents has to do with the caller's."""
+    layer, x = fc.GRU(3, 11).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    fc.refresh()  # so that no jvp has compiled it before
+    weights = dict(layer.named_parameters())
+    with fc.runner("compiled"):
+        actual = _dual(layer, weights, x)
+    with fc.runner("eager"):
+        torch.testing.assert_close(actual, _dual(layer, weights, x), rtol=1e-10, atol=1e-11)

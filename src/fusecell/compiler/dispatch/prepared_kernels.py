@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from fusecell.cell import Cell
 from fusecell.compiler.programs.allocation import new_empty
 from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import IndexedKernel, Training, write_saved
@@ -18,8 +19,14 @@ from fusecell.execution.call_form import CallForm
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import State
 from fusecell.forks import in_forked_child
+from fusecell.shapes import Shape, feature_shape
 
-__all__ = ["BoundBackward", "BoundForward", "ExampleCall"]
+__all__ = ["BoundBackward", "BoundForward", "ExampleCall", "state_shapes"]
+
+
+def state_shapes(cell: Cell) -> list[Shape]:
+    """Return the shape of a row of each state."""
+    return [feature_shape(size) for size in cell.state_sizes]
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class ExampleCall:
     Arguments:
         tensors: the input, the states unless they start at zero, and others.
         count: how many of them the caller gave: the input and the states.
+        states: the shape of a row of each state.
         weights: the index of each weight among the tensors.
         matrices: the weights as kernels read them, views of the same memory; or those that all calls have in common,
             where ``weights`` is None.
@@ -37,6 +45,7 @@ class ExampleCall:
     form: CallForm
     tensors: State
     count: int
+    states: Sequence[Shape]
     weights: Sequence[int] | None
     matrices: State
 
@@ -88,7 +97,7 @@ class BoundForward:
             first = [self._zeros[:size].expand(rows, size) for size in sizes]
         else:
             reads += [(slot, 1 + index) for index, (slot, _) in enumerate(slots.first)]
-        after = [like.new_empty(form.state_shape(rows, size)) for size in sizes]
+        after = [like.new_empty(form.state_shape(rows, *shape)) for shape in call.states]
         block = kernel.block()
         indexed.bind(block, (call.x,), call.matrices)
         block.bind(first=first, last=map(form.rows_of, after), outputs=[like.new_empty(steps, rows, size)])
@@ -137,7 +146,7 @@ class BoundBackward:
         slots, indices = kernel.slots, training.gradients
         grads = [like.new_empty(tensor.shape) for tensor in call.tensors]
         output = like.new_empty(steps, rows, training.output_size)
-        states = [like.new_empty(rows, size) for size in sizes]
+        states = [like.new_empty(rows, *shape) for shape in call.states]
         block = kernel.block()
         indexed.bind(block, (call.x, output), call.matrices)
         assert call.weights is not None, "what is trained is no constant"

@@ -31,6 +31,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State
 from fusecell.shapes import Shape, feature_shape, packed
+from fusecell.torch_internals import sharing_dual_level
 
 if TYPE_CHECKING:
     from fusecell.compiler.programs.autograd import TrainableStep
@@ -134,7 +135,7 @@ class TangentStep(Cell):
 
         primals = (*state[:states], *(primal if moving else ()), *weights)
         tangents = (*state[states:], *moving, *self.directions)
-        with warnings.catch_warnings(), _SpelledOut():
+        with warnings.catch_warnings(), _SpelledOut(), sharing_dual_level():
             for kind in (DeprecationWarning, FutureWarning):  # torch's own, of its first use
                 warnings.simplefilter("ignore", kind)
             pair: Any = torch.func.jvp(results, primals, tangents)
