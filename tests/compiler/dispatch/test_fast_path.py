@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import threading
 import weakref
@@ -344,7 +345,60 @@ def test_caches_keep_no_cell_or_weight_alive():
     assert len(fast_path._CALLS) <= before - 2
 
 
-@pytest.mark.parametrize("value", [[1.0], {"a": 1}, torch.nn.Linear(2, 2).forward], ids=["list", "dict", "method"])
+@dataclasses.dataclass
+class Config:
+    """What people keep a model's settings in."""
+
+    rate: float = 0.5
+    sizes: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+
+
+class Configured(fc.Cell):
+    """A cell whose attributes may change inside."""
+
+    def __init__(self):
+        super().__init__(5, 9)
+        self.config, self.scales, self.names = Config(), [1.0, 2.0], {"gate": "tanh", "on": True}
+        self.linear = nn.Linear(14, 9)
+
+    def step(self, x, state):
+        h = torch.cat((x, state[0]), -1)
+        h = getattr(torch, self.names["gate"])(self.linear(h)) * self.scales[0] + self.config.rate
+        return (h if self.names["on"] else -h) * self.config.sizes[1], (h,)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cell: setattr(cell.config, "rate", -0.5),
+        lambda cell: cell.config.sizes.__setitem__(1, 3),
+        lambda cell: cell.scales.__setitem__(0, 3.0),
+        lambda cell: cell.names.update(gate="sigmoid"),
+        lambda cell: cell.names.update(on=0),
+        lambda cell: cell.names.update(gate="sigmoid", more=1),
+        lambda cell: setattr(cell, "scales", (0.25, 1.0)),
+        lambda cell: cell.scales.__setitem__(0, torch.tensor(3.0)),
+    ],
+)
+def test_changes_inside_of_an_attribute_are_seen(change, hits):
+    cell, x = Configured(), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        for calls in range(3):
+            before = fc.scan(cell, x)[0]
+            assert hits["calls"] == calls
+        change(cell)
+        hits["calls"] = 0
+        actual = fc.scan(cell, x)[0]
+        assert hits["calls"] == 0
+        assert not torch.equal(actual, before)
+        torch.testing.assert_close(actual, in_a_loop(lambda: fc.scan(cell, x)[0]))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[torch.zeros(1)], {"a": nn.Linear(2, 2)}, list(range(100)), nn.Linear(2, 2).forward, [Scaled]],
+    ids=["tensor", "module", "long", "method", "class"],
+)
 def test_mutable_attributes_have_no_guards(value):
     cell = Scaled()
     assert guards_of(cell) is not None

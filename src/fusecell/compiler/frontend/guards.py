@@ -1,9 +1,9 @@
 """Identity guards: check in one pass that nothing in a module has changed but the values of its tensors.
 
 A signature walks all that a step may read and makes a key of it, which takes longer than a small kernel. Guards prove
-the same by comparing identities, for modules whose attributes cannot change inside: they hold only if the signature is
-equal. The tensors, which they return, are compared by torch's own guards. Nothing that is held here keeps a tensor or
-the module alive.
+the same by comparing identities, for modules whose attributes cannot change inside, and a few values where they can:
+they hold only if the signature is equal. The tensors, which they return, are compared by torch's own guards. Nothing
+that is held here keeps a tensor or the module alive.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from fusecell.compiler.frontend.signature import (
     HOOKS,
+    Key,
     attribute_names,
+    content_of,
     definition,
     is_immutable,
     is_plain_tensor,
     is_reference,
+    is_small_data,
 )
 from fusecell.compiler.frontend.step_sources import sources_of
 
@@ -38,6 +41,7 @@ class ModuleGuards:
         atoms: the immutable attributes.
         functions: classes and functions. A function may enclose the module, which it would keep alive.
         tables: the parameters and buffers.
+        data: the content of attributes that may change inside, but are quickly compared.
         loose: the names of attributes that are tensors.
         parts: the submodules.
 
@@ -51,6 +55,7 @@ class ModuleGuards:
         size: int | None,
         atoms: Mapping[str, Any],
         functions: Mapping[str, ref[Any]],
+        data: Mapping[str, Key],
         tables: tuple[_Table, _Table],
         loose: Iterable[str],
         parts: Mapping[str, ModuleGuards | None],
@@ -61,14 +66,14 @@ class ModuleGuards:
         self._are_sources_current = None if sources is None else sources.is_current
         self._get_code = attrgetter("step.__code__" if hasattr(kind, "step") else "forward.__code__")
         self._get_atoms, self._atoms = _getter(atoms), tuple(atoms.values())
-        self._functions = tuple(functions.items())
+        self._functions, self._data = tuple(functions.items()), tuple(data.items())
         self._buffers = tables[1]
         # Read in every call, for each submodule too: a method of the table would take as long as what it does.
         self._order, self._absent, self._get_parameters = tables[0].order, tables[0].absent, tables[0].get
         self._get_loose = _getter(loose) if loose else None
         self._part_names, self._parts = list(parts), tuple(parts.items())
         # Most cells have nothing but atoms and parameters.
-        self._simple = not self._functions and not parts and self._get_loose is None and not self._buffers.order
+        self._simple = not (self._functions or data or parts or self._get_loose or self._buffers.order)
         self.paths = (*tables[0].names, *self._buffers.names, *loose)
         for name, part in parts.items():
             self.paths += tuple([f"{name}.{path}" for path in (part.paths if part else ())])
@@ -105,6 +110,10 @@ class ModuleGuards:
             tensors += self._buffers.get(buffers)
         for name, function in self._functions:
             if function() is not state[name]:
+                return None
+        for name, content in self._data:
+            value = state[name]
+            if not is_small_data(value) or content_of(value) != content:
                 return None
         if self._get_loose is not None:
             tensors += self._get_loose(state)
@@ -143,7 +152,7 @@ def guards_of(module: nn.Module) -> ModuleGuards | None:
     state = vars(module)
     if any(map(state.get, HOOKS)) or "training" not in state:  # one that torch.compile has wrapped has no flag
         return None
-    atoms, functions, loose = {}, {}, []
+    atoms, functions, data, loose = {}, {}, {}, []
     for name in attribute_names(module):
         value = state[name]
         if is_immutable(value):
@@ -152,13 +161,15 @@ def guards_of(module: nn.Module) -> ModuleGuards | None:
             functions[name] = ref(value)
         elif is_plain_tensor(value):
             loose.append(name)
+        elif is_small_data(value):
+            data[name] = content_of(value)
         else:
             return None
     parts = {name: None if part is None else guards_of(part) for name, part in module._modules.items()}
     if any(parts[name] is None and part is not None for name, part in module._modules.items()):
         return None
     tables = _Table(module._parameters), _Table(module._buffers)
-    return ModuleGuards(type(module), len(state), atoms, functions, tables, loose, parts)
+    return ModuleGuards(type(module), len(state), atoms, functions, data, tables, loose, parts)
 
 
 def attribute_guards(module: nn.Module, names: Iterable[str], parameters: Iterable[str]) -> ModuleGuards | None:
@@ -171,7 +182,7 @@ def attribute_guards(module: nn.Module, names: Iterable[str], parameters: Iterab
     table = {name: module._parameters.get(name) for name in parameters}
     if not all(map(is_immutable, atoms.values())) or any(value is None for value in table.values()):
         return None
-    return ModuleGuards(type(module), None, atoms, {}, (_Table(table), _Table({})), (), {})
+    return ModuleGuards(type(module), None, atoms, {}, {}, (_Table(table), _Table({})), (), {})
 
 
 def constants(module: nn.Module) -> Iterator[tuple[str, object]]:

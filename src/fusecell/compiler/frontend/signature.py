@@ -7,8 +7,10 @@ What a module consists of, and which of its values cannot change inside, is said
 from __future__ import annotations
 
 import functools
+from argparse import Namespace
 from collections.abc import Collection, Mapping, MutableSequence, Set
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from dataclasses import is_dataclass
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -23,11 +25,13 @@ from fusecell.torch_internals import OPERATOR_TYPE, computes_weight
 __all__ = [
     "HOOKS",
     "Key",
-    "definition",
     "attribute_names",
+    "content_of",
+    "definition",
     "is_immutable",
     "is_plain_tensor",
     "is_reference",
+    "is_small_data",
     "signature",
     "split_numbers",
     "without_attributes",
@@ -44,6 +48,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 """The tables of a module's hooks: a step may run them, so with any of them it is another one."""
 _CONSTANT = (type, BuiltinFunctionType, OPERATOR_TYPE)
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+_CONTAINERS = frozenset((list, tuple, dict, set, frozenset, torch.Size))
+_NAMESPACES = frozenset((SimpleNamespace, Namespace))
+_MOST_DATA = 64
+"""Values that are compared in some ten microseconds; what a call has to do without guards takes longer."""
 
 
 class _Seen(NamedTuple):
@@ -83,6 +91,41 @@ def is_immutable(value: Any) -> bool:
 def is_reference(value: Any) -> bool:
     """Whether a signature has a value by its identity, though it may keep others alive: a class or a function."""
     return isinstance(value, type | FunctionType)
+
+
+def is_small_data(value: Any) -> bool:
+    """Whether a value is a container or a configuration of few immutable values, and of nothing else.
+
+    Its content is quickly compared with that of another time, though it may change inside.
+    """
+    return _count_of_data(value, _MOST_DATA) <= _MOST_DATA
+
+
+def _count_of_data(value: Any, most: int) -> int:
+    """Count the values in a container or a configuration; more than ``most`` where there is something else in it."""
+    if is_immutable(value):
+        return 1
+    if most <= 0:
+        return 1
+    if type(value) in _CONTAINERS:
+        items = [*value.values(), *value] if isinstance(value, dict) else value
+    elif type(value) in _NAMESPACES or (
+        is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    ):
+        items = vars(value).values()
+    else:
+        return most + 1
+    count = 1
+    for item in items:
+        count += _count_of_data(item, most - count)
+        if count > most:
+            break
+    return count
+
+
+def content_of(value: Any) -> Key:
+    """Return the content of what :func:`is_small_data` is, as it is in a signature."""
+    return _frozen(value, _Seen({}, {}))
 
 
 def is_plain_tensor(value: Any) -> bool:
