@@ -50,13 +50,30 @@ class TupleOfOutputs(fc.Cell):
         return (h, self.out(h).reshape(-1, 2, 2)), (h,)
 
 
+class Masked(fc.Cell):
+    """A cell of numbers, ids and truth values."""
+
+    inputs = ("x", "ids", "is_seen")
+
+    def __init__(self):
+        super().__init__(3, 5)
+        self.table, self.gru = nn.Embedding(11, 4), nn.GRUCell(7, 5)
+
+    def step(self, x, state):
+        value, ids, is_seen = x
+        h = self.gru(torch.cat((value, self.table(ids)), -1), state[0])
+        h = torch.where(is_seen[:, None], h, state[0])
+        return h, (h,)
+
+
 @dataclass(frozen=True)
 class Case:
-    """How to build a cell, the sizes of its inputs, and which of these are ids."""
+    """How to build a cell, the sizes of its inputs, and which of these are ids, or truth values."""
 
     make: Callable[[], fc.Cell]
     sizes: tuple[int | tuple[int, ...], ...]
     ids: tuple[int, ...] = ()
+    masks: tuple[int, ...] = ()
 
     def cell(self) -> fc.Cell:
         """Build it, with the same weights each time."""
@@ -68,12 +85,17 @@ class Case:
         torch.manual_seed(1)
         shapes = [size if isinstance(size, tuple) else (size,) for size in self.sizes]
         values = [torch.rand(steps, rows, *shape) + 0.1 for shape in shapes]
-        return tuple((9 * value).long() if place in self.ids else value for place, value in enumerate(values))
+        for place in self.ids:
+            values[place] = (9 * values[place]).long()
+        for place in self.masks:
+            values[place] = values[place] > 0.5
+        return tuple(values)
 
 
 CELLS = {
     "dict": Case(NamedOutputs, (3, 2, ())),
     "tuple": Case(TupleOfOutputs, (3, ()), ids=(1,)),
+    "masked": Case(Masked, (3, (), ()), ids=(1,), masks=(2,)),
     "gru_d": Case(lambda: fc.cells.GRUDCell(5, 9), (5, 5, 5)),
     "cfc": Case(lambda: fc.cells.CfCCell(5, 9, backbone=6), (5, 1)),
     "attention": Case(lambda: fc.cells.AttentionGRUCell(5, 9, memory=(4, 3)), (5, (4, 3))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -101,9 +101,8 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype, inputs: RowLayout) -> Part:
     start = first_state(cell, rows, dtype=dtype, device="cpu")
     program = compile_step(cell, shape_list(inputs), dtype, draws=False)
     if isinstance(program, Refusal):
-        dtypes = _dtypes_with_ids(
-            cell, start, [torch.zeros((rows, *shape), dtype=dtype) for shape in shape_list(inputs)]
-        )
+        zeros = [torch.zeros((rows, *shape), dtype=dtype) for shape in shape_list(inputs)]
+        dtypes = _dtypes_with_integers(cell, start, zeros)
         if dtypes is not None:
             program = compile_step(cell, shape_list(inputs), dtype, dtypes, draws=False)
     if isinstance(program, Refusal):
@@ -120,14 +119,15 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype, inputs: RowLayout) -> Part:
     )
 
 
-def _dtypes_with_ids(cell: Cell, start: State, zeros: Sequence[Tensor]) -> tuple[torch.dtype, ...] | None:
-    """Return the dtypes of the inputs of a step that takes integers, as one does that looks them up in a table.
+def _dtypes_with_integers(cell: Cell, start: State, zeros: Sequence[Tensor]) -> tuple[torch.dtype, ...] | None:
+    """Return the dtypes of the inputs of a step that takes ids or masks, as one does that looks them up in a table.
 
     Returns:
-        None if it takes numbers of the cell's dtype, or nothing with as few integers as there can be.
+        Those with as few integers and bools as there can be; None if it takes none, or nothing.
     """
 
-    def is_taken(inputs: Sequence[Tensor]) -> bool:
+    def is_taken(dtypes: Sequence[torch.dtype]) -> bool:
+        inputs = [value.to(kind) for value, kind in zip(zeros, dtypes, strict=True)]
         try:
             with preserved(cell):
                 cell.step(inputs[0] if len(inputs) == 1 else tuple(inputs), start)
@@ -135,12 +135,11 @@ def _dtypes_with_ids(cell: Cell, start: State, zeros: Sequence[Tensor]) -> tuple
             return False
         return True
 
-    places = range(len(zeros))
-    for count in range(len(zeros) + 1):
-        for ids in combinations(places, count):
-            inputs = [value.long() if place in ids else value for place, value in enumerate(zeros)]
-            if is_taken(inputs):
-                return tuple(value.dtype for value in inputs) if ids else None
+    numbers = zeros[0].dtype
+    choices = product((numbers, torch.int64, torch.bool), repeat=len(zeros))
+    for dtypes in sorted(choices, key=lambda each: len(each) - each.count(numbers)):
+        if is_taken(dtypes):
+            return None if dtypes.count(numbers) == len(dtypes) else dtypes
     return None
 
 

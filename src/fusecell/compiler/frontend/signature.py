@@ -109,9 +109,7 @@ def _count_of_data(value: Any, most: int) -> int:
         return 1
     if type(value) in _CONTAINERS:
         items = [*value.values(), *value] if isinstance(value, dict) else value
-    elif type(value) in _NAMESPACES or (
-        is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
-    ):
+    elif (type(value) in _NAMESPACES or is_dataclass(type(value))) and hasattr(value, "__dict__"):
         items = vars(value).values()
     else:
         return most + 1
