@@ -426,6 +426,18 @@ def _energy(cell, x, h):
     return x - 0.3 * slope
 
 
+def _solved_by_hessian(cell, x, h):
+    """Accelerations of a learned energy: the zero tangents of torch's forward mode meet numbers here."""
+
+    def energy(q, v):
+        return 0.5 * (v**2).sum() + 0.1 * torch.tanh(torch.cat([q, v]) @ cell.w[:4, :3]).sum()
+
+    def force(q, v, u):
+        return torch.linalg.solve(torch.func.hessian(energy, 1)(q, v), u - torch.func.jacrev(energy)(q, v))
+
+    return torch.cat([h[:, :4], torch.vmap(force)(h[:, :2], h[:, 2:4], x[:, :2])], 1)
+
+
 TRANSFORMS = {
     "vmap": lambda c, x, h: torch.vmap(lambda a, b: torch.tanh(a / (1 + b.norm()) + (a @ c.w) * b.sum()))(x, h),
     "grad": _gradient,
@@ -433,6 +445,7 @@ TRANSFORMS = {
     "vjp": lambda c, x, h: torch.func.vjp(lambda q: torch.sin(q @ c.w), h)[1](x)[0],
     "jvp": lambda c, x, h: torch.func.jvp(lambda q: torch.sin(q @ c.w), (h,), (x,))[1],
     "jacrev": lambda c, x, h: (torch.vmap(torch.func.jacrev(lambda q: torch.sin(q @ c.w)))(h) @ x[..., None])[..., 0],
+    "hessian": _solved_by_hessian,
     "autograd.grad": _energy,
 }
 

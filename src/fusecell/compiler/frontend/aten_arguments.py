@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Row, Sum, Unsupported, Value, Weight
 
-__all__ = ["Key", "key_of", "mapped", "tensors_in", "values_in"]
+__all__ = ["Key", "call", "key_of", "mapped", "tensors_in", "values_in"]
 
 Key = tuple[Any, ...]
 
@@ -28,6 +29,14 @@ def key_of(tensor: Tensor) -> Key:
         tensor.is_conj(),
         tensor.is_neg(),
     )
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make an ATen call, but for one in which torch itself would crash."""
+    # Below autograd torch (2.13) reads the memory of a zero tensor times a number, which has none.
+    if func is torch.ops.aten.mul.Scalar and args[0]._is_zerotensor():
+        return torch._efficientzerotensor(args[0].shape, dtype=args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def mapped(value: Any, change: Callable[[Any], Any], name: str, kind: type = Tensor) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusecell.compiler.frontend.aten_arguments import key_of, mapped, tensors_in, values_in
+from fusecell.compiler.frontend.aten_arguments import call, key_of, mapped, tensors_in, values_in
 from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_arguments, tensor_results
 from fusecell.compiler.frontend.draws import Draw, draw_name, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
@@ -177,7 +177,7 @@ class Recorder(OperationValues, TorchDispatchMode):
             values = mapped(args, self.value, name)
             # What is written to, out=y, is no operand.
             options = mapped({key: each for key, each in kwargs.items() if key != "out"}, self.value, name)
-            result = func(*args, **kwargs)
+            result = call(func, args, kwargs)
             # The recorder may read values of its own tensors, such as index tables; the step may not.
             with without_torch_functions():
                 self._record(func, name, args, values, options, result, target)
