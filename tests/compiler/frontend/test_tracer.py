@@ -386,13 +386,6 @@ def test_refusals_of_values_overwritten() -> None:
     assert "number of rows" not in reason
 
 
-def test_refusals_of_masks_of_weights() -> None:
-    cell = BodyCell(lambda cell, x, h: both(cell, x, h) + F.linear(h, F.dropout(cell.square, 0.3)))
-    result = trace(cell, [(4,)], torch.float32, gradients=True, draws=True)
-    assert isinstance(result, Refusal)
-    assert "Mask the values that the weight is multiplied by instead" in result.reasons[0]
-
-
 def test_refusals_of_sparse_weights() -> None:
     cell = BodyCell(lambda cell, x, h: torch.sparse.mm(cell.graph, h.t()).t())
     cell.register_buffer("graph", torch.eye(6).to_sparse())

@@ -17,7 +17,6 @@ from torch import Tensor
 from fusecell.compiler.frontend.aten_arguments import mapped, tensors_in, values_in
 from fusecell.compiler.frontend.dtypes import widens
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
-from fusecell.compiler.frontend.rules.backward import SUMS
 from fusecell.compiler.frontend.rules.complex_numbers import (
     COMPLEX,
     KEEPS_PAIR,
@@ -27,6 +26,7 @@ from fusecell.compiler.frontend.rules.complex_numbers import (
 )
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with, repeated_for_rows
 from fusecell.compiler.frontend.rules.row_numbers import row_numbers
+from fusecell.compiler.frontend.rules.weight_sums import SUMS
 from fusecell.compiler.frontend.shared_memory import strided
 from fusecell.compiler.frontend.tensor_values import TensorValues
 from fusecell.compiler.frontend.traced_values import (

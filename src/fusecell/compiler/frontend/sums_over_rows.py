@@ -36,6 +36,8 @@ def reordered(builder: Builder, index: int, order: Index) -> int:
         rows, cols = node.type.shape
         # Element (i, j) of a transpose is element (j, i) of its argument.
         return reordered(builder, node.args[0], order % cols * rows + order // cols)
+    if node.op == "place" and (placed := _placed_rows(builder, node, order)) is not None:
+        return placed
     attrs = _as_contraction(builder, node)
     if attrs is None:
         raise Untraceable("The step reshapes the gradient of a part of a weight.")
@@ -50,6 +52,18 @@ def reordered(builder: Builder, index: int, order: Index) -> int:
         attrs[name] = {"offset": access.offset, "strides": [*access.strides, *summed]}
     attrs["shape"] = list(long.shape)
     return builder.add("contract_sum", left, right, **attrs, result=result)
+
+
+def _placed_rows(builder: Builder, node: Node, order: Index) -> int | None:
+    """Return whole rows of a matrix that are placed among zeros as a vector, as that matrix; None for other forms."""
+    (part,), size = node.args, node.type.shape
+    if len(size) != 1 or order.ndim != 2 or not np.array_equal(order, arranged(order.shape)):
+        return None
+    (start,), (count,), width = node.attrs["corner"], builder.nodes[part].type.shape, order.shape[1]
+    if start % width or count % width:
+        return None
+    rows = reordered(builder, part, arranged((count // width, width)))
+    return builder.add("place", rows, shape=list(order.shape), corner=[start // width, 0])
 
 
 def _of_result(attrs: dict[str, Any], name: str) -> Index:

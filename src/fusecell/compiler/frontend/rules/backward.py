@@ -1,8 +1,4 @@
-"""Rules for ATen's backward operations, each as primitives: the formulas of torch's own kernels.
-
-``SUMS`` are rules for arithmetic on gradients of weights. These are sums over rows that are complete only after the
-last step: they can be scaled, moved and added to each other, and nothing else.
-"""
+"""Rules for ATen's backward operations, each as primitives: the formulas of torch's own kernels."""
 
 from __future__ import annotations
 
@@ -15,10 +11,9 @@ import torch
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.rules.pointwise import split_halves
 from fusecell.compiler.frontend.rules.reduction import centred, mean, total
-from fusecell.compiler.frontend.sums_over_rows import reordered
-from fusecell.compiler.frontend.traced_values import ExternalGrad, Row, Sum, Untraceable, Value, arranged
+from fusecell.compiler.frontend.traced_values import Row, Value
 
-__all__ = ["BACKWARD", "SUMS"]
+__all__ = ["BACKWARD", "softmax_backward"]
 
 Rule = Callable[..., Any]
 _SIXTH = 0.1666666716337204  # in hardsigmoid's gradient torch has float32's sixth, in float64 too
@@ -131,7 +126,7 @@ def _glu(w: Writer, g: Row, x: Row, dim: int) -> Row:
     return joined
 
 
-def _softmax(w: Writer, g: Row, y: Row, dim: int, _dtype: object) -> Row:
+def softmax_backward(w: Writer, g: Row, y: Row, dim: int, _dtype: object) -> Row:
     gy = w.point("mul", g, y)
     return w.point("sub", gy, w.point("mul", y, w.reduce("sum", gy, [dim], True)))
 
@@ -182,154 +177,7 @@ BACKWARD: Mapping[str, Rule] = {
     "hardshrink_backward": _shrink,
     "softshrink_backward": _shrink,
     "glu_backward": _glu,
-    "_softmax_backward_data": _softmax,
+    "_softmax_backward_data": softmax_backward,
     "_log_softmax_backward_data": _log_softmax,
     "native_layer_norm_backward": _layer_norm,
-}
-
-
-# Gradients of weights: sums over rows, and external gradients, which are torch's to compute.
-
-
-def _accumulate(w: Writer, left: Value, right: Value, alpha: float = 1) -> Value:
-    # What torch adds to an external gradient is torch's to add again, when it runs the prologue's backward.
-    if isinstance(left, ExternalGrad) or isinstance(right, ExternalGrad):
-        return right if isinstance(left, ExternalGrad) else left
-    return w.total(_sum(left), w.scaled(_sum(right), alpha) if alpha != 1 else _sum(right))
-
-
-def _sum(value: Value) -> Sum:
-    if not isinstance(value, Sum):
-        raise Untraceable("The gradient of a weight is combined with a value that is not a weight gradient.")
-    return value
-
-
-def _permute(w: Writer, value: Sum, *order: Any) -> Sum:
-    shape = value.shape
-    dims = list(range(len(shape)))
-    if not order:
-        dims.reverse()
-    elif isinstance(order[0], list | tuple):
-        dims = [dim % len(shape) for dim in order[0]]
-    else:
-        a, b = order[0] % len(shape), order[1] % len(shape)
-        dims[a], dims[b] = b, a
-    permuted = tuple(shape[dim] for dim in dims)
-    # Dimensions of size 1 may go anywhere: the node has only the others.
-    long = [dim for dim in dims if shape[dim] != 1]
-    is_matrix = len(shape) == len(w.builder.nodes[value.node].type.shape) == 2
-    if long == sorted(long) and not (is_matrix and dims == [1, 0]):
-        return Sum(permuted, value.node)
-    return Sum(permuted, w.transposed(value).node)
-
-
-def _view(w: Writer, value: Sum, shape: Sequence[int], **_: Any) -> Sum:
-    sizes = list(shape)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = math.prod(value.shape) // -math.prod(sizes)
-    is_reshaped = [size for size in sizes if size != 1] != [size for size in value.shape if size != 1]
-    if is_reshaped and len(w.builder.nodes[value.node].type.shape) > 1:
-        raise Untraceable("The step reshapes the gradient of a matrix.")
-    return Sum(tuple(sizes), value.node)
-
-
-def _unsqueeze(w: Writer, value: Sum, dim: int) -> Sum:
-    position = dim % (len(value.shape) + 1)
-    return Sum((*value.shape[:position], 1, *value.shape[position:]), value.node)
-
-
-def _squeeze(w: Writer, value: Sum, dims: Any = None) -> Sum:
-    several = [dims] if isinstance(dims, int) else dims
-    squeezed = range(len(value.shape)) if several is None else [dim % len(value.shape) for dim in several]
-    return Sum(tuple(n for dim, n in enumerate(value.shape) if n != 1 or dim not in squeezed), value.node)
-
-
-def _sum_of_units(w: Writer, value: Sum, dims: Any = None, keepdim: bool = False, **_: Any) -> Sum:
-    """Sum over dimensions of size 1, as autograd does where torch has broadcast: nothing is added."""
-    reduced = [dim % len(value.shape) for dim in (range(len(value.shape)) if dims is None else dims)]
-    if any(value.shape[dim] != 1 for dim in reduced):
-        raise Untraceable("The step sums the gradient of a weight over a dimension.")
-    return Sum(tuple(n for dim, n in enumerate(value.shape) if keepdim or dim not in reduced), value.node)
-
-
-def _place(w: Writer, value: Sum, shape: Sequence[int], dim: int, start: int, stop: int, step: int = 1) -> Sum:
-    """Put the gradient of a slice where the slice was, among zeros."""
-    if step != 1:
-        raise Untraceable(f"The step takes a slice of a weight with a step of {step}: only steps of 1 are compiled.")
-    dim = dim % len(shape)
-    begin = start + shape[dim] if start < 0 else start
-    if value.shape == tuple(shape):
-        return value
-    stored, node = len(w.builder.nodes[value.node].type.shape), value.node
-    if len(shape) < stored:  # a vector whose part is used as a matrix of one row or column
-        stored, node = 1, reordered(w.builder, node, arranged(value.shape))
-    if stored == 1:
-        size, corner = [math.prod(shape)], [begin * math.prod(shape[dim + 1 :])]
-        if math.prod(shape[:dim]) != 1:
-            raise Untraceable("The step takes columns of a weight that is used element by element.")
-    else:
-        size, corner = list(shape), [begin if position == dim else 0 for position in range(len(shape))]
-    return Sum(tuple(shape), w.builder.add("place", node, shape=size, corner=corner))
-
-
-def _place_one(w: Writer, value: Sum, shape: Sequence[int], dim: int, index: int) -> Sum:
-    if len(shape) != 1:
-        raise Untraceable("The step takes a row of a weight that is also used whole.")
-    return _place(w, Sum((1,), value.node), shape, dim, index % shape[0], index % shape[0] + 1)
-
-
-def _join(w: Writer, values: Sequence[Value], dim: int = 0) -> Sum:
-    """Join gradients of the parts of a weight: each is placed in the whole, and these are added."""
-    sums = [value for value in values if isinstance(value, Sum)]
-    if any(not isinstance(value, Sum | ExternalGrad) and getattr(value, "fill", None) != 0 for value in values):
-        raise Untraceable("The gradient of a part of a weight is no sum over rows.")
-    dim = dim % len(sums[0].shape)
-    whole = list(sums[0].shape)
-    whole[dim] = sum(value.shape[dim] for value in values)
-    joined, start = None, 0
-    for value in values:
-        if isinstance(value, Sum):
-            part = _place(w, value, whole, dim, start, start + value.shape[dim])
-            joined = part if joined is None else w.total(joined, part)
-        start += value.shape[dim]
-    return _sum(joined)  # type: ignore[arg-type]  # one of the values is a sum
-
-
-def _same(w: Writer, value: Sum, *_: Any, **__: Any) -> Sum:
-    return value
-
-
-def _cast(w: Writer, value: Sum, *, dtype: Any = None, **_: Any) -> Sum:
-    """Keep a sum as it is where autograd casts it to the dtype of its weight: the prologue casts the kernel's."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise Untraceable(f"The gradient of a weight is cast to {dtype}.")
-    return value
-
-
-def _times(w: Writer, a: Any, b: Any) -> Sum:
-    value, factor = (a, b) if isinstance(a, Sum) else (b, a)
-    if not isinstance(factor, int | float):
-        raise Untraceable(
-            "The step multiplies a weight by numbers that are others at each step, such as a dropout mask of it, and "
-            "its gradient is a sum over all steps. Mask the values that the weight is multiplied by instead."
-        )
-    return w.scaled(value, factor)
-
-
-SUMS: Mapping[str, Rule] = {
-    **dict.fromkeys(("clone", "detach", "alias", "contiguous"), _same),
-    **dict.fromkeys(("t", "transpose", "permute"), _permute),
-    "_to_copy": _cast,
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"), _view),
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "sum": _sum_of_units,
-    "cat": _join,
-    "add": _accumulate,
-    "slice_backward": _place,
-    "select_backward": _place_one,
-    "neg": lambda w, value: w.scaled(value, -1.0),
-    "_neg_view": lambda w, value: w.scaled(value, -1.0),
-    "mul": _times,
-    "div": lambda w, value, factor: w.scaled(value, 1.0 / factor),
 }
