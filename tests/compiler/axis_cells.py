@@ -74,6 +74,20 @@ def _positive(z: Tensor) -> Tensor:
     return a @ a.mT + torch.eye(2, dtype=z.dtype)
 
 
+def _larger(z: Tensor) -> Tensor:
+    """Matrices of 6 x 6 whose largest elements are not on the diagonal."""
+    return z[:, :6, None] * z[:, None, 6:12] * 0.5 + torch.diag_embed(z[:, 12:18] * 0.2 + 1).flip(-1)
+
+
+def _larger_positive(z: Tensor) -> Tensor:
+    a = _larger(z)
+    return a @ a.mT + torch.eye(6, dtype=z.dtype)
+
+
+def _normal(mean: Tensor, **options: Tensor) -> torch.distributions.Distribution:
+    return torch.distributions.MultivariateNormal(mean, validate_args=False, **options)
+
+
 def _lower(z: Tensor) -> Tensor:
     return torch.tril(z.view(-1, 6, 2, 2), -1) + 2 * torch.eye(2, dtype=z.dtype)
 
@@ -358,6 +372,31 @@ MATRICES: dict[str, Body] = {
     ),
     "logarithms_of_determinants": lambda c, z: (
         z * fit(torch.logdet(square(z))) + fit(torch.slogdet(z[:, :9].view(-1, 1, 3, 3)).logabsdet)
+    ),
+    "larger": lambda c, z: (
+        fit(torch.linalg.inv(_larger(z)))
+        + fit(
+            torch.linalg.solve(_larger(z), z[:, :6])
+            + torch.linalg.solve(_larger(z), z[:, None, 6:12], left=False)[:, 0]
+        )
+    ),
+    "larger_determinants": lambda c, z: (
+        z * torch.linalg.det(_larger(z))[:, None] + z * torch.linalg.slogdet(_larger(z.flip(1))).logabsdet[:, None]
+    ),
+    "larger_triangular": lambda c, z: (
+        fit(torch.linalg.solve_triangular(_larger(z), z[:, :6, None], upper=True, unitriangular=True))
+        + fit(torch.linalg.cholesky(_larger_positive(z), upper=True))
+        + fit(torch.cholesky_solve(z[:, :6, None], torch.linalg.cholesky(_larger_positive(z))))
+        + fit(torch.cholesky_inverse(torch.linalg.cholesky(_larger_positive(z), upper=True), upper=True))
+    ),
+    "normal_density": lambda c, z: (
+        z * _normal(z[:, :6], covariance_matrix=_larger_positive(z)).log_prob(z[:, 6:12])[:, None]
+        + z * _normal(z[:, :8], scale_tril=c.square + 2 * torch.eye(8)).log_prob(z[:, 8:16])[:, None]
+    ),
+    "one_larger_matrix_for_all_rows": lambda c, z: (
+        fit(torch.linalg.solve(c.square, z[:, :8].T).T + torch.linalg.solve(c.square, z[:, :8], left=False))
+        + fit(torch.linalg.solve_triangular(c.square, heads(z).mT, upper=False))
+        + fit(torch.cholesky_solve(heads(z).mT, torch.linalg.cholesky(c.square @ c.square.T + torch.eye(8))))
     ),
     "one_matrix_for_all_rows": lambda c, z: fit(
         torch.linalg.solve(torch.diag(c.gain + 1) + c.square[:4, :4], z[:, :4].T).T

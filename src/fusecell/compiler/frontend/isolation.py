@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fusecell.compiler.frontend.matrix_functions import MATRIX_FUNCTIONS
 from fusecell.compiler.frontend.replacements import REPLACEMENTS
 from fusecell.compiler.frontend.sampling import SAMPLING
 from fusecell.compiler.frontend.traced_values import Untraceable
@@ -67,11 +68,17 @@ class ValueReadGuard(TorchFunctionMode):
 
     Arguments:
         may_read: says, and notes, that the value of a tensor may be read: one that no input of the step has changed.
+        is_weight: says whether a tensor is made of weights alone.
     """
 
-    def __init__(self, may_read: Callable[[Tensor], bool] = lambda tensor: False) -> None:
+    def __init__(
+        self,
+        may_read: Callable[[Tensor], bool] = lambda tensor: False,
+        is_weight: Callable[[Tensor], bool] = lambda tensor: False,
+    ) -> None:
         super().__init__()
         self._may_read = may_read
+        self._is_weight = is_weight
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -83,6 +90,9 @@ class ValueReadGuard(TorchFunctionMode):
                 "all values: write torch.where(condition, a, b), which chooses row by row, and iterate a fixed "
                 "number of times."
             )
+        of_matrices = MATRIX_FUNCTIONS.get(func)
+        if of_matrices is not None and "out" not in (kwargs or {}):
+            return of_matrices(self._is_weight, *args, **(kwargs or {}))
         func = _REPLACED.get(func, func)
         return func(*args, **(kwargs or {}))
 

@@ -1,8 +1,8 @@
 """Functions of torch that look at a tensor's values where nothing need depend on them, written so that they don't.
 
-``one_hot`` checks its classes, and the gradients of products and determinants look for zeros, to divide where there are
-none. While a step is traced, these stand for them: with torch's numbers, and gradients without a division. Others stand
-for functions that copy a tensor and write to a part of it, as steps do themselves.
+``one_hot`` checks its classes, and the gradients of products look for zeros, to divide where there are none. While a
+step is traced, these stand for them: with torch's numbers, and gradients without a division. Others stand for functions
+that copy a tensor and write to a part of it, as steps do themselves.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch.nn import functional
 from fusecell.compiler.frontend.traced_values import Untraceable
 
 __all__ = ["REPLACEMENTS"]
-
-_MOST_ROWS = 4
 
 
 class _RunningProduct(torch.autograd.Function):
@@ -82,34 +80,6 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes <= 0:
         raise Untraceable("one_hot without num_classes reads the largest class off the tensor; give it num_classes.")
     return (tensor.unsqueeze(-1) == torch.arange(num_classes)).to(torch.int64)
-
-
-def _determinant(A: Tensor) -> Tensor:
-    """Expand a determinant by its first row: torch's gradient of it would look for zeros."""
-    size = A.shape[-1]
-    if size > _MOST_ROWS:
-        return torch.det(A)  # compiled where A is made of weights alone
-    if size == 1:
-        return A[..., 0, 0]
-    total = torch.zeros_like(A[..., 0, 0])
-    for column in range(size):
-        rest = torch.cat((A[..., 1:, :column], A[..., 1:, column + 1 :]), -1)
-        term = A[..., 0, column] * _determinant(rest)
-        total = total - term if column % 2 else total + term
-    return total
-
-
-def _sign_and_log_determinant(A: Tensor) -> Any:
-    if A.shape[-1] > _MOST_ROWS:
-        return torch.linalg.slogdet(A)
-    value = _determinant(A)
-    named = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # torch's, named after the function
-    return named((value.detach().sign(), value.abs().log()))
-
-
-def _log_determinant(A: Tensor) -> Tensor:
-    sign, size = _sign_and_log_determinant(A)
-    return torch.where(sign < 0, math.nan, size)
 
 
 def _slice_scatter(
@@ -201,11 +171,6 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     functional.gaussian_nll_loss: _gaussian_loss,
     functional.embedding_bag: _bag_of_embeddings,
     functional.affine_grid: _grid_of_maps,
-    torch.det: _determinant,
-    Tensor.det: _determinant,
-    torch.linalg.det: _determinant,
-    **dict.fromkeys((torch.linalg.slogdet, torch.slogdet, Tensor.slogdet), _sign_and_log_determinant),
-    **dict.fromkeys((torch.logdet, Tensor.logdet), _log_determinant),
     torch.slice_scatter: _slice_scatter,
     Tensor.slice_scatter: _slice_scatter,
     torch.select_scatter: _select_scatter,

@@ -98,7 +98,7 @@ class StepRun:
         ]
         recorder = self.recorder
         with (
-            recorder, ValueReadGuard(recorder.may_read), intercepted(recorder.on_apply),
+            recorder, ValueReadGuard(recorder.may_read, recorder.is_weight), intercepted(recorder.on_apply),
             capture_intermediates(self._note), self._watched(),
         ):  # fmt: skip
             result = self.cell.step(tuple(x) if len(self.cell.inputs) > 1 else x[0], tuple(state))

@@ -132,6 +132,10 @@ class TensorValues:
         self.weights.assume(value.slot)
         return True
 
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of weights alone."""
+        return not is_wrapped(tensor) and isinstance(self.value(tensor), Weight)
+
     def is_known(self, tensor: Tensor) -> bool:
         return key_of(tensor) in self._values
 

@@ -16,8 +16,8 @@ Rule = Callable[[Sequence[Tensor], Attrs], Tensor]
 
 
 def flat_rows(value: Tensor, is_weight: bool) -> Tensor:
-    """Return a value as (rows, features): a weight, of whatever shape, is one row."""
-    return value.reshape(1, -1) if is_weight else value
+    """Return a value as (rows, features): a weight, of whatever shape, and what is spread from one is one row."""
+    return value.reshape(1, -1) if is_weight or value.dim() == 1 else value
 
 
 def _accessed(value: Tensor, shape: Sequence[int], access: Attrs) -> Tensor:
