@@ -205,3 +205,36 @@ def test_a_call_that_runs_eagerly_draws_once() -> None:
             fc.scan(cell, x)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+class DroppingLayers(fc.Cell):
+    """torch.nn's layers with dropout between them; they take states with the batch second."""
+
+    states = ("h", "c")
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.state_sizes = ((2, 6), (2, 6))
+        self.lstm = nn.LSTM(5, 6, num_layers=2, dropout=0.3)
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, (h, c) = self.lstm(x[None], tuple(value.transpose(0, 1).contiguous() for value in state))
+        return y[0], (h.transpose(0, 1), c.transpose(0, 1))
+
+
+def test_states_may_be_returned_in_another_order_where_no_draw_is_like_them() -> None:
+    torch.manual_seed(0)
+    cell = DroppingLayers().double()
+    loop = results(cell, "eager", {}, torch.float64)
+    for actual, expected in zip(results(cell, "compiled", {}, torch.float64), loop, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_refusal_of_draws_like_a_state_in_another_order() -> None:
+    class Turned(fc.Cell):
+        def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+            h = torch.tanh(state[0] + torch.randn_like(state[0]) + x)
+            return h, (h.t().contiguous().t(),)
+
+    with pytest.raises(fc.NotCompilable, match=r"return h.contiguous\(\)"), fc.runner("compiled"):
+        fc.scan(Turned(5, 5), torch.randn(4, 3, 5))

@@ -119,11 +119,11 @@ class _Cholesky(torch.autograd.Function):
         for k in range(size):
             column = a[..., k]
             if k:
-                before = torch.stack(columns, -1)
-                column = column - (before @ before[..., k, :, None]).squeeze(-1)
+                before = torch.stack(columns, -2)
+                column = column - (before[..., None, :, k] @ before).squeeze(-2)
             column = column / column[..., k, None].sqrt()
             columns.append(torch.where(numbers < k, 0.0, column))
-        factor = torch.stack(columns, -1)
+        factor = torch.stack(columns, -2).mT
         ctx.save_for_backward(factor, _substituted(factor))
         return factor
 

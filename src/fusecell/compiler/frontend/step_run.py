@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -58,6 +58,7 @@ class StepRun:
         dtypes: of the inputs, where some are integers.
         draws: whether the step may draw random numbers.
         left: paths of attributes that an earlier run has left behind, and that are not the cell's own.
+        orders: of states whose dimensions are in another order in memory, that order.
     """
 
     cell: Cell
@@ -71,6 +72,8 @@ class StepRun:
     dtypes: Sequence[torch.dtype] | None = None
     draws: bool = False
     left: Collection[str] = ()
+    orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    returned_orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output_dtype: torch.dtype | None = None
     row_shapes: dict[str, Shape] = field(default_factory=dict)
 
@@ -135,6 +138,9 @@ class StepRun:
     def _leaf(self, op: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         node = self.builder.append(op, (), {"shape": [math.prod(shape)]}, name)
         tensor = self._random((self.rows, *shape), dtype)
+        if op == "state" and name in self.orders:
+            order = self.orders[name]
+            tensor = tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
         if self.gradients and dtype.is_floating_point and not name.startswith("grad."):
             # No leaf of autograd: in place on one torch raises before the recorder can say where.
             tensor = tensor.requires_grad_().clone()
@@ -193,19 +199,17 @@ class StepRun:
                 raise Untraceable(
                     f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}."
                 )
-            self._check_order(label, value)
+            self._note_order(label, value)
             self.outputs[label] = self._node(value)
             self.row_shapes[label] = shape
         return output, after
 
-    def _check_order(self, label: str, value: Tensor) -> None:
-        """Refuse a state in whose memory a draw of the next step would not go row by row, as a kernel takes it."""
+    def _note_order(self, label: str, value: Tensor) -> None:
+        """Note the order in memory of a state: a draw like it goes in that order at the next step."""
         if self.recorder.draws and label.startswith("state.") and not torch.empty_like(value).is_contiguous():
-            state = label.removeprefix("state.")
-            raise Untraceable(
-                f"The step draws random numbers, and returns the state {state} with its dimensions in another order in "
-                f"memory, in which torch would draw numbers like it at the next step; return {state}.contiguous()."
-            )
+            strides = value.stride()
+            order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+            self.returned_orders[label.removeprefix("state.")] = tuple(order)
 
     def _packed(self, output: Any) -> Any:
         """Return a tuple or dict of outputs as one flat row."""

@@ -123,6 +123,7 @@ def _traced_with(
             texts = [run.text() for run in runs]
             if left and len(set(texts)) > 1:  # what one step leaves does reach the next
                 return _refuse_changes(runs[-1], before, before.changes())
+            _check_orders(runs[-1])
         except (Untraceable, CompilerError) as refusal:
             return _refuse(str(refusal), runs, before)
         except Exception as error:  # the step's own: run eagerly it raises again, where the user sees it
@@ -133,6 +134,24 @@ def _traced_with(
         if text != texts[0]:
             return Refusal((_difference(texts[0], text),))
     return replace(runs[0].traced(), leftovers=tuple(sorted(left)))
+
+
+def _check_orders(run: StepRun) -> None:
+    """Refuse a step that returns a state in another order in memory, where it would draw in that order at the next."""
+    orders = run.returned_orders
+    if not orders:
+        return
+    again = replace(run, named=False, names={}, outputs={}, row_shapes={}, orders=orders, returned_orders={})
+    try:
+        if _ran(again).text() == run.text():
+            return
+    except Untraceable:
+        pass  # it draws into a tensor like the state
+    state = next(iter(orders))
+    raise Untraceable(
+        f"The step draws random numbers, and returns the state {state} with its dimensions in another order in memory, "
+        f"in which torch would draw numbers like it at the next step; return {state}.contiguous()."
+    )
 
 
 def _raised(error: Exception, runs: Sequence[StepRun]) -> str:
