@@ -11,7 +11,15 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State, steps_of
 from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
 
-__all__ = ["INTEGERS", "as_numbers", "call_reasons", "loop_is_faster", "needs_gradient", "tensor_reasons"]
+__all__ = [
+    "INTEGERS",
+    "as_numbers",
+    "call_reasons",
+    "integers_reason",
+    "loop_is_faster",
+    "needs_gradient",
+    "tensor_reasons",
+]
 
 # A subclass may give any operator another meaning.
 _EXACT = (Tensor, nn.Parameter)
@@ -81,6 +89,22 @@ def as_numbers(inputs: State, dtype: torch.dtype) -> State | Refusal:
                     )
                 )
     return tuple([value.to(dtype) if value.dtype in INTEGERS else value for value in inputs])
+
+
+def integers_reason(inputs: State, largest: int) -> Refusal | None:
+    """Return why a step can't run on inputs whose integers it computes with; None where all it computes is exact."""
+    for value in inputs:
+        if value.dtype in INTEGERS and value.dtype is not torch.bool:
+            most = max(int(value.max()), -int(value.min()))
+            if most > largest:
+                return Refusal(
+                    (
+                        f"An input has integers up to {most:,}, and of more than {largest:,} the step computes others "
+                        "that a kernel, which has them as floating-point numbers, has not exactly. Convert the model "
+                        "with .double(), or compute them outside the cell.",
+                    )
+                )
+    return None
 
 
 def loop_is_faster(cell: Cell, inputs: State) -> bool:

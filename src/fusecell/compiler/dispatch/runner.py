@@ -15,7 +15,14 @@ from fusecell.cell import Cell
 from fusecell.cell_tree import iter_cells
 from fusecell.compiler.cache_registry import forget_programs, register_cache
 from fusecell.compiler.dispatch import fast_path
-from fusecell.compiler.dispatch.eligibility import INTEGERS, as_numbers, call_reasons, loop_is_faster, needs_gradient
+from fusecell.compiler.dispatch.eligibility import (
+    INTEGERS,
+    as_numbers,
+    call_reasons,
+    integers_reason,
+    loop_is_faster,
+    needs_gradient,
+)
 from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.dispatch.transforms import is_transformed, run_transformed
@@ -136,6 +143,9 @@ def _run_packed(
         return program
     if program.traced.draws and not all(map(is_in_order, (*[value[0] for value in inputs], *state))):
         return Refusal((_OUT_OF_ORDER,))
+    largest = program.traced.largest_integer
+    if largest is not None and (reason := integers_reason(inputs, largest)) is not None:
+        return reason
     if program.traced.leftovers:
         return run_leaving(program, cell, inputs, numbers, state, options)
     return program(cell, numbers, state, options)

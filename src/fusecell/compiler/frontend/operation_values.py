@@ -24,6 +24,7 @@ from fusecell.compiler.frontend.rules.complex_numbers import (
     moved_pair,
     sum_of_pairs,
 )
+from fusecell.compiler.frontend.rules.integers import INTEGERS
 from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with, repeated_for_rows
 from fusecell.compiler.frontend.rules.row_numbers import row_numbers
 from fusecell.compiler.frontend.rules.weight_sums import SUMS
@@ -322,7 +323,8 @@ class OperationValues(TensorValues):
         moved = self._of_movement(func, name, args, values, options, results)
         if moved is not None:
             return moved
-        rule = RULES.get(name)
+        of_integers = results[0] is not None and results[0].dtype != torch.bool
+        rule = (INTEGERS.get(name) if of_integers else None) or RULES.get(name)
         if name in _DECISIONS:
             raise Untraceable(READS_VALUES)
         if rule is None:
@@ -333,8 +335,6 @@ class OperationValues(TensorValues):
         if any(result is not None and result.dtype in self._casts for result in results):
             # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
-        if name.startswith("bitwise_"):
-            options["of_masks"] = results[0].dtype == torch.bool
         if name in ("index", "index_put", "_index_put_impl"):
             values = [values[0], self._places(args[1], values[1]), *values[2:]]
         result = rule(self.writer, *values, **options)

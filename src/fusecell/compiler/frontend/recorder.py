@@ -31,6 +31,7 @@ from fusecell.compiler.frontend.traced_values import (
     Weight,
 )
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref
+from fusecell.compiler.frontend.whole_numbers import INTEGERS, WholeNumbers
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
 
@@ -69,6 +70,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]  # torch annotates it in part
         OperationValues.__init__(self, builder, rows, dtype, sources, leftovers)
         self.draws: list[Draw] = []
+        self.whole_numbers = WholeNumbers(dtype)
         self._generator = generator
         self.gradients: dict[int, Value] = {}
         self._inside: tuple[frozenset[int], set[int]] | None = None
@@ -309,6 +311,8 @@ class Recorder(OperationValues, TorchDispatchMode):
             if target is None and isinstance(value, Weight) and self.is_known(tensor):
                 continue  # a view of all of it, such as detach: the same weight
             self.know(tensor, value)
+            if isinstance(value, Row) and not self.backward and tensor.dtype in INTEGERS:
+                self.whole_numbers.note(op, args, tensor)
 
     def _change_weight(self, func: Any, args: tuple[Any, ...], values: list[Any], operands: list[Value]) -> None:
         """Record a write to a computed weight."""

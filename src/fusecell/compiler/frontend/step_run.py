@@ -22,6 +22,7 @@ from fusecell.compiler.frontend.recorder import Recorder
 from fusecell.compiler.frontend.sums_over_rows import as_matrix
 from fusecell.compiler.frontend.traced_step import Traced, attributes, input_names
 from fusecell.compiler.frontend.traced_values import Row, Sum, Untraceable
+from fusecell.compiler.frontend.whole_numbers import INTEGERS
 from fusecell.compiler.ir.graph import Builder
 from fusecell.compiler.ir.graph_contract import gradient_leaf
 from fusecell.compiler.ir.naming import name_values
@@ -129,7 +130,15 @@ class StepRun:
         draws = tuple(self.recorder.draws)
         prologue = self.recorder.weights.prologue()
         prologue.assume(self.cell)
-        return Traced(graph, prologue, self.dtype, self.row_shapes, draws, output_dtype=self.output_dtype)
+        return Traced(
+            graph,
+            prologue,
+            self.dtype,
+            self.row_shapes,
+            draws,
+            output_dtype=self.output_dtype,
+            largest_integer=self.recorder.whole_numbers.largest_input,
+        )
 
     def _watched(self) -> AbstractContextManager[None]:
         # Profiling every call costs more than the rest of a small trace: the second run needs no names.
@@ -147,6 +156,8 @@ class StepRun:
         row = Row(tuple(tensor.shape), node)
         value = self.recorder.writer.truth(row) if dtype == torch.bool else row
         self.recorder.know(tensor, value, fixed=True)
+        if dtype in INTEGERS:
+            self.recorder.whole_numbers.take_input(tensor)
         return tensor
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -31,6 +31,8 @@ class Traced:
         shapes: of a row of each output and note, by its label in the graph, which has all features in one dimension.
         draws: the random numbers that a step draws: inputs of the graph, behind the cell's own.
         leftovers: paths of attributes that each step sets to a tensor and no step reads.
+        largest_integer: that inputs may have, so that all integers which the step computes of them are exact in the
+            kernel; None for all that its dtype has.
         output_dtype: what the output is converted to after the kernel: that of spikes, say, of ``(v > 1).float()``.
     """
 
@@ -41,6 +43,7 @@ class Traced:
     draws: tuple[Draw, ...] = ()
     leftovers: tuple[str, ...] = ()
     output_dtype: torch.dtype | None = None
+    largest_integer: int | None = None
 
     @property
     def is_plain(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
-from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.compiler.frontend.traced_values import Row
 from fusecell.compiler.ir.primitives import PRIMITIVES
 
 __all__ = ["POINTWISE", "power"]
@@ -198,15 +198,6 @@ def _xor(w: Writer, a: Operand, b: Operand) -> Row:
     return w.point("and", w.point("or", a, b), w.point("not", w.point("and", a, b)))
 
 
-def _bitwise(op: str) -> Rule:
-    def rule(w: Writer, *operands: Operand, of_masks: bool = False) -> Row:
-        if not of_masks:
-            raise Untraceable("Bitwise arithmetic on integers is not compiled.")
-        return w.point(op, *operands) if op != "xor" else _xor(w, *operands)
-
-    return rule
-
-
 def _nan_to_num(
     w: Writer,
     x: Operand,
@@ -273,10 +264,10 @@ POINTWISE: Mapping[str, Rule] = {
     "logical_or": _same("or"),
     "logical_not": _same("not"),
     "logical_xor": _xor,
-    "bitwise_and": _bitwise("and"),
-    "bitwise_or": _bitwise("or"),
-    "bitwise_not": _bitwise("not"),
-    "bitwise_xor": _bitwise("xor"),
+    "bitwise_and": _same("and"),
+    "bitwise_or": _same("or"),
+    "bitwise_not": _same("not"),
+    "bitwise_xor": _xor,
     "isnan": lambda w, x: w.point("ne", x, x),
     "isinf": lambda w, x: w.point("eq", w.point("abs", x), math.inf),
     "nan_to_num": _nan_to_num,
