@@ -259,6 +259,10 @@ FUNCTIONS: dict[str, Function] = {
     "unbind": lambda z: torch.stack(z.unbind(1)[::-1], 1),
     "chunk": lambda z: torch.cat([z.chunk(2, 1)[1] * z.chunk(2, 1)[0], z.split([2, 1, 3], 1)[2]], 1),
     "filled": lambda z: z + torch.zeros_like(z) + torch.ones_like(z) * 2 + z.new_full((len(z), 6), 3.0),
+    "filled_in_another_dtype": lambda z: (
+        z * torch.full((6,), 0.1, dtype=torch.float32) + z * torch.full((len(z), 6), 1.7, dtype=torch.int64)
+    ),
+    "sums_of_truth_values": lambda z: z * ((z > 0) + (z > 0.3)) + z * ((z > 0) * (z < 0.5)),
     "factories": lambda z: z * torch.ones(len(z), 1).double() + torch.tensor(2.0) * z + torch.zeros(6).double(),
     "in_place": lambda z: (z * 2).add_(1).mul_(z).clamp_(-1, 1),
     "a_part_in_place": _part_changed,

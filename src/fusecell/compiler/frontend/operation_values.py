@@ -25,7 +25,15 @@ from fusecell.compiler.frontend.rules.complex_numbers import (
     sum_of_pairs,
 )
 from fusecell.compiler.frontend.rules.integers import INTEGERS
-from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, filled, padded_with, repeated_for_rows
+from fusecell.compiler.frontend.rules.movement import (
+    CONSTANTS,
+    KEEPS,
+    MOVES,
+    as_stored,
+    filled,
+    padded_with,
+    repeated_for_rows,
+)
 from fusecell.compiler.frontend.rules.row_numbers import row_numbers
 from fusecell.compiler.frontend.rules.weight_sums import SUMS
 from fusecell.compiler.frontend.shared_memory import strided
@@ -360,6 +368,8 @@ class OperationValues(TensorValues):
 
     def _rounded(self, value: Any, result: Tensor) -> Any:
         """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
+        if isinstance(value, Row) and result.dtype == torch.bool and not self.writer.is_mask(value):
+            return self.writer.truth(value)  # the sum of two truth values is one too
         if not isinstance(value, Row) or result.dtype not in self._casts or self.writer.is_mask(value):
             return value
         return self.writer.point(self._casts[result.dtype], value)
@@ -422,6 +432,7 @@ class OperationValues(TensorValues):
         if any(self.writer.rows in result.shape for result in results) or self._is_repeated_for_rows(name, values):
             return None  # spread over rows
         fill = _fill(name, values, operands)
+        fill = None if fill is None else as_stored(fill, results[0].dtype)
         if name == "_efficientzerotensor":  # which has no memory that a kernel could read
             func, name = torch.ops.aten.zeros.default, "zeros"
         # The backward runs after the prologue: what it computes on weights can only be part of the graph.

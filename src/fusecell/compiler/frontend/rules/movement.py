@@ -10,7 +10,7 @@ import torch
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row, Untraceable, Weight
 
-__all__ = ["CONSTANTS", "KEEPS", "MOVES", "filled", "padded_with", "repeated_for_rows"]
+__all__ = ["CONSTANTS", "KEEPS", "MOVES", "as_stored", "filled", "padded_with", "repeated_for_rows"]
 
 _MOVES = (
     "view _unsafe_view _reshape_alias reshape permute transpose t expand unsqueeze squeeze slice select split "
@@ -35,6 +35,11 @@ CONSTANTS: Mapping[str, float | None] = {
 }
 
 
+def as_stored(value: float, dtype: torch.dtype) -> float:
+    """Return the number that a tensor has where it is filled with another: torch.full((3,), 0.1) has float32's 0.1."""
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
+
+
 def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> Row:
     """Return the tensor of a factory: filled with a number, the same for all rows."""
     value = CONSTANTS[name]
@@ -47,7 +52,7 @@ def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> R
     elif value is None:
         if not isinstance(number, int | float):
             raise Untraceable("The step fills a tensor with the value of another.")
-        value = float(number)
+        value = as_stored(number, result.dtype)
     shape = tuple(result.shape)
     # A number is the same wherever in a dimension the batch is.
     axis = next((dim for dim, size in enumerate(shape) if size and size % w.rows == 0), None)
