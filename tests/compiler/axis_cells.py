@@ -250,6 +250,7 @@ REDUCTIONS: dict[str, Body] = {
     "without_nan": lambda c, z: fit(heads(torch.where(z > 0, z, math.nan)).nansum(1)) + _nan_mean(z),
     "ranges": lambda c, z: fit(torch.aminmax(heads(z), dim=1).max - torch.aminmax(z, dim=1, keepdim=True).min),
     "counts": lambda c, z: z * fit(torch.count_nonzero(heads(z) > 0, dim=2)) + torch.ldexp(z, (z > 0).long()),
+    "renormed": lambda c, z: torch.renorm(z, 1, 0, 2.0) + torch.renorm(heads(z), 2, 0, 0.9).flatten(1),
     "norms": lambda c, z: fit(F.normalize(heads(z), dim=1) + heads(z).norm(dim=2, keepdim=True)),
 }
 
@@ -318,6 +319,7 @@ INDEXING: dict[str, Body] = {
     "scatter_reduced": _scatter_reduced,
     "triangles_by_position": _triangles,
     "copied_and_written": _copied_and_written,
+    "taken_from_a_flat_weight": lambda c, z: z * torch.take(c.table, _ids(z, 168)),
     "bins": lambda c, z: (
         z * torch.bucketize(z.detach(), c.mean.sort().values)
         + z * torch.bucketize(z.detach(), torch.linspace(-1, 1, 5, dtype=z.dtype), right=True)
@@ -450,6 +452,10 @@ def _spectrum_cut(c: Any, z: Tensor) -> Tensor:
 COMPLEX: dict[str, Body] = {
     "rotations": _rotating,
     "functions": _functions,
+    "products": lambda c, z: (
+        fit(torch.view_as_real(torch.complex(heads(z), heads(z * z)).prod(1)))
+        + fit(torch.complex(heads(z), heads(z * z)).cumprod(2).imag)
+    ),
     "fourier_of_images": _spectrum_cut,
     "conjugates": lambda c, z: (
         fit((torch.complex(heads(z), heads(z * z)).conj() @ torch.complex(heads(z), -heads(z)).mH).imag)

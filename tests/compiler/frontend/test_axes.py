@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusecell.compiler.frontend import Traced, trace
-from tests.compiler.axis_cells import AXES, AxisCell
+from tests.compiler.axis_cells import AXES, AxisCell, fit, heads
 from tests.compiler.traced_cells import compare
 
 
@@ -19,3 +19,13 @@ def test_steps_along_axes(name: str) -> None:
 def test_they_are_traced_in_single_precision(name: str) -> None:
     result = trace(AxisCell(AXES[name]), [(5,)], torch.float32, gradients=True)
     assert isinstance(result, Traced), result
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce")  # torch calls it a beta
+@pytest.mark.parametrize("how", ["mean", "prod", "amax"])
+def test_values_reduced_at_positions(how: str) -> None:
+    def body(cell, z):
+        places = cell.order[:5] % 8
+        return fit(heads(z).index_reduce(2, places, heads(z)[..., 3:].sin(), how, include_self=how == "amax"))
+
+    compare(AxisCell(body).double())

@@ -244,6 +244,10 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "buffer_in_place": (lambda c, x, h: h * c.flags.logical_not_(), "in place"),
     "other_format": (lambda c, x, h: h.float().softmax(1).double(), "float32 where the cell is torch.float64"),
     "no_rule": (lambda c, x, h: h * h.mode(1, keepdim=True)[0], r"mode has no rule.*test_tracer.py"),
+    "no_elements": (
+        lambda c, x, h: h + h[:, :0].sum(-1, keepdim=True),
+        r"shape \(N, 0\), which has no elements.*test_tracer.py",
+    ),
     "error": (lambda c, x, h: h.missing, "AttributeError"),
     "shape": (lambda c, x, h: h[:, :3], "expected"),
 }

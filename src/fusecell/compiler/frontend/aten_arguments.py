@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusecell.compiler.frontend.traced_values import Complex, ExternalGrad, Row, Sum, Unsupported, Value, Weight
 
-__all__ = ["Key", "call", "key_of", "mapped", "tensors_in", "values_in"]
+__all__ = ["Key", "call", "key_of", "mapped", "named_arguments", "tensors_in", "values_in", "written_to"]
 
 Key = tuple[Any, ...]
 
@@ -82,3 +82,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+
+
+def written_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """List the tensors that a call writes to."""
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def named_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names."""
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecell.compiler.frontend.aten_arguments import named_arguments
 from fusecell.compiler.frontend.traced_values import Untraceable
 
-__all__ = ["Draw", "draw_name", "fill", "form_of", "new_tensor"]
+__all__ = ["Draw", "draw_name", "draws_nothing", "fill", "form_of", "new_tensor"]
 
 _FACTORIES: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "randn": ("normal_", (0.0, 1.0)),
@@ -104,3 +105,11 @@ def fill(tensor: Tensor, method: str, numbers: Sequence[float], generator: torch
         return
     uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
     tensor.copy_(uniform > 0.5 if tensor.dtype == torch.bool else uniform)
+
+
+def draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may draw random numbers draws none in this call: dropout outside training."""
+    arguments = named_arguments(func, args, kwargs)
+    if "rrelu" in func._schema.name:
+        return not arguments.get("training", False)
+    return "dropout" in func._schema.name and arguments.get("train") is False

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusecell.compiler.frontend.aten_arguments import call, key_of, mapped, tensors_in, values_in
+from fusecell.compiler.frontend.aten_arguments import (
+    call,
+    key_of,
+    mapped,
+    named_arguments,
+    tensors_in,
+    values_in,
+    written_to,
+)
 from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_arguments, tensor_results
-from fusecell.compiler.frontend.draws import Draw, draw_name, fill, form_of, new_tensor
+from fusecell.compiler.frontend.draws import Draw, draw_name, draws_nothing, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.operation_values import READS_VALUES, OperationValues
 from fusecell.compiler.frontend.rules.complex_numbers import are_joined, sum_of_pairs
@@ -33,6 +41,7 @@ from fusecell.compiler.frontend.traced_values import (
 from fusecell.compiler.frontend.weight_prologue import CustomCall, Ref
 from fusecell.compiler.frontend.whole_numbers import INTEGERS, WholeNumbers
 from fusecell.compiler.ir.graph import Builder
+from fusecell.errors import CompilerError
 from fusecell.torch_internals import autograd_node, disable_current_modes, without_torch_functions
 
 __all__ = ["MOST_NODES", "Recorder"]
@@ -126,7 +135,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         """Make a call inside a Function that is one step of the prologue, without recording it."""
         assert self._inside is not None
         arguments, created = self._inside
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
+        if torch.Tag.nondeterministic_seeded in func.tags and not draws_nothing(func, args, kwargs):
             raise Untraceable(_RANDOM)
         tensors = list(tensors_in([*args, *kwargs.values()]))
         storages = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -135,7 +144,7 @@ class Recorder(OperationValues, TorchDispatchMode):
             raise Untraceable(
                 "The step applies a custom Function that reads a tensor that is none of its arguments; pass it as one."
             )
-        if any(target.untyped_storage()._cdata in arguments for target in _written(func, args, kwargs)):
+        if any(target.untyped_storage()._cdata in arguments for target in written_to(func, args, kwargs)):
             raise Untraceable("The step applies a custom Function that changes a weight in place; return a new tensor.")
         result = func(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else result
@@ -171,7 +180,7 @@ class Recorder(OperationValues, TorchDispatchMode):
             if name == "lift_fresh" and not self.backward:
                 self._know_literal(args[0])
             # torch tags the operations that draw from a generator.
-            if torch.Tag.nondeterministic_seeded in func.tags and not _is_deterministic(func, args, kwargs):
+            if torch.Tag.nondeterministic_seeded in func.tags and not draws_nothing(func, args, kwargs):
                 return self._draw(func, name, args, kwargs)
             target = self._check(func, args, kwargs)
             sharing = self._sharing(target)
@@ -204,7 +213,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         """Refuse a side effect before it happens; return the tensor that the call writes to, if any."""
         if not func._schema.is_mutable:
             return None
-        written = _written(func, args, kwargs)
+        written = written_to(func, args, kwargs)
         for target in written:
             if not isinstance(target, Tensor):
                 raise Untraceable("The step writes to several tensors at once.")
@@ -225,7 +234,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         """Record a draw as an input of the graph; drawn once in a trace, its numbers would be constants."""
         if self._generator is None or self.backward:
             raise Untraceable(_RANDOM)
-        arguments = _named_arguments(func, args, kwargs)
+        arguments = named_arguments(func, args, kwargs)
         method, numbers = form_of(name, arguments)
         target = self._check(func, args, kwargs)
         tensor = new_tensor(name, arguments) if target is None else target
@@ -293,7 +302,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         # In place the value is that of the operation without the underscore; the tensor then has it.
         op = name.rstrip("_") if target is not None else name
         try:
-            result_values = self._result_values(func, op, args, values, options, results, operands)
+            result_values = self._values_of_call(func, op, args, values, options, results, operands)
             for tensor, value in zip(results, result_values, strict=True):
                 if tensor is not None and value is not None:
                     self._check_result(tensor, value, op)
@@ -313,6 +322,22 @@ class Recorder(OperationValues, TorchDispatchMode):
             self.know(tensor, value)
             if isinstance(value, Row) and not self.backward and tensor.dtype in INTEGERS:
                 self.whole_numbers.note(op, args, tensor)
+
+    def _values_of_call(self, func: Any, name: str, args: tuple[Any, ...], *rest: Any) -> Any:
+        """Return the values of a call's results; without elements many operations have no rule."""
+        try:
+            return self._result_values(func, name, args, *rest)
+        except (ValueError, CompilerError):
+            shapes = [tuple(tensor.shape) for tensor in tensors_in(args) if not tensor.numel()]
+            if not shapes:
+                raise
+            shape = (
+                "(N, " + ", ".join(map(str, shapes[0][1:])) + ")" if self.writer.rows in shapes[0][:1] else shapes[0]
+            )
+            raise Untraceable(
+                f"The step computes with a tensor of shape {shape}, which has no elements; leave it out where a size "
+                "is 0."
+            ) from None
 
     def _change_weight(self, func: Any, args: tuple[Any, ...], values: list[Any], operands: list[Value]) -> None:
         """Record a write to a computed weight."""
@@ -374,24 +399,3 @@ class Recorder(OperationValues, TorchDispatchMode):
             raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows.")
         so_far = self.gradients.get(slot)
         self.gradients[slot] = gradient if not isinstance(so_far, Sum) else self.writer.total(so_far, gradient)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """List the tensors that a call writes to."""
-    return [
-        args[position] if position < len(args) else kwargs.get(argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-
-
-def _named_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-
-
-def _is_deterministic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation that may draw random numbers draws none in this call: dropout outside training."""
-    arguments = _named_arguments(func, args, kwargs)
-    if "rrelu" in func._schema.name:
-        return not arguments.get("training", False)
-    return "dropout" in func._schema.name and arguments.get("train") is False

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -58,6 +60,8 @@ class _Product(torch.autograd.Function):
 
 def _running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     value = _as_number(x, dtype)
+    if value.is_complex():
+        return torch.stack(list(accumulate(value.unbind(dim), torch.mul)), dim)
     result: Tensor = _RunningProduct.apply(value.movedim(dim, -1))  # type: ignore[no-untyped-call]
     return result.movedim(-1, dim)
 
@@ -66,6 +70,9 @@ def _product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype:
     value = _as_number(x, dtype)
     if dim is None:
         raise Untraceable("The step mixes the rows of the batch: prod() of all elements; give it a dimension.")
+    if value.is_complex():
+        product: Tensor = reduce(torch.mul, value.unbind(dim))
+        return product.unsqueeze(dim) if keepdim else product
     result: Tensor = _Product.apply(value.movedim(dim, -1))  # type: ignore[no-untyped-call]
     return result.unsqueeze(dim) if keepdim else result
 
@@ -80,6 +87,25 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes <= 0:
         raise Untraceable("one_hot without num_classes reads the largest class off the tensor; give it num_classes.")
     return (tensor.unsqueeze(-1) == torch.arange(num_classes)).to(torch.int64)
+
+
+def _renormed(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """Shorten the parts along a dimension whose norm is too large."""
+    others = [other for other in range(input.dim()) if other != dim % input.dim()]
+    norms = torch.linalg.vector_norm(input, p, others, keepdim=True)
+    return input * torch.where(norms > maxnorm, maxnorm / (norms + 1e-7), 1.0)
+
+
+def _taken(input: Tensor, index: Tensor) -> Tensor:
+    return input.reshape(-1)[index]
+
+
+def _reduced_at(
+    input: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """Reduce parts of a tensor into those of another at positions: as scattering does element by element."""
+    places = index.view([-1 if axis == dim % input.dim() else 1 for axis in range(input.dim())])
+    return input.scatter_reduce(dim, places.expand_as(source), source, reduce, include_self=include_self)
 
 
 def _slice_scatter(
@@ -171,6 +197,9 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     functional.gaussian_nll_loss: _gaussian_loss,
     functional.embedding_bag: _bag_of_embeddings,
     functional.affine_grid: _grid_of_maps,
+    **dict.fromkeys((torch.renorm, Tensor.renorm), _renormed),
+    **dict.fromkeys((torch.take, Tensor.take), _taken),
+    **dict.fromkeys((torch.index_reduce, Tensor.index_reduce), _reduced_at),
     torch.slice_scatter: _slice_scatter,
     Tensor.slice_scatter: _slice_scatter,
     torch.select_scatter: _select_scatter,

@@ -15,6 +15,8 @@ from fusecell.compiler.frontend.traced_values import Row, Untraceable, Value
 
 __all__ = ["LOSSES"]
 
+_LEAST_SPREAD = 9.999999960041972e-13  # torch has float32's 1e-12, in float64 too
+
 _NONE, _MEAN = 0, 1
 """Of torch's numbers for ``reduction``."""
 
@@ -115,7 +117,7 @@ def _cross_entropy_backward(
     w: Writer, g: Operand, x: Operand, target: Operand, weight: Operand | None, reduction: int = _MEAN
 ) -> Row:
     _of_each(reduction)
-    spread = w.point("maximum", w.point("mul", w.point("sub", 1.0, x), x), 1e-12)
+    spread = w.point("maximum", w.point("mul", w.point("sub", 1.0, x), x), _LEAST_SPREAD)
     slope = w.point("div", w.point("mul", w.point("sub", x, target), g), spread)
     return slope if weight is None else w.point("mul", slope, weight)
 
