@@ -26,6 +26,9 @@ from fusecell.wrappers import Residual
 
 __all__ = ["PerStep", "part_of", "parts_of"]
 
+_MOST_IDS = 2**16
+"""Ids that the tables of streamed cells have, if not more: a step that is exact for fewer is not streamed."""
+
 
 class PerStep(Cell):
     """A module between or after cells, such as a readout, as a cell without states.
@@ -107,6 +110,14 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype, inputs: RowLayout) -> Part:
             program = compile_step(cell, shape_list(inputs), dtype, dtypes, draws=False)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
+    largest = program.traced.largest_integer
+    if largest is not None and largest < _MOST_IDS:
+        reason = (
+            f"Of ids above {largest:,} the step computes integers that a kernel, which has them as floating-point "
+            "numbers, has not exactly, and a stream does not look. Convert the cell with .double(), or compute them "
+            "outside."
+        )
+        raise NotCompilable(type(cell).__name__, (reason,))
     # Copies: training may go on with the module while the stream runs.
     weights = [np.array(value.numpy(), order="C") for value in program.traced.weights.values(cell)]
     return Part(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.cells import CELLS, ZooCell
-from fusecell.compiler.dispatch.eligibility import as_numbers
+from fusecell.compiler.dispatch.eligibility import as_numbers, integers_reason
 from fusecell.compiler.dispatch.program_cache import ProgramCache
 from fusecell.compiler.dispatch.runner import run_auto
 from fusecell.compiler.frontend import trace
@@ -179,7 +179,7 @@ def _values(
         return _run_loop(cell, inputs, state, options)
     program = _programs.find(cell, inputs, numbers[0].dtype)
     compilable = all(value.is_cpu and value.numel() > 0 for value in (*inputs, *state))
-    if isinstance(program, Refusal) or not compilable:
+    if isinstance(program, Refusal) or not compilable or integers_reason(inputs, program.traced.largest_integer):
         return _run_loop(cell, inputs, state, options)
     weights, shapes = program.traced.weights.values(cell), program.traced.shapes
     # A state after each step has the shape of the last one.

@@ -24,6 +24,7 @@ DRAWS = {
     "bernoulli of values": lambda z, cell: z * torch.bernoulli(z.sigmoid()),
     "bernoulli in place": lambda z, cell: z + torch.empty_like(z).bernoulli_(z.sigmoid()),
     "normal of values": lambda z, cell: z + torch.normal(z, 0.1) - torch.normal(0.5, z.sigmoid()),
+    "normal of numbers": lambda z, cell: z + torch.normal(0.0, 0.2, size=z.shape, dtype=z.dtype),
     "integers": lambda z, cell: z + torch.randint(0, 3, z.shape).to(z.dtype) * torch.randint_like(z, 1, 4),
     "reparametrised": lambda z, cell: distributions.Normal(z, 0.1 + z.sigmoid()).rsample(),
     "gumbel_softmax": lambda z, cell: z * F.gumbel_softmax(z, dim=-1),

@@ -88,3 +88,14 @@ def test_numbers_that_no_input_makes_exact_are_refused() -> None:
         with fc.runner(runner):
             results.append(fc.scan(cell, x)[0])
     torch.testing.assert_close(*results)
+
+
+def test_streams_take_ids_for_which_they_are_exact() -> None:
+    cell = Hashed(lambda i: i * 3 % 64)
+    x = torch.randint(0, 99, (4, 1))
+    stream = fc.Stream(cell)
+    for t in range(4):
+        y = torch.from_numpy(stream.step(x[t].numpy())).clone()
+    torch.testing.assert_close(y, fc.scan(cell, x)[0][-1])
+    with pytest.raises(fc.NotCompilable, match=r"Of ids above 2,048 the step computes integers"):
+        fc.Stream(Hashed(HASHES["product"]))

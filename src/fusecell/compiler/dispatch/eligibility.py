@@ -91,10 +91,14 @@ def as_numbers(inputs: State, dtype: torch.dtype) -> State | Refusal:
     return tuple([value.to(dtype) if value.dtype in INTEGERS else value for value in inputs])
 
 
-def integers_reason(inputs: State, largest: int) -> Refusal | None:
-    """Return why a step can't run on inputs whose integers it computes with; None where all it computes is exact."""
+def integers_reason(inputs: State, largest: int | None) -> Refusal | None:
+    """Return why a step can't run on inputs whose integers it computes with; None where all it computes is exact.
+
+    Arguments:
+        largest: the largest integer of an input with which it is; None for any.
+    """
     for value in inputs:
-        if value.dtype in INTEGERS and value.dtype is not torch.bool:
+        if largest is not None and value.dtype in INTEGERS and value.dtype is not torch.bool:
             most = max(int(value.max()), -int(value.min()))
             if most > largest:
                 return Refusal(

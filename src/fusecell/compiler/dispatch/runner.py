@@ -143,8 +143,8 @@ def _run_packed(
         return program
     if program.traced.draws and not all(map(is_in_order, (*[value[0] for value in inputs], *state))):
         return Refusal((_OUT_OF_ORDER,))
-    largest = program.traced.largest_integer
-    if largest is not None and (reason := integers_reason(inputs, largest)) is not None:
+    reason = integers_reason(inputs, program.traced.largest_integer)
+    if reason is not None:
         return reason
     if program.traced.leftovers:
         return run_leaving(program, cell, inputs, numbers, state, options)

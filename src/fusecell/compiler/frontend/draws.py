@@ -69,6 +69,8 @@ def form_of(name: str, arguments: Mapping[str, Any]) -> tuple[str, tuple[float, 
         )
     if name in _FACTORIES:
         return _FACTORIES[name]
+    if name == "normal" and "size" in arguments:  # of two numbers; that of tensors draws into one with normal_
+        return "normal_", (arguments["mean"], arguments.get("std", 1.0))
     if name in _INTEGERS and (limit := arguments.get("high", arguments.get("to"))) is not None:
         return "random_", (arguments.get("low", arguments.get("from", 0)), limit)
     numbers = [value for key, value in arguments.items() if key not in ("self", "generator")]
