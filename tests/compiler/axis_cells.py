@@ -273,6 +273,18 @@ def _written_by_position(c: Any, z: Tensor) -> Tensor:
     return table.flatten(1) + fit(table[:, :, [True, True, False, False] * 2].sin())
 
 
+def _written_at_masks(c: Any, z: Tensor) -> Tensor:
+    y = z.clone()
+    y[(c.square[0, 0] < 9).expand_as(y)] *= 0.5
+    y[(c.table[0] > 0).expand_as(y)] = 1.5
+    y[c.mean[0] > 9] = 7.0
+    divergence = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=z, validate_args=False),
+        torch.distributions.Categorical(logits=c.table[1], validate_args=False),
+    )
+    return y * divergence[:, None] + z
+
+
 def _interpolated(c: Any, z: Tensor) -> Tensor:
     knots = torch.linspace(-1, 1, 6, dtype=z.dtype)
     right = torch.searchsorted(knots, z.detach().contiguous()).clamp(1, 5)
@@ -319,6 +331,7 @@ INDEXING: dict[str, Body] = {
     "scatter_reduced": _scatter_reduced,
     "triangles_by_position": _triangles,
     "copied_and_written": _copied_and_written,
+    "written_at_masks_of_weights": _written_at_masks,
     "taken_from_a_flat_weight": lambda c, z: z * torch.take(c.table, _ids(z, 168)),
     "bins": lambda c, z: (
         z * torch.bucketize(z.detach(), c.mean.sort().values)

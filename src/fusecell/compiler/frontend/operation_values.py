@@ -345,6 +345,8 @@ class OperationValues(TensorValues):
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
         if name in ("index", "index_put", "_index_put_impl"):
             values = [values[0], self._places(args[1], values[1]), *values[2:]]
+            if name != "index" and any(isinstance(index, Tensor) and not index.numel() for index in args[1]):
+                return [values[0]]  # a mask of one element that doesn't hold
         result = rule(self.writer, *values, **options)
         if name not in ELEMENTWISE:
             return list(result) if isinstance(result, tuple) else [result]
@@ -368,11 +370,14 @@ class OperationValues(TensorValues):
 
     def _rounded(self, value: Any, result: Tensor) -> Any:
         """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
-        if isinstance(value, Row) and result.dtype == torch.bool and not self.writer.is_mask(value):
-            return self.writer.truth(value)  # the sum of two truth values is one too
         if not isinstance(value, Row) or result.dtype not in self._casts or self.writer.is_mask(value):
             return value
         return self.writer.point(self._casts[result.dtype], value)
+
+    def _as_truth(self, tensor: Tensor | None, value: Value | None) -> Value | None:
+        """Return truth values as such: a kernel has those of a weight as numbers, and the sum of two is one too."""
+        is_truth = tensor is not None and tensor.dtype == torch.bool
+        return self.writer.truth(value) if is_truth and isinstance(value, Row) else value
 
     def _cast(self, value: Value, result: Tensor, source: torch.dtype) -> Row:
         if result.dtype == torch.bool:

@@ -303,6 +303,9 @@ class Recorder(OperationValues, TorchDispatchMode):
         op = name.rstrip("_") if target is not None else name
         try:
             result_values = self._values_of_call(func, op, args, values, options, results, operands)
+            result_values = [
+                self._as_truth(tensor, value) for tensor, value in zip(results, result_values, strict=True)
+            ]
             for tensor, value in zip(results, result_values, strict=True):
                 if tensor is not None and value is not None:
                     self._check_result(tensor, value, op)
