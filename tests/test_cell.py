@@ -155,6 +155,7 @@ def test_note_names_values_only_inside_noting():
         (lambda h: (h, (h, h)), r"step returned 2 states, expected 1 \(h\)"),
         (lambda h: (h[:, :2], (h,)), r"an output of shape \(2, 2\), expected \(2, 4\).*set self.output_size"),
         (lambda h: (h, (h[:, :2],)), r"state h of shape \(2, 2\), expected \(2, 4\).*set self.state_sizes"),
+        (lambda h: (h, (1.0,)), r"step returned float as state h, expected a tensor of shape \(2, 4\)"),
         (lambda h: (h, (h.double(),)), r"turned state h from torch.float32 into torch.float64"),
     ],
 )

@@ -77,6 +77,11 @@ def _checked_step(cell: Cell, x: State, state: State) -> tuple[Outputs, State]:
         raise ValueError(f"{name}.step returned {len(after)} states, expected {len(sizes)} ({', '.join(cell.states)}).")
     output = checked_output(cell, output, n)
     for label, size, old, new in zip(cell.states, sizes, state, after, strict=True):
+        if not isinstance(new, Tensor):
+            raise TypeError(
+                f"{name}.step returned {_describe(new)} as state {label}, expected a tensor of shape "
+                f"{size_text(size, n)}. What is the same for all rows is kept as one number for each, (N, 1)."
+            )
         if tuple(new.shape) != (n, *feature_shape(size)):
             raise ValueError(
                 f"{name}.step returned state {label} of shape {tuple(new.shape)}, expected {size_text(size, n)}. "

@@ -390,6 +390,12 @@ def test_refusals_of_values_overwritten() -> None:
     assert "number of rows" not in reason
 
 
+def test_refusals_of_sizes_that_are_zero() -> None:
+    cell = BodyCell(lambda cell, x, h: h)
+    cell.input_size = 0
+    assert "Its input x has the size (N, 0), and no numbers" in traced_reason(cell)
+
+
 def test_refusals_of_sparse_weights() -> None:
     cell = BodyCell(lambda cell, x, h: torch.sparse.mm(cell.graph, h.t()).t())
     cell.register_buffer("graph", torch.eye(6).to_sparse())

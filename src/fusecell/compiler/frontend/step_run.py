@@ -202,6 +202,8 @@ class StepRun:
         output = self._packed(output)
         shapes = [output_shape(self.cell.output_size), *map(feature_shape, self.cell.state_sizes)]
         for label, shape, value in zip(labels, shapes, [output, *after], strict=True):
+            if not isinstance(value, Tensor):
+                raise Untraceable(f"{name}.step returns {type(value).__name__} as {label}, a tensor is expected.")
             is_dtype = value.dtype == self.dtype
             if label == "output" and value.dtype in (*casts_of(self.dtype), torch.bool, torch.int64):
                 self.output_dtype, is_dtype = value.dtype, True

@@ -24,7 +24,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
 from fusecell.module_snapshot import Change, Snapshot
-from fusecell.shapes import feature_shape, output_shapes
+from fusecell.shapes import feature_shape, output_shapes, size_text
 from fusecell.step_changes import changing_line, explain_changes
 from fusecell.torch_internals import computes_weight
 
@@ -78,7 +78,7 @@ def trace(
     Returns:
         The graph, or the reasons why there is none.
     """
-    reasons = _unsupported(cell, dtype)
+    reasons = _unsupported(cell, dtype) or _empty_sizes(cell, inputs)
     if reasons:
         return Refusal(reasons)
     sizes = _batch_sizes(cell, inputs)
@@ -255,6 +255,20 @@ def _unsupported(cell: Cell, dtype: torch.dtype) -> tuple[str, ...]:
     if any(getattr(shared, f"_global{kind}", None) for kind in HOOKS):
         reasons.append("Hooks on all modules are registered, which may do anything.")
     return tuple(reasons)
+
+
+def _empty_sizes(cell: Cell, inputs: Sequence[tuple[int, ...]]) -> tuple[str, ...]:
+    """List the inputs, states and outputs that have no numbers."""
+    shapes = {
+        **{f"input {name}": shape for name, shape in zip(cell.inputs, inputs, strict=False)},
+        **{f"state {name}": feature_shape(size) for name, size in zip(cell.states, cell.state_sizes, strict=False)},
+        **output_shapes(cell.output_size),
+    }
+    return tuple(
+        f"Its {name} has the size {size_text(shape, 'N')}, and no numbers: a kernel takes one and more. Leave it out."
+        for name, shape in shapes.items()
+        if 0 in shape
+    )
 
 
 def _difference(first: str, second: str) -> str:
