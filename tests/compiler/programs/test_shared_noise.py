@@ -82,3 +82,23 @@ def test_gradients_are_those_of_the_loop(name: str) -> None:
         results.append([y, *(torch.zeros(()) if gradient is None else gradient for gradient in gradients)])
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual, expected.expand_as(actual), rtol=1e-11, atol=1e-11, check_dtype=False)
+
+
+def test_large_weights_are_left_to_the_loop() -> None:
+    class Wide(fc.Cell):
+        def __init__(self) -> None:
+            super().__init__(80, 80)
+            self.weight = nn.Parameter(torch.randn(80, 80))
+
+        def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+            h = torch.tanh(x + state[0] @ F.dropout(self.weight, 0.3, self.training))
+            return h, (h,)
+
+    cell, x = Wide(), torch.randn(3, 2, 80)
+    with (
+        pytest.raises(fc.NotCompilable, match=r"a weight of 6,400 elements .* fusecell.WeightDrop"),
+        fc.runner("compiled"),
+    ):
+        fc.scan(cell, x)
+    with fc.runner("compiled"):
+        fc.scan(cell.eval(), x)
