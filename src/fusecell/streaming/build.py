@@ -110,14 +110,7 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype, inputs: RowLayout) -> Part:
             program = compile_step(cell, shape_list(inputs), dtype, dtypes, draws=False)
     if isinstance(program, Refusal):
         raise NotCompilable(type(cell).__name__, program.reasons)
-    largest = program.traced.largest_integer
-    if largest is not None and largest < _MOST_IDS:
-        reason = (
-            f"Of ids above {largest:,} the step computes integers that a kernel, which has them as floating-point "
-            "numbers, has not exactly, and a stream does not look. Convert the cell with .double(), or compute them "
-            "outside."
-        )
-        raise NotCompilable(type(cell).__name__, (reason,))
+    _check_ids(cell, program.traced.largest_integer)
     # Copies: training may go on with the module while the stream runs.
     weights = [np.array(value.numpy(), order="C") for value in program.traced.weights.values(cell)]
     return Part(
@@ -128,6 +121,17 @@ def _part(cell: Cell, rows: int, dtype: torch.dtype, inputs: RowLayout) -> Part:
         [np.array(value.to(dtype).numpy(), order="C").reshape(rows, -1) for value in start],
         None if shapes.is_flat else shapes,
     )
+
+
+def _check_ids(cell: Cell, largest: int | None) -> None:
+    """Refuse a step that is exact for few ids only, the largest of which is given: a stream doesn't look at ids."""
+    if largest is not None and largest < _MOST_IDS:
+        reason = (
+            f"Of ids above {largest:,} the step computes integers that a kernel, which has them as floating-point "
+            "numbers, has not exactly, and a stream does not look. Convert the cell with .double(), or compute them "
+            "outside."
+        )
+        raise NotCompilable(type(cell).__name__, (reason,))
 
 
 def _dtypes_with_integers(cell: Cell, start: State, zeros: Sequence[Tensor]) -> tuple[torch.dtype, ...] | None:

@@ -65,7 +65,7 @@ def test_the_import_brings_in_little_beside_the_library(runs):
         submodules = [name for name in run["imported"] if name.startswith("fusecell")]
         for unused in ("cli", "convert", "demo", "inspection", "play", "streaming", "tape", "testing"):
             assert f"fusecell.{unused}" not in submodules
-        assert len(run["imported"]) < 250
+        assert len(run["imported"]) < 260
 
 
 def test_the_first_call_imports_nothing(runs):

@@ -59,6 +59,8 @@ HASHES: dict[str, Function] = {
     "power": lambda i: i**3 % 64,
     "shift": lambda i: (i << 12) // 64 % 64,
     "sum": lambda i: (torch.stack([i, i, i], -1) * 199).cumsum(-1)[:, -1] % 64,
+    "sorted": lambda i: torch.stack([i, i], -1).sort(-1)[0][:, 0] * 700 % 64,
+    "scaled_sum": lambda i: torch.add(i, i, alpha=700) % 64,
     "narrow": lambda i: (i.to(torch.int32) * 500_000 // 7 % 64).long(),
 }
 

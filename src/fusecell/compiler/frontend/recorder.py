@@ -324,7 +324,7 @@ class Recorder(OperationValues, TorchDispatchMode):
                 continue  # a view of all of it, such as detach: the same weight
             self.know(tensor, value)
             if isinstance(value, Row) and not self.backward and tensor.dtype in INTEGERS:
-                self.whole_numbers.note(op, args, tensor)
+                self.whole_numbers.note(op, args, options.get("alpha", 1), tensor)
 
     def _values_of_call(self, func: Any, name: str, args: tuple[Any, ...], *rest: Any) -> Any:
         """Return the values of a call's results; without elements many operations have no rule."""

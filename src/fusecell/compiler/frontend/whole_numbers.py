@@ -59,6 +59,7 @@ _RULES: Mapping[str, Callable[[Sequence[Bound]], Bound]] = {
 }
 _ELEMENTS = ("argmax", "argmin", "argsort", "sort", "topk", "max", "min", "searchsorted", "bucketize", "count_nonzero")
 _SUMS = ("sum", "cumsum")
+_ADDING = ("scatter_add", "index_add", "scatter_reduce")
 
 
 class WholeNumbers:
@@ -84,13 +85,16 @@ class WholeNumbers:
         """Note that a tensor holds integers of an input."""
         self._bounds[key_of(tensor)] = np.minimum(_SIZES, float(torch.iinfo(tensor.dtype).max) + 1)
 
-    def note(self, name: str, args: Sequence[Any], result: Tensor) -> None:
+    def note(self, name: str, args: Sequence[Any], alpha: float, result: Tensor) -> None:
         """Note an operation of rows whose result is integers.
+
+        Arguments:
+            alpha: what the second argument of a sum is multiplied by.
 
         Raises:
             Untraceable: where these may be too large, whatever the inputs.
         """
-        bound = self._bound_of(name, args, result)
+        bound = self._bound_of(name, args, result) * max(1.0, abs(alpha))
         self._bounds[key_of(result)] = bound
         # Narrow integers wrap around, which those of a kernel do not.
         self._fits &= bound <= min(self._limit, torch.iinfo(result.dtype).max)
@@ -104,13 +108,18 @@ class WholeNumbers:
 
     def _bound_of(self, name: str, args: Sequence[Any], result: Tensor) -> Bound:
         first = next(tensors_in(args), None)
-        if first is None or name in _ELEMENTS:
-            return _constant(0.0 if first is None else first.numel())
+        if first is None:
+            return _constant(0.0)
+        if name in _ELEMENTS:  # positions, or elements of integers
+            elements = _constant(0.0) if first.dtype.is_floating_point else self._of_operand(first)
+            return np.maximum(elements, first.numel())
         if name in ("_to_copy", "to", "copy") and first.dtype.is_floating_point:
             return _constant(_OF_FLOATS)
         operands = [self._of_operand(arg) for arg in _operands(args)]
         if name in _SUMS:
             return operands[0] * max(1.0, first.numel() / max(1, result.numel()) if name == "sum" else first.numel())
+        if name in _ADDING:  # all values may meet at one place
+            return operands[0] + operands[-1] * first.numel()
         if name == "prod":
             return operands[0] ** (first.numel() / max(1, result.numel()))
         if name == "clamp":
