@@ -221,6 +221,10 @@ IMAGES: dict[str, Body] = {
         F.grid_sample(image(z), F.affine_grid(z[:, :6].view(-1, 2, 3), [len(z), 2, 2, 3], False), align_corners=False)
         + F.grid_sample(image(z), F.affine_grid(z[:, :6].view(-1, 2, 3), [len(z), 2, 2, 3], True), align_corners=True)
     ),
+    "unpooled": lambda c, z: (
+        fit(F.max_unpool2d(*F.max_pool2d(image(z), (1, 2), return_indices=True), (1, 2)))
+        + fit(F.max_unpool1d(*F.max_pool1d(heads(z), 3, return_indices=True), 3, output_size=[8]))
+    ),
     "nearest_1d": lambda c, z: fit(F.interpolate(heads(z)[..., ::2], scale_factor=2)),
 }
 # norms and reductions,
@@ -250,6 +254,10 @@ REDUCTIONS: dict[str, Body] = {
     "without_nan": lambda c, z: fit(heads(torch.where(z > 0, z, math.nan)).nansum(1)) + _nan_mean(z),
     "ranges": lambda c, z: fit(torch.aminmax(heads(z), dim=1).max - torch.aminmax(z, dim=1, keepdim=True).min),
     "counts": lambda c, z: z * fit(torch.count_nonzero(heads(z) > 0, dim=2)) + torch.ldexp(z, (z > 0).long()),
+    "medians_of_numbers": lambda c, z: (
+        fit(heads(torch.where(z > 0.3, math.nan, z)).nanmedian(2).values.nan_to_num(0.5))
+        + fit(heads(z).nanmedian(1, keepdim=True)[0])
+    ),
     "renormed": lambda c, z: torch.renorm(z, 1, 0, 2.0) + torch.renorm(heads(z), 2, 0, 0.9).flatten(1),
     "norms": lambda c, z: fit(F.normalize(heads(z), dim=1) + heads(z).norm(dim=2, keepdim=True)),
 }

@@ -108,6 +108,51 @@ def _reduced_at(
     return input.scatter_reduce(dim, places.expand_as(source), source, reduce, include_self=include_self)
 
 
+def _median_of_numbers(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    """Return the lower median along a dimension of what is not NaN, and where it is."""
+    if dim is None:
+        raise Untraceable("The step mixes the rows of the batch: nanmedian() of all elements; give it a dimension.")
+    counted = ~input.isnan()
+    order = torch.where(counted, input.detach(), math.inf).argsort(dim=dim, stable=True)
+    middle = (counted.sum(dim, keepdim=True) - 1).clamp(min=0) // 2
+    index = order.gather(dim, middle)
+    value = input.gather(dim, index)
+    if not keepdim:
+        value, index = value.squeeze(dim), index.squeeze(dim)
+    return torch.return_types.nanmedian((value, index))
+
+
+def _unpooled(dims: int) -> Callable[..., Tensor]:
+    """Return max_unpool over so many dimensions: each maximum goes back to where it was, among zeros."""
+
+    def unpool(
+        input: Tensor,
+        indices: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        output_size: Sequence[int] | None = None,
+    ) -> Tensor:
+        kernel, steps, margin = (_each(value, dims) for value in (kernel_size, stride or kernel_size, padding))
+        if any(step < extent for step, extent in zip(steps, kernel, strict=True)):
+            raise Untraceable("max_unpool of windows that overlap is not compiled: which maximum stays is torch's own.")
+        size = [
+            (count - 1) * step + extent - 2 * border
+            for count, step, extent, border in zip(input.shape[-dims:], steps, kernel, margin, strict=True)
+        ]
+        size = size if output_size is None else list(output_size)[-dims:]
+        whole = torch.zeros((*input.shape[:-dims], math.prod(size)), dtype=input.dtype)
+        placed = whole.scatter_add(-1, indices.flatten(-dims), input.flatten(-dims))
+        return placed.view(*input.shape[:-dims], *size)
+
+    return unpool
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """Return an argument of pooling for each dimension."""
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
 def _slice_scatter(
     input: Tensor, src: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Tensor:
@@ -200,6 +245,10 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.renorm, Tensor.renorm), _renormed),
     **dict.fromkeys((torch.take, Tensor.take), _taken),
     **dict.fromkeys((torch.index_reduce, Tensor.index_reduce), _reduced_at),
+    **dict.fromkeys((torch.nanmedian, Tensor.nanmedian), _median_of_numbers),
+    functional.max_unpool1d: _unpooled(1),
+    functional.max_unpool2d: _unpooled(2),
+    functional.max_unpool3d: _unpooled(3),
     torch.slice_scatter: _slice_scatter,
     Tensor.slice_scatter: _slice_scatter,
     torch.select_scatter: _select_scatter,
