@@ -7,7 +7,7 @@ rule of `rules`. In the backward sums over rows, the gradients of weights, have 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -315,7 +315,19 @@ class Recorder(OperationValues, TorchDispatchMode):
             # Refused only where the step's results need it: statistics for a log are left out.
             reason = self._located(refusal, name)
             result_values = [Unsupported(tuple(r.shape), reason) if isinstance(r, Tensor) else None for r in results]
-        for tensor, value in zip(results, result_values, strict=True):
+        self._know_results(name, op, args, options, zip(results, result_values, strict=True), target)
+
+    def _know_results(
+        self,
+        name: str,
+        op: str,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+        results: Iterable[tuple[Any, Any]],
+        target: Tensor | None,
+    ) -> None:
+        """Set the values of the tensors that a call has returned; ``op`` is its name without an underscore."""
+        for tensor, value in results:
             if tensor is None:
                 continue
             if value is None:
