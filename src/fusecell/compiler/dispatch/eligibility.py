@@ -98,7 +98,7 @@ def integers_reason(inputs: State, largest: int | None) -> Refusal | None:
         largest: the largest integer of an input with which it is; None for any.
     """
     for value in inputs:
-        if largest is not None and value.dtype in INTEGERS and value.dtype is not torch.bool:
+        if largest is not None and value.dtype in INTEGERS and value.dtype is not torch.bool and value.numel():
             most = max(int(value.max()), -int(value.min()))
             if most > largest:
                 return Refusal(
