@@ -248,11 +248,13 @@ def one_step(cell: Cell, input: Any, state: Any, outputs: bool, slow_path: SlowP
         The output and the new state as users see it.
     """
     # A trace by torch.compile has no addresses that a prepared kernel could be launched with.
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
+    if torch.compiler.is_compiling() or isinstance(cell.input_size, tuple):  # prepared calls are of flat rows
         return slow_path(cell, input, state)
-    if isinstance(cell.input_size, tuple):  # prepared calls are of flat rows
+    if isinstance(input, Tensor):
+        return call(cell, input, state, step_form(input.dim() == 2, outputs), slow_path)
+    if not isinstance(input, tuple) or not input or not all(isinstance(value, Tensor) for value in input):
         return slow_path(cell, input, state)
-    return call(cell, input, state, step_form(input.dim() == 2, outputs), slow_path)
+    return call(cell, input, state, step_form(input[0].dim() == 2, outputs, len(input)), slow_path)
 
 
 def _checked_step(cell: Cell, input: Tensor | State, state: StateLike | None) -> tuple[Outputs, Tensor | State]:

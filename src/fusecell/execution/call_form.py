@@ -29,6 +29,7 @@ class CallForm(NamedTuple):
         layered: the states have a leading dimension of layers, of size 1, as torch.nn's layers have.
         outputs: the call returns outputs; without, only states.
         reverse, recompute: as in :class:`fusecell.execution.options.Options`.
+        inputs: how many inputs there are, whose first is one vector of features per row and step.
     """
 
     steps: bool = False
@@ -38,16 +39,18 @@ class CallForm(NamedTuple):
     outputs: bool = True
     reverse: bool = False
     recompute: bool = False
+    inputs: int = 1
 
     def fits(self, tensors: State, ranks: Sequence[int]) -> bool:
-        """Return whether the input, and the states after it, have the number of dimensions of this form.
+        """Return whether the inputs, and the states after them, have the number of dimensions of this form.
 
         Arguments:
             ranks: dimensions of a row of each state.
         """
-        if tensors[0].dim() != 1 + self.batched + self.steps:
+        leading = self.batched + self.steps
+        if tensors[0].dim() != 1 + leading or any(value.dim() < leading for value in tensors[1 : self.inputs]):
             return False
-        states, leading = tensors[1:], self.batched + self.layered
+        states, leading = tensors[self.inputs :], self.batched + self.layered
         return not states or [value.dim() - leading for value in states] == [*ranks]
 
     # From the caller's layout to a kernel's, always by views.
@@ -55,7 +58,7 @@ class CallForm(NamedTuple):
     def sequence(self, value: Tensor) -> Tensor:
         """Return an input as (T, N, ...)."""
         if not self.batched:
-            value = value[..., None, :]
+            value = value.unsqueeze(int(self.steps))
         elif self.batch_first:
             value = value.transpose(0, 1)
         return value if self.steps else value[None]
@@ -103,18 +106,18 @@ class CallForm(NamedTuple):
 
 @functools.cache
 @natively
-def step_form(batched: bool, outputs: bool) -> CallForm:
+def step_form(batched: bool, outputs: bool, inputs: int = 1) -> CallForm:
     """Return the form of one step."""
-    return CallForm(batched=batched, outputs=outputs)
+    return CallForm(batched=batched, outputs=outputs, inputs=inputs)
 
 
 @functools.cache
 @natively
 def sequence_form(
-    batched: bool, batch_first: bool, layered: bool, reverse: bool = False, recompute: bool = False
+    batched: bool, batch_first: bool, layered: bool, reverse: bool = False, recompute: bool = False, inputs: int = 1
 ) -> CallForm:
     """Return the form of a scan over a sequence."""
-    return CallForm(True, batched, batch_first, layered, reverse=reverse, recompute=recompute)
+    return CallForm(True, batched, batch_first, layered, reverse=reverse, recompute=recompute, inputs=inputs)
 
 
 class CellFactory(NamedTuple):

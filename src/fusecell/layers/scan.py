@@ -103,12 +103,15 @@ def scan(
     # A prepared kernel runs one cell, so no Stack; while torch traces there are no addresses to launch one with.
     is_one_kernel = wrap is PLAIN and not has_data and not isinstance(cell, Stack) and recompute != "chunk"
     is_one_kernel = is_one_kernel and not isinstance(cell.input_size, tuple)  # prepared calls are of flat rows
-    if not is_one_kernel or not isinstance(input, Tensor) or torch.compiler.is_compiling():
+    inputs = (input,) if isinstance(input, Tensor) else tuple(input)
+    is_one_kernel = is_one_kernel and all(isinstance(value, Tensor) for value in inputs)
+    if not is_one_kernel or not inputs or torch.compiler.is_compiling():
         return _scan_padded(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
         )
-    form = sequence_form(input.dim() == 3, bool(batch_first), False, bool(reverse), bool(recompute))
-    return call(cell, input, state, form, _scan_padded, (reverse, recompute, batch_first))
+    is_batched, count = inputs[0].dim() == 3, len(inputs)
+    form = sequence_form(is_batched, bool(batch_first), False, bool(reverse), bool(recompute), count)
+    return call(cell, input if count == 1 else inputs, state, form, _scan_padded, (reverse, recompute, batch_first))
 
 
 @natively

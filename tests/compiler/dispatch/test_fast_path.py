@@ -23,6 +23,7 @@ from fusecell.compiler.frontend.guards import guards_of
 from fusecell.compiler.ir.sizes import align_up
 from fusecell.compiler.programs import launch
 from fusecell.execution.call_path import register_call_cache
+from tests.several_inputs import CELLS
 
 
 class Scaled(fc.Cell):
@@ -188,6 +189,69 @@ def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
         layer(x)[0].sum().backward()
         cell(x[0])
         assert hits["calls"] == 4 * calls
+
+
+@pytest.mark.parametrize("name", ["gru_d", "cfc", "attention"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("passes_state", [False, True])
+def test_several_inputs(name, batch_first, passes_state, hits):
+    case = CELLS[name]
+    cell = case.cell().double()
+    layer = fc.Recurrent(cell, batch_first=batch_first)
+
+    def run(inputs):
+        layer.zero_grad()
+        state = cell.initial_state(3, dtype=torch.float64) if passes_state else None
+        state = None if state is None else tuple([(value + 0.1).requires_grad_() for value in state])
+        inputs = tuple(value.clone().requires_grad_() for value in inputs)
+        y, after = layer(inputs, state)
+        after = after if isinstance(after, tuple) else (after,)
+        (y.square().sum() + sum(value.sum() for value in after)).backward()
+        row = tuple(value[0].detach() for value in inputs)
+        with torch.no_grad():
+            results = [y, *after, layer(inputs, state)[0], layer(row)[0], fc.step(cell, row)[0]]
+        leaves = (*inputs, *(state or ()), *layer.parameters())
+        return [value.detach() for value in results], [value.grad for value in leaves]
+
+    for repeat in range(3):
+        inputs = tuple((value + 0.1 * repeat).double() for value in case.inputs(3, 3))
+        hits["calls"] = 0
+        actual = run(inputs)
+        assert hits["calls"] == (4 if repeat else 0)
+        expected = in_a_loop(lambda inputs=inputs: run(inputs))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_an_input_that_is_the_same_at_all_steps(hits):
+    case = CELLS["attention"]
+    cell, (x, memory) = case.cell(), case.inputs(4, 3)
+    memory = memory[:1].clone()
+    for repeat in range(3):
+        memory.requires_grad_(repeat == 2)
+        cell.zero_grad()
+        y, _ = fc.scan(cell, (x, memory))
+        y.sum().backward()
+        torch.testing.assert_close(y, in_a_loop(lambda: fc.scan(cell, (x, memory))[0]))
+    assert hits["calls"] == 1  # the gradient of a memory is a sum over steps
+    expected = memory.grad.clone()
+    memory.grad = None
+    in_a_loop(lambda: fc.scan(cell, (x, memory))[0].sum().backward())
+    torch.testing.assert_close(memory.grad, expected)
+
+
+def test_gradients_of_gradients_with_several_inputs(hits):
+    case = CELLS["cfc"]
+    cell = case.cell().double()
+    inputs = tuple(value.double().requires_grad_() for value in case.inputs(3, 2))
+
+    def penalty():
+        gradients = torch.autograd.grad(fc.scan(cell, inputs)[0].square().sum(), inputs, create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in gradients)
+        return torch.autograd.grad(loss, (*inputs, *cell.parameters()))
+
+    penalty()
+    torch.testing.assert_close(penalty(), in_a_loop(penalty), rtol=1e-10, atol=1e-11)
+    assert hits["calls"] == 1
 
 
 def test_first_states_of_a_cell_are_asked_for_anew(hits):

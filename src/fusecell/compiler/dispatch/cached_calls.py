@@ -95,7 +95,7 @@ class TrainingCall:
         self._computes = len(everything) > len(tensors)
         call = replace(call, tensors=tensors, weights=range(call.count, len(tensors)))
         requires_grad = [value.requires_grad for value in tensors]
-        flags = (requires_grad[0], *requires_grad[call.count :])
+        flags = (*requires_grad[: call.form.inputs], *requires_grad[call.count :])
         training = step.training(flags, bool(call.form.recompute or recomputing()))
         if not isinstance(training, Training):
             raise NotPreparable
@@ -128,14 +128,15 @@ class TrainingCall:
         if cell is None:
             cell = owner
             self._step.check_unchanged(cell)
-        x, state = form.sequence(args[0]), tuple([form.rows_of(value) for value in args[1:]])
+        inputs = tuple(map(form.sequence, args[: form.inputs]))
+        x, state = inputs[0], tuple(map(form.rows_of, args[form.inputs :]))
         if not state:
             state = cell.initial_state(x.shape[1], dtype=x.dtype, device=x.device)
         cell = rebound(cell, dict(zip(self._paths, sources, strict=True)), ())
         options = Options(reverse=form.reverse)
         before = None if self._conversion is not None else (self._training, saved)
-        result = None if eager or self._computes else self._step(cell, (x,), state, options, before)
-        outputs, after = run_eager(cell, (x,), state, options) if not isinstance(result, tuple) else result
+        result = None if eager or self._computes else self._step(cell, inputs, state, options, before)
+        outputs, after = run_eager(cell, inputs, state, options) if not isinstance(result, tuple) else result
         states = tuple([form.state(value) for value in after])
         results = (form.output(outputs), *states) if form.outputs else states
         return results if self._conversion is None else widened(results)

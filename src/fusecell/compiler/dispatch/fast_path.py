@@ -91,12 +91,13 @@ def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | 
     key = (form, len(args), args[0].shape, torch.is_grad_enabled(), recomputing())
     # Looked at once: nothing that makes a call uncacheable is likely to change, and preparing it in vain is slow.
     uncacheable = key in calls and calls[key] is None
-    ranks = [len(shape) for shape in state_shapes(owner)] if isinstance(owner, Cell) else [1] * (len(args) - 1)
+    states = len(args) - form.inputs
+    ranks = list(map(len, state_shapes(owner))) if isinstance(owner, Cell) else [1] * states
     if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(args, ranks):
         return
     if any_autocast() or has_saved_tensor_hooks() or recomputing() == "chunk":
         return
-    inputs, state = (form.sequence(args[0]),), tuple([form.rows_of(value) for value in args[1:]])
+    inputs, state = tuple(map(form.sequence, args[: form.inputs])), tuple(map(form.rows_of, args[form.inputs :]))
     if call_reasons(inputs, state):
         return
     if len(calls) >= _MAX_CALLS:

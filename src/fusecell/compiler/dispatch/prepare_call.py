@@ -30,7 +30,7 @@ from fusecell.compiler.programs.prepacked import KernelCell
 from fusecell.compiler.runtime.argument_block import NotPreparable
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.context import active_runner
-from fusecell.execution.options import State
+from fusecell.execution.options import State, steps_of
 from fusecell.shapes import has_flat_rows
 from fusecell.torch_internals import is_expanded_weight, tensor_guards
 from fusecell.validation import compute_dtype, first_state
@@ -45,12 +45,12 @@ def prepare(
     """Prepare the kernels of a call; None where guards and addresses are not all that it takes.
 
     Arguments:
-        args: the input and, if the caller passed them, the states.
-        inputs: the input as (T, N, ...).
+        args: the inputs and, if the caller passed them, the states.
+        inputs: the inputs as (T, N, ...).
         factory: how to build the cell of an owner that is none itself.
     """
-    if isinstance(owner, Cell) and len(args) == 1 and _has_own_start(owner):
-        return _prepare_from_own_start(owner, form, args[0])
+    if isinstance(owner, Cell) and len(args) == form.inputs and _has_own_start(owner):
+        return _prepare_from_own_start(owner, form, args)
     return _prepare(owner, form, args, inputs, factory)
 
 
@@ -70,7 +70,11 @@ def _prepare(
         return None
     if isinstance(cell, KernelCell):
         return _prepare_own_kernel(cell, form, args, args + module_tensors, guards)
-    if len(cell.inputs) > 1 or _may_draw(cell) or (len(args) == 1 and _has_own_start(cell)):
+    starts_by_itself = len(args) == form.inputs and _has_own_start(cell)
+    if len(cell.inputs) != form.inputs or _may_draw(cell) or starts_by_itself:
+        return None
+    # The gradient of an input that is the same at all steps is a sum over them.
+    if any(value.requires_grad and value.shape[0] != steps_of(inputs) for value in inputs):
         return None
     if active_runner() == "auto" and loop_is_faster(cell, inputs):
         return None
@@ -128,21 +132,21 @@ def _prepare_stored(
     return CachedCall(guards, check, run if conversion is None else ConvertedCall(run, conversion))
 
 
-def _prepare_from_own_start(owner: Cell, form: CallForm, x: Tensor) -> CachedCall | None:
+def _prepare_from_own_start(owner: Cell, form: CallForm, args: State) -> CachedCall | None:
     """Prepare a call without states of a cell that says where it starts: one with these states, asked for anew."""
-    start, inputs = _own_start(owner, form, x), (form.sequence(x),)
+    start, inputs = _own_start(owner, form, args[0]), tuple(map(form.sequence, args))
     if call_reasons(inputs, tuple([form.rows_of(value) for value in start])):
         return None
-    call = _prepare(owner, form, (x, *start), inputs, None)
+    call = _prepare(owner, form, (*args, *start), inputs, None)
     tensors = None if call is None else call.guards.tensors(owner)
-    check = None if tensors is None else tensor_guards((x, *tensors))
+    check = None if tensors is None else tensor_guards((*args, *tensors))
     if call is None or check is None:
         return None
     started = call
 
     def run(owner: Any, tensors: State) -> tuple[Tensor | None, State] | None:
-        x, *others = tensors
-        everything = x, *_own_start(owner, form, x), *others
+        args, others = tensors[: form.inputs], tensors[form.inputs :]
+        everything = *args, *_own_start(owner, form, args[0]), *others
         return started.run(owner, everything) if started.check_tensors(*everything) else None
 
     return CachedCall(started.guards, check, run)
@@ -186,7 +190,7 @@ def _prepare_own_kernel(
 ) -> CachedCall | None:
     """Prepare the call of a cell that comes with its kernel; None where that isn't all that it takes."""
     check = tensor_guards(tensors)
-    if check is None or needs_gradient(cell, args) or not (len(args) > 1 or cell.starts_from_zeros()):
+    if check is None or needs_gradient(cell, args) or not (len(args) > form.inputs or cell.starts_from_zeros()):
         return None
     if args[0].dtype is not torch.float32:
         return None

@@ -17,7 +17,7 @@ from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.kernel import Kernel
 from fusecell.execution.call_form import CallForm
 from fusecell.execution.forked_child import one_thread_after_fork
-from fusecell.execution.options import State
+from fusecell.execution.options import State, steps_of
 from fusecell.forks import in_forked_child
 from fusecell.shapes import Shape, feature_shape
 
@@ -34,8 +34,8 @@ class ExampleCall:
     """One call, whose tensors say the sizes and strides that a kernel is prepared for.
 
     Arguments:
-        tensors: the input, the states unless they start at zero, and others.
-        count: how many of them the caller gave: the input and the states.
+        tensors: the inputs, the states unless they start at zero, and others.
+        count: how many of them the caller gave: the inputs and the states.
         states: the shape of a row of each state.
         weights: the index of each weight among the tensors.
         matrices: the weights as kernels read them, views of the same memory; or those that all calls have in common,
@@ -50,23 +50,29 @@ class ExampleCall:
     matrices: State
 
     @cached_property
-    def x(self) -> Tensor:
-        """The input as (T, N, ...)."""
-        return self.form.sequence(self.tensors[0])
+    def inputs(self) -> State:
+        """The inputs as (T, N, ...)."""
+        return tuple(map(self.form.sequence, self.tensors[: self.form.inputs]))
+
+    @property
+    def states_passed(self) -> State:
+        """The states as (N, ...), unless they start at zero."""
+        return tuple(map(self.form.rows_of, self.tensors[self.form.inputs : self.count]))
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Steps and rows."""
-        return self.x.shape[0], self.x.shape[1]
+        return steps_of(self.inputs), self.inputs[0].shape[1]
 
     def reads(self, indexed: IndexedKernel) -> list[tuple[int, int]]:
-        """Return slot and tensor of the input and of each weight, where a kernel reads them."""
-        slots = indexed.kernel.slots
-        x = [(slot, 0) for (slot, *_), index in zip(slots.inputs.values(), indexed.inputs, strict=True) if index == 0]
+        """Return slot and tensor of each input and of each weight, where a kernel reads them."""
+        slots, count = indexed.kernel.slots, self.form.inputs
+        inputs = zip(slots.inputs.values(), indexed.inputs, strict=True)
+        reads = [(slot, index) for (slot, *_), index in inputs if index < count]
         if self.weights is None:
-            return x
+            return reads
         weights = zip(slots.weights.values(), indexed.weights, strict=True)
-        return x + [(slot, self.weights[index]) for (slot, *_), index in weights]
+        return reads + [(slot, self.weights[index]) for (slot, *_), index in weights]
 
 
 class BoundForward:
@@ -90,16 +96,16 @@ class BoundForward:
         kernel, form, like = indexed.kernel, call.form, call.tensors[0]
         slots, (steps, rows) = kernel.slots, call.sizes
         sizes, size = _state_sizes(kernel), kernel.output_sizes["output"]
-        reads, first = call.reads(indexed), list(map(form.rows_of, call.tensors[1 : call.count]))
+        reads, first = call.reads(indexed), call.states_passed
         # States that start at zero are one row of zeros, with a stride of 0.
         self._zeros = like.new_zeros(max(sizes, default=0))
-        if call.count == 1:
-            first = [self._zeros[:size].expand(rows, size) for size in sizes]
+        if call.count == form.inputs:
+            first = tuple([self._zeros[:size].expand(rows, size) for size in sizes])
         else:
-            reads += [(slot, 1 + index) for index, (slot, _) in enumerate(slots.first)]
+            reads += [(slot, form.inputs + index) for index, (slot, _) in enumerate(slots.first)]
         after = [like.new_empty(form.state_shape(rows, *shape)) for shape in call.states]
         block = kernel.block()
-        indexed.bind(block, (call.x,), call.matrices)
+        indexed.bind(block, call.inputs, call.matrices)
         block.bind(first=first, last=map(form.rows_of, after), outputs=[like.new_empty(steps, rows, size)])
         self._after = [(slot, tuple(value.shape)) for (slot, _), value in zip(slots.last, after, strict=True)]
         ((self._output, *_),) = slots.outputs.values()
@@ -132,7 +138,7 @@ class BoundBackward:
     """The backward kernel for calls with tensors like those of an example.
 
     Arguments:
-        call: its tensors are the input, the states unless they start at zero, and all weights.
+        call: its tensors are the inputs, the states unless they start at zero, and all weights.
         requires_grad: whether each of them needs a gradient.
 
     Raises:
@@ -148,7 +154,7 @@ class BoundBackward:
         output = like.new_empty(steps, rows, training.output_size)
         states = [like.new_empty(rows, *shape) for shape in call.states]
         block = kernel.block()
-        indexed.bind(block, (call.x, output), call.matrices)
+        indexed.bind(block, (*call.inputs, output), call.matrices)
         assert call.weights is not None, "what is trained is no constant"
         weights = [call.weights[index] for index in indices.weights]
         block.bind(
@@ -162,7 +168,7 @@ class BoundBackward:
         )
         # A result that the loss does not depend on has no gradient: it is read as zeros, with strides of 0.
         self._zeros = like.new_zeros(max(training.output_size, *sizes, 0))
-        of_output = dict(zip(indexed.inputs, slots.inputs.values(), strict=True)).get(1, ())
+        of_output = dict(zip(indexed.inputs, slots.inputs.values(), strict=True)).get(form.inputs, ())
         self._slots = (of_output, *slots.first)
         self._strides = [form.output(output).stride(), *[form.state(value).stride() for value in states]]
         self._saved = indexed.saved_offsets(steps * rows)
@@ -171,7 +177,7 @@ class BoundBackward:
         self._empty: list[tuple[int, int, tuple[int, ...]]] = []
         self._zeroed: list[tuple[int, int, tuple[int, ...]]] = []
         unread = []
-        for index, ((slot, _), size) in enumerate(zip(slots.last, sizes, strict=True), 1):
+        for index, ((slot, _), size) in enumerate(zip(slots.last, sizes, strict=True), form.inputs):
             if index < call.count and requires_grad[index]:
                 self._empty.append((slot, index, shapes[index]))
             else:
