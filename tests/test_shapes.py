@@ -274,7 +274,7 @@ def test_streams_have_the_users_shapes(tmp_path):
     loaded.state = [value.numpy() * 0 for value in state]
     assert np.array_equal(loaded.push(x), expected)
     assert fc.load_stream(tmp_path / "shaped.fusecell").push(x[:, 1]).shape == (5, 2, 3)
-    with pytest.raises(ValueError, match=r"expected an input of shape \(3, 2, 3\), got \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"expected an array of shape \(3, 2, 3\), got \(3, 6\)"):
         loaded.step(x[0].flatten(1))
 
 
@@ -360,8 +360,8 @@ def test_wrong_ranks_say_what_was_expected():
         fc.Bidirectional(fc.Recurrent(Shaped((2, 3), 4)), fc.Recurrent(Shaped((2, 2), 4)))
     with pytest.raises(ValueError, match="must agree"):
         fc.Stack(Shaped((2, 3), 4), Shaped((3, 2), 4))
-    with pytest.raises(TypeError, match=r"takes cells with one output, Shaped has several"):
-        fc.Stream(fc.Recurrent(Shaped((2, 3), 4, "dict")))
+    with pytest.raises(TypeError, match=r"Linear above a cell of several outputs"):
+        fc.Stream(fc.Sequential(fc.Recurrent(Shaped((2, 3), 4, "dict")), nn.Linear(4, 2)))
 
 
 @pytest.mark.parametrize("runner", ["auto", "eager"])

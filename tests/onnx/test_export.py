@@ -112,7 +112,7 @@ def test_structured_cells(structured) -> None:
 
 @pytest.mark.parametrize("kind", [fc.GRU, fc.LSTM, fc.RNN])
 def test_a_row_without_steps_ends_as_it_began(kind) -> None:
-    """Where the model is one node, for which ONNX Runtime gives zeros then."""
+    """Where the model is one node, for which ONNX Runtime leaves the memory as it was, be it zeros or not."""
     model = fc.onnx.export(kind(5, 7, bidirectional=True), lengths=True)
     run, _ = runner_of(model)
     x, lengths = np.ones((4, 3, 5), dtype=np.float32), np.array([4, 0, 2])

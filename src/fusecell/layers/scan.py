@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,15 +104,16 @@ def scan(
     # A prepared kernel runs one cell, so no Stack; while torch traces there are no addresses to launch one with.
     is_one_kernel = wrap is PLAIN and not has_data and not isinstance(cell, Stack) and recompute != "chunk"
     is_one_kernel = is_one_kernel and not isinstance(cell.input_size, tuple)  # prepared calls are of flat rows
-    inputs = (input,) if isinstance(input, Tensor) else tuple(input)
-    is_one_kernel = is_one_kernel and all(isinstance(value, Tensor) for value in inputs)
-    if not is_one_kernel or not inputs or torch.compiler.is_compiling():
+    inputs: tuple[Any, ...] = tuple(input) if isinstance(input, tuple | list) else (input,)
+    is_one_kernel = is_one_kernel and bool(inputs) and all(isinstance(value, Tensor) for value in inputs)
+    if not is_one_kernel or torch.compiler.is_compiling():
         return _scan_padded(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
         )
     is_batched, count = inputs[0].dim() == 3, len(inputs)
     form = sequence_form(is_batched, bool(batch_first), False, bool(reverse), bool(recompute), count)
-    return call(cell, input if count == 1 else inputs, state, form, _scan_padded, (reverse, recompute, batch_first))
+    options = reverse, recompute, batch_first
+    return call(cell, inputs[0] if count == 1 else inputs, state, form, _scan_padded, options)
 
 
 @natively

@@ -280,11 +280,12 @@ class ModelGraph:
         for at, (place, cell, start) in enumerate(zip(places, cells, starts, strict=True)):
             after = [w.node("Gather", last, w.integers(at, "direction"), axis=0) for last in results[1:]]
             if self._lengths:
-                # A row without steps ends as it began; ONNX Runtime gives zeros for it.
+                # A row without steps ends as it began; ONNX Runtime writes nothing for it, or zeros.
                 after = [w.node("Where", self._empty(), *pair) for pair in zip(start, after, strict=True)]
             self._finish(place, cell, after)
         # (T, directions, N, H)
-        return w.reshape(w.node("Transpose", results[0], perm=[0, 2, 1, 3]), 0, 0, -1)
+        outputs = w.reshape(w.node("Transpose", results[0], perm=[0, 2, 1, 3]), 0, 0, -1)
+        return w.node("Where", self._empty(), w.constant(0.0, "zero"), outputs) if self._lengths else outputs
 
     def _empty(self) -> str:
         """Return which rows have no steps, (N, 1)."""

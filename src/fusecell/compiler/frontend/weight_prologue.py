@@ -24,6 +24,8 @@ from fusecell.compiler.frontend.dtypes import casts_of, kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
 from fusecell.errors import CompilerError
+from fusecell.execution.forked_child import one_thread_after_fork
+from fusecell.forks import in_forked_child
 
 __all__ = ["CustomCall", "Prologue", "Ref", "Weights"]
 
@@ -183,7 +185,11 @@ class Prologue:
     def computed_from(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Compute the weights from the tensors at :attr:`source_paths`."""
         rest = iter(tensors)
-        return self.computed([self.literals[path] if path in self.literals else next(rest) for path, _ in self.sources])
+        originals = [self.literals[path] if path in self.literals else next(rest) for path, _ in self.sources]
+        if in_forked_child():  # asked first, as to enter a context takes longer
+            with one_thread_after_fork():
+                return self.computed(originals)
+        return self.computed(originals)
 
     def slot_values(self, originals: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return the value of every slot, after all steps."""
