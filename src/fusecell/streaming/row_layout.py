@@ -72,14 +72,14 @@ def joined_row(values: Any, layout: RowLayout, convert: Callable[[Any], Array], 
     shapes = shape_list(layout)
     is_list = isinstance(values, tuple | list)
     if not is_list or len(values) != len(shapes):
-        given = f"{len(values)} of them" if is_list else type(values).__name__
-        raise TypeError(f"{what} a tuple of {len(shapes)} arrays, got {given}.")
+        kind = f"{len(values)} of them" if is_list else type(values).__name__
+        raise TypeError(f"{what} a tuple of {len(shapes)} arrays, got {kind}.")
     arrays = [convert(value) for value in values]
     leading = {array.shape[: array.ndim - len(shape)] for array, shape in zip(arrays, shapes, strict=True)}
     fit = all(array.shape[array.ndim - len(shape) :] == shape for array, shape in zip(arrays, shapes, strict=True))
     if len(leading) != 1 or not fit:
-        given = ", ".join(str(array.shape) for array in arrays)
+        actual = ", ".join(str(array.shape) for array in arrays)
         takes = ", ".join(f"({', '.join(['...', *map(str, shape)])})" for shape in shapes)
-        raise ValueError(f"{what} arrays of shapes {takes}, with the same dimensions in front; got {given}.")
+        raise ValueError(f"{what} arrays of shapes {takes}, with the same dimensions in front; got {actual}.")
     (common,) = leading
     return np.concatenate([array.reshape(*common, -1) for array in arrays], -1)

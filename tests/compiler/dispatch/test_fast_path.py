@@ -191,6 +191,18 @@ def test_the_second_call_takes_the_fast_path(hits, zoo_cell):
         assert hits["calls"] == 4 * calls
 
 
+def test_first_states_that_are_drawn_are_drawn_once_for_each_call(hits):
+    cell, x = Scaled(), torch.randn(4, 3, 5)
+    cell.initial_state = lambda rows, **_: (torch.randn(rows, 9),)
+
+    def run():
+        torch.manual_seed(3)
+        return [fc.scan(cell, x)[0] for _ in range(3)] + [torch.rand(2)]
+
+    torch.testing.assert_close(run(), in_a_loop(run))
+    assert hits["calls"] == 0
+
+
 @pytest.mark.parametrize("name", ["gru_d", "cfc", "attention"])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("passes_state", [False, True])

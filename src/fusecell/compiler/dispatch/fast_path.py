@@ -63,7 +63,7 @@ def forget(kinds: Collection[type] | None = None) -> None:
 
 
 def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, State] | None:
-    """See :class:`fusecell.execution.call_path.CallCache`; ``args`` are the input and, if passed, the states."""
+    """See :class:`fusecell.execution.call_path.CallCache`; ``args`` are the inputs and, if passed, the states."""
     module_calls = _CALLS.get(id(owner))
     if module_calls is None or module_calls.owner() is not owner:
         return None
@@ -83,7 +83,7 @@ def find(owner: nn.Module, form: CallForm, args: State) -> tuple[Tensor | None, 
 
 
 def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | None) -> None:
-    """See :class:`fusecell.execution.call_path.CallCache`; ``args`` are the input and, if passed, the states."""
+    """See :class:`fusecell.execution.call_path.CallCache`; ``args`` are the inputs and, if passed, the states."""
     module_calls = _CALLS.get(id(owner))
     if module_calls is None or module_calls.owner() is not owner:
         module_calls = _CALLS[id(owner)] = _ModuleCalls(owner)

@@ -134,7 +134,11 @@ def _prepare_stored(
 
 def _prepare_from_own_start(owner: Cell, form: CallForm, args: State) -> CachedCall | None:
     """Prepare a call without states of a cell that says where it starts: one with these states, asked for anew."""
+    generator_state = torch.get_rng_state()
     start, inputs = _own_start(owner, form, args[0]), tuple(map(form.sequence, args))
+    if not torch.equal(generator_state, torch.get_rng_state()):  # drawn: once for each call, as on the slow path
+        torch.set_rng_state(generator_state)
+        return None
     if call_reasons(inputs, tuple([form.rows_of(value) for value in start])):
         return None
     call = _prepare(owner, form, (*args, *start), inputs, None)

@@ -48,6 +48,12 @@ def _eliminated(a: Tensor, divides_by_zero: bool) -> tuple[Tensor, Tensor]:
     return lines[..., size:], determinant
 
 
+def _gradient_of_inverted(inverse: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of matrices, from their inverses and the gradient of these."""
+    slope: Tensor = inverse.mT @ gradient @ inverse.mT
+    return -slope
+
+
 class _Inverse(torch.autograd.Function):
     """Inverses of matrices."""
 
@@ -60,8 +66,7 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        slope: Tensor = inverse.mT @ gradients[0] @ inverse.mT
-        return -slope
+        return _gradient_of_inverted(inverse, gradients[0])
 
 
 class _Determinant(torch.autograd.Function):
@@ -104,8 +109,7 @@ class _LowerInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        slope: Tensor = inverse.mT @ gradients[0] @ inverse.mT
-        return -slope.tril()
+        return _gradient_of_inverted(inverse, gradients[0]).tril()
 
 
 class _Cholesky(torch.autograd.Function):
@@ -151,7 +155,7 @@ def _is_written_out(a: Tensor, is_weight: IsWeight) -> bool:
 
 def _inverse(is_weight: IsWeight, A: Tensor) -> Tensor:
     is_written_out = _is_written_out(A, is_weight)
-    result: Tensor = _Inverse.apply(A) if is_written_out else torch.linalg.inv(A)  # type: ignore[no-untyped-call]
+    result: Tensor = _Inverse.apply(A) if is_written_out else torch.linalg.inv(A)  # type: ignore[no-untyped-call]  # torch's
     return result
 
 
@@ -178,7 +182,7 @@ def _triangular_inverse(is_weight: IsWeight, A: Tensor, upper: bool, unitriangul
     lower = A.mT if upper else A
     if unitriangular:
         lower = lower.tril(-1) + torch.eye(A.shape[-1], dtype=A.dtype)
-    inverse: Tensor = _LowerInverse.apply(lower)  # type: ignore[no-untyped-call]
+    inverse: Tensor = _LowerInverse.apply(lower)  # type: ignore[no-untyped-call]  # torch's
     return inverse.mT if upper else inverse
 
 
@@ -197,7 +201,7 @@ def _cholesky(is_weight: IsWeight, A: Tensor, *, upper: bool = False) -> Tensor:
     if not _is_written_out(A, is_weight):
         result: Tensor = torch.linalg.cholesky(A, upper=upper)
         return result
-    factor: Tensor = _Cholesky.apply(A)  # type: ignore[no-untyped-call]
+    factor: Tensor = _Cholesky.apply(A)  # type: ignore[no-untyped-call]  # torch's
     return factor.mT if upper else factor
 
 
@@ -219,7 +223,7 @@ def _determinant(is_weight: IsWeight, A: Tensor) -> Tensor:
     if not is_weight(A) and A.shape[-1] <= _SMALL:
         return _expanded_determinant(A)
     is_written_out = _is_written_out(A, is_weight)
-    result: Tensor = _Determinant.apply(A) if is_written_out else torch.linalg.det(A)  # type: ignore[no-untyped-call]
+    result: Tensor = _Determinant.apply(A) if is_written_out else torch.linalg.det(A)  # type: ignore[no-untyped-call]  # torch's
     return result
 
 

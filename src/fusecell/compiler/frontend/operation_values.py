@@ -24,7 +24,7 @@ from fusecell.compiler.frontend.rules.complex_numbers import (
     moved_pair,
     sum_of_pairs,
 )
-from fusecell.compiler.frontend.rules.integers import INTEGERS
+from fusecell.compiler.frontend.rules.integers import INTEGER_RULES
 from fusecell.compiler.frontend.rules.movement import (
     CONSTANTS,
     KEEPS,
@@ -332,7 +332,7 @@ class OperationValues(TensorValues):
         if moved is not None:
             return moved
         of_integers = results[0] is not None and results[0].dtype != torch.bool
-        rule = (INTEGERS.get(name) if of_integers else None) or RULES.get(name)
+        rule = (INTEGER_RULES.get(name) if of_integers else None) or RULES.get(name)
         if name in _DECISIONS:
             raise Untraceable(READS_VALUES)
         if rule is None:

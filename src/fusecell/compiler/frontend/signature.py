@@ -103,9 +103,7 @@ def is_small_data(value: Any) -> bool:
 
 def _count_of_data(value: Any, most: int) -> int:
     """Count the values in a container or a configuration; more than ``most`` where there is something else in it."""
-    if is_immutable(value):
-        return 1
-    if most <= 0:
+    if most <= 0 or is_immutable(value):
         return 1
     if type(value) in _CONTAINERS:
         items = [*value.values(), *value] if isinstance(value, dict) else value

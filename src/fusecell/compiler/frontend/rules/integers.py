@@ -12,7 +12,7 @@ from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row
 from fusecell.compiler.ir.sizes import DType
 
-__all__ = ["INTEGERS"]
+__all__ = ["INTEGER_RULES"]
 
 Rule = Callable[..., Any]
 _MOST_SHIFT_BITS = 6
@@ -93,7 +93,7 @@ def _shifted_right(w: Writer, x: Operand, bits: Operand) -> Row:
     return w.point("floor", w.point("div", x, _power_of_two(w, bits)))
 
 
-INTEGERS: Mapping[str, Rule] = {
+INTEGER_RULES: Mapping[str, Rule] = {
     "bitwise_and": _both,
     "bitwise_or": _either,
     "bitwise_xor": _one_of_both,
