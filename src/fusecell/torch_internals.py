@@ -23,6 +23,7 @@ __all__ = [
     "TAKES_MODULES_AS_CONSTANTS",
     "FunctorchLevel",
     "any_autocast",
+    "apply_at_level",
     "apply_directly",
     "autograd_node",
     "below_functorch",
@@ -39,6 +40,7 @@ __all__ = [
     "in_jit_script",
     "in_jit_trace",
     "in_onnx_export",
+    "innermost_level",
     "is_batched_gradient",
     "is_wrapped",
     "is_expanded_weight",
@@ -193,6 +195,23 @@ class FunctorchLevel:
         """Return a tensor as a grad or a jvp has it."""
         return torch._C._functorch._wrap_for_grad(value, self._level)
 
+    def differentiates(self, value: Tensor) -> bool:
+        """Whether a grad asks for the gradient of a tensor."""
+        return value.requires_grad and self._has(value)
+
+    def wrapped(self, value: Tensor) -> Tensor:
+        """Return a tensor as a grad has it, also one that it hasn't seen: its tangents don't show at that level."""
+        return value if self._has(value) else self.above(value)
+
+    def _has(self, value: Tensor) -> bool:
+        return bool(torch._C._functorch.maybe_get_level(value) == self._level)
+
+    @contextmanager
+    def lower_recording(self) -> Iterator[None]:
+        """Run a ``with`` block below a grad, from a Function at its level: with the derivatives of what is below."""
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), self._interpreter.lower():
+            yield
+
 
 def functorch_levels() -> list[FunctorchLevel]:
     """Return the transforms of torch.func that are active, the innermost last."""
@@ -201,6 +220,12 @@ def functorch_levels() -> list[FunctorchLevel]:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     return [FunctorchLevel(interpreter) for interpreter in retrieve_all_functorch_interpreters()]
+
+
+def innermost_level() -> FunctorchLevel | None:
+    """Return the innermost transform of torch.func that is active; None outside of all."""
+    levels = functorch_levels()
+    return levels[-1] if levels else None
 
 
 @contextmanager
@@ -295,6 +320,14 @@ def apply_directly(function: type[torch.autograd.Function]) -> Any:
     Only for calls that have made sure that there are none.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # its stub has no C++ base
+
+
+def apply_at_level(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Apply a Function at the innermost level of torch.func alone: its tensors are that level's, wrapped."""
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return apply_directly(function)(*args)
 
 
 def disable_current_modes() -> AbstractContextManager[Any]:

@@ -107,6 +107,28 @@ def _learnt_in_a_loop(layer, weights, x):
     return torch.autograd.grad(loss, list(leaves.values()))
 
 
+def _cosines(weights):
+    return {name: value.cos() for name, value in weights.items()}
+
+
+def _dual_gradients(layer, weights, x):
+    """The gradients of dual numbers by torch's autograd, with their tangents; those of the tangents too."""
+    with forward_ad.dual_level():
+        leaves = {
+            name: forward_ad.make_dual(value.clone().requires_grad_(), value.cos()) for name, value in weights.items()
+        }
+        loss = loss_of(layer, leaves, forward_ad.make_dual(x, x.sin()))
+        gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+        pairs = [tuple(forward_ad.unpack_dual(value)) for value in gradients]
+        rate = forward_ad.unpack_dual(loss).tangent
+        return pairs, torch.autograd.grad(rate, leaves)
+
+
+def _penalty(layer, weights, x):
+    """The norm of a gradient, as a loss."""
+    return grad(lambda w: grad(lambda x: loss_of(layer, w, x))(x).square().sum())(weights)
+
+
 TRANSFORMS = {
     "vmap over inputs": lambda f, w, x: vmap(lambda x: outputs_of(f, w, x))(torch.stack((x, x.cos()))),
     "vmap of two levels": lambda f, w, x: vmap(vmap(lambda x: outputs_of(f, w, x), in_dims=2), in_dims=3, out_dims=1)(
@@ -141,6 +163,28 @@ TRANSFORMS = {
     "dual numbers": _dual,
     "reverse over forward": _reverse_over_forward,
     "gradient of a gradient step": _learnt_in_a_loop,
+    "gradients of dual numbers": _dual_gradients,
+    "jvp of a gradient": lambda f, w, x: jvp(
+        grad(lambda w, x: loss_of(f, w, x), (0, 1)), (w, x), (_cosines(w), x.sin())
+    ),
+    "jvp of a gradient of inputs": lambda f, w, x: jvp(lambda w: grad(lambda x: loss_of(f, w, x))(x), (w,), (w,)),
+    "gradient of a jvp": lambda f, w, x: grad(lambda w: jvp(lambda w: loss_of(f, w, x), (w,), (_cosines(w),))[1])(w),
+    "gradient of a gradient": _penalty,
+    "products with a Hessian": lambda f, w, x: vmap(lambda v: jvp(grad(lambda x: loss_of(f, w, x)), (x,), (v,))[1])(
+        torch.stack((x.sin(), x))
+    ),
+    "Hessian": lambda f, w, x: hessian(lambda x: loss_of(f, w, x))(x[:2, :1]),
+    "jvp of a gradient of members": lambda f, w, x: jvp(
+        grad(
+            lambda w: sum(value.sin().sum() for value in vmap(lambda x: outputs_of(f, w, x))(torch.stack((x, x.cos()))))
+        ),
+        (w,),
+        (_cosines(w),),
+    ),
+    "jvp of a pullback": lambda f, w, x: jvp(
+        lambda x: vjp(lambda x: outputs_of(f, w, x), x)[1]([value.cos() for value in outputs_of(f, w, x)]), (x,), (x,)
+    ),
+    "pullbacks of many rows": lambda f, w, x: jvp(jacrev(lambda x: outputs_of(f, w, x)[0][-1, 0]), (x,), (x.cos(),)),
 }
 
 
@@ -256,19 +300,47 @@ class Dropping(fc.Cell):
         return h, (h,)
 
 
-def test_what_draws_or_is_differentiated_twice_is_left_to_torch() -> None:
+def test_what_draws_or_is_differentiated_three_times_is_left_to_torch() -> None:
     layer = fc.Recurrent(Dropping(5, 5))
     x = torch.ones(2, 4, 3, 5)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda x: layer(x)[0])(x)
     assert vmap(lambda x: layer(x)[0], randomness="different")(x).shape == (2, 4, 3, 5)
     gru = fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE)
-    second = hessian(lambda x: gru(x)[0].sum())
+    third = grad(lambda x: grad(lambda x: grad(lambda x: gru(x)[0].sin().sum())(x).square().sum())(x).sum())
     with fc.runner("eager"):
-        expected = second(x[0, :2].to(DTYPE))
-    torch.testing.assert_close(second(x[0, :2].to(DTYPE)), expected)
-    with pytest.raises(fc.NotCompilable, match="differentiate twice"), fc.runner("compiled"):
-        second(x[0, :2].to(DTYPE))
+        expected = third(x[0, :2].to(DTYPE))
+    torch.testing.assert_close(third(x[0, :2].to(DTYPE)), expected)
+    with pytest.raises(fc.NotCompilable, match="three times"), fc.runner("compiled"):
+        third(x[0, :2].to(DTYPE))
+
+
+def test_gradients_with_tangents_reach_a_backward_of_plain_numbers() -> None:
+    """Of a layer that was called outside of the level: a kernel would leave the tangents out."""
+    torch.manual_seed(8)
+    layer, x = fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE), torch.randn(6, 2, 5, dtype=DTYPE)
+    scale, results = torch.randn(6, 2, 4, dtype=DTYPE), []
+    for runner in ("eager", "compiled", "compiled"):  # the last is a prepared call
+        with fc.runner(runner):
+            y = layer(x)[0]
+        with forward_ad.dual_level():
+            loss = (y * forward_ad.make_dual(scale, scale.cos())).sum()
+            gradients = torch.autograd.grad(loss, list(layer.parameters()))
+            results.append([tuple(forward_ad.unpack_dual(value)) for value in gradients])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_third_derivatives_of_gradients_with_tangents() -> None:
+    """Of the Parameters that a user's own autograd follows through a product with a Hessian."""
+    torch.manual_seed(9)
+    layer, x, results = fc.Recurrent(fc.GRUCell(3, 4)).to(DTYPE), torch.randn(3, 2, 3, dtype=DTYPE), []
+    weights = dict(layer.named_parameters())
+    for runner in ("eager", "compiled"):
+        with fc.runner(runner):
+            _, product = jvp(grad(lambda w: loss_of(layer, w, x)), (weights,), (_cosines(weights),))
+            results.append(torch.autograd.grad(sum(v.square().sum() for v in product.values()), list(weights.values())))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)
 
 
 def test_weights_that_are_lazily_negated() -> None:

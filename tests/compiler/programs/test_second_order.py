@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fusecell as fc
 from fusecell.cells import CELLS
-from fusecell.compiler.programs import second_order
+from fusecell.compiler.programs import second_order, tangent_step
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_what_torch_has_no_tangent_of_goes_through_the_loop(calls) -> None:
 
 
 def test_a_kernel_that_disagrees_with_the_loop_is_not_used(calls, monkeypatch) -> None:
-    monkeypatch.setattr(second_order._SpelledOut, "functions", {torch.tanh: torch.sin})
+    monkeypatch.setattr(tangent_step._SpelledOut, "functions", {torch.tanh: torch.sin})
     torch.manual_seed(0)
     check(fc.cells.MGUCell(4, 5).double())
     assert calls == [False]
@@ -154,13 +154,13 @@ def test_of_a_layer_called_twice(calls) -> None:
 def test_tangents_that_are_zero_are_not_multiplied(monkeypatch):
     """Of inputs without tangents: a GRU has products with the tangents of states, and none with those of inputs."""
     kernels = []
-    compiled = second_order.SecondOrder._kernels
+    compiled = second_order.SecondOrder.kernels
 
-    def spy(self, tangents, inputs):
-        kernels.append(compiled(self, tangents, inputs))
+    def spy(self, tangents, shapes):
+        kernels.append(compiled(self, tangents, shapes))
         return kernels[-1]
 
-    monkeypatch.setattr(second_order.SecondOrder, "_kernels", spy)
+    monkeypatch.setattr(second_order.SecondOrder, "kernels", spy)
     size, width = 24, 16
     cell, x = fc.GRUCell(width, size), torch.randn(5, 3, width)
     weights = list(cell.parameters())

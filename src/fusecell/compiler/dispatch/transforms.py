@@ -4,13 +4,15 @@
     vmap over weights       a call for each member
     jvp, dual numbers       a call of a cell that carries tangents along, `TangentStep`
     grad, vjp               Functions around the kernels, which torch.func takes apart itself (`programs.transformable`)
+    grad inside of a jvp    one Function for both, whose gradients have tangents (`programs.forward_over_reverse`)
 
-What is differentiated twice below torch.func, what draws, and what is reset runs as the Python loop.
+What is differentiated more often, what draws, and what is reset runs as the Python loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,34 +21,38 @@ from torch import Tensor
 
 from fusecell.attribute_paths import getter
 from fusecell.cell import Cell
+from fusecell.compiler.dispatch.differentiable_scans import Duals, differentiable_scan, dual_scan
 from fusecell.compiler.dispatch.eligibility import needs_gradient, tensor_reasons
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.frontend import attributes
 from fusecell.compiler.frontend.dtypes import has_16_bits
+from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.programs.ensemble import Ensemble
+from fusecell.compiler.programs.forward_over_reverse import Dual, Recorded, run_at_level, run_recorded, with_tangent
 from fusecell.compiler.programs.rebind import rebound
-from fusecell.compiler.programs.second_order import TangentStep
+from fusecell.compiler.programs.second_order import checked
+from fusecell.compiler.programs.tangent_step import TangentStep
 from fusecell.compiler.programs.transformable import PureScan, pure_scan
 from fusecell.compiler.refusal import Refusal
+from fusecell.eager import run_eager
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
-from fusecell.shapes import Outputs, is_size, map_outputs, output_shape, unpacked
+from fusecell.shapes import Outputs, is_size, map_outputs, packed, unpacked
 from fusecell.torch_internals import (
     FunctorchLevel,
-    below_functorch,
     common_to_members,
-    forward_ad,
     functorch_levels,
     in_dispatch_mode,
     in_forward_mode,
     in_functorch_transform,
+    innermost_level,
     is_wrapped,
-    outside_functorch,
 )
 
 __all__ = ["is_transformed", "run_transformed"]
 
 Result = tuple[Outputs, State] | Refusal
+_IN_DISPATCH_MODE = ("A dispatch mode is active.",)
 
 
 def is_transformed() -> bool:
@@ -62,9 +68,8 @@ def run_transformed(cell: Cell, inputs: State, state: State, options: Options) -
     """
     kinds = [level.kind for level in functorch_levels()]
     is_dual = in_forward_mode() and "Jvp" not in kinds
-    derivatives = kinds.count("Grad") + kinds.count("Jvp") + is_dual
-    if derivatives > 1 or "Functionalize" in kinds:
-        return Refusal(("Transforms of torch.func differentiate twice.",))
+    if "Functionalize" in kinds or not _has_kernels((["Jvp"] if is_dual else []) + kinds):
+        return Refusal(("Transforms of torch.func differentiate three times, or map between two derivatives.",))
     if options.resets is not None:
         return Refusal(("A transform of torch.func is active, and rows are reset.",))
     if options.lengths is not None:
@@ -75,6 +80,14 @@ def run_transformed(cell: Cell, inputs: State, state: State, options: Options) -
     if not all(value.is_floating_point() for value in (*inputs, *state)) or has_16_bits(inputs[0].dtype):
         return Refusal(("A transform of torch.func is active, and not all is float32 or float64.",))
     return _run(cell, inputs, state, options, is_dual)
+
+
+def _has_kernels(kinds: Sequence[str]) -> bool:
+    """Whether there are kernels for these transforms, the innermost last."""
+    derivatives = [kind for kind in kinds if kind != "Vmap"]
+    if derivatives == ["Jvp", "Grad"]:  # one Function for both: nothing may be between them
+        return kinds.index("Grad") == kinds.index("Jvp") + 1
+    return len(derivatives) < 2 or derivatives in (["Grad", "Jvp"], ["Grad", "Grad"])
 
 
 def _run(cell: Cell, inputs: State, state: State, options: Options, is_dual: bool) -> Result:
@@ -89,6 +102,8 @@ def _run(cell: Cell, inputs: State, state: State, options: Options, is_dual: boo
         return _mapped(cell, inputs, state, options, level, is_dual)
     if level.kind == "Jvp":
         return _with_tangents(cell, inputs, state, options, level)
+    if is_dual or "Jvp" in [below.kind for below in levels]:
+        return _with_gradients_and_tangents(cell, inputs, state, options, level)
     return _with_gradients(cell, inputs, state, options)
 
 
@@ -218,7 +233,7 @@ def _ensemble(
     return (unpacked(cell.output_size, output, 3), 0), (after, 0)
 
 
-# Tangents
+# Derivatives
 
 
 def _with_tangents(cell: Cell, inputs: State, state: State, options: Options, level: FunctorchLevel | None) -> Result:
@@ -227,88 +242,89 @@ def _with_tangents(cell: Cell, inputs: State, state: State, options: Options, le
     Arguments:
         level: the jvp of torch.func; None in a ``dual_level`` outside of it.
     """
-    below: Callable[[Tensor], Tensor] = (lambda value: value) if level is None else level.below
-
-    def parts(value: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not (value.is_floating_point() or value.is_complex()):
-            return below(value), None
-        primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]  # torch's
-        return below(primal), None if tangent is None else below(tangent)
-
-    of_inputs, of_state = [parts(value) for value in inputs], [parts(value) for value in state]
-    of_weights = {path: parts(value) for path, value in attributes(cell)}
-    if level is None:
-        result = _pushed_forward(cell, of_inputs, of_state, of_weights, options)
-    else:
+    duals = Duals.of(cell, inputs, state, level)
+    if level is not None:
         with level.lower():
-            result = _pushed_forward(cell, of_inputs, of_state, of_weights, options)
+            result = _pushed_forward(cell, duals, options)
+    elif torch.is_grad_enabled() and any(map(_requires_grad, duals.all())):
+        result = _recorded(cell, duals, options)
+    else:
+        result = _pushed_forward(cell, duals, options)
     if isinstance(result, Refusal):
         return result
-
-    def dual(primal: Tensor, tangent: Tensor) -> Tensor:
-        if level is not None:
-            primal, tangent = level.above(primal), level.above(tangent)
-        result: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]  # torch's
-        return result
-
     (values, tangents), after = result
     count = len(state)
-    states = tuple([dual(*pair) for pair in zip(after[:count], after[count:], strict=True)])
-    return map_outputs(dual, values, tangents), states
+    states = tuple([with_tangent(*pair, level) for pair in zip(after[:count], after[count:], strict=True)])
+    return map_outputs(lambda value, rate: with_tangent(value, rate, level), values, tangents), states
 
 
-Dual = tuple[Tensor, Tensor | None]
-"""A tensor and its tangent, None for zero."""
-
-
-def _pushed_forward(
-    cell: Cell, inputs: list[Dual], state: list[Dual], weights: Mapping[str, Dual], options: Options
-) -> Result:
+def _pushed_forward(cell: Cell, duals: Duals, options: Options) -> Result:
     """Run the scan that carries tangents along.
 
     Returns:
         The outputs and their tangents as a pair, and the states and their tangents one after the other.
     """
-
-    def tangents(pairs: list[Dual]) -> State:
-        return tuple([torch.zeros_like(value) if of is None else of for value, of in pairs])
-
-    moving = tangents(inputs) if any(of is not None for _, of in inputs) else ()
-    directions = {path: of for path, (_, of) in weights.items() if of is not None}
-    plain = rebound(cell, {path: value for path, (value, _) in weights.items()}, ())
-    step = TangentStep(plain, output_shape(cell.output_size), bool(moving), directions, with_value=True)
-    primal = tuple([value for value, _ in inputs])
-    result = _run(step, (*primal, *moving), (*(value for value, _ in state), *tangents(state)), options, False)
+    step, inputs, state = duals.step(cell)
+    result = _run(step, inputs, state, options, False)
     if isinstance(result, Refusal):
         return result
     outputs, after = result
     return tuple([unpacked(cell.output_size, outputs[name], 2) for name in TangentStep.outputs]), after
 
 
-# Gradients
+def _recorded(cell: Cell, duals: Duals, options: Options) -> Result:
+    """Run the scan that carries tangents along under torch's autograd, whose gradients have tangents too.
+
+    Returns:
+        As of :func:`_pushed_forward`.
+    """
+    reasons = tensor_reasons(tuple([value for value, _ in (*duals.inputs, *duals.state)]))
+    if reasons or in_dispatch_mode():
+        return Refusal(reasons or _IN_DISPATCH_MODE)
+    scan = dual_scan(cell, duals, options, list(map(_requires_grad, duals.all())))
+    if isinstance(scan, Refusal):
+        return scan
+    (output, *after), (rate, *rates) = run_recorded(*scan)
+    return tuple([unpacked(cell.output_size, value, 2) for value in (output, rate)]), (*after, *rates)
+
+
+def _requires_grad(dual: Dual) -> bool:
+    return any(value is not None and value.requires_grad for value in dual)
 
 
 def _with_gradients(cell: Cell, inputs: State, state: State, options: Options) -> Result:
     """Run the kernels of forward and backward under a grad, and whatever vmap is below it."""
-    below = {path: below_functorch(value) for path, value in attributes(cell)}
-    with outside_functorch():
-        weights = {path: value.detach().requires_grad_(flag) for path, (value, flag) in below.items()}
-        plain = rebound(cell, weights, ())
-        step = TRAINABLE_STEPS.find(plain, inputs)
-    if isinstance(step, Refusal):
-        return step
-    traced = step.traced
-    if not traced.is_plain or step.dtypes is not None or traced.weights.direct_paths is None:
-        return Refusal(
-            ("A transform of torch.func is active, and the step computes with its weights alone, or draws.",)
-        )
-    leaves = traced.weights.values(cell)
-    flags = [below_functorch(value)[1] for value in (*inputs, *leaves)]
-    training = step.training(flags, bool(options.recompute or recomputing()))
-    if isinstance(training, Refusal):
-        return training
-    scan = PureScan(step, training, plain, options, len(inputs), len(state))
-    output, *after = pure_scan(scan, *inputs, *state, *leaves)
+    scan = differentiable_scan(cell, inputs, len(state), options)
+    if isinstance(scan, Refusal):
+        return scan
+    output, *after = pure_scan(scan, *inputs, *state, *scan.step.traced.weights.values(cell))
+    return unpacked(cell.output_size, output, 2), tuple(after)
+
+
+def _with_gradients_and_tangents(
+    cell: Cell, inputs: State, state: State, options: Options, level: FunctorchLevel
+) -> Result:
+    """Run the kernels of forward and backward of a cell with tangents, under a grad and the jvp that it is in."""
+    weights = dict(attributes(cell))
+    tensors = tuple(map(level.wrapped, (*inputs, *state, *weights.values())))
+    needed = [level.differentiates(value) for value in tensors]
+    with level.lower():
+        of_inputs, of_state = (tuple(map(level.below, values)) for values in (inputs, state))
+        plain = rebound(cell, {path: level.below(value) for path, value in weights.items()}, ())
+        tangents = innermost_level()
+        duals = Duals.of(plain, of_inputs, of_state, tangents)
+        with nullcontext() if tangents is None else tangents.lower():
+            scan = dual_scan(plain, duals, options, needed)
+    if isinstance(scan, Refusal):
+        return scan
+
+    def loop(values: Sequence[Any]) -> State:
+        first, second = len(inputs), len(inputs) + len(state)
+        other = rebound(cell, dict(zip(weights, values[second:], strict=True)), ())
+        output, after = run_eager(other, tuple(values[:first]), tuple(values[first:second]), options)
+        return packed(output, 2), *after
+
+    output, *after = run_at_level(Recorded(*scan, loop), tensors)
     return unpacked(cell.output_size, output, 2), tuple(after)
 
 
@@ -319,9 +335,11 @@ def _run_plain(cell: Cell, inputs: State, state: State, options: Options) -> Res
     """Run machine code on plain tensors."""
     reasons = tensor_reasons((*inputs, *state))
     if reasons or in_dispatch_mode():
-        return Refusal(reasons or ("A dispatch mode is active.",))
+        return Refusal(reasons or _IN_DISPATCH_MODE)
     find: Callable[..., Any] = (TRAINABLE_STEPS if needs_gradient(cell, (*inputs, *state)) else PROGRAMS).find
     program = find(cell, inputs)
+    if isinstance(cell, TangentStep) and isinstance(program, TrainableStep):
+        program = checked(program, cell, [tuple(value.shape[2:]) for value in inputs], program.traced.dtype)
     if isinstance(program, Refusal):
         return program
     if program.traced.draws or program.traced.leftovers:
@@ -331,6 +349,5 @@ def _run_plain(cell: Cell, inputs: State, state: State, options: Options) -> Res
     if isinstance(result, Refusal) or is_size(size):
         return result
     if isinstance(cell, TangentStep):  # halves of one memory: dual numbers are made of them at once
-        both = result[0].reshape(*result[0].shape[:2], 2, *cell.output)
-        return {name: both.select(2, half) for half, name in enumerate(size)}, result[1]
+        return dict(zip(size, cell.halves(result[0], 2), strict=True)), result[1]
     return unpacked(size, result[0], 2), result[1]

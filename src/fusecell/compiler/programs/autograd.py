@@ -31,7 +31,13 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.forks import new_lock
 from fusecell.shapes import packed
-from fusecell.torch_internals import apply_directly, in_functorch_transform, is_batched_gradient
+from fusecell.torch_internals import (
+    apply_directly,
+    forward_ad,
+    in_forward_mode,
+    in_functorch_transform,
+    is_batched_gradient,
+)
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
 
@@ -273,12 +279,20 @@ def _differentiated_twice(
 
 
 def transformed(grads: Sequence[Tensor | None]) -> bool:
-    """Whether these are the gradients of many backwards at once (vmap), which have no memory that a kernel could read.
+    """Whether these are the gradients of many backwards at once (vmap), which have no memory that a kernel could read,
+    or have tangents, which a kernel would leave out.
 
     Such gradients can reach a backward whose forward was under no transform: ``torch.autograd.grad`` batches them
     itself with ``is_grads_batched=True``.
     """
-    return in_functorch_transform() or any(grad is not None and is_batched_gradient(grad) for grad in grads)
+    return in_functorch_transform() or any(grad is not None and _is_special(grad) for grad in grads)
+
+
+def _is_special(grad: Tensor) -> bool:
+    """Whether a gradient is many, or has a tangent."""
+    if is_batched_gradient(grad):
+        return True
+    return in_forward_mode() and forward_ad.unpack_dual(grad).tangent is not None  # type: ignore[no-untyped-call]  # torch's
 
 
 def _differentiable(ctx: Any, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

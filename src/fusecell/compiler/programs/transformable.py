@@ -18,13 +18,15 @@ from fusecell.cell import Cell
 from fusecell.compiler.programs.autograd import TrainableStep, differentiated
 from fusecell.compiler.programs.members import backward_of_members, forward_of_members, in_memory, of_member
 from fusecell.compiler.programs.rebind import rebound
+from fusecell.compiler.programs.tangent_step import TangentStep
 from fusecell.compiler.programs.training import Call, Training
+from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State
 from fusecell.shapes import packed
-from fusecell.torch_internals import in_functorch_transform
+from fusecell.torch_internals import below_functorch, in_functorch_transform, outside_functorch
 
-__all__ = ["PureScan", "pure_scan"]
+__all__ = ["PureScan", "backward_of", "forward_of", "pure_scan"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,21 @@ class PureScan:
 
 def pure_scan(scan: PureScan, *tensors: Tensor) -> State:
     """Run a scan; return its output and its last states."""
-    _, *results = _Forward.apply(scan, *tensors)  # type: ignore[no-untyped-call]  # torch's
-    return tuple(results)
+    return forward_of(scan, tensors)[1:]
+
+
+def forward_of(scan: PureScan, tensors: State) -> State:
+    """Run a scan; return what its backward reads of it, its output, and its last states."""
+    results: State = _Forward.apply(scan, *tensors)  # type: ignore[no-untyped-call]  # torch's
+    return results
+
+
+def backward_of(
+    scan: PureScan, places: Sequence[int], saved: Tensor, tensors: State, grads: Sequence[Tensor | None]
+) -> State:
+    """Return the gradients of the tensors at some places; those of ``grads`` are of the output and the last states."""
+    gradients: State = _Backward.apply(scan, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]  # torch's
+    return gradients
 
 
 class _Forward(torch.autograd.Function):
@@ -109,7 +124,7 @@ class _Forward(torch.autograd.Function):
         # At this level of transforms; at another others may be needed.
         places = tuple([place for place in scan.gradient_places if ctx.needs_input_grad[1 + place]])
         if places and any(grad is not None for grad in grads):
-            gradients = _Backward.apply(scan, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]  # torch's
+            gradients = backward_of(scan, places, saved, tuple(tensors), grads)
             for place, gradient in zip(places, gradients, strict=True):
                 result[place] = gradient
         return None, *result
@@ -143,9 +158,12 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        """Compute the gradients' own gradients in the Python loop."""
+        """Compute the gradients' own gradients: by kernels, and those of these in the Python loop."""
         scan: PureScan = ctx.scan
         places: Sequence[int] = ctx.places
+        by_kernels = _gradients_of_gradients(scan, places, ctx.saved_tensors, ctx.needs_input_grad[3:], cotangents)
+        if by_kernels is not None:
+            return None, None, None, *by_kernels
 
         def gradients(values: Sequence[Any]) -> list[Tensor | None]:
             needed = [place in places for place in range(scan.count)]
@@ -174,6 +192,84 @@ class _Backward(torch.autograd.Function):
             gradients = backward_of_members(call, own, saved.movedim(dims[2], 0).contiguous(), tensors, grads)
             return tuple([gradients[place] for place in places]), (0,) * len(places)  # type: ignore[misc]  # each has one
         return _by_member(info.batch_size, dims[2:], (saved, *values), lambda *each: apply(scan, places, *each))
+
+
+def _gradients_of_gradients(
+    scan: PureScan, places: Sequence[int], values: State, needed: Sequence[bool], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None] | None:
+    """Return the gradients of a backward kernel's gradients, as `second_order` says; None where there is no kernel.
+
+    Arguments:
+        places: those whose gradients the backward returns, and ``cotangents`` are of.
+        values: the scan's tensors, and the gradients that the backward was given.
+        needed: for each of these, whether its gradient is needed.
+    """
+    tensors, grads = values[: scan.count], values[scan.count :]
+    tangents: list[Tensor | None] = [None] * scan.count
+    for place, cotangent in zip(places, cotangents, strict=True):
+        tangents[place] = cotangent
+    second = None if isinstance(scan.cell, TangentStep) else _tangent_scan(scan, tensors, tangents, needed)
+    if second is None:
+        return None
+    of_tangents, of_scan, to_place = second
+    saved, *results = forward_of(of_tangents, of_scan)
+    rates = (results[0], *results[1 + scan.states :])
+    result: list[Tensor | None] = [None] * len(values)
+    sources = {to_place[place]: place for place in range(scan.count) if needed[place]}
+    if sources and any(grad is not None for grad in grads):
+        of_rates = (grads[0], *(None,) * scan.states, *grads[1:])
+        gradients = backward_of(of_tangents, sorted(sources), saved, of_scan, of_rates)
+        for place, gradient in zip(sorted(sources), gradients, strict=True):
+            result[sources[place]] = gradient
+    for place, (grad, rate) in enumerate(zip(grads, rates, strict=True), scan.count):
+        result[place] = None if grad is None else rate
+    return result
+
+
+def _tangent_scan(
+    scan: PureScan, tensors: State, tangents: Sequence[Tensor | None], needed: Sequence[bool]
+) -> tuple[PureScan, State, list[int]] | None:
+    """Return the scan of a cell with tangents, its tensors, and where among them those of the cell are.
+
+    Arguments:
+        tangents: of the tensors, None for zero.
+        needed: for each tensor whether its gradient is.
+    """
+    paths, shape = scan.step.traced.weights.direct_paths or (), scan.step.traced.shapes["output"]
+    inputs, state, weights = scan.split(tensors)
+    of_inputs, of_state, of_weights = scan.split(tangents)  # type: ignore[arg-type]  # of some there is none
+    moving = _or_zeros(of_inputs, inputs) if any(value is not None for value in of_inputs) else ()
+    directions = _or_zeros(of_weights, weights) if any(value is not None for value in of_weights) else ()
+
+    def step(of: Callable[[Tensor], Tensor]) -> TangentStep:
+        cell = rebound(scan.cell, dict(zip(paths, map(of, weights), strict=True)), ())
+        along = dict(zip(paths, map(of, directions), strict=False))
+        return TangentStep(cell, shape, bool(moving), along)
+
+    with outside_functorch():
+        plain = step(lambda value: below_functorch(value)[0].detach().requires_grad_())
+        kernels = scan.step.second_order.kernels(plain, [tuple(value.shape[2:]) for value in (*inputs, *moving)])
+    if isinstance(kernels, Refusal) or kernels.traced.weights.direct_paths is None:
+        return None
+    of_leaf = {f"cell.{path}": place for place, path in enumerate(paths, scan.inputs + scan.states)}
+    leaf_paths = kernels.traced.weights.direct_paths
+    flags = [*needed[: scan.inputs], *[False] * len(moving)]
+    flags += [path in of_leaf and needed[of_leaf[path]] for path in leaf_paths]
+    training = kernels.training(flags, False)
+    if isinstance(training, Refusal):
+        return None
+    options = replace(scan.options, recompute=False)
+    of_tangents = PureScan(kernels, training, plain, options, len(inputs) + len(moving), 2 * scan.states)
+    start = of_tangents.inputs + of_tangents.states
+    to_place = [*range(scan.inputs), *range(of_tangents.inputs, of_tangents.inputs + scan.states)]
+    to_place += [start + leaf_paths.index(f"cell.{path}") for path in paths]
+    leaves = kernels.traced.weights.values(step(lambda value: value))
+    return of_tangents, (*inputs, *moving, *state, *_or_zeros(of_state, state), *leaves), to_place
+
+
+def _or_zeros(tangents: Sequence[Tensor | None], like: State) -> State:
+    pairs = zip(tangents, like, strict=True)
+    return tuple([torch.zeros_like(value) if tangent is None else tangent for tangent, value in pairs])
 
 
 def _is_plain(tensors: Sequence[Any]) -> bool:
@@ -215,8 +311,8 @@ def _many_backwards(
         as_rows(v, dim, 0 if at else 1) for at, (v, dim) in enumerate(zip(values[scan.count :], dims, strict=True))
     ]
     of_rows = scan.of_members(size)
-    saved = _Forward.apply(of_rows, *tensors)[0]  # type: ignore[no-untyped-call]  # torch's
-    gradients = _Backward.apply(of_rows, places, saved, *tensors, *grads)  # type: ignore[no-untyped-call]  # torch's
+    saved = forward_of(of_rows, tuple(tensors))[0]
+    gradients = backward_of(of_rows, places, saved, tuple(tensors), grads)
     results = []
     for place, gradient in zip(places, gradients, strict=True):
         axis = rows[place]
