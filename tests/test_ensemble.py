@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fusecell as fc
+from fusecell.compiler.dispatch import fast_path
 
 
 class Tied(nn.Module):
@@ -33,7 +34,11 @@ MODELS = {
     "layers": lambda: fc.LSTM(3, 7, num_layers=2, bidirectional=True),
     "own": lambda: fc.Recurrent(fc.Stack(fc.cells.MGUCell(3, 8), fc.cells.LeakyCell(8, 5))),
     "tied": Tied,
+    "one layer": lambda: fc.GRU(3, 8),
+    "batch first": lambda: fc.LSTM(3, 7, batch_first=True),
+    "reversed": lambda: fc.Recurrent(fc.cells.MGUCell(3, 5), reverse=True, recompute=True),
 }
+PREPARED = ("one layer", "batch first", "reversed")
 
 
 @pytest.fixture(params=MODELS)
@@ -61,6 +66,101 @@ def test_a_member_has_the_bits_that_it_has_alone(models, each):
         gradients = dict(models.stacked.named_parameters())
         for name, parameter in member.named_parameters():
             torch.testing.assert_close(gradients[name].grad[number], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def prepared_calls(models) -> int:
+    owners = [calls for key, calls in fast_path._CALLS.items() if calls.owner() in set(models.modules())]
+    return sum(call is not None for calls in owners for call in calls.calls.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])  # more than there are members: one after the other, on all of them
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("name", PREPARED)
+def test_prepared_calls_have_the_numbers_of_the_first(name, each, states, threads):
+    torch.manual_seed(1)
+    models = fc.Ensemble(MODELS[name], 3).double()
+    x = torch.randn(*([3] if each else []), 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    start = []
+    if states:
+        start = [value.detach() + 1 for value in flat(models(x, each=each))[1:]]
+    leaves = [x, *models.parameters(), *(value.requires_grad_() for value in start)]
+    results, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            values = flat(models(x, *([tuple(start) if len(start) > 1 else start[0]] if states else []), each=each))
+            loss = sum(
+                (value.sin() * torch.linspace(0, 1, value.numel()).reshape(value.shape)).sum() for value in values
+            )
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(sum(value.square().sum() for value in gradients), leaves)
+            with torch.no_grad():
+                again = flat(models(x, each=each))
+            results.append([*values, *gradients, *second, *again])
+    finally:
+        torch.set_num_threads(before)
+    assert prepared_calls(models) >= 2
+    count = len(values)
+    for others in results[1:]:
+        for place, (value, expected) in enumerate(zip(others, results[0], strict=True)):
+            torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+            assert place >= count or value.stride() == expected.stride()
+
+
+def test_weights_learn_after_a_call_without_gradients():
+    """Also where the first call of all is one: of an ensemble, and of ``torch.vmap``."""
+    torch.manual_seed(2)
+    x = torch.randn(6, 2, 3)
+    for models in (fc.Ensemble(lambda: fc.GRU(3, 13), 3), fc.Ensemble(lambda: fc.Sequential(fc.LSTM(3, 13)), 3)):
+        fc.refresh()
+        with torch.no_grad():
+            models(x)
+        for _ in range(3):
+            gradients = torch.autograd.grad(models(x)[0].sum(), list(models.parameters()))
+            assert all(value.abs().sum() > 0 for value in gradients)
+    layer = fc.GRU(3, 13)
+    weights = {name: torch.stack([value, 2 * value]).detach() for name, value in layer.named_parameters()}
+    for value in weights.values():
+        value.requires_grad_()
+    fc.refresh()
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording):
+            y = torch.vmap(lambda w: torch.func.functional_call(layer, w, (x,))[0])(weights)
+    assert all(value.abs().sum() > 0 for value in torch.autograd.grad(y.sum(), list(weights.values())))
+
+
+def test_hooks_and_changes_of_a_layer_are_seen():
+    torch.manual_seed(3)
+    models, x, seen = fc.Ensemble(lambda: fc.GRU(3, 4), 2), torch.randn(5, 2, 3), []
+    before = [models(x)[0] for _ in range(3)][-1]
+    handle = models.stacked.register_forward_hook(lambda *_: seen.append(1))
+    models(x)
+    assert seen
+    handle.remove()
+    with torch.no_grad():
+        models.stacked.weight_hh_l0.mul_(0.5)
+    after = models(x)[0]
+    assert not torch.equal(after, before)
+    assert torch.equal(after[1], models.member(1)(x)[0])
+    models.stacked.batch_first = True
+    assert torch.equal(models(x)[0][0], models.member(0)(x)[0])
+    longer = torch.randn(9, 4, 3)
+    assert torch.equal(models(longer)[0][1], models.member(1)(longer)[0])
+
+
+def test_parts_without_weights_come_first():
+    torch.manual_seed(4)
+    models = fc.Ensemble(lambda: fc.Sequential(nn.Dropout(0.5), fc.GRU(3, 4), nn.Tanh(), nn.Linear(4, 2)), 3)
+    x = torch.randn(5, 2, 3)
+    y, (h,) = models(x)
+    assert y.shape == (3, 5, 2, 2)
+    assert h.shape == (3, 1, 2, 4)
+    models.eval()
+    for _ in range(3):
+        y, (h,) = models(x, (h.detach(),))
+    y.sum().backward()
+    assert all(value.grad is not None for value in models.parameters())
 
 
 def test_members_are_made_one_by_one(models):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.utils.rnn import PackedSequence
+
+from fusecell.execution.call_form import PreparedArguments
+from fusecell.execution.call_path import call
+from fusecell.layers.sequential import Sequential
+from fusecell.torch_internals import has_hooks
 
 __all__ = ["Ensemble"]
 
@@ -81,10 +88,44 @@ class Ensemble(nn.Module):
         """
         for name, value in (("x", x if each else None), *(("a state", state) for state in states)):
             _check_members(name, value, self.size)
-        tensors = dict(self.stacked.named_parameters()) | dict(self.stacked.named_buffers())
+        return self._run(self.stacked, x, states, each, options)
+
+    def _run(self, module: nn.Module, x: Any, states: tuple[Any, ...], each: bool, options: dict[str, Any]) -> Any:
+        """Run all members of a module, or of a part of one."""
+        if type(module) is Sequential and not (has_hooks(module) or isinstance(x, PackedSequence)):
+            return module.run_parts(partial(self._run_part, each), x, *states, **options)
+        prepared = self._prepared(module, x, each) if len(states) < 2 and not options else None
+        if prepared is None:
+            return self._mapped(module, x, states, each, options)
+        # As vmap does it, but without its Python, from the second such call on: the cell has all members' weights.
+        form = prepared.form._replace(members=self.size, each=each)
+        state = states[0] if states else None
+        return call(prepared.owner, x, state, form, _mapped_call, (self, module, each), prepared.factory)
+
+    def _run_part(self, each: bool, place: int, part: nn.Module, x: Any, *states: Any, **options: Any) -> Any:
+        """Run all members of a part of a Sequential; from the second on each has an input of its own."""
+        each = each or place > 0
+        if not each and not any(True for _ in _places(part)):  # nothing tells the members apart
+            x, each = x.expand(self.size, *x.shape), True
+        return self._run(part, x, tuple([state for state in states if state is not None]), each, options)
+
+    def _prepared(self, module: nn.Module, x: Any, each: bool) -> PreparedArguments | None:
+        """Return how a call of a member is prepared, where the members are layers whose call is one kernel."""
+        prepared_call = getattr(module, "prepared_call", None)
+        if prepared_call is None or torch.compiler.is_compiling() or has_hooks(module):
+            return None
+        first = x[0] if isinstance(x, tuple | list) and x else x
+        if not isinstance(first, Tensor):
+            return None
+        result: PreparedArguments | None = prepared_call(x, first.dim() - each)
+        return result
+
+    def _mapped(self, module: nn.Module, x: Any, states: tuple[Any, ...], each: bool, options: dict[str, Any]) -> Any:
+        """Run all members by ``torch.vmap``."""
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
 
         def run(tensors: dict[str, Tensor], x: Any, *states: Any) -> Any:
-            return functional_call(self.stacked, tensors, (x, *states), options)
+            return functional_call(module, tensors, (x, *states), options)
 
         in_dims = (0, 0 if each else None, *(None if state is None else 0 for state in states))
         return vmap(run, in_dims=in_dims, randomness="different")(tensors, x, *states)
@@ -110,6 +151,10 @@ class Ensemble(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}"
+
+
+def _mapped_call(owner: Any, x: Any, state: Any, ensemble: Ensemble, module: nn.Module, each: bool) -> Any:
+    return ensemble._mapped(module, x, () if state is None else (state,), each, {})
 
 
 def _members(make: Callable[[], nn.Module] | Sequence[nn.Module], size: int | None) -> list[nn.Module]:

@@ -33,6 +33,7 @@ __all__ = [
     "forward_ad",
     "function_apply",
     "functorch_levels",
+    "has_hooks",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
     "in_forward_mode",
@@ -290,6 +291,13 @@ def sharing_dual_level() -> Iterator[None]:
 def any_autocast() -> bool:
     """Whether autocast is on for any device type; ``torch.is_autocast_enabled`` asks for one."""
     return bool(torch._C._is_any_autocast_enabled())
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of a module runs more than its ``forward``: hooks of its own, or of all modules."""
+    every = torch.nn.modules.module
+    tables = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_{name}") or getattr(every, f"_global_{name}") for name in tables)
 
 
 def has_saved_tensor_hooks() -> bool:

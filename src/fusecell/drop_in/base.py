@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cells.torch_nn import GRUCell, LSTMCell, RNNCell, layer_keys, torch_class
 from fusecell.drop_in.checks import check_hidden, check_input
-from fusecell.execution.call_form import CellFactory, sequence_form
+from fusecell.execution.call_form import CallForm, CellFactory, PreparedArguments, sequence_form
 from fusecell.execution.call_path import call
 from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, Recompute, State, check_recompute
@@ -142,9 +142,22 @@ class Scanned:
         # Where torch.compile breaks its graph at this layer it compiles this frame, but none that @natively marks.
         if has_data or torch.compiler.is_compiling() or not self._is_one_scan(input):
             return self._checked_forward(input, hx, lengths=lengths, resets=resets, mask=mask)
-        form = sequence_form(input.dim() == 3, self.batch_first, True, False, bool(self.recompute))
         module: Any = self  # torch.nn's class makes it one
-        return call(module, input, hx, form, Scanned._checked_forward, (), type(self)._cell_factory)
+        return call(module, input, hx, self._form(input.dim()), Scanned._checked_forward, (), type(self)._cell_factory)
+
+    def _form(self, dims: int) -> CallForm:
+        """Return the form of a call, of the input's number of dimensions."""
+        return sequence_form(dims == 3, self.batch_first, True, False, bool(self.recompute))
+
+    def prepared_call(self, input: Any, dims: int) -> PreparedArguments | None:
+        """Return how a call without options is prepared, given the input's number of dimensions; None if it isn't.
+
+        See :class:`fusecell.execution.call_form.PreparedArguments`.
+        """
+        module: Any = self
+        if type(self).forward is not Scanned.forward or not self._is_one_scan(input):
+            return None
+        return PreparedArguments(module, self._form(dims), type(self)._cell_factory)
 
     def _check_unset(self, unset: tuple[object, ...]) -> None:
         if len(unset) > 3 or any(value is not None for value in unset):

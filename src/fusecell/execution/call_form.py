@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +30,9 @@ class CallForm(NamedTuple):
         outputs: the call returns outputs; without, only states.
         reverse, recompute: as in :class:`fusecell.execution.options.Options`.
         inputs: how many inputs there are, whose first is one vector of features per row and step.
+        members: how many models of an ensemble run side by side: weights, states and results have a first dimension
+            for them, which all else here leaves out; 0 for one model alone.
+        each: every member has inputs of its own.
     """
 
     steps: bool = False
@@ -40,6 +43,12 @@ class CallForm(NamedTuple):
     reverse: bool = False
     recompute: bool = False
     inputs: int = 1
+    members: int = 0
+    each: bool = False
+
+    def own(self, count: int) -> list[bool]:
+        """Return for each of a call's first tensors, inputs and states, whether every member has its own."""
+        return [self.each if index < self.inputs else True for index in range(count)]
 
     def fits(self, tensors: State, ranks: Sequence[int]) -> bool:
         """Return whether the inputs, and the states after them, have the number of dimensions of this form.
@@ -132,3 +141,17 @@ class CellFactory(NamedTuple):
     cell: Callable[[], Cell]
     attributes: Sequence[str]
     weights: Mapping[str, str]
+
+
+class PreparedArguments(NamedTuple):
+    """What the cache of calls takes of a layer's plain call; see :func:`fusecell.execution.call_path.call`.
+
+    Arguments:
+        owner: the cell, or the module that builds one for each call.
+        form: of the call.
+        factory: of an owner that is no cell itself, called with it.
+    """
+
+    owner: Any
+    form: CallForm
+    factory: Callable[[Any], CellFactory] | None = None

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
+from fusecell.execution.call_form import PreparedArguments, sequence_form
 from fusecell.execution.options import Recompute, State, check_recompute
 from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.layers.arguments import Lengths
-from fusecell.layers.scan import Input, not_a_cell, scan
+from fusecell.layers.scan import Input, is_one_kernel, not_a_cell, scan
 from fusecell.layers.scan_wrappers import MaskedOutput, describe, wrap_options
 from fusecell.shapes import Outputs, OutputSize, Size, feature_shape, is_size
 from fusecell.validation import StateLike
@@ -110,6 +111,20 @@ class Recurrent(nn.Module):
             clip_state_grad=self.clip_state_grad,
             **data,
         )
+
+    def prepared_call(self, input: Any, dims: int) -> PreparedArguments | None:
+        """Return how a call without options is prepared, given the input's number of dimensions; None if it isn't.
+
+        See :class:`fusecell.execution.call_form.PreparedArguments`.
+        """
+        wrap = wrap_options("Recurrent", self.masked_output, self.tbptt, self.clip_state_grad)
+        if type(self).forward is not Recurrent.forward or type(self).run is not Recurrent.run:
+            return None
+        if not is_one_kernel(self.cell, input, wrap, self.recompute):
+            return None
+        count = len(input) if isinstance(input, tuple | list) else 1
+        form = sequence_form(dims == 3, bool(self.batch_first), False, self.reverse, bool(self.recompute), count)
+        return PreparedArguments(self.cell, form)
 
     def extra_repr(self) -> str:
         flags = {"batch_first": self.batch_first, "reverse": self.reverse, "recompute": self.recompute}

@@ -101,19 +101,25 @@ def scan(
                 "Pass the padded tensor with lengths=, in any order: nothing needs packing here."
             )
         return _scan_packed(cell, input, state, reverse, recompute, wrap)
-    # A prepared kernel runs one cell, so no Stack; while torch traces there are no addresses to launch one with.
-    is_one_kernel = wrap is PLAIN and not has_data and not isinstance(cell, Stack) and recompute != "chunk"
-    is_one_kernel = is_one_kernel and not isinstance(cell.input_size, tuple)  # prepared calls are of flat rows
-    inputs: tuple[Any, ...] = tuple(input) if isinstance(input, tuple | list) else (input,)
-    is_one_kernel = is_one_kernel and bool(inputs) and all(isinstance(value, Tensor) for value in inputs)
-    if not is_one_kernel or torch.compiler.is_compiling():
+    if has_data or not is_one_kernel(cell, input, wrap, recompute) or torch.compiler.is_compiling():
         return _scan_padded(
             cell, input, state, reverse, recompute, batch_first, wrap, lengths=lengths, resets=resets, mask=mask
         )
+    inputs: tuple[Any, ...] = tuple(input) if isinstance(input, tuple | list) else (input,)
     is_batched, count = inputs[0].dim() == 3, len(inputs)
     form = sequence_form(is_batched, bool(batch_first), False, bool(reverse), bool(recompute), count)
     options = reverse, recompute, batch_first
     return call(cell, inputs[0] if count == 1 else inputs, state, form, _scan_padded, options)
+
+
+def is_one_kernel(cell: Cell, input: Any, wrap: WrapOptions, recompute: Recompute) -> bool:
+    """Whether a scan without lengths, resets and masks can be a prepared kernel, whatever the shapes are."""
+    # It runs one cell, so no Stack, over flat rows.
+    if wrap is not PLAIN or recompute == "chunk" or isinstance(cell, Stack) or isinstance(cell.input_size, tuple):
+        return False
+    if isinstance(input, tuple | list):
+        return bool(input) and all(isinstance(value, Tensor) for value in input)
+    return isinstance(input, Tensor)
 
 
 @natively

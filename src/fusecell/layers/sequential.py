@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +60,22 @@ class Sequential(nn.Sequential):
         """
         if type(input) is not Tensor and is_proxy(input):
             return record_call(self, input, state, lengths=lengths, resets=resets, mask=mask)  # type: ignore[no-any-return]
+        return self.run_parts(lambda _, part, *args, **data: part(*args, **data), input, state, lengths, resets, mask)
+
+    def run_parts(
+        self,
+        run: Callable[..., Any],
+        input: Any,
+        state: Sequence[Any] | None = None,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Run the parts in order, each by a function; otherwise as ``forward``.
+
+        Arguments:
+            run: called with a part's place, the part, and what it is to be called with.
+        """
         count = sum(is_recurrent(part) for part in self)
         states = (None,) * count if state is None else state
         if not isinstance(states, tuple | list) or len(states) != count:
@@ -70,14 +86,14 @@ class Sequential(nn.Sequential):
         data: dict[str, Any] = {"lengths": lengths, "resets": resets, "mask": mask}
         # Only those that were passed: torch.nn's own layers, which may be parts, take none of them.
         data = {name: value for name, value in data.items() if value is not None}
-        for part in self:
+        for place, part in enumerate(self):
             if is_recurrent(part):
-                value, new = part(value, states[len(after)], **data)
+                value, new = run(place, part, value, states[len(after)], **data)
                 after.append(new)
             elif isinstance(value, PackedSequence):
-                value = value._replace(data=part(value.data))
+                value = value._replace(data=run(place, part, value.data))
             else:
-                value = part(value)
+                value = run(place, part, value)
         return value, tuple(after)
 
 

@@ -101,7 +101,11 @@ class TrainingCall:
             raise NotPreparable
         self._training = training
         steps, rows = call.sizes
-        self.forward = BoundForward(training.forward, call, training.saved_size(steps * rows))
+        self._bind(training, call, requires_grad, training.saved_size(steps * rows))
+
+    def _bind(self, training: Training, call: ExampleCall, requires_grad: Sequence[bool], saved_size: int) -> None:
+        """Bind the kernels to calls like an example; ``saved_size`` is how many numbers the forward saves."""
+        self.forward = BoundForward(training.forward, call, saved_size)
         self.backward = BoundBackward(training, call, requires_grad)
 
     def __call__(self, owner: nn.Module, tensors: State) -> tuple[Tensor | None, State] | None:

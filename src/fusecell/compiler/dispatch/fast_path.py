@@ -18,8 +18,10 @@ from fusecell.cell import Cell
 from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.dispatch.cached_calls import CachedCall
 from fusecell.compiler.dispatch.eligibility import call_reasons
+from fusecell.compiler.dispatch.ensemble_calls import prepare_members
 from fusecell.compiler.dispatch.prepare_call import prepare
 from fusecell.compiler.dispatch.prepared_kernels import state_shapes
+from fusecell.compiler.programs.members import of_member
 from fusecell.execution.call_form import CallForm, CellFactory
 from fusecell.execution.call_path import CallCache
 from fusecell.execution.context import recomputing
@@ -93,17 +95,23 @@ def store(owner: nn.Module, form: CallForm, args: State, factory: CellFactory | 
     uncacheable = key in calls and calls[key] is None
     states = len(args) - form.inputs
     ranks = list(map(len, state_shapes(owner))) if isinstance(owner, Cell) else [1] * states
-    if uncacheable or module_calls.misses >= _MAX_MISSES or not form.fits(args, ranks):
+    if uncacheable or module_calls.misses >= _MAX_MISSES:
         return
     if any_autocast() or has_saved_tensor_hooks() or recomputing() == "chunk":
         return
-    inputs, state = tuple(map(form.sequence, args[: form.inputs])), tuple(map(form.rows_of, args[form.inputs :]))
+    of_one = of_member(0, args, form.own(len(args))) if form.members else args
+    if not form.fits(of_one, ranks):
+        return
+    inputs, state = tuple(map(form.sequence, of_one[: form.inputs])), tuple(map(form.rows_of, of_one[form.inputs :]))
     if call_reasons(inputs, state):
         return
     if len(calls) >= _MAX_CALLS:
         calls.clear()
     module_calls.misses += 1
-    calls[key] = prepare(owner, form, args, inputs, factory)
+    if form.members:
+        calls[key] = prepare_members(owner, form, args, inputs, factory)
+    else:
+        calls[key] = prepare(owner, form, args, inputs, factory)
 
 
 class _FastPath:

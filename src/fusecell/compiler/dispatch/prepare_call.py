@@ -36,7 +36,7 @@ from fusecell.torch_internals import is_expanded_weight, tensor_guards
 from fusecell.validation import compute_dtype, first_state
 from fusecell.wrappers.base import Wrapper
 
-__all__ = ["prepare"]
+__all__ = ["guarded_tensors", "is_preparable", "prepare"]
 
 
 def prepare(
@@ -58,23 +58,16 @@ def _prepare(
     owner: nn.Module, form: CallForm, args: State, inputs: State, factory: CellFactory | None
 ) -> CachedCall | None:
     """Prepare the kernels of a call; None where guards and addresses are not all that it takes."""
-    # Before the cell is built: a parametrized weight may change whenever it is read.
-    guards = (
-        guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
-    )
-    module_tensors = None if guards is None else guards.tensors(owner)
-    if guards is None or module_tensors is None or (module_tensors and is_expanded_weight(module_tensors[0])):
+    guarded = guarded_tensors(owner, factory)
+    if guarded is None:
         return None
+    guards, module_tensors = guarded
     cell: Any = owner if factory is None else factory.cell()
     if not has_flat_rows(cell):  # a form has one dimension of features
         return None
     if isinstance(cell, KernelCell):
         return _prepare_own_kernel(cell, form, args, args + module_tensors, guards)
-    starts_by_itself = len(args) == form.inputs and _has_own_start(cell)
-    if len(cell.inputs) != form.inputs or _may_draw(cell) or starts_by_itself:
-        return None
-    # The gradient of an input that is the same at all steps is a sum over them.
-    if any(value.requires_grad and value.shape[0] != steps_of(inputs) for value in inputs):
+    if not is_preparable(cell, form, len(args), inputs):
         return None
     if active_runner() == "auto" and loop_is_faster(cell, inputs):
         return None
@@ -91,6 +84,36 @@ def _prepare(
         return _prepare_stored(step, call, guards, indices, None if factory is None else cell)
     except NotPreparable:
         return None
+
+
+def guarded_tensors(owner: nn.Module, factory: CellFactory | None) -> tuple[ModuleGuards, State] | None:
+    """Return guards on a module, and its tensors in their order; None where there are none that prove enough.
+
+    Arguments:
+        factory: how to build the cell of an owner that is none itself.
+    """
+    # Before the cell is built: a parametrized weight may change whenever it is read.
+    guards = (
+        guards_of(owner) if factory is None else attribute_guards(owner, factory.attributes, factory.weights.values())
+    )
+    tensors = None if guards is None else guards.tensors(owner)
+    if guards is None or tensors is None or (tensors and is_expanded_weight(tensors[0])):
+        return None
+    return guards, tensors
+
+
+def is_preparable(cell: Cell, form: CallForm, count: int, inputs: State) -> bool:
+    """Whether a kernel and its tensors are all that a call of a cell takes.
+
+    Arguments:
+        count: how many tensors the caller passed.
+        inputs: as (T, N, ...).
+    """
+    starts_by_itself = count == form.inputs and _has_own_start(cell)
+    if len(cell.inputs) != form.inputs or _may_draw(cell) or starts_by_itself:
+        return False
+    # The gradient of an input that is the same at all steps is a sum over them.
+    return not any(value.requires_grad and value.shape[0] != steps_of(inputs) for value in inputs)
 
 
 def _prepare_stored(

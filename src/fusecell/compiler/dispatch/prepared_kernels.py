@@ -170,7 +170,7 @@ class BoundBackward:
         self._zeros = like.new_zeros(max(training.output_size, *sizes, 0))
         of_output = dict(zip(indexed.inputs, slots.inputs.values(), strict=True)).get(form.inputs, ())
         self._slots = (of_output, *slots.first)
-        self._strides = [form.output(output).stride(), *[form.state(value).stride() for value in states]]
+        self._layouts = [form.output(output).stride(), *[form.state(value).stride() for value in states]]
         self._saved = indexed.saved_offsets(steps * rows)
         # The slot, tensor and shape of each gradient to allocate: the kernel overwrites some and adds to others.
         shapes = [tuple(tensor.shape) for tensor in call.tensors]
@@ -219,7 +219,7 @@ class BoundBackward:
         """Bind the gradients of results; return what must live until the kernel returns."""
         zeros = self._zeros.data_ptr()
         copies: list[object] = []
-        for slots, grad, strides in zip(self._slots, grads, self._strides, strict=True):
+        for slots, grad, strides in zip(self._slots, grads, self._layouts, strict=True):
             if not slots:  # the kernel does not read it
                 continue
             if grad is None:

@@ -212,7 +212,8 @@ def _ensemble(
     """Run all members side by side, where their weights are attributes of the cell unchanged; else return None."""
 
     def first(value: Tensor, dim: int | None) -> Tensor:
-        return value if dim is None else value.select(dim, 0)
+        # A leaf: a view of a parameter that is made without gradients requires one, and can't have it.
+        return value if dim is None else value.detach().select(dim, 0).requires_grad_(value.requires_grad)
 
     one = rebound(cell, {path: first(*each) for path, each in weights.items()}, ())
     of_one = tuple([first(*each) for each in (*inputs, *state)])

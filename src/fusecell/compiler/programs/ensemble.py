@@ -54,12 +54,12 @@ class _Members(torch.autograd.Function):
     @staticmethod
     @one_thread_after_fork()
     def forward(ctx: Any, ensemble: Ensemble, *tensors: Tensor) -> State:
-        tensors = in_memory(tensors)
-        call = ensemble.scan.call(of_member(0, tensors, ensemble.own))
-        saved, outputs, after = forward_of_members(call, ensemble.size, ensemble.own, tensors)
+        read = in_memory(tensors)
+        call = ensemble.scan.call(of_member(0, read, ensemble.own))
+        saved, outputs, after = forward_of_members(call, ensemble.size, ensemble.own, read)
         ctx.ensemble, ctx.call = ensemble, call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, *tensors)
+        ctx.save_for_backward(saved, *tensors)  # not the copies, through which no gradient of a gradient goes
         return outputs, *after
 
     @staticmethod
@@ -71,7 +71,7 @@ class _Members(torch.autograd.Function):
             return (None,) * (1 + len(tensors))
         if torch.is_grad_enabled():
             return None, *differentiated(ensemble.eager, tensors, ctx.needs_input_grad[1:], grads)
-        gradients = backward_of_members(ctx.call, ensemble.own, saved, tuple(tensors), grads)
+        gradients = backward_of_members(ctx.call, ensemble.own, saved, in_memory(tensors), grads)
         # Of what members share, the sum of theirs.
         pairs = zip(gradients, ensemble.own, strict=True)
         return None, *[grad if grad is None or own else grad.sum(0) for grad, own in pairs]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -146,7 +147,7 @@ class PreparedCall:
         reads: Sequence[tuple[int, int]],
         unread: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self.kernel, self._steps, self._rows, self._reads = kernel, steps, rows, tuple(reads)
+        self.kernel, self._steps, self._rows, self.reads = kernel, steps, rows, tuple(reads)
         kernel.set_sizes(block, steps, rows, reverse, 0)
         self._values, self._scratch_slot = block.freeze(), kernel.slots.scratch
         self._run_alone = kernel.short if kernel.macs * steps * rows < tuning.TUNING.short_call_macs else kernel.long
@@ -159,10 +160,15 @@ class PreparedCall:
         # Gaps between what two threads write of a buffer, `Tuning.thread_gap_bytes`.
         self._per_helper = kernel.emitted.scratch.per_helper
 
+    @property
+    def slots(self) -> int:
+        """The number of arguments."""
+        return len(self._values)
+
     def bind(self, tensors: State) -> array[int]:
         """Return the arguments of one call, with the addresses of what it reads of its tensors."""
         values = self._values[:]
-        for slot, index in self._reads:
+        for slot, index in self.reads:
             values[slot] = tensors[index].data_ptr()
         return values
 
@@ -186,6 +192,26 @@ class PreparedCall:
         else:
             start(kernel, steps, rows, threads, values.buffer_info()[0])
         del memory
+
+    def run_each(self, members: npt.NDArray[np.int64]) -> None:
+        """Run the kernel for several members side by side, each on one thread.
+
+        Arguments:
+            members: the arguments of one member in each row, with the addresses of all of its caller's tensors.
+        """
+        kernel = self.kernel
+        threads = 1 if backs_off() else torch.get_num_threads()
+        if guard_pages.ENABLED or 1 < threads > len(members):
+            for member in members:
+                self.run(array("q", member.tobytes()))
+            return
+        size = align_up(kernel.scratch_bytes(self._steps, self._rows))
+        memory = _scratch(self._unread_size + size * threads)
+        address = align_up(memory.data_ptr())
+        for slot, offset in self._unread:
+            members[:, slot] = address + offset
+        members[:, self._scratch_slot] = address + self._unread_size
+        run_on_team(kernel.loaded.address("run"), members, threads, self._scratch_slot, size)
 
 
 def _scratch(size: int) -> Tensor:

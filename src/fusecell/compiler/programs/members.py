@@ -24,7 +24,7 @@ def of_member(place: int, tensors: Sequence[Any], own: Sequence[bool]) -> State:
     Arguments:
         own: for each tensor, whether each member has its own.
     """
-    return tuple([value[place] if is_own else value for value, is_own in zip(tensors, own, strict=True)])
+    return tuple([value.select(0, place) if is_own else value for value, is_own in zip(tensors, own, strict=True)])
 
 
 def forward_of_members(call: Call, size: int, own: Sequence[bool], tensors: State) -> Results:
