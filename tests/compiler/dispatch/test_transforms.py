@@ -173,6 +173,9 @@ TRANSFORMS = {
     "products with a Hessian": lambda f, w, x: vmap(lambda v: jvp(grad(lambda x: loss_of(f, w, x)), (x,), (v,))[1])(
         torch.stack((x.sin(), x))
     ),
+    "product of weights with their own Hessian": lambda f, w, x: vmap(  # the tangents are the weights themselves
+        lambda x: jvp(grad(lambda w: loss_of(f, w, x)), (w,), (w,))
+    )(torch.stack((x.sin(), x))),
     "Hessian": lambda f, w, x: hessian(lambda x: loss_of(f, w, x))(x[:2, :1]),
     "jvp of a gradient of members": lambda f, w, x: jvp(
         grad(
@@ -329,6 +332,14 @@ def test_gradients_with_tangents_reach_a_backward_of_plain_numbers() -> None:
             results.append([tuple(forward_ad.unpack_dual(value)) for value in gradients])
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(results[2], results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_no_steps_and_no_rows() -> None:
+    layer, x = fc.Recurrent(fc.GRUCell(5, 4)).to(DTYPE), torch.randn(6, 2, 5, dtype=DTYPE)
+    for empty in (x[:0], x[:, :0]):
+        assert torch.equal(grad(lambda x: layer(x)[1].sum())(empty), empty)
+        _, rate = jvp(grad(lambda x: layer(x)[1].sum()), (empty,), (empty,))
+        assert torch.equal(rate, empty)
 
 
 def test_third_derivatives_of_gradients_with_tangents() -> None:

@@ -136,6 +136,21 @@ def test_products_with_the_hessian_and_third_derivatives() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
+def test_a_gradient_weighted_with_its_own_weight() -> None:
+    """It is compiled as any other: the next direction is another tensor."""
+    torch.manual_seed(1)
+    cell = fc.cells.MGUCell(4, 7).double()
+    x, weights, results = torch.randn(4, 2, 4, dtype=torch.float64), list(cell.parameters()), []
+    fc.refresh()
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            for directions in (weights, [value.cos() for value in weights]):
+                along = [value.detach() for value in directions]
+                first = torch.autograd.grad(fc.scan(cell, x)[0].square().sum(), weights, create_graph=True)
+                results.append(torch.autograd.grad(first, weights, along))
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-9, atol=1e-9)
+
+
 def test_of_a_layer_called_twice(calls) -> None:
     """The second call takes the fast path."""
     torch.manual_seed(0)

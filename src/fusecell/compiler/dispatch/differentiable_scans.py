@@ -44,6 +44,8 @@ def differentiable_scan(
     with outside_functorch():
         weights = {path: value.detach().requires_grad_(flag) for path, (value, flag) in below.items()}
         plain = rebound(cell, weights, ())
+        if isinstance(plain, TangentStep) and flags is not None:
+            plain = plain.apart()
         step = TRAINABLE_STEPS.find(plain, inputs)
         if isinstance(plain, TangentStep) and not isinstance(step, Refusal):
             step = checked(step, plain, [tuple(value.shape[2:]) for value in inputs], step.traced.dtype)

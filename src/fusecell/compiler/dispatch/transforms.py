@@ -72,6 +72,8 @@ def run_transformed(cell: Cell, inputs: State, state: State, options: Options) -
         return Refusal(("Transforms of torch.func differentiate three times, or map between two derivatives.",))
     if options.resets is not None:
         return Refusal(("A transform of torch.func is active, and rows are reset.",))
+    if 0 in inputs[0].shape[:2]:
+        return Refusal(("A transform of torch.func is active, and there are no steps, or no rows.",))
     if options.lengths is not None:
         lengths = common_to_members(options.lengths)
         if lengths is None:

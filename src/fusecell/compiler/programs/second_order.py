@@ -102,6 +102,7 @@ class SecondOrder:
         """
         key = tangents.of_inputs, tangents.paths, tuple(shapes)
         if key not in self._compiled:
+            tangents = tangents.apart()
             kernels = self._compile(tangents, shapes, self._dtype)
             if not isinstance(kernels, Refusal):
                 kernels = checked(kernels, tangents, shapes, self._dtype)

@@ -115,6 +115,28 @@ class TangentStep(Cell):
         """The tangent of each weight that has one, in the order of ``paths``."""
         return [getattr(self, self.direction_path(path)) for path in self.paths]
 
+    def apart(self) -> TangentStep:
+        """Return a cell, on plain tensors, none of whose tangents shares its memory with a weight or another tangent.
+
+        The gradient of a tensor that is there twice would be the sum of both.
+        """
+        seen = {value.untyped_storage().data_ptr() for value in map(self._weight, self.paths)}
+        copies = {}
+        for path, value in zip(self.paths, self.directions, strict=True):
+            place = value.untyped_storage().data_ptr()
+            if place in seen:
+                copies[self.direction_path(path)] = value.detach().clone().requires_grad_(value.requires_grad)
+            seen.add(place)
+        if not copies:
+            return self
+        result = rebound(self, copies, ())
+        assert isinstance(result, TangentStep)
+        return result
+
+    def _weight(self, path: str) -> Tensor:
+        value: Tensor = getter(path)(self.cell)
+        return value
+
     def halves(self, output: Tensor, leading: int) -> tuple[Tensor, Tensor]:
         """Split what kernels return as one output, behind some dimensions: the cell's own output, and its tangent."""
         both = output.reshape(*output.shape[:leading], 2, *self.output)
