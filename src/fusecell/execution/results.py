@@ -1,7 +1,8 @@
 """Turn a runner's results into what users get; dimensions are changed in place, so that no result is a view.
 
 torch refuses ``h.detach_()`` for a view. A runner's results share memory with nothing, so changing their own dimensions
-is safe. While torch.compile or torch.export traces, which can't follow that, they are views.
+is safe. While torch traces, be it torch.compile, torch.export or a dispatch mode as of ``torch.func.linearize``, which
+can't follow that, they are views.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fusecell.execution.natively import natively
 from fusecell.execution.options import State
+from fusecell.torch_internals import in_dispatch_mode
 
 __all__ = ["public_state", "swap_time_and_batch", "with_dim", "without_dim"]
 
@@ -23,14 +25,18 @@ def public_state(state: State) -> Tensor | State:
 
 def swap_time_and_batch(outputs: Tensor) -> Tensor:
     """Turn (T, N, ...) into (N, T, ...) without moving memory."""
-    return outputs.transpose(0, 1) if torch.compiler.is_compiling() else outputs.transpose_(0, 1)
+    return outputs.transpose(0, 1) if _is_traced() else outputs.transpose_(0, 1)
 
 
 def with_dim(value: Tensor) -> Tensor:
     """Add a leading dimension of size 1."""
-    return value.unsqueeze(0) if torch.compiler.is_compiling() else value.unsqueeze_(0)
+    return value.unsqueeze(0) if _is_traced() else value.unsqueeze_(0)
 
 
 def without_dim(value: Tensor, dim: int) -> Tensor:
     """Remove a dimension of size 1."""
-    return value.squeeze(dim) if torch.compiler.is_compiling() else value.squeeze_(dim)
+    return value.squeeze(dim) if _is_traced() else value.squeeze_(dim)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or in_dispatch_mode()

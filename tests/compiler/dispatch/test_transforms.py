@@ -17,6 +17,7 @@ from torch.func import (
     jacfwd,
     jacrev,
     jvp,
+    linearize,
     stack_module_state,
     vjp,
     vmap,
@@ -159,6 +160,7 @@ TRANSFORMS = {
     "jvp of a vmap": lambda f, w, x: jvp(
         vmap(lambda x: outputs_of(f, w, x)), (torch.stack((x, x.cos())),), (torch.stack((x, x.sin())),)
     ),
+    "linearize": lambda f, w, x: linearize(lambda x: outputs_of(f, w, x), x)[1](x.cos()),
     "jacfwd": lambda f, w, x: jacfwd(lambda x: outputs_of(f, w, x))(x),
     "dual numbers": _dual,
     "reverse over forward": _reverse_over_forward,
