@@ -160,7 +160,6 @@ TRANSFORMS = {
     "jvp of a vmap": lambda f, w, x: jvp(
         vmap(lambda x: outputs_of(f, w, x)), (torch.stack((x, x.cos())),), (torch.stack((x, x.sin())),)
     ),
-    "linearize": lambda f, w, x: linearize(lambda x: outputs_of(f, w, x), x)[1](x.cos()),
     "jacfwd": lambda f, w, x: jacfwd(lambda x: outputs_of(f, w, x))(x),
     "dual numbers": _dual,
     "reverse over forward": _reverse_over_forward,
@@ -334,6 +333,13 @@ def test_gradients_with_tangents_reach_a_backward_of_plain_numbers() -> None:
             results.append([tuple(forward_ad.unpack_dual(value)) for value in gradients])
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(results[2], results[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # by torch's own folding of constants
+@pytest.mark.parametrize("layer", LAYERS)
+def test_linearize(layer: str) -> None:
+    """torch traces the call, in which nothing may change in place."""
+    compare(LAYERS[layer]().to(DTYPE), lambda f, w, x: linearize(lambda x: outputs_of(f, w, x), x)[1](x.cos()), "auto")
 
 
 def test_no_steps_and_no_rows() -> None:
