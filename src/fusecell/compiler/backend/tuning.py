@@ -21,8 +21,8 @@ class Tuning:
     A chunk of steps (docs/performance.md, "What did not help"):
 
     Attributes:
-        chunk_bytes: bytes of a chunk's buffers, so that hoisted values are still in L2 when the loop reads them. 1 or
-            2 MB: 2 to 8 % slower.
+        chunk_bytes: most bytes of a chunk's buffers, so that hoisted values are still in L2 when the loop reads them,
+            of which they take three quarters at most. 1 or 2 MB: 2 to 8 % slower.
         only_chunk_bytes: bytes of the buffers of a whole call up to which it is one chunk, if its weights take as much:
             these then needn't be packed whole.
         large_panels_bytes: bytes of weights and sums from which each chunk reads them from L3, and so is to have at

@@ -50,7 +50,9 @@ class KernelCalls:
         if size.fixed > sizes.large_panels_bytes:
             sum_rows = sizes.sum_rows if l2_bytes() >= sizes.large_l2_bytes else sizes.sum_rows_small_l2
             least = ceil_div(sum_rows if self.slots.sums else sizes.panel_rows, rows)
-        return max(1, min(steps, max(least, sizes.chunk_bytes // step_bytes)))
+        # Three quarters: what a stage reads besides, rows of states and a panel's columns, takes the rest.
+        chunk_bytes = min(sizes.chunk_bytes, l2_bytes() * 3 // 4)
+        return max(1, min(steps, max(least, chunk_bytes // step_bytes)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
         """Return the bytes of scratch memory that a call needs, with room to align it."""
