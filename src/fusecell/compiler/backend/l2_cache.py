@@ -73,8 +73,9 @@ def _on_windows(information: Callable[[], bytes] | None = None) -> int:
     data = (information or _processor_information)()
     for mask, relation, level, _, _, size, _ in _PROCESSOR_INFORMATION.iter_unpack(data):
         if relation == _RELATION_CACHE and level == _L2:
-            # Threads of one core share it too; they are few, and a share that is too small costs less than the other.
-            return int(size) // max(mask.bit_count() // 2, 1)
+            sharing: int = mask.bit_count()
+            # Two threads of a core count as one; of a cluster of cores without, a share that is too large is the better.
+            return int(size) // max(sharing // 2, 1)
     return 0
 
 
