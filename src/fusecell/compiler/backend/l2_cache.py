@@ -74,7 +74,7 @@ def _on_windows(information: Callable[[], bytes] | None = None) -> int:
     for mask, relation, level, _, _, size, _ in _PROCESSOR_INFORMATION.iter_unpack(data):
         if relation == _RELATION_CACHE and level == _L2:
             sharing: int = mask.bit_count()
-            # Two threads of a core count as one; of a cluster of cores without, a share that is too large is the better.
+            # Two threads of a core count as one; for a cluster of cores without, too large a share is the better guess.
             return int(size) // max(sharing // 2, 1)
     return 0
 
