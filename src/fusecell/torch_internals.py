@@ -46,6 +46,7 @@ __all__ = [
     "is_wrapped",
     "is_expanded_weight",
     "is_profiling",
+    "is_transformed",
     "outside_functorch",
     "sharing_dual_level",
     "tensor_guards",
@@ -153,6 +154,11 @@ def in_functorch_transform() -> bool:
     No public function says so.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active, or forward-mode differentiation."""
+    return in_forward_mode() or in_functorch_transform()
 
 
 class FunctorchLevel:

@@ -60,11 +60,11 @@ class Sequential(nn.Sequential):
         """
         if type(input) is not Tensor and is_proxy(input):
             return record_call(self, input, state, lengths=lengths, resets=resets, mask=mask)  # type: ignore[no-any-return]
-        return self.run_parts(lambda _, part, *args, **data: part(*args, **data), input, state, lengths, resets, mask)
+        return self.run_parts(None, input, state, lengths, resets, mask)
 
     def run_parts(
         self,
-        run: Callable[..., Any],
+        run: Callable[..., Any] | None,
         input: Any,
         state: Sequence[Any] | None = None,
         lengths: Lengths | None = None,
@@ -74,7 +74,7 @@ class Sequential(nn.Sequential):
         """Run the parts in order, each by a function; otherwise as ``forward``.
 
         Arguments:
-            run: called with a part's place, the part, and what it is to be called with.
+            run: called with a part's place, the part, and what it is to be called with; None to call the part itself.
         """
         count = sum(is_recurrent(part) for part in self)
         states = (None,) * count if state is None else state
@@ -88,12 +88,13 @@ class Sequential(nn.Sequential):
         data = {name: value for name, value in data.items() if value is not None}
         for place, part in enumerate(self):
             if is_recurrent(part):
-                value, new = run(place, part, value, states[len(after)], **data)
+                start = states[len(after)]
+                value, new = run(place, part, value, start, **data) if run else part(value, start, **data)
                 after.append(new)
             elif isinstance(value, PackedSequence):
-                value = value._replace(data=run(place, part, value.data))
+                value = value._replace(data=run(place, part, value.data) if run else part(value.data))
             else:
-                value = run(place, part, value)
+                value = run(place, part, value) if run else part(value)
         return value, tuple(after)
 
 

@@ -25,7 +25,6 @@ from fusecell.compiler.dispatch.eligibility import (
 )
 from fusecell.compiler.dispatch.leftovers import run_leaving
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
-from fusecell.compiler.dispatch.transforms import is_transformed, run_transformed
 from fusecell.compiler.programs.prepacked import KernelCell
 from fusecell.compiler.programs.replay import is_in_order
 from fusecell.compiler.refusal import Refusal
@@ -36,6 +35,7 @@ from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
 from fusecell.shapes import Outputs, is_size, unpacked
+from fusecell.torch_internals import is_transformed
 from fusecell.validation import compute_dtype
 
 __all__ = ["find_trainable", "find_program", "refresh", "run_auto", "run_compiled"]
@@ -65,7 +65,7 @@ def run_compiled(cell: Cell, inputs: State, state: State, options: Options) -> t
         NotCompilable: with the reasons, if the cell or the call cannot be compiled.
     """
     if is_transformed():
-        result = run_transformed(cell, inputs, state, options)
+        result = _run_transformed(cell, inputs, state, options)
         if not isinstance(result, Refusal):
             return result
         raise NotCompilable(type(cell).__name__, result.reasons)
@@ -89,7 +89,7 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
         return run_eager(cell, inputs, state, options)
     if is_transformed():
         # What a transform keeps from being compiled is worth no warning: another call of the cell may be.
-        transformed = run_transformed(cell, inputs, state, options)
+        transformed = _run_transformed(cell, inputs, state, options)
         return run_eager(cell, inputs, state, options) if isinstance(transformed, Refusal) else transformed
     numbers = _numbers(cell, inputs, state)
     if isinstance(numbers, Refusal):
@@ -105,6 +105,13 @@ def run_auto(cell: Cell, inputs: State, state: State, options: Options) -> tuple
         reasons = " ".join(result.reasons)
         warnings.warn(f"{type(cell).__name__} runs as a Python loop: {reasons}", EagerWarning, _users_level())
     return run_eager(cell, inputs, state, options)
+
+
+def _run_transformed(cell: Cell, inputs: State, state: State, options: Options) -> tuple[Outputs, State] | Refusal:
+    # Imported on use: few programs transform anything.
+    from fusecell.compiler.dispatch.transforms import run_transformed
+
+    return run_transformed(cell, inputs, state, options)
 
 
 def _users_level() -> int:

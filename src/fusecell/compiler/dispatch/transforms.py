@@ -44,20 +44,14 @@ from fusecell.torch_internals import (
     functorch_levels,
     in_dispatch_mode,
     in_forward_mode,
-    in_functorch_transform,
     innermost_level,
     is_wrapped,
 )
 
-__all__ = ["is_transformed", "run_transformed"]
+__all__ = ["run_transformed"]
 
 Result = tuple[Outputs, State] | Refusal
 _IN_DISPATCH_MODE = ("A dispatch mode is active.",)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func is active, or forward-mode differentiation."""
-    return in_forward_mode() or in_functorch_transform()
 
 
 def run_transformed(cell: Cell, inputs: State, state: State, options: Options) -> Result:
