@@ -33,6 +33,7 @@ __all__ = [
     "forward_ad",
     "function_apply",
     "functorch_levels",
+    "has_gradient",
     "has_hooks",
     "has_saved_tensor_hooks",
     "in_dispatch_mode",
@@ -297,6 +298,11 @@ def sharing_dual_level() -> Iterator[None]:
 def any_autocast() -> bool:
     """Whether autocast is on for any device type; ``torch.is_autocast_enabled`` asks for one."""
     return bool(torch._C._is_any_autocast_enabled())
+
+
+def has_gradient(value: Tensor) -> bool:
+    """Whether a tensor's dtype is one that gradients and tangents are of."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

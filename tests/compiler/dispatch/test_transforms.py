@@ -335,6 +335,32 @@ def test_gradients_with_tangents_reach_a_backward_of_plain_numbers() -> None:
     torch.testing.assert_close(results[2], results[0], rtol=1e-10, atol=1e-12)
 
 
+class Readout(fc.Cell):
+    """A bias that no tangent depends on; a mask and ids among the buffers, unless plain."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__(5, 4)
+        self.into, self.out, self.plain = nn.Linear(5, 4), nn.Linear(4, 3), plain
+        self.output_size = 3
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+        self.register_buffer("order", torch.tensor([2, 0, 1, 3]))
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.tanh(self.into(x) + state[0])
+        h = h if self.plain else torch.where(self.mask, h, 0.5 * state[0].index_select(1, self.order))
+        return self.out(h), (h,)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    "transform", ["gradient of a gradient", "jvp of a gradient", "gradient of a jvp", "gradients of dual numbers"]
+)
+def test_buffers_and_weights_without_tangents(transform: str, plain: bool) -> None:
+    """Numbers are computed of a mask, which torch.func's gradients leave to the loop."""
+    torch.manual_seed(7)
+    compare(fc.Recurrent(Readout(plain)).to(DTYPE), TRANSFORMS[transform], "compiled" if plain else "auto")
+
+
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # by torch's own folding of constants
 @pytest.mark.parametrize("layer", LAYERS)
 def test_linearize(layer: str) -> None:

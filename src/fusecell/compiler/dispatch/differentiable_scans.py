@@ -40,7 +40,7 @@ def differentiable_scan(
     """
     below = {path: below_functorch(value) for path, value in attributes(cell)}
     if flags is not None:
-        below = {path: (value, flags[path]) for path, (value, _) in below.items()}
+        below = {path: (value, flags.get(path, False)) for path, (value, _) in below.items()}
     with outside_functorch():
         weights = {path: value.detach().requires_grad_(flag) for path, (value, flag) in below.items()}
         plain = rebound(cell, weights, ())

@@ -29,6 +29,7 @@ from fusecell.torch_internals import (
     apply_directly,
     forward_ad,
     functorch_levels,
+    has_gradient,
     in_forward_mode,
     innermost_level,
 )
@@ -42,7 +43,7 @@ Grads = Sequence[Tensor | None]
 
 def without_tangent(value: Tensor, level: FunctorchLevel | None) -> Dual:
     """Return what is below a jvp, or in a ``dual_level``, of a tensor and of its tangent."""
-    if not (value.is_floating_point() or value.is_complex()):
+    if not has_gradient(value):
         return value if level is None else level.below(value), None
     primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]  # torch's
     if level is None:

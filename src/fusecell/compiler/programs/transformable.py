@@ -24,7 +24,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State
 from fusecell.shapes import packed
-from fusecell.torch_internals import below_functorch, in_functorch_transform, outside_functorch
+from fusecell.torch_internals import below_functorch, has_gradient, in_functorch_transform, outside_functorch
 
 __all__ = ["PureScan", "backward_of", "forward_of", "pure_scan"]
 
@@ -215,7 +215,7 @@ def _gradients_of_gradients(
     saved, *results = forward_of(of_tangents, of_scan)
     rates = (results[0], *results[1 + scan.states :])
     result: list[Tensor | None] = [None] * len(values)
-    sources = {to_place[place]: place for place in range(scan.count) if needed[place]}
+    sources = {of: place for place, of in enumerate(to_place) if of is not None and needed[place]}
     if sources and any(grad is not None for grad in grads):
         of_rates = (grads[0], *(None,) * scan.states, *grads[1:])
         gradients = backward_of(of_tangents, sorted(sources), saved, of_scan, of_rates)
@@ -228,8 +228,8 @@ def _gradients_of_gradients(
 
 def _tangent_scan(
     scan: PureScan, tensors: State, tangents: Sequence[Tensor | None], needed: Sequence[bool]
-) -> tuple[PureScan, State, list[int]] | None:
-    """Return the scan of a cell with tangents, its tensors, and where among them those of the cell are.
+) -> tuple[PureScan, State, list[int | None]] | None:
+    """Return the scan of a cell with tangents, its tensors, and where among them those of the cell are, if they are.
 
     Arguments:
         tangents: of the tensors, None for zero.
@@ -239,15 +239,21 @@ def _tangent_scan(
     inputs, state, weights = scan.split(tensors)
     of_inputs, of_state, of_weights = scan.split(tangents)  # type: ignore[arg-type]  # of some there is none
     moving = _or_zeros(of_inputs, inputs) if any(value is not None for value in of_inputs) else ()
-    directions = _or_zeros(of_weights, weights) if any(value is not None for value in of_weights) else ()
+    directions = {}
+    if any(value is not None for value in of_weights):
+        pairs = zip(paths, _or_zeros(of_weights, weights), strict=True)
+        directions = {path: value for path, value in pairs if has_gradient(value)}
 
     def step(of: Callable[[Tensor], Tensor]) -> TangentStep:
         cell = rebound(scan.cell, dict(zip(paths, map(of, weights), strict=True)), ())
-        along = dict(zip(paths, map(of, directions), strict=False))
-        return TangentStep(cell, shape, bool(moving), along)
+        return TangentStep(cell, shape, bool(moving), {path: of(value) for path, value in directions.items()})
+
+    def leaf(value: Tensor) -> Tensor:
+        value = below_functorch(value)[0].detach()
+        return value.requires_grad_(has_gradient(value))
 
     with outside_functorch():
-        plain = step(lambda value: below_functorch(value)[0].detach().requires_grad_())
+        plain = step(leaf)
         kernels = scan.step.second_order.kernels(plain, [tuple(value.shape[2:]) for value in (*inputs, *moving)])
     if isinstance(kernels, Refusal) or kernels.traced.weights.direct_paths is None:
         return None
@@ -261,8 +267,9 @@ def _tangent_scan(
     options = replace(scan.options, recompute=False)
     of_tangents = PureScan(kernels, training, plain, options, len(inputs) + len(moving), 2 * scan.states)
     start = of_tangents.inputs + of_tangents.states
+    places = {path: place for place, path in enumerate(leaf_paths, start)}
     to_place = [*range(scan.inputs), *range(of_tangents.inputs, of_tangents.inputs + scan.states)]
-    to_place += [start + leaf_paths.index(f"cell.{path}") for path in paths]
+    to_place += [places.get(f"cell.{path}") for path in paths]
     leaves = kernels.traced.weights.values(step(lambda value: value))
     return of_tangents, (*inputs, *moving, *state, *_or_zeros(of_state, state), *leaves), to_place
 
