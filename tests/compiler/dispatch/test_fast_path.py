@@ -293,6 +293,27 @@ def test_first_states_of_a_cell_are_asked_for_anew(hits):
             torch.testing.assert_close(actual, in_a_loop(lambda: (cell(x[0]), fc.scan(cell, x)[0])))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_weights_of_one_number_are_learned_in_repeated_calls(hits, shape):
+    class OneNumber(fc.Cell):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.rate = nn.Parameter(torch.full(shape, 0.4))
+
+        def step(self, x, state):
+            h = self.rate * state[0] + torch.tanh(x)
+            return h, (h,)
+
+    cell, x = OneNumber().double(), torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def run():
+        return torch.autograd.grad(fc.scan(cell, x)[0].square().sum(), cell.rate)
+
+    for _ in range(3):
+        torch.testing.assert_close(run(), in_a_loop(run), rtol=1e-12, atol=1e-12)
+    assert hits["calls"] == 2
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("passes_state", [False, True])
 def test_states_that_are_matrices(hits, batch_first, passes_state):

@@ -121,7 +121,7 @@ class BoundForward:
         values = prepared.bind(tensors)
         after: State = ()
         for slot, shape in self._after:
-            state = like.new_empty(*shape)
+            state = like.new_empty(shape)
             values[slot] = state.data_ptr()
             after += (state,)
         if self._shape is not None:
@@ -206,7 +206,7 @@ class BoundBackward:
         write_saved(values, self._saved, saved)
         result: list[Tensor | None] = [None] * self._count
         for slot, index, shape in self._empty:
-            result[index] = grad = saved.new_empty(*shape)
+            result[index] = grad = saved.new_empty(shape)
             values[slot] = grad.data_ptr()
         for slot, index, shape in self._zeroed:
             result[index] = grad = saved.new_zeros(shape)
