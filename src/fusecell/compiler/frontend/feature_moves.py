@@ -8,6 +8,7 @@ operation needs the features in order; by what the index is, these are
     an offset and strides        a view
     a few runs                   slices, and a concat of them
     blocks of these, and zeros   an interleave of them
+    any of these, then flattened the same, of an index with one of its axes as two
     anything else                up to 256 slices
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusecell.compiler.frontend.index_maps import access_of, blocks_of
+from fusecell.compiler.frontend.index_maps import access_of, blocks_of, split_axes
 from fusecell.compiler.frontend.traced_values import NEXT_NODE, Index, Row, Shape, Untraceable, runs
 from fusecell.compiler.ir.graph import Builder, Node
 
@@ -35,6 +36,8 @@ _OF_FLOATS = (
 """Moves that torch does not do on integers; float64 has all integers up to 2^53."""
 _FEW_PARTS = 4
 """Runs of features, at the most, that become slices rather than blocks: each is stored where it belongs."""
+_SOME_PARTS = 16
+"""Slices from which on an axis that an index has lost is looked for."""
 _MOST_PARTS = 256
 """Slices that one move of features may become: each is a store of its own in the kernel."""
 _MOST_DEPTH = 8
@@ -109,6 +112,9 @@ class FeatureMoves:
             parts = [self._join(self._gathered(nodes, part, depth - 1), 1) for part in blocks.parts]
             return [self._join(parts, blocks.outer)]
         pieces = self._runs(flat, _MOST_PARTS)
+        split = split_axes(index) if depth and (pieces is None or len(pieces) > _SOME_PARTS) else None
+        if split is not None:
+            return self._gathered(nodes, split, depth - 1)
         if pieces is None:
             raise Untraceable(
                 f"The step permutes features in more than {_MOST_PARTS} pieces that have no strides; keep the "

@@ -1,7 +1,8 @@
 """Index maps: arrays that hold, for each element of a tensor, the feature of a value where it is, or -1 for zero.
 
 `access_of` finds the offset and strides of a map that has them, `blocks_of` cuts one that has not into a few that have:
-what is padded, or joined of several tensors.
+what is padded, or joined of several tensors. `split_axes` finds axes that a map has lost, as that of a matrix that was
+transposed and then flattened.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from fusecell.compiler.frontend.traced_values import NEXT_NODE, Index
 
-__all__ = ["Access", "Blocks", "access_of", "blocks_of", "inverse"]
+__all__ = ["Access", "Blocks", "access_of", "blocks_of", "inverse", "split_axes"]
 
 _MOST_BLOCKS = 16
 """Blocks along one axis, at the most: each becomes a loop in the kernel."""
@@ -149,6 +150,41 @@ def _stepped(index: Index) -> Blocks | None:
             parts = (np.take(split, [0], axis + 1), np.take(split, range(1, step), axis + 1))
             return Blocks(math.prod(split.shape[: axis + 1]), parts)
     return None
+
+
+def split_axes(index: Index) -> Index | None:
+    """Return a map with one of its axes as two, so that it has strides or a few blocks; None where no axis has that."""
+    flat = _strided(index.ravel())
+    if flat is not None:
+        return flat
+    splits = []
+    for axis, extent in enumerate(index.shape):
+        for inner in range(2, extent // 2 + 1):
+            if extent % inner:
+                continue
+            split = index.reshape(*index.shape[:axis], extent // inner, inner, *index.shape[axis + 1 :])
+            blocks = blocks_of(split)
+            if blocks is not None:
+                cut_again = sum(int(part.max()) >= 0 and _strided(part.ravel()) is None for part in blocks.parts)
+                splits.append((cut_again, len(blocks.parts), split))
+    return min(splits, key=lambda rated: rated[:2])[2] if splits else None
+
+
+def _strided(flat: Index) -> Index | None:
+    """Return a flat map in the shape in which it has an offset and strides; None if there is none."""
+    if int(flat.min()) < 0:
+        return None
+    shape: list[int] = []
+    rest = flat
+    while rest.size > 1:
+        breaks = np.flatnonzero(np.diff(rest) != rest[1] - rest[0])
+        length = int(breaks[0]) + 1 if breaks.size else rest.size
+        if rest.size % length:
+            return None
+        shape.insert(0, length)
+        rest = rest.reshape(-1, length)[:, 0]
+    index = flat.reshape(shape)
+    return None if access_of(index) is None else index
 
 
 def inverse(index: Index, size: int) -> Index | None:

@@ -23,22 +23,29 @@ __all__ = ["REPLACEMENTS"]
 
 
 class _RunningProduct(torch.autograd.Function):
-    """Running product along the last dimension: d out[j] / d x[k] is the product of all x[i] up to j but x[k]."""
+    """Running product along the last dimension: its slope in x[k] is what is before k times what follows it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        # Line k has 1 in the place of x[k].
-        ctx.save_for_backward(x, torch.eye(x.shape[-1], dtype=torch.bool))
+        ctx.save_for_backward(x)
         return torch.cumprod(x, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        x, own = ctx.saved_tensors
-        size = x.shape[-1]
-        ones = torch.ones(size, size, dtype=x.dtype)
-        lines = torch.where(own, ones, x.unsqueeze(-2).expand(*x.shape, size))
-        slopes = torch.cumprod(lines, -1) * ones.triu()
-        return (slopes * gradients[0].unsqueeze(-2)).sum(-1)
+        (x,) = ctx.saved_tensors
+        before = torch.cumprod(torch.cat((torch.ones_like(x[..., :1]), x[..., :-1]), -1), -1)
+        # after[k] = gradient[k] + x[k + 1] after[k + 1]: of twice as many terms in each pass, and right where x is 0.
+        after, product, terms = gradients[0], _later(x, 1), 1
+        while terms < x.shape[-1]:
+            after = after + product * _later(after, terms)
+            product = product * _later(product, terms)
+            terms *= 2
+        return before * after
+
+
+def _later(x: Tensor, places: int) -> Tensor:
+    """Return each element's later one along the last dimension; zero beyond the end."""
+    return torch.cat((x[..., places:], torch.zeros_like(x[..., :places])), -1)
 
 
 class _Product(torch.autograd.Function):

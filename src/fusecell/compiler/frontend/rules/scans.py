@@ -13,8 +13,8 @@ from fusecell.compiler.frontend.traced_values import Row, Untraceable
 
 __all__ = ["SCANS", "along", "scanned"]
 
-_MOST_LOG_TERMS = 64
-"""Terms of a running logarithm of sums, at the most: each is a value of its own."""
+_FEW_LOG_TERMS = 16
+"""Terms of a running logarithm of sums, at the most, that become values of their own, each added to those before."""
 
 
 def along(w: Writer, row: Row, dim: int) -> tuple[int, int, int]:
@@ -52,20 +52,52 @@ def _scan(op: str) -> Callable[..., Any]:
 
 
 def _log_sum(w: Writer, x: Row, dim: int) -> Row:
+    _, count, _ = along(w, x, dim)
+    if count > _FEW_LOG_TERMS:
+        return _log_sum_by_doubling(w, x, dim, count)
     # Of the running maximum, not of the whole one: what comes later must not take digits from what comes before.
     most = scanned(w, "amax", x, dim)
-    _, count, _ = along(w, x, dim)
-    if count > _MOST_LOG_TERMS:
-        raise Untraceable(f"logcumsumexp along more than {_MOST_LOG_TERMS} features is not compiled.")
     values = [_part(w, x, dim, place) for place in range(count)]
     mosts = [_part(w, most, dim, place) for place in range(count)]
     sums = [w.const(1.0)]
     for place in range(1, count):
-        before = w.point("mul", sums[-1], w.point("exp", w.point("sub", mosts[place - 1], mosts[place])))
-        sums.append(w.point("add", before, w.point("exp", w.point("sub", values[place], mosts[place]))))
+        before = w.point("mul", sums[-1], _share(w, mosts[place - 1], mosts[place]))
+        sums.append(w.point("add", before, _share(w, values[place], mosts[place])))
     parts = [w.point("add", most_part, w.point("log", each)) for most_part, each in zip(mosts, sums, strict=True)]
     joined: Row = w.move(lambda numbers: torch.cat(numbers, dim), parts)
     return joined
+
+
+def _log_sum_by_doubling(w: Writer, x: Row, dim: int, count: int) -> Row:
+    """Return the logarithm of running sums, each pass of twice as many terms: their largest, and the sum beside it."""
+    nothing = w.const(0.0, x.shape, x.axis, x.split)
+    most, total, terms = x, w.const(1.0, x.shape, x.axis, x.split), 1
+    while terms < count:
+        # Before the first element there is nothing: a sum of 0, next to any largest.
+        most_before = _earlier(w, most, most, dim, terms)
+        total_before = _earlier(w, nothing, total, dim, terms)
+        larger = w.point("maximum", most, most_before)
+        own = w.point("mul", total, _share(w, most, larger))
+        total = w.point("add", own, w.point("mul", total_before, _share(w, most_before, larger)))
+        most, terms = larger, 2 * terms
+    return w.point("add", most, w.point("log", total))
+
+
+def _share(w: Writer, x: Row, most: Row) -> Row:
+    """Return e to the difference of two values; 1 where they are equal, infinite ones included."""
+    apart = w.point("sub", x, most)
+    return w.point("exp", w.point("where", w.point("eq", x, most), 0.0, apart))
+
+
+def _earlier(w: Writer, first: Row, x: Row, dim: int, places: int) -> Row:
+    """Return the element that is some places before each one; of the first elements those of another value."""
+
+    def moved(numbers: list[torch.Tensor]) -> torch.Tensor:
+        start, rest = numbers
+        return torch.cat((start.narrow(dim, 0, places), rest.narrow(dim, 0, rest.shape[dim] - places)), dim)
+
+    row: Row = w.move(moved, [first, x])
+    return row
 
 
 def _part(w: Writer, x: Row, dim: int, place: int) -> Row:
