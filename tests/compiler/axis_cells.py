@@ -139,6 +139,7 @@ PRODUCTS: dict[str, Body] = {
     "bilinear": lambda c, z: fit(F.bilinear(z[:, :4], z[:, 4:10], c.cube)),
     "distances": lambda c, z: fit(torch.cdist(heads(z), heads(z * z + 1)) + torch.cdist(heads(z), heads(z * 3), p=1.0)),
     "distances_to_weights": lambda c, z: fit(torch.cdist(z, c.table)) + fit(torch.cdist(z[:, :8], c.square, p=1.0)),
+    "distances_of_many": lambda c, z: fit(torch.cdist(z.repeat(1, 4).view(-1, 48, 2), heads(z)[..., :2] * 0.1 + 3)),
     "a_vector_per_head": lambda c, z: (
         fit(heads(z) @ c.square[0]) + fit(torch.einsum("nhd,d->nh", heads(z), c.square[:, 1]))
     ),
@@ -305,6 +306,23 @@ def _interpolated(c: Any, z: Tensor) -> Tensor:
     )
 
 
+def _written_over(c: Any, z: Tensor) -> Tensor:
+    """More values than places, and a triangle that is filled from a line."""
+    i, j = torch.triu_indices(7, 7, 1)
+    square = z.new_zeros(z.shape[0], 7, 7)
+    square[:, i, j] = z[:, :21]
+    return fit(square - square.mT) + z.scatter(1, _ids(z, 9), z.sin())
+
+
+def _many_reduced(c: Any, z: Tensor) -> Tensor:
+    return fit(z[:, :4].scatter_reduce(1, _ids(z, 4), z.cos(), "amax")) + torch.stack(
+        [
+            z.scatter_reduce(1, _ids(z, 5), z.sin(), "amin", include_self=False),
+            heads(z).scatter_reduce(1, _ids(heads(z).repeat(1, 7, 1), 3), heads(z).repeat(1, 7, 1), "amax").flatten(1),
+        ]
+    ).sum(0)
+
+
 def _scatter_reduced(c: Any, z: Tensor) -> Tensor:
     places = (c.order[:5] % 4).expand(len(z), 5)
     each = [
@@ -337,6 +355,8 @@ INDEXING: dict[str, Body] = {
     "written_by_position": _written_by_position,
     "interpolated": _interpolated,
     "scatter_reduced": _scatter_reduced,
+    "written_over": _written_over,
+    "many_reduced": _many_reduced,
     "triangles_by_position": _triangles,
     "copied_and_written": _copied_and_written,
     "written_at_masks_of_weights": _written_at_masks,

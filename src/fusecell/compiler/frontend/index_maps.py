@@ -165,9 +165,15 @@ def split_axes(index: Index) -> Index | None:
             split = index.reshape(*index.shape[:axis], extent // inner, inner, *index.shape[axis + 1 :])
             blocks = blocks_of(split)
             if blocks is not None:
-                cut_again = sum(int(part.max()) >= 0 and _strided(part.ravel()) is None for part in blocks.parts)
-                splits.append((cut_again, len(blocks.parts), split))
+                splits.append((sum(_changes(part) for part in blocks.parts), len(blocks.parts), split))
     return min(splits, key=lambda rated: rated[:2])[2] if splits else None
+
+
+def _changes(index: Index) -> int:
+    """Return how often a map begins anew along its axes, all together: 0 of one that has strides."""
+    if int(index.max()) < 0 or _strided(index.ravel()) is not None:
+        return 0
+    return sum(len(_cuts(index, axis)) - 2 for axis in range(index.ndim))
 
 
 def _strided(flat: Index) -> Index | None:

@@ -15,6 +15,7 @@ import torch
 
 from fusecell.compiler.frontend.contractions import weight_row
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.rules.repeated_places import is_overwritten, reduced_at
 from fusecell.compiler.frontend.rules.row_numbers import is_every_row, own_elements
 from fusecell.compiler.frontend.rules.scans import along
 from fusecell.compiler.frontend.rules.several_indices import counted_from_start, picked_together
@@ -22,8 +23,8 @@ from fusecell.compiler.frontend.traced_values import Masked, Row, RowNumbers, Su
 
 __all__ = ["INDEXING", "gather", "index_select", "scattered"]
 
-_MOST_WRITES = 16
-"""Values that a scatter may write over one another, at the most: each write is a few nodes."""
+_FEW_WRITES = 16
+"""Values, at the most, that are written over one another one by one; of more, all places are compared."""
 _PICKS = "The step picks elements by a mask, whose number depends on values; select with torch.where instead."
 _MIXES = (
     "The step mixes the rows of the batch: it picks rows of the batch by position; pick features of each row with "
@@ -109,8 +110,11 @@ def _scatter(w: Writer, x: Operand, dim: int, index: Operand, source: Operand, *
             return added
         ones = w.point("add", w.point("mul", positions, 0.0), 1.0)
         return w.point("where", w.truth(scattered(w, base.shape, dim, positions, ones)), added, base)
-    if parts > _MOST_WRITES:
-        raise Untraceable(f"The step scatters {parts} values over one another: at most {_MOST_WRITES} are compiled.")
+    if parts > _FEW_WRITES:
+        is_hidden = is_overwritten(w, dim, positions)
+        ones = w.point("where", is_hidden, 0.0, 1.0)
+        added = scattered(w, base.shape, dim, positions, w.point("where", is_hidden, 0.0, values))
+        return w.point("where", w.truth(scattered(w, base.shape, dim, positions, ones)), added, base)
     for place in range(parts):
         at = [w.move(lambda numbers, at=place: numbers.narrow(dim, at, 1), each) for each in (positions, values)]
         result = _scatter(w, result, dim, at[0], at[1])
@@ -285,8 +289,9 @@ def _scatter_reduce(
             return result
         return w.point("div", result, w.point("maximum", w.point("add", count, float(include_self)), 1.0))
     parts = along(w, positions, dim)[1]
-    if parts > _MOST_WRITES:
-        raise Untraceable(f"The step reduces {parts} values by {reduce} into one another: at most {_MOST_WRITES}.")
+    if parts > _FEW_WRITES:
+        each = reduced_at(w, base, dim, positions, values, reduce, _BEGINS[reduce])
+        return w.point("where", is_reached, w.point(_JOINS[reduce], start, each), start)
     result = start
     for place in range(parts):
         at = [w.move(lambda numbers, at=place: numbers.narrow(dim, at, 1), each) for each in (positions, values)]

@@ -185,4 +185,5 @@ PRODUCTS: Mapping[str, Rule] = {
     "_trilinear": _trilinear,
     "_cdist_forward": _distances,
     "_cdist_backward": _distances_backward,
+    "_euclidean_dist": lambda w, a, b: _distances(w, a, b, 2.0),
 }

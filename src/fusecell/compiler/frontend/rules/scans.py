@@ -11,7 +11,7 @@ import torch
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
 from fusecell.compiler.frontend.traced_values import Row, Untraceable
 
-__all__ = ["SCANS", "along", "scanned"]
+__all__ = ["SCANS", "along", "places", "scanned"]
 
 _FEW_LOG_TERMS = 16
 """Terms of a running logarithm of sums, at the most, that become values of their own, each added to those before."""
@@ -131,20 +131,20 @@ def _running_extreme(op: str) -> Callable[..., Any]:
     def rule(w: Writer, x: Row, dim: int) -> tuple[Row, Row]:
         values = scanned(w, op, x, dim)
         # The last place so far at which the running extreme was met.
-        met = w.point("where", w.point(reaches, x, values), _places(w, x, dim), 0.0)
+        met = w.point("where", w.point(reaches, x, values), places(w, x, dim), 0.0)
         return values, scanned(w, "amax", met, dim)
 
     return rule
 
 
-def _places(w: Writer, x: Row, dim: int) -> Row:
+def places(w: Writer, x: Row, dim: int) -> Row:
     """Return the place of each element along a dimension, from 0 on."""
     axis = dim % max(len(x.shape), 1)
     size = x.shape[axis] if x.shape else 1
     ones = w.builder.add("broadcast", w.builder.const(1.0), size=size)
     counted = w.builder.add("scan", ones, op="sum", outer=1, count=size, inner=1, reverse=False)
-    places = Row((size,), w.builder.add("sub", counted, w.builder.const(1.0)), None)
-    row: Row = w.move(lambda numbers: numbers.reshape(-1, *[1] * (len(x.shape) - 1 - axis)), places)
+    numbers = Row((size,), w.builder.add("sub", counted, w.builder.const(1.0)), None)
+    row: Row = w.move(lambda numbers: numbers.reshape(-1, *[1] * (len(x.shape) - 1 - axis)), numbers)
     return row
 
 
