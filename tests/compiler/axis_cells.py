@@ -175,8 +175,28 @@ IMAGES: dict[str, Body] = {
         + fit(F.conv1d(z.view(1, -1, 6), z[:, :24].reshape(-1, 4, 2), stride=2, groups=len(z)).view(-1, 3, 3))
     ),
     "max_pool": lambda c, z: fit(F.max_pool2d(image(z), 2, 1)) + fit(F.max_pool1d(heads(z), 3, 2, 1)),
+    "max_pool_of_odd_windows": lambda c, z: (
+        fit(F.max_pool2d(image(z), 2, 2, 1, ceil_mode=True))
+        + fit(F.max_pool1d(heads(z), 3, 2, dilation=2, ceil_mode=True))
+        + fit(F.adaptive_max_pool2d(image(z), (2, 3)))
+        + fit(F.adaptive_max_pool1d(heads(z), 3, return_indices=True)[1] * heads(z)[..., :3])
+    ),
+    "average_pool_of_odd_windows": lambda c, z: (
+        fit(F.avg_pool2d(image(z), 2, 2, 1, count_include_pad=False))
+        + fit(F.avg_pool2d(image(z), (2, 3), 2, (1, 1), ceil_mode=True))
+        + fit(F.avg_pool1d(heads(z), 3, 2, 1, ceil_mode=True, count_include_pad=False))
+        + fit(F.avg_pool2d(image(z), 2, 2, 1, ceil_mode=True, divisor_override=3))
+    ),
     "average_pool": lambda c, z: fit(F.avg_pool2d(image(z), 2, 1, 1)) + fit(F.avg_pool1d(heads(z), 2)),
     "nearest": lambda c, z: fit(F.interpolate(image(z)[:, :, ::2, ::2], scale_factor=2)),
+    "nearest_by_any_factor": lambda c, z: (
+        fit(F.interpolate(image(z), size=(5, 3)))
+        + fit(F.interpolate(heads(z), scale_factor=1.7))
+        + fit(F.interpolate(heads(z), scale_factor=1.3, mode="nearest-exact"))
+        + fit(F.interpolate(image(z), size=(5, 6), mode="nearest-exact"))
+        + fit(F.interpolate(z.view(-1, 1, 2, 3, 4), size=(3, 3, 2)))
+        + fit(F.interpolate(z.view(-1, 1, 2, 3, 4), scale_factor=2, mode="nearest-exact"))
+    ),
     "resized_bilinearly": lambda c, z: fit(F.interpolate(image(z), size=(5, 3), mode="bilinear")),
     "bilinear_by_scale": lambda c, z: fit(F.interpolate(image(z), scale_factor=(1.7, 0.6), mode="bilinear")),
     "bicubic_aligned": lambda c, z: fit(F.interpolate(image(z), size=(3, 4), mode="bicubic", align_corners=True)),

@@ -243,6 +243,7 @@ FUNCTIONS: dict[str, Function] = {
     "var_mean": lambda z: z * torch.var_mean(z, -1, keepdim=True)[0] + torch.var_mean(z, -1, keepdim=True)[1],
     "std_mean": lambda z: z * torch.std_mean(z, -1, keepdim=True)[0] + torch.std_mean(z, -1, keepdim=True)[1],
     "norms": lambda z: F.normalize(z, dim=-1) + z.norm(dim=-1, keepdim=True) + _norm(z, 1) + _norm(z, 3),
+    "norm_of_order_zero": lambda z: z * _norm(torch.relu(z), 0.0) + z,
     "norm_of_order_infinity": lambda z: z * _norm(z, math.inf) + z.detach() * _norm(z, -math.inf),
     "max": lambda z: z * z.detach().max(-1, keepdim=True)[0] - z.detach().min(-1, keepdim=True)[0],
     "rms_norm": lambda z: F.rms_norm(z, (6,)),

@@ -27,11 +27,11 @@ from fusecell.compiler.ir.graph import Builder, Node
 
 __all__ = ["FeatureMoves"]
 
-_OF_FLOATS = (
-    torch.ops.aten.upsample_nearest1d.default,
-    torch.ops.aten.upsample_nearest1d.vec,
-    torch.ops.aten.upsample_nearest2d.default,
-    torch.ops.aten.upsample_nearest2d.vec,
+_OF_FLOATS = tuple(
+    getattr(getattr(torch.ops.aten, f"{name}{dims}d"), overload)
+    for name in ("upsample_nearest", "_upsample_nearest_exact")
+    for dims in (1, 2, 3)
+    for overload in ("default", "vec")
 )
 """Moves that torch does not do on integers; float64 has all integers up to 2^53."""
 _FEW_PARTS = 4

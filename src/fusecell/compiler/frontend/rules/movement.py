@@ -16,7 +16,8 @@ _MOVES = (
     "view _unsafe_view _reshape_alias reshape permute transpose t expand unsqueeze squeeze slice select split "
     "split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind cat stack flip roll repeat "
     "slice_backward select_backward constant_pad_nd diagonal unfold rot90 diag_embed diagonal_backward tril triu "
-    "pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d"
+    "pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
 )
 MOVES = frozenset(_MOVES.split())
 """Operations whose results hold their argument's elements, or zeros, and nothing else."""

@@ -1,4 +1,4 @@
-"""Rules for pooling over windows of an image, and for resizing by whole factors."""
+"""Rules for pooling over windows of an image."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.rules.convolution import Geometry, image_gradient
 from fusecell.compiler.frontend.rules.indexing import gather, scattered
+from fusecell.compiler.frontend.rules.interpolation import resized
 from fusecell.compiler.frontend.traced_values import Row, Untraceable, arranged
 
 __all__ = ["POOLING"]
@@ -36,21 +37,37 @@ def _max_pool(
     ceil_mode: bool = False,
 ) -> tuple[Row, Row]:
     dims = len(kernel)
-    if ceil_mode:
-        raise Untraceable("Pooling with ceil_mode=True is not compiled; pad the image.")
-    pads = _each(padding, dims)
+    steps, pads, gaps = _each(stride or kernel, dims), _each(padding, dims), _each(dilation, dims)
+    axes = zip(x.shape[-dims:], kernel, steps, pads, gaps, strict=True)
+    return _max_over_windows(
+        w, x, [_taps(size, count, step, pad, gap, ceil_mode) for size, count, step, pad, gap in axes]
+    )
+
+
+def _taps(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> Tensor:
+    """Return the position of each tap of each window along an axis; -1 where it is outside of the image."""
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if (count - 1) * stride >= size + padding:  # a window that would begin behind the image
+        count -= 1
+    taps = torch.arange(count)[:, None] * stride - padding + torch.arange(kernel) * dilation
+    return torch.where((taps >= 0) & (taps < size), taps, -1)
+
+
+def _max_over_windows(w: Writer, x: Row, taps: Sequence[Tensor]) -> tuple[Row, Row]:
+    """Return the largest element of each window, and its position in the flattened image."""
+    dims = len(taps)
     outside = w.const(-math.inf, (x.shape[0], *[1] * (len(x.shape) - 1)), x.axis)
 
     def windows(numbers: Sequence[Tensor]) -> Tensor:
         image, filling = numbers
-        whole = filling.expand(
-            *image.shape[:-dims], *(n + 2 * p for n, p in zip(image.shape[-dims:], pads, strict=True))
-        )
-        whole = whole.clone()
-        inside = tuple(slice(p, p + n) for p, n in zip(pads, image.shape[-dims:], strict=True))
-        place: Any = (..., *inside)
-        whole[place] = image
-        return _unfolded(whole, kernel, _each(stride or kernel, dims), _each(dilation, dims))
+        whole = filling.expand(*image.shape[:-dims], *(size + 1 for size in image.shape[-dims:])).clone()
+        inside: Any = (..., *(slice(size) for size in image.shape[-dims:]))
+        whole[inside] = image
+        for axis, table in enumerate(taps, image.ndim - dims):
+            picked = whole.index_select(axis, table.ravel() % whole.shape[axis])  # -1 is the filling, the last
+            whole = picked.unflatten(axis, table.shape).movedim(axis + 1, -1)  # type: ignore[no-untyped-call]  # torch's
+        return whole.flatten(image.ndim)
 
     cut: Row = w.move(windows, [x, outside])
     most, place = w.reduce("amax", cut, [-1], False), w.reduce("argmax", cut, [-1], False)
@@ -87,9 +104,15 @@ def _max_pool_backward(w: Writer, g: Row, x: Row, kernel: Sizes, *args: Any) -> 
 
 def _adaptive_max_pool(w: Writer, x: Row, output: Sizes) -> tuple[Row, Row]:
     sizes = x.shape[-len(output) :]
-    if any(size % parts for size, parts in zip(sizes, output, strict=True)):
-        raise Untraceable(f"An image of {tuple(sizes)} is pooled to {tuple(output)}, into windows of unequal sizes.")
-    return _max_pool(w, x, [size // parts for size, parts in zip(sizes, output, strict=True)])
+    return _max_over_windows(w, x, [_parts(size, count) for size, count in zip(sizes, output, strict=True)])
+
+
+def _parts(size: int, count: int) -> Tensor:
+    """Return the positions of each of some parts of an axis, as torch cuts it; -1 beyond the end of shorter ones."""
+    part = torch.arange(count)
+    begin, end = part * size // count, -(-(part + 1) * size // count)
+    taps = begin[:, None] + torch.arange(int((end - begin).max()))
+    return torch.where(taps < end[:, None], taps, -1)
 
 
 def _average_pool(
@@ -104,7 +127,9 @@ def _average_pool(
 ) -> Row:
     dims = len(kernel)
     pads = _each(padding, dims)
-    _check_average(pads, ceil_mode, count_padding)
+    if ceil_mode or (any(pads) and not count_padding):
+        options = kernel, _each(stride or kernel, dims), pads, ceil_mode, count_padding, divisor
+        return resized(w, x, _average_tables(x.shape[-dims:], *options))
 
     def windows(numbers: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(numbers, [amount for p in reversed(pads) for amount in (p, p)])
@@ -127,7 +152,9 @@ def _average_pool_backward(
 ) -> Row:
     dims = len(kernel)
     pads = _each(padding, dims)
-    _check_average(pads, ceil_mode, count_padding)
+    if ceil_mode or (any(pads) and not count_padding):
+        options = kernel, _each(stride or kernel, dims), pads, ceil_mode, count_padding, divisor
+        return resized(w, g, [table.T for table in _average_tables(x.shape[-dims:], *options)])
     # Each channel is convolved by itself, with a kernel of equal numbers.
     channels = math.prod(x.shape[1:-dims])
     shape = (channels, 1, *kernel)
@@ -140,21 +167,26 @@ def _average_pool_backward(
     return result
 
 
-def _check_average(padding: Sizes, ceil_mode: bool, count_padding: bool) -> None:
-    if ceil_mode or (any(padding) and not count_padding):
-        raise Untraceable("Average pooling with ceil_mode, or without its padding counted, is not compiled.")
-
-
-def _nearest_backward(w: Writer, g: Row, output: Sizes, whole: Sizes, *_: Any) -> Row:
-    """Add up what each element was copied to, where an image was enlarged by whole factors."""
-    dims = len(output)
-    sizes = whole[-dims:]
-    if any(large % small for large, small in zip(output, sizes, strict=True)):
-        raise Untraceable("An image is enlarged by a factor that is no whole number.")
-    split = [n for large, small in zip(output, sizes, strict=True) for n in (small, large // small)]
-    parts: Row = w.move(lambda numbers: numbers.reshape(*numbers.shape[:-dims], *split), g)
-    first = len(g.shape) - dims
-    return w.reduce("sum", parts, [first + 1 + 2 * axis for axis in range(dims)], False)
+def _average_tables(
+    sizes: Sizes,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    ceil_mode: bool,
+    count_padding: bool,
+    divisor: int | None,
+) -> list[Tensor]:
+    """Return the (size, windows) weights of each axis: a window's number of elements is a product of its sides."""
+    tables = [
+        torch.nn.functional.avg_pool1d(
+            torch.eye(size, dtype=torch.float64)[None], taps, step, pad, ceil_mode, count_padding
+        )[0]
+        for size, taps, step, pad in zip(sizes, kernel, stride, padding, strict=True)
+    ]
+    if divisor is None:
+        return tables
+    first, *others = [(table != 0).double() for table in tables]
+    return [first / divisor, *others]
 
 
 def _windows(w: Writer, x: Row, kernel: Sizes, dilation: Sizes, padding: Sizes, stride: Sizes) -> Row:
@@ -215,6 +247,4 @@ POOLING: Mapping[str, Callable[..., Any]] = {
     "avg_pool2d_backward": _average_pool_backward,
     "im2col": _windows,
     "col2im": _image_of_windows,
-    "upsample_nearest1d_backward": _nearest_backward,
-    "upsample_nearest2d_backward": _nearest_backward,
 }

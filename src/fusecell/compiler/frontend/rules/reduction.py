@@ -79,7 +79,7 @@ def _vector_norm(w: Writer, x: Row, order: float = 2, dims: Dims = None, keepdim
     if order in (math.inf, -math.inf):
         return w.reduce("amax" if order > 0 else "amin", magnitude, _dims(dims), keepdim)
     if order == 0:
-        raise Untraceable("A norm of order 0 is not compiled.")
+        return w.reduce("sum", w.point("where", w.point("ne", x, 0.0), 1.0, 0.0), _dims(dims), keepdim)
     powers = magnitude if order == 1 else power(w, x if order == 2 else magnitude, order)
     return power(w, w.reduce("sum", powers, _dims(dims), keepdim), 1 / order)
 
