@@ -125,6 +125,17 @@ def test_lanes_behind_a_sum_add_nothing():
     assert any(kernel_results(case).isinf().any() for case in cases)
 
 
+@pytest.mark.parametrize("descending", ["true", "false"])
+@pytest.mark.parametrize("count", [63, 64, 65, 79, 96])
+def test_long_lines_are_sorted(count, descending):
+    """Infinities, NaN and equal numbers among them; in place, where nothing behind them may be read, or not."""
+    text = _step(
+        "f32", 2 * count, f'argsort(x) {{"count": {count}, "descending": {descending}, "outer": 2}}', 2 * count
+    )
+    for odd in ((), (float("nan"), float("inf"), float("-inf"), 0.0, -0.0)):
+        check(NestCase(Graph.parse(text), 4, 0, odd=odd))
+
+
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
 def test_a_reduction_of_one_line_has_the_bits_of_the_sum_of_a_row(count):
     texts = [
