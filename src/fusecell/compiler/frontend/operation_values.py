@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusecell.compiler.frontend.aten_arguments import mapped, tensors_in, values_in
 from fusecell.compiler.frontend.dtypes import widens
+from fusecell.compiler.frontend.remedies import REMEDIES
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.complex_numbers import (
     COMPLEX,
@@ -336,7 +337,7 @@ class OperationValues(TensorValues):
         if name in _DECISIONS:
             raise Untraceable(READS_VALUES)
         if rule is None:
-            raise Untraceable(f"The op {name} has no rule.")
+            raise Untraceable(f"The op {name} has no rule. {REMEDIES.get(name, '')}".rstrip())
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
         if name == "nan_to_num":
             options["largest"] = torch.finfo(results[0].dtype).max
