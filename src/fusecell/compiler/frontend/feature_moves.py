@@ -37,7 +37,9 @@ _OF_FLOATS = tuple(
 _FEW_PARTS = 4
 """Runs of features, at the most, that become slices rather than blocks: each is stored where it belongs."""
 _SOME_PARTS = 16
-"""Slices from which on an axis that an index has lost is looked for."""
+"""Slices from which on an axis that an index has lost is looked for, if they are short."""
+_SHORT_RUN = 32
+"""Features of a slice, on average, below which many of them are worth the search."""
 _MOST_PARTS = 256
 """Slices that one move of features may become: each is a store of its own in the kernel."""
 _MOST_DEPTH = 8
@@ -112,7 +114,8 @@ class FeatureMoves:
             parts = [self._join(self._gathered(nodes, part, depth - 1), 1) for part in blocks.parts]
             return [self._join(parts, blocks.outer)]
         pieces = self._runs(flat, _MOST_PARTS)
-        split = split_axes(index) if depth and (pieces is None or len(pieces) > _SOME_PARTS) else None
+        is_cut_small = pieces is None or (len(pieces) > _SOME_PARTS and len(flat) < _SHORT_RUN * len(pieces))
+        split = split_axes(index) if depth and is_cut_small else None
         if split is not None:
             return self._gathered(nodes, split, depth - 1)
         if pieces is None:
