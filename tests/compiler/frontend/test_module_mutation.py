@@ -100,7 +100,8 @@ CHANGES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "memory": (_set("mem", lambda c, x: x if c.mem is None else 0.9 * c.mem + x), "sets self.mem"),
     "cache": (lambda c, x: c.mem is None and setattr(c, "mem", torch.zeros_like(x) + 0.1), "sets self.mem"),
     "added": (_set("extra", lambda c, x: 1), "adds self.extra"),
-    "cached_property": (lambda c, x: c.half, "adds self.half"),
+    "cached_by_hand": (lambda c, x: hasattr(c, "third") or setattr(c, "third", 1 / 3), "adds self.third"),
+    "cached_property_and_more": (lambda c, x: (c.half, setattr(c, "extra", 1)), "adds self.extra"),
     "deleted": (lambda c, x: hasattr(c, "spare") and delattr(c, "spare"), "deletes self.spare"),
     "buffer_set": (_set("buf", lambda c, x: c.buf * 0.9), "sets self.buf"),
     "buffer_in_place": (lambda c, x: c.buf.add_(1), "changes self.buf in place"),
@@ -251,13 +252,34 @@ def test_a_counter_is_traced_three_times(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_value_cached_at_the_first_call_is_compiled_at_the_second() -> None:
-    cell = make("cached_property")
+    cell = make("cached_by_hand")
     x = torch.ones(2, 2, 3, dtype=torch.float64)
     with torch.no_grad():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fc.EagerWarning)
             first, _ = fc.scan(cell, x)
         with fc.runner("compiled"):
+            second, _ = fc.scan(cell, x)
+    torch.testing.assert_close(second, first, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_cached_properties_are_compiled_at_once(gradients: bool) -> None:
+    """Evaluated before the step is traced, of parts as well."""
+
+    class Part(nn.Module):
+        @functools.cached_property
+        def rates(self) -> Tensor:
+            return torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
+
+    cell = Changing(lambda c, x: (c.half, c.decay.rates)).double()
+    cell.decay = Part()
+    x = torch.ones(2, 2, 3, dtype=torch.float64)
+    with torch.set_grad_enabled(gradients):
+        with fc.runner("compiled"):
+            first, _ = fc.scan(cell, x)
+        assert cell.half == 0.5
+        with fc.runner("eager"):
             second, _ = fc.scan(cell, x)
     torch.testing.assert_close(second, first, rtol=1e-10, atol=1e-10)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -104,6 +105,9 @@ class ProgramCache(Generic[Compiled]):
                 features = [tuple(value.shape[2:]) for value in inputs]
                 with no_collection(), told_if_slow(type(cell).__name__):
                     program = self._build(cell, features, *key[2:])
+                    if isinstance(program, Refusal) and _evaluate(cell, program.changes):
+                        key = (signature(cell, without=self._leftovers.get(cell, ())), *key[1:])
+                        program = self._build(cell, features, *key[2:])
                 if isinstance(program, Refusal):
                     program = self._refuse(key, cell, program, changing)
                 elif program.traced.leftovers:
@@ -167,6 +171,19 @@ class _ChangingCell:
     rest: Key
     refusal: Refusal
     count: int = 1
+
+
+def _evaluate(cell: Cell, paths: Sequence[str]) -> bool:
+    """Evaluate the cached properties of a cell whose first step would leave them on it; return whether all are such."""
+    try:
+        owners = [(cell.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
+    except AttributeError:  # of no module
+        return False
+    if not owners or not all(isinstance(getattr(type(owner), name, None), cached_property) for owner, name in owners):
+        return False
+    for owner, name in owners:
+        getattr(owner, name)
+    return True
 
 
 def _contains(key: Key, kinds: Collection[type]) -> bool:
