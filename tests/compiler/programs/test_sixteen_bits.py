@@ -10,16 +10,32 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusecell as fc
+from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.dispatch import eligibility, fast_path
 from fusecell.compiler.dispatch import runner as runners
 from fusecell.compiler.frontend import trace
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
+from tests.compiler.cpu_levels import runs_here
 
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = ["RNN", "GRU", "LSTM"]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 every_kind = pytest.mark.parametrize("kind", KINDS)
+in_float32 = pytest.mark.usefixtures("products_in_float32")
+
+
+@pytest.fixture
+def products_in_float32(monkeypatch):
+    """Compile for the highest level of CPUs that multiply no pairs of bfloat16 numbers."""
+    if host_target().pair_dot is not None:
+        level = max(filter(runs_here, host_target().isa.levels))
+        monkeypatch.setenv("FUSECELL_TARGET", level)
+        assert host_target().pair_dot is None
+        fc.refresh()
+    yield
+    monkeypatch.undo()
+    fc.refresh()
 
 
 def tensors_in(value) -> list[Tensor]:
@@ -77,6 +93,7 @@ def test_drop_ins_are_nearer_to_float64_than_torchs_own(kind, shape, dtype):
         assert error(value, truth) <= error(torch_value, truth)
 
 
+@in_float32
 @every_dtype
 @every_kind
 @pytest.mark.parametrize("recompute", [False, True])
@@ -100,6 +117,7 @@ OPTIONS = {
 }
 
 
+@in_float32
 @every_dtype
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("reverse", [False, True])
@@ -135,6 +153,7 @@ def test_layers_directions_and_packed_sequences(kind, dtype):
     assert error(packed.data, truth.data) <= error(torch_value.data, truth.data)
 
 
+@in_float32
 @every_dtype
 def test_truncated_and_clipped_gradients(dtype):
     layer = fc.Recurrent(fc.LSTMCell(5, 9), tbptt=3, clip_state_grad=0.125).to(dtype)
@@ -187,6 +206,7 @@ LAYOUTS = {
 }
 
 
+@in_float32
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_weights(layout, dtype):
@@ -384,6 +404,7 @@ def test_default_dtype_of_the_layer(dtype):
     torch.testing.assert_close(outputs.float(), expected.float(), rtol=0.05, atol=0.05)
 
 
+@in_float32
 @every_dtype
 def test_repeated_calls_take_the_fast_path_and_follow_the_weights(dtype, monkeypatch):
     hits = []
@@ -499,6 +520,7 @@ def test_a_weight_changed_before_the_backward(dtype):
     assert torch.equal(layer.cell.weight_hh.grad, before.cell.weight_hh.grad)
 
 
+@in_float32
 @pytest.mark.parametrize("grad", [False, True])
 def test_few_steps_of_a_large_cell_run_the_loop(grad, monkeypatch):
     monkeypatch.setattr(eligibility, "_LARGE_CELL", 400)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-__all__ = ["ByteDot", "DenormalControl", "InstructionSet", "instruction_set"]
+__all__ = ["ByteDot", "DenormalControl", "InstructionSet", "PairDot", "instruction_set"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,31 @@ class ByteDot:
         return self.sums if self.takes_words else self.bytes
 
 
+@dataclass(frozen=True)
+class PairDot:
+    """The instruction that adds the products of two bfloat16 numbers with two others, for each float32 sum of a vector.
+
+    Attributes:
+        feature: that a CPU with it has.
+        intrinsic: LLVM's name of it, without ``llvm.``.
+        bits: the width of its vectors.
+    """
+
+    feature: str
+    intrinsic: str
+    bits: int
+
+    @property
+    def sums(self) -> str:
+        """LLVM's type of the sums."""
+        return f"<{self.bits // 32} x float>"
+
+    @property
+    def operand(self) -> str:
+        """LLVM's type of an operand: two numbers for each sum, neighbours in memory."""
+        return f"<{self.bits // 16} x bfloat>"
+
+
 @dataclass(frozen=True, eq=False)
 class InstructionSet:
     """Properties of an instruction set that kernels use.
@@ -85,6 +110,7 @@ class InstructionSet:
         fused_features: features each of which brings one.
         half_features: features each of which brings instructions that convert float16 to float32; None: the base does.
         byte_dots: instructions that multiply bytes, the widest first.
+        pair_dots: instructions that multiply pairs of bfloat16 numbers, the widest first.
         denormals: how denormals are made to count as zero; None where nothing does it.
         spin_hint: the declaration, and the call, of the hint that a core is in a spin loop; None where there is none.
         levels: the targets that can be named, and the features that each adds to the one before.
@@ -97,6 +123,7 @@ class InstructionSet:
     fused_features: frozenset[str] = frozenset()
     half_features: frozenset[str] | None = frozenset()
     byte_dots: tuple[ByteDot, ...] = ()
+    pair_dots: tuple[PairDot, ...] = ()
     denormals: DenormalControl | None = None
     spin_hint: tuple[str, str] | None = None
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -134,6 +161,7 @@ _INSTRUCTION_SETS = (
             ByteDot("avx512vnni", "x86.avx512.vpdpbusd.512", 512),
             ByteDot("avxvnni", "x86.avx512.vpdpbusd.256", 256),
         ),
+        pair_dots=(PairDot("avx512bf16", "x86.avx512bf16.dpbf16ps.512", 512),),
         denormals=_MXCSR,
         spin_hint=_X86_PAUSE,
         # The levels of the x86-64 psABI in LLVM's names.

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from fusecell.compiler.backend import llvm, tuning
-from fusecell.compiler.backend.isa import ByteDot, InstructionSet, instruction_set
+from fusecell.compiler.backend.isa import ByteDot, InstructionSet, PairDot, instruction_set
 from fusecell.compiler.backend.tuning import Tuning
 
 __all__ = ["Target", "host_target", "target_of"]
@@ -28,6 +28,7 @@ class Target:
         registers: number of vector registers.
         converts_half: whether it has instructions that convert float16 to float32.
         byte_dot: the instruction that multiplies bytes, x86's VNNI or ARM's dot product; None if it has none.
+        pair_dot: the instruction that multiplies pairs of bfloat16 numbers; None if it has none.
         sets_denormal_mode: whether a kernel makes denormals count as zero itself; else its caller does.
     """
 
@@ -39,6 +40,7 @@ class Target:
     registers: int
     converts_half: bool = False
     byte_dot: ByteDot | None = None
+    pair_dot: PairDot | None = None
     sets_denormal_mode: bool = True
 
     @property
@@ -111,7 +113,8 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
     # AVX-512 doubles the vector registers, in 64-bit code alone.
     registers = 32 if avx512 and isa.name == "x86_64" else isa.vector_registers
     vector_bits = 512 if avx512 else 256 if avx2 else 128
-    dots = (dot for dot in isa.byte_dots if dot.feature in has and dot.bits <= vector_bits)
+    byte_dots = (dot for dot in isa.byte_dots if dot.feature in has and dot.bits <= vector_bits)
+    pair_dots = (dot for dot in isa.pair_dots if dot.feature in has and dot.bits <= vector_bits)
     return Target(
         cpu=cpu,
         features=features,
@@ -120,5 +123,6 @@ def target_of(cpu: str, features: str, triple: str, has: frozenset[str]) -> Targ
         fma=isa.always_fused or avx512 or bool(isa.fused_features & has),
         registers=registers,
         converts_half=isa.half_features is None or bool(isa.half_features & has),
-        byte_dot=next(dots, None),
+        byte_dot=next(byte_dots, None),
+        pair_dot=next(pair_dots, None),
     )

@@ -155,6 +155,11 @@ class Panel:
         return self.words * len(self.weights) * stored_vector_bytes(module, self.stored)
 
     @property
+    def turns(self) -> int:
+        """The depth as a microkernel counts it: in pairs, where it multiplies these."""
+        return self.words if self.stored is not None and self.stored.multiplies_pairs else self.depth
+
+    @property
     def words(self) -> int:
         """The number of words of a lane: one for each k, for each two, or for each four and one before them."""
         if self.stored is not None and self.stored.packs_fours:
@@ -230,7 +235,7 @@ class Layout:
         for panel in panels:
             sizes.append((panel.name, Size(fixed=module.groups(panel.width) * panel.group_bytes(module))))
         for buffer in plan.buffers:
-            sizes.append((buffer.name, _scoped(module, buffer.scope, module.row_bytes(buffer.size))))
+            sizes.append((buffer.name, _scoped(module, buffer.scope, buffer_row_bytes(module, buffer))))
         for reduction in plan.sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
@@ -365,7 +370,7 @@ def row_address(f: Function, layout: Layout, module: Module, buffer: Buffer, at:
         tensor = layout.pointer(f, f"{buffer.name}.ptr")
         start = f.at(tensor, f.mul(at.t, layout.integer(f, f"{buffer.name}.step")))
         return RowAddress(start, layout.integer(f, f"{buffer.name}.row"), True)
-    row = module.row_bytes(buffer.size)
+    row = buffer_row_bytes(module, buffer)
     start = layout.buffer(f, buffer.name)
     # The rows of a chunk's steps follow each other; a step's buffer has one step's rows, and a call's one row.
     if buffer.scope in ("chunk", "saved"):
@@ -381,4 +386,9 @@ def fixed_stride(module: Module, buffer: Buffer) -> int | None:
     """Return the bytes between a buffer's rows; None in a caller's tensor, where they are known at the call only."""
     if buffer.stride == "caller":
         return None
-    return 0 if buffer.stride == "none" else module.row_bytes(buffer.size)
+    return 0 if buffer.stride == "none" else buffer_row_bytes(module, buffer)
+
+
+def buffer_row_bytes(module: Module, buffer: Buffer) -> int:
+    """Return the bytes of a buffer's row, padded to whole vectors; of pairs, to halves of vectors."""
+    return module.row_bytes(buffer.size) // (2 if buffer.in_pairs else 1)

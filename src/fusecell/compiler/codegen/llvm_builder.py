@@ -472,6 +472,31 @@ class Function(TextBuilder):
         """Convert 16 integers of 32 bits."""
         return self.let(name, f"sitofp {typed(integers)} to {self.module.vector}", self.module.vector)
 
+    def narrow(self, value: Value, name: str) -> Value:
+        """Round 16 numbers to bfloat16, to the nearest, and to even between two."""
+        return self.let(name, f"fptrunc {typed(value)} to <{LANES} x bfloat>", f"<{LANES} x bfloat>")
+
+    def store_narrow(self, number: Value, pointer: Value) -> None:
+        """Store one number, rounded to bfloat16."""
+        self.store(self.let("narrow", f"fptrunc {typed(number)} to bfloat", "bfloat"), pointer, 2)
+
+    def store_pairs(self, lower: Value, upper: Value, pointer: Value) -> None:
+        """Store 16 numbers each in the lower and in the upper halves of words, rounded to bfloat16."""
+        kind, halves = f"<{LANES} x i32>", []
+        for value in (lower, upper):
+            bits = self._as(self.narrow(value, "narrow"), f"<{LANES} x i16>", "bits")
+            halves.append(self.let("half", f"zext {typed(bits)} to {kind}", kind))
+        upper = self.let("upper", f"shl {kind} {halves[1]}, splat (i32 16)", kind)
+        self.store(self.let("words", f"or {kind} {halves[0]}, {upper}", kind), pointer, LANES * 4)
+
+    def dot_pairs(self, numbers: Value, weights: Value, sums: Value, name: str) -> Value:
+        """Add to each sum the products of the two bfloat16 numbers in a lane of two vectors, by one instruction."""
+        dot = self.module.target.pair_dot
+        assert dot is not None, "panels of pairs are for targets that multiply them"
+        assert dot.sums == self.module.vector
+        pairs = [self._as(each, dot.operand, f"{name}.pairs") for each in (numbers, weights)]
+        return self.let(name, self.intrinsic(dot.intrinsic, sums, *pairs, result=dot.sums), dot.sums)
+
     def store(self, value: Value, pointer: Value, align: int) -> None:
         """Store a vector."""
         self.do(f"store {typed(value)}, ptr {pointer}, align {align}")

@@ -190,7 +190,8 @@ class _Tile:
         """Loop over k; ``k_before`` counts those of earlier runs."""
         f, operands = self.f, self.operands
         stored = operands.stored
-        if stored is not None and stored.packs_pairs:
+        multiplies_pairs = stored is not None and stored.multiplies_pairs
+        if stored is not None and stored.packs_pairs and not multiplies_pairs:
             return self._multiply_pairs(sums, a)
         if stored is not None and stored.packs_fours:
             return self._multiply_bytes(sums, a)
@@ -208,7 +209,7 @@ class _Tile:
             def weight(product: int, group: int) -> Value:
                 start = f.at(panel_at, group_offsets[group], f"panel.g{group}")
                 pointer = f.at(start, product * operands.panel_align)
-                if stored is not None:
+                if stored is not None and not multiplies_pairs:
                     return f.load_stored(pointer, stored, f"w{product}.{group}")
                 return f.load(pointer, f"w{product}.{group}", operands.panel_align)
 
@@ -284,6 +285,8 @@ class _Tile:
         self, sums: list[Value], number: Callable[[int], Value], weight: Callable[[int, int], Value]
     ) -> None:
         """Add the products of one k: the operand of fewer registers stays in them, the other comes value by value."""
+        stored = self.operands.stored
+        multiply = self.f.dot_pairs if stored is not None and stored.multiplies_pairs else self.f.fma
         rows = range(self.rows)
         columns = [(product, group) for group in range(self.groups) for product in range(self.products)]
         registers_each = TileCost(self.f.module.target, self.f.module.dtype).registers_each
@@ -296,7 +299,7 @@ class _Tile:
         positions = {key: position for position, key in enumerate(self._keys)}
         for r, p, g, scalar, vector in pairs:
             position = positions[r, p, g]
-            sums[position] = self.f.fma(scalar, vector, sums[position], f"n.{_label((r, p, g))}")
+            sums[position] = multiply(scalar, vector, sums[position], f"n.{_label((r, p, g))}")
 
 
 def _label(key: tuple[int, int, int]) -> str:

@@ -16,7 +16,19 @@ from collections.abc import Iterable
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, Layout, Panel, stored_vector_bytes
 from fusecell.compiler.codegen.llvm_builder import Function, Module
-from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.codegen.llvm_text import i64, ptr
+from fusecell.compiler.codegen.pack_pairs import (
+    COLUMNS,
+    DEPTH,
+    FROM,
+    FROM_COLUMN,
+    FROM_K,
+    PACK_PARAMS,
+    TO,
+    pack_pairs,
+    squares,
+    transpose,
+)
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.storage import Storage
 
@@ -30,7 +42,7 @@ def emit_packing(module: Module, layout: Layout, panels: Iterable[Panel]) -> Non
         f = Function(module, pack_panel_name(panel), ARGS, first_group, groups, to)
         f.comment(", ".join(name for name, *_ in panel.weights))
         count, stored = len(panel.weights), panel.stored
-        pack = _pack(module, count) if stored is None else _pack_stored(module, count, stored)
+        pack = _packing_function(module, count, stored)
         for product, (name, transposed, (k0, _), (column0, _)) in enumerate(panel.weights):
             strides = [layout.integer(f, f"weight.{name}.stride{dim}") for dim in (0, 1)]
             column_bytes, k_bytes = strides if transposed else strides[::-1]
@@ -52,8 +64,10 @@ def pack_panel_name(panel: Panel) -> str:
     return f"pack.{panel.name}"
 
 
-_TO, _FROM, _FROM_K, _FROM_COLUMN = ptr("to"), ptr("from"), i64("from.k"), i64("from.column")
-_COLUMNS, _DEPTH = i64("columns"), i64("depth")
+def _packing_function(module: Module, products: int, stored: Storage | None) -> str:
+    if stored is None:
+        return _pack(module, products)
+    return pack_pairs(module, products) if stored.multiplies_pairs else _pack_stored(module, products, stored)
 
 
 def _pack(module: Module, products: int) -> str:
@@ -62,30 +76,33 @@ def _pack(module: Module, products: int) -> str:
     if not module.is_new(name):
         return name
     to_k = products * module.vector_bytes
-    f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
+    f = Function(module, name, *PACK_PARAMS, noalias=(TO,))
     itemsize = module.itemsize
-    by_rows = f.eq(_FROM_COLUMN, itemsize, "columns_contiguous")
+    by_rows = f.eq(FROM_COLUMN, itemsize, "columns_contiguous")
     # Memory behind the weight's last column may not be readable.
-    mask = f.first_lanes(_COLUMNS)
-    with f.if_(by_rows, "by_rows"), f.for_range("k", 0, _DEPTH) as k:
-        row = f.load_masked(f.at(_FROM, f.mul(k, _FROM_K)), mask, "row")
-        f.store(row, f.at(_TO, f.mul(k, to_k)), module.vector_bytes)
+    mask = f.first_lanes(COLUMNS)
+    with f.if_(by_rows, "by_rows"), f.for_range("k", 0, DEPTH) as k:
+        row = f.load_masked(f.at(FROM, f.mul(k, FROM_K)), mask, "row")
+        f.store(row, f.at(TO, f.mul(k, to_k)), module.vector_bytes)
     with f.unless(by_rows, "by_columns"):
         # Squares take whole vectors in both directions: contiguous k, and 16 columns.
-        by_k = f.eq(_FROM_K, itemsize, "k_contiguous")
-        is_whole = f.eq(_COLUMNS, LANES, "is_whole")
+        by_k = f.eq(FROM_K, itemsize, "k_contiguous")
+        is_whole = f.eq(COLUMNS, LANES, "is_whole")
         has_squares = f.and_(by_k, is_whole, "has_squares")
-        whole_squares = f.and_(_DEPTH, -LANES, "whole_squares")
+        whole_squares = f.and_(DEPTH, -LANES, "whole_squares")
         in_squares = f.select(has_squares, whole_squares, 0, "k_in_squares")
-        _transpose(f, in_squares, to_k)
+        for k, columns in squares(f, in_squares):
+            square = f.at(TO, f.mul(k, to_k))
+            for position, row in enumerate(transpose(f, columns)):
+                f.store(row, f.at(square, position * to_k), f.module.vector_bytes)
         # The rest number by number: zeros first, which columns beyond the weight's keep.
-        with f.for_range("k", in_squares, _DEPTH) as k:
-            f.store(f.zero, f.at(_TO, f.mul(k, to_k)), module.vector_bytes)
-        with f.for_range("column", 0, _COLUMNS) as column:
-            source = f.at(_FROM, f.mul(column, _FROM_COLUMN))
-            target = f.at(_TO, f.mul(column, itemsize))
-            with f.for_range("k", in_squares, _DEPTH) as k:
-                value = f.load_scalar(f.at(source, f.mul(k, _FROM_K)), "value")
+        with f.for_range("k", in_squares, DEPTH) as k:
+            f.store(f.zero, f.at(TO, f.mul(k, to_k)), module.vector_bytes)
+        with f.for_range("column", 0, COLUMNS) as column:
+            source = f.at(FROM, f.mul(column, FROM_COLUMN))
+            target = f.at(TO, f.mul(column, itemsize))
+            with f.for_range("k", in_squares, DEPTH) as k:
+                value = f.load_scalar(f.at(source, f.mul(k, FROM_K)), "value")
                 f.store_scalar(value, f.at(target, f.mul(k, to_k)))
     f.end()
     return name
@@ -100,47 +117,22 @@ def _pack_stored(module: Module, products: int, stored: Storage) -> str:
     if not module.is_new(name):
         return name
     to_word = products * stored_vector_bytes(module, stored)
-    f = Function(module, name, _TO, _FROM, _FROM_K, _FROM_COLUMN, _COLUMNS, _DEPTH, noalias=(_TO,))
+    f = Function(module, name, *PACK_PARAMS, noalias=(TO,))
     columns = f.alloca_bytes(module.vector_bytes, "columns.at")
     f.store(f.zero, columns, module.vector_bytes)
     if stored.packs_fours:
-        f.store(f.zero, _TO, module.vector_bytes)  # of integers as of numbers
-    with f.for_range("k", 0, _DEPTH) as k:
-        with f.for_range("column", 0, _COLUMNS) as column:
-            source = f.at(f.at(_FROM, f.mul(column, _FROM_COLUMN)), f.mul(k, _FROM_K))
+        f.store(f.zero, TO, module.vector_bytes)  # of integers as of numbers
+    with f.for_range("k", 0, DEPTH) as k:
+        with f.for_range("column", 0, COLUMNS) as column:
+            source = f.at(f.at(FROM, f.mul(column, FROM_COLUMN)), f.mul(k, FROM_K))
             f.store_scalar(f.load_scalar(source, "value"), f.at(columns, f.mul(column, module.itemsize)))
         vector = f.load(columns, "columns", module.vector_bytes)
         if stored.packs_fours:
             word = f.add(f.lshr(k, 2, "word"), 1)
-            f.store_byte(vector, f.at(_TO, f.mul(word, to_word)), f.and_(k, 3, "place"), first=_TO)
+            f.store_byte(vector, f.at(TO, f.mul(word, to_word)), f.and_(k, 3, "place"), first=TO)
         elif stored.packs_pairs:
-            f.store_half_word(vector, f.at(_TO, f.mul(f.lshr(k, 1, "word"), to_word)), f.and_(k, 1, "half"))
+            f.store_half_word(vector, f.at(TO, f.mul(f.lshr(k, 1, "word"), to_word)), f.and_(k, 1, "half"))
         else:
-            f.store_stored(vector, f.at(_TO, f.mul(k, to_word)), stored)
+            f.store_stored(vector, f.at(TO, f.mul(k, to_word)), stored)
     f.end()
     return name
-
-
-def _transpose(f: Function, depth: Integer, to_k: int) -> None:
-    """Pack 16 columns, 16 k at a time: each square is loaded by columns and stored by rows."""
-    column_offsets = [f.mul(_FROM_COLUMN, lane) for lane in range(LANES)]
-    with f.for_range("square", 0, depth, LANES) as k:
-        source = f.at(_FROM, f.mul(k, f.module.itemsize))
-        columns = [f.load(f.at(source, offset), "column", f.module.itemsize) for offset in column_offsets]
-        target = f.at(_TO, f.mul(k, to_k))
-        for row, vector in enumerate(_transposed(f, columns)):
-            f.store(vector, f.at(target, row * to_k), f.module.vector_bytes)
-
-
-def _transposed(f: Function, rows: list[Value]) -> list[Value]:
-    """Transpose a square in registers: rows 8, 4, 2, 1 apart exchange halves, in 64 shuffles (Eklundh 1972)."""
-    distance = LANES // 2
-    while distance:
-        low = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
-        high = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
-        for row in range(LANES):
-            if not row & distance:
-                a, b = rows[row], rows[row + distance]
-                rows[row], rows[row + distance] = (f.shuffle(a, b, lanes, "transposed") for lanes in (low, high))
-        distance //= 2
-    return rows

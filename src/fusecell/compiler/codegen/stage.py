@@ -80,7 +80,8 @@ class FusedProducts:
         stored = self.panel.stored
         if stored is not None and stored.packs_fours:  # four k at a time
             return Product(self.count, self.panel.words - 1)
-        return Product(self.count, self.panel.depth, stored is not None and stored.packs_pairs)
+        widens = stored is not None and stored.packs_pairs and not stored.multiplies_pairs
+        return Product(self.count, self.panel.turns, widens)
 
     @property
     def kind(self) -> ProductKind:
@@ -313,7 +314,7 @@ class StageEmitter:
                 stride,
                 panel,
                 group_bytes,
-                each.panel.depth,
+                each.panel.turns,
                 *self._prefetch(f, panel, turn, part.groups, each),
             )
         f.call(f"{self.name}.epilogue", *STEP_PARAMS, *args)
@@ -348,10 +349,12 @@ class StageEmitter:
         lines = self.module.vector_bytes // line
         shares = f.mul(groups, count * lines)
         is_idle = f.or_(f.eq(turn, 0, "is_first", once=True), f.gt(turn, shares, "is_late"), "is_idle")
-        if products.panel.stored is not None:  # of another size; and few rows, which don't prefetch, are what it is for
+        stored = products.panel.stored
+        if stored is not None and not stored.multiplies_pairs:
+            # Of another size; and few rows, which don't prefetch, are what it is for.
             return panel, Value("0", "i64")
         next_panel = f.at(panel, f.mul(groups, products.panel.group_bytes(self.module)))
-        share = f.at(next_panel, f.mul(f.sub(turn, 1), products.panel.depth * line), "next_panel")
+        share = f.at(next_panel, f.mul(f.sub(turn, 1), products.panel.turns * line), "next_panel")
         return f.select(is_idle, panel, share, "prefetch"), f.select(is_idle, 0, line, "prefetch.k")
 
     def _start(self) -> None:

@@ -116,6 +116,7 @@ class Body:
         new_state: Integer = 0
         if any(location.buffer.scope == "state" for location in stores):
             new_state = f.xor(STEP.old_state, 1, "new_state")
+        self._pairs = {index for index, all_ in stage.stores.items() if any(each.buffer.in_pairs for each in all_)}
         self._writes = {location: step_rows(f, layout, location.buffer, new_state) for location in stores}
         self._partials = partials_of_rows(f, layout, stage) if stage.reductions else None
         ordered = any(rows.in_caller_order for rows in (*self._reads.values(), *self._writes.values()))
@@ -194,7 +195,15 @@ class Body:
                 value = self._load(location, node.size, node.name)
                 # Masks are 1.0 and 0.0 in memory, so that buffers have one format.
                 return f.fcmp("une", value, f.zero, f"{node.name}.mask") if node.type.kind == "mask" else value
+        if index in self._pairs:
+            return self._narrowed(self._values[node.args[0]], node.size)
         return POINTWISE_OPS[node.op](f, *(self._values[arg] for arg in node.args), name=node.name)
+
+    def _narrowed(self, value: Value, size: int) -> Value:
+        """Round a value to the bfloat16 numbers of a buffer of pairs, of which the last has a zero if they are odd."""
+        if size % 2:
+            value = self.f.select(self._mask(size), value, self.f.zero, "to_the_last")
+        return self.f.narrow(value, "pairs")
 
     def accumulator(self, position: int) -> Value:
         """Return the address of a tile's accumulator of one of the stage's products."""
@@ -242,6 +251,10 @@ class Body:
         if node.type.kind == "mask":
             value = f.select(value, f.constant(1.0), f.zero, "number")
         pointer = self._write_rows[location]
+        if location.buffer.in_pairs:
+            half = self.f.exact_div(f.add(self._first, self._column), 2, "half", once=True)
+            f.store(value, f.at(pointer, half), self.module.vector_bytes // 2)
+            return
         if node.size == 1:
             f.store_scalar(f.first_lane(value, "first"), pointer)
             return

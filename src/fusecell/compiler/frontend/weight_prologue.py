@@ -23,6 +23,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.frontend.dtypes import casts_of, kernel_dtype, mixes_with
 from fusecell.compiler.frontend.traced_values import Matrix, Untraceable, Vector, Weight, arranged
 from fusecell.compiler.ir.graph import Builder
+from fusecell.compiler.ir.storage import Storage
 from fusecell.errors import CompilerError
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.forks import in_forked_child
@@ -385,7 +386,10 @@ class Weights:
             raise Untraceable(f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}.")
         if 0 in weight.shape:
             raise Untraceable(f"The weight {weight.name} has no elements.")
-        node = self.builder.append("weight", (), {"shape": list(_leaf_shape(weight.shape, form))}, weight.name)
+        attrs: dict[str, Any] = {"shape": list(_leaf_shape(weight.shape, form))}
+        if form == "matrix" and self.dtype == weight.dtype == torch.bfloat16:
+            attrs["numbers"] = Storage.BF16.value
+        node = self.builder.append("weight", (), attrs, weight.name)
         self.leaves[slot, form] = node
         return node
 

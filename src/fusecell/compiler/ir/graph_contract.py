@@ -26,6 +26,7 @@ from typing import Literal
 from fusecell.compiler.ir.axes import AXIS_PRIMITIVES, work_of
 from fusecell.compiler.ir.graph import MOST_LABEL, NAME, Graph
 from fusecell.compiler.ir.primitives import PRIMITIVES, Type
+from fusecell.compiler.ir.storage import Storage
 from fusecell.errors import CompilerError, quoted
 
 __all__ = ["GraphLimits", "Role", "check_graph", "gradient_leaf"]
@@ -144,6 +145,8 @@ def _check_stored(graph: Graph) -> None:
         node = graph[index]
         if "stored" not in node.attrs:
             continue
+        if Storage(node.attrs["stored"]).multiplies_pairs:
+            raise CompilerError(f"{node.name} is stored as {node.attrs['stored']}, which the compiler alone decides")
         if graph.dtype != "f32":
             raise CompilerError(f"{node.name} is stored as {node.attrs['stored']} in a graph of {graph.dtype}")
         for user in users:

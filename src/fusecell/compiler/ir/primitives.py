@@ -48,6 +48,8 @@ def _weight_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
     stored = attrs.get("stored", Storage.BF16.value)
     if stored not in _STORED or len(shape) != (2 if "stored" in attrs else len(shape)):
         raise CompilerError(f"a matrix is stored as {', '.join(_STORED)}, got {quoted(stored)} for {list(shape)}")
+    if attrs.get("numbers", Storage.BF16.value) != Storage.BF16.value:
+        raise CompilerError(f"the numbers of a weight are {Storage.BF16.value}, got {quoted(attrs['numbers'])}")
     return Type("weight", shape)
 
 
@@ -207,7 +209,7 @@ _REDUCTION = Primitive(1, _reduce, "reduction")
 PRIMITIVES: Mapping[str, Primitive] = {
     "input": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
     "state": Primitive(0, _row_leaf, "argument", attributes=_SHAPE),
-    "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE, optional=frozenset({"stored"})),
+    "weight": Primitive(0, _weight_leaf, "argument", attributes=_SHAPE, optional=frozenset({"stored", "numbers"})),
     "const": Primitive(0, _const, "constant", label="c", attributes=frozenset({"value"})),
     # Expensive are functions of some twenty vector instructions and more, and square roots. Only what Python computes
     # exactly as torch does is folded: of the others the last bit may differ, and a constant would not be the kernel's.

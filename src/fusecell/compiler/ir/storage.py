@@ -1,11 +1,12 @@
 """Formats in which the weights of products are kept in memory: smaller than the numbers that are computed with.
 
-=====  ======================================================================================================
-bf16   the upper half of a float32: 8 bits of exponent, 8 of significand. A weight is half as long.
-f16    IEEE's half precision: 5 bits of exponent, 11 of significand.
-i8     a whole number from -127 to 127. The graph multiplies what they sum to by a scale for each output.
-i8.i8  the same, and what these weights multiply are such numbers too, as the graph says: sums are exact.
-=====  ======================================================================================================
+=========  ==================================================================================================
+bf16       the upper half of a float32: 8 bits of exponent, 8 of significand. A weight is half as long.
+bf16.bf16  the same, and what these weights multiply are such numbers too, as the graph says: pairs of products.
+f16        IEEE's half precision: 5 bits of exponent, 11 of significand.
+i8         a whole number from -127 to 127. The graph multiplies what they sum to by a scale for each output.
+i8.i8      the same, and what these weights multiply are such numbers too, as the graph says: sums are exact.
+=========  ==================================================================================================
 
 A kernel's weights are float32 numbers that such a format has exactly; packing them loses nothing. Sums of ``i8.i8``
 have at most `MOST_EXACT` terms: computed in float32 or in integers, they have the same bits.
@@ -32,6 +33,7 @@ class Storage(Enum):
     """A format of stored weights."""
 
     BF16 = "bf16"
+    BF16_BF16 = "bf16.bf16"
     F16 = "f16"
     I8 = "i8"
     I8_I8 = "i8.i8"
@@ -49,7 +51,7 @@ class Storage(Enum):
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy's dtype of stored numbers; it has no bfloat16, whose bits are uint16."""
-        return np.dtype({Storage.BF16: np.uint16, Storage.F16: np.float16}.get(self, np.int8))
+        return np.dtype(np.float16 if self is Storage.F16 else np.int8 if self.is_whole else np.uint16)
 
     @property
     def packs_pairs(self) -> bool:
@@ -57,7 +59,12 @@ class Storage(Enum):
 
         So a kernel makes a float32 of each with one instruction, a shift or a mask, and no conversion.
         """
-        return self is Storage.BF16
+        return self in (Storage.BF16, Storage.BF16_BF16)
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether an instruction adds the products of such a word with a pair of an operand's numbers to a sum."""
+        return self is Storage.BF16_BF16
 
     @property
     def packs_fours(self) -> bool:
@@ -101,6 +108,6 @@ class Storage(Enum):
 
     def decode(self, stored: _Array) -> _Array:
         """Return stored numbers as float32."""
-        if self is Storage.BF16:
+        if self.packs_pairs:
             return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return stored.astype(np.float32)

@@ -38,7 +38,8 @@ class KernelStages:
     @cached_property
     def passes(self) -> Mapping[str, str]:
         """The graph after each pass, by the pass's name, in the order in which they run."""
-        return {name: graph.text for name, graph in optimise(self.kernel.source)[1:]}
+        pairs = self.kernel.loaded.target.pair_dot is not None
+        return {name: graph.text for name, graph in optimise(self.kernel.source, pairs=pairs)[1:]}
 
     @property
     def plan(self) -> str:

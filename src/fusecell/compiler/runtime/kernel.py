@@ -72,7 +72,7 @@ def compile_graph(
     began = time.perf_counter()
     check_graph(graph, "gradient" if backward else "step")
     target = target or host_target()
-    planned = schedule(graph, backward=backward)
+    planned = schedule(graph, backward=backward, pairs=target.pair_dot is not None)
     emitted = emit(planned, target, share=True)
     if code_bytes is not None and len(emitted.text) > code_bytes:
         raise CompilerError(f"a step's code has {len(emitted.text):,} bytes, more than the {code_bytes:,} it may have")
@@ -102,13 +102,14 @@ def compile_graph(
     return kernel
 
 
-def schedule(graph: Graph, *, backward: bool = False) -> Plan:
+def schedule(graph: Graph, *, backward: bool = False, pairs: bool = False) -> Plan:
     """Optimise a graph and order its computation.
 
     Arguments:
         backward: whether it is the graph of a gradient.
+        pairs: whether it is for a CPU that multiplies pairs of bfloat16 numbers.
     """
-    return plan(optimise(graph)[-1][1], backward=backward)
+    return plan(optimise(graph, pairs=pairs)[-1][1], backward=backward)
 
 
 def multiply_adds(planned: Plan) -> int:

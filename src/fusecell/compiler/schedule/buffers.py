@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from fusecell.compiler.ir.affine import paired_operands
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.schedule.phases import Phases, row_outputs, states_of
@@ -62,6 +63,7 @@ class _Assignment:
     def __init__(self, graph: Graph, phases: Phases, stages: Stages) -> None:
         self.graph, self.phases, self.schedule = graph, phases, stages
         self.users = graph.users()
+        self.in_pairs = paired_operands(graph)
         self.locations: dict[int, Location] = {}
         self.state_copies: dict[int, Buffer] = {}
         self.stages: list[Stage] = list(stages.stages)
@@ -129,7 +131,7 @@ class _Assignment:
         """Give a value a buffer and have its stage store it there; reductions and nests are written there anyway."""
         node = self.graph[index]
         # The prefix tells it from a kernel's own buffers, whatever the user's variable is called.
-        location = Location(Buffer(f"value.{node.name}", scope, node.size))
+        location = Location(Buffer(f"value.{node.name}", scope, node.size, index in self.in_pairs))
         if not (PRIMITIVES[node.op].reduction or PRIMITIVES[node.op].nest):
             self._store(index, location, before=index if node.op == "concat" else None)
         self.locations[index] = location

@@ -35,11 +35,16 @@ class Buffer:
     """Memory of a value: one row per call, or a row for each row of a step, of a chunk, or of the caller's tensor.
 
     Saved values are the caller's too, but laid out as the rows of a chunk are: one step after the other.
+
+    Attributes:
+        size: features of a row.
+        in_pairs: whether it has bfloat16 numbers, two a word, and zeros behind them up to a whole word.
     """
 
     name: str
     scope: Scope
     size: int
+    in_pairs: bool = False
 
     @property
     def stride(self) -> StrideKind:

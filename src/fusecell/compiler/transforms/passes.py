@@ -14,6 +14,7 @@ from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node, rebuild
 from fusecell.compiler.ir.naming import restore_names
 from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 from fusecell.compiler.ir.traversal import resolve
+from fusecell.compiler.transforms.pair_products import multiply_pairs
 
 __all__ = ["PASSES", "optimise"]
 
@@ -413,10 +414,14 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def optimise(graph: Graph) -> list[tuple[str, Graph]]:
-    """Run all passes; return the graph as traced and after each, by name. The last is the one that is scheduled."""
+def optimise(graph: Graph, *, pairs: bool = False) -> list[tuple[str, Graph]]:
+    """Run all passes; return the graph as traced and after each, by name. The last is the one that is scheduled.
+
+    Arguments:
+        pairs: whether it is for a CPU that multiplies pairs of bfloat16 numbers.
+    """
     stages = [("traced", graph)]
-    for rewrite in PASSES:
+    for rewrite in (*PASSES, multiply_pairs) if pairs else PASSES:
         stages.append((rewrite.__name__, rewrite(stages[-1][1])))
     stages.append(("restore_names", restore_names(stages[-1][1], graph)))
     return stages

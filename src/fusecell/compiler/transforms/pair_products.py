@@ -1,0 +1,47 @@
+"""The pass that has products of bfloat16 layers computed by pairs, for CPUs with an instruction for these."""
+
+from __future__ import annotations
+
+from fusecell.compiler.ir.affine import affine_parts
+from fusecell.compiler.ir.graph import Builder, Graph, rebuild
+from fusecell.compiler.ir.storage import Storage
+
+__all__ = ["multiply_pairs"]
+
+
+def multiply_pairs(graph: Graph) -> Graph:
+    """Round what weights of bfloat16 numbers multiply to such numbers too, and say so of the weights.
+
+    Of an input of the layer that changes nothing: it has such numbers. A state, or a gradient, is rounded as torch
+    rounds it when it hands it from one operation to the next; the sums stay float32.
+    """
+    weights = _paired_weights(graph)
+
+    def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
+        node = graph[index]
+        if index in weights:
+            return builder.append(node.op, (), {**node.attrs, "stored": Storage.BF16_BF16.value}, node.name)
+        if node.op == "affine":
+            operands = list(args)
+            start = len(args) - 2 * len(node.attrs["terms"])
+            for place in range(start, len(args), 2):
+                if node.args[place + 1] in weights:
+                    operands[place] = builder.add(
+                        "to_bfloat16", args[place], name=f"{builder.nodes[args[place]].name}.pairs"
+                    )
+            return builder.add_like(node, operands)
+        return builder.add_like(node, args)
+
+    return rebuild(graph, rewrite) if weights else graph
+
+
+def _paired_weights(graph: Graph) -> set[int]:
+    """Return the weights of bfloat16 numbers that are operands of products alone, each over two features or more."""
+    weights = {index for index in graph.leaves("weight") if graph[index].attrs.get("numbers") == Storage.BF16.value}
+    for _, node in graph:
+        paired = set()
+        if node.op == "affine":
+            terms = affine_parts(node)[1]
+            paired = {weight for _, weight, attrs in terms if attrs["rows"][1] - attrs["rows"][0] > 1}
+        weights -= set(node.args) - paired
+    return weights
