@@ -476,6 +476,11 @@ class Function(TextBuilder):
         """Round 16 numbers to bfloat16, to the nearest, and to even between two."""
         return self.let(name, f"fptrunc {typed(value)} to <{LANES} x bfloat>", f"<{LANES} x bfloat>")
 
+    def pairs(self, value: Value, name: str) -> Value:
+        """Round 32 numbers to bfloat16; return them two by two, as a vector of words that are no float32 numbers."""
+        kind = f"<{2 * LANES} x bfloat>"
+        return self._as(self.let("narrow", f"fptrunc {typed(value)} to {kind}", kind), self.module.vector, name)
+
     def store_narrow(self, number: Value, pointer: Value) -> None:
         """Store one number, rounded to bfloat16."""
         self.store(self.let("narrow", f"fptrunc {typed(number)} to bfloat", "bfloat"), pointer, 2)

@@ -26,7 +26,7 @@ __all__ = [
     "TO",
     "pack_pairs",
     "squares",
-    "transposed",
+    "transpose",
 ]
 
 TO, FROM, FROM_K, FROM_COLUMN = ptr("to"), ptr("from"), i64("from.k"), i64("from.column")
@@ -49,12 +49,12 @@ def pack_pairs(module: Module, products: int) -> str:
     with f.unless(by_rows, "by_columns"):
         by_k = f.eq(FROM_K, module.itemsize, "k_contiguous")
         has_squares = f.and_(by_k, f.eq(COLUMNS, LANES, "is_whole"), "has_squares")
-        in_squares = f.select(has_squares, f.and_(DEPTH, -LANES, "whole_squares"), 0, "k_in_squares")
-        for k, columns in squares(f, in_squares):
+        in_squares = f.select(has_squares, f.and_(DEPTH, -2 * LANES, "whole_squares"), 0, "k_in_squares")
+        for k, columns in squares(f, in_squares, 2):
             target = f.at(TO, f.mul(f.lshr(k, 1, "word"), to_word))
-            rows = transpose(f, columns)
-            for word in range(LANES // 2):
-                f.store_pairs(rows[2 * word], rows[2 * word + 1], f.at(target, word * to_word))
+            # Neighbouring k of a column are words already, which a transposed square has where they belong.
+            for word, vector in enumerate(transpose(f, [f.pairs(column, "words") for column in columns])):
+                f.store(vector, f.at(target, word * to_word), module.vector_bytes)
         _pack_numbers(f, to_word, in_squares)
     f.end()
     return name
@@ -91,12 +91,17 @@ def _pack_numbers(f: Function, to_word: int, start: Integer) -> None:
             f.store_narrow(f.load_scalar(f.at(source, f.mul(k, FROM_K)), "value"), place)
 
 
-def squares(f: Function, depth: Integer) -> Iterator[tuple[Value, list[Value]]]:
-    """Loop over 16 k at a time of 16 columns; yield the first k, and the square, by columns."""
+def squares(f: Function, depth: Integer, numbers: int = 1) -> Iterator[tuple[Value, list[Value]]]:
+    """Loop over some k at a time of 16 columns; yield the first of them, and the columns.
+
+    Arguments:
+        numbers: how many k a column of a square has for each of the 16 lanes of a vector.
+    """
     column_offsets = [f.mul(FROM_COLUMN, lane) for lane in range(LANES)]
-    with f.for_range("square", 0, depth, LANES) as k:
+    with f.for_range("square", 0, depth, numbers * LANES) as k:
         source = f.at(FROM, f.mul(k, f.module.itemsize))
-        yield k, [f.load(f.at(source, offset), "column", f.module.itemsize) for offset in column_offsets]
+        lanes = numbers * LANES
+        yield k, [f.load(f.at(source, offset), "column", f.module.itemsize, lanes) for offset in column_offsets]
 
 
 def transpose(f: Function, rows: list[Value]) -> list[Value]:

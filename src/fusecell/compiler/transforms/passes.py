@@ -421,9 +421,11 @@ def optimise(graph: Graph, *, pairs: bool = False) -> list[tuple[str, Graph]]:
         pairs: whether it is for a CPU that multiplies pairs of bfloat16 numbers.
     """
     stages = [("traced", graph)]
-    for rewrite in (*PASSES, multiply_pairs) if pairs else PASSES:
+    for rewrite in PASSES:
         stages.append((rewrite.__name__, rewrite(stages[-1][1])))
     stages.append(("restore_names", restore_names(stages[-1][1], graph)))
+    if pairs:
+        stages.append((multiply_pairs.__name__, multiply_pairs(stages[-1][1])))
     return stages
 
 
