@@ -15,6 +15,7 @@ from fusecell.cell_tree import HasCells
 from fusecell.compiler.codegen.tile_cost import TileReport
 from fusecell.compiler.dispatch.runner import find_program, find_trainable
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, has_16_bits
+from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.programs.training import Training
 from fusecell.compiler.refusal import Refusal
@@ -378,14 +379,27 @@ def _describe_stage(kernel: Kernel, stage: Stage) -> str:
     products = [graph[index].name for index in stage.affines]
     if products:
         # The innermost dimension of a microkernel is a vector of 16 numbers, whatever the CPU's own vectors.
-        parts.append(
-            f"products {', '.join(products)} by microkernels of rows x vectors {kernel.emitted.tiles[stage.name].tiles}"
-        )
+        tiles = f"microkernels of rows x vectors {kernel.emitted.tiles[stage.name].tiles}"
+        parts.append(f"products {', '.join(products)}{_describe_pairs(kernel, stage)} by {tiles}")
     for what, indices in (("", stage.pointwise), ("reductions ", stage.reductions)):
         if indices:
             parts.append(what + ", ".join(graph[index].name for index in indices))
     features = "feature" if stage.width == 1 else "features"
     return f"{stage.width} {features}: {'; '.join(parts) or 'copies'}"
+
+
+def _describe_pairs(kernel: Kernel, stage: Stage) -> str:
+    """Say which products of a stage are computed by pairs: all, or those with a term that is."""
+    graph = kernel.plan.graph
+    paired = [
+        graph[index].name
+        for index in stage.affines
+        if any(stage.operands[row].buffer.in_pairs for row, _, _ in affine_parts(graph[index])[1])
+    ]
+    if not paired:
+        return ""
+    names = "" if len(paired) == len(stage.affines) else f"{', '.join(paired)} "
+    return f" ({names}by pairs of bfloat16 numbers)"
 
 
 def _describe_tiles(report: TileReport) -> str:
