@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusecell.compiler.backend.isa import ByteDot
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.llvm_text import FALSE, TRUE, Integer, TextBuilder, Value, literal, type_of, typed
 from fusecell.compiler.codegen.vector_math import declarations, definitions, function_name
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import DType, ceil_div, padded
-from fusecell.compiler.ir.storage import Storage
 
 __all__ = ["Function", "Module"]
 
@@ -358,149 +356,6 @@ class Function(TextBuilder):
         """Load a vector, of 16 lanes by default."""
         vector = f"<{lanes} x {self.module.scalar}>"
         return self.let(name, f"load {vector}, ptr {pointer}, align {align}", vector)
-
-    def load_stored(self, pointer: Value, stored: Storage, name: str) -> Value:
-        """Load 16 weights that are stored in another format, as float32 numbers."""
-        kind = "half" if stored is Storage.F16 else "i8"
-        align = LANES * stored.itemsize
-        loaded = self.let(
-            f"{name}.stored", f"load <{LANES} x {kind}>, ptr {pointer}, align {align}", f"<{LANES} x {kind}>"
-        )
-        if stored is Storage.F16:
-            return self.let(name, f"fpext <{LANES} x half> {loaded} to {self.module.vector}", self.module.vector)
-        whole = self.let(f"{name}.whole", f"sext <{LANES} x i8> {loaded} to <{LANES} x i32>")
-        return self.let(name, f"sitofp <{LANES} x i32> {whole} to {self.module.vector}", self.module.vector)
-
-    def store_stored(self, value: Value, pointer: Value, stored: Storage) -> None:
-        """Store 16 numbers in a format that has them exactly; pairs of bfloat16 are `store_half_word`'s."""
-        kind = "half" if stored is Storage.F16 else "i8"
-        opcode = "fptrunc" if stored is Storage.F16 else "fptosi"
-        packed = self.let("stored", f"{opcode} {typed(value)} to <{LANES} x {kind}>", f"<{LANES} x {kind}>")
-        self.store(packed, pointer, LANES * stored.itemsize)
-
-    def load_words(self, pointer: Value, name: str) -> Value:
-        """Load 16 words of 32 bits."""
-        return self.let(name, f"load <{LANES} x i32>, ptr {pointer}, align {LANES * 4}", f"<{LANES} x i32>")
-
-    def half_word(self, words: Value, half: int, name: str) -> Value:
-        """Return the bfloat16 numbers in the lower or in the upper halves of words, as float32 numbers."""
-        kind = words.type
-        move = f"and {kind} {words}, splat (i32 -65536)" if half else f"shl {kind} {words}, splat (i32 16)"
-        bits = self.let(f"{name}.bits", move, kind)
-        return self.let(name, f"bitcast {kind} {bits} to {self.module.vector}", self.module.vector)
-
-    def store_half_word(self, value: Value, pointer: Value, half: Integer) -> None:
-        """Store 16 numbers that bfloat16 has exactly in the halves of words: 0 the lower, which clears the upper."""
-        kind = f"<{LANES} x i32>"
-        bits = self.let("bits", f"bitcast {typed(value)} to {kind}", kind)
-        low = self.let("low", f"lshr {kind} {bits}, splat (i32 16)", kind)
-        there = self.load_words(pointer, "there")
-        both = self.let("both", f"or {kind} {there}, {bits}", kind)
-        is_upper = self.ne(half, 0, "is_upper")
-        words = self.let("words", f"select i1 {is_upper}, {kind} {both}, {kind} {low}", kind)
-        self.store(words, pointer, LANES * 4)
-
-    def store_byte(self, value: Value, pointer: Value, place: Integer, first: Value) -> None:
-        """Store 16 whole numbers as bytes of words; place 0, the lowest, clears the others.
-
-        What `dot_bytes` multiplies has 128 added to it, where its instruction takes unsigned bytes. So 128 times each
-        number is taken off the words at ``first``, which a sum begins with.
-        """
-        kind = f"<{LANES} x i32>"
-        whole = self.let("whole", f"fptosi {typed(value)} to {kind}", kind)
-        too_much = self.let("too_much", f"shl {kind} {whole}, splat (i32 7)", kind)
-        before = self.load_words(first, "before")
-        self.store(self.let("start", f"sub {kind} {before}, {too_much}", kind), first, LANES * 4)
-        byte = self.let("byte", f"and {kind} {whole}, splat (i32 255)", kind)
-        bits = self.let("bits", f"trunc i64 {self.mul(place, 8)} to i32", "i32")
-        shifted = self.let("shifted", f"shl {kind} {byte}, {self.splat(bits, 'bits')}", kind)
-        there = self.load_words(pointer, "there")
-        both = self.let("both", f"or {kind} {there}, {shifted}", kind)
-        is_first = self.eq(place, 0, "is_first")
-        words = self.let("words", f"select i1 {is_first}, {kind} {shifted}, {kind} {both}", kind)
-        self.store(words, pointer, LANES * 4)
-
-    def load_bytes(self, pointer: Value, name: str) -> Value:
-        """Load four whole numbers from -127 to 127; return them as the bytes of a word, in all 16 lanes.
-
-        Where the instruction of `dot_bytes` takes unsigned bytes, 128 is added to each.
-        """
-        numbers = self.load(pointer, f"{name}.numbers", self.module.itemsize, 4)
-        whole = self.let(f"{name}.whole", f"fptosi {typed(numbers)} to <4 x i32>", "<4 x i32>")
-        # What lies behind a row may be no such number: any four bytes do, as its weights are zero.
-        defined = self.let(f"{name}.defined", f"freeze <4 x i32> {whole}", "<4 x i32>")
-        bytes_ = self.let(f"{name}.bytes", f"trunc <4 x i32> {defined} to <4 x i8>", "<4 x i8>")
-        if not self._byte_dot.signed:
-            bytes_ = self.let(f"{name}.unsigned", f"xor <4 x i8> {bytes_}, splat (i8 -128)", "<4 x i8>")
-        word = self.let(f"{name}.word", f"bitcast <4 x i8> {bytes_} to i32", "i32")
-        return self.splat(word, name)
-
-    def first_of_dots(self, corrections: Value) -> Value:
-        """Return what sums of `dot_bytes` begin with, given the words that `store_byte` has at ``first``."""
-        return Value("zeroinitializer", corrections.type) if self._byte_dot.signed else corrections
-
-    def dot_bytes(self, sums: Value, numbers: Value, weights: Value, name: str) -> Value:
-        """Add to each sum of 32 bits the products of the four bytes of a lane of two vectors, by one instruction."""
-        dot = self._byte_dot
-        lanes = dot.bits // 32
-        parts = []
-        for start in range(0, LANES, lanes):
-            part = range(start, start + lanes)
-            operands = [
-                each if lanes == LANES else self.shuffle(each, None, part, f"{name}.part")
-                for each in (sums, numbers, weights)
-            ]
-            if not dot.takes_words:
-                operands[1:] = [self._as(each, dot.bytes, f"{name}.bytes") for each in operands[1:]]
-            parts.append(self.let(name, self.intrinsic(dot.intrinsic, *operands, result=dot.sums), dot.sums))
-        while len(parts) > 1:
-            lanes *= 2
-            pairs = zip(parts[::2], parts[1::2], strict=True)
-            parts = [self.shuffle(one, other, range(lanes), name) for one, other in pairs]
-        return parts[0]
-
-    @property
-    def _byte_dot(self) -> ByteDot:
-        dot = self.module.target.byte_dot
-        assert dot is not None, "panels of bytes are for targets that multiply them"
-        return dot
-
-    def _as(self, value: Value, kind: str, name: str) -> Value:
-        return self.let(name, f"bitcast {typed(value)} to {kind}", kind)
-
-    def as_numbers(self, integers: Value, name: str) -> Value:
-        """Convert 16 integers of 32 bits."""
-        return self.let(name, f"sitofp {typed(integers)} to {self.module.vector}", self.module.vector)
-
-    def narrow(self, value: Value, name: str) -> Value:
-        """Round 16 numbers to bfloat16, to the nearest, and to even between two."""
-        return self.let(name, f"fptrunc {typed(value)} to <{LANES} x bfloat>", f"<{LANES} x bfloat>")
-
-    def pairs(self, value: Value, name: str) -> Value:
-        """Round 32 numbers to bfloat16; return them two by two, as a vector of words that are no float32 numbers."""
-        kind = f"<{2 * LANES} x bfloat>"
-        return self._as(self.let("narrow", f"fptrunc {typed(value)} to {kind}", kind), self.module.vector, name)
-
-    def store_narrow(self, number: Value, pointer: Value) -> None:
-        """Store one number, rounded to bfloat16."""
-        self.store(self.let("narrow", f"fptrunc {typed(number)} to bfloat", "bfloat"), pointer, 2)
-
-    def store_pairs(self, lower: Value, upper: Value, pointer: Value) -> None:
-        """Store 16 numbers each in the lower and in the upper halves of words, rounded to bfloat16."""
-        kind, halves = f"<{LANES} x i32>", []
-        for value in (lower, upper):
-            bits = self._as(self.narrow(value, "narrow"), f"<{LANES} x i16>", "bits")
-            halves.append(self.let("half", f"zext {typed(bits)} to {kind}", kind))
-        upper = self.let("upper", f"shl {kind} {halves[1]}, splat (i32 16)", kind)
-        self.store(self.let("words", f"or {kind} {halves[0]}, {upper}", kind), pointer, LANES * 4)
-
-    def dot_pairs(self, numbers: Value, weights: Value, sums: Value, name: str) -> Value:
-        """Add to each sum the products of the two bfloat16 numbers in a lane of two vectors, by one instruction."""
-        dot = self.module.target.pair_dot
-        assert dot is not None, "panels of pairs are for targets that multiply them"
-        assert dot.sums == self.module.vector
-        pairs = [self._as(each, dot.operand, f"{name}.pairs") for each in (numbers, weights)]
-        return self.let(name, self.intrinsic(dot.intrinsic, sums, *pairs, result=dot.sums), dot.sums)
 
     def store(self, value: Value, pointer: Value, align: int) -> None:
         """Store a vector."""

@@ -20,11 +20,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from fusecell.compiler.codegen.kernel_abi import stored_vector_bytes
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.codegen.stored_numbers import (
+    as_numbers,
+    dot_bytes,
+    dot_pairs,
+    first_of_dots,
+    half_word,
+    load_bytes,
+    load_stored,
+    load_words,
+)
 from fusecell.compiler.codegen.tile_cost import TileCost
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.storage import Storage
@@ -210,7 +221,7 @@ class _Tile:
                 start = f.at(panel_at, group_offsets[group], f"panel.g{group}")
                 pointer = f.at(start, product * operands.panel_align)
                 if stored is not None and not multiplies_pairs:
-                    return f.load_stored(pointer, stored, f"w{product}.{group}")
+                    return load_stored(f, pointer, stored, f"w{product}.{group}")
                 return f.load(pointer, f"w{product}.{group}", operands.panel_align)
 
             def number(row: int) -> Value:
@@ -228,23 +239,23 @@ class _Tile:
 
         def words_of(panel: Value, product: int, group: int) -> Value:
             start = f.at(panel, group_offsets[group], f"panel.g{group}")
-            return f.load_words(f.at(start, product * operands.panel_align), f"w{product}.{group}")
+            return load_words(f, f.at(start, product * operands.panel_align), f"w{product}.{group}")
 
         # Before the weights' words is one of what a sum begins with.
-        first = [f.first_of_dots(words_of(operands.panel, product, group)) for _, product, group in self._keys]
+        first = [first_of_dots(f, words_of(operands.panel, product, group)) for _, product, group in self._keys]
         words = f.lshr(f.add(_DEPTH, 3), 2, "words")
         with f.for_range_carrying("word", 0, words, first, nonempty=True, names=names) as (word, carried):
             a_at = f.at(a, f.mul(word, 4 * f.module.itemsize), "a.k")
             panel_at = f.at(operands.panel, f.mul(f.add(word, 1), operands.panel_k), "panel.k")
-            numbers = [f.load_bytes(f.at(a_at, row_offsets[row], f"a.r{row}"), f"a{row}") for row in range(self.rows)]
+            numbers = [load_bytes(f, f.at(a_at, row_offsets[row], f"a.r{row}"), f"a{row}") for row in range(self.rows)]
             for group, product in itertools.product(range(self.groups), range(self.products)):
                 weights = words_of(panel_at, product, group)
                 for row in range(self.rows):
                     key = (row, product, group)
                     place = self._keys.index(key)
-                    carried[place] = f.dot_bytes(carried[place], numbers[row], weights, f"n.{_label(key)}")
+                    carried[place] = dot_bytes(f, carried[place], numbers[row], weights, f"n.{_label(key)}")
         return [
-            f.fadd(total, f.as_numbers(integers, "whole"), f"s.{_label(key)}")
+            f.fadd(total, as_numbers(f, integers, "whole"), f"s.{_label(key)}")
             for key, total, integers in zip(self._keys, sums, carried, strict=True)
         ]
 
@@ -273,9 +284,9 @@ class _Tile:
         for group, product in itertools.product(range(self.groups), range(self.products)):
             start = f.at(panel_at, f.mul(operands.panel_group, group), f"panel.g{group}")
             name = f"w{product}.{group}"
-            words = f.load_words(f.at(start, product * operands.panel_align), name)
+            words = load_words(f, f.at(start, product * operands.panel_align), name)
             for half in halves:
-                weights = f.half_word(words, half, name)
+                weights = half_word(f, words, half, name)
                 for row in range(self.rows):
                     key = (row, product, group)
                     position = positions[key]
@@ -286,7 +297,8 @@ class _Tile:
     ) -> None:
         """Add the products of one k: the operand of fewer registers stays in them, the other comes value by value."""
         stored = self.operands.stored
-        multiply = self.f.dot_pairs if stored is not None and stored.multiplies_pairs else self.f.fma
+        by_pairs = stored is not None and stored.multiplies_pairs
+        multiply = partial(dot_pairs, self.f) if by_pairs else self.f.fma
         rows = range(self.rows)
         columns = [(product, group) for group in range(self.groups) for product in range(self.products)]
         registers_each = TileCost(self.f.module.target, self.f.module.dtype).registers_each

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.codegen.stored_numbers import as_pairs, store_narrow, store_pairs
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.storage import Storage
 
@@ -53,7 +54,7 @@ def pack_pairs(module: Module, products: int) -> str:
         for k, columns in squares(f, in_squares, 2):
             target = f.at(TO, f.mul(f.lshr(k, 1, "word"), to_word))
             # Neighbouring k of a column are words already, which a transposed square has where they belong.
-            for word, vector in enumerate(transpose(f, [f.pairs(column, "words") for column in columns])):
+            for word, vector in enumerate(transpose(f, [as_pairs(f, column, "words") for column in columns])):
                 f.store(vector, f.at(target, word * to_word), module.vector_bytes)
         _pack_numbers(f, to_word, in_squares)
     f.end()
@@ -71,9 +72,9 @@ def _pack_rows(f: Function, to_word: int) -> None:
 
     pairs = f.lshr(DEPTH, 1, "pairs")
     with f.for_range("word", 0, pairs) as word:
-        f.store_pairs(row(word, 0), row(word, 1), f.at(TO, f.mul(word, to_word)))
+        store_pairs(f, row(word, 0), row(word, 1), f.at(TO, f.mul(word, to_word)))
     with f.for_range("last", pairs, f.sub(DEPTH, pairs)) as word:
-        f.store_pairs(row(word, 0), f.zero, f.at(TO, f.mul(word, to_word)))
+        store_pairs(f, row(word, 0), f.zero, f.at(TO, f.mul(word, to_word)))
 
 
 def _pack_numbers(f: Function, to_word: int, start: Integer) -> None:
@@ -88,7 +89,7 @@ def _pack_numbers(f: Function, to_word: int, start: Integer) -> None:
         with f.for_range("k", start, DEPTH) as k:
             word, half = f.lshr(k, 1, "word"), f.and_(k, 1, "half")
             place = f.at(f.at(target, f.mul(word, to_word)), f.mul(half, module.itemsize // 2))
-            f.store_narrow(f.load_scalar(f.at(source, f.mul(k, FROM_K)), "value"), place)
+            store_narrow(f, f.load_scalar(f.at(source, f.mul(k, FROM_K)), "value"), place)
 
 
 def squares(f: Function, depth: Integer, numbers: int = 1) -> Iterator[tuple[Value, list[Value]]]:

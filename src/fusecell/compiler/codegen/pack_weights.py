@@ -29,6 +29,7 @@ from fusecell.compiler.codegen.pack_pairs import (
     squares,
     transpose,
 )
+from fusecell.compiler.codegen.stored_numbers import store_byte, store_half_word, store_stored
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.storage import Storage
 
@@ -129,10 +130,10 @@ def _pack_stored(module: Module, products: int, stored: Storage) -> str:
         vector = f.load(columns, "columns", module.vector_bytes)
         if stored.packs_fours:
             word = f.add(f.lshr(k, 2, "word"), 1)
-            f.store_byte(vector, f.at(TO, f.mul(word, to_word)), f.and_(k, 3, "place"), first=TO)
+            store_byte(f, vector, f.at(TO, f.mul(word, to_word)), f.and_(k, 3, "place"), first=TO)
         elif stored.packs_pairs:
-            f.store_half_word(vector, f.at(TO, f.mul(f.lshr(k, 1, "word"), to_word)), f.and_(k, 1, "half"))
+            store_half_word(f, vector, f.at(TO, f.mul(f.lshr(k, 1, "word"), to_word)), f.and_(k, 1, "half"))
         else:
-            f.store_stored(vector, f.at(TO, f.mul(k, to_word)), stored)
+            store_stored(f, vector, f.at(TO, f.mul(k, to_word)), stored)
     f.end()
     return name

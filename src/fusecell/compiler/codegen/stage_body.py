@@ -16,6 +16,7 @@ from fusecell.compiler.codegen.kernel_abi import STEP, Layout, RowAddress, row_a
 from fusecell.compiler.codegen.llvm_builder import Function
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.pointwise_ops import POINTWISE_OPS
+from fusecell.compiler.codegen.stored_numbers import narrow
 from fusecell.compiler.ir.affine import affine_parts
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.traversal import resolve
@@ -203,7 +204,7 @@ class Body:
         """Round a value to the bfloat16 numbers of a buffer of pairs, of which the last has a zero if they are odd."""
         if size % 2:
             value = self.f.select(self._mask(size), value, self.f.zero, "to_the_last")
-        return self.f.narrow(value, "pairs")
+        return narrow(self.f, value, "pairs")
 
     def accumulator(self, position: int) -> Value:
         """Return the address of a tile's accumulator of one of the stage's products."""
