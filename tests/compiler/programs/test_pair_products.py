@@ -24,6 +24,7 @@ from fusecell.compiler.runtime.kernel import schedule
 from fusecell.compiler.transforms.passes import optimise
 from fusecell.errors import CompilerError
 from fusecell.execution.options import Options
+from fusecell.exporting.targets import TARGETS, target_named
 from tests.compiler import force_threads
 from tests.compiler.tuned import tuned
 
@@ -67,6 +68,7 @@ def test_levels_that_can_be_asked_for_have_none():
     for level in host_target().isa.levels:
         features = host_target().isa.features_of(level)
         assert target_of(level, "", host_target().triple, frozenset(features)).pair_dot is None
+    assert all(target_named(target).machine.pair_dot is None for target in TARGETS), "exports run on any such CPU"
 
 
 @every_kind
