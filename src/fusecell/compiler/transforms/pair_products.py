@@ -15,22 +15,24 @@ def multiply_pairs(graph: Graph) -> Graph:
     Of an input of the layer that changes nothing: it has such numbers. A state, or a gradient, is rounded as torch
     rounds it when it hands it from one operation to the next; the sums stay float32.
     """
-    weights = _paired_weights(graph)
+    weights, rounded = _paired_weights(graph), dict[int, int]()
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
-        node = graph[index]
+        node, operands = graph[index], list(args)
         if index in weights:
             return builder.append(node.op, (), {**node.attrs, "stored": Storage.BF16_BF16.value}, node.name)
         if node.op == "affine":
-            operands = list(args)
-            start = len(args) - 2 * len(node.attrs["terms"])
-            for place in range(start, len(args), 2):
+            for place in range(len(args) - 2 * len(node.attrs["terms"]), len(args), 2):
                 if node.args[place + 1] in weights:
-                    operands[place] = builder.add(
-                        "to_bfloat16", args[place], name=f"{builder.nodes[args[place]].name}.pairs"
-                    )
-            return builder.add_like(node, operands)
-        return builder.add_like(node, args)
+                    operands[place] = rounded_operand(builder, args[place])
+        return builder.add_like(node, operands)
+
+    def rounded_operand(builder: Builder, operand: int) -> int:
+        # Appended, as nothing else may read it: the step's own rounding of a value is another node.
+        if operand not in rounded:
+            name = f"{builder.nodes[operand].name}.pairs"
+            rounded[operand] = builder.append("to_bfloat16", (operand,), {}, name)
+        return rounded[operand]
 
     return rebuild(graph, rewrite) if weights else graph
 
