@@ -13,7 +13,8 @@ def multiply_pairs(graph: Graph) -> Graph:
     """Round what weights of bfloat16 numbers multiply to such numbers too, and say so of the weights.
 
     Of an input of the layer that changes nothing: it has such numbers. A state, or a gradient, is rounded as torch
-    rounds it when it hands it from one operation to the next; the sums stay float32.
+    rounds it when it hands it from one operation to the next; the sums stay float32. A graph without such weights is
+    returned itself.
     """
     weights, rounded = _paired_weights(graph), dict[int, int]()
 

@@ -424,8 +424,9 @@ def optimise(graph: Graph, *, pairs: bool = False) -> list[tuple[str, Graph]]:
     for rewrite in PASSES:
         stages.append((rewrite.__name__, rewrite(stages[-1][1])))
     stages.append(("restore_names", restore_names(stages[-1][1], graph)))
-    if pairs:
-        stages.append((multiply_pairs.__name__, multiply_pairs(stages[-1][1])))
+    paired = multiply_pairs(stages[-1][1]) if pairs else stages[-1][1]
+    if paired is not stages[-1][1]:
+        stages.append((multiply_pairs.__name__, paired))
     return stages
 
 
