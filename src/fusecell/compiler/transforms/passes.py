@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from fusecell.compiler.ir.affine import Term, affine_parts
+from fusecell.compiler.ir.affine import Term, affine_parts, multiply_pairs
 from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node, rebuild
 from fusecell.compiler.ir.naming import restore_names
 from fusecell.compiler.ir.primitives import LANES, PRIMITIVES
 from fusecell.compiler.ir.traversal import resolve
-from fusecell.compiler.transforms.pair_products import multiply_pairs
 
 __all__ = ["PASSES", "optimise"]
 
