@@ -41,6 +41,7 @@ def main() -> None:
 
 def _tasks(options: argparse.Namespace) -> dict[str, dict[str, Callable[[], Any]]]:
     import torch
+    from torch.func import functional_call, grad, jvp
 
     import fusecell as fc
 
@@ -58,6 +59,17 @@ def _tasks(options: argparse.Namespace) -> dict[str, dict[str, Callable[[], Any]
             along = torch.stack([(a * b).sum() for a, b in zip(first, direction, strict=True)]).sum()
             return torch.autograd.grad(along, weights)
 
+    layer = fc.Recurrent(cell)
+    names = [name for name, _ in layer.named_parameters()]
+    primals = tuple([value.detach() for value in weights])
+
+    def forward_over_reverse(runner: str) -> Any:
+        def loss(*values: Any) -> Any:
+            return functional_call(layer, dict(zip(names, values, strict=True)), (inputs,))[0].square().mean()
+
+        with fc.runner(runner):
+            return jvp(grad(loss, tuple(range(len(names)))), primals, tuple(direction))[1]
+
     def penalty(runner: str) -> Any:
         x = inputs.clone().requires_grad_()
         with fc.runner(runner):
@@ -66,7 +78,11 @@ def _tasks(options: argparse.Namespace) -> dict[str, dict[str, Callable[[], Any]
             return torch.autograd.grad((slope.norm(dim=2) - 1).square().mean(), weights)
 
     in_jax = _jax_tasks([value.detach().numpy() for value in weights], inputs.numpy(), [d.numpy() for d in direction])
-    ours = {"product with the Hessian": hessian_product, "gradient penalty": penalty}
+    ours = {
+        "product with the Hessian": hessian_product,
+        "product with the Hessian, jvp(grad)": forward_over_reverse,
+        "gradient penalty": penalty,
+    }
     return {
         name: {
             "fusecell": lambda task=task: task("compiled"),  # type: ignore[misc]
@@ -94,8 +110,9 @@ def _jax_tasks(weights: list[Any], x: Any, direction: list[Any]) -> dict[str, Ca
     # Forward over reverse, the faster of the two ways to write it.
     product = jax.jit(lambda weights, direction: jax.jvp(jax.grad(loss), (weights,), (direction,))[1])
     of_penalty = jax.jit(jax.grad(penalty))
+    names = ("product with the Hessian", "product with the Hessian, jvp(grad)")
     return {
-        "product with the Hessian": lambda: jax.block_until_ready(product(weights, direction)),
+        **dict.fromkeys(names, lambda: jax.block_until_ready(product(weights, direction))),
         "gradient penalty": lambda: jax.block_until_ready(of_penalty(weights)),
     }
 

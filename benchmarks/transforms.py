@@ -1,6 +1,7 @@
 """Time transforms of torch.func against the Python loop and JAX, in turns: ``python -m benchmarks.transforms``.
 
-An ensemble, forward and backward; gradients of each row by itself; a derivative along a direction (jvp).
+An ensemble, forward and backward, by ``vmap`` and as ``fc.Ensemble``; gradients of each row by itself; a derivative
+along a direction (jvp).
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ def _tasks(options: argparse.Namespace) -> dict[str, dict[str, Task]]:
         y = vmap(lambda weights, tables, x: functional_call(layer, (weights, tables), (x,))[0])(stacked, buffers, x)
         return torch.autograd.grad(y.square().mean(), leaves)
 
+    together = fc.Ensemble(members)
+
+    def by_class() -> Any:
+        return torch.autograd.grad(together(x, each=True)[0].square().mean(), list(together.parameters()))
+
     def one_by_one() -> Any:
         outputs = [member(value)[0] for member, value in zip(members, x, strict=True)]
         loss = torch.stack([y.square().mean() for y in outputs]).mean()
@@ -100,7 +106,8 @@ def _tasks(options: argparse.Namespace) -> dict[str, dict[str, Task]]:
 
     in_jax = _jax_tasks([[w.detach().numpy() for w in m.parameters()] for m in members], x.numpy(), along.numpy())
     tasks = {
-        "ensemble, forward and backward": (ensemble, one_by_one),
+        "ensemble by vmap": (ensemble, one_by_one),
+        "fc.Ensemble": (by_class, one_by_one),
         "gradients of each row": (of_rows, of_all_rows),
         "jvp": (tangent, forward),
     }
@@ -123,7 +130,8 @@ def _jax_tasks(weights: list[list[Any]], x: Any, along: Any) -> dict[str, Task]:
     of_rows = jax.jit(jax.vmap(of_row, in_axes=(None, 1)))
     tangent = jax.jit(lambda x, along: jax.jvp(lambda x: outputs(own, x), (x,), (along,)))
     return {
-        "ensemble, forward and backward": lambda: jax.block_until_ready(ensemble(stacked, x)),
+        "ensemble by vmap": lambda: jax.block_until_ready(ensemble(stacked, x)),
+        "fc.Ensemble": lambda: jax.block_until_ready(ensemble(stacked, x)),
         "gradients of each row": lambda: jax.block_until_ready(of_rows(own, x[0])),
         "jvp": lambda: jax.block_until_ready(tangent(x[0], along)),
     }
