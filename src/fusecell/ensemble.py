@@ -26,9 +26,10 @@ class Ensemble(nn.Module):
     .. math:: y_k = f(x; W_k) \qquad k = 1 \dots K
 
     Each member is made on its own, so that each begins with weights of its own; optimisers, ``state_dict`` and
-    ``to`` see one module with the member's names. Each member's numbers have the bits that it has alone. What runs is
-    ``torch.vmap`` over the weights: layers of fusecell run their kernels for all members side by side, on torch's
-    threads. What is no parameter and no buffer of a member, all have from the first.
+    ``to`` see one module with the member's names. Each member's numbers have the bits that it has alone, in float32 and
+    float64; those of 16-bit layers are the Python loop's. Layers of fusecell run their kernels for all members side by
+    side, on torch's threads; whatever else there is runs under ``torch.vmap`` over the weights. What is no parameter
+    and no buffer of a member, all have from the first.
 
     Example:
         >>> import torch, fusecell as fc
