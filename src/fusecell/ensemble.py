@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.execution.call_form import PreparedArguments
 from fusecell.execution.call_path import call
+from fusecell.execution.natively import natively
 from fusecell.layers.sequential import Sequential
 from fusecell.torch_internals import has_hooks
 
@@ -110,6 +111,7 @@ class Ensemble(nn.Module):
             x, each = x.expand(self.size, *x.shape), True
         return self._run(part, x, tuple([state for state in states if state is not None]), each, options)
 
+    @natively
     def _prepared(self, module: nn.Module, x: Any, each: bool) -> PreparedArguments | None:
         """Return how a call of a member is prepared, where the members are layers whose call is one kernel."""
         prepared_call = getattr(module, "prepared_call", None)

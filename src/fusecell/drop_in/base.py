@@ -149,6 +149,7 @@ class Scanned:
         """Return the form of a call, of the input's number of dimensions."""
         return sequence_form(dims == 3, self.batch_first, True, False, bool(self.recompute))
 
+    @natively
     def prepared_call(self, input: Any, dims: int) -> PreparedArguments | None:
         """Return how a call without options is prepared, given the input's number of dimensions; None if it isn't.
 

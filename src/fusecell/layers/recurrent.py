@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusecell.cell import Cell
 from fusecell.execution.call_form import PreparedArguments, sequence_form
+from fusecell.execution.natively import natively
 from fusecell.execution.options import Recompute, State, check_recompute
 from fusecell.execution.symbolic_trace import is_proxy, record_call
 from fusecell.layers.arguments import Lengths
@@ -112,6 +113,7 @@ class Recurrent(nn.Module):
             **data,
         )
 
+    @natively
     def prepared_call(self, input: Any, dims: int) -> PreparedArguments | None:
         """Return how a call without options is prepared, given the input's number of dimensions; None if it isn't.
 

@@ -281,7 +281,9 @@ def test_sixteen_bits_have_the_graph_of_float32(dtype: torch.dtype) -> None:
     result = trace(cell.to(dtype), [(5,)], dtype, gradients=True)
     assert isinstance(expected, Traced)
     assert isinstance(result, Traced)
-    assert result.graph.text == expected.graph.text
+    marked = '"numbers": "bf16", '  # of matrices, which may be multiplied by pairs
+    assert result.graph.text.count(marked) == (2 if dtype is torch.bfloat16 else 0)
+    assert result.graph.text.replace(marked, "") == expected.graph.text
     assert (result.dtype, expected.dtype) == (dtype, torch.float32)
 
 
