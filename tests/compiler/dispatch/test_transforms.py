@@ -204,21 +204,14 @@ def compare(layer: nn.Module, transform: Callable[..., Any], compiled: str = "co
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-NESTED = [
-    name for name in TRANSFORMS if name.startswith(("jvp of a", "products", "product of", "Hessian", "pullbacks"))
-]
+SECOND = ("jvp of a", "products", "product of", "Hessian", "pullbacks")
+NESTED = [name for name in TRANSFORMS if name.startswith(SECOND)]
 """Second derivatives, which take the longest to compile: of two layers only."""
+BOTH = ("gru", "several outputs")
+CASES = [(one, other) for one in LAYERS for other in TRANSFORMS if other not in NESTED or one in BOTH]
 
 
-@pytest.mark.parametrize(
-    ("layer", "transform"),
-    [
-        (one, other)
-        for other in TRANSFORMS
-        for one in LAYERS
-        if other not in NESTED or one in ("gru", "several outputs")
-    ],
-)
+@pytest.mark.parametrize(("layer", "transform"), CASES)
 def test_results_are_those_of_the_loop(layer: str, transform: str) -> None:
     torch.manual_seed(2)
     compare(LAYERS[layer]().to(DTYPE), TRANSFORMS[transform])
