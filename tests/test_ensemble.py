@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -128,6 +130,21 @@ def test_weights_learn_after_a_call_without_gradients():
         with torch.set_grad_enabled(recording):
             y = torch.vmap(lambda w: torch.func.functional_call(layer, w, (x,))[0])(weights)
     assert all(value.abs().sum() > 0 for value in torch.autograd.grad(y.sum(), list(weights.values())))
+
+
+def test_prepared_calls_keep_no_weight_alive():
+    models, x = fc.Ensemble(lambda: fc.Recurrent(fc.cells.MGUCell(3, 4)), 2), torch.randn(5, 2, 3)
+    for _ in range(3):
+        models(x)[0].sum().backward()
+    assert prepared_calls(models) == 1
+    weights = [weakref.ref(value) for value in models.parameters()]
+    models.zero_grad()
+    for module in models.modules():
+        for name, value in list(module._parameters.items()):
+            module._parameters[name] = nn.Parameter(value.detach().clone())
+    del module, value
+    gc.collect()
+    assert not any(weight() for weight in weights)
 
 
 def test_hooks_and_changes_of_a_layer_are_seen():

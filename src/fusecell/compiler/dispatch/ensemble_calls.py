@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecell.cell import Cell
-from fusecell.compiler.dispatch.cached_calls import CachedCall, TrainingCall, without_weights
+from fusecell.compiler.dispatch.cached_calls import CachedCall, TrainingCall
 from fusecell.compiler.dispatch.conversion import selector
 from fusecell.compiler.dispatch.eligibility import needs_gradient
 from fusecell.compiler.dispatch.prepare_call import guarded_tensors, is_preparable
@@ -27,6 +27,7 @@ from fusecell.compiler.frontend.dtypes import has_16_bits
 from fusecell.compiler.ir.sizes import padded
 from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.programs.inference import Program
+from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.members import of_member
 from fusecell.compiler.programs.prepacked import KernelCell
 from fusecell.compiler.programs.rebind import rebound
@@ -83,8 +84,9 @@ def prepare_members(
     try:
         if isinstance(step, Program):
             return CachedCall(guards, check, _MembersInference(step, call, members))
-        paths = [path for path, _ in leaves]
-        return CachedCall(guards, check, _MembersTraining(step, without_weights(cell), paths, call, members))
+        # Not the cell itself: a cached call keeps no weight alive, and gets those of its call when it is run again.
+        template = rebound(cell, {path: args[0].new_empty(0) for path in indices}, ())
+        return CachedCall(guards, check, _MembersTraining(step, template, [path for path, _ in leaves], call, members))
     except NotPreparable:
         return None
 
@@ -109,6 +111,22 @@ class _Members:
         result.distances = [self.distances[index] for index in indices]
         return result
 
+    def strides(
+        self, prepared: PreparedCall, saved: Sequence[tuple[int, int]], saved_bytes: int
+    ) -> npt.NDArray[np.int64]:
+        """Return how much each argument differs in the next member, of those that a call reads and what is saved.
+
+        Arguments:
+            saved: the slot of each saved value, and its offset.
+            saved_bytes: of a member's saved values.
+        """
+        result = np.zeros(prepared.slots, np.int64)
+        for slot, index in prepared.reads:
+            result[slot] = self.distances[index]
+        for slot, _ in saved:
+            result[slot] = saved_bytes
+        return result
+
     def arguments(self, values: array[int], strides: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the arguments of each member, of those of the first and how much each differs in the next."""
         return np.frombuffer(values, np.int64) + np.arange(self.size)[:, None] * strides
@@ -120,14 +138,10 @@ class _MembersForward(BoundForward):
     def __init__(self, indexed: IndexedKernel, call: ExampleCall, members: _Members, saved_size: int = 0) -> None:
         super().__init__(indexed, call, saved_size and padded(saved_size))
         self._members = members
-        self._strides = np.zeros(self.prepared.slots, np.int64)
         itemsize = indexed.kernel.itemsize
-        for slot, index in self.prepared.reads:
-            self._strides[slot] = members.distances[index]
+        self._strides = members.strides(self.prepared, self._saved, self._saved_size * itemsize)
         for slot, shape in self._after:
             self._strides[slot] = math.prod(shape) * itemsize
-        for slot, _ in self._saved:
-            self._strides[slot] = self._saved_size * itemsize
         if self._shape is not None:
             self._strides[self._output] = math.prod(self._shape) * itemsize
 
@@ -157,14 +171,9 @@ class _MembersBackward(BoundBackward):
     def __init__(self, training: Training, call: ExampleCall, requires_grad: Sequence[bool], members: _Members) -> None:
         super().__init__(training, call, requires_grad)
         self._members = members
-        steps, rows = call.sizes
-        self._saved_size = padded(training.saved_size(steps * rows))
-        self._strides = np.zeros(self.prepared.slots, np.int64)
-        itemsize = training.backward.kernel.itemsize
-        for slot, index in self.prepared.reads:
-            self._strides[slot] = members.distances[index]
-        for slot, _ in self._saved:
-            self._strides[slot] = self._saved_size * itemsize
+        (steps, rows), itemsize = call.sizes, training.backward.kernel.itemsize
+        saved_bytes = padded(training.saved_size(steps * rows)) * itemsize
+        self._strides = members.strides(self.prepared, self._saved, saved_bytes)
         for slot, _, shape in (*self._empty, *self._zeroed):
             self._strides[slot] = math.prod(shape) * itemsize
 
