@@ -144,7 +144,7 @@ def test_prepared_calls_keep_no_weight_alive():
             module._parameters[name] = nn.Parameter(value.detach().clone())
     del module, value
     gc.collect()
-    assert not any(weight() for weight in weights)
+    assert all(weight() is None for weight in weights)
 
 
 def test_hooks_and_changes_of_a_layer_are_seen():

@@ -127,13 +127,14 @@ def _average_pool(
 ) -> Row:
     dims = len(kernel)
     pads = _each(padding, dims)
-    if ceil_mode or (any(pads) and not count_padding):
-        options = kernel, _each(stride or kernel, dims), pads, ceil_mode, count_padding, divisor
-        return resized(w, x, _average_tables(x.shape[-dims:], *options))
+    steps = _each(stride or kernel, dims)
+    tables = _average_tables(x.shape[-dims:], kernel, steps, pads, ceil_mode, count_padding, divisor)
+    if tables is not None:
+        return resized(w, x, tables)
 
     def windows(numbers: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(numbers, [amount for p in reversed(pads) for amount in (p, p)])
-        return _unfolded(padded, kernel, _each(stride or kernel, dims), (1,) * dims)
+        return _unfolded(padded, kernel, steps, (1,) * dims)
 
     total = w.reduce("sum", w.move(windows, x), [-1], False)
     return w.point("div", total, float(divisor or math.prod(kernel)))
@@ -152,15 +153,16 @@ def _average_pool_backward(
 ) -> Row:
     dims = len(kernel)
     pads = _each(padding, dims)
-    if ceil_mode or (any(pads) and not count_padding):
-        options = kernel, _each(stride or kernel, dims), pads, ceil_mode, count_padding, divisor
-        return resized(w, g, [table.T for table in _average_tables(x.shape[-dims:], *options)])
+    steps = _each(stride or kernel, dims)
+    tables = _average_tables(x.shape[-dims:], kernel, steps, pads, ceil_mode, count_padding, divisor)
+    if tables is not None:
+        return resized(w, g, [table.T for table in tables])
     # Each channel is convolved by itself, with a kernel of equal numbers.
     channels = math.prod(x.shape[1:-dims])
     shape = (channels, 1, *kernel)
     node = w.builder.add("broadcast", w.builder.const(1.0 / (divisor or math.prod(kernel))), size=math.prod(shape))
     kernel_row = Row(shape, node, None, arranged(shape))
-    geometry = Geometry(_each(stride or kernel, dims), pads, (1,) * dims, channels)
+    geometry = Geometry(steps, pads, (1,) * dims, channels)
     flat: Row = w.move(lambda numbers: numbers.reshape(numbers.shape[0], channels, *numbers.shape[-dims:]), g)
     image = image_gradient(w, flat, kernel_row, x.shape[-dims:], geometry)
     result: Row = w.move(lambda numbers: numbers.reshape(x.shape), image)
@@ -175,8 +177,13 @@ def _average_tables(
     ceil_mode: bool,
     count_padding: bool,
     divisor: int | None,
-) -> list[Tensor]:
-    """Return the (size, windows) weights of each axis: a window's number of elements is a product of its sides."""
+) -> list[Tensor] | None:
+    """Return the (size, windows) weights of each axis; None where all windows count as many elements.
+
+    A window's number of elements is a product of its sides.
+    """
+    if not ceil_mode and (count_padding or not any(padding)):
+        return None
     tables = [
         torch.nn.functional.avg_pool1d(
             torch.eye(size, dtype=torch.float64)[None], taps, step, pad, ceil_mode, count_padding
