@@ -46,7 +46,7 @@ def _run(dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bits_are_those_of_separate_functions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     shared, few = _run(dtype)
-    monkeypatch.setattr(codegen, "share_functions", lambda functions, tables: functions)
+    monkeypatch.setattr(codegen, "share_functions", lambda functions, tables: (functions, tables))
     separate, many = _run(dtype)
     assert few < many
     assert all(torch.equal(a, b) for a, b in zip(shared, separate, strict=True))
@@ -61,12 +61,12 @@ def _function(name: str, *slots: int, stride: int = 64, calls: str = "") -> str:
 
 
 def test_slots_that_all_have_stay_constants() -> None:
-    first, caller = share_functions(
+    (first, caller), _ = share_functions(
         [_function("a", 8, 24, 8), _function("b", 16, 24, 16), _function("c", 0, 0, 0, stride=8, calls="b")]
     )
     assert first.startswith("define internal void @a(ptr %args, i64 %n, i64 %slot.at0) noinline")
     assert re.findall(r"ptr %args, i64 (\S+)", first) == ["%n,", "%slot.at0", "24", "%slot.at0"]
-    assert "call void @a(ptr %args, i64 %n, i64 16)" in caller
+    assert "call void @a(ptr %args, i64 %n, i64 noundef 16)" in caller
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,33 @@ def test_slots_that_all_have_stay_constants() -> None:
 )
 def test_functions_that_differ_in_more_stay_apart(other: str) -> None:
     functions = [_function("a", 8, 24), other]
-    assert share_functions(functions) == functions
+    assert share_functions(functions) == (functions, [])
 
 
 def test_functions_in_tables_stay_as_they_are() -> None:
     functions = [_function("a", 8, 24), _function("b", 16, 24)]
-    assert share_functions(functions, ["@table = internal constant [1 x ptr] [ptr @b]\n"]) == functions
+    tables = ["@table = internal constant [1 x ptr] [ptr @b]\n"]
+    assert share_functions(functions, tables) == (functions, tables)
+
+
+def test_callers_of_functions_that_became_one_become_one() -> None:
+    """Slots that they pass on are parameters as their own are."""
+    inner = [_function(f"inner{each}", 8 * each) for each in (1, 2, 3)]
+    outer = [_function(f"outer{each}", 80, calls=f"inner{each}") for each in (1, 2, 3)]
+    functions, _ = share_functions([*outer, _function("caller", 0, 0, calls="outer3"), *inner])
+    shared_outer, caller, shared_inner = functions
+    assert "define internal void @inner1(ptr %args, i64 %n, i64 %slot.at0)" in shared_inner
+    assert "define internal void @outer1(ptr %args, i64 %n, i64 %slot.at0)" in shared_outer
+    assert "call void @inner1(ptr %args, i64 %n, i64 noundef %slot.at0)" in shared_outer
+    assert "call void @outer1(ptr %args, i64 %n, i64 noundef 24)" in caller
+
+
+def test_tables_of_the_same_entries_become_one() -> None:
+    readers = [
+        _function(name, 8).replace("  ret void", f"  store ptr @{name}.table, ptr %n\n  ret void") for name in "ab"
+    ]
+    tables = [f"@{name}.table = internal constant [1 x ptr] [ptr @f]\n" for name in "ab"]
+    other = "@other = internal constant [1 x ptr] [ptr @g]\n"
+    functions, remaining = share_functions(readers, [*tables, other])
+    assert remaining == [tables[0], other]
+    assert functions == readers[:1]

@@ -94,7 +94,7 @@ def emit(plan: Plan, target: Target, *, share: bool = False) -> Emitted:
     emit_main_loop(module, layout, plan, panels)
     emit_entries(module)
     if share:
-        module.functions = share_functions(module.functions, module.tables)
+        module.functions, module.tables = share_functions(module.functions, module.tables)
     return Emitted(module.text(), layout.slots, layout.pointers, layout.scratch, layout.sizes, slack(module), tiles)
 
 

@@ -20,6 +20,7 @@ fills the array once and changes only addresses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, unique
 
@@ -176,6 +177,8 @@ def stored_vector_bytes(module: Module, stored: Storage | None) -> int:
 
 UNROLLED_SAVED = 32
 """Saved values, at the most, whose addresses are set one by one; more are set in a loop."""
+UNROLLED_BUFFERS = 64
+"""The same of buffers in the scratch memory."""
 SPLIT_SUM_BYTES = 2 << 20
 """Bytes of weight gradients up to which there is room for two partial sums; beyond, writing and adding the second takes
 longer than it saves. It decides bits of gradients, so it is the same on every machine."""
@@ -321,19 +324,43 @@ class Layout:
         threads_before = f.select(is_padded, THREAD_ID, 0, "threads_before")
         # A gap between the parts of any two threads, and another behind the last, before the next buffer.
         gap = f.module.target.tuning.thread_gap_bytes
+        counts = (rows, chunk_rows, chunk_steps, helpers)
+        if len(self.sizes) > UNROLLED_BUFFERS:
+            self._assign_many(f, scratch, counts, f.mul(threads_before, gap))
+            return
         with f.if_(f.ne(scratch, NULL, "has_scratch"), "assign"):
             start = scratch
             for name, size in self.sizes.items():
                 self.set_buffer(f, name, f.at(start, f.mul(threads_before, gap if size.gaps else 0)))
                 total: Integer = size.fixed
-                for count, bytes_ in (
-                    (rows, size.per_row),
-                    (chunk_rows, size.per_chunk_row),
-                    (chunk_steps, size.per_chunk_step),
-                    (helpers, size.per_helper),
-                ):
+                for count, bytes_ in zip(counts, _bytes_per(size), strict=True):
                     total = f.add(total, f.mul(count, bytes_))
                 start = f.at(start, f.align_up(total, ALIGNMENT), name)
+
+    def _assign_many(self, f: Function, scratch: Value, counts: Sequence[Integer], gaps_before: Integer) -> None:
+        """Write the addresses of all buffers in a loop, over a table of their sizes."""
+        rows = [[int(size.gaps > 0), size.fixed, *_bytes_per(size)] for size in self.sizes.values()]
+        table = f.module.integers("buffer.sizes", [number for row in rows for number in row])
+        addresses = self._slot(f, f"at.{next(iter(self.sizes))}")
+        start_at = f.alloca("buffer.start.at", type="ptr")
+        f.store_pointer(scratch, start_at)
+        count = f.select(f.ne(scratch, NULL, "has_scratch"), len(rows), 0, "buffers")
+        with f.for_range("buffer", 0, count) as each:
+            row = f.at(table, f.mul(each, SLOT_BYTES * len(rows[0])))
+            has_gaps, fixed, *bytes_per = (
+                f.load_int(f.at(row, SLOT_BYTES * place), "buffer.size") for place in range(len(rows[0]))
+            )
+            start = f.load_pointer(start_at, "buffer.start")
+            f.store_pointer(f.at(start, f.mul(has_gaps, gaps_before)), f.at(addresses, f.mul(each, SLOT_BYTES)))
+            total: Integer = fixed
+            for rows_or_steps, bytes_ in zip(counts, bytes_per, strict=True):
+                total = f.add(total, f.mul(rows_or_steps, bytes_))
+            f.store_pointer(f.at(start, f.align_up(total, ALIGNMENT)), start_at)
+
+
+def _bytes_per(size: Size) -> tuple[int, ...]:
+    """Return a buffer's bytes for each row, row of a chunk, step of a chunk, and thread but the first."""
+    return size.per_row, size.per_chunk_row, size.per_chunk_step, size.per_helper
 
 
 def _caller_slots(plan: Plan) -> list[str]:

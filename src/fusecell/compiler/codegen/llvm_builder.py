@@ -123,7 +123,7 @@ class Function(TextBuilder):
         moves_buffers: bool = False,
     ) -> None:
         super().__init__(params, module.declares)
-        self.module, self.moves_buffers = module, moves_buffers
+        self.module, self.name, self.moves_buffers = module, name, moves_buffers
         # Never inlined: a microkernel is shared by all stages that use its tile, and every copy takes time to compile.
         linkage = "" if exported else "internal "
         kind = "" if exported else "noinline "
@@ -134,10 +134,11 @@ class Function(TextBuilder):
         self._used.add("entry")
         self._scopes: list[dict[str, Any]] = [{}]
 
-    def end(self) -> None:
-        """Close the function and add it to its module."""
+    def end(self) -> str:
+        """Close the function and add it to its module; return its name."""
         self.do("ret void")
         self.module.functions.append("\n".join([self._head, *self.lines, "}\n"]))
+        return self.name
 
     # Value numbering: an instruction without side effects is not emitted again where its result is available.
 

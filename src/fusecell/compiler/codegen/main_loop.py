@@ -137,19 +137,20 @@ class _MainLoop:
             "once": FALSE, "hoisted": once_per_chunk, "loop": once_per_step, "post": once_per_chunk
         }  # fmt: skip
         with f.if_(f.ne(packed, 1, "is_unpacked"), "pack"):
+            groups = dict.fromkeys(self.module.groups(panel.width) for panel in self.panels)
+            shares = {count: f.partition(count, THREAD_ID, THREADS) for count in groups}
             for panel, phase in self.panels.items():
                 with f.unless(self.pack_on_use[phase], "panel"):
-                    self._pack(panel)
+                    self._pack(panel, *shares[self.module.groups(panel.width)])
             # Vectors and their functions are small: partitioned, they would need a barrier after each stage.
             with self.team.leader():
                 self._copy_vectors()
                 for stage in self.plan.stages_of("once"):
                     self._call(stage, StepRows(0, 0, 0, 0), (0, 1), (0, 1))
 
-    def _pack(self, panel: Panel) -> None:
-        """Pack this thread's share of a panel's column groups."""
+    def _pack(self, panel: Panel, first: Integer, last: Integer) -> None:
+        """Pack this thread's share of a panel's column groups, from ``first`` up to ``last``."""
         f, module = self.f, self.module
-        first, last = f.partition(module.groups(panel.width), THREAD_ID, THREADS)
         to = f.at(self.layout.buffer(f, panel.name), f.mul(first, panel.group_bytes(module)))
         f.call(pack_panel_name(panel), ARGS, first, f.sub(last, first), to)
 

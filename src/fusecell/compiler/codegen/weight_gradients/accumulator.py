@@ -22,12 +22,11 @@ alone, not on its threads, so the bits don't either.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layout
 from fusecell.compiler.codegen.llvm_builder import Function, Module
-from fusecell.compiler.codegen.llvm_text import FALSE, Integer, Value
+from fusecell.compiler.codegen.llvm_text import FALSE, Integer, Value, i1, i64, ptr
 from fusecell.compiler.codegen.weight_gradients.kernels import RowRange, add_partial, add_to_caller
 from fusecell.compiler.codegen.work_sharing import Team
 from fusecell.compiler.ir.primitives import LANES
@@ -40,6 +39,9 @@ ROW_PANEL = 512
 """Rows that are added up before they are added to the total. Part of the numerical promise: it decides bits."""
 _MIN_SPLIT_ROWS = 16
 """Rows of a step from which split sums cost little on one thread. Decides bits, too."""
+
+
+_IS_SPLIT, _SPLIT = i1("is_split"), i64("split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ class GradientAccumulator:
         for counters in (self._filled, self._full_panels):
             f.store_int(0, counters)
             f.store_int(0, f.at(counters, 8))
-        self._in_place = {each.name: self._use_in_place(f, each) for each in self._whole_gradients()}
+        for reduction in self._whole_gradients():
+            f.call(self._use_in_place(reduction), ARGS, self._is_split)
 
     def split_rows(self, f: Function, team: Team) -> Value:
         """Decide whether rows are split, and which splits are this thread's alone, or shared with the others.
@@ -206,9 +209,7 @@ class GradientAccumulator:
         # Below, threads read splits that others have summed; of shared ones a barrier has come before.
         team.barrier(self._is_private)
         for reduction in self.plan.sums:
-            in_place = self._in_place.get(reduction.name, FALSE)
-            with f.unless(in_place, "not_in_place"):
-                self._add_to_caller(f, team, reduction, self.layout.buffer(f, reduction.total))
+            f.call(self._add_to_caller(reduction), ARGS, self._is_split, THREAD_ID, THREADS)
 
     def _whole_gradients(self) -> list[Sum]:
         """List the sums that are a whole gradient, with rows of whole vectors."""
@@ -219,21 +220,24 @@ class GradientAccumulator:
             if reduction.label in covered and not reduction.flipped and not reduction.width % LANES
         ]
 
-    def _use_in_place(self, f: Function, reduction: Sum) -> Value:
-        """Accumulate directly in the caller's gradient when its layout matches and no second split exists."""
+    def _use_in_place(self, reduction: Sum) -> str:
+        """Write a function that sums in the caller's gradient, if its layout matches and there is no second split.
+
+        Like the next ones a function for each gradient: those of gradients of one shape are compiled once.
+        """
+        f = Function(self.module, f"{reduction.name}.use_in_place", ARGS, _IS_SPLIT)
         layout, itemsize, label = self.layout, self.module.itemsize, reduction.label
         strides = [(0, self.module.row_bytes(reduction.width)), (1, itemsize)]
         if len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 1:
             strides = [(0, itemsize)]
         low_bits = f.and_(layout.integer(f, f"out.{label}.ptr"), ALIGNMENT - 1, "low_bits")
-        not_split = f.not_(self._is_split, "not_split")
-        fits = f.and_(not_split, f.eq(low_bits, 0, "is_aligned"), "fits")
+        fits = f.and_(f.not_(_IS_SPLIT, "not_split"), f.eq(low_bits, 0, "is_aligned"), "fits")
         for dim, stride in strides:
             is_packed = f.eq(layout.integer(f, f"out.{label}.stride{dim}"), stride, "is_packed")
             fits = f.and_(fits, is_packed, "fits")
         with f.if_(fits, "in_place"):
             layout.set_buffer(f, reduction.total, layout.pointer(f, f"out.{label}.ptr"))
-        return fits
+        return f.end()
 
     def _bytes(self, reduction: Sum) -> int:
         """Return the bytes of a gradient's accumulators."""
@@ -254,14 +258,21 @@ class GradientAccumulator:
         with f.if_(f.ne(full_panels, 0, "is_not_first"), "add_part"):
             team.barrier(self._is_shared)
             for reduction in self.plan.sums:
-                vectors = self._bytes(reduction) // self.module.vector_bytes
-                share = f.partition(vectors, self._thread_id, self._threads)
-                begin, end = (f.mul(vector, self.module.vector_bytes) for vector in share)
-                offset = f.mul(split, self._bytes(reduction))
-                add = add_partial(self.module)
-                total, part = (f.at(self.layout.buffer(f, name), offset) for name in (reduction.total, reduction.part))
-                f.call(add, total, part, begin, end)
+                f.call(self._add_part(reduction), ARGS, split, self._thread_id, self._threads)
             team.barrier(self._is_shared)
+
+    def _add_part(self, reduction: Sum) -> str:
+        """Write a function that adds this thread's share of a row panel to the total."""
+        name = f"{reduction.name}.add_part"
+        if not self.module.is_new(name):
+            return name
+        f = Function(self.module, name, ARGS, _SPLIT, THREAD_ID, THREADS)
+        vectors = self._bytes(reduction) // self.module.vector_bytes
+        begin, end = (f.mul(vector, self.module.vector_bytes) for vector in f.partition(vectors, THREAD_ID, THREADS))
+        offset = f.mul(_SPLIT, self._bytes(reduction))
+        total, part = (f.at(self.layout.buffer(f, each), offset) for each in (reduction.total, reduction.part))
+        f.call(add_partial(self.module), total, part, begin, end)
+        return f.end()
 
     def _clear(self, f: Function) -> None:
         """Set all totals to zero, for a call without rows."""
@@ -269,29 +280,42 @@ class GradientAccumulator:
         with f.if_(is_first, "clear"), f.for_range("split", self._first_split, self._last_split) as split:
             for reduction in self.plan.sums:
                 start = f.at(self.layout.buffer(f, reduction.total), f.mul(split, self._bytes(reduction)))
-                with f.for_range("byte", 0, self._bytes(reduction), self.module.vector_bytes) as byte:
-                    f.store(f.zero, f.at(start, byte), self.module.vector_bytes)
+                f.call(_zero(self.module), start, self._bytes(reduction))
 
-    def _add_to_caller(self, f: Function, team: Team, reduction: Sum, source: Value) -> None:
-        """Add a total to the caller's gradient, at its corner, whatever the strides.
+    def _add_to_caller(self, reduction: Sum) -> str:
+        """Write a function that adds a total to the caller's gradient, at its corner, whatever the strides.
 
         A team partitions the rows of a gradient that is a single sum; several sums are added in order by one thread.
         """
         module, layout, label = self.module, self.layout, reduction.label
+        f = Function(module, f"{reduction.name}.add_to_caller", ARGS, _IS_SPLIT, THREAD_ID, THREADS)
         is_matrix = len(self.plan.graph[self.plan.graph.outputs[label]].type.shape) == 2
         dims = ("1", "0") if reduction.flipped else ("0", "1")
         strides = [layout.integer(f, f"out.{label}.stride{dim}") for dim in (dims if is_matrix else "00")]
-        start = layout.pointer(f, f"out.{label}.ptr")
-        start = f.at(start, f.mul(strides[0], reduction.corner[0])) if is_matrix else start
+        gradient, source = layout.pointer(f, f"out.{label}.ptr"), layout.buffer(f, reduction.total)
+        start = f.at(gradient, f.mul(strides[0], reduction.corner[0])) if is_matrix else gradient
         start = f.at(start, f.mul(strides[1], reduction.corner[1]))
         is_fresh = label in self.plan.covered()
         first, last = f.partition(reduction.height, THREAD_ID, THREADS) if is_fresh else (0, reduction.height)
         row_bytes = module.row_bytes(reduction.width)
-        with nullcontext() if is_fresh else team.leader():
+        is_elsewhere = f.ne(gradient, source, "is_elsewhere")
+        with f.if_(is_elsewhere if is_fresh else f.eq(THREAD_ID, 0, "is_leader"), "add"):
             rows = f.mul(first, row_bytes)
             to = (f.at(start, f.mul(strides[0], first)), *strides)
             size = (row_bytes, f.sub(last, first), reduction.width)
             f.call(add_to_caller(module, is_fresh=is_fresh), *to, f.at(source, rows), *size)
-            with f.if_(self._is_split, "split"):
+            with f.if_(_IS_SPLIT, "split"):
                 second = f.at(f.at(source, self._bytes(reduction)), rows)
                 f.call(add_to_caller(module, is_fresh=False), *to, second, *size)
+        return f.end()
+
+
+def _zero(module: Module) -> str:
+    """Write ``@gradient.zero(start, bytes)``, unless it is written: store zeros, vector by vector."""
+    name, start, bytes_ = "gradient.zero", ptr("start"), i64("bytes")
+    if module.is_new(name):
+        f = Function(module, name, start, bytes_)
+        with f.for_range("byte", 0, bytes_, module.vector_bytes) as byte:
+            f.store(f.zero, f.at(start, byte), module.vector_bytes)
+        f.end()
+    return name
