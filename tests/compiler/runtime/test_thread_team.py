@@ -9,11 +9,28 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import fusecell as fc
 from fusecell.compiler.runtime import thread_team as threads
 from tests.compiler import force_threads
 from tests.compiler.tuned import tuned
+
+
+class ManyLayers(fc.Cell):
+    """Residual blocks, of which there are so many that buffers are placed in a loop."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.gru = nn.GRUCell(input_size, hidden_size)
+        self.maps = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(9))
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(9))
+
+    def step(self, x, state):
+        y = h = self.gru(x, state[0])
+        for each, norm in zip(self.maps, self.norms, strict=True):
+            y = y + torch.tanh(each(norm(y)))
+        return y, (h,)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +74,7 @@ def options(kind, rows):
 
 
 @pytest.mark.parametrize("kind", ["plain", "lengths", "resets, reversed", "lengths, resets, reversed"])
-@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell])
+@pytest.mark.parametrize("make", [fc.GRUCell, fc.LSTMCell, fc.cells.LayerNormGRUCell, ManyLayers])
 @pytest.mark.usefixtures("team")
 def test_any_number_of_threads_gives_the_same_bits(make, kind, monkeypatch):
     """Seven rows are too few to split among two threads, thirteen among four; chunks have a few steps."""
