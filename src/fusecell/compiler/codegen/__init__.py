@@ -24,12 +24,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fusecell.compiler.backend.target import Target
-from fusecell.compiler.codegen.kernel_abi import Layout, Panel, Size, fixed_stride, slack
+from fusecell.compiler.codegen.kernel_abi import Layout, Size, fixed_stride, slack
 from fusecell.compiler.codegen.llvm_builder import Module
 from fusecell.compiler.codegen.main_loop import emit_main_loop
 from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides
 from fusecell.compiler.codegen.nests import emit_nest
 from fusecell.compiler.codegen.pack_weights import emit_packing
+from fusecell.compiler.codegen.panel import Panel
 from fusecell.compiler.codegen.shared_functions import share_functions
 from fusecell.compiler.codegen.stage import FusedProducts, StageEmitter, fused_products
 from fusecell.compiler.codegen.tile_cost import TileCost, TileReport

@@ -26,6 +26,7 @@ from enum import IntEnum, unique
 
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i64, ptr
+from fusecell.compiler.codegen.panel import Panel
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
     PACKED_COLUMNS,
@@ -34,15 +35,13 @@ from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     strip_bytes,
 )
 from fusecell.compiler.ir.graph import SAVED
-from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.ir.sizes import ALIGNMENT, SLOT_BYTES, Size, ceil_div
-from fusecell.compiler.ir.storage import Storage
+from fusecell.compiler.ir.sizes import ALIGNMENT, SLOT_BYTES, Size
 from fusecell.compiler.schedule.plan import SCOPES, Buffer, Plan
 from fusecell.errors import CompilerError
 
 __all__ = [
-    "ARGS", "SLOT_BYTES", "STEP", "STEP_PARAMS", "THREADS", "THREAD_ID", "Layout", "Panel", "RowAddress", "Size",
-    "StepRows", "TeamBlock", "fixed_stride", "row_address", "slack", "stored_vector_bytes",
+    "ARGS", "SLOT_BYTES", "STEP", "STEP_PARAMS", "THREADS", "THREAD_ID", "Layout", "RowAddress", "Size",
+    "StepRows", "TeamBlock", "fixed_stride", "row_address", "slack",
 ]  # fmt: skip
 
 HEADER = (
@@ -133,46 +132,6 @@ STEP = StepRows(_T, _BASE, _SAVED_BASE, _OLD_STATE)
 """The step's rows inside the functions of a stage."""
 STEP_PARAMS = (ARGS, _T, _BASE, _SAVED_BASE, _OLD_STATE)
 """The first parameters of every function of a stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """Packed weights of the products that share an operand, as the microkernel reads them.
-
-    In memory ``[column group][k][product][lane]``: every read is the next one (BLIS's packing of B). Where a word has
-    the weights of two k, ``k`` counts words.
-    """
-
-    name: str
-    depth: int
-    width: int
-    weights: tuple[tuple[str, bool, tuple[int, int], tuple[int, int]], ...]
-    """Per product: the weight, whether it is transposed, its rows and its columns."""
-    stored: Storage | None = None
-    """The format of the weights; None: the kernel's own numbers."""
-
-    def group_bytes(self, module: Module) -> int:
-        """Return the bytes of one column group."""
-        return self.words * len(self.weights) * stored_vector_bytes(module, self.stored)
-
-    @property
-    def turns(self) -> int:
-        """The depth as a microkernel counts it: in pairs, where it multiplies these."""
-        return self.words if self.stored is not None and self.stored.multiplies_pairs else self.depth
-
-    @property
-    def words(self) -> int:
-        """The number of words of a lane: one for each k, for each two, or for each four and one before them."""
-        if self.stored is not None and self.stored.packs_fours:
-            return 1 + ceil_div(self.depth, 4)
-        return ceil_div(self.depth, 2) if self.stored is not None and self.stored.packs_pairs else self.depth
-
-
-def stored_vector_bytes(module: Module, stored: Storage | None) -> int:
-    """Return the bytes of 16 lanes of words of a panel."""
-    if stored is None:
-        return module.vector_bytes
-    return LANES * (4 if stored.packs_pairs or stored.packs_fours else stored.itemsize)
 
 
 UNROLLED_SAVED = 32

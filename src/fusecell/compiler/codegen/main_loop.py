@@ -36,12 +36,12 @@ from fusecell.compiler.codegen.kernel_abi import (
     THREAD_ID,
     THREADS,
     Layout,
-    Panel,
     StepRows,
 )
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import FALSE, NULL, Integer, Value
 from fusecell.compiler.codegen.pack_weights import pack_panel_name
+from fusecell.compiler.codegen.panel import Panel
 from fusecell.compiler.codegen.row_io import CallerRows
 from fusecell.compiler.codegen.stage_body import epilogue_roots, reads
 from fusecell.compiler.codegen.weight_gradients.accumulator import GradientAccumulator

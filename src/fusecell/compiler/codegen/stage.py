@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fusecell.compiler.backend.target import Target
-from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, THREADS, Layout, Panel
+from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, THREADS, Layout
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i1, i64
 from fusecell.compiler.codegen.microkernel import (
@@ -31,6 +31,7 @@ from fusecell.compiler.codegen.microkernel import (
     microkernel,
 )
 from fusecell.compiler.codegen.pack_weights import pack_panel_name
+from fusecell.compiler.codegen.panel import Panel
 from fusecell.compiler.codegen.stage_body import (
     PART_PARAMS,
     Body,
