@@ -100,21 +100,25 @@ def microkernel(module: Module, rows: int, kind: ProductKind, groups: int, strid
     return name
 
 
-def outer_product(module: Module, rows: int, groups: int) -> str:
+def outer_product(module: Module, rows: int, groups: int, *, pairs: bool = False) -> str:
     """Return the name of the microkernel of a sum over rows, emitted on first use: acc += a^T b.
 
     Its tile is ``rows`` features of a by ``groups`` column groups of b. It takes the accumulators; where to load them
     from at the start; a and b; the bytes between rows of all four; the rows to add, in runs: the rows of a run, how
     many runs there are, and the bytes from a run to the next of a and of b.
+
+    Arguments:
+        pairs: whether each number is a word with those of two rows, and rows are counted by words.
     """
-    name = f"outer.{rows}x{groups}"
+    name = f"outer.{'pairs.' if pairs else ''}{rows}x{groups}"
     if module.is_new(name):
         start, b, acc_row, start_row = ptr("start"), ptr("b"), i64("acc.row"), i64("start.row")
         a_k, b_k, runs, a_run, b_run = i64("a.k"), i64("b.k"), i64("runs"), i64("a.run"), i64("b.run")
         params = (_ACC, start, _A, b, acc_row, start_row, a_k, b_k, _DEPTH, runs, a_run, b_run)
         f = Function(module, name, *params)
         f.comment(f"{rows} features x {groups} groups of {LANES} features")
-        operands = _Operands(module.itemsize, a_k, b, module.vector_bytes, b_k, module.itemsize)
+        stored = Storage.BF16_BF16 if pairs else None
+        operands = _Operands(module.itemsize, a_k, b, module.vector_bytes, b_k, module.itemsize, stored)
         line_bytes = module.target.tuning.cache_line_bytes
         last_line = groups * module.vector_bytes // line_bytes - 1
 

@@ -164,14 +164,15 @@ def store_narrow(f: Function, number: Value, pointer: Value) -> None:
     f.store(f.let("narrow", f"fptrunc {typed(number)} to bfloat", "bfloat"), pointer, 2)
 
 
-def store_pairs(f: Function, lower: Value, upper: Value, pointer: Value) -> None:
-    """Store 16 numbers each in the lower and in the upper halves of words, rounded to bfloat16."""
+def store_pairs(f: Function, lower: Value, upper: Value, pointer: Value, lanes: int = LANES) -> None:
+    """Store the first numbers of two vectors in the lower and in the upper halves of words, rounded to bfloat16."""
     kind, halves = f"<{LANES} x i32>", []
     for value in (lower, upper):
         bits = _as(f, narrow(f, value, "narrow"), f"<{LANES} x i16>", "bits")
         halves.append(f.let("half", f"zext {typed(bits)} to {kind}", kind))
     upper = f.let("upper", f"shl {kind} {halves[1]}, splat (i32 16)", kind)
-    f.store(f.let("words", f"or {kind} {halves[0]}, {upper}", kind), pointer, LANES * 4)
+    words = f.let("words", f"or {kind} {halves[0]}, {upper}", kind)
+    f.store(words if lanes == LANES else f.shuffle(words, None, range(lanes), "words"), pointer, lanes * 4)
 
 
 def dot_pairs(f: Function, numbers: Value, weights: Value, sums: Value, name: str) -> Value:

@@ -26,15 +26,18 @@ def multiply_pairs(graph: Graph) -> Graph:
     """Round what weights of bfloat16 numbers multiply to such numbers too, and say so of the weights.
 
     Of an input of the layer that changes nothing: it has such numbers. A state, or a gradient, is rounded as torch
-    rounds it when it hands it from one operation to the next; the sums stay float32. A graph without such weights is
-    returned itself.
+    rounds it when it hands it from one operation to the next; the sums stay float32. The same for what is summed over
+    rows for the gradients of such weights. A graph without any is returned itself.
     """
     weights, rounded = _paired_weights(graph), dict[int, int]()
+    sums = {index for index, node in graph if node.op == "outer" and "numbers" in node.attrs}
 
     def rewrite(builder: Builder, index: int, args: tuple[int, ...]) -> int:
         node, operands = graph[index], list(args)
         if index in weights:
             return builder.append(node.op, (), {**node.attrs, "stored": Storage.BF16_BF16.value}, node.name)
+        if index in sums:
+            return builder.append(node.op, args, {**node.attrs, "stored": Storage.BF16_BF16.value}, node.name)
         if node.op == "affine":
             for place in range(len(args) - 2 * len(node.attrs["terms"]), len(args), 2):
                 if node.args[place + 1] in weights:
@@ -48,7 +51,7 @@ def multiply_pairs(graph: Graph) -> Graph:
             rounded[operand] = builder.append("to_bfloat16", (operand,), {}, name)
         return rounded[operand]
 
-    return rebuild(graph, rewrite) if weights else graph
+    return rebuild(graph, rewrite) if weights or sums else graph
 
 
 def _paired_weights(graph: Graph) -> set[int]:

@@ -109,6 +109,13 @@ def _concat(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return torch.cat([arg.expand(*lead, arg.shape[-1]) for arg in args], -1)
 
 
+def _outer(a: Tensor, b: Tensor, *, by_pairs: bool) -> Tensor:
+    """Sum the products of two rows over all rows; by pairs, of numbers that are rounded to bfloat16."""
+    if by_pairs:
+        a, b = a.to(torch.bfloat16).to(a.dtype), b.to(torch.bfloat16).to(b.dtype)
+    return a.T @ b
+
+
 def _place(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     whole = args[0].new_zeros(attrs["shape"])
     where = tuple(slice(at, at + size) for at, size in zip(attrs["corner"], args[0].shape, strict=True))
@@ -153,7 +160,7 @@ EVALUATE: Mapping[str, Rule] = {
     "concat": _concat,
     "product": _product,
     "affine": _affine,
-    "outer": lambda args, attrs: args[0].T @ args[1],
+    "outer": lambda args, attrs: _outer(args[0], args[1], by_pairs="stored" in attrs),
     "rowsum": lambda args, attrs: args[0].sum(0),
     "transpose": lambda args, attrs: args[0].T,
     "total": lambda args, attrs: torch.stack(list(args)).sum(0),

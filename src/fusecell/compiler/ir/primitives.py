@@ -48,9 +48,13 @@ def _weight_leaf(args: Sequence[Type], attrs: Attrs) -> Type:
     stored = attrs.get("stored", Storage.BF16.value)
     if stored not in _STORED or len(shape) != (2 if "stored" in attrs else len(shape)):
         raise CompilerError(f"a matrix is stored as {', '.join(_STORED)}, got {quoted(stored)} for {list(shape)}")
-    if attrs.get("numbers", Storage.BF16.value) != Storage.BF16.value:
-        raise CompilerError(f"the numbers of a weight are {Storage.BF16.value}, got {quoted(attrs['numbers'])}")
+    _check_numbers(attrs, "a weight")
     return Type("weight", shape)
+
+
+def _check_numbers(attrs: Attrs, what: str) -> None:
+    if attrs.get("numbers", Storage.BF16.value) != Storage.BF16.value:
+        raise CompilerError(f"the numbers of {what} are {Storage.BF16.value}, got {quoted(attrs['numbers'])}")
 
 
 def _const(args: Sequence[Type], attrs: Attrs) -> Type:
@@ -162,6 +166,9 @@ def _affine(args: Sequence[Type], attrs: Attrs) -> Type:
 
 
 def _outer(args: Sequence[Type], attrs: Attrs) -> Type:
+    _check_numbers(attrs, "the weight of a sum")
+    if attrs.get("stored", Storage.BF16_BF16.value) != Storage.BF16_BF16.value:
+        raise CompilerError(f"a sum is of {Storage.BF16_BF16.value} numbers, got {quoted(attrs['stored'])}")
     for arg in args:
         expect(arg, "row")
     features_of(args[0].size * args[1].size)
@@ -267,7 +274,7 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "concat": Primitive(None, _concat, "movement"),
     "product": Primitive(2, _product, "product", label="p", attributes=_REGION),
     "affine": Primitive(None, _affine, "product", label="a", attributes=frozenset({"init", "terms"})),
-    "outer": Primitive(2, _outer, "row sum", reads_values=True),
+    "outer": Primitive(2, _outer, "row sum", optional=frozenset({"stored", "numbers"}), reads_values=True),
     "rowsum": Primitive(1, _rowsum, "row sum", reads_values=True),
     "total": Primitive(None, _total, "row sum"),
     "transpose": Primitive(1, _transpose, "row sum"),

@@ -79,6 +79,7 @@ class Sum:
         corner: its position in the gradient, in its own rows and columns.
         flipped: whether its rows are the gradient's columns.
         nest: the node of the graph that it is, if that is a contraction or a scatter.
+        pairs: whether ``a`` and ``b`` are rounded to bfloat16, and multiplied by pairs of rows.
         operands: the locations of ``a`` and ``b``.
     """
 
@@ -91,6 +92,7 @@ class Sum:
     corner: tuple[int, int]
     flipped: bool
     nest: int | None = None
+    pairs: bool = False
     operands: Mapping[int, Location] = field(default_factory=dict)
 
     @property

@@ -57,7 +57,10 @@ def _sum(graph: Graph, name: str, label: str, value: int, flipped: bool, corner:
     height, width = 1 if a is None else graph[a].size, graph[b].size
     if a is not None and height * ceil_div(width, LANES) > width * ceil_div(height, LANES):
         a, b, height, width, corner, flipped = b, a, width, height, corner[::-1], not flipped
-    return Sum(name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped)
+    pairs = "stored" in node.attrs
+    return Sum(
+        name=name, label=label, a=a, b=b, height=height, width=width, corner=corner, flipped=flipped, pairs=pairs
+    )
 
 
 def _contributions(graph: Graph, index: int) -> Iterator[tuple[int, bool, tuple[int, int]]]:

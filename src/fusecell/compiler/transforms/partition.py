@@ -20,6 +20,7 @@ from fusecell.compiler.ir.graph import SAVED, Builder, Graph, Node
 from fusecell.compiler.ir.graph_contract import gradient_leaf
 from fusecell.compiler.ir.primitives import PRIMITIVES
 from fusecell.compiler.ir.sizes import padded
+from fusecell.compiler.ir.storage import Storage
 
 __all__ = ["ForwardBackward", "partition"]
 
@@ -205,7 +206,7 @@ def _copied(
 ) -> Graph:
     """Copy the part of a graph that ``outputs`` need, with some values replaced by leaves: (primitive, name)."""
     builder = Builder(title, graph.dtype)
-    needed = _needed_before(graph, outputs.values(), leaves)
+    needed, narrow = _needed_before(graph, outputs.values(), leaves), _sums_of_narrow_weights(graph, outputs)
     new: dict[int, int] = {}
     for index, node in graph:
         if not needed[index] and not (keep_states and node.op == "state"):
@@ -213,9 +214,22 @@ def _copied(
         if index in leaves:
             op, name = leaves[index]
             new[index] = builder.append(op, (), {"shape": [node.size]}, name)
+        elif index in narrow:
+            attrs = {**node.attrs, "numbers": Storage.BF16.value}
+            new[index] = builder.append(node.op, [new[arg] for arg in node.args], attrs, node.name)
         else:
             new[index] = builder.add_like(node, [new[arg] for arg in node.args])
     return Graph(title, graph.dtype, tuple(builder.nodes), {label: new[index] for label, index in outputs.items()})
+
+
+def _sums_of_narrow_weights(graph: Graph, outputs: dict[str, int]) -> set[int]:
+    """Return the products of two rows that are summed for weights of bfloat16 numbers alone."""
+    names = {f"grad.weight.{graph[index].name}" for index in graph.leaves("weight") if "numbers" in graph[index].attrs}
+    narrow, wide = (
+        graph.needed(index for label, index in outputs.items() if label.startswith("grad.weight.") and part(label))
+        for part in (names.__contains__, lambda label: label not in names)
+    )
+    return {index for index, node in graph if node.op == "outer" and narrow[index] and not wide[index]}
 
 
 def _needed_before(graph: Graph, results: Collection[int], leaves: Collection[int]) -> list[bool]:

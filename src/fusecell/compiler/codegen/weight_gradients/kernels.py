@@ -30,8 +30,10 @@ from fusecell.compiler.codegen.weight_gradients.pack_operand import (
     PACKED,
     PACKED_COLUMNS,
     TILE_FEATURES,
+    emit_pack_column_pairs,
     emit_pack_columns,
     emit_pack_operand,
+    emit_pack_pairs,
     is_packed,
     micro_panel_bytes,
     outer_tiling,
@@ -212,6 +214,7 @@ class _Reduction:
         acc_row, width = module.row_bytes(reduction.width), self.tiling.width(self._max_height)
         start_row = f.select(opens, 0, acc_row, "start.row")
         packed = self._pack(a, size) if is_packed(module, self.plan, reduction) else None
+        words = (self._words(size[0]), size[1])
         # Where accumulators open, they are loaded from zeros, at a stride of 0: no pass has to clear them.
         zeros = module.zeros(width * module.vector_bytes)
         group = 0
@@ -231,8 +234,8 @@ class _Reduction:
                             tile_a = a.advanced(f, feature, module.itemsize)
                         else:
                             tile_a = packed.advanced(f, f.add(tile, tiles.first), micro_panel_bytes(module))
-                        strides = (acc_row, start_row, tile_a.k, tile_b.k, *size, tile_a.run, tile_b.run)
-                        name = outer_product(module, tiles.height, groups)
+                        strides = (acc_row, start_row, tile_a.k, tile_b.k, *words, tile_a.run, tile_b.run)
+                        name = outer_product(module, tiles.height, groups, pairs=reduction.pairs)
                         f.call(name, acc, start, tile_a.start, tile_b.start, *strides)
             group += portions * groups
 
@@ -241,15 +244,19 @@ class _Reduction:
         f, module, (depth, runs) = self.f, self.module, size
         row_bytes = TILE_FEATURES * module.itemsize
         start = f.at(self.layout.buffer(f, PACKED), f.mul(_RANGE.split, packed_bytes(module, self.reduction)))
-        packed = _Rows(start, row_bytes, f.mul(depth, row_bytes))
+        packed = _Rows(start, row_bytes, f.mul(self._words(depth), row_bytes))
         with f.for_range("run", 0, runs) as run:
             source, target = a.advanced(f, run, a.run), packed.advanced(f, run, packed.run)
             for tiles in self._heights():
                 begin, end = f.partition(tiles.count, THREAD_ID, THREADS)
                 to = target.advanced(f, f.add(begin, tiles.first), micro_panel_bytes(module))
                 features = source.advanced(f, f.add(f.mul(begin, tiles.height), tiles.feature), module.itemsize)
-                tile_bytes = tiles.height * module.itemsize
-                f.call(emit_pack_operand(module), to.start, features.start, a.k, depth, f.sub(end, begin), tile_bytes)
+                part = (a.k, depth, f.sub(end, begin))
+                if self.reduction.pairs:
+                    f.call(emit_pack_pairs(module, tiles.height), to.start, features.start, *part)
+                else:
+                    tile_bytes = tiles.height * module.itemsize
+                    f.call(emit_pack_operand(module), to.start, features.start, *part, tile_bytes)
         return packed
 
     def _pack_columns(self, b: _Rows, groups: int, size: tuple[Integer, Integer]) -> _Rows:
@@ -258,11 +265,16 @@ class _Reduction:
         row_bytes = groups * module.vector_bytes
         strip = f.add(f.mul(THREAD_ID, self.layout.partial_sums), _RANGE.split, "strip")
         start = f.at(self.layout.buffer(f, PACKED_COLUMNS), f.mul(strip, strip_bytes(module, self.reduction)))
-        packed = _Rows(start, row_bytes, f.mul(depth, row_bytes))
+        packed = _Rows(start, row_bytes, f.mul(self._words(depth), row_bytes))
+        emit = emit_pack_column_pairs if self.reduction.pairs else emit_pack_columns
         with f.for_range("run", 0, runs) as run:
             source, target = b.advanced(f, run, b.run), packed.advanced(f, run, packed.run)
-            f.call(emit_pack_columns(module, groups), target.start, source.start, b.k, depth)
+            f.call(emit(module, groups), target.start, source.start, b.k, depth)
         return packed
+
+    def _words(self, rows: Integer) -> Integer:
+        """Return how many words of each feature rows of a run are packed to: one for each, or for each pair."""
+        return self.f.lshr(self.f.add(rows, 1), 1, "words") if self.reduction.pairs else rows
 
     @property
     def _max_height(self) -> int:

@@ -16,14 +16,18 @@ columns of b, it is no faster (docs/performance.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
+from fusecell.compiler.codegen.stored_numbers import store_pairs
 from fusecell.compiler.codegen.tile_cost import Product, Tiling, cheapest_tiling
 from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.schedule.plan import Plan, Sum
 
 __all__ = [
-    "PACKED", "PACKED_COLUMNS", "TILE_FEATURES", "emit_pack_columns", "emit_pack_operand", "is_packed",
+    "PACKED", "PACKED_COLUMNS", "TILE_FEATURES", "emit_pack_column_pairs", "emit_pack_columns", "emit_pack_operand",
+    "emit_pack_pairs", "is_packed",
     "micro_panel_bytes", "outer_tiling", "packed_bytes", "strip_bytes",
 ]  # fmt: skip
 
@@ -38,8 +42,13 @@ _ROWS_AT_ONCE = 4
 
 
 def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
-    """Whether a gradient's first operand is packed: never a caller's rows, as the last reads may go beyond them."""
+    """Whether a gradient's operands are packed: never a caller's rows, as the last reads may go beyond them.
+
+    By pairs they always are, each row's own features alone.
+    """
     limits = module.target.tuning
+    if reduction.pairs:
+        return True
     if (
         reduction.a is None
         or reduction.nest is not None
@@ -105,6 +114,54 @@ def _copy(f: Function, source: Value, target: Value, rows: int) -> None:
     features = [f.load(f.at(source, offset), "features", itemsize, TILE_FEATURES) for offset in offsets]
     for row, vector in enumerate(features):
         f.store(vector, f.at(target, row * TILE_FEATURES * itemsize), TILE_FEATURES * itemsize)
+
+
+def emit_pack_pairs(module: Module, height: int) -> str:
+    """Return the name of the function that packs pairs of rows for tiles of one height, emitted on first use.
+
+    A word has a feature of two rows, the first in its upper half: the instruction adds that product first. So a sum has
+    the same bits as one of the rounded numbers row by row, and the rows may be divided anywhere. Behind an odd row the
+    other half is -0, and 0 in the columns: to add -0 changes no sum, not even -0.
+    """
+    name = f"pack.pairs.{height}"
+    if not module.is_new(name):
+        return name
+    f = Function(module, name, _TO, _FROM, _FROM_K, _ROWS, _TILES, noalias=(_TO,))
+    mask, word_bytes = f.first_lanes(height), TILE_FEATURES * module.itemsize
+    for pair, rows in _pairs_of_rows(f):
+        target = f.at(_TO, f.mul(pair, word_bytes))
+        with f.for_range("tile", 0, _TILES) as tile:
+            sources = [f.at(row, f.mul(tile, height * module.itemsize)) for row in rows]
+            upper, *others = [f.load_masked(source, mask, "features") for source in sources]
+            lower = others[0] if others else f.constant(-0.0)
+            to = f.at(target, f.mul(tile, micro_panel_bytes(module)))
+            store_pairs(f, lower, upper, to, TILE_FEATURES)
+    return f.end()
+
+
+def _pairs_of_rows(f: Function) -> Iterator[tuple[Integer, list[Value]]]:
+    """Write a loop over the pairs of rows, then an odd one: yield its number, and where its rows are."""
+    pairs = f.lshr(_ROWS, 1, "pairs")
+    with f.for_range("pair", 0, pairs) as pair:
+        first = f.at(_FROM, f.mul(f.mul(pair, 2), _FROM_K))
+        yield pair, [first, f.at(first, _FROM_K)]
+    with f.if_(f.ne(f.and_(_ROWS, 1, "odd"), 0, "is_odd"), "odd_row"):
+        yield pairs, [f.at(_FROM, f.mul(f.mul(pairs, 2), _FROM_K))]
+
+
+def emit_pack_column_pairs(module: Module, groups: int) -> str:
+    """Return the name of the function that packs pairs of rows of some column groups, emitted on first use."""
+    name = f"pack.column_pairs.{groups}"
+    if not module.is_new(name):
+        return name
+    f = Function(module, name, _TO, _FROM, _FROM_K, _ROWS, noalias=(_TO,))
+    for pair, rows in _pairs_of_rows(f):
+        target = f.at(_TO, f.mul(pair, groups * module.vector_bytes))
+        for group in range(groups):
+            offset = group * module.vector_bytes
+            upper, *others = [f.load(f.at(row, offset), "columns", module.itemsize) for row in rows]
+            store_pairs(f, others[0] if others else f.zero, upper, f.at(target, offset))
+    return f.end()
 
 
 def emit_pack_columns(module: Module, groups: int) -> str:
