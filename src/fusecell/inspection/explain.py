@@ -357,7 +357,9 @@ def _describe(kernel: Kernel) -> list[str]:
     if plan.sums:
         # A dict, as an ordered set: a weight used twice has a sum for each use.
         sums = {each.label.removeprefix("grad.weight."): None for each in plan.sums}
-        lines.append(f"    after the loop, summed over all rows and steps: {', '.join(sums)}")
+        paired = {each.label for each in plan.sums if each.pairs}
+        names = [f"{name} (by pairs)" if f"grad.weight.{name}" in paired else name for name in sums]
+        lines.append(f"    after the loop, summed over all rows and steps: {', '.join(names)}")
     weights = sum(math.prod(graph[index].type.shape) for index in graph.leaves("weight")) * kernel.itemsize
     scratch = emitted.scratch
     lines.append(f"    {2 * kernel.macs:,} FLOPs in matrix products per row and step; {weights:,} bytes of weights")

@@ -250,3 +250,62 @@ def test_explain_says_which_products_take_pairs():
     text = str(fc.explain(fc.GRU(19, 33).bfloat16()))
     assert "by pairs of bfloat16 numbers" in text
     assert "by pairs" not in str(fc.explain(fc.GRU(19, 33)))
+
+
+class Dense(fc.Cell):
+    """The output and the state are products of bfloat16 weights, and nothing is rounded between them and a gradient."""
+
+    def __init__(self, inputs: int, units: int) -> None:
+        super().__init__(inputs, units)
+        self.weight = nn.Parameter(torch.randint(-2, 3, (units, inputs)).bfloat16())
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return x @ self.weight.t(), state
+
+
+@by_pairs
+@pytest.mark.parametrize(("inputs", "units"), [(1, 1), (3, 2), (7, 17), (16, 40), (129, 50)])
+def test_sums_of_whole_numbers_are_exact(inputs, units):
+    """Whatever is odd: rows, steps, features; by steps in reverse, of sequences that end, in the caller's order."""
+    layer = fc.Recurrent(Dense(inputs, units), batch_first=True)
+    assert "outer.pairs" in fc.explain(layer).cells[0].backward.llvm
+    for rows, steps in ((1, 1), (3, 1), (2, 5), (5, 7), (37, 9), (8, 131)):
+        x, slope = (torch.randint(-8, 9, (rows, steps, size)).bfloat16() for size in (inputs, units))
+        lengths = torch.randint(1, steps + 1, (rows,))
+        for options in ({}, {"lengths": lengths}):
+            layer.zero_grad()
+            with fc.runner("compiled"):
+                layer(x, **options)[0].backward(slope)
+            exact = slope.double()
+            if options:
+                exact = exact * (torch.arange(steps)[:, None] < lengths).T[..., None]
+            truth = exact.flatten(0, 1).T @ x.double().flatten(0, 1)
+            assert torch.equal(layer.cell.weight.grad, truth.bfloat16())
+
+
+@by_pairs
+def test_machine_code_of_sums():
+    """No accumulator is spilled in the innermost loops."""
+    backward = fc.explain(fc.LSTM(64, 128).bfloat16()).cells[0].backward
+    code = llvm.assembly(backward.llvm, ["run", "team"], host_target().cpu, host_target().features, _TRIPLE)
+    lines = [line for line in code.splitlines() if "vdpbf16ps" in line]
+    assert len(lines) > 100
+    assert all("rsp" not in line for line in lines)
+
+
+@by_pairs
+@pytest.mark.parametrize("steps", [4, 7, 150])
+def test_a_sum_has_the_bits_of_rounded_numbers_added_row_by_row(steps):
+    """The instruction adds two products one after the other: small ones are lost next to large ones that cancel."""
+    layer = fc.Recurrent(Dense(3, 19))
+    large = 2.0**13
+    x = torch.tensor([large, -large, 1, 0])[torch.randint(4, (steps, 1, 3))]
+    slope = torch.where(x[..., :1].abs() == large, large, torch.randint(-3, 4, (steps, 1, 19)))
+    with fc.runner("compiled"):
+        layer(x.bfloat16())[0].backward(slope.bfloat16())
+    sums = torch.zeros(19, 3)
+    for number, other in zip(slope[:, 0].flip(0), x[:, 0].flip(0), strict=True):  # steps run backwards
+        sums += number[:, None] * other
+    exact = slope[:, 0].double().T @ x[:, 0].double()
+    assert torch.equal(layer.cell.weight.grad, sums.bfloat16())
+    assert steps < 100 or not torch.equal(sums.double(), exact)
