@@ -101,12 +101,14 @@ class _Assignment:
                 self._place_value(index, "chunk" if phase == "loop" and reading - {"loop"} else SCOPES[phase])
 
     def _reading_phases(self, index: int) -> set[Phase]:
-        """Return the phases of the stages that read a value from memory: alone, in slices or as a part of a concat."""
+        """Return the phases of the stages that read a value from its own memory: all of it, or slices of it."""
         reading: set[Phase] = set()
         pending, seen = [index], {index}
         while pending:
             value = pending.pop()
             for user in self.users[value]:
+                if self.graph[user].op == "concat" and user in self.phases.of:
+                    continue  # its parts are stored in its own memory
                 if PRIMITIVES[self.graph[user].op].movement and user in self.phases.of:
                     if user not in seen:
                         seen.add(user)
