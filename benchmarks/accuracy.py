@@ -50,6 +50,13 @@ _SPECIAL: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = 
         for name in ("atan2", "hypot", "logaddexp", "logaddexp2")
     },
     "xlogy": (lambda x: torch.xlogy(x, x.flip(-1)), _positive),
+    **{f"special.{name}": (getattr(torch.special, name), torch.clone) for name in ("i0", "i0e", "i1", "i1e")},
+    "special.erfcx": (torch.special.erfcx, lambda x: x / 2),
+    "special.log_ndtr": (torch.special.log_ndtr, torch.clone),
+    "special.ndtri": (torch.special.ndtri, lambda x: 0.001 + 0.998 * torch.sigmoid(x)),
+    **{
+        f"polygamma of order {order}": (lambda x, order=order: torch.polygamma(order, x), _positive) for order in (2, 3)
+    },
 }
 
 

@@ -83,6 +83,17 @@ TABLES: dict[tuple[float, float], dict[str, Function]] = {
         "bool": lambda x, h: (x > 0).to(x.dtype) * h + x.round().bool() * x,
         "pad": lambda x, h: F.pad(x[:, 2:-1], (2, 1), value=1.5) * h,
         "pad_rows_of_heads": lambda x, h: F.pad(x[:, :6].view(-1, 2, 3), (0, 0, 1, 2), value=-2.0).flatten(1)[:, :7],
+        **{
+            name: lambda x, h, name=name: getattr(torch.special, name)(2 * x) + h
+            for name in ("i0", "i0e", "i1", "i1e", "erfcx", "log_ndtr", "ndtr")
+        },
+        "i1e_far": lambda x, h: torch.special.i1e(40 * x) + torch.special.i0e(40 * h),
+        "log_ndtr_far": lambda x, h: torch.special.log_ndtr(12 * x),
+        "erfcx_far": lambda x, h: torch.special.erfcx(100 * x.abs()).detach() * x + torch.special.erfcx(-h.abs()),
+        "nextafter": lambda x, h: torch.nextafter(x.detach(), h.detach()) * x,
+        "frexp": lambda x, h: torch.frexp(x).mantissa * h,
+        "frexp_exponent": lambda x, h: torch.frexp(100 * x).exponent.to(x.dtype) * h,
+        "polygamma_3_negative": lambda x, h: torch.polygamma(3, x.detach().floor() + torch.sigmoid(h) / 5 + 0.1),
         "square_root_of_square": lambda x, h: (x**2 + 1) ** 0.5 + x**3,
     },
     POSITIVE: {
@@ -98,9 +109,15 @@ TABLES: dict[tuple[float, float], dict[str, Function]] = {
     PROBABILITY: {
         **_torch("logit"),
         "logit_eps": lambda x, h: torch.logit(x, 0.2),
+        "ndtri": lambda x, h: torch.special.ndtri(x),
+        "ndtri_tails": lambda x, h: torch.special.ndtri(x**3) + torch.special.ndtri(1 - h**3),
         "logit_of_sigmoid": lambda x, h: torch.logit(torch.sigmoid(4 * x)),
     },
-    ABOVE_ONE: {**_torch("acosh"), "polygamma": lambda x, h: torch.polygamma(0, x)},
+    ABOVE_ONE: {
+        **_torch("acosh"),
+        "polygamma": lambda x, h: torch.polygamma(0, x),
+        "polygamma_2": lambda x, h: torch.polygamma(2, x.abs()) + h.abs().polygamma(5),
+    },
 }
 FUNCTIONS = {name: function for table in TABLES.values() for name, function in table.items()}
 DOMAINS = {name: domain for domain, table in TABLES.items() for name in table}

@@ -46,11 +46,15 @@ WITHIN_ULP = {
     "lgamma": (0.51, 40.0),
     "digamma": (0.51, 10.0),
     "trigamma": (0.51, 20.0),
+    "i0e": (0.51, 4.0),
+    "i1e": (0.51, 4.0),
+    "erfcx": (0.51, 4.0),
+    "ndtri": (0.51, 4.0),
 }
 WITH_ROOTS = ("lgamma", "digamma")
 """Where the result is smaller than 1, their error is measured in the last place of 1."""
 EXACT = ("abs", "neg", "sign", "floor", "maximum", "minimum")
-EXACT += ("round", "copysign", "fmod", "to_float16", "to_bfloat16", "to_float32")
+EXACT += ("round", "copysign", "fmod", "to_float16", "to_bfloat16", "to_float32", "nextafter", "mantissa")
 MPMATH = {
     **{op: getattr(mpmath, op) for op in ("exp", "expm1", "log", "log1p", "tanh", "sqrt", "sin", "cos", "erf")},
     "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
@@ -63,6 +67,10 @@ MPMATH = {
     "lgamma": lambda x: mpmath.re(mpmath.loggamma(x)),
     "digamma": mpmath.digamma,
     "trigamma": lambda x: mpmath.polygamma(1, x),
+    "i0e": lambda x: mpmath.exp(-abs(x)) * mpmath.besseli(0, x),
+    "i1e": lambda x: mpmath.exp(-abs(x)) * mpmath.besseli(1, x),
+    "erfcx": lambda x: mpmath.exp(x * x) * mpmath.erfc(x),
+    "ndtri": lambda p: -normal_quantile(1 - p) if p > 0.5 else normal_quantile(p),
 }
 FROM_LIBM = {
     ("sin", "f32"),
@@ -211,6 +219,11 @@ def grid(op: str, dtype: str, points: int) -> list[np.ndarray]:
     if op in ("lgamma", "digamma", "trigamma"):
         with np.errstate(invalid="ignore"):
             x = np.where(np.abs(x) < 1e4, x, np.fmod(x, float_type(100)))  # mpmath takes long for larger ones
+    if op in ("i0e", "i1e", "erfcx"):
+        with np.errstate(invalid="ignore"):
+            x = np.where(np.abs(x) < 1e3, x, np.fmod(x, float_type(1000)))
+    if op == "ndtri":
+        x = np.concatenate([x, rng.uniform(0, 1, 2 * points).astype(float_type)])
     if op not in simd.BINARY_OPS:
         return [x]
     y = rng.permutation(x) if op != "pow" else rng.uniform(-20, 20, x.size)
@@ -234,7 +247,16 @@ def by_torch(op: str, *args: np.ndarray) -> np.ndarray:
             return np.asarray(np.fmod(*args))  # torch's is NaN where the quotient overflows
     if op.startswith("to_"):
         return np.asarray(tensors[0].to(getattr(torch, op.removeprefix("to_"))).to(tensors[0].dtype))
-    return np.asarray(getattr(torch, op)(*tensors))
+    if op == "mantissa":
+        return np.asarray(torch.frexp(tensors[0]).mantissa)
+    return np.asarray((getattr(torch, op, None) or getattr(torch.special, op))(*tensors))
+
+
+def normal_quantile(p: mpmath.mpf) -> mpmath.mpf:
+    """The argument at which the normal distribution is p, up to 1/2."""
+    guess = -torch.special.ndtri(torch.tensor(float(p), dtype=torch.float64)).item() / 2**0.5
+    root = mpmath.findroot(lambda y: mpmath.log(mpmath.erfc(y)) - mpmath.log(2 * p), mpmath.mpf(guess))
+    return -mpmath.sqrt(2) * root
 
 
 def trigamma(x: np.ndarray) -> np.ndarray:

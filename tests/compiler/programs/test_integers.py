@@ -36,6 +36,9 @@ BITS: dict[str, Function] = {
     "not": lambda i: ~i & 63,
     "of_two": lambda i: ((i & (i * 3 - 7)) | (i ^ (5 - i))) % 64,
     "shifted": lambda i: ((i << 3) % 64 + (i >> 2)) % 64,
+    "gcd": lambda i: torch.gcd(i * 7, i * 3 - 21) % 64,
+    "gcd_of_a_number": lambda i: torch.gcd(i, torch.tensor(12)) % 64,
+    "lcm": lambda i: torch.lcm(i, i - 6) % 64,
     "shifted_by_numbers": lambda i: ((i[:, None] >> torch.arange(6)) & 1).sum(1) + (1 << (i & 3)),
 }
 
@@ -57,6 +60,7 @@ HASHES: dict[str, Function] = {
     "product": lambda i: (i * 7919 + 13) % 64,
     "square": lambda i: i * i % 64,
     "power": lambda i: i**3 % 64,
+    "lcm": lambda i: torch.lcm(i, i * 5 - 1) % 64,
     "shift": lambda i: (i << 12) // 64 % 64,
     "sum": lambda i: (torch.stack([i, i, i], -1) * 199).cumsum(-1)[:, -1] % 64,
     "sorted": lambda i: torch.stack([i, i], -1).sort(-1)[0][:, 0] * 700 % 64,
@@ -101,3 +105,30 @@ def test_streams_take_ids_for_which_they_are_exact() -> None:
     torch.testing.assert_close(y, fc.scan(cell, x)[0][-1])
     with pytest.raises(fc.NotCompilable, match=r"Of ids above 2,048 the step computes integers"):
         fc.Stream(Hashed(HASHES["product"]))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.float64, 53)])
+def test_divisors_of_the_largest_integers(dtype: torch.dtype, bits: int) -> None:
+    """Fibonacci's and Pell's numbers, of which Euclid's algorithm takes the most steps, and others at the limit."""
+    pairs = [(0, 0), (0, 5), (2**bits, 0), (2**bits, 2**bits - 1), (2**bits, 2 ** (bits - 3) * 3), (-12, 18)]
+    for factor in (1, 2):
+        a, b = 1, 1
+        while factor * b + a <= 2**bits:
+            a, b = b, factor * b + a
+            pairs.append((a, b))
+    pairs += [(int(a), int(b)) for a, b in torch.randint(0, 2**bits, (500, 2))]
+    rows = torch.tensor(pairs + pairs[: -len(pairs) % 7])
+
+    class Divisor(fc.Cell):
+        states = ()
+
+        def __init__(self) -> None:
+            super().__init__(2, 1)
+            self.gain = nn.Parameter(torch.ones((), dtype=dtype))
+
+        def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            return torch.gcd(x[:, :1], x[:, 1:]).to(dtype) * self.gain, ()
+
+    with torch.no_grad(), fc.runner("compiled"):
+        y = fc.scan(Divisor(), rows[None])[0][0, :, 0]
+    assert torch.equal(y.long(), torch.gcd(*rows.unbind(1)))

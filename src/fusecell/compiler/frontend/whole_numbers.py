@@ -24,6 +24,7 @@ Bound = npt.NDArray[np.float64]
 _SIZES: Bound = np.unique(np.floor(2.0 ** (np.arange(53 * 16 + 1) / 16)))
 _OF_FLOATS = 4096.0
 """What a floating-point number that is made an integer is taken to be at most: a position, or a count."""
+_LARGEST_EXPONENT = 1074.0
 _LIMITS = {torch.float64: 2**53}
 _OTHER_LIMIT = 2**24
 
@@ -45,6 +46,9 @@ _RULES: Mapping[str, Callable[[Sequence[Bound]], Bound]] = {
     "pow": lambda operands: operands[0] ** operands[1],
     "remainder": lambda operands: operands[1],
     "fmod": lambda operands: np.minimum(operands[0], operands[1]),
+    "gcd": _largest,
+    "lcm": np.multiply.reduce,
+    "frexp": lambda operands: _constant(_LARGEST_EXPONENT),
     "div": lambda operands: operands[0],
     "floor_divide": lambda operands: operands[0],
     "bitwise_or": _of_bits,

@@ -146,6 +146,8 @@ EVALUATE: Mapping[str, Rule] = {
     **{name: _leaf_rule for name, primitive in PRIMITIVES.items() if primitive.leaf},
     **_named_as_in_torch(),
     "trigamma": lambda args, attrs: torch.special.polygamma(1, args[0]),
+    **{name: _tensors(getattr(torch.special, name)) for name in ("i0e", "i1e", "erfcx", "ndtri")},
+    "mantissa": lambda args, attrs: torch.frexp(args[0]).mantissa,
     "to_float16": _through(torch.float16),
     "to_bfloat16": _through(torch.bfloat16),
     "to_float32": _through(torch.float32),

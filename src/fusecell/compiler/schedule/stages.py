@@ -27,9 +27,11 @@ function grows with the square of its length."""
 _COSTS = {
     **dict.fromkeys(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf"), 20),
     **dict.fromkeys(("sin", "cos", "pow"), 60),
-    **dict.fromkeys(("round", "copysign", "to_float16", "to_bfloat16", "to_float32", "fmod"), 10),
+    **dict.fromkeys(
+        ("round", "copysign", "to_float16", "to_bfloat16", "to_float32", "fmod", "nextafter", "mantissa"), 10
+    ),
     **dict.fromkeys(("atan", "atan2"), 30),
-    **dict.fromkeys(("lgamma", "digamma", "trigamma", "erfinv"), 150),
+    **dict.fromkeys(("lgamma", "digamma", "trigamma", "erfinv", "i0e", "i1e", "erfcx", "ndtri"), 150),
 }
 """Vector instructions of one value, about, where it is not one instruction or a few."""
 

@@ -9,16 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
+from fusecell.compiler.codegen.vector_math.bessel import BESSEL
 from fusecell.compiler.codegen.vector_math.constants import PRECISIONS, Precision
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction, function_name
 from fusecell.compiler.codegen.vector_math.functions import ARITHMETIC, Rule
+from fusecell.compiler.codegen.vector_math.normal import NORMAL
+from fusecell.compiler.codegen.vector_math.number_bits import NUMBER_BITS
 from fusecell.compiler.codegen.vector_math.special import SPECIAL
 from fusecell.compiler.codegen.vector_math.via_float64 import cos, power, sin
 
 __all__ = ["BINARY_OPS", "OPS", "UNARY_OPS", "declarations", "definitions", "function_name"]
 
-RULES: dict[str, Rule] = {**ARITHMETIC, "sin": sin, "cos": cos, "pow": power, **SPECIAL}
-BINARY_OPS: tuple[str, ...] = ("pow", "maximum", "minimum", "atan2", "fmod", "copysign")
+RULES: dict[str, Rule] = {
+    **ARITHMETIC,
+    "sin": sin,
+    "cos": cos,
+    "pow": power,
+    **SPECIAL,
+    **BESSEL,
+    **NORMAL,
+    **NUMBER_BITS,
+}
+BINARY_OPS: tuple[str, ...] = ("pow", "maximum", "minimum", "atan2", "fmod", "copysign", "nextafter")
 UNARY_OPS: tuple[str, ...] = tuple(op for op in RULES if op not in BINARY_OPS)
 OPS: tuple[str, ...] = UNARY_OPS + BINARY_OPS
 

@@ -14,7 +14,7 @@ from fusecell.compiler.codegen.vector_math.function_builder import Operand, Vect
 from fusecell.compiler.codegen.vector_math.functions import log
 from fusecell.compiler.codegen.vector_math.via_float64 import by_lane
 
-__all__ = ["SPECIAL"]
+__all__ = ["SPECIAL", "erfinv_ratio", "in_double"]
 
 ATAN32 = (
     -0.33333331760434554,
@@ -288,7 +288,9 @@ def atan2(f: VectorFunction, y: Value, x: Value) -> Value:
 # Gamma and error functions, in double.
 
 
-def _in_double(rule: Callable[[VectorFunction, Value], Value]) -> Callable[[VectorFunction, Value], Value]:
+def in_double(rule: Callable[[VectorFunction, Value], Value]) -> Callable[[VectorFunction, Value], Value]:
+    """Return a function of doubles as one of either format: float32 is extended before and rounded once after."""
+
     def rounded_once(f: VectorFunction, x: Value) -> Value:
         if f.precision.scalar == "double":
             return rule(f, x)
@@ -395,15 +397,26 @@ def _erfinv(f: VectorFunction, x: Value) -> Value:
     inside = f.mul(f.sub(1.0, a, "right"), f.add(1.0, a, "left"), "inside")
     w = f.neg(log(f, inside), "w")
     root = f.lanewise("sqrt", w, name="root")
+    return f.mul(x, erfinv_ratio(f, w, root), "result")
+
+
+def erfinv_ratio(f: VectorFunction, w: Value, root: Value, beyond: Value | None = None) -> Value:
+    """Return erfinv(x) / x by w = -log(1 - x^2).
+
+    Arguments:
+        root: the root of w.
+        beyond: the result for a w above 36, where there are such.
+    """
     centre = f.horner(f.sub(w, 3.125, "t"), ERFINV_CENTRE, "centre")
     middle = f.horner(f.sub(root, 3.25, "t"), ERFINV_MIDDLE, "middle")
     tail = f.horner(f.sub(root, 5.0, "t"), ERFINV_TAIL, "tail")
+    if beyond is not None:
+        tail = f.select(f.fcmp("olt", w, 36.0, "is.tail"), tail, beyond, "tail")
     ratio = f.select(f.fcmp("olt", w, 16.0, "is.middle"), middle, tail, "ratio")
     ratio = f.select(f.fcmp("olt", w, 6.25, "is.central"), centre, ratio, "ratio")
     f.comment("1 is at infinity; beyond it the logarithm was NaN")
     ratio = f.select(f.fcmp("oeq", w, inf, "edge"), inf, ratio, "ratio")
-    ratio = f.select(f.fcmp("uno", w, w, "outside"), w, ratio, "ratio")
-    return f.mul(x, ratio, "result")
+    return f.select(f.fcmp("uno", w, w, "outside"), w, ratio, "ratio")
 
 
 SPECIAL: dict[str, Callable[..., Value]] = {
@@ -412,10 +425,10 @@ SPECIAL: dict[str, Callable[..., Value]] = {
     "to_bfloat16": to_bfloat16,
     "to_float32": to_float32,
     "atan": atan,
-    "lgamma": _in_double(_lgamma),
-    "digamma": _in_double(_digamma),
-    "trigamma": _in_double(_trigamma),
-    "erfinv": _in_double(_erfinv),
+    "lgamma": in_double(_lgamma),
+    "digamma": in_double(_digamma),
+    "trigamma": in_double(_trigamma),
+    "erfinv": in_double(_erfinv),
     "atan2": atan2,
     "fmod": fmod,
     "copysign": copysign,

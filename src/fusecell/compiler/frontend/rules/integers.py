@@ -93,6 +93,26 @@ def _shifted_right(w: Writer, x: Operand, bits: Operand) -> Row:
     return w.point("floor", w.point("div", x, _power_of_two(w, bits)))
 
 
+def _gcd(w: Writer, a: Operand, b: Operand) -> Row:
+    # By remainders of the least size, each less than the one before it by 1 + sqrt(2) at least. The quotients of exact
+    # numbers are rounded to no integer that they don't reach.
+    larger, lesser = w.point("abs", a), w.point("abs", b)
+    for _ in range(45 if w.builder.dtype == DType.F64 else 22):
+        is_done = w.point("eq", lesser, 0.0)
+        quotient = w.point("floor", w.point("div", larger, lesser))
+        rest = w.point("sub", larger, w.point("mul", quotient, lesser))
+        rest = w.point("minimum", rest, w.point("sub", lesser, rest))
+        larger = w.point("where", is_done, larger, lesser)
+        lesser = w.point("where", is_done, 0.0, rest)
+    return larger
+
+
+def _lcm(w: Writer, a: Operand, b: Operand) -> Row:
+    divisor = _gcd(w, a, b)
+    multiple = w.point("abs", w.point("mul", w.point("div", a, divisor), b))
+    return w.point("where", w.point("eq", divisor, 0.0), 0.0, multiple)
+
+
 INTEGER_RULES: Mapping[str, Rule] = {
     "bitwise_and": _both,
     "bitwise_or": _either,
@@ -100,5 +120,7 @@ INTEGER_RULES: Mapping[str, Rule] = {
     "bitwise_not": _neither,
     **dict.fromkeys(("bitwise_left_shift", "__lshift__"), _shifted_left),
     **dict.fromkeys(("bitwise_right_shift", "__rshift__"), _shifted_right),
+    "gcd": _gcd,
+    "lcm": _lcm,
 }
 """Rules for operations on integers; those on truth values with the same name are in `pointwise`."""

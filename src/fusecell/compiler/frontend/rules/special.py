@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.rules.bessel_and_normal import BESSEL_AND_NORMAL
 from fusecell.compiler.frontend.rules.pointwise import POINTWISE
-from fusecell.compiler.frontend.traced_values import Row, Untraceable
+from fusecell.compiler.frontend.rules.polygamma import polygamma
+from fusecell.compiler.frontend.traced_values import Row
 from fusecell.compiler.ir.sizes import DType
 
 __all__ = ["SPECIAL", "SPECIAL_BACKWARD"]
@@ -212,12 +214,14 @@ def _entropy(w: Writer, x: Operand) -> Row:
     return w.point("where", w.point("eq", x, 0.0), 0.0, w.point("where", w.point("lt", x, 0.0), -math.inf, inner))
 
 
-def _polygamma(w: Writer, order: Any, x: Any) -> Row:
-    if isinstance(x, int):  # Tensor.polygamma(n) has them the other way round
-        order, x = x, order
-    if order not in (0, 1):
-        raise Untraceable(f"The step uses polygamma of order {order}: orders 0 and 1 are compiled.")
-    return w.point("trigamma" if order else "digamma", x)
+def _frexp(w: Writer, x: Operand) -> tuple[Row, Row]:
+    fraction = w.point("mantissa", x)
+    # Half the power of two, as 2^1024 would not fit.
+    half_power = w.point("div", x, w.point("add", fraction, fraction))
+    exponent = w.point("add", w.point("round", w.point("div", w.point("log", half_power), _LN2)), 1.0)
+    size = w.point("abs", x)
+    regular = w.point("and", w.point("gt", size, 0.0), w.point("lt", size, math.inf))
+    return fraction, w.point("where", regular, exponent, 0.0)
 
 
 def _rrelu(
@@ -257,8 +261,11 @@ SPECIAL: Mapping[str, Rule] = {
     "special_entr": _entropy,
     "deg2rad": lambda w, x: w.point("mul", x, math.pi / 180),
     "rad2deg": lambda w, x: w.point("mul", x, 180 / math.pi),
-    "polygamma": _polygamma,
+    "polygamma": polygamma,
     "rrelu_with_noise": _rrelu,
+    "nextafter": lambda w, x, y: w.point("nextafter", x, y),
+    "frexp": _frexp,
+    **BESSEL_AND_NORMAL,
 }
 """The function of each of these operations, by its name in ATen; beside `POINTWISE`."""
 
