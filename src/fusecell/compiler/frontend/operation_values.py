@@ -16,6 +16,15 @@ from torch import Tensor
 
 from fusecell.compiler.frontend.aten_arguments import mapped, tensors_in, values_in
 from fusecell.compiler.frontend.dtypes import widens
+from fusecell.compiler.frontend.narrow_dtypes import (
+    HOLD_NARROW_INTEGERS,
+    NARROW_INTEGERS,
+    ROUNDED,
+    WRAPPED,
+    in_dtype,
+    other_dtype,
+    wrapped,
+)
 from fusecell.compiler.frontend.remedies import REMEDIES
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.complex_numbers import (
@@ -57,12 +66,10 @@ from fusecell.compiler.ir.graph import Builder
 __all__ = ["READS_VALUES", "OperationValues"]
 
 _NUMBERS = (torch.bool, torch.int64, torch.int32)
-_SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16)
-"""Those of inputs, which may be moved and cast: arithmetic would have to wrap around."""
 _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 """Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
 
-_EXACT = ELEMENTWISE | {"index_put", "gather", "index_select"}
+_EXACT = ROUNDED | {"index_put", "gather", "index_select"}
 """Operations in a narrower dtype than the step's whose results are rounded here, or are elements of their arguments."""
 
 _DECISIONS = (
@@ -349,10 +356,11 @@ class OperationValues(TensorValues):
             if name != "index" and any(isinstance(index, Tensor) and not index.numel() for index in args[1]):
                 return [values[0]]  # a mask of one element that doesn't hold
         result = rule(self.writer, *values, **options)
-        if name not in ELEMENTWISE:
-            return list(result) if isinstance(result, tuple) else [result]
         rows = list(result) if isinstance(result, tuple) else [result]
-        return [self._rounded(row, tensor) for row, tensor in zip(rows, results, strict=True)]
+        if name not in ROUNDED and name not in WRAPPED:
+            return rows
+        dtypes = [self.dtype if tensor is None else tensor.dtype for tensor in results]
+        return [in_dtype(self.writer, row, dtype, name, self._casts) for row, dtype in zip(rows, dtypes, strict=True)]
 
     def _places(self, tensors: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
         """Return an index in which masks of features that the step may read, a list of bools say, are positions."""
@@ -369,12 +377,6 @@ class OperationValues(TensorValues):
         """Whether a value that is the same for all rows is repeated once for each: ``weight.repeat(N)``."""
         return name == "repeat" and list(values[1]) == [self.writer.rows] and not self._is_of_rows(values[0])
 
-    def _rounded(self, value: Any, result: Tensor) -> Any:
-        """Round a result of elementwise arithmetic in a narrower dtype than the step's, as torch does each time."""
-        if not isinstance(value, Row) or result.dtype not in self._casts or self.writer.is_mask(value):
-            return value
-        return self.writer.point(self._casts[result.dtype], value)
-
     def _as_truth(self, tensor: Tensor | None, value: Value | None) -> Value | None:
         """Return truth values as such: a kernel has those of a weight as numbers, and the sum of two is one too."""
         is_truth = tensor is not None and tensor.dtype == torch.bool
@@ -384,16 +386,17 @@ class OperationValues(TensorValues):
         if result.dtype == torch.bool:
             return self.writer.truth(value)
         row = self.writer.number(value)
-        if result.dtype in _NUMBERS:
-            if not source.is_floating_point:
-                return row
-            # Integers are numbers without a fraction: exact up to 2^24 in float32. They have no -0.
-            whole = RULES["trunc"](self.writer, row)
-            return self.writer.point("where", self.writer.point("eq", whole, 0.0), 0.0, whole)
+        if result.dtype in _NUMBERS or result.dtype in NARROW_INTEGERS:
+            if source.is_floating_point:
+                # Integers are numbers without a fraction: exact up to 2^24 in float32. They have no -0.
+                whole = RULES["trunc"](self.writer, row)
+                row = self.writer.point("where", self.writer.point("eq", whole, 0.0), 0.0, whole)
+            wraps = result.dtype in NARROW_INTEGERS and source not in (result.dtype, torch.bool)
+            return wrapped(self.writer, row, result.dtype) if wraps else row
         if result.dtype in self._casts:
             return self.writer.point(self._casts[result.dtype], self._through_float32(row, source))
         if result.dtype not in self._dtypes and not widens(self.dtype, result.dtype):
-            raise Untraceable(f"The step computes in {result.dtype} where the cell is {self.dtype}.")
+            raise Untraceable(other_dtype(result.dtype, self.dtype, "_to_copy"))
         return row
 
     def _through_float32(self, row: Row, source: torch.dtype) -> Row:
@@ -493,16 +496,16 @@ class OperationValues(TensorValues):
                     f"A rule gives the shape {value.shape}, torch {tuple(tensor.shape)}; please report this."
                 )
             if tensor.dtype != (torch.complex128 if self.dtype == torch.float64 else torch.complex64):
-                raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
+                raise Untraceable(other_dtype(tensor.dtype, self.dtype, name))
         if isinstance(value, Row):
             # A factory's numbers may have another dtype: they take that of the values that they are combined with.
             constant = self.builder.nodes[value.node].op == "const"
             accepted = (*self._dtypes, *_NUMBERS, *(self._casts if name not in RULES or name in _EXACT else ()))
-            accepted += _SMALL_INTEGERS if name in MOVES else ()
+            accepted += NARROW_INTEGERS if name in HOLD_NARROW_INTEGERS else ()
             # A wider dtype holds the step's numbers as they are; arithmetic in it is another matter.
             unchanged = widens(self.dtype, tensor.dtype) and name not in RULES
             if tensor.dtype not in accepted and not constant and not unchanged:
-                raise Untraceable(f"The step computes in {tensor.dtype} where the cell is {self.dtype}.")
+                raise Untraceable(other_dtype(tensor.dtype, self.dtype, name))
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
                 raise Untraceable(f"A rule gives the shape {value_shape}, torch {shape}; please report this.")

@@ -17,9 +17,10 @@ from torch import Tensor
 from fusecell.compiler.frontend.aten_arguments import Key, key_of, tensors_in
 from fusecell.compiler.frontend.traced_values import Untraceable
 
-__all__ = ["INTEGERS", "WholeNumbers"]
+__all__ = ["INTEGERS", "NARROW_INTEGERS", "WholeNumbers"]
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)
+INTEGERS = (torch.int64, torch.int32, *NARROW_INTEGERS)
 Bound = npt.NDArray[np.float64]
 _SIZES: Bound = np.unique(np.floor(2.0 ** (np.arange(53 * 16 + 1) / 16)))
 _OF_FLOATS = 4096.0
@@ -99,9 +100,11 @@ class WholeNumbers:
             Untraceable: where these may be too large, whatever the inputs.
         """
         bound = self._bound_of(name, args, result) * max(1.0, abs(alpha))
-        self._bounds[key_of(result)] = bound
-        # Narrow integers wrap around, which those of a kernel do not.
-        self._fits &= bound <= min(self._limit, torch.iinfo(result.dtype).max)
+        largest = float(torch.iinfo(result.dtype).max)
+        # Those of 8 and 16 bits wrap around in a kernel too, where they are exact; those of 32 and 64 bits do not.
+        wraps = result.dtype in NARROW_INTEGERS
+        self._bounds[key_of(result)] = np.minimum(bound, largest + 1) if wraps else bound
+        self._fits &= bound <= (self._limit if wraps else min(self._limit, largest))
         if not self._fits[0]:
             kind = str(self._dtype).removeprefix("torch.")
             remedy = "Convert the model with .double(), or compute" if self._dtype == torch.float32 else "Compute"

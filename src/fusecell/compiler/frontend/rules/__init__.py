@@ -24,7 +24,7 @@ from fusecell.compiler.frontend.rules.small_matrices import SMALL_MATRICES
 from fusecell.compiler.frontend.rules.sorting import SORTING
 from fusecell.compiler.frontend.rules.special import SPECIAL, SPECIAL_BACKWARD
 
-__all__ = ["ELEMENTWISE", "RULES"]
+__all__ = ["ELEMENTWISE", "OVER_FEATURES", "RULES"]
 
 RULES = {
     **POINTWISE,
@@ -47,6 +47,8 @@ RULES = {
     **SPECIAL_BACKWARD,
 }
 """The function of each ATen operation, by its name."""
-_OVER_FEATURES = {"_softmax_backward_data", "_log_softmax_backward_data", "native_layer_norm_backward"}
-ELEMENTWISE = frozenset({*POINTWISE, *SPECIAL, *BACKWARD, *SPECIAL_BACKWARD}) - _OVER_FEATURES
+_BACKWARD_OVER_FEATURES = {"_softmax_backward_data", "_log_softmax_backward_data", "native_layer_norm_backward"}
+ELEMENTWISE = frozenset({*POINTWISE, *SPECIAL, *BACKWARD, *SPECIAL_BACKWARD}) - _BACKWARD_OVER_FEATURES
 """The operations that compute each element of their result from one element of each argument."""
+OVER_FEATURES = frozenset({*REDUCTIONS, *SCANS, *NORMS, *_BACKWARD_OVER_FEATURES})
+"""The operations that sum, compare or normalise features."""
