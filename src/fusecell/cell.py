@@ -6,6 +6,7 @@ Layers, stacks, streams and the compiler use a cell through the attributes and m
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import getattr_static
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
@@ -44,6 +45,21 @@ class _Default(Generic[T]):
     def __get__(self, cell: object, owner: type) -> T: ...
     def __get__(self, cell: object | None, owner: type) -> _Default[T] | T:
         return self if cell is None else self.compute(cell)
+
+
+class _Hint:
+    """An attribute that helps to initialise weights, and gives way to a submodule of the same name."""
+
+    def __init__(self, default: tuple[str, ...] | str) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, cell: nn.Module | None, owner: type) -> Any:
+        if cell is None:
+            return self.default
+        return cell._modules.get(self.name, self.default)
 
 
 class Cell(nn.Module):
@@ -88,9 +104,10 @@ class Cell(nn.Module):
 
     states: ClassVar[tuple[str, ...]] = ("h",)
     inputs: ClassVar[tuple[str, ...]] = ("x",)
-    gates: ClassVar[tuple[str, ...]] = ()
-    keeps: ClassVar[str] = ""
-    updates: ClassVar[str] = ""
+    # A cell may have a layer that is called gates; a tuple and two strings elsewhere.
+    gates: ClassVar[Any] = _Hint(())
+    keeps: ClassVar[Any] = _Hint("")
+    updates: ClassVar[Any] = _Hint("")
 
     # A Size each; Any, so that a cell of flat rows may take them as the integers that they are there.
     input_size: Any
@@ -103,7 +120,8 @@ class Cell(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module keeps submodules where Python looks last: behind an attribute of the class they would never be seen.
-        if isinstance(value, nn.Module | nn.Parameter) and hasattr(type(self), name):
+        hides = isinstance(value, nn.Module | nn.Parameter) and hasattr(type(self), name)
+        if hides and not (isinstance(value, nn.Module) and isinstance(getattr_static(type(self), name), _Hint)):
             raise TypeError(
                 f"{type(self).__name__}.{name} is an attribute of fusecell.Cell, behind which this "
                 f"{type(value).__name__} would not be found; give it another name."

@@ -51,7 +51,7 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
         if isinstance(weight, Tensor) and weight.dim() == 2:
             changed = True
             # One matrix per gate: orthogonal blocks together would not be orthogonal.
-            for block in weight.detach().chunk(max(len(cell.gates), 1)):
+            for block in weight.detach().chunk(max(len(_gates(cell)), 1)):
                 block.copy_(nn.init.orthogonal_(torch.empty_like(block), gain))
     if not changed:
         raise ValueError(
@@ -84,7 +84,7 @@ def gate_bias_(module: Module, gate: str, value: float | Tensor) -> Module:
     gates: set[str] = set()
     changed = False
     for cell in iter_cells(module):
-        gates.update(cell.gates)
+        gates.update(_gates(cell))
         changed |= _set_bias(cell, gate, value)
     if not changed:
         raise ValueError(
@@ -119,7 +119,8 @@ def forget_bias_(module: Module, value: float = 1.0) -> Module:
     """
     changed = False
     for cell in iter_cells(module):
-        changed |= _set_bias(cell, cell.keeps, value) if cell.keeps else _set_bias(cell, cell.updates, -value)
+        keeps, updates = _named(cell.keeps), _named(cell.updates)
+        changed |= _set_bias(cell, keeps, value) if keeps else _set_bias(cell, updates, -value)
     if not changed:
         raise ValueError(_NO_GATE.format("forget_bias_", type(module).__name__))
     return module
@@ -152,8 +153,9 @@ def chrono_(module: Module, longest: int) -> Module:
     for cell in iter_cells(module):
         # A gate at sigmoid(log(t)) keeps t / (t + 1) of the state in a step: its memory lasts about t steps.
         spread = torch.empty(cell.hidden_size).uniform_(1, longest - 1).log()
-        changed |= bool(cell.keeps) and _set_bias(cell, cell.keeps, spread)
-        changed |= bool(cell.updates) and _set_bias(cell, cell.updates, -spread)
+        keeps, updates = _named(cell.keeps), _named(cell.updates)
+        changed |= bool(keeps) and _set_bias(cell, keeps, spread)
+        changed |= bool(updates) and _set_bias(cell, updates, -spread)
     if not changed:
         raise ValueError(_NO_GATE.format("chrono_", type(module).__name__))
     return module
@@ -165,6 +167,16 @@ _NO_GATE = (
 )
 
 
+def _gates(cell: Cell) -> tuple[str, ...]:
+    """Return the names of a cell's gates; none where ``gates`` is a submodule."""
+    return tuple(cell.gates) if isinstance(cell.gates, tuple | list) else ()
+
+
+def _named(gate: object) -> str:
+    """Return a gate's name; "" where ``keeps`` or ``updates`` is a submodule."""
+    return gate if isinstance(gate, str) else ""
+
+
 def _set_bias(cell: Cell, gate: str, value: float | Tensor) -> bool:
     """Set one gate's bias; return whether the cell has one."""
     size = cell.hidden_size
@@ -174,9 +186,10 @@ def _set_bias(cell: Cell, gate: str, value: float | Tensor) -> bool:
         with torch.no_grad():
             bias.copy_(torch.as_tensor(value).expand_as(bias))
         return True
-    if gate not in cell.gates:
+    gates = _gates(cell)
+    if gate not in gates:
         return False
-    rows = slice(cell.gates.index(gate) * size, (cell.gates.index(gate) + 1) * size)
+    rows = slice(gates.index(gate) * size, (gates.index(gate) + 1) * size)
     first, second = (_block(cell, names, rows) for names in (_FIRST, _SECOND))
     if first is None:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import fusecell as fc
 from fusecell.cells import STRUCTURED_CELLS, StructuredCell
+from fusecell.testing import check_cell
 
 
 def _inputs(entry: StructuredCell, steps: int, rows: int) -> tuple[Tensor, ...]:
@@ -170,7 +172,50 @@ def test_a_submodule_may_not_hide_behind_an_attribute() -> None:
     class Hidden(fc.Cell):
         def __init__(self) -> None:
             super().__init__(3, 4)
-            self.gates = nn.Linear(3, 8)  # type: ignore[assignment]
+            self.inputs = nn.Linear(3, 8)  # type: ignore[misc, assignment]
 
-    with pytest.raises(TypeError, match=r"Hidden\.gates is an attribute of fusecell.Cell"):
+    with pytest.raises(TypeError, match=r"Hidden\.inputs is an attribute of fusecell.Cell"):
         Hidden()
+
+
+class Gated(fc.Cell):
+    """A cell whose layers have the names of attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.gates, self.updates = nn.Linear(7, 4), nn.Linear(7, 4)  # type: ignore[misc]
+        self.keeps = nn.Linear(4, 4, bias=False)  # type: ignore[misc]
+
+    def step(self, x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+        both = torch.cat([x, state[0]], 1)
+        z = torch.sigmoid(self.gates(both))
+        h = z * self.keeps(state[0]) + (1 - z) * torch.tanh(self.updates(both))
+        return h, (h,)
+
+
+def test_a_submodule_may_be_called_gates() -> None:
+    """As may those called keeps and updates, which only help to initialise weights."""
+
+    cell = Gated().double()
+    assert list(cell.state_dict()) == [
+        *("gates.weight", "gates.bias", "updates.weight", "updates.bias", "keeps.weight")
+    ]
+    check_cell(cell)
+    copied = copy.deepcopy(cell)
+    copied.gates = nn.Linear(7, 4, bias=False).double()  # type: ignore[misc]
+    assert copied.gates.bias is None
+    assert cell.gates.bias is not None
+    for layer in (fc.Recurrent(cell), fc.Recurrent(copied)):
+        results = []
+        for runner in ("compiled", "eager"):
+            with fc.runner(runner):
+                torch.manual_seed(0)
+                y, _ = layer(torch.randn(5, 2, 3, dtype=torch.float64))
+                results.append((y, *torch.autograd.grad(y.sum(), list(layer.parameters()))))
+        torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="found no gate with a bias in Gated"):
+        fc.init.forget_bias_(cell)
+    with pytest.raises(ValueError, match="its gates are unnamed"):
+        fc.init.gate_bias_(cell, "z", 1.0)
+    assert fc.Cell.gates == ()
+    assert fc.Cell(3, 4).keeps == ""
