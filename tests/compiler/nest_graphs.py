@@ -180,7 +180,8 @@ def _nest(graphs: _Graphs, op: str) -> int:
     if op == "argsort":
         outer, count = draw(st.permutations(_extents(draw, 2, 200)))
         operand = graphs.operand(outer * count)
-        return add(op, operand, outer=outer, count=count, descending=draw(st.booleans()))
+        few = {"first": draw(st.integers(1, count))} if draw(st.booleans()) else {}
+        return add(op, operand, outer=outer, count=count, descending=draw(st.booleans()), **few)
     attrs = _attrs_of_line(draw)
     picks, kind = draw(st.sampled_from([1, 3, 16, 19])), draw(st.sampled_from(["shared", "each"]))
     if kind == "each" and attrs["outer"] * attrs["inner"] * picks > 4 * _MOST:

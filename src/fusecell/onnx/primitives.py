@@ -184,7 +184,7 @@ def _rows_of(w: Writer, value: str, dims: int) -> str:
 
 def _argsort(w: Writer, args: Sequence[str], attrs: Attrs) -> str:
     value = w.reshape(args[0], -1, attrs["outer"], attrs["count"])
-    count = w.integers([attrs["count"]], "count")
+    count = w.integers([attrs.get("first", attrs["count"])], "count")
     _, order = w.several(
         "TopK", [value, count], ["ordered", "order"], axis=2, largest=int(attrs["descending"]), sorted=1
     )

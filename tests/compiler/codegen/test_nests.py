@@ -136,6 +136,19 @@ def test_long_lines_are_sorted(count, descending):
         check(NestCase(Graph.parse(text), 4, 0, odd=odd))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("descending", ["true", "false"])
+@pytest.mark.parametrize(("count", "first"), [(3, 2), (15, 3), (16, 4), (17, 16), (64, 1), (79, 8), (512, 8)])
+def test_the_first_few_are_selected(count, first, descending, dtype):
+    """As a stable sort has them: of equal numbers and of equal infinities the first ones, NaN as the largest."""
+    attrs = f'{{"count": {count}, "descending": {descending}, "first": {first}, "outer": 2}}'
+    text = _step(dtype, 2 * count, f"argsort(x) {attrs}", 2 * first)
+    inf = float("inf")
+    for odd in ((), (0.0, -0.0, inf, -inf), (float("nan"), inf, -inf, 0.0, -0.0), (-inf,), (inf,), (float("nan"),)):
+        for number in range(2):
+            check(NestCase(Graph.parse(text), 4, number, odd=odd))
+
+
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
 def test_a_reduction_of_one_line_has_the_bits_of_the_sum_of_a_row(count):
     texts = [

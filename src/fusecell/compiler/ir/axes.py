@@ -16,7 +16,7 @@ scan          running sum, product, maximum or minimum along an axis
 contract      sum of products of two values over some axes: out[i...] = sum over k... of a[i.., k..] * b[i.., k..]
 take          elements of a value along an axis, by positions that are a value too
 scatter_add   the gradient of take: zeros, to which values are added at positions along an axis
-argsort       positions that sort along the last axis; of equals the first comes first
+argsort       positions that sort along the last axis, or the first few of them; of equals the first comes first
 contract_sum  contract, summed over all rows and steps too: the gradient of a weight
 scatter_sum   scatter_add, summed over all rows and steps too
 ============  ==========================================================================================
@@ -58,8 +58,8 @@ def work_of(op: str, args: Sequence[Type], attrs: Attrs) -> int:
     """Return how many elements a primitive of axes combines for a row: its time grows with them, not with its sizes."""
     if op in ("contract", "contract_sum"):
         return math.prod((*attrs["shape"], *attrs["count"]))
-    if op == "argsort":  # each element is compared with all of its line
-        return int(attrs["outer"] * attrs["count"] ** 2)
+    if op == "argsort":  # each element is compared with all of its line, or with the best so far of each pass
+        return int(attrs["outer"] * attrs["count"] * attrs.get("first", attrs["count"]))
     return sum(_flat(arg) for arg in args)
 
 
@@ -202,7 +202,10 @@ def _argsort(args: Sequence[Type], attrs: Attrs) -> Type:
     outer, count = integer("outer", attrs["outer"], 1), integer("count", attrs["count"], 1)
     if outer * count != _flat(args[0]) or type(attrs["descending"]) is not bool:
         raise CompilerError(f"{args[0]} is no {outer} arrays of {count}, to be sorted up or down")
-    return _computed(args, outer * count)
+    first = integer("first", attrs.get("first", count), 1)
+    if first > count:
+        raise CompilerError(f"the first {first} of {count} positions")
+    return _computed(args, outer * first)
 
 
 _ARRAY = frozenset({"shape", *_ACCESS})
@@ -218,7 +221,14 @@ AXIS_PRIMITIVES: Mapping[str, Primitive] = {
     "contract": Primitive(2, _contract, "nest", expensive=True, label="p", attributes=_CONTRACTION),
     "take": Primitive(2, _take, "nest", expensive=True, attributes=_TAKE),
     "scatter_add": Primitive(2, _scatter_add, "nest", expensive=True, attributes=_TAKE),
-    "argsort": Primitive(1, _argsort, "nest", expensive=True, attributes=frozenset({"outer", "count", "descending"})),
+    "argsort": Primitive(
+        1,
+        _argsort,
+        "nest",
+        expensive=True,
+        attributes=frozenset({"outer", "count", "descending"}),
+        optional=frozenset({"first"}),
+    ),
     "contract_sum": Primitive(2, _contract_sum, "row sum", attributes=_CONTRACTION | {"result"}, reads_values=True),
     "scatter_sum": Primitive(
         2, _scatter_sum, "row sum", attributes=frozenset({"count", "inner", "picks"}), reads_values=True

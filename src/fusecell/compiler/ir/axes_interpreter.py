@@ -122,7 +122,7 @@ def _scatter_sum(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
 def _argsort(args: Sequence[Tensor], attrs: Attrs) -> Tensor:
     value = args[0].reshape(args[0].shape[0], attrs["outer"], attrs["count"])
     order = torch.argsort(value, dim=2, descending=attrs["descending"], stable=True)
-    return order.to(value.dtype).flatten(1)
+    return order[:, :, : attrs.get("first")].to(value.dtype).flatten(1)
 
 
 EVALUATE_AXES: Mapping[str, Rule] = {

@@ -1,4 +1,4 @@
-"""Nests along an axis: reductions, running sums and the like, and the positions that sort.
+"""Nests along an axis: reductions, running sums and the like.
 
     for outer:
         for 16 lines:                       lanes along the inner axis, or along the outer one if that is all there is
@@ -16,16 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusecell.compiler.codegen.llvm_builder import Function
-from fusecell.compiler.codegen.llvm_text import Integer, Value, typed
+from fusecell.compiler.codegen.llvm_text import Integer, Value
 from fusecell.compiler.codegen.nests.lanes import for_groups, load_lanes, store_lanes
 from fusecell.compiler.ir.axes import is_sequential
 from fusecell.compiler.ir.primitives import LANES
 
-__all__ = ["emit_argsort", "emit_reduce", "emit_scan"]
+__all__ = ["emit_reduce", "emit_scan", "joined"]
 
 Attrs = Mapping[str, Any]
-_LONG_LINE = 64
-"""Elements from which on those that are sorted are compared by one comparison where they are no NaN."""
 _IDENTITY = {"sum": 0.0, "prod": 1.0, "amax": float("-inf"), "amin": float("inf")}
 
 
@@ -113,10 +111,10 @@ def _in_partial_results(f: Function, attrs: Attrs, source: Value, exact: bool, o
             elements = load_lanes(f, f.at(line, whole * inner * item), inner * item, tail, "x", exact=exact)
             total = _combined(f, op, partial, elements)
             partial = f.select(f.first_lanes(tail), total, partial, "partial")
-        f.store_scalar(_joined(f, op, partial), f.at(out, f.mul(f.add(f.mul(outer, inner), place), item)))
+        f.store_scalar(joined(f, op, partial), f.at(out, f.mul(f.add(f.mul(outer, inner), place), item)))
 
 
-def _joined(f: Function, op: str, value: Value) -> Value:
+def joined(f: Function, op: str, value: Value) -> Value:
     """Return sixteen partial results as one number: lanes l and l + 8, then l + 4, l + 2, l + 1."""
     width = LANES
     while width > 1:
@@ -144,93 +142,3 @@ def emit_scan(f: Function, attrs: Attrs, sources: Sequence[Value], exact: Sequen
             store_lanes(f, carried[0], at(out, k), distance, lanes)
 
     _for_lines(f, attrs, lines)
-
-
-def emit_argsort(f: Function, attrs: Attrs, sources: Sequence[Value], exact: Sequence[bool], out: Value) -> None:
-    """Write the positions that sort: each element's place is the number of those that come before it."""
-    count, item = attrs["count"], f.module.itemsize
-    with f.for_range("outer", 0, attrs["outer"]) as outer:
-        line, result = (f.at(base, f.mul(outer, count * item)) for base in (sources[0], out))
-        with f.for_range("i", 0, count) as i:
-            own = f.load_splat(f.at(line, f.mul(i, item)), "own")
-
-            def put(place: Integer, i: Value = i, result: Value = result) -> None:
-                f.store_scalar(f.as_number(i, "position"), f.at(result, f.mul(place, item)))
-
-            if count < _LONG_LINE:
-                put(_place(f, attrs, line, own, i, exact[0]))
-            else:
-                lanes = f.fcmp("ord", own, own, "is_number")
-                is_number = f.let("is_number", f"extractelement {typed(lanes)}, i64 0", "i1")
-                with f.if_(is_number, "number"):
-                    put(_place_of_number(f, attrs, line, own, i, exact[0]))
-                with f.unless(is_number, "number"):
-                    put(_place(f, attrs, line, own, i, exact[0]))
-
-
-def _place(f: Function, attrs: Attrs, line: Value, own: Value, i: Value, exact: bool) -> Value:
-    """Return how many elements come before element ``i``: smaller ones, and equal ones that are before it."""
-    count = attrs["count"]
-    whole, tail = count - count % LANES, count % LANES
-    before = f.zero
-    if whole:
-        with f.for_range_carrying("j", 0, whole, [before], step=LANES) as (j, carried):
-            carried[0] = _counted(f, attrs, line, own, i, j, LANES, exact, carried[0])
-        before = carried[0]
-    if tail:
-        before = _counted(f, attrs, line, own, i, whole, tail, exact, before)
-    return f.as_integer(_joined(f, "sum", before), "place")
-
-
-def _place_of_number(f: Function, attrs: Attrs, line: Value, own: Value, i: Value, exact: bool) -> Value:
-    """Return the same where element ``i`` is no NaN: one comparison for each other, but for those in its own vector."""
-    count, item = attrs["count"], f.module.itemsize
-    whole, tail = count - count % LANES, count % LANES
-    # NaN comes first in falling order, and last in rising order.
-    equal_too, without_equal = ("uge", "ugt") if attrs["descending"] else ("ole", "olt")
-    own_vector = f.minimum(f.sub(i, f.urem(i, LANES, "lane")), whole, "own_vector")
-    behind = f.minimum(f.add(own_vector, LANES), whole, "behind")
-    before = f.zero
-    for name, start, stop, predicate in (
-        ("before", 0, own_vector, equal_too),
-        ("beside", own_vector, behind, ""),
-        ("behind", behind, whole, without_equal),
-    ):
-        with f.for_range_carrying(name, start, stop, [before], step=LANES) as (j, carried):
-            if predicate:
-                other = f.load(f.at(line, f.mul(j, item)), "other", item)
-                comes_before = f.fcmp(predicate, other, own, "comes_before")
-                carried[0] = f.fadd(carried[0], f.select(comes_before, f.constant(1.0), f.zero, "one"), "before")
-            else:
-                carried[0] = _counted(f, attrs, line, own, i, j, LANES, exact, carried[0])
-        before = carried[0]
-    if tail:
-        before = _counted(f, attrs, line, own, i, whole, tail, exact, before)
-    return f.as_integer(_joined(f, "sum", before), "place")
-
-
-def _counted(
-    f: Function, attrs: Attrs, line: Value, own: Value, i: Value, first: Integer, lanes: int, exact: bool, so_far: Value
-) -> Value:
-    """Return ``so_far`` with the elements from ``first`` on added that come before element ``i``."""
-    item = f.module.itemsize
-    other = load_lanes(f, f.at(line, f.mul(first, item)), item, lanes, "other", exact=exact)
-    comes_before = f.and_(_before(f, other, own, attrs["descending"]), f.first_lanes(lanes), "comes_before")
-    equal = f.and_(_equal(f, other, own), f.first_lanes(f.sub(i, first)), "is_equal_before")
-    is_before = f.or_(comes_before, equal, "is_before")
-    return f.fadd(so_far, f.select(is_before, f.constant(1.0), f.zero, "one"), "before")
-
-
-def _before(f: Function, a: Value, b: Value, descending: bool) -> Value:
-    """Return whether a comes before b, NaN counting as larger than all numbers."""
-    is_nan_a, is_nan_b = f.fcmp("uno", a, a, "is_nan"), f.fcmp("uno", b, b, "is_nan")
-    if descending:
-        larger = f.and_(is_nan_a, f.not_(is_nan_b, "is_number"), "is_larger")
-        return f.or_(f.fcmp("ogt", a, b, "is_larger"), larger, "comes_before")
-    smaller = f.and_(is_nan_b, f.not_(is_nan_a, "is_number"), "is_smaller")
-    return f.or_(f.fcmp("olt", a, b, "is_smaller"), smaller, "comes_before")
-
-
-def _equal(f: Function, a: Value, b: Value) -> Value:
-    both = f.and_(f.fcmp("uno", a, a, "is_nan"), f.fcmp("uno", b, b, "is_nan"), "both_nan")
-    return f.or_(f.fcmp("oeq", a, b, "is_equal"), both, "is_equal")

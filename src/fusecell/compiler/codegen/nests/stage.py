@@ -11,8 +11,9 @@ from fusecell.compiler.codegen.llvm_builder import Function, Module
 from fusecell.compiler.codegen.llvm_text import Integer
 from fusecell.compiler.codegen.nests.contraction import Axis, Contraction, Pointers
 from fusecell.compiler.codegen.nests.moves import emit_gather, emit_interleave, emit_scatter_add, emit_take
-from fusecell.compiler.codegen.nests.reductions import emit_argsort, emit_reduce, emit_scan
+from fusecell.compiler.codegen.nests.reductions import emit_reduce, emit_scan
 from fusecell.compiler.codegen.nests.rows_at import RowsAt, rows_at
+from fusecell.compiler.codegen.nests.sorting import emit_argsort
 from fusecell.compiler.codegen.stage import FROM, STAGE_PARAMS, TO
 from fusecell.compiler.schedule.plan import Plan, Stage
 

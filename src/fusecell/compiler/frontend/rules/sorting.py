@@ -13,16 +13,24 @@ from fusecell.compiler.frontend.traced_values import Row, Untraceable
 __all__ = ["SORTING"]
 
 
-def _sorted(w: Writer, x: Row, dim: int = -1, descending: bool = False) -> tuple[Row, Row]:
-    """Write a value's elements in order along a dimension, and their positions."""
+_FEWER = 4
+"""Times as many elements as are taken, from which on a pass over the line for each is faster than sorting it."""
+
+
+def _sorted(w: Writer, x: Row, dim: int = -1, descending: bool = False, first: int | None = None) -> tuple[Row, Row]:
+    """Write a value's elements in order along a dimension, and their positions; where asked, the first ones."""
     row = w.number(x)
     if not row.shape:
         return row, w.const(0.0)
     last: Row = w.move(lambda numbers: numbers.movedim(dim, -1), row)
     outer, count, _ = along(w, last, -1)
-    node = w.builder.add("argsort", w.flat(last), outer=outer, count=count, descending=descending)
-    order = Row(last.shape, node, last.axis, None, last.split)
+    few: dict[str, Any] = {"first": first} if first is not None and first * _FEWER <= count else {}
+    node = w.builder.add("argsort", w.flat(last), outer=outer, count=count, descending=descending, **few)
+    shape = (*last.shape[:-1], few.get("first", count))
+    order = Row(shape, node, last.axis, None, last.split)
     order = w.move(lambda numbers: numbers.movedim(-1, dim), order)
+    if first is not None and not few:
+        order = w.move(lambda numbers: numbers.narrow(dim, 0, first), order)
     return gather(w, row, dim, order), order
 
 
@@ -31,13 +39,11 @@ def _sort(w: Writer, x: Row, dim: int = -1, descending: bool = False, **options:
 
 
 def _topk(w: Writer, x: Row, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Row, Row]:
-    _, order = _sorted(w, x, dim, largest)
-    positions: Row = w.move(lambda numbers: numbers.narrow(dim, 0, k), order)
-    return gather(w, x, dim, positions), positions
+    return _sorted(w, x, dim, largest, k)
 
 
 def _kth(w: Writer, x: Row, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Row, Row]:
-    _, order = _sorted(w, x, dim)
+    _, order = _sorted(w, x, dim, first=k)
     positions: Row = w.move(lambda numbers: numbers.narrow(dim, k - 1, 1), order)
     both = gather(w, x, dim, positions), positions
     if keepdim:
