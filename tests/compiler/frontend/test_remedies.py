@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fusecell as fc
 from fusecell.compiler.frontend.remedies import REMEDIES
@@ -50,6 +52,48 @@ def _power_series(x: Tensor) -> Tensor:
     return torch.linalg.matrix_power(torch.eye(3, dtype=x.dtype) + b + b @ b / 2 + b @ b @ b / 6, 64)
 
 
+def symmetric(x: Tensor, size: int) -> Tensor:
+    """Matrices with a gap between the eigenvalues, all of them positive."""
+    a = x[:, : size * size].view(-1, size, size)
+    return a @ a.mT + torch.diag(torch.arange(size, dtype=x.dtype) * 400)
+
+
+def _largest_eigenpair(x: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(symmetric(x, 3))
+    return torch.cat((values[:, -1:], (vectors[:, :, -1] ** 2)), 1)
+
+
+def _power_iteration(x: Tensor) -> Tensor:
+    a = symmetric(x, 3)
+    v = torch.ones_like(a[:, :, :1])
+    for _ in range(40):
+        v = F.normalize(a @ v, dim=1)
+    return torch.cat((v.mT @ a @ v, v**2), 1).flatten(1)
+
+
+def _largest_singular_value(x: Tensor) -> Tensor:
+    a = symmetric(x, 3)[:, :2]
+    v = torch.ones_like(a[:, 0, :, None])
+    for _ in range(40):
+        v = F.normalize(a.mT @ (a @ v), dim=1)
+    return (a @ v).norm(dim=1)
+
+
+def _of_two_by_two(x: Tensor) -> Tensor:
+    a, b, c, d = symmetric(x, 2).flatten(1).unbind(1)
+    root = torch.sqrt((a - d) ** 2 / 4 + b * c)
+    by_hypot = torch.hypot((a - d) / 2, b)
+    return torch.stack(((a + d) / 2 - root, (a + d) / 2 + by_hypot), 1)
+
+
+def _in_the_unit_interval(x: Tensor) -> Tensor:
+    return x.sigmoid() * 3 + 0.2
+
+
+def _poisson(x: Tensor) -> Tensor:
+    return torch.exp(-x) * sum(x**k / math.factorial(k) for k in range(3))
+
+
 INSTEAD: dict[str, tuple[Body, Body]] = {
     "masked_scatter": (
         lambda x: torch.cat([row.masked_scatter(row > 0, row.flip(1)) for row in x.split(1)]),
@@ -68,6 +112,30 @@ INSTEAD: dict[str, tuple[Body, Body]] = {
         lambda x: torch.linalg.lstsq(tall(x), x[:, :4, None]).solution,
         lambda x: torch.linalg.solve(tall(x).mT @ tall(x), tall(x).mT @ x[:, :4, None]),
     ),
+    "_linalg_eigh": (_largest_eigenpair, _power_iteration),
+    "linalg_eig": (
+        lambda x: torch.linalg.eig(symmetric(x, 2)).eigenvalues.real.sort(1).values,
+        _of_two_by_two,
+    ),
+    "_linalg_svd": (lambda x: torch.linalg.svdvals(symmetric(x, 3)[:, :2])[:, :1], _largest_singular_value),
+    "igamma": (
+        lambda x: torch.special.gammainc(
+            torch.tensor([3.0, 0.5]).to(x.dtype)[:, None], _in_the_unit_interval(x)[:, None]
+        ),
+        lambda x: torch.stack((1 - _poisson(_in_the_unit_interval(x)), torch.erf(_in_the_unit_interval(x).sqrt())), 1),
+    ),
+    "igammac": (
+        lambda x: torch.special.gammaincc(torch.full_like(x, 3.0), _in_the_unit_interval(x)),
+        lambda x: _poisson(_in_the_unit_interval(x)),
+    ),
+    "special_zeta": (
+        lambda x: torch.special.zeta(torch.full_like(x, 3.0), _in_the_unit_interval(x)),
+        lambda x: torch.polygamma(3 - 1, _in_the_unit_interval(x)) * (-1) ** 3 / math.factorial(3 - 1),
+    ),
+    "dist": (
+        lambda x: torch.stack([torch.dist(row, row.sin()) for row in x])[:, None],
+        lambda x: (x - x.sin()).norm(dim=-1, keepdim=True),
+    ),
     "linalg_matrix_exp": (lambda x: torch.matrix_exp(x[:, :9].view(-1, 3, 3) * 0.1), _power_series),
 }
 
@@ -85,8 +153,63 @@ def test_what_to_write_instead_computes_the_same(name: str) -> None:
         torch.testing.assert_close(fc.scan(Applying(instead), x)[0], expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in INSTEAD if name != "masked_scatter"])
+@pytest.mark.parametrize("name", [name for name in INSTEAD if name not in ("masked_scatter", "dist")])
 def test_refusals_say_it(name: str) -> None:
     with pytest.raises(fc.NotCompilable) as refusal, fc.runner("compiled"):
         fc.scan(Applying(INSTEAD[name][0]), torch.randn(3, 2, 12, dtype=torch.float64))
     assert REMEDIES[name].rstrip(".") in str(refusal.value)
+
+
+class Drawing(fc.Cell):
+    """A leaky ReLU whose slopes are drawn, by torch's own function or by what its refusal says."""
+
+    states = ()
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__(12, 12)
+        self.own = own
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self.own:
+            return F.rrelu(x, training=True), ()
+        slope = torch.empty_like(x).uniform_(1 / 8, 1 / 3)
+        return torch.where(x > 0, x, x * slope), ()
+
+
+def test_random_slopes() -> None:
+    x, results = torch.randn(3, 200, 12), []
+    with pytest.raises(fc.NotCompilable, match=r"uniform_\(1 / 8, 1 / 3\)"), fc.runner("compiled"):
+        fc.scan(Drawing(own=False), x)
+    for runner in ("compiled", "eager"):
+        torch.manual_seed(1)  # not that of x
+        with fc.runner(runner):
+            results.append(fc.scan(Drawing(own=True), x)[0])
+    torch.testing.assert_close(*results)
+    torchs = F.rrelu(x, training=True)
+    assert abs(float(results[0][x < 0].mean() - torchs[x < 0].mean())) < 0.01
+
+
+class Expanded(fc.Cell):
+    """A weight as an input of the step, where its gradient may have any form."""
+
+    inputs = ("x", "weight")
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.weight = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
+
+    def draw(self, steps: int, batch_size: int, **_: object) -> tuple[Tensor, ...]:
+        return (self.weight.expand(1, batch_size, -1),)
+
+    def step(self, x: tuple[Tensor, Tensor], state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        h = torch.tanh(x[0] + state[0] * x[1].sort(1).values)
+        return h, (h,)
+
+
+def test_a_weight_may_be_an_input() -> None:
+    cell, x, results = Expanded(), torch.randn(4, 3, 6, dtype=torch.float64), []
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y, _ = fc.scan(cell, x)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), cell.weight)))
+    torch.testing.assert_close(*results)

@@ -28,6 +28,10 @@ _INTEGERS = ("randint", "randint_like", "random_")
 _METHODS = ("normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_")
 _REMEDIES = {
     "multinomial": "Take the largest of logits plus Gumbel noise: (logits - (-torch.rand_like(logits).log()).log()).",
+    "rrelu_with_noise": (
+        "torch draws a slope for each element that is not positive, so that how many it draws depends on values. Draw "
+        "one for each: slope = torch.empty_like(x).uniform_(1 / 8, 1 / 3), then torch.where(x > 0, x, x * slope)."
+    ),
     "randperm": "Sort uniform numbers instead: torch.rand_like(x).argsort(-1).",
 }
 

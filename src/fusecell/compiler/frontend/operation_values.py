@@ -25,7 +25,7 @@ from fusecell.compiler.frontend.narrow_dtypes import (
     other_dtype,
     wrapped,
 )
-from fusecell.compiler.frontend.remedies import REMEDIES
+from fusecell.compiler.frontend.remedies import AS_INPUT, REMEDIES, without_rule
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.complex_numbers import (
     COMPLEX,
@@ -245,9 +245,8 @@ class OperationValues(TensorValues):
             return moved if isinstance(moved, list) else [moved]
         rule = COMPLEX.get(name)
         if rule is None:
-            raise Untraceable(
-                f"The op {name} has no rule for complex numbers; compute with their real and imaginary parts."
-            )
+            of_parts = "Compute with their real and imaginary parts."
+            raise Untraceable(f"The op {name} has no rule for complex numbers. {REMEDIES.get(name, of_parts)}")
         result = rule(writer, *values, **{key: value for key, value in options.items() if key != "dtype"})
         return list(result) if isinstance(result, tuple) else [result]
 
@@ -344,7 +343,7 @@ class OperationValues(TensorValues):
         if name in _DECISIONS:
             raise Untraceable(READS_VALUES)
         if rule is None:
-            raise Untraceable(f"The op {name} has no rule. {REMEDIES.get(name, '')}".rstrip())
+            raise Untraceable(without_rule(name))
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
         if name == "nan_to_num":
             options["largest"] = torch.finfo(results[0].dtype).max
@@ -413,7 +412,7 @@ class OperationValues(TensorValues):
             if len(sums) == 1 and name == "add" and options.get("alpha", 1) == 1:
                 return sums  # a complex weight's own gradient, and what comes by way of others that are made of it
             if sums or any(self._is_of_rows(value) for value in operands):
-                raise Untraceable("The gradient of a weight that others are made of is no sum over rows.")
+                raise Untraceable(f"The gradient of a weight that others are made of is no sum over rows. {AS_INPUT}")
             return [ExternalGrad(tuple(result.shape)) for result in results]
         rule = SUMS.get(name)
         if rule is None or not self.backward:

@@ -27,6 +27,7 @@ from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_ar
 from fusecell.compiler.frontend.draws import Draw, draw_name, draws_nothing, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.operation_values import READS_VALUES, OperationValues
+from fusecell.compiler.frontend.remedies import AS_INPUT
 from fusecell.compiler.frontend.rules.complex_numbers import are_joined, sum_of_pairs
 from fusecell.compiler.frontend.traced_values import (
     Complex,
@@ -216,7 +217,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         written = written_to(func, args, kwargs)
         for target in written:
             if not isinstance(target, Tensor):
-                raise Untraceable("The step writes to several tensors at once.")
+                raise Untraceable("The step writes to several tensors at once. Write to them one after the other.")
             if isinstance(self.value(target), Unsupported) and not self.is_known(target):
                 raise Untraceable(
                     f"The step changes in place a tensor of shape {tuple(target.shape)} that is neither made in the "
@@ -226,7 +227,7 @@ class Recorder(OperationValues, TorchDispatchMode):
             if target.untyped_storage()._cdata in self._fixed:
                 raise Untraceable(self._fixed_reason(target))
         if len(written) != 1:
-            raise Untraceable("The step writes to several tensors at once.")
+            raise Untraceable("The step writes to several tensors at once. Write to them one after the other.")
         only: Tensor = written[0]
         return only
 
@@ -244,7 +245,9 @@ class Recorder(OperationValues, TorchDispatchMode):
         rows = self.writer.rows
         axes = [axis for axis, size in enumerate(tensor.shape) if size and size % rows == 0]
         if len(axes) > 1:
-            raise Untraceable("The step draws a tensor with several dimensions as long as the batch.")
+            raise Untraceable(
+                "The step draws a tensor with several dimensions as long as the batch. Draw it in Cell.draw."
+            )
         shape, axis, split = list(tensor.shape), None, (1, 1)
         for axis in axes:
             shape[axis] //= rows
@@ -411,6 +414,6 @@ class Recorder(OperationValues, TorchDispatchMode):
             with without_torch_functions(), disable_current_modes():
                 slot, gradient = self._parts[slot].slot, sum_of_pairs(self.writer, gradient)
         if not isinstance(gradient, Sum):
-            raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows.")
+            raise Untraceable(f"The gradient of {self.weights.slots[slot].name} is no sum over rows. {AS_INPUT}")
         so_far = self.gradients.get(slot)
         self.gradients[slot] = gradient if not isinstance(so_far, Sum) else self.writer.total(so_far, gradient)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["REMEDIES"]
+__all__ = ["AS_INPUT", "REMEDIES", "without_rule"]
 
+AS_INPUT = (
+    "A weight's gradient is compiled as a sum over rows of what each of them adds to it. Return the weight from "
+    "Cell.draw, expanded to (1, batch, ...): an input of the step may have any gradient."
+)
+"""For what a step does to the gradient of a weight."""
+_ITERATES = "Its iterations end when they have converged, which differs from row to row."
 _TALL = "with more lines than columns and full rank"
 REMEDIES: Mapping[str, str] = {
     "masked_scatter": (
@@ -23,8 +29,46 @@ REMEDIES: Mapping[str, str] = {
     "linalg_pinv": f"Of a matrix {_TALL} it is torch.linalg.solve(a.mT @ a, a.mT).",
     "linalg_lstsq": f"Of a matrix {_TALL} the solution is torch.linalg.solve(a.mT @ a, a.mT @ b).",
     "linalg_lu_factor_ex": "torch.linalg.solve, inv, det, slogdet and cholesky are compiled.",
+    "_linalg_eigh": (
+        f"{_ITERATES} Of matrices [[a, b], [b, d]] the eigenvalues are (a + d) / 2 -+ torch.hypot((a - d) / 2, b); of "
+        "larger ones the eigenvector whose eigenvalue is largest comes of v = F.normalize(a @ v, dim=1), a fixed "
+        "number of times, and the eigenvalue is v.mT @ a @ v."
+    ),
+    "linalg_eig": (
+        f"{_ITERATES} Of matrices [[a, b], [c, d]] with real eigenvalues these are (a + d) / 2 -+ "
+        "torch.sqrt((a - d) ** 2 / 4 + b * c)."
+    ),
+    "_linalg_svd": (
+        f"{_ITERATES} The largest singular value is (a @ v).norm(dim=1) after v = F.normalize(a.mT @ (a @ v), dim=1), "
+        "a fixed number of times; the Frobenius norm, the determinant and solutions are compiled."
+    ),
+    "linalg_ldl_factor_ex": "Of a matrix that is positive definite torch.linalg.cholesky is compiled.",
+    "igamma": (
+        "For a whole number a it is 1 - torch.exp(-x) * sum(x**k / math.factorial(k) for k in range(a)), and for a "
+        "half, a = 0.5, torch.erf(x.sqrt())."
+    ),
+    "igammac": (
+        "For a whole number a it is torch.exp(-x) * sum(x**k / math.factorial(k) for k in range(a)), and for a half, "
+        "a = 0.5, torch.erfc(x.sqrt())."
+    ),
+    "special_zeta": (
+        "For a whole number s above 1, zeta(s, q) is torch.polygamma(s - 1, q) * (-1) ** s / math.factorial(s - 1)."
+    ),
+    "dist": (
+        "It is one distance of all rows together; that of each row is (x - y).norm(dim=-1, keepdim=True), also with "
+        "other norms, p=1."
+    ),
     "linalg_matrix_exp": (
         "With b = a / 64 it is torch.linalg.matrix_power(eye + b + b @ b / 2 + b @ b @ b / 6, 64), to seven digits for "
         "a norm of 1."
     ),
 }
+_NO_OTHER = (
+    "On rows write it by elementwise functions, sums over features, products, gather or sort; on parameters alone any "
+    "operation is compiled."
+)
+
+
+def without_rule(name: str) -> str:
+    """Return the sentences that refuse an operation on rows that has no rule."""
+    return f"The op {name} has no rule. {REMEDIES.get(name, _NO_OTHER)}"

@@ -142,7 +142,10 @@ def _unpooled(dims: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         kernel, steps, margin = (_each(value, dims) for value in (kernel_size, stride or kernel_size, padding))
         if any(step < extent for step, extent in zip(steps, kernel, strict=True)):
-            raise Untraceable("max_unpool of windows that overlap is not compiled: which maximum stays is torch's own.")
+            raise Untraceable(
+                "max_unpool of windows that overlap is not compiled: which maximum stays is torch's own. Use "
+                "windows as wide as their stride."
+            )
         size = [
             (count - 1) * step + extent - 2 * border
             for count, step, extent, border in zip(input.shape[-dims:], steps, kernel, margin, strict=True)

@@ -174,7 +174,7 @@ class StepRun:
         path = next((prefix for prefix, module in self.cell.named_modules() if module is cell), "")
         label = f"note.{path}.{name}" if path else f"note.{name}"
         if label in self.outputs:
-            raise Untraceable(f"The step notes {name} twice.")
+            raise Untraceable(f"The step notes {name} twice; give each note a name of its own.")
         node = self._node(value)
         self.outputs[label] = node
         self.row_shapes[label] = tuple(value.shape[1:])
@@ -209,8 +209,9 @@ class StepRun:
                 self.output_dtype, is_dtype = value.dtype, True
             if tuple(value.shape) != (self.rows, *shape) or not is_dtype:
                 actual = f"{tuple(value.shape)} and {value.dtype}"
+                remedy = "" if is_dtype else f" Convert it, .to({self.dtype}), or the cell."
                 raise Untraceable(
-                    f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}."
+                    f"{label} has shape and dtype {actual}, expected {size_text(shape, 'N')} and {self.dtype}.{remedy}"
                 )
             self._note_order(label, value)
             self.outputs[label] = self._node(value)
@@ -248,7 +249,7 @@ class StepRun:
     def _spread_over_rows(self, row: Row) -> Row:
         """Return what is the same for all rows as a value per row."""
         if row.axis is not None:
-            raise Untraceable("A result has its batch dimension not first.")
+            raise Untraceable("A result has its batch dimension not first; return it transposed, .transpose(0, 1).")
         return Row((self.rows, *row.shape), row.node, 0, row.full_index)
 
     # the gradient

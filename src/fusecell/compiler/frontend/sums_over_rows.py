@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from fusecell.compiler.frontend.index_maps import access_of
+from fusecell.compiler.frontend.remedies import AS_INPUT
 from fusecell.compiler.frontend.traced_values import Index, Untraceable, arranged
 from fusecell.compiler.ir.graph import Builder, Node
 
 __all__ = ["as_matrix", "reordered"]
 
-_NO_STRIDES = "The step moves elements of the gradient of a weight in an order that has no strides."
+_NO_STRIDES = f"The step moves elements of the gradient of a weight in an order that has no strides. {AS_INPUT}"
 
 
 def as_matrix(builder: Builder, index: int, shape: Sequence[int]) -> int:
@@ -40,7 +41,7 @@ def reordered(builder: Builder, index: int, order: Index) -> int:
         return placed
     attrs = _as_contraction(builder, node)
     if attrs is None:
-        raise Untraceable("The step reshapes the gradient of a part of a weight.")
+        raise Untraceable(f"The step reshapes the gradient of a part of a weight. {AS_INPUT}")
     left, right = attrs.pop("left"), attrs.pop("right")
     axes = [axis for axis in range(order.ndim) if order.shape[axis] > 1]
     long = order.reshape([order.shape[axis] for axis in axes] or [1])

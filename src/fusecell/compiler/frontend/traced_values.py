@@ -243,5 +243,5 @@ def runs(flat: Index) -> Iterator[tuple[int, int, int]]:
 def scalar(value: Any) -> float:
     """Return a Python number as a float."""
     if isinstance(value, complex):
-        raise Untraceable("Complex numbers are not compiled.")
+        raise Untraceable("A complex number is filled in where real ones are; use its real and imaginary parts.")
     return float(value)

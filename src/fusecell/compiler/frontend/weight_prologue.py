@@ -363,7 +363,9 @@ class Weights:
         """Record a call that writes into the result of an earlier step."""
         # A leaf is read once, after all steps: an earlier use of it would see the new value.
         if target.slot in self.leaf_slots():
-            raise Untraceable("The step changes in place a weight that the step has already used.")
+            raise Untraceable(
+                "The step changes in place a weight that the step has already used; change a clone() of it."
+            )
         gradients = self._with_gradients()
         self.steps.append(Step(func, tuple(args), dict(kwargs), (target.slot,), gradients))
         if gradients and self._flows(_refs(args)):
@@ -383,9 +385,12 @@ class Weights:
         mixes = weight.dtype in (*mixes_with(self.dtype), *casts_of(self.dtype))
         mixes = mixes or not (weight.dtype.is_floating_point and weight.shape)
         if weight.dtype.is_complex or not mixes:
-            raise Untraceable(f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}.")
+            raise Untraceable(
+                f"The weight {weight.name} is {weight.dtype}, where the step computes in {self.dtype}. Convert the "
+                f"cell, .to({self.dtype})."
+            )
         if 0 in weight.shape:
-            raise Untraceable(f"The weight {weight.name} has no elements.")
+            raise Untraceable(f"The weight {weight.name} has no elements; leave it out where a size is 0.")
         attrs: dict[str, Any] = {"shape": list(_leaf_shape(weight.shape, form))}
         if form == "matrix" and self.dtype == weight.dtype == torch.bfloat16:
             attrs["numbers"] = Storage.BF16.value
@@ -494,7 +499,9 @@ def _leaf_shape(shape: tuple[int, ...], form: str) -> tuple[int, ...]:
     if form == "table":
         return shape[0], count // shape[0]
     if len(shape) < 2 or count != shape[-1] * shape[-2]:
-        raise Untraceable(f"The step multiplies rows by a weight of shape {shape}: only matrices are compiled.")
+        raise Untraceable(
+            f"The step multiplies rows by a weight of shape {shape}: only matrices are compiled. Flatten it to one."
+        )
     return shape[-2:]
 
 

@@ -13,6 +13,7 @@ from functools import reduce
 import numpy as np
 
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.remedies import AS_INPUT
 from fusecell.compiler.frontend.sums_over_rows import as_matrix, reordered
 from fusecell.compiler.frontend.traced_values import Index, Row, Sum, Untraceable, arranged
 
@@ -31,7 +32,9 @@ def weighted(w: Writer, sum_: Sum, factor: Operand) -> Sum:
     """
     numbers = w.number(factor)
     if numbers.axis is not None:
-        raise Untraceable("The gradient of a weight, a sum over rows, is multiplied by a value that each row has.")
+        raise Untraceable(
+            f"The gradient of a weight, a sum over rows, is multiplied by a value that each row has. {AS_INPUT}"
+        )
     shape = tuple(np.broadcast_shapes(numbers.shape, sum_.shape))
     if shape != sum_.shape:
         sum_ = rearranged(w, sum_, np.broadcast_to(arranged(sum_.shape), shape))
@@ -128,4 +131,6 @@ def _of_each_row(w: Writer, sum_node: int) -> Row:
     if node.op == "contract_sum":
         attrs = {name: node.attrs[name] for name in ("shape", "count", "a", "b")}
         return Row((w.rows, size), w.builder.add("contract", *node.args, **attrs))
-    raise Untraceable("The step multiplies the gradient of a weight by numbers that are others at each step.")
+    raise Untraceable(
+        f"The step multiplies the gradient of a weight by numbers that are others at each step. {AS_INPUT}"
+    )

@@ -130,7 +130,9 @@ def _pow(w: Writer, x: Pair, exponent: Operand) -> Complex:
                 result = _mul(w, result, x)
             return result
         return _polar(w, w.point("pow", _abs(w, x), float(exponent)), w.point("mul", _angle(w, x), float(exponent)))
-    raise Untraceable("Powers of complex numbers are compiled for exponents that are real numbers.")
+    raise Untraceable(
+        "Powers of complex numbers are compiled for exponents that are real numbers; others are (x.log() * y).exp()."
+    )
 
 
 def _tanh(w: Writer, x: Complex) -> Complex:
@@ -319,7 +321,10 @@ def _fourier(w: Writer, x: Pair, dims: Sequence[int], normalisation: int, sign: 
     dim = dims[0] % len(pair.shape)
     size = pair.shape[dim]
     if size > _MOST_POINTS:
-        raise Untraceable(f"A Fourier transform of {size} points is not compiled: of up to {_MOST_POINTS} it is.")
+        raise Untraceable(
+            f"A Fourier transform of {size} points is not compiled: of up to {_MOST_POINTS} it is. Transform the input "
+            "outside the loop, or parts of it in the step."
+        )
     turns = np.outer(np.arange(size), np.arange(size)) % size
     angle = 2 * math.pi * turns / size
     # Exact where they are 0: the sign of what is left of them would decide whether an angle is pi or -pi.

@@ -15,6 +15,7 @@ import torch
 
 from fusecell.compiler.frontend.contractions import weight_row
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.remedies import AS_INPUT
 from fusecell.compiler.frontend.rules.repeated_places import is_overwritten, reduced_at
 from fusecell.compiler.frontend.rules.row_numbers import is_every_row, own_elements
 from fusecell.compiler.frontend.rules.scans import along
@@ -231,7 +232,9 @@ def _index_put(
         part = picked_together(w, base, indices)
         written = _write(w, part.opened(w, base), part.axis, part.positions, value, accumulate)
         if isinstance(written, Sum):
-            raise Untraceable("The step adds up the gradient of a weight at positions along several dimensions.")
+            raise Untraceable(
+                f"The step adds up the gradient of a weight at positions along several dimensions. {AS_INPUT}"
+            )
         return part.closed(w, written)
     return _write(w, base, places[0], counted_from_start(w, index, base.shape[places[0]]), value, accumulate)
 
@@ -342,7 +345,10 @@ def _embedding_backward(
     w: Writer, gradient: Row, indices: Operand, count: int, padding: int = -1, by_frequency: bool = False, *_: Any
 ) -> Sum:
     if by_frequency:
-        raise Untraceable("An embedding's gradient is scaled by how often the whole batch has each id: not compiled.")
+        raise Untraceable(
+            "An embedding's gradient is scaled by how often the whole batch has each id, which mixes its rows; leave "
+            "scale_grad_by_freq out."
+        )
     positions = w.number(indices)
     if padding >= 0:
         is_padding: Row = w.move(lambda numbers: numbers.unsqueeze(-1), w.point("eq", positions, float(padding)))

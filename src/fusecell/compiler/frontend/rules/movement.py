@@ -52,7 +52,9 @@ def filled(w: Writer, name: str, args: Sequence[Any], result: torch.Tensor) -> R
         value, other = 0.0, number
     elif value is None:
         if not isinstance(number, int | float):
-            raise Untraceable("The step fills a tensor with the value of another.")
+            raise Untraceable(
+                "The step fills a tensor with the value of another; expand that one, value.expand_as(tensor)."
+            )
         value = as_stored(number, result.dtype)
     shape = tuple(result.shape)
     # A number is the same wherever in a dimension the batch is.

@@ -217,7 +217,10 @@ def _image_of_windows(
     dims = len(kernel)
     pads, steps, gaps = _each(padding, dims), _each(stride, dims), _each(dilation, dims)
     if math.prod(kernel) > _MOST_TAPS:
-        raise Untraceable(f"fold over windows of more than {_MOST_TAPS} elements is not compiled.")
+        raise Untraceable(
+            f"fold over windows of more than {_MOST_TAPS} elements is not compiled; fold along one side, then along "
+            "the other."
+        )
     counts = [
         (size + 2 * p - gap * (taps - 1) - 1) // step + 1
         for size, p, gap, taps, step in zip(output, pads, gaps, kernel, steps, strict=True)

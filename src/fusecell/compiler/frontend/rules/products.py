@@ -7,6 +7,7 @@ from typing import Any
 
 from fusecell.compiler.frontend.contractions import contracted
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.remedies import AS_INPUT
 from fusecell.compiler.frontend.rules.reduction import total
 from fusecell.compiler.frontend.traced_values import Matrix, Row, Sum, Untraceable, Value, Weight
 
@@ -61,7 +62,7 @@ def _transposed_weight(weight: Weight) -> Weight:
 
 def _plus(w: Writer, base: Operand, product: Row | Sum, beta: float, alpha: float) -> Row:
     if isinstance(product, Sum):
-        raise Untraceable("The step adds to a sum over rows.")
+        raise Untraceable(f"The step adds to a sum over rows. {AS_INPUT}")
     scaled: Operand = product if alpha == 1 else w.point("mul", product, alpha)
     if beta == 0:
         return w.row(scaled)
@@ -141,7 +142,7 @@ def _trilinear(
     between = "".join(letter for letter in letters if letter in labels[first] + labels[second] and letter in needed)
     product = contracted(w, operands[first], operands[second], labels[first], labels[second], between)
     if isinstance(product, Sum):
-        raise Untraceable("The step multiplies a sum over rows by a value of the step.")
+        raise Untraceable(f"The step multiplies a sum over rows by a value of the step. {AS_INPUT}")
     return contracted(w, product, operands[third], between, labels[third], result)
 
 
@@ -151,7 +152,9 @@ def _distances(w: Writer, a: Operand, b: Operand, p: float, _mode: int | None = 
     if p == 1:
         return w.reduce("sum", w.point("abs", difference), [-1], False)
     if p != 2:
-        raise Untraceable("Distances are compiled for p = 1 and p = 2.")
+        raise Untraceable(
+            "Distances are compiled for p = 1 and p = 2; others are (x[:, :, None] - y[:, None]).norm(p, dim=-1)."
+        )
     return w.point("sqrt", w.reduce("sum", w.point("mul", difference, difference), [-1], False))
 
 

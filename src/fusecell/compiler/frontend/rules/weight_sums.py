@@ -14,6 +14,7 @@ import torch
 
 from fusecell.compiler.frontend.contractions import contracted
 from fusecell.compiler.frontend.graph_writer import Operand, Writer
+from fusecell.compiler.frontend.remedies import AS_INPUT
 from fusecell.compiler.frontend.rules.backward import BACKWARD, softmax_backward
 from fusecell.compiler.frontend.traced_values import ExternalGrad, Sum, Untraceable, Value, arranged
 from fusecell.compiler.frontend.weighted_sums import parts_of_rows, rearranged, spread, weighted
@@ -32,7 +33,9 @@ def _accumulate(w: Writer, left: Value, right: Value, alpha: float = 1) -> Value
 
 def _sum(value: Value) -> Sum:
     if not isinstance(value, Sum):
-        raise Untraceable("The gradient of a weight is combined with a value that is not a weight gradient.")
+        raise Untraceable(
+            f"The gradient of a weight is combined with a value that is not a weight gradient. {AS_INPUT}"
+        )
     return value
 
 
@@ -111,7 +114,7 @@ def _where(w: Writer, mask: Operand, a: Any, b: Any) -> Sum:
     value, other, mask = (a, b, w.truth(mask)) if isinstance(a, Sum) else (b, a, w.point("not", mask))
     is_zero = other == 0 if isinstance(other, int | float) else getattr(other, "fill", None) == 0
     if not is_zero:
-        raise Untraceable("The step chooses between the gradient of a weight and another value.")
+        raise Untraceable(f"The step chooses between the gradient of a weight and another value. {AS_INPUT}")
     return weighted(w, value, mask)
 
 
@@ -120,7 +123,7 @@ def _product(w: Writer, left: Any, right: Any) -> Sum:
     a, b = (parts_of_rows(w, each) if isinstance(each, Sum) else w.number(each) for each in (left, right))
     labels = ["nik" if isinstance(left, Sum) else "ik", "nkj" if isinstance(right, Sum) else "kj"]
     if isinstance(left, Sum) and isinstance(right, Sum):
-        raise Untraceable("The gradient of a weight is multiplied by a sum over rows.")
+        raise Untraceable(f"The gradient of a weight is multiplied by a sum over rows. {AS_INPUT}")
     each = contracted(w, a, b, labels[0], labels[1], "nij")
     return w.rowsum(each, [0], False)
 
@@ -157,7 +160,7 @@ def _join(w: Writer, values: Sequence[Value], dim: int = 0) -> Sum:
     """Join gradients of the parts of a weight: each is placed in the whole, and these are added."""
     sums = [value for value in values if isinstance(value, Sum)]
     if any(not isinstance(value, Sum | ExternalGrad) and getattr(value, "fill", None) != 0 for value in values):
-        raise Untraceable("The gradient of a part of a weight is no sum over rows.")
+        raise Untraceable(f"The gradient of a part of a weight is no sum over rows. {AS_INPUT}")
     dim = dim % len(sums[0].shape)
     whole = list(sums[0].shape)
     whole[dim] = sum(value.shape[dim] for value in values)
@@ -177,7 +180,7 @@ def _same(w: Writer, value: Sum, *_: Any, **__: Any) -> Sum:
 def _cast(w: Writer, value: Sum, *, dtype: Any = None, **_: Any) -> Sum:
     """Keep a sum as it is where autograd casts it to the dtype of its weight: the prologue casts the kernel's."""
     if dtype is not None and not dtype.is_floating_point:
-        raise Untraceable(f"The gradient of a weight is cast to {dtype}.")
+        raise Untraceable(f"The gradient of a weight is cast to {dtype}. {AS_INPUT}")
     return value
 
 
@@ -186,7 +189,7 @@ def _times(w: Writer, a: Any, b: Any) -> Sum:
     if isinstance(factor, int | float):
         return w.scaled(value, factor)
     if isinstance(factor, Sum | ExternalGrad):
-        raise Untraceable("The gradient of a weight is multiplied by a sum over rows.")
+        raise Untraceable(f"The gradient of a weight is multiplied by a sum over rows. {AS_INPUT}")
     return weighted(w, value, factor)
 
 
