@@ -94,6 +94,7 @@ def _poisson(x: Tensor) -> Tensor:
     return torch.exp(-x) * sum(x**k / math.factorial(k) for k in range(3))
 
 
+EDGES = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
 INSTEAD: dict[str, tuple[Body, Body]] = {
     "masked_scatter": (
         lambda x: torch.cat([row.masked_scatter(row > 0, row.flip(1)) for row in x.split(1)]),
@@ -132,11 +133,45 @@ INSTEAD: dict[str, tuple[Body, Body]] = {
         lambda x: torch.special.zeta(torch.full_like(x, 3.0), _in_the_unit_interval(x)),
         lambda x: torch.polygamma(3 - 1, _in_the_unit_interval(x)) * (-1) ** 3 / math.factorial(3 - 1),
     ),
+    "histc": (
+        lambda x: torch.stack([row.clamp(-1, 0.99).histc(4, -1.0, 1.0) for row in x]),
+        lambda x: (
+            (x.clamp(-1, 0.99)[:, :, None] >= EDGES[:-1]).logical_and(x.clamp(-1, 0.99)[:, :, None] < EDGES[1:]).sum(1)
+        ).to(x.dtype),
+    ),
+    "bincount": (
+        lambda x: torch.stack([row.bincount(minlength=4) for row in x.abs().long().clamp(max=3)]).to(x.dtype),
+        lambda x: F.one_hot(x.abs().long().clamp(max=3), 4).sum(1).to(x.dtype),
+    ),
+    "masked_select": (
+        lambda x: torch.stack([row.masked_select(row > 0).sum() for row in x])[:, None],
+        lambda x: torch.where(x > 0, x, 0).sum(1, keepdim=True),
+    ),
+    "nonzero": (
+        lambda x: torch.stack([row.round().nonzero().sum() for row in x])[:, None].to(x.dtype),
+        lambda x: torch.where(x.round() != 0, torch.arange(12), 0).sum(1, keepdim=True).to(x.dtype),
+    ),
+    "_unique2": (
+        lambda x: torch.stack([torch.tensor(len(row.unique())) for row in x])[:, None].to(x.dtype),
+        lambda x: ((y := x.sort(1).values)[:, 1:] != y[:, :-1]).sum(1, keepdim=True).to(x.dtype) + 1,
+    ),
     "dist": (
         lambda x: torch.stack([torch.dist(row, row.sin()) for row in x])[:, None],
         lambda x: (x - x.sin()).norm(dim=-1, keepdim=True),
     ),
     "linalg_matrix_exp": (lambda x: torch.matrix_exp(x[:, :9].view(-1, 3, 3) * 0.1), _power_series),
+}
+
+
+OF_ROWS = ("masked_scatter", "dist", "histc", "bincount", "masked_select", "nonzero", "_unique2")
+"""Those that are called row by row above, for the numbers of each: the step is refused for that."""
+OVER_ROWS: dict[str, Body] = {
+    "dist": lambda x: torch.dist(x, x.sin()) + x,
+    "histc": lambda x: x.histc(4, -1.0, 1.0) + x[:, :4],
+    "bincount": lambda x: x.abs().long().flatten().bincount(minlength=12)[:12] + x,
+    "masked_select": lambda x: x.masked_select(x > 0).sum() + x,
+    "nonzero": lambda x: x.nonzero().sum() + x,
+    "_unique2": lambda x: x.unique().sum() + x,
 }
 
 
@@ -153,11 +188,77 @@ def test_what_to_write_instead_computes_the_same(name: str) -> None:
         torch.testing.assert_close(fc.scan(Applying(instead), x)[0], expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in INSTEAD if name not in ("masked_scatter", "dist")])
+@pytest.mark.parametrize("name", [name for name in INSTEAD if name not in OF_ROWS])
 def test_refusals_say_it(name: str) -> None:
     with pytest.raises(fc.NotCompilable) as refusal, fc.runner("compiled"):
         fc.scan(Applying(INSTEAD[name][0]), torch.randn(3, 2, 12, dtype=torch.float64))
     assert REMEDIES[name].rstrip(".") in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", OVER_ROWS)
+def test_refusals_of_what_joins_rows_say_it(name: str) -> None:
+    with pytest.raises(fc.NotCompilable) as refusal, fc.runner("compiled"):
+        fc.scan(Applying(OVER_ROWS[name]), torch.randn(3, 2, 12, dtype=torch.float64))
+    assert REMEDIES[name].rstrip(".") in str(refusal.value)
+
+
+def test_batch_norm_in_training() -> None:
+    class Normed(fc.Cell):
+        def __init__(self) -> None:
+            super().__init__(12, 12)
+            self.norm = torch.nn.BatchNorm1d(12)
+
+        def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+            h = torch.tanh(self.norm(x) + state[0])
+            return h, (h,)
+
+    cell, x = Normed(), torch.randn(3, 2, 12)
+    with pytest.raises(fc.NotCompilable, match=r"which mixes its rows.*LayerNorm"), fc.runner("compiled"):
+        fc.scan(cell, x)
+    with fc.runner("compiled"):
+        assert fc.scan(cell.eval(), x)[0].isfinite().all()
+
+
+SAMPLES: dict[str, tuple[Body, Body]] = {
+    "binomial": (
+        lambda p: torch.binomial(torch.full_like(p, 5.0), p),
+        lambda p: (torch.rand(*p.shape, 5) < p[..., None]).sum(-1).to(p.dtype),
+    ),
+    "_standard_gamma": (
+        lambda rate: torch.distributions.Gamma(3.0, rate, validate_args=False).sample(),
+        lambda rate: -torch.rand(*rate.shape, 3).log().sum(-1) / rate,
+    ),
+    "_sample_dirichlet": (
+        lambda p: torch.distributions.Dirichlet(torch.full_like(p, 2.0), validate_args=False).sample(),
+        lambda p: (g := -torch.rand(*p.shape, 2).log().sum(-1)) / g.sum(-1, keepdim=True),
+    ),
+}
+
+
+class Sampling(fc.Cell):
+    """A cell whose output is drawn."""
+
+    states = ()
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(12, 12)
+        self.body = body
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.body(x), ()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_have_the_distribution(name: str) -> None:
+    refused, instead = SAMPLES[name]
+    x = torch.full((10, 500, 12), 0.3)
+    with pytest.raises(fc.NotCompilable, match=r"torch\.rand\("), fc.runner("compiled"):
+        fc.scan(Sampling(refused), x)
+    with fc.runner("compiled"):
+        drawn = fc.scan(Sampling(instead), x)[0]
+    expected = refused(x)
+    torch.testing.assert_close(drawn.mean(), expected.mean(), rtol=0.02, atol=0)
+    torch.testing.assert_close(drawn.std(), expected.std(), rtol=0.03, atol=0)
 
 
 class Drawing(fc.Cell):

@@ -32,6 +32,15 @@ _REMEDIES = {
         "torch draws a slope for each element that is not positive, so that how many it draws depends on values. Draw "
         "one for each: slope = torch.empty_like(x).uniform_(1 / 8, 1 / 3), then torch.where(x > 0, x, x * slope)."
     ),
+    "binomial": "Of a fixed count n add n draws up: (torch.rand(*p.shape, n) < p[..., None]).sum(-1).",
+    "_standard_gamma": (
+        "Of a whole shape k add k exponentials up: -torch.rand(*rate.shape, k).log().sum(-1) / rate. Where parameters "
+        "don't depend on the state, draw in Cell.draw."
+    ),
+    "_sample_dirichlet": (
+        "Of whole parameters k it is g / g.sum(-1, keepdim=True), with sums of k exponentials in g, "
+        "-torch.rand(...).log(). Where parameters don't depend on the state, draw in Cell.draw."
+    ),
     "randperm": "Sort uniform numbers instead: torch.rand_like(x).argsort(-1).",
 }
 

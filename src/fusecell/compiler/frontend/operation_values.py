@@ -341,7 +341,7 @@ class OperationValues(TensorValues):
         of_integers = results[0] is not None and results[0].dtype != torch.bool
         rule = (INTEGER_RULES.get(name) if of_integers else None) or RULES.get(name)
         if name in _DECISIONS:
-            raise Untraceable(READS_VALUES)
+            raise Untraceable(REMEDIES.get(name, READS_VALUES))
         if rule is None:
             raise Untraceable(without_rule(name))
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}

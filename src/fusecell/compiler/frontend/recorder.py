@@ -273,6 +273,12 @@ class Recorder(OperationValues, TorchDispatchMode):
                         f"The parametrization of self.{owner} changes {name} in place at each step, which a compiled "
                         f"loop would not. self.{owner}.parametrizations.eval() leaves it as it is, and is compiled."
                     )
+                if name in ("num_batches_tracked", "running_mean", "running_var"):
+                    return (
+                        f"The step norms by the statistics of the batch, which mixes its rows, and keeps them in "
+                        f"self.{path}: .eval() on the BatchNorm uses its running statistics; LayerNorm and GroupNorm "
+                        "have each row's own."
+                    )
                 return (
                     f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
                     f'name it in `states = ("h", "{name}")` and return its new value as part of the new state.'

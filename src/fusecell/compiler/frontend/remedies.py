@@ -54,6 +54,24 @@ REMEDIES: Mapping[str, str] = {
     "special_zeta": (
         "For a whole number s above 1, zeta(s, q) is torch.polygamma(s - 1, q) * (-1) ** s / math.factorial(s - 1)."
     ),
+    "linalg_lu": "torch.linalg.solve, inv, det, slogdet and cholesky are compiled.",
+    "histc": (
+        "It counts elements of all rows; (x[:, :, None] >= edges[:-1]).logical_and(x[:, :, None] < edges[1:]).sum(1) "
+        "counts those of each."
+    ),
+    "bincount": "It counts ids of all rows; F.one_hot(ids, count).sum(1) counts those of each.",
+    "masked_select": (
+        "How many elements a mask picks depends on values; compute with torch.where(mask, x, 0), and count with "
+        "mask.sum(1)."
+    ),
+    "nonzero": (
+        "How many elements are not 0 depends on values; torch.where(x != 0, a, b) computes with all of them, and "
+        "(x != 0).sum(1) counts them."
+    ),
+    "_unique2": (
+        "How many elements differ depends on values; y = x.sort(1).values has equal ones side by side, and (y[:, 1:] "
+        "!= y[:, :-1]).sum(1) + 1 counts those that differ."
+    ),
     "dist": (
         "It is one distance of all rows together; that of each row is (x - y).norm(dim=-1, keepdim=True), also with "
         "other norms, p=1."
