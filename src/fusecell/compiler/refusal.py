@@ -1,8 +1,8 @@
 """Refusals: why a step or a call is not compiled, as sentences for its user.
 
 The sentences are written where the reason is met: about an operation in `frontend.recorder`, `frontend.tracer` and
-`frontend.rules`; about weights in `frontend.weight_prologue`; about a graph's size in `schedule` and `codegen`; about a
-call's tensors in `dispatch.eligibility`. `dispatch.runner` makes the warning of them, `inspection.explain` lists them.
+`frontend.rules`; about weights in `frontend.prologue_recorder`; about a graph's size in `schedule` and `codegen`; about
+a call's tensors in `dispatch.eligibility`. `dispatch.runner` makes the warning of them, `inspection.explain` a list.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def test_the_import_brings_in_little_beside_the_library(runs):
         submodules = [name for name in run["imported"] if name.startswith("fusecell")]
         for unused in ("cli", "convert", "demo", "inspection", "play", "streaming", "tape", "testing"):
             assert f"fusecell.{unused}" not in submodules
-        assert len(run["imported"]) < 260
+        # A module more takes a third of a millisecond: one that comes from elsewhere with dozens is to be seen here.
+        assert len(run["imported"]) < 280
 
 
 def test_the_first_call_imports_nothing(runs):

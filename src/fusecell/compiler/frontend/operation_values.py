@@ -25,6 +25,7 @@ from fusecell.compiler.frontend.narrow_dtypes import (
     other_dtype,
     wrapped,
 )
+from fusecell.compiler.frontend.prologue_recorder import weight_views
 from fusecell.compiler.frontend.remedies import AS_INPUT, REMEDIES, without_rule
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.complex_numbers import (
@@ -60,7 +61,7 @@ from fusecell.compiler.frontend.traced_values import (
     Value,
     Weight,
 )
-from fusecell.compiler.frontend.weight_prologue import Ref, weight_views
+from fusecell.compiler.frontend.weight_prologue import Ref
 from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["READS_VALUES", "OperationValues"]

@@ -14,9 +14,9 @@ from fusecell.compiler.frontend.custom_functions import is_custom_node
 from fusecell.compiler.frontend.dtypes import casts_of, mixes_with
 from fusecell.compiler.frontend.graph_writer import Writer
 from fusecell.compiler.frontend.isolation import users_globals
+from fusecell.compiler.frontend.prologue_recorder import Weights
 from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten
 from fusecell.compiler.frontend.traced_values import Unsupported, Untraceable, Value, Weight
-from fusecell.compiler.frontend.weight_prologue import Weights
 from fusecell.compiler.ir.graph import Builder
 from fusecell.torch_internals import disable_current_modes, is_wrapped, without_torch_functions
 
