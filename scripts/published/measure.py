@@ -74,7 +74,7 @@ def measure(case: Case) -> Outcome:
 
 
 def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
-    double = copy.deepcopy(cell).double()
+    double = _in_double(cell)
     try:
         loop = _run(case, double, "eager", torch.float64)
         if not all(value.isfinite().all() for value in loop):
@@ -93,6 +93,15 @@ def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
         _check(outcome, "chunk bits", lambda: _check_bits(case, cell, outcome))
     if outcome.inference:
         _check(outcome, "stream", lambda: _check_stream(case, cell, outcome))
+
+
+def _in_double(cell: fc.Cell) -> fc.Cell:
+    """Return a copy in float64; torch's ``double()`` leaves complex parameters as they are."""
+    double = copy.deepcopy(cell).double()
+    for value in (*double.parameters(), *double.buffers()):
+        if value.is_complex():
+            value.data = value.data.to(torch.complex128)
+    return double
 
 
 def _compiles(outcome: Outcome, mode: str, call: Callable[[], object]) -> bool:

@@ -127,7 +127,7 @@ def _min_lstm(c: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     lambda: {
         "inp": linear(FEATURES, 2 * SIZE),
         "conv": nn.Conv1d(SIZE, SIZE, 4, groups=SIZE),
-        "gates": nn.ModuleList([linear(SIZE, SIZE) for _ in range(2)]),
+        "gate_maps": nn.ModuleList([linear(SIZE, SIZE) for _ in range(2)]),
         "L": filled(1.0, SIZE),
         "out": linear(SIZE, FEATURES),
     },
@@ -138,7 +138,7 @@ def _griffin(c: Any, x: Tensor, h: Tensor, taps: Tensor) -> tuple[Tensor, ...]:
     u, gate = c.inp(x).chunk(2, -1)
     taps = torch.cat([taps, u[..., None]], -1)
     u = c.conv(taps)[..., 0]
-    r, i = (torch.sigmoid(layer(u)) for layer in c.gates)
+    r, i = (torch.sigmoid(layer(u)) for layer in c.gate_maps)
     log = -8.0 * F.softplus(c.L) * r
     h = torch.exp(log) * h + torch.sqrt(-torch.expm1(2 * log)) * (i * u)
     return c.out(h * F.gelu(gate)), h, taps[..., 1:]
@@ -483,7 +483,7 @@ def _window(c: Any, x: Tensor, memory: Tensor, h: Tensor, m: Tensor, k: Tensor, 
         "mlp": nn.Sequential(linear(_D, _D), nn.ReLU()),
         "n1": nn.LayerNorm(_D),
         "n2": nn.LayerNorm(_D),
-        "gates": linear(_D, 2 * _D),
+        "gate_maps": linear(_D, 2 * _D),
         "U": linear(_D, 2 * _D),
     },
     {"M": (HEADS, _D)},
@@ -494,7 +494,7 @@ def _relational(c: Any, x: Tensor, M: Tensor) -> tuple[Tensor, ...]:
     everything = torch.cat([M, x], 1)
     new = c.n1(M + c.attention(M, everything, everything, need_weights=False)[0])
     new = c.n2(new + c.mlp(new))
-    i, f = (c.gates(x) + c.U(torch.tanh(M))).chunk(2, -1)
+    i, f = (c.gate_maps(x) + c.U(torch.tanh(M))).chunk(2, -1)
     M = torch.sigmoid(i) * torch.tanh(new) + torch.sigmoid(f + 1) * M
     return M.flatten(1), M
 

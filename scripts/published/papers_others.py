@@ -46,12 +46,12 @@ def _conv_lstm(c: Any, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, ...]:
     "ConvGRU",
     "arXiv:1511.06432",
     "convolutional",
-    lambda: {"gates": _conv(7, 8), "n": _conv(7, 4)},
+    lambda: {"gate_maps": _conv(7, 8), "n": _conv(7, 4)},
     {"h": _STATE},
     **_IMAGES,
 )
 def _conv_gru(c: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-    z, r = torch.sigmoid(c.gates(torch.cat([x, h], 1))).chunk(2, 1)
+    z, r = torch.sigmoid(c.gate_maps(torch.cat([x, h], 1))).chunk(2, 1)
     h = z * h + (1 - z) * torch.tanh(c.n(torch.cat([x, r * h], 1)))
     return h, h
 
@@ -625,7 +625,7 @@ def _gated_graph(c: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     "DCRNN, diffusion convolution",
     "arXiv:1707.01926",
     "graph",
-    lambda: {"P": torch.rand(5, 5).softmax(-1), "gates": linear(3 * 7, 8), "n": linear(3 * 7, 4)},
+    lambda: {"P": torch.rand(5, 5).softmax(-1), "gate_maps": linear(3 * 7, 8), "n": linear(3 * 7, 4)},
     {"h": (5, 4)},
     input_size=(5, 3),
 )
@@ -633,7 +633,7 @@ def _diffusion(c: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     def spread(value: Tensor) -> Tensor:
         return torch.cat([value, c.P @ value, c.P @ (c.P @ value)], -1)
 
-    r, u = torch.sigmoid(c.gates(spread(torch.cat([x, h], -1)))).chunk(2, -1)
+    r, u = torch.sigmoid(c.gate_maps(spread(torch.cat([x, h], -1)))).chunk(2, -1)
     h = u * h + (1 - u) * torch.tanh(c.n(spread(torch.cat([x, r * h], -1))))
     return h, h
 
@@ -646,7 +646,7 @@ def _diffusion(c: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         "W": linear(7, 8),
         "a": weight(2, 8),
         "A": torch.eye(5) + torch.rand(5, 5).round(),
-        "gates": linear(8, 12),
+        "gate_maps": linear(8, 12),
         "U": linear(4, 12),
     },
     {"h": (5, 4)},
@@ -656,7 +656,7 @@ def _graph_attention(c: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     value = c.W(torch.cat([x, h], -1))
     left, right = value @ c.a[0], value @ c.a[1]
     score = F.leaky_relu(left[:, :, None] + right[:, None], 0.2).masked_fill(c.A < 0.5, -1e9)
-    r, z, n = c.gates(F.softmax(score, -1) @ value).chunk(3, -1)
+    r, z, n = c.gate_maps(F.softmax(score, -1) @ value).chunk(3, -1)
     hr, hz, hn = c.U(h).chunk(3, -1)
     z = torch.sigmoid(z + hz)
     h = (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn) + z * h

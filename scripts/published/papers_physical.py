@@ -107,7 +107,7 @@ def _ode_rk4(c: Any, x: Tensor, dt: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     "arXiv:1905.12374",
     "ode",
     lambda: {
-        "gates": linear(SIZE, 2 * SIZE),
+        "gate_maps": linear(SIZE, 2 * SIZE),
         "n": linear(SIZE, SIZE),
         "p": linear(SIZE, 2 * FEATURES),
         "gru": nn.GRUCell(4 * FEATURES, SIZE),
@@ -117,7 +117,7 @@ def _ode_rk4(c: Any, x: Tensor, dt: Tensor, h: Tensor) -> tuple[Tensor, ...]:
 )
 def _bayes(c: Any, x: Tensor, mask: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     for _ in range(2):
-        r, z = torch.sigmoid(c.gates(h)).chunk(2, -1)
+        r, z = torch.sigmoid(c.gate_maps(h)).chunk(2, -1)
         h = h + 0.1 * (1 - z) * (torch.tanh(c.n(r * h)) - h)
     mean, log = c.p(h).chunk(2, -1)
     error = (x - mean) / torch.exp(0.5 * log)

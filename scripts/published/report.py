@@ -11,7 +11,7 @@ _KINDS = ("values", "lengths", "resets", "chunks")
 
 def family_table(family: str, outcomes: Sequence[Outcome]) -> str:
     """Return a line for each case of a family."""
-    head = f"{'':34} {'inference':9} {'training':8} {'f64':4} {'grad':4} {'x f32':>5} len res chk str"
+    head = f"{'':34} {'inference':9} {'training':8} {'f64':4} {'grad':4} {'x f32':>5} len res chk str {'s':>5}"
     return "\n".join([f"\n{family}", head, *(_line(outcome) for outcome in outcomes)])
 
 
@@ -25,7 +25,7 @@ def _line(outcome: Outcome) -> str:
     chunks = _mark(outcome, ["chunks", "chunks, gradients", "chunk bits"])
     stream = _mark(outcome, ["stream"])
     text = f"{name} {ran[0]:9} {ran[1]:8} {marks[0]:4} {marks[1]:4} {outcome.ratio:5.1f} {rest[0]:3} {rest[1]:3} "
-    return text + f"{chunks:3} {stream:3}"
+    return text + f"{chunks:3} {stream:3} {outcome.seconds:5.1f}"
 
 
 def _mark(outcome: Outcome, names: Iterable[str]) -> str:

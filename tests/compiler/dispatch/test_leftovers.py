@@ -64,6 +64,56 @@ def test_results_and_leftovers_are_those_of_the_loop(call: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_pieces_and_rows_alone_have_the_bits_of_the_whole(gradients: bool) -> None:
+    """The last step of each call is run in Python for what it leaves; what the call returns is the kernel's."""
+    torch.manual_seed(0)
+    cell, x = Pushed(), torch.randn(6, 3, 13)
+    with fc.runner("compiled"), torch.set_grad_enabled(gradients):
+        whole, last = fc.scan(cell, x)
+        first, state = fc.scan(cell, x[:2])
+        second, state = fc.scan(cell, x[2:3], state)
+        third, state = fc.scan(cell, x[3:], state)
+        row, row_state = fc.scan(cell, x[:, 1:2])
+        assert torch.equal(torch.cat([first, second, third]), whole)
+        assert torch.equal(state, last)
+        assert torch.equal(row, whole[:, 1:2])
+        assert torch.equal(row_state, last[1:2])
+
+
+class Pushed(fc.Cell):
+    """A cell with a product over more features than the order of their sum could be a matter of luck for."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 17)
+        self.both = nn.Linear(13 + 17, 17)
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        self.pushed = torch.tanh(self.both(torch.cat([x, state[0]], -1)))
+        return self.pushed * 2, (self.pushed,)
+
+
+def test_what_a_step_that_draws_returns_and_leaves_are_of_the_same_numbers() -> None:
+    cell = Drawing(5, 5)
+    results = []
+    for runner in ("eager", "compiled"):
+        torch.manual_seed(0)
+        with fc.runner(runner):
+            y, h = fc.scan(cell, torch.ones(4, 3, 5))
+        results.append((y, h, cell.noisy, torch.rand(3)))
+    for actual, expected in zip(*results[::-1], strict=True):
+        assert torch.equal(actual, expected)
+    assert torch.equal(results[1][2], results[1][1])
+
+
+class Drawing(fc.Cell):
+    """A cell that draws noise, and keeps what it has made of it."""
+
+    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        self.noisy = x * 0.5 + state[0] + torch.randn_like(state[0])
+        return self.noisy, (self.noisy,)
+
+
 def test_other_batch_sizes_are_not_compiled_anew() -> None:
     cell = Spiking()
     with fc.runner("compiled"), torch.no_grad():

@@ -1,8 +1,8 @@
 """Run steps that leave tensors in attributes of their module, as spiking neurons do with their potential.
 
 No step reads what an earlier one has left, so a compiled loop computes the same without it. After a call, though, it is
-there for whoever looks: the last step is run in Python, and sets the attributes as the last step of a loop does. Where
-they are weights that hooks compute, as pruning does, the hooks alone are run.
+there for whoever looks: the last step is run once more in Python, and sets the attributes as the last step of a loop
+does. Where they are weights that hooks compute, as pruning does, the hooks alone are run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fusecell.compiler.programs.inference import Program
 from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State, steps_of
-from fusecell.shapes import packed
 from fusecell.torch_internals import computes_weight
 
 __all__ = ["run_leaving"]
@@ -28,7 +27,7 @@ __all__ = ["run_leaving"]
 def run_leaving(
     program: Program | TrainableStep, cell: Cell, inputs: State, numbers: State, state: State, options: Options
 ) -> tuple[Tensor, State] | Refusal:
-    """Run all steps but the last as machine code, and the last in Python."""
+    """Run all steps as machine code, and the last once more in Python, for what it leaves."""
     hooks = _weights_hooks(cell)
     if hooks.keys() >= set(program.traced.leftovers):
         result = program(cell, numbers, state, options)
@@ -45,6 +44,7 @@ def run_leaving(
             )
         )
     last = 0 if options.reverse else steps - 1
+    at = slice(last, last + 1)
     outputs = []
     if steps > 1:
         first = slice(1, None) if options.reverse else slice(0, last)
@@ -52,10 +52,17 @@ def run_leaving(
         if isinstance(result, Refusal):
             return result
         outputs, state = [result[0]], result[1]
-    at = slice(last, last + 1)
-    output, after = run_eager(cell, _part(inputs, steps, at), state, _part_of_options(options, at, 1, last))
-    outputs.append(packed(output, 2))
-    return torch.cat(outputs[::-1] if options.reverse else outputs), after
+    of_last = _part_of_options(options, at, 1, last)
+    drawn = torch.random.get_rng_state() if program.traced.draws else None
+    # The kernel's results, in which no call's end can be told from any other step: pieces have the bits of the whole.
+    result = program(cell, _part(numbers, steps, at), state, of_last)
+    if isinstance(result, Refusal):
+        return result
+    if drawn is not None:
+        torch.random.set_rng_state(drawn)  # what is left is made of the numbers that the results are made of
+    run_eager(cell, _part(inputs, steps, at), state, of_last)
+    outputs.append(result[0])
+    return torch.cat(outputs[::-1] if options.reverse else outputs), result[1]
 
 
 def _weights_hooks(cell: Cell) -> dict[str, tuple[nn.Module, Any]]:
