@@ -20,8 +20,6 @@ from fusecell.shapes import feature_shape, tensors_of
 from .case import Case, Inputs
 
 STEPS, ROWS, SEEDS = 6, 5, 3
-# Two numbers of a tensor are equal where they differ by less than this, relative to the larger of one and the number.
-EXACT = 1e-10
 # A kernel's rounding errors may be this many times the loop's, and always as many units in the last place.
 RATIO, UNIT = 4.0, torch.finfo(torch.float32).eps
 LENGTHS = (6, 2, 4, 0, 5)
@@ -60,7 +58,7 @@ def measure(case: Case) -> Outcome:
     try:
         torch.manual_seed(0)
         cell = case.make().train(case.trains)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: of a shared library that a package needs
         outcome.skipped = f"{case.source} can't be imported: {error}"
         return outcome
     except Exception as error:
@@ -74,22 +72,24 @@ def measure(case: Case) -> Outcome:
 
 
 def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
-    double = _in_double(cell)
+    double = _in_double(cell) if case.in_double else cell
+    dtype = torch.float64 if case.in_double else torch.float32
     try:
-        loop = _run(case, double, "eager", torch.float64)
+        loop = _run(case, double, "eager", dtype)
         if not all(value.isfinite().all() for value in loop):
             outcome.broken = "its Python loop computes numbers that are not finite"
             return
     except Exception as error:
         outcome.broken = f"its Python loop raises {type(error).__name__}: {error}"
         return
-    outcome.inference = _compiles(outcome, "inference", lambda: _run(case, double, "compiled", torch.float64, False))
-    outcome.training = _compiles(outcome, "training", lambda: _run(case, double, "compiled", torch.float64))
+    outcome.inference = _compiles(outcome, "inference", lambda: _run(case, double, "compiled", dtype, False))
+    outcome.training = _compiles(outcome, "training", lambda: _run(case, double, "compiled", dtype))
     for gradients, compiled in ((False, outcome.inference), (True, outcome.training)):
         if compiled:
-            _check_values(case, double, gradients, outcome)
+            _check_values(case, double, dtype, gradients, outcome)
     if outcome.compiled:
-        _check(outcome, "float32", lambda: _check_rounding(case, cell, double, outcome))
+        if case.in_double:
+            _check(outcome, "float32", lambda: _check_rounding(case, cell, double, outcome))
         _check(outcome, "chunk bits", lambda: _check_bits(case, cell, outcome))
     if outcome.inference:
         _check(outcome, "stream", lambda: _check_stream(case, cell, outcome))
@@ -127,8 +127,8 @@ def _check(outcome: Outcome, name: str, check: Callable[[], bool | None]) -> Non
         outcome.checks[name] = passed
 
 
-def _check_values(case: Case, cell: fc.Cell, gradients: bool, outcome: Outcome) -> None:
-    """Compare outputs, states and gradients in float64, over plain sequences and all other kinds."""
+def _check_values(case: Case, cell: fc.Cell, dtype: torch.dtype, gradients: bool, outcome: Outcome) -> None:
+    """Compare outputs, states and gradients, over plain sequences and all other kinds."""
     generator = torch.Generator().manual_seed(3)
     resets = torch.rand(STEPS, ROWS, generator=generator) < 0.3
     kinds: dict[str, dict[str, Any]] = {
@@ -141,11 +141,11 @@ def _check_values(case: Case, cell: fc.Cell, gradients: bool, outcome: Outcome) 
         name = f"{kind}, gradients" if gradients else kind
 
         def compare(options: dict[str, Any] = options, name: str = name) -> bool:
-            compiled, loop = (_run(case, cell, runner, torch.float64, gradients, **options) for runner in RUNNERS)
+            compiled, loop = (_run(case, cell, runner, dtype, gradients, **options) for runner in RUNNERS)
             apart = max(_apart(*pair) for pair in zip(compiled, loop, strict=True))
-            if not apart <= EXACT:
+            if not apart <= case.exact:
                 outcome.notes.append(f"{name}: apart by {apart:.1e}")
-            return apart <= EXACT
+            return apart <= case.exact
 
         _check(outcome, name, compare)
 
@@ -238,6 +238,9 @@ def _inputs(case: Case, cell: fc.Cell, dtype: torch.dtype, seed: int) -> tuple[T
 
 
 def _start(case: Case, cell: fc.Cell, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    if callable(case.start):
+        torch.manual_seed(200 + seed)
+        return tuple(value.to(dtype) for value in case.start(ROWS))
     if case.start == "random":
         torch.manual_seed(200 + seed)
         return tuple(torch.randn(ROWS, *feature_shape(size)).to(dtype) / 2 for size in cell.state_sizes)

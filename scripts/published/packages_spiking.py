@@ -33,6 +33,8 @@ _SNNTORCH: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 def _spikes_first(modules: Any, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
     result = modules[1](modules[0](x), *state)
+    # The package's spikes are float32 in a network of any dtype.
+    result = tuple(value.to(x.dtype) for value in result)
     return result if len(result) == len(state) + 1 else (result[0], *result)
 
 
@@ -48,7 +50,7 @@ def _snntorch_lstm() -> fc.Cell:
     import snntorch
 
     def step(module: Any, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, ...]:
-        return module(x, syn, mem)  # type: ignore[no-any-return]
+        return tuple(value.to(x.dtype) for value in module(x, syn, mem))
 
     return CallingCell(snntorch.SLSTM(FEATURES, SIZE), step, FEATURES, {"syn": SIZE, "mem": SIZE})
 
@@ -63,16 +65,28 @@ def _snntorch_conv_lstm() -> fc.Cell:
     return CallingCell(snntorch.SConv2dLSTM(2, 3, 3), step, (2, 6, 5), {"syn": image, "mem": image})
 
 
+class _Cast(nn.Module):
+    """Spikes in the dtype of the network, where the package's are float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.zeros(()))
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        return spikes.to(self.like.dtype)
+
+
 def _snntorch_hidden() -> fc.Cell:
     import snntorch
 
     net = nn.Sequential(
         nn.Linear(FEATURES, SIZE),
         snntorch.Leaky(beta=0.9, init_hidden=True),
+        _Cast(),
         nn.Linear(SIZE, 5),
         snntorch.Leaky(beta=0.8, init_hidden=True),
     )
-    return fc.wrap(net, input_size=FEATURES, states=("1.mem", "3.mem"))
+    return fc.wrap(net, input_size=FEATURES, states=("1.mem", "4.mem"))
 
 
 for _name in _SNNTORCH:
@@ -224,5 +238,16 @@ def _sinabs(name: str) -> fc.Cell:
     return fc.wrap(module, input_size=FEATURES, state_sizes=(SIZE,) * len(names), states=states)
 
 
+def _thresholds(rows: int) -> tuple[Tensor, ...]:
+    """Make a potential, an adaptation and a threshold, by which the package divides."""
+    return torch.randn(rows, SIZE), torch.rand(rows, SIZE), 1 + torch.rand(rows, SIZE)
+
+
 for _name in _SINABS:
-    TABLE.package(f"sinabs {_name}", "sinabs", "spiking", lambda name=_name: _sinabs(name))
+    TABLE.package(
+        f"sinabs {_name}",
+        "sinabs",
+        "spiking",
+        lambda name=_name: _sinabs(name),
+        start=_thresholds if _name == "ALIF" else "random",
+    )

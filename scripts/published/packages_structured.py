@@ -151,9 +151,10 @@ def _mamba_model() -> fc.Cell:
     return CallingCell(Mamba(config), step, FEATURES, {"h0": h, "u0": u, "h1": h, "u1": u}, FEATURES)
 
 
-TABLE.package("mambapy MambaBlock", "mambapy", "ssm", lambda: _mamba(False))
-TABLE.package("mambapy VMambaBlock", "mambapy", "ssm", lambda: _mamba(True))
-TABLE.package("mambapy Mamba, two layers", "mambapy", "ssm", _mamba_model)
+# The package casts two parameters to float32, and the loop thereby their gradients at each step.
+TABLE.package("mambapy MambaBlock", "mambapy", "ssm", lambda: _mamba(False), exact=1e-6)
+TABLE.package("mambapy VMambaBlock", "mambapy", "ssm", lambda: _mamba(True), exact=1e-6)
+TABLE.package("mambapy Mamba, two layers", "mambapy", "ssm", _mamba_model, exact=1e-6)
 
 
 def _legendre(learned: bool) -> fc.Cell:
@@ -323,5 +324,6 @@ def _cortex(noise: float) -> fc.Cell:
     return CallingCell(model.recurrent_layer, step, FEATURES, {"rate": SIZE, "v": SIZE})
 
 
-TABLE.package("nn4n CTRNN", "nn4n", "neuroscience", lambda: _cortex(0.0))
-TABLE.package("nn4n CTRNN, noise", "nn4n", "neuroscience", lambda: _cortex(0.1))
+# The package casts x to float32, whatever its weights are.
+TABLE.package("nn4n CTRNN", "nn4n", "neuroscience", lambda: _cortex(0.0), exact=1e-5, in_double=False)
+TABLE.package("nn4n CTRNN, noise", "nn4n", "neuroscience", lambda: _cortex(0.1), exact=1e-5, in_double=False)

@@ -529,6 +529,10 @@ COMPLEX: dict[str, Body] = {
     ),
     "powers_of_e": lambda c, z: fit(torch.exp(1j * torch.complex(z[:, :6], z[:, 6:12])).imag),
     "complex_parameters": lambda c, z: fit((torch.complex(z[:, :3], z[:, 3:6]) * torch.view_as_complex(c.phases)).imag),
+    "conjugates_of_parameters": lambda c, z: (
+        fit((torch.complex(z[:, :3], z[:, 3:6]) @ torch.view_as_complex(c.phases).conj())[:, None].real)
+        + fit((torch.complex(z[:, 6:9], z[:, 9:12]) * torch.view_as_complex(c.phases).conj()).imag)
+    ),
     "fourier": lambda c, z: torch.fft.irfft(torch.fft.rfft(z) * torch.sigmoid(c.table[0, :13]), n=24),
     "fourier_of_heads": lambda c, z: fit(torch.fft.fft(torch.complex(heads(z), heads(z * z)), dim=1).real),
 }

@@ -451,11 +451,14 @@ class OperationValues(TensorValues):
             number = torch.ops.aten.scalar_tensor.default
             weights = self.weights.record(number, "number", [fill], {"dtype": results[0].dtype}, results)
             return [Weight((), weights[0].slot, weights[0].view, fill)]
+        if name == "clone" and _is_flagged_with_gradient(args[0]):
+            self._resolved.add(id(results[0]))
+            # The gradient of such a copy arrives at what is copied; the parts of a conjugate are resolved themselves.
+            if args[0].is_complex():
+                return [operands[0]]
         tensors = iter(tensors_in(args))
         refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
         weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
-        if name == "clone" and _is_flagged_with_gradient(args[0]):
-            self._resolved.add(id(results[0]))
         if fill is not None:
             return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
         # The gradient of what is repeated is added up, which the prologue's own backward does.
