@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -56,8 +55,7 @@ def measure(case: Case) -> Outcome:
     outcome = Outcome(case)
     start = time.perf_counter()
     try:
-        torch.manual_seed(0)
-        cell = case.make().train(case.trains)
+        cell = _made(case)
     except (ImportError, OSError) as error:  # OSError: of a shared library that a package needs
         outcome.skipped = f"{case.source} can't be imported: {error}"
         return outcome
@@ -72,7 +70,7 @@ def measure(case: Case) -> Outcome:
 
 
 def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
-    double = _in_double(cell) if case.in_double else cell
+    double = _in_double(_made(case)) if case.in_double else cell
     dtype = torch.float64 if case.in_double else torch.float32
     try:
         loop = _run(case, double, "eager", dtype)
@@ -95,13 +93,18 @@ def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
         _check(outcome, "stream", lambda: _check_stream(case, cell, outcome))
 
 
+def _made(case: Case) -> fc.Cell:
+    torch.manual_seed(0)
+    return case.make().train(case.trains)
+
+
 def _in_double(cell: fc.Cell) -> fc.Cell:
-    """Return a copy in float64; torch's ``double()`` leaves complex parameters as they are."""
-    double = copy.deepcopy(cell).double()
-    for value in (*double.parameters(), *double.buffers()):
+    """Convert a cell to float64; torch's ``double()`` leaves complex parameters as they are."""
+    cell.double()
+    for value in (*cell.parameters(), *cell.buffers()):
         if value.is_complex():
             value.data = value.data.to(torch.complex128)
-    return double
+    return cell
 
 
 def _compiles(outcome: Outcome, mode: str, call: Callable[[], object]) -> bool:
@@ -194,7 +197,7 @@ def _check_bits(case: Case, cell: fc.Cell, outcome: Outcome) -> bool | None:
 
 def _check_stream(case: Case, cell: fc.Cell, outcome: Outcome) -> bool | None:
     """Compare a stream with the whole sequence, to the bit."""
-    cell = copy.deepcopy(cell).eval() if _draws(case, cell) else cell
+    cell = cell.eval() if _draws(case, cell) else cell
     if _draws(case, cell):
         return None
     x = _inputs(case, cell, torch.float32, 0)

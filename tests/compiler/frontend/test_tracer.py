@@ -522,6 +522,29 @@ def test_a_complex_weight_of_which_others_are_made_has_its_own_gradient_too() ->
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
 
+def test_a_float64_number_next_to_a_float32_tensor_is_rounded() -> None:
+    """A tensor without dimensions doesn't promote another: torch computes in the other's dtype."""
+
+    class Scaled(fc.Cell):
+        def __init__(self) -> None:
+            super().__init__(5, 5)
+            self.register_buffer("scale", torch.tensor(0.37, dtype=torch.float64))
+            self.register_buffer("bound", torch.tensor(1 / 3, dtype=torch.float64))
+
+        def step(self, x, state):
+            h = (x + state[0]).float() * self.scale - self.scale * 0.1
+            h = torch.where(h > self.bound, h, h * (1 - self.scale))
+            return h.double(), (torch.tanh(x * h),)
+
+    cell = Scaled()
+    results, x = [], torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    for runner in ("compiled", "eager"):
+        with fc.runner(runner):
+            y = fc.scan(cell, x)[0]
+            results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pythons_complex_numbers_have_the_precision_of_the_step(dtype: torch.dtype) -> None:
     """Autograd keeps 1j as a complex128 number for the gradient, whatever it is multiplied with."""

@@ -351,6 +351,8 @@ class OperationValues(TensorValues):
         if any(result is not None and result.dtype in self._casts for result in results):
             # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.
             values = [float(np.float32(value)) if isinstance(value, float) else value for value in values]
+        if name in ELEMENTWISE:
+            values = self._beside_narrower(args, values)
         if name in ("index", "index_put", "_index_put_impl"):
             values = [values[0], self._places(args[1], values[1]), *values[2:]]
             if name != "index" and any(isinstance(index, Tensor) and not index.numel() for index in args[1]):
@@ -361,6 +363,18 @@ class OperationValues(TensorValues):
             return rows
         dtypes = [self.dtype if tensor is None else tensor.dtype for tensor in results]
         return [in_dtype(self.writer, row, dtype, name, self._casts) for row, dtype in zip(rows, dtypes, strict=True)]
+
+    def _beside_narrower(self, args: tuple[Any, ...], values: list[Any]) -> list[Any]:
+        """Return arguments with float64 tensors of no dimension rounded to float32, if all with dimensions are that."""
+        dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dim()}
+        if torch.float32 not in self._casts or dtypes != {torch.float32}:
+            return values
+        return [
+            self._through_float32(self.writer.row(value), arg.dtype)
+            if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.dim()
+            else value
+            for arg, value in zip(args, values, strict=True)
+        ]
 
     def _places(self, tensors: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
         """Return an index in which masks of features that the step may read, a list of bools say, are positions."""
