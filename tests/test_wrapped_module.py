@@ -259,3 +259,27 @@ def test_a_form_of_states_that_is_not_passed_is_told(form, reason):
         ValueError, match=rf"Takes is no step: .*states of 6, 6 features it raises TypeError: .*{reason}"
     ):
         fc.wrap(Takes(form), input_size=5, state_sizes=(6, 6))
+
+
+class Uncopied(nn.Module):
+    """A module that can't be copied, and that evaluation mode and a step change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.mem: object = 0.0
+
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        raise AttributeError("no copy")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mem = self.norm(self.map(x)) + self.mem
+        return torch.relu(self.mem)
+
+
+def test_a_module_that_cannot_be_copied_is_wrapped_and_left_as_it_was() -> None:
+    module = Uncopied()
+    cell = fc.wrap(module, input_size=4, states=("mem",))
+    assert (cell.state_sizes, cell.output_size, module.mem) == ((4,), 4, 0.0)
+    assert all(part.training for part in module.modules())
+    assert module.norm.num_batches_tracked == 0

@@ -17,8 +17,8 @@ TABLE = Table()
 # In the order of the package's documentation; the state is one tensor unless said otherwise below.
 _TORCHRECURRENT = """
     ATR AntisymmetricRNN BR CFN DSGU FastGRNN FastRNN GatedAntisymmetricRNN IndRNN IntersectionRNN JANET LEM LiGRU
-    LightRU MCLSTM MGU MUT1 MUT2 MUT3 MiRU1 MiRU2 MinimalRNN MultiplicativeLSTM NAS NBR OriginalLSTM PeepholeLSTM RAN ResLSTM
-    SCRN SGRN SGU STAR TGRU TLSTM TRNN UGRNN UnICORNN WMCLSTM coRNN tauGRU
+    LightRU MCLSTM MGU MUT1 MUT2 MUT3 MiRU1 MiRU2 MinimalRNN MultiplicativeLSTM NAS NBR OriginalLSTM PeepholeLSTM RAN
+    ResLSTM SCRN SGRN SGU STAR TGRU TLSTM TRNN UGRNN UnICORNN WMCLSTM coRNN tauGRU
 """
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusecell.cell import Cell
 from fusecell.execution.options import State
-from fusecell.module_snapshot import Snapshot
+from fusecell.module_snapshot import Snapshot, preserved
 from fusecell.shapes import Outputs, OutputSize, Size, feature_shape
 
 __all__ = ["WrappedCell", "wrap"]
@@ -178,14 +178,14 @@ def _passed_sizes(module: nn.Module, input_size: Size, state_sizes: int | Sequen
     failures = []
     for count in (1, 2):
         sizes = (hidden,) * count
-        twin = copy.deepcopy(module).eval()
 
-        def stepped(x: Tensor, count: int = count, sizes: tuple[int, ...] = sizes, twin: nn.Module = twin) -> State:
-            state = _zeros(twin, sizes)
-            return _split(twin(x, state[0] if count == 1 else state), count)[1]
+        def stepped(x: Tensor, count: int = count, sizes: tuple[int, ...] = sizes) -> State:
+            state = _zeros(module, sizes)
+            return _split(module(x, state[0] if count == 1 else state), count)[1]
 
         try:
-            after = _of_probe(module, input_size, stepped)
+            with _for_probe(module):
+                after = _of_probe(module, input_size, stepped)
         except Exception as error:  # the module's own, in a form that it doesn't take
             failures.append(f"with {count} state{'s' * (count > 1)}: {type(error).__name__}: {error}")
             continue
@@ -196,12 +196,12 @@ def _passed_sizes(module: nn.Module, input_size: Size, state_sizes: int | Sequen
 
 
 def _attribute_sizes(module: nn.Module, input_size: Size, names: tuple[str, ...]) -> tuple[Size, ...]:
-    """Return the sizes of named attributes, after a step of a copy of the module."""
-    twin = copy.deepcopy(module).eval()
-    _of_probe(module, input_size, twin)
+    """Return the sizes of named attributes, after a step of the module."""
+    with _for_probe(module):
+        _of_probe(module, input_size, module)
+        values = [(name, getattr(owner, name, None)) for owner, name in _owners(module, names)]
     sizes = []
-    for owner, name in _owners(twin, names):
-        value = getattr(owner, name, None)
+    for name, value in values:
         if not isinstance(value, Tensor) or value.dim() < 1 or value.shape[0] != _ROWS:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"wrap: after a step {name} is {shape}, expected a tensor of shape (N, size) or (N, ...).")
@@ -220,6 +220,14 @@ def _zeros(module: nn.Module, sizes: Sequence[Size]) -> State:
     return tuple(like.new_zeros(_ROWS, *feature_shape(size)) for size in sizes)
 
 
+@contextmanager
+def _for_probe(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and leave it as it was: not every module can be copied."""
+    with preserved(module):
+        module.eval()
+        yield
+
+
 def _of_probe(module: nn.Module, input_size: Size, stepped: Callable[[Tensor], Any]) -> Any:
     """Return what a step makes of zeros; where it takes none that are floating-point numbers, of ids."""
     (x,) = _zeros(module, (input_size,))
@@ -235,8 +243,8 @@ def _of_probe(module: nn.Module, input_size: Size, stepped: Callable[[Tensor], A
 
 def _probed(cell: WrappedCell) -> Outputs:
     """Return the output of a step, which shows that the module is one."""
-    twin = copy.deepcopy(cell).eval()
-    output, after = _of_probe(cell.module, cell.input_size, lambda x: twin.step(x, _zeros(cell.module, cell.sizes)))
+    with _for_probe(cell):
+        output, after = _of_probe(cell.module, cell.input_size, lambda x: cell.step(x, _zeros(cell.module, cell.sizes)))
     expected = [(_ROWS, *feature_shape(size)) for size in cell.sizes]
     if not _is_output(output) or [tuple(getattr(value, "shape", ())) for value in after] != expected:
         shapes = [tuple(getattr(value, "shape", ())) for value in after]
