@@ -15,7 +15,6 @@ import argparse
 import sys
 
 import torch
-
 from published import tables
 from published.measure import Outcome, measure
 from published.report import family_table, summary

@@ -28,8 +28,8 @@ class Case:
         family: the kind of cell.
         make: builds it; an ImportError says that the package is missing.
         inputs: random inputs of a sequence, of (steps, rows); by default x of the cell's input_size.
-        start: a random start state is drawn where it is "random"; some cells only make sense from their own, "zeros", or
-            from one that a function of rows makes.
+        start: "random", or "zeros", the cell's own, where it only makes sense from there; or a function of rows that
+            makes the states.
         trains: whether the cell is measured in training mode; one that draws at random is.
         exact: how closely the kernel agrees with the loop, relative to the larger of one and the number.
         in_double: whether the loop runs in float64 at all; a package that casts to float32 in its step can only be

@@ -6,11 +6,16 @@ from . import (
     packages_gated,
     packages_spiking,
     packages_structured,
+    papers_attention,
     papers_gated,
+    papers_images,
     papers_memory,
+    papers_missing,
     papers_others,
     papers_physical,
     papers_spiking,
+    papers_states,
+    papers_weights,
 )
 from .case import Case
 
@@ -47,11 +52,16 @@ def all_cases() -> list[Case]:
         packages_gated,
         packages_spiking,
         packages_structured,
+        papers_attention,
         papers_gated,
+        papers_images,
         papers_memory,
+        papers_missing,
+        papers_others,
         papers_physical,
         papers_spiking,
-        papers_others,
+        papers_states,
+        papers_weights,
     )
     cases = [case for module in modules for case in module.TABLE.cases]
     names = [case.name for case in cases]

@@ -398,3 +398,9 @@ def test_a_copy_of_a_cell_that_was_traced_is_like_it() -> None:
     cell = make("list")
     trace(cell, [(3,)], torch.float64, gradients=False)
     assert copy.deepcopy(cell).entries == [0.5]
+
+
+def test_a_parameter_is_to_be_changed_between_calls_or_copied() -> None:
+    """A clamp of weights, as some recurrent layers have it in their forward, is no state."""
+    with pytest.raises(fc.NotCompilable, match=r"after each step of the optimizer.*self\.w\.clamp"), fc.runner("compiled"):
+        fc.scan(make("parameter_data"), torch.zeros(3, 2, 3, dtype=torch.float64))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.compiler.frontend.aten_arguments import (
@@ -278,6 +278,12 @@ class Recorder(OperationValues, TorchDispatchMode):
                         f"The step norms by the statistics of the batch, which mixes its rows, and keeps them in "
                         f"self.{path}: .eval() on the BatchNorm uses its running statistics; LayerNorm and GroupNorm "
                         "have each row's own."
+                    )
+                if isinstance(tensor, nn.Parameter):
+                    return (
+                        f"The step changes self.{path} in place, which a compiled loop would not. Change a parameter "
+                        "between calls, as after each step of the optimizer, or compute with a changed copy, such as "
+                        f"w = self.{path}.clamp(-1, 1); what is another for each row and step, keep as a state."
                     )
                 return (
                     f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
