@@ -3,6 +3,7 @@
     pip install torchrecurrent ncps snntorch norse ...   # what is missing is skipped, and said
     python scripts/published_cells.py
     python scripts/published_cells.py --family spiking --only leaky
+    PUBLISHED_CELLS_SIZE=64 python scripts/published_cells.py   # states of 64 features, in place of 16
 
 Each cell is a package's own module, called as a user would, or a step written from a paper's equations. It is compared
 with the plain Python loop: in float64 outputs, last states and all gradients to 1e-10, with lengths, with resets and in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 import fusecell as fc
 
-FEATURES, SIZE, HEADS = 12, 16, 4
-"""Features of x, features of a state, and heads of a cell that has some."""
+FEATURES, SIZE, HEADS = 12, int(os.environ.get("PUBLISHED_CELLS_SIZE", "16")), 4
+"""Features of x, features of a state, a multiple of the third, and heads of a cell that has some."""
 
 Inputs = Tensor | tuple[Tensor, ...]
 Equations = Callable[..., tuple[Any, ...]]

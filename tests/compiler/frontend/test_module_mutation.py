@@ -402,5 +402,8 @@ def test_a_copy_of_a_cell_that_was_traced_is_like_it() -> None:
 
 def test_a_parameter_is_to_be_changed_between_calls_or_copied() -> None:
     """A clamp of weights, as some recurrent layers have it in their forward, is no state."""
-    with pytest.raises(fc.NotCompilable, match=r"after each step of the optimizer.*self\.w\.clamp"), fc.runner("compiled"):
+    with (
+        pytest.raises(fc.NotCompilable, match=r"after each step of the optimizer.*self\.w\.clamp"),
+        fc.runner("compiled"),
+    ):
         fc.scan(make("parameter_data"), torch.zeros(3, 2, 3, dtype=torch.float64))
