@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +97,8 @@ def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
 
 def _made(case: Case) -> fc.Cell:
     torch.manual_seed(0)
-    return case.make().train(case.trains)
+    with redirect_stdout(io.StringIO()):  # some packages greet when they are imported
+        return case.make().train(case.trains)
 
 
 def _in_double(cell: fc.Cell) -> fc.Cell:
@@ -231,11 +234,8 @@ def _draws(case: Case, cell: fc.Cell) -> bool:
 
 def _inputs(case: Case, cell: fc.Cell, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
     torch.manual_seed(100 + seed)
-    values: Inputs
-    if case.inputs is None:
-        values = torch.randn(STEPS, ROWS, *feature_shape(cell.input_size))
-    else:
-        values = case.inputs(STEPS, ROWS)
+    make = case.inputs or (lambda steps, rows: torch.randn(steps, rows, *feature_shape(cell.input_size)))
+    values: Inputs = make(STEPS, ROWS)
     several = values if isinstance(values, tuple) else (values,)
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in several)
 
@@ -294,11 +294,7 @@ def _in_chunks(
         part = tuple(value[at : at + steps] if len(value) > 1 else value for value in x)
         given = state if len(state) > 1 else state[0]
         output, after = layer(part if len(part) > 1 else part[0], given, **options)
-        pieces.append(_in_order(output))
+        pieces.append(list(tensors_of(output)))
         state = after if isinstance(after, tuple) else (after,)
         at += steps
     return [torch.cat(values) for values in zip(*pieces, strict=True)], list(state)
-
-
-def _in_order(output: Any) -> list[Tensor]:
-    return list(tensors_of(output))
