@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def _measure(case: Case, cell: fc.Cell, outcome: Outcome) -> None:
 
 def _made(case: Case) -> fc.Cell:
     torch.manual_seed(0)
-    with redirect_stdout(io.StringIO()):  # some packages greet when they are imported
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # some packages greet when they are imported
         return case.make().train(case.trains)
 
 
