@@ -41,9 +41,9 @@ def main() -> int:
         return 0
     outcomes: list[Outcome] = []
     for family in dict.fromkeys(case.family for case in cases):
-        found = [measure(case) for case in cases if case.family == family]
-        outcomes += found
-        print(family_table(family, found), flush=True)
+        measured = [measure(case) for case in cases if case.family == family]
+        outcomes += measured
+        print(family_table(family, measured), flush=True)
     print(summary(outcomes))
     return 0 if all(outcome.right or outcome.skipped for outcome in outcomes) else 1
 

@@ -258,8 +258,8 @@ def _neural_computer() -> fc.Cell:
         def step(self, x: Tensor, state: tuple[Tensor, ...]) -> Any:
             h, read, *memory = state
             h = self.controller(torch.cat([x, read], -1), h)
-            found, after = self.store(h, dict(zip(self.names, memory, strict=True)))
-            read = found.flatten(1)
+            values, after = self.store(h, dict(zip(self.names, memory, strict=True)))
+            read = values.flatten(1)
             output = self.readout(torch.cat([h, read], -1))
             return output, (h, read, *[after[name] for name in self.names])
 

@@ -41,15 +41,15 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     for family in families:
         lines.append(_count(family, [outcome for outcome in measured if outcome.case.family == family]))
     lines.append(_count("all", measured))
-    for title, found in (
+    for title, failures in (
         ("skipped", [(outcome, [outcome.skipped]) for outcome in outcomes if outcome.skipped]),
         ("broken cases", [(outcome, [outcome.broken]) for outcome in outcomes if outcome.broken]),
         ("refused", [(outcome, outcome.refusals) for outcome in outcomes if outcome.refusals]),
         ("failed checks", [(o, _failures(o)) for o in outcomes if not all(o.checks.values())]),
     ):
-        if found:
+        if failures:
             lines.append(f"\n{title}:")
-            lines += [f"  {outcome.case.name}: {text}" for outcome, texts in found for text in dict.fromkeys(texts)]
+            lines += [f"  {outcome.case.name}: {text}" for outcome, texts in failures for text in dict.fromkeys(texts)]
     return "\n".join(lines)
 
 
