@@ -276,11 +276,11 @@ def _run(
     seeds = [torch.randn(value.shape, generator=generator).to(dtype) for value in results]
     pairs = [pair for pair in zip(results, seeds, strict=True) if pair[0].requires_grad]
     parameters = [value for value in cell.parameters() if value.requires_grad]
-    gradients = torch.autograd.grad(
+    derivatives = torch.autograd.grad(
         [a for a, _ in pairs], [*leaves, *parameters], [b for _, b in pairs], allow_unused=True
     )
     none = [torch.zeros_like(value) for value in (*leaves, *parameters)]
-    filled = [zero if value is None else value for value, zero in zip(gradients, none, strict=True)]
+    filled = [zero if value is None else value for value, zero in zip(derivatives, none, strict=True)]
     return [value.detach() for value in results] + [_real(value) for value in filled]
 
 
