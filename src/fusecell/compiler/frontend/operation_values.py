@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusecell.compiler.frontend.aten_arguments import mapped, tensors_in, values_in
+from fusecell.compiler.frontend.aten_arguments import mapped, values_in
+from fusecell.compiler.frontend.complex_operations import ComplexOperations
 from fusecell.compiler.frontend.dtypes import widens
 from fusecell.compiler.frontend.narrow_dtypes import (
     HOLD_NARROW_INTEGERS,
@@ -25,22 +26,16 @@ from fusecell.compiler.frontend.narrow_dtypes import (
     other_dtype,
     wrapped,
 )
-from fusecell.compiler.frontend.prologue_recorder import weight_views
 from fusecell.compiler.frontend.remedies import AS_INPUT, REMEDIES, without_rule
 from fusecell.compiler.frontend.rules import ELEMENTWISE, RULES
 from fusecell.compiler.frontend.rules.complex_numbers import (
-    COMPLEX,
-    KEEPS_PAIR,
     MAKES_COMPLEX,
-    moved_pair,
-    sum_of_pairs,
 )
 from fusecell.compiler.frontend.rules.integers import INTEGER_RULES
 from fusecell.compiler.frontend.rules.movement import (
     CONSTANTS,
     KEEPS,
     MOVES,
-    as_stored,
     filled,
     padded_with,
     repeated_for_rows,
@@ -48,7 +43,6 @@ from fusecell.compiler.frontend.rules.movement import (
 from fusecell.compiler.frontend.rules.row_numbers import row_numbers
 from fusecell.compiler.frontend.rules.weight_sums import SUMS
 from fusecell.compiler.frontend.shared_memory import strided
-from fusecell.compiler.frontend.tensor_values import TensorValues
 from fusecell.compiler.frontend.traced_values import (
     Complex,
     ExternalGrad,
@@ -61,14 +55,11 @@ from fusecell.compiler.frontend.traced_values import (
     Value,
     Weight,
 )
-from fusecell.compiler.frontend.weight_prologue import Ref
 from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["READS_VALUES", "OperationValues"]
 
 _NUMBERS = (torch.bool, torch.int64, torch.int32)
-_FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
-"""Moves whose results hold more than the elements of one argument: zeros, or elements of several."""
 
 _EXACT = ROUNDED | {"index_put", "gather", "index_select"}
 """Operations in a narrower dtype than the step's whose results are rounded here, or are elements of their arguments."""
@@ -91,7 +82,7 @@ READS_VALUES = (
 )
 
 
-class OperationValues(TensorValues):
+class OperationValues(ComplexOperations):
     """The values of the results of operations; the arguments are those of `TensorValues`."""
 
     def __init__(
@@ -103,12 +94,6 @@ class OperationValues(TensorValues):
         leftovers: Mapping[int, tuple[str, Tensor]],
     ) -> None:
         super().__init__(builder, rows, dtype, sources, leftovers)
-        self._parts: dict[int, Weight] = {}
-        """The real and imaginary parts of the slots that are complex, as slots of their own."""
-        self._resolved: set[int] = set()
-        """Copies that torch makes of conjugates where an operation has no rule for them, below autograd."""
-        self._halves: dict[int, list[Weight]] = {}
-        """By the slots that are complex, the slots of the real part and of the imaginary part."""
         self._mask_places: dict[int, Weight] = {}
         """The positions of the features that masks pick, by the masks' slots; the gradient needs them again."""
 
@@ -218,85 +203,6 @@ class OperationValues(TensorValues):
         all_rows = self._result_values(func, name, args, values, options, results, list(values_in((values, options))))
         return [Masked((), masked[0].reason, value, mask) if isinstance(value, Row) else value for value in all_rows]
 
-    def _of_complex(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        values: list[Any],
-        options: dict[str, Any],
-        results: Sequence[Tensor],
-    ) -> Sequence[Value | None]:
-        """Return the values of an operation on complex numbers, as pairs of real values."""
-        writer = self.writer
-        if any(isinstance(value, Complex) and isinstance(value.real, Sum) for value in values_in(values)):
-            return [self._of_complex_sums(name, values, options)]
-        values = mapped(values, self._pair_of_weight, name, Weight)
-        if name in KEEPS_PAIR or (name in ("_to_copy", "to") and isinstance(values[0], Complex)):
-            return [values[0]]
-        if name in ("_to_copy", "to"):
-            row = writer.number(values[0])
-            return [Complex(row.shape, row, writer.const(0.0, row.shape, row.axis, row.split))]
-        if name == "copy":
-            return [moved_pair(writer, lambda numbers: numbers.expand(results[0].shape), values[1])]
-        if name == "as_strided":
-            return [moved_pair(writer, lambda numbers: strided(numbers, args[0], results[0]), values[0])]
-        if name in MOVES:
-            moved = moved_pair(writer, func, *values, **options)
-            return moved if isinstance(moved, list) else [moved]
-        rule = COMPLEX.get(name)
-        if rule is None:
-            of_parts = "Compute with their real and imaginary parts."
-            raise Untraceable(f"The op {name} has no rule for complex numbers. {REMEDIES.get(name, of_parts)}")
-        result = rule(writer, *values, **{key: value for key, value in options.items() if key != "dtype"})
-        return list(result) if isinstance(result, tuple) else [result]
-
-    def _of_complex_sums(self, name: str, values: list[Any], options: dict[str, Any]) -> Value:
-        """Return the result of an operation on gradients of complex weights: the same on both of their parts."""
-        pair = values[0]
-        if name == "view_as_real":
-            return sum_of_pairs(self.writer, pair)
-        if name in ("_conj", "_conj_physical", "conj_physical"):
-            return Complex(pair.shape, pair.real, self.writer.scaled(pair.imaginary, -1.0))
-        rule = SUMS.get(name)
-        is_scaled = name in ("mul", "div") and isinstance(pair, Complex) and isinstance(values[1], int | float)
-        if rule is None or (name in ("mul", "div") and not is_scaled):
-            raise Untraceable(
-                f"The gradient of a complex weight goes through {name}; keep the weight as two real ones."
-            )
-        real, imaginary = (
-            rule(self.writer, *mapped(values, part, name, Complex), **options)
-            for part in (lambda pair: pair.real, lambda pair: pair.imaginary)
-        )
-        return Complex(real.shape, real, imaginary)
-
-    def _pair_of_weight(self, value: Weight) -> Value:
-        """Return a weight, a complex one as its two parts, which the prologue takes apart."""
-        if value.fill is not None or not self.weights.slots[value.slot].dtype.is_complex:
-            return value
-        parts = self._parts.get(value.slot)
-        if parts is None:
-            complex_dtype = self.weights.slots[value.slot].dtype
-            real = torch.view_as_real(torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype))
-            # A conjugate may be a view with a flag, which has no real view.
-            shape = torch.empty(self.weights.slots[value.slot].shape, dtype=complex_dtype)
-            resolve, view = torch.ops.aten.resolve_conj.default, torch.ops.aten.view_as_real.default
-            (resolved,) = self.weights.record(resolve, "resolved", [Ref(value.slot)], {}, [shape])
-            (parts,) = self.weights.record(view, "view_as_real", [Ref(resolved.slot)], {}, [real])
-            # A number takes the precision of what it meets: Python's 1j is complex128 where autograd keeps it.
-            if not self.weights.slots[value.slot].shape and real.dtype != self.dtype:
-                copy, dtype = torch.ops.aten._to_copy.default, {"dtype": self.dtype}
-                (parts,) = self.weights.record(copy, "to", [Ref(parts.slot)], dtype, [real.to(self.dtype)])
-            self._parts[value.slot] = parts
-            # Each by itself, for the gradient of a product: the prologue drops those that nothing takes.
-            select = torch.ops.aten.select.int
-            self._halves[value.slot] = [
-                self.weights.record(select, name, [Ref(parts.slot), -1, half], {}, [real[..., half]])[0]
-                for half, name in enumerate(("real", "imag"))
-            ]
-        pair: Value = COMPLEX["view_as_complex"](self.writer, self.writer.row(parts))
-        return pair
-
     def _of_movement(
         self,
         func: Any,
@@ -387,10 +293,6 @@ class OperationValues(TensorValues):
             places[position] = self._mask_places.get(index.slot, index)
         return places
 
-    def _is_repeated_for_rows(self, name: str, values: Sequence[Any]) -> bool:
-        """Whether a value that is the same for all rows is repeated once for each: ``weight.repeat(N)``."""
-        return name == "repeat" and list(values[1]) == [self.writer.rows] and not self._is_of_rows(values[0])
-
     def _as_truth(self, tensor: Tensor | None, value: Value | None) -> Value | None:
         """Return truth values as such: a kernel has those of a weight as numbers, and the sum of two is one too."""
         is_truth = tensor is not None and tensor.dtype == torch.bool
@@ -436,70 +338,6 @@ class OperationValues(TensorValues):
             )
         return [rule(self.writer, *values, **options)]
 
-    def _is_of_rows(self, value: Value) -> bool:
-        """Whether a value, or its real part, differs from row to row."""
-        row = value.real if isinstance(value, Complex) else value
-        return isinstance(row, Row) and row.axis is not None and self.builder.nodes[row.node].op != "const"
-
-    def _of_weights(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        values: list[Any],
-        options: dict[str, Any],
-        results: Sequence[Tensor],
-        operands: list[Value],
-    ) -> Sequence[Value | None] | None:
-        """Record a call on weights alone as a step of the prologue; return None where the graph has to compute it."""
-        if any(self.writer.rows in result.shape for result in results) or self._is_repeated_for_rows(name, values):
-            return None  # spread over rows
-        fill = _fill(name, values, operands)
-        fill = None if fill is None else as_stored(fill, results[0].dtype)
-        if name == "_efficientzerotensor":  # which has no memory that a kernel could read
-            func, name = torch.ops.aten.zeros.default, "zeros"
-        # The backward runs after the prologue: what it computes on weights can only be part of the graph.
-        if self.backward and fill is None and not _is_view(name):
-            return None
-        if name == "lift_fresh" and fill is not None:
-            number = torch.ops.aten.scalar_tensor.default
-            weights = self.weights.record(number, "number", [fill], {"dtype": results[0].dtype}, results)
-            return [Weight((), weights[0].slot, weights[0].view, fill)]
-        if name == "clone" and _is_flagged_with_gradient(args[0]):
-            self._resolved.add(id(results[0]))
-            # The gradient of such a copy arrives at what is copied; the parts of a conjugate are resolved themselves.
-            if args[0].is_complex():
-                return [operands[0]]
-        tensors = iter(tensors_in(args))
-        refs = mapped(values, lambda value: self._ref(value, next(tensors)), name, Weight)
-        weights = self.weights.record(func, name, refs, mapped(options, self._ref_plain, name, Weight), results)
-        if fill is not None:
-            return [Weight(weight.shape, weight.slot, weight.view, fill) for weight in weights]
-        # The gradient of what is repeated is added up, which the prologue's own backward does.
-        is_repeated = name == "expand" and args[0].requires_grad and results[0].numel() > args[0].numel()
-        if len(operands) == 1 and isinstance(values[0], Weight) and (self.backward or not is_repeated):
-            return weight_views(func, name, values[0], values[1:], weights)
-        return weights
-
-    def _ref(self, value: Weight, tensor: Tensor) -> Ref:
-        if not self.backward and not self.is_in_prologue(tensor):
-            name = tensor.grad_fn._forward_cls.__name__  # type: ignore[union-attr]  # a Function's node
-            raise Untraceable(
-                f"The step computes with a weight that {name}, a custom Function, has made together with rows: the "
-                "gradient would not go back through it."
-            )
-        has_gradient = tensor.requires_grad or id(tensor) in self._resolved
-        return Ref(value.slot, self.weights.slots[value.slot].differentiable and not has_gradient)
-
-    def _ref_of(self, tensor: Tensor) -> Ref:
-        """Return the reference to a tensor whose value is a weight."""
-        value = self.value(tensor)
-        assert isinstance(value, Weight)
-        return self._ref(value, tensor)
-
-    def _ref_plain(self, value: Weight) -> Ref:
-        return Ref(value.slot)
-
     def _check_result(self, tensor: Tensor, value: Value, name: str) -> None:
         """Check a value against the tensor that torch computed: a defect of a rule must not become wrong numbers."""
         if isinstance(value, Sum) and not self.backward:
@@ -526,25 +364,3 @@ class OperationValues(TensorValues):
             if value.shape != tuple(tensor.shape):
                 value_shape, shape = value.shape, tuple(tensor.shape)
                 raise Untraceable(f"A rule gives the shape {value_shape}, torch {shape}; please report this.")
-
-
-def _is_flagged_with_gradient(tensor: Tensor) -> bool:
-    return (tensor.is_conj() or tensor.is_neg()) and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _fill(name: str, values: list[Any], operands: list[Value]) -> float | None:
-    """Return the number that a factory fills with, or that a view or copy of its result is filled with."""
-    if name in CONSTANTS:
-        value = CONSTANTS[name]
-        argument = values[0] if name == "scalar_tensor" else values[-1] if values else None
-        if value is not None:
-            return value
-        return float(argument) if isinstance(argument, int | float) else None
-    if len(operands) == 1 and isinstance(operands[0], Weight) and (_is_view(name) or name in ("clone", "_to_copy")):
-        return operands[0].fill
-    return None
-
-
-def _is_view(name: str) -> bool:
-    fills_in = name.endswith("backward") or name in _FILLING
-    return (name in MOVES and not fills_in) or name in KEEPS

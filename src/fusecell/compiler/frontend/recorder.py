@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.compiler.frontend.aten_arguments import (
@@ -27,7 +27,7 @@ from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_ar
 from fusecell.compiler.frontend.draws import Draw, draw_name, draws_nothing, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.operation_values import READS_VALUES, OperationValues
-from fusecell.compiler.frontend.remedies import AS_INPUT
+from fusecell.compiler.frontend.remedies import AS_INPUT, of_write
 from fusecell.compiler.frontend.rules.complex_numbers import are_joined, sum_of_pairs
 from fusecell.compiler.frontend.traced_values import (
     Complex,
@@ -225,7 +225,7 @@ class Recorder(OperationValues, TorchDispatchMode):
                     "state if it is to be there at the next step."
                 )
             if target.untyped_storage()._cdata in self._fixed:
-                raise Untraceable(self._fixed_reason(target))
+                raise Untraceable(of_write(target, self.sources.values()))
         if len(written) != 1:
             raise Untraceable("The step writes to several tensors at once. Write to them one after the other.")
         only: Tensor = written[0]
@@ -260,36 +260,6 @@ class Recorder(OperationValues, TorchDispatchMode):
         self.know(tensor, value)
         self._overwrite(sharing, tensor)
         return tensor
-
-    def _fixed_reason(self, target: Tensor) -> str:
-        """Say why a write to an input, a state or a tensor of the cell is refused."""
-        storage = target.untyped_storage()._cdata
-        for path, tensor in self.sources.values():
-            if tensor.untyped_storage()._cdata == storage:
-                name = path.rpartition(".")[2]
-                owner, _, of_parametrization = path.partition(".parametrizations.")
-                if of_parametrization:
-                    return (
-                        f"The parametrization of self.{owner} changes {name} in place at each step, which a compiled "
-                        f"loop would not. self.{owner}.parametrizations.eval() leaves it as it is, and is compiled."
-                    )
-                if name in ("num_batches_tracked", "running_mean", "running_var"):
-                    return (
-                        f"The step norms by the statistics of the batch, which mixes its rows, and keeps them in "
-                        f"self.{path}: .eval() on the BatchNorm uses its running statistics; LayerNorm and GroupNorm "
-                        "have each row's own."
-                    )
-                if isinstance(tensor, nn.Parameter):
-                    return (
-                        f"The step changes self.{path} in place, which a compiled loop would not. Change a parameter "
-                        "between calls, as after each step of the optimizer, or compute with a changed copy, such as "
-                        f"w = self.{path}.clamp(-1, 1); what is another for each row and step, keep as a state."
-                    )
-                return (
-                    f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
-                    f'name it in `states = ("h", "{name}")` and return its new value as part of the new state.'
-                )
-        return "The step changes an input or a state in place; compute a new tensor instead."
 
     def _record(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-__all__ = ["AS_INPUT", "REMEDIES", "without_rule"]
+from torch import Tensor, nn
+
+__all__ = ["AS_INPUT", "REMEDIES", "of_write", "without_rule"]
 
 AS_INPUT = (
     "A weight's gradient is compiled as a sum over rows of what each of them adds to it. Return the weight from "
@@ -90,3 +92,34 @@ _NO_OTHER = (
 def without_rule(name: str) -> str:
     """Return the sentences that refuse an operation on rows that has no rule."""
     return f"The op {name} has no rule. {REMEDIES.get(name, _NO_OTHER)}"
+
+
+def of_write(target: Tensor, sources: Iterable[tuple[str, Tensor]]) -> str:
+    """Say why a write to an input, a state or a tensor of the cell is refused."""
+    storage = target.untyped_storage()._cdata
+    for path, tensor in sources:
+        if tensor.untyped_storage()._cdata == storage:
+            name = path.rpartition(".")[2]
+            owner, _, of_parametrization = path.partition(".parametrizations.")
+            if of_parametrization:
+                return (
+                    f"The parametrization of self.{owner} changes {name} in place at each step, which a compiled "
+                    f"loop would not. self.{owner}.parametrizations.eval() leaves it as it is, and is compiled."
+                )
+            if name in ("num_batches_tracked", "running_mean", "running_var"):
+                return (
+                    f"The step norms by the statistics of the batch, which mixes its rows, and keeps them in "
+                    f"self.{path}: .eval() on the BatchNorm uses its running statistics; LayerNorm and GroupNorm "
+                    "have each row's own."
+                )
+            if isinstance(tensor, nn.Parameter):
+                return (
+                    f"The step changes self.{path} in place, which a compiled loop would not. Change a parameter "
+                    "between calls, as after each step of the optimizer, or compute with a changed copy, such as "
+                    f"w = self.{path}.clamp(-1, 1); what is another for each row and step, keep as a state."
+                )
+            return (
+                f"The step changes self.{path} in place, which a compiled loop would not. Keep it in the state: "
+                f'name it in `states = ("h", "{name}")` and return its new value as part of the new state.'
+            )
+    return "The step changes an input or a state in place; compute a new tensor instead."

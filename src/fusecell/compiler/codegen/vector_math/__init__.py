@@ -13,6 +13,7 @@ from fusecell.compiler.codegen.vector_math.bessel import BESSEL
 from fusecell.compiler.codegen.vector_math.constants import PRECISIONS, Precision
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction, function_name
 from fusecell.compiler.codegen.vector_math.functions import ARITHMETIC, Rule
+from fusecell.compiler.codegen.vector_math.gamma import GAMMA
 from fusecell.compiler.codegen.vector_math.normal import NORMAL
 from fusecell.compiler.codegen.vector_math.number_bits import NUMBER_BITS
 from fusecell.compiler.codegen.vector_math.special import SPECIAL
@@ -26,6 +27,7 @@ RULES: dict[str, Rule] = {
     "cos": cos,
     "pow": power,
     **SPECIAL,
+    **GAMMA,
     **BESSEL,
     **NORMAL,
     **NUMBER_BITS,

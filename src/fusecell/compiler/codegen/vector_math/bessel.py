@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from fusecell.compiler.codegen.llvm_text import Value
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction
-from fusecell.compiler.codegen.vector_math.special import in_double
+from fusecell.compiler.codegen.vector_math.via_float64 import in_double
 
 __all__ = ["BESSEL"]
 

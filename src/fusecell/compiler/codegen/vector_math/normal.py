@@ -12,7 +12,8 @@ from math import inf, sqrt
 from fusecell.compiler.codegen.llvm_text import Value
 from fusecell.compiler.codegen.vector_math.function_builder import VectorFunction
 from fusecell.compiler.codegen.vector_math.functions import exp, log
-from fusecell.compiler.codegen.vector_math.special import erfinv_ratio, in_double
+from fusecell.compiler.codegen.vector_math.special import erfinv_ratio
+from fusecell.compiler.codegen.vector_math.via_float64 import in_double
 
 __all__ = ["NORMAL"]
 

@@ -7,6 +7,7 @@ float64 (and float32 sin and cos beyond 2^45) take the C library's bits, which a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import nan
 
 from fusecell.compiler.codegen.llvm_text import Value
@@ -14,7 +15,7 @@ from fusecell.compiler.codegen.vector_math.function_builder import VectorFunctio
 from fusecell.compiler.codegen.vector_math.functions import exp, log, nearest_integer, subtract_multiple
 from fusecell.compiler.ir.primitives import LANES
 
-__all__ = ["by_lane", "cos", "power", "sin"]
+__all__ = ["by_lane", "cos", "in_double", "power", "sin"]
 
 HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 """pi / 2 as a sum of two doubles, for Cody and Waite's reduction."""
@@ -114,3 +115,15 @@ def power(f: VectorFunction, x: Value, y: Value) -> Value:
     f.comment("x^0 and 1^y are 1, NaN or not")
     result = wide.select(wide.fcmp("oeq", exponent, 0.0, "nothing"), 1.0, result, "result")
     return f.truncated(wide.select(wide.fcmp("oeq", base, 1.0, "one"), 1.0, result, "result"), f.vector, "narrow")
+
+
+def in_double(rule: Callable[[VectorFunction, Value], Value]) -> Callable[[VectorFunction, Value], Value]:
+    """Return a function of doubles as one of either format: float32 is extended before and rounded once after."""
+
+    def rounded_once(f: VectorFunction, x: Value) -> Value:
+        if f.precision.scalar == "double":
+            return rule(f, x)
+        wide = f.widened()
+        return f.truncated(rule(wide, f.extended(x, wide.vector, "wide")), f.vector, "narrow")
+
+    return rounded_once
