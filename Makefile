@@ -38,8 +38,9 @@ test-site: $(VENV)/.installed-test $(VENV)/.installed-docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m site tests/documentation/test_site.py $(ARGS)
 
 integrations: $(VENV)-integrations/.installed
-	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest -n 2 --dist worksteal -m packages $(ARGS) \
-		tests/integrations tests/other_libraries tests/onnx/test_load.py tests/documentation/test_examples.py
+	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest -n 2 --dist worksteal -m "packages or long" $(ARGS) \
+		tests/integrations tests/other_libraries tests/onnx/test_load.py tests/documentation/test_examples.py \
+		tests/reliability
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -24,13 +24,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests of the site, and in the check mode tests that run no kernels, unless a test is named, or a marker.
+    """Deselect long tests, those of the site, and in the check mode those that run no kernels, unless one is named.
 
     A test is named on the command line by its ``::``, a marker by ``-m``.
     """
     if any("::" in argument for argument in config.args):
         return
-    unneeded = [item for item in items if item.get_closest_marker("site") and not config.option.markexpr]
+    unneeded = []
+    if not config.option.markexpr:
+        unneeded += [item for item in items if any(map(item.get_closest_marker, ("site", "long")))]
     if guard_pages.ENABLED:
         files = [item.path.relative_to(TESTS).with_suffix("").as_posix() for item in items]
         unneeded += [item for item, file in zip(items, files, strict=True) if file in RUN_NO_KERNELS]

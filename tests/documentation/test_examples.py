@@ -113,6 +113,7 @@ def test_the_page_hears_pitch(tmp_path):
     assert near > 0.1  # by chance it would be one block in 36
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(strategy):
     """Of the same batches, each has a half, and the losses are those of one process with all."""

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.packages
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["normed", "complex", "oscillators"])
 def test_published_cells_are_compiled_and_right(family):
     command = [sys.executable, ROOT / "scripts" / "published_cells.py", "--family", family]

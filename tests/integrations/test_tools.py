@@ -13,16 +13,19 @@ from tests.integrations.tools import TOOLS, agree, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 MARKED = [
-    pytest.param(each, id=each.name, marks=[pytest.mark.packages] * bool(each.package or each.long)) for each in TOOLS
+    pytest.param(
+        each,
+        id=each.name,
+        marks=[*[pytest.mark.packages] * bool(each.package), *[pytest.mark.long] * each.long],
+    )
+    for each in TOOLS
 ]
 
 
 @pytest.mark.parametrize("tool", MARKED)
-def test_a_tool_does_with_fusecell_what_it_does_with_torch(tool, request):
+def test_a_tool_does_with_fusecell_what_it_does_with_torch(tool):
     if tool.missing:
         pytest.skip(tool.missing)
-    if tool.long and request.config.option.markexpr != "packages":
-        pytest.skip("long: make integrations runs it")
     results = []
     for library, works in ((nn, tool.torch), (fc, tool.fusecell)):
         if works:

@@ -10,7 +10,10 @@ import pytest
 import fusecell as fc
 from tests.reliability.memcheck import errors, write_graphs
 
-pytestmark = pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind: apt-get install valgrind"),
+]
 
 
 def test_memcheck_finds_only_the_write_out_of_bounds(tmp_path):

@@ -198,7 +198,7 @@ class Layout:
             sizes.append((panel.name, Size(fixed=module.groups(panel.width) * panel.group_bytes(module))))
         for buffer in plan.buffers:
             sizes.append((buffer.name, _scoped(module, buffer.scope, buffer_row_bytes(module, buffer))))
-        for reduction in plan.sums:
+        for reduction in plan.distinct_sums:
             size = Size(fixed=self.partial_sums * reduction.height * module.row_bytes(reduction.width))
             sizes += [(reduction.part, size), (reduction.total, size)]
         # One gradient after the other uses the same micro-panels and strips, so that they stay in L1 and L2.

@@ -115,7 +115,7 @@ def schedule(graph: Graph, *, backward: bool = False, pairs: bool = False) -> Pl
 def multiply_adds(planned: Plan) -> int:
     """Count the multiply-adds per row and step."""
     graph = planned.graph
-    outer = sum(each.height * each.width for each in planned.sums if each.a is not None and each.nest is None)
+    outer = sum(each.height * each.width for each in planned.distinct_sums if each.a is not None and each.nest is None)
     return outer + sum(_macs_of(graph, index) for index, _ in graph)
 
 

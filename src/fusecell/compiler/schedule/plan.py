@@ -80,6 +80,7 @@ class Sum:
         flipped: whether its rows are the gradient's columns.
         nest: the node of the graph that it is, if that is a contraction or a scatter.
         pairs: whether ``a`` and ``b`` are rounded to bfloat16, and multiplied by pairs of rows.
+        same_as: the name of an earlier sum of the same rows, which is added up for both; else "".
         operands: the locations of ``a`` and ``b``.
     """
 
@@ -93,17 +94,18 @@ class Sum:
     flipped: bool
     nest: int | None = None
     pairs: bool = False
+    same_as: str = ""
     operands: Mapping[int, Location] = field(default_factory=dict)
 
     @property
     def part(self) -> str:
         """The buffer in which row panels are added up, from the second on."""
-        return f"{self.name}.part"
+        return f"{self.same_as or self.name}.part"
 
     @property
     def total(self) -> str:
         """The buffer of the sum of row panels; the first is added up there."""
-        return f"{self.name}.total"
+        return f"{self.same_as or self.name}.total"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,8 +196,14 @@ class Plan:
                 lines.append(f"  store {self.graph[index].name} in {', '.join(targets)}")
         for each in self.sums:
             a = "" if each.a is None else f"{self.graph[each.a].name} x "
-            lines.append(f"{each.name}: {each.label} at {list(each.corner)} += {a}{self.graph[each.b].name}")
+            rows = f"the rows of {each.same_as}" if each.same_as else f"{a}{self.graph[each.b].name}"
+            lines.append(f"{each.name}: {each.label} at {list(each.corner)} += {rows}")
         return "\n".join(lines) + "\n"
+
+    @property
+    def distinct_sums(self) -> list[Sum]:
+        """The sums over rows that are added up: of several that are the same the first."""
+        return [each for each in self.sums if not each.same_as]
 
     def stages_of(self, phase: Phase) -> list[Stage]:
         """List the stages of a phase, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fusecell.compiler.ir.graph import Graph
 from fusecell.compiler.ir.primitives import LANES
@@ -23,11 +24,15 @@ def sums_over_rows(graph: Graph) -> list[Sum]:
         TooLarge: if there are more than `MOST_SUMS`.
     """
     sums: list[Sum] = []
+    first: dict[tuple[int | None, int, int | None, bool], str] = {}
     for label, index in graph.outputs.items():
         # One gradient may be several sums: of a weight that is used twice, or of parts of a concatenation.
         if graph[index].type.kind == "sum":
             for value, flipped, corner in _contributions(graph, index):
-                sums.append(_sum(graph, f"sum.{len(sums)}", label, value, flipped, corner))
+                each = _sum(graph, f"sum.{len(sums)}", label, value, flipped, corner)
+                # The two biases of a gate have the same gradient.
+                name = first.setdefault((each.a, each.b, each.nest, each.pairs), each.name)
+                sums.append(each if name == each.name else replace(each, same_as=name))
     if len(sums) > MOST_SUMS:
         raise TooLarge(
             f"The step uses its weights {len(sums):,} times, and each use is a sum in the gradient: at most "

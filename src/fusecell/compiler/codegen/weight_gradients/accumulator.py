@@ -179,7 +179,7 @@ class GradientAccumulator:
         """Add a range of rows to the current row panel of every gradient."""
         opens = f.eq(filled, 0, "opens")
         is_first_panel = f.eq(f.load_int(full_panels_at, "full_panels"), 0, "is_first_panel")
-        for reduction in self.plan.sums:
+        for reduction in self.plan.distinct_sums:
             acc = self._panel(f, reduction, rows.split, is_first_panel)
             f.call(reduction.name, ARGS, acc, opens, *rows.args(), self._thread_id, self._threads)
 
@@ -216,7 +216,7 @@ class GradientAccumulator:
         covered = self.plan.covered()
         return [
             reduction
-            for reduction in self.plan.sums
+            for reduction in self.plan.distinct_sums
             if reduction.label in covered and not reduction.flipped and not reduction.width % LANES
         ]
 
@@ -257,7 +257,7 @@ class GradientAccumulator:
         # The first row panel was added up in the total itself.
         with f.if_(f.ne(full_panels, 0, "is_not_first"), "add_part"):
             team.barrier(self._is_shared)
-            for reduction in self.plan.sums:
+            for reduction in self.plan.distinct_sums:
                 f.call(self._add_part(reduction), ARGS, split, self._thread_id, self._threads)
             team.barrier(self._is_shared)
 
@@ -278,7 +278,7 @@ class GradientAccumulator:
         """Set all totals to zero, for a call without rows."""
         is_first = f.eq(self._thread_id, 0, "is_first_of_split")
         with f.if_(is_first, "clear"), f.for_range("split", self._first_split, self._last_split) as split:
-            for reduction in self.plan.sums:
+            for reduction in self.plan.distinct_sums:
                 start = f.at(self.layout.buffer(f, reduction.total), f.mul(split, self._bytes(reduction)))
                 f.call(_zero(self.module), start, self._bytes(reduction))
 

@@ -116,8 +116,8 @@ class _Tiles:
 
 
 def emit_reductions(module: Module, layout: Layout, plan: Plan) -> None:
-    """Write the function of every weight gradient, under its name."""
-    for reduction in plan.sums:
+    """Write the function of every weight gradient, under its name; of several that are the same that of the first."""
+    for reduction in plan.distinct_sums:
         emitter = _Reduction(module, layout, plan, reduction)
         if reduction.a is None:
             emitter.row_sum()
