@@ -231,6 +231,9 @@ IMAGES: dict[str, Body] = {
     "pooled_in_three_dimensions": lambda c, z: (
         fit(F.avg_pool3d(z.view(-1, 1, 2, 3, 4), 2, 1)) + fit(F.max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 2), 1))
     ),
+    "sampled volume": lambda c, z: fit(
+        F.grid_sample(z.view(-1, 2, 2, 3, 2), z[:, :12].view(-1, 2, 1, 2, 3) * 1.5, align_corners=False)
+    ),
     "sampled": lambda c, z: fit(F.grid_sample(image(z), z[:, :12].view(-1, 3, 2, 2) * 1.5, align_corners=False)),
     "sampled_within_borders": lambda c, z: fit(
         F.grid_sample(image(z), z[:, :12].view(-1, 2, 3, 2) * 1.7, padding_mode="border", align_corners=True)
