@@ -63,7 +63,7 @@ class CallingCell(fc.Cell):
     ) -> None:
         super().__init__(input_size, next(iter(states.values())))
         self.module, self.call = module, call
-        self.states = tuple(states)  # type: ignore[misc]
+        self.states = tuple(states)
         self.state_sizes = tuple(states.values())
         if output_size is not None:
             self.output_size = output_size
@@ -100,7 +100,7 @@ class EquationsCell(fc.Cell):
             else:
                 setattr(self, name, part)
         self.equations = equations
-        self.states, self.inputs = tuple(states), inputs  # type: ignore[misc]
+        self.states, self.inputs = tuple(states), inputs
         self.state_sizes = tuple(states.values())
         if output_size is not None:
             self.output_size = output_size

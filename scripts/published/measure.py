@@ -267,7 +267,7 @@ def _run(
     for value in leaves:
         value.requires_grad_(gradients)
     torch.manual_seed(300 + seed)
-    with fc.runner(runner), torch.set_grad_enabled(gradients):  # type: ignore[arg-type]
+    with fc.runner(runner), torch.set_grad_enabled(gradients):
         outputs, state = _in_chunks(fc.Recurrent(cell), x, start, chunks or (STEPS,), options)
     results = [*outputs, *state]
     if not gradients:

@@ -124,7 +124,7 @@ def _neuralhydrology_lstm() -> fc.Cell:
 def _neuralhydrology_mass() -> fc.Cell:
     from neuralhydrology.modelzoo.mclstm import _MCLSTMCell
 
-    class MassConserving(_MCLSTMCell):  # type: ignore[misc,valid-type]
+    class MassConserving(_MCLSTMCell):
         def _step(self, xt_m: Tensor, xt_a: Tensor, c: Tensor) -> Any:
             # The package divides by a norm over the whole batch; here by each row's.
             share = c / (c.norm(1, dim=-1, keepdim=True) + 1e-5)
@@ -134,7 +134,7 @@ def _neuralhydrology_mass() -> fc.Cell:
             return o * m, (1 - o) * m
 
     def step(module: Any, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        return module._step(x[:, :1].abs(), x[:, 1:], c)  # type: ignore[no-any-return]
+        return module._step(x[:, :1].abs(), x[:, 1:], c)
 
     config = SimpleNamespace(initial_forget_bias=3.0)
     return CallingCell(MassConserving(1, FEATURES - 1, SIZE, config), step, FEATURES, {"c": SIZE})
@@ -294,7 +294,7 @@ TABLE.package("minGRU-pytorch minLSTM", "minGRU-pytorch", "ssm", lambda: _minima
 def _griffin() -> fc.Cell:
     from griffin_torch.main import RGLRU
 
-    class OneStep(RGLRU):  # type: ignore[misc,valid-type]
+    class OneStep(RGLRU):
         """The body of the package's loop over time, with its state passed in."""
 
         def forward(self, x: Tensor, h: Tensor) -> Tensor:

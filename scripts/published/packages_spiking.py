@@ -60,7 +60,7 @@ def _snntorch_conv_lstm() -> fc.Cell:
     import snntorch
 
     def step(module: Any, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, ...]:
-        return module(x, syn, mem)  # type: ignore[no-any-return]
+        return module(x, syn, mem)
 
     image = (3, 6, 5)
     return CallingCell(snntorch.SConv2dLSTM(2, 3, 3), step, (2, 6, 5), {"syn": image, "mem": image})
@@ -223,7 +223,7 @@ class _OverTime(nn.Module):
         self.map, self.layer = nn.Linear(FEATURES, SIZE), layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.map(x)[:, None])[:, 0]  # type: ignore[no-any-return]
+        return self.layer(self.map(x)[:, None])[:, 0]
 
 
 def _sinabs(name: str) -> fc.Cell:

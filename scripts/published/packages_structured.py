@@ -18,7 +18,7 @@ def _closed_form(mode: str) -> fc.Cell:
     from ncps.torch import CfCCell
 
     def step(module: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        return module(x[:, 1:], h, torch.sigmoid(x[:, :1]))  # type: ignore[no-any-return]
+        return module(x[:, 1:], h, torch.sigmoid(x[:, :1]))
 
     return CallingCell(CfCCell(FEATURES - 1, SIZE, mode=mode), step, FEATURES, {"h": SIZE})
 
@@ -28,7 +28,7 @@ def _wired_closed_form() -> fc.Cell:
     from ncps.wirings import AutoNCP
 
     def step(module: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        return module(x, h, 1.0)  # type: ignore[no-any-return]
+        return module(x, h, 1.0)
 
     return CallingCell(WiredCfCCell(FEATURES, AutoNCP(SIZE, 4)), step, FEATURES, {"h": SIZE}, 4)
 
@@ -38,7 +38,7 @@ def _time_constants(wired: bool) -> fc.Cell:
     from ncps.wirings import AutoNCP, FullyConnected
 
     def step(module: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        return module(x, h, 1.0)  # type: ignore[no-any-return]
+        return module(x, h, 1.0)
 
     wiring = AutoNCP(SIZE, 4) if wired else FullyConnected(SIZE, SIZE)
     module = LTCCell(wiring, FEATURES, implicit_param_constraints=True)
@@ -280,11 +280,11 @@ def _neural_ode(method: str) -> fc.Cell:
             self.register_buffer("times", torch.linspace(0.0, 1.0, 3))
 
         def derivative(self, t: Tensor, h: Tensor) -> Tensor:
-            return self.net(h)  # type: ignore[no-any-return]
+            return self.net(h)
 
         def forward(self, x: Tensor, h: Tensor) -> Tensor:
             h = odeint(self.derivative, h, self.times, method=method)[-1]
-            return self.gru(x, h)  # type: ignore[no-any-return]
+            return self.gru(x, h)
 
     return fc.wrap(Between(), input_size=FEATURES, state_sizes=SIZE)
 

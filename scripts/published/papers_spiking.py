@@ -22,7 +22,7 @@ class FastSigmoid(torch.autograd.Function):
         return (v > 0).to(v.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (v,) = ctx.saved_tensors
         return grad / (1 + 10 * v.abs()) ** 2
 
@@ -37,7 +37,7 @@ class Triangle(torch.autograd.Function):
         return torch.heaviside(v, torch.zeros_like(v))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (v,) = ctx.saved_tensors
         return grad * torch.relu(1 - v.abs() / ctx.width), None
 

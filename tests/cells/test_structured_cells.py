@@ -172,7 +172,7 @@ def test_a_submodule_may_not_hide_behind_an_attribute() -> None:
     class Hidden(fc.Cell):
         def __init__(self) -> None:
             super().__init__(3, 4)
-            self.inputs = nn.Linear(3, 8)  # type: ignore[misc, assignment]
+            self.inputs = nn.Linear(3, 8)
 
     with pytest.raises(TypeError, match=r"Hidden\.inputs is an attribute of fusecell.Cell"):
         Hidden()
@@ -183,8 +183,8 @@ class Gated(fc.Cell):
 
     def __init__(self) -> None:
         super().__init__(3, 4)
-        self.gates, self.updates = nn.Linear(7, 4), nn.Linear(7, 4)  # type: ignore[misc]
-        self.keeps = nn.Linear(4, 4, bias=False)  # type: ignore[misc]
+        self.gates, self.updates = nn.Linear(7, 4), nn.Linear(7, 4)
+        self.keeps = nn.Linear(4, 4, bias=False)
 
     def step(self, x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
         both = torch.cat([x, state[0]], 1)
@@ -202,7 +202,7 @@ def test_a_submodule_may_be_called_gates() -> None:
     ]
     check_cell(cell)
     copied = copy.deepcopy(cell)
-    copied.gates = nn.Linear(7, 4, bias=False).double()  # type: ignore[misc]
+    copied.gates = nn.Linear(7, 4, bias=False).double()
     assert copied.gates.bias is None
     assert cell.gates.bias is not None
     for layer in (fc.Recurrent(cell), fc.Recurrent(copied)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from fusecell.compiler.frontend.shared_memory import strided
 from fusecell.compiler.frontend.traced_values import Complex, Sum, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_operations import WeightOperations
 from fusecell.compiler.frontend.weight_prologue import Ref
-from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["ComplexOperations"]
 
@@ -25,19 +25,15 @@ __all__ = ["ComplexOperations"]
 class ComplexOperations(WeightOperations):
     """The values of calls on complex numbers; the arguments are those of `TensorValues`."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        rows: int,
-        dtype: torch.dtype,
-        sources: dict[int, tuple[str, Tensor]],
-        leftovers: Mapping[int, tuple[str, Tensor]],
-    ) -> None:
-        super().__init__(builder, rows, dtype, sources, leftovers)
-        self._parts: dict[int, Weight] = {}
+    @cached_property
+    def _parts(self) -> dict[int, Weight]:
         """The real and imaginary parts of the slots that are complex, as slots of their own."""
-        self._halves: dict[int, list[Weight]] = {}
+        return {}
+
+    @cached_property
+    def _halves(self) -> dict[int, list[Weight]]:
         """By the slots that are complex, the slots of the real part and of the imaginary part."""
+        return {}
 
     def _of_complex(
         self,

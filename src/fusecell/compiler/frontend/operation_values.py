@@ -7,7 +7,8 @@ rule of `rules`. In the backward sums over rows, the gradients of weights, have 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,6 @@ from fusecell.compiler.frontend.traced_values import (
     Value,
     Weight,
 )
-from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["READS_VALUES", "OperationValues"]
 
@@ -85,17 +85,10 @@ READS_VALUES = (
 class OperationValues(ComplexOperations):
     """The values of the results of operations; the arguments are those of `TensorValues`."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        rows: int,
-        dtype: torch.dtype,
-        sources: dict[int, tuple[str, Tensor]],
-        leftovers: Mapping[int, tuple[str, Tensor]],
-    ) -> None:
-        super().__init__(builder, rows, dtype, sources, leftovers)
-        self._mask_places: dict[int, Weight] = {}
+    @cached_property
+    def _mask_places(self) -> dict[int, Weight]:
         """The positions of the features that masks pick, by the masks' slots; the gradient needs them again."""
+        return {}
 
     def _result_values(
         self,

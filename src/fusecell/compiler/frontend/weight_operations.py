@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from fusecell.compiler.frontend.rules.movement import CONSTANTS, KEEPS, MOVES, a
 from fusecell.compiler.frontend.tensor_values import TensorValues
 from fusecell.compiler.frontend.traced_values import Complex, Row, Untraceable, Value, Weight
 from fusecell.compiler.frontend.weight_prologue import Ref
-from fusecell.compiler.ir.graph import Builder
 
 __all__ = ["WeightOperations"]
 
@@ -25,17 +25,10 @@ _FILLING = ("cat", "stack", "constant_pad_nd", "tril", "triu", "diag_embed")
 class WeightOperations(TensorValues):
     """The values of calls on weights alone; the arguments are those of `TensorValues`."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        rows: int,
-        dtype: torch.dtype,
-        sources: dict[int, tuple[str, Tensor]],
-        leftovers: Mapping[int, tuple[str, Tensor]],
-    ) -> None:
-        super().__init__(builder, rows, dtype, sources, leftovers)
-        self._resolved: set[int] = set()
+    @cached_property
+    def _resolved(self) -> set[int]:
         """Copies that torch makes of conjugates where an operation has no rule for them, below autograd."""
+        return set()
 
     def _of_weights(
         self,

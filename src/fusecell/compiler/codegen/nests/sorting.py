@@ -64,17 +64,17 @@ def _has_nan(f: Function, count: int, line: Value, exact: bool) -> Value:
     """Return whether a line has a NaN."""
     item = f.module.itemsize
     whole, tail = count - count % LANES, count % LANES
-    found = f.zero
+    nans = f.zero
     if whole:
-        with f.for_range_carrying("k", 0, whole, [found], step=LANES) as (k, carried):
+        with f.for_range_carrying("k", 0, whole, [nans], step=LANES) as (k, carried):
             elements = f.load(f.at(line, f.mul(k, item)), "x", item)
-            carried[0] = f.select(f.fcmp("uno", elements, elements, "is_nan"), f.constant(1.0), carried[0], "found")
-        found = carried[0]
+            carried[0] = f.select(f.fcmp("uno", elements, elements, "is_nan"), f.constant(1.0), carried[0], "nans")
+        nans = carried[0]
     if tail:
         elements = load_lanes(f, f.at(line, whole * item), item, tail, "x", exact=exact)
         is_nan = f.and_(f.fcmp("uno", elements, elements, "is_nan"), f.first_lanes(tail), "is_nan")
-        found = f.select(is_nan, f.constant(1.0), found, "found")
-    return f.ne(f.as_integer(joined(f, "amax", found), "found"), 0, "has_nan")
+        nans = f.select(is_nan, f.constant(1.0), nans, "nans")
+    return f.ne(f.as_integer(joined(f, "amax", nans), "nans"), 0, "has_nan")
 
 
 def _place(f: Function, attrs: Attrs, line: Value, own: Value, i: Value, exact: bool) -> Value:

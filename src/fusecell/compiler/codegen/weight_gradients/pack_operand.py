@@ -44,7 +44,7 @@ _ROWS_AT_ONCE = 4
 def is_packed(module: Module, plan: Plan, reduction: Sum) -> bool:
     """Whether a gradient's operands are packed: never a caller's rows, as the last reads may go beyond them.
 
-    By pairs they always are, each row's own features alone.
+    By pairs they always are; of the first one nothing is read beyond a row's own features.
     """
     limits = module.target.tuning
     if reduction.pairs:
