@@ -1,6 +1,6 @@
 import pytest
 
-from fusecell.compiler.backend import l2_cache, llvm, target
+from fusecell.compiler.backend import llvm, target
 from fusecell.compiler.backend.isa import instruction_set
 from fusecell.compiler.backend.target import host_target
 
@@ -89,16 +89,3 @@ def test_this_machine_has_a_target(monkeypatch):
     target = host_target()
     assert target.cpu
     assert target.vector_bits in (128, 256, 512)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [({1: "48K", 2: "2048K", 3: "266240K"}, 2 << 20), ({1: "32K"}, 1 << 20), ({2: "?"}, 1 << 20), ({}, 1 << 20)],
-)
-def test_the_second_cache(tmp_path, monkeypatch, sizes, expected):
-    for place, (level, size) in enumerate(sizes.items()):
-        (tmp_path / f"index{place}").mkdir()
-        (tmp_path / f"index{place}" / "level").write_text(f"{level}\n")
-        (tmp_path / f"index{place}" / "size").write_text(f"{size}\n")
-    monkeypatch.setattr(l2_cache, "_CACHES", tmp_path)
-    assert l2_cache.l2_bytes.__wrapped__() == expected

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusecell.compiler.backend import llvm, tuning
+from fusecell.compiler.backend.cache_sizes import USUAL, cache_sizes
 from fusecell.compiler.backend.isa import ByteDot, InstructionSet, PairDot, instruction_set
 from fusecell.compiler.backend.tuning import Tuning
 
@@ -29,6 +30,7 @@ class Target:
         converts_half: whether it has instructions that convert float16 to float32.
         byte_dot: the instruction that multiplies bytes, x86's VNNI or ARM's dot product; None if it has none.
         pair_dot: the instruction that multiplies pairs of bfloat16 numbers; None if it has none.
+        l1_bytes: bytes of a core's first cache for data, by which tiles are chosen.
         sets_denormal_mode: whether a kernel makes denormals count as zero itself; else its caller does.
     """
 
@@ -41,6 +43,7 @@ class Target:
     converts_half: bool = False
     byte_dot: ByteDot | None = None
     pair_dot: PairDot | None = None
+    l1_bytes: int = USUAL.l1
     sets_denormal_mode: bool = True
 
     @property
@@ -79,7 +82,8 @@ def host_target() -> Target:
 def _target_named(choice: str) -> Target:
     host = llvm.host()
     if choice == NATIVE:
-        return target_of(host.cpu, host.feature_text, host.triple, host.features)
+        target = target_of(host.cpu, host.feature_text, host.triple, host.features)
+        return replace(target, l1_bytes=cache_sizes().l1)
     isa = instruction_set(host.triple)
     if choice not in isa.levels:
         raise ValueError(

@@ -65,7 +65,6 @@ class Tuning:
         fma_units, load_units: vectors that a core multiplies and adds, and that it loads, in a cycle. All current cores
             of desktops and servers do two of each, of their widest vectors or of halves of these in turn.
         fma_latency: cycles from a multiply-add to the next that needs its sum.
-        l1_bytes: bytes of the first cache.
         l2_bytes_per_cycle: bytes that it takes from the second in a cycle: of 32 there may be, a stream gets about 28.
         call_cycles: cycles of one microkernel's call, loop and turn of the loops around it.
         cache_line_bytes: bytes that a prefetch brings.
@@ -108,7 +107,6 @@ class Tuning:
     fma_units: int = 2
     load_units: int = 2
     fma_latency: int = 4
-    l1_bytes: int = 32 << 10
     l2_bytes_per_cycle: int = 28
     call_cycles: int = 30
     cache_line_bytes: int = 64

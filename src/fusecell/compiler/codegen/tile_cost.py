@@ -120,13 +120,14 @@ class TileCost:
     Attributes:
         rates: of the target.
         registers: vector registers it has.
+        l1_bytes: bytes of its first cache.
         registers_each: registers of a vector of 16 lanes.
         vector_bytes: bytes of such a vector.
         accumulators: those of 16 lanes that the registers hold; a quarter of these is left to operands.
     """
 
     def __init__(self, target: Target, dtype: DType) -> None:
-        self.rates, self.registers = target.tuning, target.registers
+        self.rates, self.registers, self.l1_bytes = target.tuning, target.registers, target.l1_bytes
         self.vector_bytes = LANES * dtype.itemsize
         self.registers_each = max(1, self.vector_bytes * 8 // target.vector_bits)
         self.accumulators = max(1, (target.registers - target.registers // 4) // self.registers_each)
@@ -193,7 +194,7 @@ class TileCost:
         rates, columns = self.rates, product.fused * groups
         registers = columns * self.registers_each
         # Half of L1: the other holds the operand's rows, and the accumulators on their way.
-        stays_in_l1 = product.depth * columns * self.vector_bytes <= rates.l1_bytes / 2
+        stays_in_l1 = product.depth * columns * self.vector_bytes <= self.l1_bytes / 2
         cycles = 0.0
         for position, (tiles, height) in enumerate(heights):
             from_l2 = 0 if stays_in_l1 and position else 1 if stays_in_l1 else tiles

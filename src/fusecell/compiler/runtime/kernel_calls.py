@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusecell.compiler.backend import tuning
-from fusecell.compiler.backend.l2_cache import l2_bytes
+from fusecell.compiler.backend.cache_sizes import cache_sizes
 from fusecell.compiler.ir.sizes import ALIGNMENT, Size, align_up, ceil_div
 from fusecell.compiler.runtime.argument_block import ArgumentBlock, Slots
 
@@ -48,10 +48,10 @@ class KernelCalls:
             return max(1, steps)
         least = 1
         if size.fixed > sizes.large_panels_bytes:
-            sum_rows = sizes.sum_rows if l2_bytes() >= sizes.large_l2_bytes else sizes.sum_rows_small_l2
+            sum_rows = sizes.sum_rows if cache_sizes().l2 >= sizes.large_l2_bytes else sizes.sum_rows_small_l2
             least = ceil_div(sum_rows if self.slots.sums else sizes.panel_rows, rows)
         # Three quarters: what a stage reads besides, rows of states and a panel's columns, takes the rest.
-        chunk_bytes = min(sizes.chunk_bytes, l2_bytes() * 3 // 4)
+        chunk_bytes = min(sizes.chunk_bytes, cache_sizes().l2 * 3 // 4)
         return max(1, min(steps, max(least, chunk_bytes // step_bytes)))
 
     def scratch_bytes(self, steps: int, rows: int, threads: int = 1) -> int:
