@@ -3,7 +3,7 @@
 #              with another Python, torch, or both            make test PYTHON=python3.12 TORCH=2.14.0
 # make check   the tests that run kernels again, with guard pages and canaries round all memory that one may touch
 # make integrations   install what else is tried with fusecell into .venv-integrations, and run the tests that need it
-# make test-site      build the documentation and open every page of it in a browser
+# make test-pages     build the documentation, and open its pages, those of tapes and those of exports in a browser
 # make lint    format check, lint, types, import directions
 # make docs    write the API reference, the gallery and the page of cells to play with, and build the site into site/        make docs-serve shows it while you write
 # make bench   install the peers, judge what is promised of time and memory, run the benchmarks
@@ -22,7 +22,7 @@ CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-site check integrations lint docs docs-serve bench clean distclean
+.PHONY: demo test test-pages check integrations lint docs docs-serve bench clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/fusecell demo $(ARGS)
@@ -34,8 +34,8 @@ test: $(VENV)/.installed-test
 check: export FUSECELL_CHECK := 1
 check: test
 
-test-site: $(VENV)/.installed-test $(VENV)/.installed-docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m site tests/documentation/test_site.py $(ARGS)
+test-pages: $(VENV)/.installed-test $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m pages $(ARGS)
 
 integrations: $(VENV)-integrations/.installed
 	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest -n 2 --dist worksteal -m "packages or long" $(ARGS) \

@@ -90,24 +90,19 @@ def test_a_gru_on_a_bare_microcontroller_has_the_bits_of_its_stream(tmp_path):
     assert result["stream"] + result["stack"] < 4096
 
 
-def test_the_page_hears_pitch(tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
+@pytest.mark.pages
+def test_the_page_hears_pitch(browser, tmp_path):
     example = load("export_models")
     page_path = example.build_page(tmp_path, 0, updates=60)
-    with example.serve(tmp_path, 0) as server, sync_playwright() as play:
+    with example.serve(tmp_path, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         messages = []
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto(f"http://localhost:{server.server_port}/{page_path.name}")
         near = page.evaluate("sing(false, 2)")
         assert "% of the blocks" in page.locator("#score").inner_text()
-        browser.close()
+        page.close()
         server.shutdown()
     assert messages == []
     assert near > 0.1  # by chance it would be one block in 36

@@ -19,6 +19,7 @@ from fusecell.play import write_page
 from tests.paths import ROOT
 
 _MODULES = ("fusecell", "fusecell.cells", "fusecell.init", "fusecell.testing", "fusecell.wrappers", "fusecell.onnx")
+pytestmark = pytest.mark.pages
 _RAW = re.compile(r"\\(?:begin|frac|mathrm|sigma|odot|dot)\b|\$\$")
 
 
@@ -93,7 +94,6 @@ def pages(site: Path) -> list[str]:
     return sorted(str(page.relative_to(site).parent) for page in site.rglob("index.html"))
 
 
-@pytest.mark.site
 def test_the_gallery_has_every_cell(site):
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for entry in (*fc.CELLS, *fc.cells.STRUCTURED_CELLS):
@@ -107,7 +107,6 @@ def test_the_gallery_has_every_cell(site):
         assert (site / "gallery" / f"{entry.name}.png").stat().st_size > 3000
 
 
-@pytest.mark.site
 def test_links_lead_somewhere(site):
     ids, dead = {}, []
     for page in site.rglob("index.html"):
@@ -125,13 +124,7 @@ def test_links_lead_somewhere(site):
     assert dead == []
 
 
-@pytest.mark.site
-def test_every_page_in_a_browser(site):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
+def test_every_page_in_a_browser(site, browser):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             """Say nothing of each request."""
@@ -140,19 +133,16 @@ def test_every_page_in_a_browser(site):
     with http.server.ThreadingHTTPServer(("localhost", 0), partial(Quiet, directory=str(site))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = f"http://localhost:{server.server_port}/"
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for scheme, width in (("light", 1200), ("dark", 390)):
-                context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-                tab = context.new_page()
-                listen(tab, home, problems)
-                # Pages that a script writes look alike: all are opened in the second setting, the stricter one.
-                opened = [page for page in pages(site) if scheme == "dark" or "gallery/" not in page]
-                for page in opened:
-                    tab.goto(f"{home}{page}/")
-                    problems += [f"{page} ({scheme}, {width}): {problem}" for problem in look_at(tab)]
-                context.close()
-            browser.close()
+        for scheme, width in (("light", 1200), ("dark", 390)):
+            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+            tab = context.new_page()
+            listen(tab, home, problems)
+            # Pages that a script writes look alike: all are opened in the second setting, the stricter one.
+            opened = [page for page in pages(site) if scheme == "dark" or "gallery/" not in page]
+            for page in opened:
+                tab.goto(f"{home}{page}/")
+                problems += [f"{page} ({scheme}, {width}): {problem}" for problem in look_at(tab)]
+            context.close()
         server.shutdown()
     assert problems == []
 

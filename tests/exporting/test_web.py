@@ -20,7 +20,6 @@ from fusecell.exporting.reference import reference_numbers
 from tests.exporting.models import EveryFunction
 from tests.exporting.test_targets import verified
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js: apt-get install nodejs")
 
 
@@ -63,18 +62,6 @@ def test_functions_of_math_are_imported(tmp_path):
     done = subprocess.run(["node", tmp_path / "run.mjs"], check=True, capture_output=True, text=True)
     torch.manual_seed(0)
     assert np.isfinite(json.loads(done.stdout)).all()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -125,6 +112,7 @@ def rendered(browser, served, folder, stream, x, **options):
     return result
 
 
+@pytest.mark.pages
 def test_an_audio_worklet_filters_a_sound(browser, served, tmp_path):
     """A recurrent filter over 512 samples of an offline context, sample by sample."""
     layer = fc.Sequential(fc.Recurrent(fc.GRUCell(1, 7)), nn.Linear(7, 1))
@@ -135,6 +123,7 @@ def test_an_audio_worklet_filters_a_sound(browser, served, tmp_path):
     np.testing.assert_allclose(played, stream.push(x[:, None])[:, 0], atol=1e-5)
 
 
+@pytest.mark.pages
 def test_an_audio_worklet_takes_frames(browser, served, tmp_path):
     """A step for each 48 samples, which divide no block of a browser: outputs are posted, or played a frame late."""
     x = np.random.default_rng(0).standard_normal(512).astype(np.float32)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from fusecell.play import page, train_models
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -22,18 +18,6 @@ def path(models, tmp_path_factory):
     path = tmp_path_factory.mktemp("pages") / "play.html"
     path.write_text(page(list(models.values())), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")  # a process has room for one Playwright at a time
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

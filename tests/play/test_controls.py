@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from fusecell.play import KINDS
 from tests.play.page_tools import TEXT, layer_of, near, read_text, shot, shown
+
+pytestmark = pytest.mark.pages
 
 
 def test_a_curve_is_drawn_by_pointer_and_by_keys(models, visit):

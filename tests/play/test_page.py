@@ -12,6 +12,8 @@ from fusecell.play.models import ALPHABET, encode
 from tests.play.page_tools import TEXT, TORCHS, drag, layer_of, near, read_text, row, shown
 from tests.play.reference import held_gru
 
+pytestmark = pytest.mark.pages
+
 PREDICTED = "({ cell, run }) => run.outputs.map((_, t) => [...cell.prediction(run, t)])"
 
 
