@@ -1,4 +1,4 @@
-"""Random cells against the Python loop, 75 here and another 75 in the check mode.
+"""Random cells against the Python loop, 60 here and another 60 in the check mode.
 
 ``python -m tests.compiler.random_cells`` tries any number of others.
 """
@@ -18,7 +18,7 @@ from tests.compiler.random_cells import calls, outcome, recipes
 from tests.compiler.tuned import tuned
 
 
-@pytest.mark.parametrize("part", [*range(4), "two threads"])
+@pytest.mark.parametrize("part", [*range(3), "two threads"])
 def test_random_cells_equal_the_python_loop(part, monkeypatch):
     """Some as users run them, the others without LLVM's optimiser, which takes most of the time."""
     if part:
@@ -29,7 +29,7 @@ def test_random_cells_equal_the_python_loop(part, monkeypatch):
         force_threads.always(monkeypatch)
         tuned(monkeypatch, chunk_bytes=1 << 13)
 
-    @seed((4 if threads > 1 else part) + 5 * check.ENABLED)
+    @seed((3 if threads > 1 else part) + 4 * check.ENABLED)
     @settings(
         max_examples=15,
         deadline=None,

@@ -300,6 +300,8 @@ def test_exported_programs_take_any_length_and_batch(kind, tmp_path):
     x = torch.randn(9, 4, 5)
     expected = layer(x)[0]
     assert torch.equal(exported.module()(x)[0], expected)
+    if kind != "computed weights":
+        return
     torch.export.save(exported, tmp_path / "layer.pt2")
     torch.save((x, expected), tmp_path / "data.pt")
     # Another process has neither the layer nor its cell, only the operator.

@@ -87,7 +87,9 @@ def test_five_hundred_operations(kind):
     check(kind, 500)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("chain", 2000), ("shared", 2000), ("wide", 1000)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [pytest.param("chain", 2000, marks=pytest.mark.long), ("shared", 2000), ("wide", 1000)]
+)
 def test_thousands_of_operations(kind, count):
     check(kind, count)
 
