@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusecell.cell import Cell
 from fusecell.cell_tree import HasCells
@@ -20,6 +19,7 @@ from fusecell.compiler.programs.chunked import chunk_steps
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Recompute, State
+from fusecell.inspection.mac_counter import count_macs
 from fusecell.inspection.recurrent_parts import named_recurrent_parts
 from fusecell.layers import Bidirectional, Recurrent, Sequential
 from fusecell.shapes import Size, feature_shape, output_shape
@@ -260,7 +260,7 @@ class _Walk:
         else:
             x = torch.zeros((1, self.rows, *feature_shape(features)), **like)
         # One step stands for all: such a module sees no other step.
-        macs, output = _count_macs(module, x)
+        macs, output = count_macs(module, x)
         shape = self._sequence(*output.shape[2:])
         return LayerSummary(name, type(module).__name__, _parameters(module), macs * self.seq_len, shape, {}, 0)
 
@@ -323,7 +323,7 @@ class _Walk:
     def _macs(self, cell: Cell, inputs: State) -> int:
         """Return the multiply-accumulates of one step on these inputs."""
         x = inputs if len(inputs) > 1 else inputs[0]
-        return _count_macs(cell.step, x, cell.initial_state(self.rows, **_like(cell)))[0]
+        return count_macs(cell.step, x, cell.initial_state(self.rows, **_like(cell)))[0]
 
     def _torch_layers(self, module: nn.RNNBase, name: str) -> tuple[list[LayerSummary], Size]:
         """Describe each layer and direction of a torch.nn layer or a drop-in."""
@@ -363,49 +363,6 @@ class _Walk:
 
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-
-
-# Not torch.utils.flop_counter, which leaves out mv and dot, which a step may use.
-class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
-    """Add up the multiply-accumulates of the matrix products that run inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.macs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        contraction = _CONTRACTED_AXIS.get(func.overloadpacket)
-        if contraction is not None:
-            # Each element of a product is a sum over the axis that both operands have in common.
-            factor, axis = contraction
-            self.macs += result.numel() * args[factor].shape[axis]
-        elif func.overloadpacket is torch.ops.aten.convolution:
-            weight = args[1]
-            transposed = args[6]
-            # Each output element of a convolution, or input element of a transposed one, meets one filter.
-            self.macs += (args[0] if transposed else result).numel() * math.prod(weight.shape[1:])
-        return result
-
-
-_CONTRACTED_AXIS = {
-    torch.ops.aten.mm: (0, -1),
-    torch.ops.aten.mv: (0, -1),
-    torch.ops.aten.dot: (0, -1),
-    torch.ops.aten.bmm: (0, -1),
-    torch.ops.aten.linear: (0, -1),
-    torch.ops.aten.addmm: (1, -1),
-    torch.ops.aten.addmv: (1, -1),
-    torch.ops.aten.baddbmm: (1, -1),
-    torch.ops.aten.addbmm: (1, -1),
-}
-"""For each product: an argument, by position, and the axis of it that is summed over."""
-
-
-def _count_macs(function: Any, *args: Any) -> tuple[int, Any]:
-    with _MacCounter() as counter:
-        result = function(*args)
-    return counter.macs, result
 
 
 def _parameters(module: nn.Module) -> int:
