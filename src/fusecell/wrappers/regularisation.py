@@ -16,7 +16,7 @@ from fusecell.cell import Cell, capture_intermediates, rewrite_intermediates
 from fusecell.execution.options import State
 from fusecell.module_snapshot import preserved
 from fusecell.shapes import Shape, Size, feature_shape
-from fusecell.torch_internals import in_functorch_transform
+from fusecell.torch_transforms import in_functorch_transform
 from fusecell.wrappers.base import Wrapper, check_probability
 
 __all__ = ["RecurrentDropout", "VariationalDropout", "WeightDrop", "Zoneout"]

@@ -23,7 +23,7 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 from fusecell.shapes import output_shape
-from fusecell.torch_internals import FunctorchLevel, below_functorch, outside_functorch
+from fusecell.torch_transforms import FunctorchLevel, below_functorch, outside_functorch
 
 __all__ = ["Duals", "differentiable_scan", "dual_scan"]
 

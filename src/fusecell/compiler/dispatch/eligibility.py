@@ -9,7 +9,8 @@ from fusecell.cell import Cell
 from fusecell.compiler.frontend.dtypes import COMPILED_DTYPES, has_16_bits
 from fusecell.compiler.refusal import Refusal
 from fusecell.execution.options import State, steps_of
-from fusecell.torch_internals import in_dispatch_mode, in_forward_mode, in_functorch_transform
+from fusecell.torch_internals import in_dispatch_mode
+from fusecell.torch_transforms import in_forward_mode, in_functorch_transform
 
 __all__ = [
     "INTEGERS",

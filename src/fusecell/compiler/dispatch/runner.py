@@ -35,7 +35,7 @@ from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.execution.options import Options, State
 from fusecell.execution.runners import register
 from fusecell.shapes import Outputs, is_size, unpacked
-from fusecell.torch_internals import is_transformed
+from fusecell.torch_transforms import is_transformed
 from fusecell.validation import compute_dtype
 
 __all__ = ["find_trainable", "find_program", "refresh", "run_auto", "run_compiled"]

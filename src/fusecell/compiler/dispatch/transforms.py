@@ -38,11 +38,11 @@ from fusecell.eager import run_eager
 from fusecell.execution.context import recomputing
 from fusecell.execution.options import Options, State
 from fusecell.shapes import Outputs, is_size, map_outputs, packed, unpacked
-from fusecell.torch_internals import (
+from fusecell.torch_internals import in_dispatch_mode
+from fusecell.torch_transforms import (
     FunctorchLevel,
     common_to_members,
     functorch_levels,
-    in_dispatch_mode,
     in_forward_mode,
     innermost_level,
     is_wrapped,

@@ -21,7 +21,6 @@ from fusecell.compiler.frontend.traced_values import Untraceable
 from fusecell.execution.context import runner
 from fusecell.execution.forked_child import one_thread_after_fork
 from fusecell.torch_internals import (
-    in_functorch_transform,
     with_torch_functions,
     without_compilation,
     without_distribution_checks,
@@ -31,6 +30,7 @@ from fusecell.torch_internals import (
     without_onednn,
     without_saved_tensor_hooks,
 )
+from fusecell.torch_transforms import in_functorch_transform
 
 __all__ = ["ValueReadGuard", "isolated", "users_globals", "users_line"]
 

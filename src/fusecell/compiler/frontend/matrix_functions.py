@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusecell.compiler.frontend.traced_values import Untraceable
-from fusecell.torch_internals import in_functorch_transform
+from fusecell.torch_transforms import in_functorch_transform
 
 __all__ = ["MATRIX_FUNCTIONS", "IsWeight"]
 

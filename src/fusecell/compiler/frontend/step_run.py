@@ -28,7 +28,7 @@ from fusecell.compiler.ir.graph_contract import gradient_leaf
 from fusecell.compiler.ir.naming import name_values
 from fusecell.eager import checked_output
 from fusecell.shapes import Shape, feature_shape, is_size, output_shape, packed, size_text
-from fusecell.torch_internals import is_wrapped
+from fusecell.torch_transforms import is_wrapped
 
 __all__ = ["StepRun"]
 

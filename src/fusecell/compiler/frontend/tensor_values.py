@@ -18,7 +18,8 @@ from fusecell.compiler.frontend.prologue_recorder import Weights
 from fusecell.compiler.frontend.shared_memory import Overwritten, overwritten
 from fusecell.compiler.frontend.traced_values import Unsupported, Untraceable, Value, Weight
 from fusecell.compiler.ir.graph import Builder
-from fusecell.torch_internals import disable_current_modes, is_wrapped, without_torch_functions
+from fusecell.torch_internals import disable_current_modes, without_torch_functions
+from fusecell.torch_transforms import is_wrapped
 
 __all__ = ["TensorValues"]
 

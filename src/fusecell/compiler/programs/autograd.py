@@ -31,13 +31,8 @@ from fusecell.execution.natively import natively
 from fusecell.execution.options import Options, State
 from fusecell.forks import new_lock
 from fusecell.shapes import packed
-from fusecell.torch_internals import (
-    apply_directly,
-    forward_ad,
-    in_forward_mode,
-    in_functorch_transform,
-    is_batched_gradient,
-)
+from fusecell.torch_internals import apply_directly, forward_ad
+from fusecell.torch_transforms import in_forward_mode, in_functorch_transform, is_batched_gradient
 
 __all__ = ["TrainableStep", "compile_trainable", "differentiated", "transformed"]
 

@@ -23,16 +23,8 @@ from fusecell.compiler.programs.autograd import differentiated
 from fusecell.compiler.programs.tangent_step import TangentStep
 from fusecell.compiler.programs.transformable import PureScan, backward_of, forward_of
 from fusecell.execution.options import State
-from fusecell.torch_internals import (
-    FunctorchLevel,
-    apply_at_level,
-    apply_directly,
-    forward_ad,
-    functorch_levels,
-    has_gradient,
-    in_forward_mode,
-    innermost_level,
-)
+from fusecell.torch_internals import apply_directly, forward_ad, has_gradient
+from fusecell.torch_transforms import FunctorchLevel, apply_at_level, functorch_levels, in_forward_mode, innermost_level
 
 __all__ = ["Dual", "DualScan", "Recorded", "run_at_level", "run_recorded", "with_tangent", "without_tangent"]
 

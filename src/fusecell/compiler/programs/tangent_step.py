@@ -18,7 +18,7 @@ from fusecell.cell import Cell
 from fusecell.compiler.programs.rebind import rebound
 from fusecell.execution.options import State
 from fusecell.shapes import Shape, packed
-from fusecell.torch_internals import sharing_dual_level
+from fusecell.torch_transforms import sharing_dual_level
 
 __all__ = ["TangentStep"]
 

@@ -24,7 +24,8 @@ from fusecell.compiler.refusal import Refusal
 from fusecell.eager import run_eager
 from fusecell.execution.options import Options, State
 from fusecell.shapes import packed
-from fusecell.torch_internals import below_functorch, has_gradient, in_functorch_transform, outside_functorch
+from fusecell.torch_internals import has_gradient
+from fusecell.torch_transforms import below_functorch, in_functorch_transform, outside_functorch
 
 __all__ = ["PureScan", "backward_of", "forward_of", "pure_scan"]
 
