@@ -214,7 +214,8 @@ def _rate(rows: int, products: int, groups: int, depth: int, panels: int, second
 
     from fusecell.compiler.backend.jit import load
     from fusecell.compiler.backend.target import host_target
-    from fusecell.compiler.codegen.llvm_builder import Function, Module
+    from fusecell.compiler.codegen.llvm_builder import Function
+    from fusecell.compiler.codegen.llvm_module import Module
     from fusecell.compiler.codegen.llvm_text import i64, ptr
     from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides, microkernel
     from fusecell.compiler.ir.sizes import DType

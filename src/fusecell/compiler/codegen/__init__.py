@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.kernel_abi import Layout, Size, fixed_stride, slack
-from fusecell.compiler.codegen.llvm_builder import Module
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.main_loop import emit_main_loop
 from fusecell.compiler.codegen.microkernel import ProductKind, StaticStrides
 from fusecell.compiler.codegen.nests import emit_nest

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, unique
 
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i64, ptr
 from fusecell.compiler.codegen.panel import Panel
 from fusecell.compiler.codegen.weight_gradients.pack_operand import (

@@ -1,110 +1,23 @@
-"""Typed builder of a kernel's LLVM text: functions, arithmetic, memory, loops, and the vector type of a kernel.
+"""Typed builder of a function of a kernel: memory, vectors, calls and loops, over blocks and integers.
 
-A method per instruction appends its line and returns its result, whose type follows from its operands. Integers that
-are known while the text is written are Python's, and folded: ``f.mul(row, 0)`` writes nothing. Address arithmetic is
-emitted once per scope: LLVM would find such common values too, but in a pass that takes longer than writing them.
+A method per instruction appends its line and returns its result, whose type follows from its operands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
-from fusecell.compiler.backend.target import Target
-from fusecell.compiler.codegen.llvm_text import FALSE, TRUE, Integer, TextBuilder, Value, literal, type_of, typed
-from fusecell.compiler.codegen.vector_math import declarations, definitions, function_name
+from fusecell.compiler.codegen.llvm_integers import IntegerBuilder, phi_operands
+from fusecell.compiler.codegen.llvm_module import Module
+from fusecell.compiler.codegen.llvm_text import FALSE, Integer, Value, literal, type_of, typed
+from fusecell.compiler.codegen.vector_math import function_name
 from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.ir.sizes import DType, ceil_div, padded
 
-__all__ = ["Function", "Module"]
-
-
-MOST_INLINED = 256
-"""Calls of vector functions in a module up to which they are inlined; LLVM would take minutes for more."""
+__all__ = ["Function"]
 
 
-@dataclass
-class Module:
-    """Module of LLVM text: its functions, and the vector functions and intrinsics that they call."""
-
-    title: str
-    dtype: DType
-    target: Target
-    functions: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
-    math: set[str] = field(default_factory=set)
-    declares: set[str] = field(default_factory=set)
-    math_calls: int = 0
-    _emitted: set[str] = field(default_factory=set)
-
-    @property
-    def scalar(self) -> str:
-        """LLVM's type of a number."""
-        return self.dtype.llvm
-
-    @property
-    def vector(self) -> str:
-        """LLVM's type of a vector: 16 lanes on every target, which LLVM splits into the machine's registers."""
-        return f"<{LANES} x {self.scalar}>"
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return self.dtype.itemsize
-
-    @property
-    def vector_bytes(self) -> int:
-        """Bytes of a vector."""
-        return LANES * self.itemsize
-
-    def row_bytes(self, features: int) -> int:
-        """Return the bytes of a row of ``features`` numbers in the kernel's buffers: whole vectors."""
-        return padded(features) * self.itemsize
-
-    def groups(self, columns: int) -> int:
-        """Count the column groups, of one vector each, that hold ``columns``."""
-        return ceil_div(columns, LANES)
-
-    def is_new(self, name: str) -> bool:
-        """Whether a function or table that is used several times has to be emitted now: true once per name."""
-        new = name not in self._emitted
-        self._emitted.add(name)
-        return new
-
-    def table(self, name: str, functions: Sequence[str]) -> None:
-        """Add a constant table of function addresses; an empty name is a null entry."""
-        entries = ", ".join(f"ptr @{each}" if each else "ptr null" for each in functions)
-        self.tables.append(f"@{name} = internal constant [{len(functions)} x ptr] [{entries}]\n")
-
-    def integers(self, name: str, values: Sequence[int]) -> Value:
-        """Return the address of a constant table of 64-bit integers."""
-        entries = ", ".join(f"i64 {value}" for value in values)
-        self.tables.append(f"@{name} = internal constant [{len(values)} x i64] [{entries}]\n")
-        return Value(f"@{name}", "ptr")
-
-    def zeros(self, size: int) -> Value:
-        """Return the address of ``size`` bytes of zeros."""
-        name = f"@zeros.{size}"
-        if self.is_new(name):
-            self.tables.append(f"{name} = internal constant [{size} x i8] zeroinitializer, align 64\n")
-        return Value(name, "ptr")
-
-    def text(self) -> str:
-        """Return the whole module as LLVM reads it."""
-        # LLVM would prefer 256 bits on CPUs whose clock dropped for 512. Nobody reads floating-point exceptions, so
-        # that none have to be preserved.
-        width = self.target.vector_bits
-        head = f"; {self.title}, {self.dtype}, for {self.target.name}\n"
-        declares = "\n".join(sorted(self.declares | declarations(self.math, self.dtype)))
-        attributes = f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" "no-trapping-math"="true" }}\n'
-        maths = definitions(self.math, self.dtype, inline=self.math_calls <= MOST_INLINED)
-        parts = [head, declares, maths, *self.tables, *self.functions, attributes]
-        return "\n".join(part for part in parts if part)
-
-
-class Function(TextBuilder):
+class Function(IntegerBuilder):
     """Body of one function, written instruction by instruction; `end` adds it to the module.
 
     Arguments:
@@ -132,187 +45,12 @@ class Function(TextBuilder):
         self._head = f"define {linkage}void @{name}({head}) {kind}#0 {{"
         self.lines.append("entry:")
         self._used.add("entry")
-        self._scopes: list[dict[str, Any]] = [{}]
 
     def end(self) -> str:
         """Close the function and add it to its module; return its name."""
         self.do("ret void")
         self.module.functions.append("\n".join([self._head, *self.lines, "}\n"]))
         return self.name
-
-    # Value numbering: an instruction without side effects is not emitted again where its result is available.
-
-    def _pure(self, name: str, instruction: str, type: str = "i64", once: bool = True) -> Value:
-        """Append an instruction without side effects; ``once``: unless its result is available already."""
-        if not once:
-            return self.let(name, instruction, type)
-        result: Value = self._once(instruction, lambda: self.let(name, instruction, type))
-        return result
-
-    def _once(self, key: str, emit: Callable[[], Any]) -> Any:
-        for scope in self._scopes:
-            if key in scope:
-                return scope[key]
-        result = self._scopes[-1][key] = emit()
-        return result
-
-    @contextmanager
-    def _scope(self) -> Iterator[None]:
-        """Enter code that doesn't always run: its results dominate, and so are available to, nothing outside."""
-        self._scopes.append({})
-        yield
-        self._scopes.pop()
-
-    # Integer arithmetic, folded where it is known. Offsets and counts never overflow (nsw), which LLVM may use.
-
-    def add(self, a: Integer, b: Integer, name: str = "i") -> Integer:
-        if isinstance(a, int) and isinstance(b, int):
-            return a + b
-        if a == 0 or b == 0:
-            return b if a == 0 else a
-        return self._pure(name, f"add nsw i64 {a}, {b}")
-
-    def sub(self, a: Integer, b: Integer, name: str = "i") -> Integer:
-        if isinstance(a, int) and isinstance(b, int):
-            return a - b
-        return a if b == 0 else self._pure(name, f"sub nsw i64 {a}, {b}")
-
-    def mul(self, a: Integer, b: Integer, name: str = "i") -> Integer:
-        if isinstance(a, int) and isinstance(b, int):
-            return a * b
-        if a == 0 or b == 0:
-            return 0
-        if a == 1 or b == 1:
-            return b if a == 1 else a
-        return self._pure(name, f"mul nsw i64 {a}, {b}")
-
-    def udiv(self, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
-        return self._pure(name, f"udiv i64 {a}, {b}", once=once)
-
-    def urem(self, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
-        return self._pure(name, f"urem i64 {a}, {b}", once=once)
-
-    def exact_div(self, a: Integer, b: int, name: str, *, once: bool = False) -> Value:
-        """Divide by a number, without a remainder."""
-        return self._pure(name, f"sdiv exact i64 {a}, {b}", once=once)
-
-    def lshr(self, a: Integer, bits: int, name: str) -> Value:
-        return self.let(name, f"lshr i64 {a}, {bits}")
-
-    def minimum(self, a: Integer, b: Integer, name: str = "min") -> Value:
-        return self.select(self._icmp("slt", a, b, "is_less", once=True), a, b, name, once=True)
-
-    def maximum(self, a: Integer, b: Integer, name: str = "max") -> Value:
-        return self.select(self._icmp("sgt", a, b, "is_greater", once=True), a, b, name, once=True)
-
-    def align_up(self, size: Integer, multiple: int, name: str = "aligned") -> Integer:
-        """Round up to a multiple, a power of two."""
-        up = self.add(size, multiple - 1)
-        return up & -multiple if isinstance(up, int) else self.and_(up, -multiple, name)
-
-    def divide(self, a: Integer, b: Integer, name: str) -> Value:
-        """Divide numbers that aren't negative; by one, the most frequent divisor, it costs a branch and no division."""
-        label, before = self.fresh("division"), self.current()
-        is_one = self.eq(b, 1, "is_one", once=True)
-        self.branch_if(is_one, f"{label}.done", f"{label}.divide")
-        self.begin(f"{label}.divide")
-        quotient = self.udiv(a, b, f"{name}.quotient")
-        self.branch(f"{label}.done")
-        self.begin(f"{label}.done")
-        return self.phi([(a, before), (quotient, f"{label}.divide")], name)
-
-    def lookup(self, index: Integer, table: Sequence[int], name: str) -> Integer:
-        """Return ``table[index]``, its last entry beyond its end, by selects."""
-        # Tables have a few entries, most of them equal: selects need no memory.
-        result: Integer = table[-1]
-        for position in reversed(range(len(table) - 1)):
-            if table[position] != result:
-                is_position = self.eq(index, position, "is_position", once=True)
-                result = self.select(is_position, table[position], result, name, once=True)
-        return result
-
-    def partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Integer, Integer]:
-        """Return this thread's range [from, to) of ``count`` items; a team of one takes all without a division."""
-        key = f"partition {count}, {thread_id}, {threads}"
-        bounds: tuple[Integer, Integer] = self._once(key, lambda: self._partition(count, thread_id, threads))
-        return bounds
-
-    def _partition(self, count: Integer, thread_id: Integer, threads: Integer) -> tuple[Value, Value]:
-        label, before = self.fresh("range"), self.current()
-        # A division of 64 bits takes tens of cycles on older CPUs, and most calls run on one thread.
-        is_single = self.eq(threads, 1, "is_single_thread", once=True)
-        self.branch_if(is_single, f"{label}.all", f"{label}.part")
-        self.begin(f"{label}.part")
-        first = self.udiv(self.let("range.scaled", f"mul i64 {count}, {thread_id}"), threads, "from")
-        next_thread = self.let("next_thread", f"add i64 {thread_id}, 1")
-        last = self.udiv(self.let("range.scaled", f"mul i64 {count}, {next_thread}"), threads, "to")
-        self.branch(f"{label}.all")
-        self.begin(f"{label}.all")
-        return (
-            self.phi([(0, before), (first, f"{label}.part")], "from"),
-            self.phi([(count, before), (last, f"{label}.part")], "to"),
-        )
-
-    # Conditions, of integers and addresses.
-
-    def eq(self, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
-        return self._icmp("eq", a, b, name, once)
-
-    def ne(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._icmp("ne", a, b, name)
-
-    def lt(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._icmp("slt", a, b, name)
-
-    def le(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._icmp("sle", a, b, name)
-
-    def gt(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._icmp("sgt", a, b, name)
-
-    def ge(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._icmp("sge", a, b, name)
-
-    def _icmp(self, predicate: str, a: Integer, b: Integer, name: str, once: bool = False) -> Value:
-        return self._pure(name, f"icmp {predicate} {type_of(a, b)} {a}, {b}", "i1", once)
-
-    def select(self, condition: Value, a: Integer, b: Integer, name: str, *, once: bool = False) -> Value:
-        """Return ``a`` where ``condition`` holds, else ``b``; lane by lane for a mask."""
-        type = type_of(a, b)
-        return self._pure(name, f"select {typed(condition)}, {type} {a}, {type} {b}", type, once)
-
-    def and_(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._bitwise("and", a, b, name)
-
-    def or_(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._bitwise("or", a, b, name)
-
-    def xor(self, a: Integer, b: Integer, name: str) -> Value:
-        return self._bitwise("xor", a, b, name)
-
-    def as_number(self, a: Integer, name: str) -> Value:
-        """Return an integer as a number of the module's format."""
-        return self.let(name, f"sitofp i64 {a} to {self.module.scalar}", self.module.scalar)
-
-    def as_integer(self, a: Value, name: str) -> Value:
-        """Return a whole number as an integer."""
-        return self.let(name, f"fptosi {typed(a)} to i64")
-
-    def not_(self, a: Value, name: str) -> Value:
-        """Negate a condition, or every lane of a mask."""
-        return self.xor(a, TRUE if a.type == "i1" else Value("splat (i1 true)", a.type), name)
-
-    def _bitwise(self, opcode: str, a: Integer, b: Integer, name: str) -> Value:
-        type = type_of(a, b)
-        return self.let(name, f"{opcode} {type} {a}, {b}", type)
-
-    def zext(self, condition: Value, name: str) -> Value:
-        """Return 1 for true and 0 for false."""
-        return self.let(name, f"zext {typed(condition)} to i64")
-
-    def sext(self, a: Value, name: str) -> Value:
-        """Return a shorter integer as an i64."""
-        return self.let(name, f"sext {typed(a)} to i64")
 
     # Memory: addresses, words, numbers, vectors.
 
@@ -402,7 +140,15 @@ class Function(TextBuilder):
         """Replace an i64 atomically; return its value before."""
         return self.let(name, f"atomicrmw xchg ptr {pointer}, i64 {value} seq_cst")
 
-    # Vectors of the module's number format.
+    # Numbers, and vectors of the module's number format.
+
+    def as_number(self, a: Integer, name: str) -> Value:
+        """Return an integer as a number of the module's format."""
+        return self.let(name, f"sitofp i64 {a} to {self.module.scalar}", self.module.scalar)
+
+    def as_integer(self, a: Value, name: str) -> Value:
+        """Return a whole number as an integer."""
+        return self.let(name, f"fptosi {typed(a)} to i64")
 
     @property
     def zero(self) -> Value:
@@ -512,33 +258,6 @@ class Function(TextBuilder):
         """Call a function by its address, or by its name as LLVM spells it; return its result."""
         return self.let(name, self.calling(function, args, type), type)
 
-    def begin(self, label: str) -> None:
-        """Begin a basic block."""
-        self.lines.append(f"{label}:")
-
-    def branch(self, label: str) -> None:
-        self.do(f"br label %{label}")
-
-    def branch_if(self, condition: Value, then: str, otherwise: str) -> None:
-        self.do(f"br i1 {condition}, label %{then}, label %{otherwise}")
-
-    def phi(self, incoming: Sequence[tuple[Integer, str]], name: str) -> Value:
-        """Return the value of the predecessor block that control came from."""
-        type = type_of(*(value for value, _ in incoming))
-        return self.let(name, f"phi {type} {_incoming(incoming)}", type)
-
-    def forward(self, name: str) -> Value:
-        """Return the name of an i64 for a phi to use before the code that defines it, by `define_sum`."""
-        return Value(f"%{self.fresh(name)}", "i64")
-
-    def define_sum(self, result: Value, a: Integer, b: Integer) -> None:
-        """Define a value that `forward` has named."""
-        self.do(f"{result} = add i64 {a}, {b}")
-
-    def current(self) -> str:
-        """Return the label of the basic block that is being written."""
-        return next(line[:-1] for line in reversed(self.lines) if line.endswith(":") and not line.startswith(" "))
-
     @contextmanager
     def if_(self, condition: Value, name: str) -> Iterator[None]:
         """Run the body if ``condition`` holds."""
@@ -605,12 +324,8 @@ class Function(TextBuilder):
         self.begin(f"{label}.done")
         # The phis are inserted at the head only now that the values of the next turn have names.
         ends = [[(first, before), (following, last)] for first, following in zip(vectors, carried, strict=True)]
-        index_phi = f"  %{label} = phi i64 {_incoming([(start, before), (Value(f'%{label}.next', 'i64'), last)])}"
-        vector_phis = [f"  {phi} = phi {phi.type} {_incoming(end)}" for phi, end in zip(phis, ends, strict=True)]
+        index_phi = f"  %{label} = phi i64 {phi_operands([(start, before), (Value(f'%{label}.next', 'i64'), last)])}"
+        vector_phis = [f"  {phi} = phi {phi.type} {phi_operands(end)}" for phi, end in zip(phis, ends, strict=True)]
         self.lines[head:head] = [index_phi, *vector_phis]
         if not nonempty:
             carried[:] = [self.phi(end, f"{label}.last") for end in ends]
-
-
-def _incoming(values: Sequence[tuple[Integer, str]]) -> str:
-    return ", ".join(f"[ {value}, %{label} ]" for value, label in values)

@@ -38,7 +38,8 @@ from fusecell.compiler.codegen.kernel_abi import (
     Layout,
     StepRows,
 )
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import FALSE, NULL, Integer, Value
 from fusecell.compiler.codegen.pack_weights import pack_panel_name
 from fusecell.compiler.codegen.panel import Panel

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.panel import stored_vector_bytes
 from fusecell.compiler.codegen.stored_numbers import (

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, Layout
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.panel import Panel, stored_vector_bytes
 from fusecell.compiler.codegen.stored_numbers import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusecell.compiler.codegen.llvm_builder import Module
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.ir.primitives import LANES
 from fusecell.compiler.ir.sizes import ceil_div
 from fusecell.compiler.ir.storage import Storage

@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, Layout
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import FALSE, NULL, Integer, Value
 from fusecell.compiler.codegen.work_sharing import Team
 from fusecell.compiler.ir.primitives import LANES, PRIMITIVES

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from fusecell.compiler.backend.target import Target
 from fusecell.compiler.codegen.kernel_abi import ARGS, STEP_PARAMS, THREAD_ID, THREADS, Layout
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, i1, i64
 from fusecell.compiler.codegen.microkernel import (
     ProductKind,

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, TeamBlock
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import NULL, Integer, Value, ptr
 
 __all__ = ["CALLER_ARGS", "MIN_ROWS_PER_THREAD", "WORK_PARAMS", "Team", "emit_barrier", "emit_entries"]

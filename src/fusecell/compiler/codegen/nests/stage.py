@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusecell.compiler.codegen.kernel_abi import Layout
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import Integer
 from fusecell.compiler.codegen.nests.contraction import Axis, Contraction, Pointers
 from fusecell.compiler.codegen.nests.moves import emit_gather, emit_interleave, emit_scatter_add, emit_take

@@ -25,7 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layout
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import FALSE, Integer, Value, i1, i64, ptr
 from fusecell.compiler.codegen.weight_gradients.kernels import RowRange, add_partial, add_to_caller
 from fusecell.compiler.codegen.work_sharing import Team

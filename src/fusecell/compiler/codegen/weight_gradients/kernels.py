@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fusecell.compiler.codegen.kernel_abi import ARGS, THREAD_ID, THREADS, Layout, StepRows, row_address
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i1, i64, ptr
 from fusecell.compiler.codegen.microkernel import outer_product
 from fusecell.compiler.codegen.nests import SummedRows, emit_contract_sum, emit_scatter_sum, is_callers

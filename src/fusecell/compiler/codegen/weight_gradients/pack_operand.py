@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fusecell.compiler.codegen.llvm_builder import Function, Module
+from fusecell.compiler.codegen.llvm_builder import Function
+from fusecell.compiler.codegen.llvm_module import Module
 from fusecell.compiler.codegen.llvm_text import Integer, Value, i64, ptr
 from fusecell.compiler.codegen.stored_numbers import store_pairs
 from fusecell.compiler.codegen.tile_cost import Product, Tiling, cheapest_tiling
