@@ -167,6 +167,14 @@ def _expect_success(command: Sequence[str], interface: Interface) -> None:
         )
 
 
+_BOARD_OPTIONS = (
+    "-mthumb", "-mfloat-abi=hard", "-O1", "-nostdlib", "-ffreestanding", "-Wl,-z,noexecstack",
+)  # fmt: skip
+_EMULATOR_OPTIONS = (
+    "-nographic", "-monitor", "none", "-serial", "none", "-semihosting-config", "enable=on,target=native",
+)  # fmt: skip
+
+
 def _run_on_board(target: ExportTarget, interface: Interface, files: Sequence[Path], external: Sequence[str]) -> str:
     """Run the selftest on an emulated board, without an operating system."""
     _need("arm-none-eabi-gcc", "qemu-system-arm")
@@ -178,42 +186,12 @@ def _run_on_board(target: ExportTarget, interface: Interface, files: Sequence[Pa
         (folder / "memory.ld").write_text(linker_script(code, data))
         (folder / "startup.c").write_text(startup_source(interface.prefix))
         program = folder / "selftest.elf"
+        sources = [str(path) for path in files if path.suffix in (".c", ".o")]
         _run(
-            [
-                "arm-none-eabi-gcc",
-                f"-mcpu={target.name}",
-                "-mthumb",
-                "-mfloat-abi=hard",
-                "-O1",
-                "-nostdlib",
-                "-ffreestanding",
-                "-Wl,-z,noexecstack",
-                "-T",
-                str(folder / "memory.ld"),
-                str(folder / "startup.c"),
-                *[str(path) for path in files if path.suffix in (".c", ".o")],
-                "-lgcc",
-                "-o",
-                str(program),
-            ]
-        )
-        _expect_success(
-            [
-                "qemu-system-arm",
-                "-M",
-                board,
-                "-nographic",
-                "-monitor",
-                "none",
-                "-serial",
-                "none",
-                "-semihosting-config",
-                "enable=on,target=native",
-                "-kernel",
-                str(program),
-            ],
-            interface,
-        )
+            ["arm-none-eabi-gcc", f"-mcpu={target.name}", *_BOARD_OPTIONS, "-T", str(folder / "memory.ld"),
+             str(folder / "startup.c"), *sources, "-lgcc", "-o", str(program)]
+        )  # fmt: skip
+        _expect_success(["qemu-system-arm", "-M", board, *_EMULATOR_OPTIONS, "-kernel", str(program)], interface)
     return f"qemu-system-arm -M {board}"
 
 

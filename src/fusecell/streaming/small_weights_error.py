@@ -109,22 +109,7 @@ def weight_error(
             shape, or without a step.
     """
     exact = Stream(module, input_sizes=input_sizes)
-    layout = exact.parts[0].row_shapes.input
-    one: Any = layout
-    if is_one_shape(layout):
-        sequences = _array(x)
-    else:
-        sequences, one = joined_row(x, layout, _array, "weight_error takes"), (total_features(layout),)
-    has_rows = sequences.ndim == len(one) + 2
-    if sequences.size == 0 or sequences.shape[2 if has_rows else 1 :] != one or sequences.ndim < len(one) + 1:
-        of_row = ", ".join(map(str, one))
-        raise ValueError(
-            f"weight_error takes x of shape (T, {of_row}) or (T, N, {of_row}) with a step and a row at least, got "
-            f"{sequences.shape}."
-        )
-    if has_rows and getattr(module, "batch_first", False):
-        sequences = sequences.swapaxes(0, 1)
-    rows = sequences.shape[1] if has_rows else 1
+    sequences, rows = _sequences(x, exact.parts[0].row_shapes.input, getattr(module, "batch_first", False))
     if rows > 1:
         exact = Stream(module, rows, input_sizes=input_sizes)
     small = Stream(module, rows, weights=weights, keep=keep, input_sizes=input_sizes)
@@ -144,6 +129,29 @@ def weight_error(
         sum(each.bytes for each in stored),
         sum(each.bytes for each in exact.weights),
     )
+
+
+def _sequences(x: Any, layout: Any, batch_first: bool) -> tuple[Array, int]:
+    """Return sequences as an array, time first, and how many rows they have.
+
+    Arguments:
+        layout: the shape of a row of the input, or those of several inputs.
+    """
+    one: Any = layout
+    if is_one_shape(layout):
+        sequences = _array(x)
+    else:
+        sequences, one = joined_row(x, layout, _array, "weight_error takes"), (total_features(layout),)
+    has_rows = sequences.ndim == len(one) + 2
+    if sequences.size == 0 or sequences.shape[2 if has_rows else 1 :] != one or sequences.ndim < len(one) + 1:
+        of_row = ", ".join(map(str, one))
+        raise ValueError(
+            f"weight_error takes x of shape (T, {of_row}) or (T, N, {of_row}) with a step and a row at least, got "
+            f"{sequences.shape}."
+        )
+    if has_rows and batch_first:
+        sequences = sequences.swapaxes(0, 1)
+    return sequences, sequences.shape[1] if has_rows else 1
 
 
 def _array(value: Array | Tensor) -> Array:

@@ -89,11 +89,9 @@ def run_traced(
         if isinstance(owner, Cell):
             start = first_state(owner, inputs[0].shape[1], dtype=inputs[0].dtype, device=inputs[0].device)
     flags = None if wanted is None else [*wanted, *[value.requires_grad for value in weights]]
-    dtype = inputs[0].dtype
-    shapes = [value.shape for value in state]
+    dtype, shapes = inputs[0].dtype, [value.shape for value in state]
     # The operator has all features of a row in one dimension.
-    inputs = tuple([value.flatten(2) if value.dim() > 3 else value for value in inputs])
-    inputs = tuple([value[..., None] if value.dim() < 3 else value for value in inputs])
+    inputs = tuple([value[..., None] if value.dim() < 3 else value.flatten(2) for value in inputs])
     state, start = _flat_rows(state), _flat_rows(start)
     if has_16_bits(dtype):
         inputs, state, start = widened(inputs), widened(state), widened(start)
