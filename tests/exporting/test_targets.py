@@ -191,6 +191,7 @@ def test_bad_input_is_refused_with_a_reason(tmp_path):
     gru, path = fc.GRU(3, 4), tmp_path / "gru"
     for arguments, message in (
         (("vax",), r"No target is called 'vax'; there are: host, x86-64-v2"),
+        (("c",), r"target is 'c', and no machine but a format: pass it as format='c'"),
         (("host", "elf"), r"format is 'elf'; expected one of object, static, shared, c, web"),
         (("cortex-m4", "shared"), r"no shared libraries for cortex-m4"),
     ):

@@ -82,12 +82,15 @@ def test_tensors_from_draw_are_checked(shape, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_weight_moved_off_the_cpu(training):
-    """A weight on ``meta`` has no memory to read."""
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(9, 9, device="meta"), torch.eye(9).to_sparse()], ids=["on meta", "sparse"]
+)
+def test_a_weight_without_memory_of_its_own(weight, training):
+    """A weight on ``meta`` has no memory to read, and that of a sparse one holds something else."""
     cell = Starting()
     with torch.set_grad_enabled(training), fc.runner("compiled"):
         fc.scan(cell, X)
-        cell.rec.weight = nn.Parameter(torch.zeros(9, 9, device="meta"))
+        cell.rec.weight = nn.Parameter(weight)
         with pytest.raises(fc.NotCompilable, match=r"The cell's rec\.weight is not a dense tensor on the CPU"):
             fc.scan(cell, X)
 

@@ -82,6 +82,8 @@ def export(
     """
     if format not in get_args(Format):
         raise ValueError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
+    if target in get_args(Format):
+        raise ValueError(f"target is {target!r}, and no machine but a format: pass it as format={target!r}.")
     machine = target_named("wasm32" if format == "web" else target)
     stream = _stream(module, batch_size, weights, keep, input_sizes)
     if stream.dtype.itemsize == 8 and not machine.doubles and format != "c":

@@ -15,6 +15,7 @@ import fusecell as fc
 from fusecell.compiler.dispatch import torch_compile as operator
 from fusecell.compiler.dispatch.scan_operator import scan
 from fusecell.torch_internals import TAKES_MODULES_AS_CONSTANTS
+from tests.compiler.tuned import tuned
 
 pytestmark = pytest.mark.skipif(
     not TAKES_MODULES_AS_CONSTANTS, reason="before torch 2.12 layers are called between graphs"
@@ -113,6 +114,14 @@ def test_compiled_has_the_bits_of_the_layer(kind):
     assert called.count("fusecell.scan.default") == cells
     with torch.no_grad():
         assert torch.equal(compiled(x, **options)[0], layer(x, **options)[0])
+
+
+def test_results_on_huge_pages(monkeypatch):
+    """What is saved for the backward then lies where NumPy allocates it."""
+    tuned(monkeypatch, huge_result_bytes=1 << 17)
+    layer, x = fc.Recurrent(fc.GRUCell(5, 7)), torch.randn(40, 32, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert all(map(torch.equal, run(compiled, (x,)), run(layer, (x,))))
 
 
 def test_compiled_takes_all_inputs():

@@ -401,6 +401,20 @@ def test_refusals_of_sizes_that_are_zero() -> None:
     assert "Its input x has the size (N, 0), and no numbers" in traced_reason(cell)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("h = h.cumsum(0)", "each row is a sequence of its own [aten.cumsum]."),
+        ("h = h * float(h[0, 0])", "reads the value of a tensor (float()). A compiled loop"),
+    ],
+)
+def test_refusals_of_code_without_a_file(line: str, reason: str) -> None:
+    """That of ``python -c``: no line is named, and none of what runs the trace."""
+    names: dict[str, Any] = {"fc": fc}
+    exec(f"class C(fc.Cell):\n def step(self, x, state):\n  (h,) = state\n  {line}\n  return h, (h,)", names)
+    assert reason in traced_reason(names["C"](3, 3))
+
+
 def test_refusals_of_sparse_weights() -> None:
     cell = BodyCell(lambda cell, x, h: torch.sparse.mm(cell.graph, h.t()).t())
     cell.register_buffer("graph", torch.eye(6).to_sparse())

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fusecell as fc
+from fusecell.compiler.programs.allocation import new_aligned
 from fusecell.compiler.programs.autograd import compile_trainable
 from fusecell.compiler.refusal import Refusal
+from tests.compiler.tuned import tuned
 
 SOURCES = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -75,3 +77,50 @@ def test_saved_bytes_match_the_summary(kind, recompute):
     assert predicted == steps * rows * (numbers if recompute == "no" else states)
     # Beside it: the states that each sequence began with, and room to align.
     assert predicted <= saved <= predicted + 2 * (rows * 32 * 2 + 64)
+
+
+def moved(value):
+    """A copy at an address that is no multiple of a cache line, as that of an array of NumPy's may be."""
+    copy = value.new_empty(value.numel() + 4)[4:].view(value.shape)
+    return copy.copy_(value)
+
+
+def copied(value):
+    """A copy at an address that is one, wherever the value lay."""
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def of_members(layer, x):
+    """The outputs for each half of the rows, by a kernel each."""
+    return torch.func.vmap(lambda half: layer(half)[0], in_dims=1, out_dims=1)(x.unflatten(1, (2, -1)))
+
+
+RUNS = {"a call": lambda layer, x: layer(x)[0], "members": of_members}
+
+
+@pytest.mark.parametrize("copy", [moved, copied])
+@pytest.mark.parametrize("huge", [False, True])
+@pytest.mark.parametrize("kind", RUNS)
+def test_what_is_saved_may_be_copied(monkeypatch, kind, huge, copy):
+    """As by hooks that keep it on disk: kernels read the copy, wherever it lies."""
+    if huge:
+        tuned(monkeypatch, huge_result_bytes=1 << 17)
+    torch.manual_seed(0)
+    layer, x = fc.Recurrent(fc.GRUCell(5, 7)), torch.randn(40, 32, 5, requires_grad=True)
+
+    def gradients(y):
+        return torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+
+    expected = gradients(RUNS[kind](layer, x))
+    with torch.autograd.graph.saved_tensors_hooks(copy, lambda value: value):
+        y = RUNS[kind](layer, x)
+    assert all(map(torch.equal, gradients(y), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_for_what_is_saved_is_aligned(monkeypatch, dtype):
+    tuned(monkeypatch, huge_result_bytes=1 << 10)
+    for shape in ((1,), (7,), (300,), (3, 48), (50, 1001), (2, 1 << 19)):
+        memory = new_aligned(torch.empty(0, dtype=dtype), *shape)
+        assert memory.data_ptr() % 64 == 0
+        assert (memory.shape, memory.dtype, memory.is_contiguous()) == (shape, dtype, True)

@@ -25,6 +25,7 @@ from fusecell.compiler.dispatch.prepared_kernels import BoundBackward, BoundForw
 from fusecell.compiler.dispatch.program_cache import PROGRAMS, TRAINABLE_STEPS
 from fusecell.compiler.frontend.dtypes import has_16_bits
 from fusecell.compiler.ir.sizes import padded
+from fusecell.compiler.programs.allocation import aligned, new_aligned
 from fusecell.compiler.programs.autograd import TrainableStep
 from fusecell.compiler.programs.inference import Program
 from fusecell.compiler.programs.launch import PreparedCall
@@ -159,7 +160,7 @@ class _MembersForward(BoundForward):
             values[self._output] = outputs.data_ptr()
             outputs = outputs.transpose(1, 2) if self._rows_first else outputs
         if self._saved_size:
-            saved = like.new_empty(size, self._saved_size)
+            saved = new_aligned(like, size, self._saved_size)
             write_saved(values, self._saved, saved)
         self.prepared.run_each(self._members.arguments(values, self._strides))
         return saved, outputs, after
@@ -179,6 +180,7 @@ class _MembersBackward(BoundBackward):
 
     def _gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         size, prepared, strides = self._members.size, self.prepared, self._strides.copy()
+        saved = aligned(saved)
         values = prepared.bind(tensors)
         in_memory = [
             None if grad is None else _laid_out(grad, layout) for grad, layout in zip(grads, self._layouts, strict=True)

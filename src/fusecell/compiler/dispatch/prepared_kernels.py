@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fusecell.cell import Cell
-from fusecell.compiler.programs.allocation import new_empty
+from fusecell.compiler.programs.allocation import aligned, new_aligned, new_empty
 from fusecell.compiler.programs.launch import PreparedCall
 from fusecell.compiler.programs.training import IndexedKernel, Training, write_saved
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
@@ -128,7 +128,7 @@ class BoundForward:
             outputs = new_empty(like, *self._shape, rows_first=self._rows_first)
             values[self._output] = outputs.data_ptr()
         if self._saved_size:
-            saved = new_empty(like, self._saved_size)
+            saved = new_aligned(like, self._saved_size)
             write_saved(values, self._saved, saved)
         prepared.run(values)
         return saved, outputs, after
@@ -200,7 +200,7 @@ class BoundBackward:
         return self._gradients(saved, tensors, grads)
 
     def _gradients(self, saved: Tensor, tensors: State, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        prepared = self.prepared
+        prepared, saved = self.prepared, aligned(saved)
         values = prepared.bind(tensors)
         copies = self._bind_grads(values, grads)
         write_saved(values, self._saved, saved)

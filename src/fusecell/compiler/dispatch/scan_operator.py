@@ -18,7 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 from fusecell.compiler.cache_registry import register_cache
 from fusecell.compiler.ir.graph import SAVED, Graph
 from fusecell.compiler.ir.graph_contract import check_graph
-from fusecell.compiler.ir.sizes import ALIGNMENT
 from fusecell.compiler.programs.inference import run_forward, without_notes
 from fusecell.compiler.programs.training import Call, Training
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
@@ -288,9 +287,6 @@ def scan_backward(saved: Tensor, grads: list[Tensor], *args: Any) -> list[Tensor
     _check_shape("saved", saved, (arguments.training().saved_size(steps * rows),))
     if not saved.is_contiguous():
         raise _mismatch("saved", "as fusecell::scan has returned it", f"one of stride {saved.stride()}")
-    # Values begin at the first aligned address, which has moved with the memory if torch has copied it.
-    if saved.data_ptr() % ALIGNMENT:
-        saved = saved.clone()
     gradients = arguments.call().gradients(saved, arguments.tensors, grads)
     each = zip(gradients, arguments.tensors, arguments.has_gradient(), strict=True)
     return [torch.zeros_like(value) if grad is None else grad for grad, value, needed in each if needed]

@@ -59,6 +59,8 @@ _READS = {
 }
 # Frames of torch, of the tracer itself and of code without a file are not the user's.
 _HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+# What runs the step: frames further out are not the step's.
+_OUTSIDE = str(Path(__file__).with_name("step_run.py"))
 
 
 class ValueReadGuard(TorchFunctionMode):
@@ -102,10 +104,10 @@ class ValueReadGuard(TorchFunctionMode):
 
 
 def _users_frame() -> FrameType | None:
-    """Return the innermost frame that is the user's."""
+    """Return the innermost frame that is the user's; None where all code of the step is without a file."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
-        frame = frame.f_back
+        frame = None if frame.f_code.co_filename == _OUTSIDE else frame.f_back
     return frame
 
 

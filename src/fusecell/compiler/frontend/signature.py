@@ -258,7 +258,8 @@ def _tensor(name: str, value: Tensor | None, seen: _Seen) -> Key:
     if kind is nn.Parameter:
         kind = Tensor  # functional_call puts a tensor in a parameter's place
     number = seen.tensors.setdefault(id(value), len(seen.tensors))
-    return name, kind, number, value.shape, value.dtype, value.requires_grad, value.is_cpu or value.device.type
+    place = value.layout if value.is_cpu else value.device.type
+    return name, kind, number, value.shape, value.dtype, value.requires_grad, place
 
 
 def _frozen(value: Any, seen: _Seen) -> Key:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fusecell.compiler.programs.allocation import aligned
 from fusecell.compiler.programs.training import Call, Gradients, Results
 from fusecell.errors import CompilerError
 from fusecell.execution.options import State
@@ -64,6 +65,7 @@ def backward_of_members(
         saved: by the forward, (members, ...).
         grads: of the outputs and the states after the last step, (members, ...).
     """
+    saved = aligned(saved)
     two = [of_member(place, tensors, own) for place in (0, 1)]
     of_members = _gradients_in_memory(call, saved, grads, two[0])
     gradients = call.new_gradients(two[0], len(saved))

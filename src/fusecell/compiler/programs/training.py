@@ -14,8 +14,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fusecell.compiler.ir.primitives import LANES
-from fusecell.compiler.ir.sizes import align_up, padded
-from fusecell.compiler.programs.allocation import new_empty
+from fusecell.compiler.ir.sizes import padded
+from fusecell.compiler.programs.allocation import aligned, new_aligned, new_empty
 from fusecell.compiler.programs.launch import RaggedRows, run, run_each
 from fusecell.compiler.runtime.argument_block import ArgumentBlock
 from fusecell.compiler.runtime.kernel import Kernel, compile_graph
@@ -68,9 +68,9 @@ def write_saved(values: array[int], offsets: Sequence[tuple[int, int]], saved: T
     """Write the address of each saved value into the slots of an argument block.
 
     Arguments:
-        saved: the memory of all of them, :meth:`Training.saved_size` numbers.
+        saved: the memory of all of them, aligned, :meth:`Training.saved_size` numbers.
     """
-    start = align_up(saved.data_ptr())
+    start = saved.data_ptr()
     for slot, offset in offsets:
         values[slot] = start + offset
 
@@ -99,7 +99,8 @@ class Training:
         return IndexedKernel(kernel, self._inputs, self._weights, self.graphs.saved)
 
     def saved_size(self, all_rows: int) -> int:
-        """Return how many numbers are saved for all rows of all steps together, with room to align them."""
+        """Return how many numbers are saved for all rows of all steps together, and a few more: never none."""
+        # Programs that torch.compile keeps on disk from process to process have this size in them.
         return all_rows * self.saved_numbers + 4 * LANES
 
     @cached_property
@@ -225,7 +226,7 @@ class Call:
         """Allocate what the forward writes; of several members of an ensemble, with a dimension for them."""
         like, state = tensors[0], self.split(tensors)[1]
         # A multiple of a cache line, so that all members' are aligned alike.
-        saved = new_empty(like, *members, padded(self.training.saved_size(self.all_rows)))
+        saved = new_aligned(like, *members, padded(self.training.saved_size(self.all_rows)))
         after = tuple([value.new_empty(*members, *value.shape) for value in state])
         return Results(saved, self._new_rows(like, *self.output, members=members), after)
 
@@ -246,7 +247,7 @@ class Call:
         Arguments:
             grads: the gradients of the outputs and of each state after the last step.
         """
-        gradients = self.new_gradients(tensors)
+        gradients, saved = self.new_gradients(tensors), aligned(saved)
         block = self.bind_backward(saved, tensors, grads, gradients)
         self._run(self.training.backward, block, reverse=not self.options.reverse)
         return self.in_order(gradients, tensors)
