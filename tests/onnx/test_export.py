@@ -213,6 +213,37 @@ def test_token_ids() -> None:
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
 
 
+class Forced(fc.Cell):
+    """Token ids, a flag that replaces them by the last choice, and noise that is drawn."""
+
+    inputs = ("ids", "forced", "noise")
+
+    def __init__(self) -> None:
+        super().__init__((), 3)
+        self.states, self.state_sizes = ("h", "choice"), (3, ())
+        self.table = nn.Embedding(3, 3)
+
+    def draw(self, steps, batch_size, *, dtype=None, device=None):
+        return (torch.randn(steps, batch_size, 3, dtype=dtype, device=device),)
+
+    def step(self, x, state):
+        (ids, forced, noise), (h, choice) = x, state
+        h = torch.tanh(self.table(torch.where(forced, ids, choice.long())) - 0.5 * h + 0.1 * noise)
+        return h, (h, h.argmax(-1).to(h.dtype))
+
+
+def test_inputs_of_several_dtypes() -> None:
+    """Compared by `export` with the layer."""
+    torch.manual_seed(0)
+    layer, shapes = fc.Recurrent(Forced()), [(), ()]
+    dtypes = (torch.int64, torch.bool)
+    model = fc.onnx.export(layer, input_shapes=shapes, input_dtype=dtypes, states=False, verify=True)
+    kinds = onnx.TensorProto
+    assert [each.type.tensor_type.elem_type for each in model.graph.input] == [kinds.INT64, kinds.BOOL, kinds.FLOAT]
+    with pytest.raises(TypeError, match=r"one for each of the 2 inputs, got \(torch\.int64,\)"):
+        fc.onnx.export(layer, input_shapes=shapes, input_dtype=dtypes[:1])
+
+
 def test_the_module_is_left_as_it_was() -> None:
     layer = fc.Recurrent(fc.Zoneout(fc.GRUCell(5, 7), 0.2))
     weights = [value.clone() for value in layer.state_dict().values()]

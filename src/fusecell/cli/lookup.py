@@ -25,7 +25,8 @@ def find_cell(name: str, input_size: int, hidden_size: int) -> Recurrent:
         if query in (_plain(member.name), _plain(member.cell.__name__), _plain(member.cell.__name__) + "cell"):
             return Recurrent(member.make(input_size, hidden_size))
     names = ", ".join(member.name for member in CELLS)
-    raise ValueError(f"no cell is called {name!r}; there are: {names}.")
+    own = f" A layer of your own is named without --cell, {name}." if ":" in name else ""
+    raise ValueError(f"no cell is called {name!r}; there are: {names}.{own}")
 
 
 def find_module(path: str) -> nn.Module:

@@ -129,13 +129,13 @@ def _varying(graph: Graph) -> list[bool]:
 def trace_step(
     cell: Cell,
     dtype: torch.dtype,
-    input_dtype: torch.dtype | None = None,
+    input_dtypes: Sequence[torch.dtype] | None = None,
     input_shapes: Sequence[Shape] | None = None,
 ) -> Step:
     """Trace a cell's step for an export.
 
     Arguments:
-        input_dtype: of the inputs, where they are integers.
+        input_dtypes: of all inputs, where some are not of that dtype.
         input_shapes: of all inputs, without time and batch, of a cell that has several.
 
     Raises:
@@ -147,8 +147,7 @@ def trace_step(
             f"onnx.export: {type(cell).__name__} takes {len(cell.inputs)} inputs, {', '.join(cell.inputs)}; pass the "
             "shape of each, without time and batch, as input_shapes."
         )
-    dtypes = None if input_dtype is None else [input_dtype] * len(shapes)
-    traced = trace(cell, shapes, dtype, gradients=False, dtypes=dtypes, leftovers=True)
+    traced = trace(cell, shapes, dtype, gradients=False, dtypes=input_dtypes, leftovers=True)
     if isinstance(traced, Refusal):
         raise NotCompilable(type(cell).__name__, traced.reasons)
     return Step(cell, traced)

@@ -41,7 +41,7 @@ def export(
     states: bool = True,
     lengths: bool = False,
     resets: bool = False,
-    input_dtype: torch.dtype | None = None,
+    input_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     input_shapes: Sequence[Size] | None = None,
     verify: bool | None = None,
 ) -> onnx.ModelProto:
@@ -67,7 +67,8 @@ def export(
             cells they are named ``0.h``, ``1.h``. False: sequences begin with the cells' own first states.
         lengths: an input ``lengths``, int64 (N,): the valid steps of each row, as in :func:`fusecell.scan`.
         resets: an input ``resets``, bool (T, N), or (N, T) with ``batch_first``, as in :func:`fusecell.scan`.
-        input_dtype: of x, where it is not that of the weights: ``torch.int64`` for token ids.
+        input_dtype: of x, where it is not that of the weights: ``torch.int64`` for token ids. Of a cell that takes
+            several inputs, that of each, such as ``(torch.int64, torch.float32)``, or one for all.
         input_shapes: of a cell that takes several inputs, the shape of each without time and batch.
         verify: run the model on random sequences of two lengths and two batches, and compare the results with the
             layer's: by ONNX Runtime if it is installed, in float64 and else by onnx's reference. None: where one of
@@ -100,8 +101,10 @@ def export(
     shapes = [feature_shape(size) for size in (input_shapes or [cells[0].input_size])]
     batch_first = not step and is_batch_first(module)
     with preserved(module), _evaluation(module), torch.no_grad():
-        shapes += _drawn_shapes(cells)
-        form = Form(dtype, input_dtype, shapes, step, states, lengths, resets, batch_first)
+        drawn = _drawn_shapes(cells)
+        dtypes = [*_input_dtypes(input_dtype, dtype, len(shapes)), *[dtype] * len(drawn)]
+        shapes += drawn
+        form = Form(dtype, dtypes, shapes, step, states, lengths, resets, batch_first)
         model = _as_model(ModelGraph(Writer(_DTYPES[dtype]), form, cells).write(module), opset)
         onnx.checker.check_model(model, full_check=True)
         if verify or (verify is None and can_verify(model)):
@@ -118,6 +121,20 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
             f"onnx.export writes float32 and float64, the module computes in {dtype}; convert it with .float()."
         )
     return dtype
+
+
+def _input_dtypes(
+    input_dtype: torch.dtype | Sequence[torch.dtype] | None, dtype: torch.dtype, count: int
+) -> Sequence[torch.dtype]:
+    """Return the dtype of each of ``count`` inputs, which is that of the weights if none is given."""
+    if input_dtype is None or isinstance(input_dtype, torch.dtype):
+        return [input_dtype or dtype] * count
+    if len(input_dtype) != count or not all(isinstance(each, torch.dtype) for each in input_dtype):
+        raise TypeError(
+            f"onnx.export: input_dtype is a torch.dtype, or a list of one for each of the {count} inputs, got "
+            f"{input_dtype!r}."
+        )
+    return input_dtype
 
 
 def _drawn_shapes(cells: Sequence[Cell]) -> list[Shape]:

@@ -62,7 +62,7 @@ class Form:
 
     Arguments:
         dtype: of weights and states.
-        input_dtype: of the model's input, where it is of integers.
+        input_dtypes: of all inputs.
         input_shapes: of all inputs, without time and batch, of a cell that takes several; else of one.
         step: one step, without a dimension of time.
         states: the states are inputs; else they begin with the cells' own.
@@ -71,7 +71,7 @@ class Form:
     """
 
     dtype: torch.dtype
-    input_dtype: torch.dtype | None
+    input_dtypes: Sequence[torch.dtype]
     input_shapes: Sequence[Shape]
     step: bool = False
     states: bool = True
@@ -105,7 +105,8 @@ class ModelGraph:
         """The names of the new states of each cell that was begun."""
         self._after: list[onnx.ValueInfoProto] = []
         names = cells[0].inputs if len(form.input_shapes) > 1 else ("x",)
-        self._x = [self._input(name, shape) for name, shape in zip(names, form.input_shapes, strict=True)]
+        inputs = zip(names, form.input_shapes, form.input_dtypes, strict=True)
+        self._x = [self._input(name, shape, dtype) for name, shape, dtype in inputs]
         # Values inside of the graph must not take the names of its outputs.
         self._y = w.name("output" if "y" in {*names, *(name for cell in cells for name in cell.states)} else "y")
         self._lengths = self._option("lengths", INT64, ["N"]) if form.lengths else ""
@@ -113,10 +114,10 @@ class ModelGraph:
         if self._resets and form.batch_first:
             self._resets = w.node("Transpose", self._resets, perm=[1, 0])
 
-    def _input(self, name: str, shape: Shape) -> str:
+    def _input(self, name: str, shape: Shape, dtype: torch.dtype) -> str:
         """Add an input; return its value flat in its features, (T, N, features), and of the graph's dtype."""
         w, form = self.w, self.form
-        element = w.element if form.input_dtype is None else helper.np_dtype_to_tensor_dtype(_numpy(form.input_dtype))
+        element = helper.np_dtype_to_tensor_dtype(_numpy(dtype))
         value = w.name(name)
         self.inputs.append(helper.make_tensor_value_info(value, element, [*form.lead, *shape]))
         if form.batch_first:
@@ -299,7 +300,7 @@ class ModelGraph:
         # What stands behind another cell takes that one's output.
         form, reads_x = self.form, value == self._x[0]
         step = trace_step(
-            cell, form.dtype, form.input_dtype if reads_x else None, form.input_shapes if reads_x else None
+            cell, form.dtype, form.input_dtypes if reads_x else None, form.input_shapes if reads_x else None
         )
         more = self._x[1:] if reads_x else []
         if self.form.step:

@@ -115,7 +115,8 @@ def _trial(module: nn.Module, cells: Sequence[Cell], form: Form, steps: int, row
     lead = (rows, steps) if form.batch_first else (steps, rows)
     drawn = _draw_once(cells[0], steps, rows, form.dtype)
     shapes = form.input_shapes[: len(form.input_shapes) - len(drawn)]
-    inputs = [_random((*lead, *shape), form.input_dtype or form.dtype, generator) for shape in shapes]
+    dtypes = form.input_dtypes[: len(shapes)]
+    inputs = [_random((*lead, *shape), dtype, generator) for shape, dtype in zip(shapes, dtypes, strict=True)]
     options = {}
     if form.lengths:
         options["lengths"] = torch.tensor([steps, 0, steps - 1][:rows] if rows > 1 else [steps - 1])
