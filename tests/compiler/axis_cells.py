@@ -229,7 +229,9 @@ IMAGES: dict[str, Body] = {
         + fit(F.adaptive_avg_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 3)))
     ),
     "pooled_in_three_dimensions": lambda c, z: (
-        fit(F.avg_pool3d(z.view(-1, 1, 2, 3, 4), 2, 1)) + fit(F.max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 2), 1))
+        fit(F.avg_pool3d(z.view(-1, 1, 2, 3, 4), 2, 1))
+        + fit(F.max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 2), 1))
+        + fit(F.adaptive_max_pool3d(z.view(-1, 1, 2, 3, 4), (1, 2, 3)))
     ),
     "sampled volume": lambda c, z: fit(
         F.grid_sample(z.view(-1, 2, 2, 3, 2), z[:, :12].view(-1, 2, 1, 2, 3) * 1.5, align_corners=False)

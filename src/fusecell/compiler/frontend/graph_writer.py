@@ -237,6 +237,8 @@ class Writer(FeatureMoves):
         axis = row.axis
         if axis is not None and not keepdim:
             axis -= sum(dim < axis for dim in reduced)
+        if op in ("argmax", "argmin") and all(row.shape[dim] == 1 for dim in reduced):
+            return self.const(0.0, shape, axis)  # the only place, not the only element
         index = row.full_index if row.axis is None else np.expand_dims(row.full_index, row.axis)
         others = [dim for dim in range(index.ndim) if dim not in reduced]
         lines = tuple(index.shape[dim] for dim in others)

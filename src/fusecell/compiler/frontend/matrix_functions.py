@@ -112,6 +112,23 @@ class _LowerInverse(torch.autograd.Function):
         return _gradient_of_inverted(inverse, gradients[0]).tril()
 
 
+class _CholeskyInverse(torch.autograd.Function):
+    """Inverses of A = L Lᵀ; the gradient is torch's, which has numbers in the half of L that is not read, too."""
+
+    @staticmethod
+    def forward(ctx: Any, lower: Tensor) -> Tensor:
+        factor = _substituted(lower)
+        inverse = factor.mT @ factor
+        ctx.save_for_backward(lower, inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        lower, inverse = ctx.saved_tensors
+        slope: Tensor = inverse @ (gradients[0] + gradients[0].mT) @ inverse @ lower
+        return -slope
+
+
 class _Cholesky(torch.autograd.Function):
     """Lower triangular factors of positive definite matrices, column after column."""
 
@@ -205,11 +222,15 @@ def _cholesky(is_weight: IsWeight, A: Tensor, *, upper: bool = False) -> Tensor:
     return factor.mT if upper else factor
 
 
+def _cholesky_by_old_name(is_weight: IsWeight, input: Tensor, upper: bool = False) -> Tensor:
+    return _cholesky(is_weight, input, upper=upper)
+
+
 def _cholesky_inverse(is_weight: IsWeight, L: Tensor, upper: bool = False) -> Tensor:
     if not _is_written_out(L, is_weight):
         return torch.cholesky_inverse(L, upper)
-    inverse = _triangular_inverse(is_weight, L, upper, False)
-    return inverse @ inverse.mT if upper else inverse.mT @ inverse
+    inverse: Tensor = _CholeskyInverse.apply(L.mT if upper else L)  # type: ignore[no-untyped-call]  # torch's
+    return inverse
 
 
 def _cholesky_solve(is_weight: IsWeight, B: Tensor, L: Tensor, upper: bool = False) -> Tensor:
@@ -254,11 +275,22 @@ def _log_determinant(is_weight: IsWeight, A: Tensor) -> Tensor:
     return torch.where(sign < 0, torch.nan, size)
 
 
+def _cross(is_weight: IsWeight, input: Tensor, other: Tensor, dim: int | None = None) -> Tensor:
+    if dim is None and not (is_weight(input) and is_weight(other)):
+        raise Untraceable(
+            "torch.cross without a dimension takes the first that has three elements, which is the batch where that "
+            "has three rows; give it dim=-1."
+        )
+    return torch.cross(input, other, dim)
+
+
 MATRIX_FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.linalg.inv, torch.inverse, Tensor.inverse), _inverse),
     torch.linalg.solve: _solve,
     torch.linalg.solve_triangular: _solve_triangular,
     torch.linalg.cholesky: _cholesky,
+    **dict.fromkeys((torch.cholesky, Tensor.cholesky), _cholesky_by_old_name),
+    **dict.fromkeys((torch.cross, Tensor.cross), _cross),
     **dict.fromkeys((torch.cholesky_solve, Tensor.cholesky_solve), _cholesky_solve),
     **dict.fromkeys((torch.cholesky_inverse, Tensor.cholesky_inverse), _cholesky_inverse),
     **dict.fromkeys((torch.det, Tensor.det, torch.linalg.det), _determinant),

@@ -27,7 +27,7 @@ from fusecell.compiler.frontend.custom_functions import is_of_operator, plain_ar
 from fusecell.compiler.frontend.draws import Draw, draw_name, draws_nothing, fill, form_of, new_tensor
 from fusecell.compiler.frontend.isolation import users_line
 from fusecell.compiler.frontend.operation_values import READS_VALUES, OperationValues
-from fusecell.compiler.frontend.remedies import AS_INPUT, of_write
+from fusecell.compiler.frontend.remedies import AS_INPUT, GRADIENT_REMEDIES, of_write
 from fusecell.compiler.frontend.rules.complex_numbers import are_joined, sum_of_pairs
 from fusecell.compiler.frontend.traced_values import (
     Complex,
@@ -207,6 +207,7 @@ class Recorder(OperationValues, TorchDispatchMode):
         place = users_line()
         if self.backward:
             node = autograd_node()
+            text = GRADIENT_REMEDIES.get(node.name(), text) if node is not None else text
             place = f" in the gradient of {node.name()}" if node is not None else ""
         return f"{text.removesuffix('.')} [aten.{name}{place}]."
 

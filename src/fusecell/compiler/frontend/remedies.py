@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["AS_INPUT", "REMEDIES", "of_write", "without_rule"]
+__all__ = ["AS_INPUT", "GRADIENT_REMEDIES", "REMEDIES", "of_write", "without_rule"]
 
 AS_INPUT = (
     "A weight's gradient is compiled as a sum over rows of what each of them adds to it. Return the weight from "
@@ -83,6 +83,13 @@ REMEDIES: Mapping[str, str] = {
         "a norm of 1."
     ),
 }
+GRADIENT_REMEDIES: Mapping[str, str] = {
+    "AsStridedBackward0": (
+        "The gradient of as_strided has no rule: what it adds up where follows from memory. x.unfold(dim, size, step) "
+        "cuts the same windows, and x[:, ::step] the same elements, with a gradient."
+    ),
+}
+"""What to write instead of operations that are compiled, but not their gradients, by autograd's names of these."""
 _NO_OTHER = (
     "On rows write it by elementwise functions, sums over features, products, gather or sort; on parameters alone any "
     "operation is compiled."

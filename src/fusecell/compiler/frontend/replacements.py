@@ -203,6 +203,62 @@ def _gaussian_loss(
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
+def _soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if size_average is not None or reduce is not None or target.requires_grad:  # which torch refuses
+        return functional.soft_margin_loss(input, target, size_average, reduce, reduction)
+    loss = torch.log1p(torch.exp(-target * input))
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _log_gamma_of_matrices(input: Tensor, p: int) -> Tensor:
+    """Return the logarithm of the gamma function of p dimensions."""
+    return sum((torch.lgamma(input - k / 2) for k in range(p)), torch.full_like(input, _of_dimensions(p)))
+
+
+def _of_dimensions(p: int) -> float:
+    return p * (p - 1) / 4 * math.log(math.pi)
+
+
+def _short_time_fourier(
+    input: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    center: bool = True,
+    pad_mode: str = "reflect",
+    normalized: bool = False,
+    onesided: bool | None = None,
+    return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> Tensor:
+    """Return Fourier transforms of windows; torch cuts these out by their strides in memory."""
+    options = (hop_length, win_length, window, center, pad_mode, normalized, onesided, return_complex, align_to_window)
+    is_complex = input.is_complex() or (window is not None and window.is_complex())
+    if (return_complex is None and not is_complex) or align_to_window is not None:
+        return torch.stft(input, n_fft, *options)
+    signal = input
+    if center:
+        border = [n_fft // 2] * 2
+        signal = functional.pad(input.view(-1, 1, input.shape[-1]), border, pad_mode).view(*input.shape[:-1], -1)
+    frames = signal.unfold(-1, n_fft, hop_length or n_fft // 4)
+    width = win_length or n_fft
+    if window is not None or width < n_fft:
+        weights = torch.ones(width, dtype=input.dtype) if window is None else window
+        before = (n_fft - width) // 2
+        frames = frames * functional.pad(weights, [before, n_fft - width - before])
+    one_side = not is_complex if onesided is None else onesided
+    transform = torch.fft.rfft if one_side else torch.fft.fft
+    result = transform(frames, norm="ortho" if normalized else None).transpose(-1, -2)
+    return torch.view_as_real(result) if return_complex is False else result
+
+
 def _bag_of_embeddings(
     input: Tensor,
     weight: Tensor,
@@ -250,7 +306,10 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     Tensor.cumprod: _running_product,
     functional.one_hot: _one_hot,
     functional.gaussian_nll_loss: _gaussian_loss,
+    functional.soft_margin_loss: _soft_margin_loss,
     functional.embedding_bag: _bag_of_embeddings,
+    **dict.fromkeys((torch.stft, Tensor.stft), _short_time_fourier),
+    **dict.fromkeys((torch.mvlgamma, Tensor.mvlgamma, torch.special.multigammaln), _log_gamma_of_matrices),
     functional.affine_grid: _grid_of_maps,
     **dict.fromkeys((torch.renorm, Tensor.renorm), _renormed),
     **dict.fromkeys((torch.take, Tensor.take), _taken),

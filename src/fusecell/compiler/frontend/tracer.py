@@ -161,6 +161,13 @@ def _raised(error: Exception, runs: Sequence[StepRun]) -> str:
             "The step changes in place a value that its gradient needs, such as the result of sigmoid or tanh, which "
             "raises in the Python loop too; compute a new tensor: g.sigmoid() for g.sigmoid_()."
         )
+    without_gradient = re.search(r"derivative for aten::(\w+) is not implemented", str(error))
+    if without_gradient:
+        name = without_gradient[1].rstrip("_")
+        return (
+            f"The step needs a gradient of {name}, which torch has none for: the Python loop raises in its backward as "
+            f"well. Where it is to count as constant, detach what {name} is given, x.detach()."
+        )
     return f"The step raised {type(error).__name__}: {error}{_of_rows(error, runs)}"
 
 

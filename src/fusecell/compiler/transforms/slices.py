@@ -125,8 +125,10 @@ class _Sinker:
         """List the parts that a part is computed from: of all arguments, or of the one that it is itself a part of."""
         index, start, stop = part
         node = builder.nodes[index]
-        if (start == 0 and stop == node.size) or node.op == "broadcast":
+        if start == 0 and stop == node.size:
             return []
+        if node.op == "broadcast":  # of one number, or of a weight's
+            return [(arg, start, stop) for arg in node.args if builder.size(arg) != 1]
         if node.op == "slice":
             offset = node.attrs["start"]
             return [(node.args[0], offset + start, offset + stop)]
@@ -147,7 +149,8 @@ class _Sinker:
         if start == 0 and stop == node.size:
             return index
         if node.op == "broadcast":
-            return builder.add("broadcast", *node.args, name=name, size=stop - start)
+            args = [self._table[arg, start, stop] for arg, _, _ in self._needs(builder, part)] or node.args
+            return builder.add("broadcast", *args, name=name, size=stop - start)
         if node.op == "product" and self._allowed.get(index, True):
             first = node.attrs["cols"][0]
             attrs = {**node.attrs, "cols": [first + start, first + stop]}

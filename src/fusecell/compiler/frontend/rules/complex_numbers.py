@@ -48,10 +48,10 @@ def _is_zero(w: Writer, row: Row) -> bool:
 def _of(w: Writer, real: Row, imaginary: Row) -> Complex:
     shape = tuple(np.broadcast_shapes(real.shape, imaginary.shape))
     if imaginary.shape != shape or imaginary.axis != real.axis:
-        # A part that is a number takes the shape of the other.
-        imaginary = w.point("add", w.point("mul", real, 0.0), imaginary)
+        # A part that is a number takes the shape of the other, whose values, infinite ones say, are not to reach it.
+        imaginary = w.point("mul", w.const(1.0, real.shape, real.axis, real.split), imaginary)
     if real.shape != shape:
-        real = w.point("add", w.point("mul", imaginary, 0.0), real)
+        real = w.point("mul", w.const(1.0, imaginary.shape, imaginary.axis, imaginary.split), real)
     return Complex(shape, real, imaginary)
 
 

@@ -17,13 +17,15 @@ _MOVES = (
     "split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind cat stack flip roll repeat "
     "slice_backward select_backward constant_pad_nd diagonal unfold rot90 diag_embed diagonal_backward tril triu "
     "pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "view_copy expand_copy permute_copy transpose_copy t_copy squeeze_copy unsqueeze_copy slice_copy select_copy "
+    "narrow_copy split_copy split_with_sizes_copy unbind_copy diagonal_copy unfold_copy"
 )
 MOVES = frozenset(_MOVES.split())
 """Operations whose results hold their argument's elements, or zeros, and nothing else."""
 
 # Operations whose result has the value of their argument.
-KEEPS = ("clone", "detach", "alias", "contiguous", "lift_fresh", "_conj", "resolve_conj", "resolve_neg")
+KEEPS = ("clone", "detach", "alias", "alias_copy", "contiguous", "lift_fresh", "_conj", "resolve_conj", "resolve_neg")
 
 # The number each factory fills with; None where it is an argument. Memory that torch leaves as it is counts as zeros.
 CONSTANTS: Mapping[str, float | None] = {

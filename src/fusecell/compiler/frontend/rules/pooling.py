@@ -57,7 +57,7 @@ def _taps(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil
 def _max_over_windows(w: Writer, x: Row, taps: Sequence[Tensor]) -> tuple[Row, Row]:
     """Return the largest element of each window, and its position in the flattened image."""
     dims = len(taps)
-    outside = w.const(-math.inf, (x.shape[0], *[1] * (len(x.shape) - 1)), x.axis)
+    outside = w.const(-math.inf, (x.shape[0], *[1] * (len(x.shape) - 1)), x.axis, x.split)
 
     def windows(numbers: Sequence[Tensor]) -> Tensor:
         image, filling = numbers
@@ -251,6 +251,8 @@ POOLING: Mapping[str, Callable[..., Any]] = {
     "max_pool3d_with_indices_backward": _max_pool_backward,
     "adaptive_max_pool2d": _adaptive_max_pool,
     "adaptive_max_pool2d_backward": lambda w, g, x, indices: _max_pool_backward(w, g, x, (1, 1), indices),
+    "adaptive_max_pool3d": _adaptive_max_pool,
+    "adaptive_max_pool3d_backward": lambda w, g, x, indices: _max_pool_backward(w, g, x, (1, 1, 1), indices),
     "avg_pool3d": _average_pool,
     "avg_pool3d_backward": _average_pool_backward,
     "avg_pool2d": _average_pool,

@@ -130,8 +130,9 @@ def _running_extreme(op: str) -> Callable[..., Any]:
 
     def rule(w: Writer, x: Row, dim: int) -> tuple[Row, Row]:
         values = scanned(w, op, x, dim)
-        # The last place so far at which the running extreme was met.
-        met = w.point("where", w.point(reaches, x, values), places(w, x, dim), 0.0)
+        # The last place so far at which the running extreme was met; NaN is one, and equal to nothing.
+        is_met = w.point("or", w.point(reaches, x, values), w.point("ne", x, x))
+        met = w.point("where", is_met, places(w, x, dim), 0.0)
         return values, scanned(w, "amax", met, dim)
 
     return rule

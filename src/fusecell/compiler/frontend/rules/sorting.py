@@ -43,8 +43,20 @@ def _topk(w: Writer, x: Row, k: int, dim: int = -1, largest: bool = True, sorted
 
 
 def _kth(w: Writer, x: Row, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Row, Row]:
+    return _elements_at(w, x, _kth_position(w, x, k, dim), dim, keepdim)
+
+
+def _kth_position(w: Writer, x: Row, k: int, dim: int) -> Row:
+    """Write where the k-th of a line's elements in order is, with one position along the dimension."""
     _, order = _sorted(w, x, dim, first=k)
-    positions: Row = w.move(lambda numbers: numbers.narrow(dim, k - 1, 1), order)
+    if not order.shape:
+        return order
+    position: Row = w.move(lambda numbers: numbers.narrow(dim, k - 1, 1), order)
+    return position
+
+
+def _elements_at(w: Writer, x: Row, positions: Row, dim: int, keepdim: bool) -> tuple[Row, Row]:
+    """Write the elements at positions along a dimension, and these."""
     both = gather(w, x, dim, positions), positions
     if keepdim:
         return both
@@ -55,7 +67,10 @@ def _kth(w: Writer, x: Row, k: int, dim: int = -1, keepdim: bool = False) -> tup
 def _median(w: Writer, x: Row, dim: int | None = None, keepdim: bool = False) -> Any:
     if dim is None:
         raise Untraceable("The median of all elements mixes the rows of the batch; give it a dimension.")
-    return _kth(w, x, (x.shape[dim] + 1) // 2, dim, keepdim)
+    # NaN is the median of a line that has any: the first of them, which is its maximum too.
+    largest, place = w.reduce("amax", x, [dim], True), w.reduce("argmax", x, [dim], True)
+    middle = _kth_position(w, x, (x.shape[dim] + 1) // 2, dim)
+    return _elements_at(w, x, w.point("where", w.point("ne", largest, largest), place, middle), dim, keepdim)
 
 
 SORTING: Mapping[str, Callable[..., Any]] = {
