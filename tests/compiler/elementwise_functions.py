@@ -61,6 +61,7 @@ TABLES: dict[tuple[float, float], dict[str, Function]] = {
         "logical": _where(lambda x, h: torch.logical_not(torch.logical_or(x > 0, torch.logical_and(h > 0, x < -1)))),
         "bitwise_xor": _where(lambda x, h: (x > h) ^ (h > 0)),
         "heaviside": lambda x, h: torch.heaviside(x.detach(), h.detach()) * x,
+        "angle": lambda x, h: torch.angle(x) * h,
         "gelu_tanh": lambda x, h: F.gelu(x, approximate="tanh"),
         "prelu": lambda x, h: F.prelu(x, torch.full((1,), 0.3, dtype=x.dtype)),
         "threshold": lambda x, h: F.threshold(x, 0.3, -0.7),

@@ -65,6 +65,8 @@ OF_ANY_NUMBER: dict[str, Body] = {
     "number_as_real_part": lambda x, w: torch.view_as_real(torch.complex(w[0, 1], x)).flatten(1),
     "a_cut_of_a_weight_beside_rows": lambda x, w: torch.cat((w.expand(len(x), 5, 6).flatten(1), x), 1)[:, 2:20].sin(),
     "largest_in_images_of_all_rows": lambda x, w: F.max_pool1d(x.reshape(-1, 1, 3), 2, 1).view(-1, 4),
+    "nan_to_num_of_integers": lambda x, w: x.nan_to_num(0.0, 3.0, -3.0).long().nan_to_num().bool().nan_to_num() * x,
+    "angle": lambda x, w: x.angle() * x.sin() + x.clone().conj_physical_(),
     "copies": lambda x, w: torch.cat(
         (torch.view_copy(x, (-1, 6)), *torch.split_copy(x, 3, 1), torch.narrow_copy(x, 1, 2, 3)), 1
     ),
@@ -77,6 +79,9 @@ OF_FINITE_NUMBERS: dict[str, Body] = {
     "multigammaln": lambda x, w: torch.mvlgamma(x.abs() + 3, 3),
     "soft_margin_loss": lambda x, w: F.soft_margin_loss(x, w[0].detach().sign().expand_as(x), reduction="none"),
     "stft": lambda x, w: torch.view_as_real(torch.stft(x, 4, window=w[0, :4], return_complex=True)).flatten(1),
+    "istft": lambda x, w: torch.istft(
+        torch.stft(x, 4, 2, window=w[0, :4] + 2, return_complex=True) * (1 + 2j), 4, 2, window=w[0, :4] + 2, length=8
+    ),
     "stft_of_all": lambda x, w: (
         x.stft(4, 2, 3, center=False, normalized=True, onesided=False, return_complex=True, window=w[0, :3])
         .abs()

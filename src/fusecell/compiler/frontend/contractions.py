@@ -24,7 +24,7 @@ __all__ = ["Labelled", "contracted", "product_of_rows", "sum_of_products", "weig
 
 _MIXES = (
     "The step mixes the rows of the batch: it multiplies values of one row by those of another. Each row of the batch "
-    "is a sequence of its own."
+    "is a sequence of its own; attention and transformer layers have the batch first if made with batch_first=True."
 )
 _BATCH = "N"
 

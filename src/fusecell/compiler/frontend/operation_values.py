@@ -245,7 +245,7 @@ class OperationValues(ComplexOperations):
         if rule is None:
             raise Untraceable(without_rule(name))
         options = {key: value for key, value in options.items() if key not in ("dtype", "memory_format")}
-        if name == "nan_to_num":
+        if name == "nan_to_num" and results[0].is_floating_point():
             options["largest"] = torch.finfo(results[0].dtype).max
         if any(result is not None and result.dtype in self._casts for result in results):
             # Next to a tensor of a narrower dtype torch takes Python's numbers in float32.

@@ -204,11 +204,10 @@ class Recorder(OperationValues, TorchDispatchMode):
         text = str(refusal)
         if " [aten" in text:
             return text
-        place = users_line()
-        if self.backward:
-            node = autograd_node()
-            text = GRADIENT_REMEDIES.get(node.name(), text) if node is not None else text
-            place = f" in the gradient of {node.name()}" if node is not None else ""
+        node = autograd_node() if self.backward else None
+        place = "" if self.backward else users_line()
+        if node is not None:
+            text, place = GRADIENT_REMEDIES.get(node.name(), text), f" in the gradient of {node.name()}"
         return f"{text.removesuffix('.')} [aten.{name}{place}]."
 
     def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -56,7 +56,11 @@ REMEDIES: Mapping[str, str] = {
     "special_zeta": (
         "For a whole number s above 1, zeta(s, q) is torch.polygamma(s - 1, q) * (-1) ** s / math.factorial(s - 1)."
     ),
-    "linalg_lu": "torch.linalg.solve, inv, det, slogdet and cholesky are compiled.",
+    **dict.fromkeys(
+        ("linalg_lu", "lu_unpack", "geqrf", "ormqr", "linalg_householder_product"),
+        "torch.linalg.solve, inv, det, slogdet and cholesky are compiled.",
+    ),
+    "triangular_solve": "torch.linalg.solve_triangular(A, b, upper=True) is compiled, with its gradient.",
     "histc": (
         "It counts elements of all rows; (x[:, :, None] >= edges[:-1]).logical_and(x[:, :, None] < edges[1:]).sum(1) "
         "counts those of each."
@@ -116,8 +120,8 @@ def of_write(target: Tensor, sources: Iterable[tuple[str, Tensor]]) -> str:
             if name in ("num_batches_tracked", "running_mean", "running_var"):
                 return (
                     f"The step norms by the statistics of the batch, which mixes its rows, and keeps them in "
-                    f"self.{path}: .eval() on the BatchNorm uses its running statistics; LayerNorm and GroupNorm "
-                    "have each row's own."
+                    f"self.{path}: .eval() on the BatchNorm uses its running statistics; LayerNorm, GroupNorm and "
+                    "an InstanceNorm with track_running_stats=False have each row's own."
                 )
             if isinstance(tensor, nn.Parameter):
                 return (

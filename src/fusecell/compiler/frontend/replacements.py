@@ -21,6 +21,9 @@ from fusecell.compiler.frontend.traced_values import Untraceable
 
 __all__ = ["REPLACEMENTS"]
 
+_MOST_TAPS = 64
+"""Samples of a window that is added up with others, at the most, as in `rules.pooling`."""
+
 
 class _RunningProduct(torch.autograd.Function):
     """Running product along the last dimension: its slope in x[k] is what is before k times what follows it."""
@@ -248,15 +251,52 @@ def _short_time_fourier(
         border = [n_fft // 2] * 2
         signal = functional.pad(input.view(-1, 1, input.shape[-1]), border, pad_mode).view(*input.shape[:-1], -1)
     frames = signal.unfold(-1, n_fft, hop_length or n_fft // 4)
-    width = win_length or n_fft
-    if window is not None or width < n_fft:
-        weights = torch.ones(width, dtype=input.dtype) if window is None else window
-        before = (n_fft - width) // 2
-        frames = frames * functional.pad(weights, [before, n_fft - width - before])
+    if window is not None or (win_length or n_fft) < n_fft:
+        frames = frames * _window_of(n_fft, win_length, window, input.real)
     one_side = not is_complex if onesided is None else onesided
     transform = torch.fft.rfft if one_side else torch.fft.fft
     result = transform(frames, norm="ortho" if normalized else None).transpose(-1, -2)
     return torch.view_as_real(result) if return_complex is False else result
+
+
+def _from_short_time_fourier(
+    input: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> Tensor:
+    """Return the signals of short-time Fourier transforms; torch looks whether its windows cover them."""
+    if n_fft > _MOST_TAPS:
+        raise Untraceable(f"istft of windows of more than {_MOST_TAPS} samples is not compiled; torch.fft.irfft is.")
+    if return_complex or input.dim() != 3 or (window is not None and window.is_complex()):
+        raise Untraceable("Of istft only that of a batch (N, frequencies, frames) to real signals is compiled.")
+    hop, weights = hop_length or n_fft // 4, _window_of(n_fft, win_length, window, input.real)
+    # Of all frequencies torch takes one side as well.
+    frames = torch.fft.irfft(input.transpose(1, 2), n_fft, norm="ortho" if normalized else None)
+    size = (frames.shape[1] - 1) * hop + n_fft
+
+    def added(windows: Tensor) -> Tensor:
+        columns = windows.transpose(1, 2)
+        return functional.fold(columns, (1, size), (1, n_fft), stride=(1, hop)).view(-1, size)
+
+    border = n_fft // 2 if center else 0
+    end = size - border if length is None else border + length
+    covered = added(weights.square().expand(1, *frames.shape[1:]))[:, border:end]
+    return functional.pad(added(frames * weights)[:, border:end] / covered, [0, max(0, end - size)])
+
+
+def _window_of(n_fft: int, win_length: int | None, window: Tensor | None, like: Tensor) -> Tensor:
+    """Return the weights of a window, with zeros on both sides of a shorter one."""
+    width = win_length or n_fft
+    weights = torch.ones(width, dtype=like.dtype) if window is None else window
+    before = (n_fft - width) // 2
+    return functional.pad(weights, [before, n_fft - width - before])
 
 
 def _bag_of_embeddings(
@@ -309,6 +349,7 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     functional.soft_margin_loss: _soft_margin_loss,
     functional.embedding_bag: _bag_of_embeddings,
     **dict.fromkeys((torch.stft, Tensor.stft), _short_time_fourier),
+    **dict.fromkeys((torch.istft, Tensor.istft), _from_short_time_fourier),
     **dict.fromkeys((torch.mvlgamma, Tensor.mvlgamma, torch.special.multigammaln), _log_gamma_of_matrices),
     functional.affine_grid: _grid_of_maps,
     **dict.fromkeys((torch.renorm, Tensor.renorm), _renormed),

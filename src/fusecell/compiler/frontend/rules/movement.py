@@ -25,7 +25,18 @@ MOVES = frozenset(_MOVES.split())
 """Operations whose results hold their argument's elements, or zeros, and nothing else."""
 
 # Operations whose result has the value of their argument.
-KEEPS = ("clone", "detach", "alias", "alias_copy", "contiguous", "lift_fresh", "_conj", "resolve_conj", "resolve_neg")
+KEEPS = (
+    "clone",
+    "detach",
+    "alias",
+    "alias_copy",
+    "contiguous",
+    "lift_fresh",
+    "_conj",
+    "conj_physical",
+    "resolve_conj",
+    "resolve_neg",
+)
 
 # The number each factory fills with; None where it is an argument. Memory that torch leaves as it is counts as zeros.
 CONSTANTS: Mapping[str, float | None] = {

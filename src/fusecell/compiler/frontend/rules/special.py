@@ -120,6 +120,13 @@ def _hypot(w: Writer, a: Operand, b: Operand) -> Row:
     return w.point("where", endless, math.inf, length)
 
 
+def _angle(w: Writer, x: Operand) -> Row:
+    """Write the angle of a real number in the complex plane: 0 or pi, and NaN of NaN."""
+    number = w.number(x)
+    turned = w.point("where", w.point("lt", number, 0.0), math.pi, 0.0)
+    return w.point("where", w.point("ne", number, number), number, turned)
+
+
 def _complement(w: Writer, x: Operand) -> Row:
     """Write sqrt(1 - x^2)."""
     return w.point("sqrt", w.point("mul", w.point("sub", 1.0, x), w.point("add", 1.0, x)))
@@ -245,6 +252,7 @@ SPECIAL: Mapping[str, Rule] = {
     "fmax": _fmax,
     "fmin": _fmin,
     "hypot": _hypot,
+    "angle": _angle,
     "asin": lambda w, x: w.point("atan2", x, _complement(w, x)),
     "acos": lambda w, x: w.point("atan2", _complement(w, x), x),
     "sinc": _sinc,
