@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import re
 import tracemalloc
 
@@ -234,3 +236,40 @@ def test_a_stream_takes_ids(size, tmp_path):
     for step, y in zip(x, expected, strict=True):
         assert np.array_equal(stream.step(step), y)
         assert np.array_equal(loaded.step(step.numpy()), y)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_copy_goes_on_by_itself(weights):
+    stream = fc.Stream(fc.LSTM(3, 7, num_layers=2), 2, weights=weights)
+    stream.push(np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32))
+    before, x = stream.snapshot(), np.ones((4, 2, 3), np.float32)
+    model = {"stream": stream}
+    twins = [copy.copy(stream), copy.deepcopy(model)["stream"], pickle.loads(pickle.dumps(stream))]  # our own
+    expected = stream.push(x)
+    for twin in twins:
+        assert repr(twin) == repr(stream)
+        assert all((a == b).all() for a, b in zip(twin.state, before, strict=True))
+        assert (twin.push(x) == expected).all()
+    assert all((a == b).all() for twin in twins for a, b in zip(twin.state, stream.state, strict=True))
+
+
+def test_a_deep_copy_has_a_module_of_its_own():
+    layer = fc.GRU(3, 5)
+    stream = fc.Stream(layer)
+    shallow, deep = copy.copy(stream), copy.deepcopy(stream)
+    with torch.no_grad():
+        layer.weight_hh_l0.add_(1.0)
+    for each in (shallow, deep):
+        each.refresh()
+    x = np.ones((6, 3), np.float32)
+    before = stream.push(x)
+    assert (deep.push(x) == before).all()  # of the module as it was
+    assert (shallow.push(x) != before).any()
+
+
+def test_a_loaded_stream_is_copied_too(tmp_path):
+    fc.Stream(fc.GRU(3, 5)).save(tmp_path / "gru")
+    stream = fc.load_stream(tmp_path / "gru")
+    stream.step(np.ones(3, np.float32))
+    twin = copy.deepcopy(stream)
+    assert (twin.step(np.ones(3, np.float32)) == stream.step(np.ones(3, np.float32))).all()

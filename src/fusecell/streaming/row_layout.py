@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RowLayout", "feature_ranges", "is_one_shape", "joined_row", "shape_list", "split_row", "total_features"]
+__all__ = [
+    "RowLayout", "feature_ranges", "is_one_shape", "joined_row", "public_size", "shape_list", "split_row",
+    "total_features",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -36,6 +39,19 @@ def shape_list(layout: RowLayout) -> list[Shape]:
     """
     entries: Any = layout.values() if isinstance(layout, Mapping) else layout
     return [layout] if is_one_shape(layout) else list(entries)  # type: ignore[list-item]  # a Shape, as just asked
+
+
+def public_size(layout: RowLayout) -> Any:
+    """Return a row's shape as users write it: one dimension as the number of features.
+
+    Example:
+        >>> from fusecell.streaming.row_layout import public_size
+        >>> public_size((4,)), public_size((4, 16)), public_size({"read": (4,), "strength": ()})
+        (4, (4, 16), {'read': 4, 'strength': ()})
+    """
+    if isinstance(layout, Mapping):
+        return {name: public_size(shape) for name, shape in layout.items()}
+    return layout[0] if is_one_shape(layout) and len(layout) == 1 else layout
 
 
 def total_features(layout: RowLayout) -> int:

@@ -5,13 +5,14 @@ Nothing here imports torch: a stream that was saved runs without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusecell.streaming.bound_step import MOST_STEPS, Array, BoundStep, Part
-from fusecell.streaming.row_layout import RowLayout, is_one_shape, joined_row, split_row
+from fusecell.streaming.row_layout import is_one_shape, joined_row, public_size, split_row
 from fusecell.streaming.small_weights import StoredWeight, check_format, stored_weights, with_small_weights
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Stream:
     .. math:: (y_t, s_t) = \mathrm{step}(x_t, s_{t-1})
 
     Steps and chunks give the same bits as the layer over the whole sequence. Use a stream in one thread only: its
-    buffers are shared by all its calls.
+    buffers are shared by all its calls. A copy, ``copy.copy(stream)``, goes on by itself from the present state; a
+    pickled one is compiled anew where it is read.
 
     Example:
         >>> import numpy as np, torch, fusecell as fc
@@ -109,7 +111,7 @@ class Stream:
         self.dtype = parts[0].dtype
         self._inputs, self._outputs = parts[0].row_shapes.input, parts[-1].row_shapes.output
         self._one_input, self._one_output = is_one_shape(self._inputs), is_one_shape(self._outputs)
-        self.input_size, self.output_size = _size(self._inputs), _size(self._outputs)
+        self.input_size, self.output_size = public_size(self._inputs), public_size(self._outputs)
         # Several are side by side.
         self._one: Any = self._inputs if self._one_input else (parts[0].input_size,)
         self._cells: list[BoundStep] = []
@@ -356,16 +358,29 @@ class Stream:
         vars(self).update(vars(Stream(self._module, self._rows, **options)))
         self.state = state
 
+    def __copy__(self) -> Stream:
+        """Return a stream of the same module, with a state of its own from here on; nothing is compiled or packed."""
+        return self._with_module(self._module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        """Return what a copy is, with a copy of the module for :meth:`refresh`."""
+        return self._with_module(deepcopy(self._module, memo))
+
+    def _with_module(self, module: nn.Module | None) -> Stream:
+        twin = type(self).of_parts(self.parts, self._rows)
+        twin._module, twin._format, twin._keep, twin._sizes = module, self._format, self._keep, self._sizes
+        twin.restore(self.snapshot())
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what :meth:`save` writes, without code, and the present state: another process compiles it anew."""
+        from fusecell.streaming.pickled import from_bytes, to_bytes
+
+        return from_bytes, (to_bytes(self.parts), self._rows, self.snapshot())
+
     def __repr__(self) -> str:
         kinds = ", ".join(part.kind for part in self.parts)
         return f"Stream({self.input_size} -> {self.output_size}, {self.dtype}, batch_size={self._rows}: {kinds})"
-
-
-def _size(layout: RowLayout) -> Any:
-    """Return a row's shape as users write it: one dimension as the number of features."""
-    if isinstance(layout, Mapping):
-        return {name: _size(shape) for name, shape in layout.items()}
-    return layout[0] if is_one_shape(layout) and len(layout) == 1 else layout
 
 
 def _array(value: Any) -> Array:
