@@ -11,6 +11,7 @@ import torch
 
 from fusecell import __version__
 from fusecell.compiler.backend.disk_cache import cache_info
+from fusecell.compiler.backend.llvm import EFFORT
 from fusecell.compiler.backend.target import host_target
 from fusecell.compiler.runtime import guard_pages as check
 from fusecell.compiler.runtime.debug_output import debug_stages
@@ -34,6 +35,7 @@ class Config:
     threads: str
     runner: str
     cache: str
+    optimiser: str
     checks: str
     debug: str
 
@@ -65,6 +67,7 @@ def show_config() -> Config:
         threads=f"{torch.get_num_threads()} of {os.cpu_count()}",
         runner=active_runner(),
         cache=_cache() + _set("FUSECELL_CACHE"),
+        optimiser="on" if EFFORT else "off, slow code: FUSECELL_OPTIMISE=0",
         # Guard pages around every tensor: FUSECELL_CHECK=1 makes kernels slow, which a report of speed should show.
         checks="on" if check.ENABLED else "off",
         debug=", ".join(debug_stages()) or "off",

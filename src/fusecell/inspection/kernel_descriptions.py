@@ -49,6 +49,7 @@ def describe_kernel(kernel: Kernel) -> list[str]:
     )
     loaded = kernel.loaded
     how = "read from the cache" if loaded.from_cache else "compiled"
+    how += "" if loaded.effort else " without LLVM's optimiser, FUSECELL_OPTIMISE=0"
     lines.append(f"    {loaded.object_size:,} bytes of machine code for {loaded.target.name}, {how}")
     if not loaded.target.isa.flushes_denormals:
         lines.append(f"    {loaded.target.isa.about_denormals}")

@@ -150,7 +150,9 @@ def _compile_step(graph: Graph, level: str) -> tuple[dict[str, Any], Array]:
     )
     plan = schedule(graph)
     emitted = emit(plan, target)
-    image = image_of_object(llvm.object_code(emitted.text, ["run"], target.cpu, target.features, target.triple), "run")
+    # Optimised, whatever this process does with its own: others are to run it.
+    code = llvm.object_code(emitted.text, ["run"], target.cpu, target.features, target.triple)
+    image = image_of_object(code, "run")
     described = {
         "entry": image.entry,
         "rebased": list(image.rebased),

@@ -2,6 +2,7 @@ import ctypes
 import gc
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import fusecell as fc
 import fusecell.errors
 from fusecell.compiler.backend import jit as machine
 from fusecell.compiler.backend import llvm
@@ -309,6 +312,28 @@ def test_targets_do_not_share_code(monkeypatch):
         programs.append(load(MULTIPLY_ADD, ["multiply_add"], host_target()))
     assert programs[0] is not programs[1]
     assert not programs[1].from_cache
+
+
+def test_code_without_the_optimiser_is_other_code_with_the_same_bits(monkeypatch):
+    """Neither stands for the other, in the process or on disk; explain and show_config say so."""
+    torch.manual_seed(0)
+    layer, x = fc.Recurrent(fc.cells.LayerNormGRUCell(5, 19)), torch.randn(6, 3, 5)
+    results, sizes = [], []
+    for effort in (llvm.FULL_EFFORT, 0, llvm.FULL_EFFORT):
+        monkeypatch.setattr(llvm, "EFFORT", effort)
+        fc.refresh()
+        layer.zero_grad()
+        y, _ = layer(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(parameter.grad.clone() for parameter in layer.parameters())])
+        explanation = fc.explain(layer)
+        assert ("without LLVM's optimiser" in str(explanation)) is (effort == 0)
+        sizes.append(re.findall(r"([\d,]+) bytes of machine code", str(explanation)))
+    fc.refresh()
+    assert sizes[0] == sizes[2] != sizes[1]
+    for optimised, plain, again in zip(*results, strict=True):
+        assert torch.equal(optimised, plain)
+        assert torch.equal(optimised, again)
 
 
 def test_threads_compile_one_text_once(monkeypatch):

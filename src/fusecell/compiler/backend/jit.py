@@ -19,6 +19,7 @@ class Loaded:
     Attributes:
         llvm: the text it was made of.
         target: the CPU it was made for.
+        effort: LLVM's optimisation level.
         from_cache: whether its object code was read from disk.
         object_size: bytes of object code.
     """
@@ -29,11 +30,13 @@ class Loaded:
         target: Target,
         library: llvm.Library,
         *,
+        effort: int,
         from_cache: bool,
         object_size: int,
     ) -> None:
         self.llvm = text
         self.target = target
+        self.effort = effort
         self.from_cache = from_cache
         self.object_size = object_size
 
@@ -51,11 +54,11 @@ class Loaded:
         """Return the machine code as assembly, compiled anew from the text."""
         target = self.target
         names = tuple(self._library.addresses)
-        return llvm.assembly(self.llvm, names, target.cpu, target.features, target.triple)
+        return llvm.assembly(self.llvm, names, target.cpu, target.features, target.triple, self.effort)
 
 
 # Weak: code is unmapped with the last program that uses it, and linked again, from disk, in less than a millisecond.
-_live: weakref.WeakValueDictionary[tuple[str, Target, frozenset[str]], Loaded] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[str, Target, frozenset[str], int], Loaded] = weakref.WeakValueDictionary()
 
 
 def load(text: str, names: Sequence[str], target: Target) -> Loaded:
@@ -81,7 +84,8 @@ def load(text: str, names: Sequence[str], target: Target) -> Loaded:
         >>> ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(code.address("next"))(41)
         42
     """
-    request = (text, target, frozenset(names))
+    effort = llvm.EFFORT
+    request = (text, target, frozenset(names), effort)
     loaded = _live.get(request)
     if loaded is not None:
         return loaded
@@ -89,13 +93,14 @@ def load(text: str, names: Sequence[str], target: Target) -> Loaded:
         # Another thread may have loaded it while this one waited for the lock.
         loaded = _live.get(request)
         if loaded is None:
-            key = cache_key(text, target.cpu, target.features, target.triple, llvm.VERSIONS)
-            loaded = _read(key, text, names, target) or _compile(key, text, names, target)
+            about = (llvm.VERSIONS,) if effort == llvm.FULL_EFFORT else (llvm.VERSIONS, str(effort))
+            key = cache_key(text, target.cpu, target.features, target.triple, *about)
+            loaded = _read(key, text, names, target, effort) or _compile(key, text, names, target, effort)
             _live[request] = loaded
         return loaded
 
 
-def _read(key: str, text: str, names: Sequence[str], target: Target) -> Loaded | None:
+def _read(key: str, text: str, names: Sequence[str], target: Target, effort: int) -> Loaded | None:
     code = read_entry(key)
     if code is None:
         return None
@@ -103,11 +108,11 @@ def _read(key: str, text: str, names: Sequence[str], target: Target) -> Loaded |
         library = llvm.link(code, names)
     except CompilerError:
         return None  # compiling anew either replaces the entry or says what is wrong with the text
-    return Loaded(text, target, library, from_cache=True, object_size=len(code))
+    return Loaded(text, target, library, effort=effort, from_cache=True, object_size=len(code))
 
 
-def _compile(key: str, text: str, names: Sequence[str], target: Target) -> Loaded:
-    code = llvm.object_code(text, names, target.cpu, target.features, target.triple)
+def _compile(key: str, text: str, names: Sequence[str], target: Target, effort: int) -> Loaded:
+    code = llvm.object_code(text, names, target.cpu, target.features, target.triple, effort)
     library = llvm.link(code, names)
     write_entry(key, code)
-    return Loaded(text, target, library, from_cache=False, object_size=len(code))
+    return Loaded(text, target, library, effort=effort, from_cache=False, object_size=len(code))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,18 @@ import llvmlite.binding as binding
 from fusecell.errors import CompilerError
 from fusecell.forks import new_lock
 
-__all__ = ["VERSIONS", "Host", "Library", "assembly", "host", "link", "lock", "object_code", "program_object"]
+__all__ = [
+    "FULL_EFFORT",
+    "VERSIONS",
+    "Host",
+    "Library",
+    "assembly",
+    "host",
+    "link",
+    "lock",
+    "object_code",
+    "program_object",
+]
 
 VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}"
 
@@ -28,8 +40,10 @@ VERSIONS = f"llvmlite {llvmlite.__version__}, LLVM {'.'.join(map(str, binding.ll
 # compiled once and a fork never copies a half-made LLVM state into the child.
 lock = new_lock()
 
-EFFORT = 3
-"""LLVM's optimisation level; a search for defects in the text itself sets it to 0, with the cache off."""
+FULL_EFFORT = 3
+EFFORT = 0 if os.environ.get("FUSECELL_OPTIMISE") == "0" else FULL_EFFORT
+"""LLVM's optimisation level. At 0 it takes a third of its time, and its code is slow, with the same bits: for programs
+that are tested rather than used."""
 
 # LLJIT accepts each name of a library only once.
 _library_numbers = itertools.count()
@@ -61,32 +75,39 @@ def host() -> Host:
         return Host(binding.get_host_cpu_name(), present, table.flatten(), binding.get_process_triple())
 
 
-def object_code(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> bytes:
+def object_code(
+    text: str, names: Sequence[str], cpu: str, features: str, triple: str, effort: int = FULL_EFFORT
+) -> bytes:
     """Compile LLVM text that defines the functions ``names`` to a relocatable object.
+
+    Arguments:
+        effort: LLVM's optimisation level, 0 to 3.
 
     Raises:
         CompilerError: the text doesn't parse or verify, is for another triple, or lacks one of the names.
     """
-    with lock, _optimised(text, names, cpu, features, triple) as (module, machine):
+    with lock, _optimised(text, names, cpu, features, triple, effort) as (module, machine):
         return bytes(machine.emit_object(module))
 
 
-def assembly(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> str:
+def assembly(text: str, names: Sequence[str], cpu: str, features: str, triple: str, effort: int = FULL_EFFORT) -> str:
     """Return the assembly of the object code that :func:`object_code` returns for the same arguments."""
-    with lock, _optimised(text, names, cpu, features, triple) as (module, machine):
+    with lock, _optimised(text, names, cpu, features, triple, effort) as (module, machine):
         return str(machine.emit_assembly(module))
 
 
 @contextmanager
-def _optimised(text: str, names: Sequence[str], cpu: str, features: str, triple: str) -> Iterator[tuple[Any, Any]]:
+def _optimised(
+    text: str, names: Sequence[str], cpu: str, features: str, triple: str, effort: int
+) -> Iterator[tuple[Any, Any]]:
     _initialise()
     # The default code model of llvmlite is the large one: a 64-bit move for every constant.
     machine = binding.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=features, opt=EFFORT, reloc="pic", codemodel="small"
+        cpu=cpu, features=features, opt=effort, reloc="pic", codemodel="small"
     )
     with _verified(text, names) as module:
         _set_target(module, triple, str(machine.target_data))
-        _optimise(module, machine)
+        _optimise(module, machine, effort)
         yield module, machine
 
 
@@ -121,7 +142,12 @@ def program_object(
     with lock:
         _initialise_all()
         machine = binding.Target.from_triple(triple).create_target_machine(
-            cpu=cpu, features=features, opt=3, reloc="static" if static else "pic", codemodel="small", abiname=abi
+            cpu=cpu,
+            features=features,
+            opt=FULL_EFFORT,
+            reloc="static" if static else "pic",
+            codemodel="small",
+            abiname=abi,
         )
         context = binding.create_context()
         with _verified(main, (), context) as program:
@@ -231,7 +257,7 @@ def _set_target(module: Any, triple: str, layout: str) -> None:
     module.data_layout = layout
 
 
-def _optimise(module: Any, machine: Any) -> None:
+def _optimise(module: Any, machine: Any, effort: int) -> None:
     """Run the few passes that the text needs before instruction selection.
 
     Code generation has chosen vectors, register tiles, the form of loops and the location of values, and computes
@@ -240,10 +266,10 @@ def _optimise(module: Any, machine: Any) -> None:
     """
     passes = binding.create_new_module_pass_manager()
     passes.add_always_inliner_pass()  # vector functions: scheduled together with the code around them
-    if EFFORT:
+    if effort:
         passes.add_instruction_combine_pass()  # constants into addresses, among others
         passes.add_simplify_cfg_pass()
-    tuning = binding.create_pipeline_tuning_options(speed_level=EFFORT)
+    tuning = binding.create_pipeline_tuning_options(speed_level=effort)
     passes.run(module, binding.create_pass_builder(machine, tuning))
 
 
