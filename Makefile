@@ -31,10 +31,6 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Code that isn't optimised has the same bits, and takes LLVM a third of the time. The check mode runs what users do.
-ifeq ($(filter check,$(MAKECMDGOALS)),)
-test: export FUSECELL_OPTIMISE ?= 0
-endif
 check: export FUSECELL_CHECK := 1
 check: test
 

@@ -92,6 +92,7 @@ def explained() -> Iterator[fc.inspection.explain.Explanation]:
     """README's cell as it is compiled for one target."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSECELL_TARGET", TARGET)
+        patch.setattr(llvm, "EFFORT", llvm.FULL_EFFORT)
         try:
             host_target()
         except ValueError as error:

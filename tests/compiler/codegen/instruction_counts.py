@@ -90,7 +90,7 @@ class Counted:
     """Machine code that counts; it takes the place of what :func:`fusecell.compiler.backend.jit.load` makes."""
 
     def __init__(self, text: str, names: Sequence[str], target: Target) -> None:
-        aim = (target.cpu, target.features, target.triple)
+        aim = (target.cpu, target.features, target.triple, llvm.FULL_EFFORT)
         with llvm.lock, llvm._optimised(text, names, *aim) as (module, machine):
             machine.set_asm_verbosity(True)
             self.blocks, counting = blocks_of(machine.emit_assembly(module))

@@ -44,7 +44,6 @@ Figures = dict[str, Counter[str]]
 def level(request, monkeypatch):
     """Compile for one CPU level; forget programs before and after."""
     monkeypatch.setenv("FUSECELL_TARGET", request.param)
-    monkeypatch.setattr(llvm, "EFFORT", llvm.FULL_EFFORT)
     try:
         host_target()
     except ValueError as error:
