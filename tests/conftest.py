@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what all tests share, half a million objects, out of each collection of garbage."""
+    """Leave what all tests share, the objects of imported modules, out of each collection of garbage."""
     gc.collect()
     gc.freeze()
 

@@ -101,6 +101,7 @@ def describe_refusal(program: object, trainable: Refusal) -> list[str]:
 
 
 def describe_training(training: Training) -> Iterator[str]:
+    """Describe in lines what training adds: what the forward saves, and the backward kernel."""
     saved = ", ".join(name.removeprefix("saved.") for name, _ in training.graphs.saved)
     size = training.saved_numbers * training.forward.kernel.itemsize
     yield f"  with gradients, the forward also saves {saved}: {size:,} bytes per row and step"

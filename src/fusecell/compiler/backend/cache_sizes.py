@@ -25,8 +25,8 @@ relation, then level, associativity, bytes of a line, bytes of the cache and its
 class CacheSizes(NamedTuple):
     """A core's share of its data caches, in bytes.
 
-    Of the third cache nothing is asked: where weights come from it, a chunk has 64 rows and more for each, and so many
-    need less of it than even main memory gives.
+    Of the third cache nothing is asked: where weights come from it, a chunk has 64 rows and more for each, and by
+    reckoning so many need less of it than even main memory gives.
     """
 
     l1: int

@@ -93,8 +93,7 @@ def load(text: str, names: Sequence[str], target: Target) -> Loaded:
         # Another thread may have loaded it while this one waited for the lock.
         loaded = _live.get(request)
         if loaded is None:
-            about = (llvm.VERSIONS,) if effort == llvm.FULL_EFFORT else (llvm.VERSIONS, str(effort))
-            key = cache_key(text, target.cpu, target.features, target.triple, *about)
+            key = cache_key(text, target.cpu, target.features, target.triple, llvm.VERSIONS, str(effort))
             loaded = _read(key, text, names, target, effort) or _compile(key, text, names, target, effort)
             _live[request] = loaded
         return loaded

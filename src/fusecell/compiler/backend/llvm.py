@@ -42,8 +42,8 @@ lock = new_lock()
 
 FULL_EFFORT = 3
 EFFORT = 0 if os.environ.get("FUSECELL_OPTIMISE") == "0" else FULL_EFFORT
-"""LLVM's optimisation level. At 0 it takes a third of its time, and its code is slow, with the same bits: for programs
-that are tested rather than used."""
+"""LLVM's optimisation level. At 0 it takes a quarter of its time, for slow code with the same bits: for programs that
+are tested rather than used."""
 
 # LLJIT accepts each name of a library only once.
 _library_numbers = itertools.count()

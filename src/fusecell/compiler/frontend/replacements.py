@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusecell.compiler.frontend.rules.pooling import MOST_TAPS
 from fusecell.compiler.frontend.traced_values import Untraceable
 
 __all__ = ["REPLACEMENTS"]
-
-_MOST_TAPS = 64
-"""Samples of a window that is added up with others, at the most, as in `rules.pooling`."""
 
 
 class _RunningProduct(torch.autograd.Function):
@@ -272,8 +270,8 @@ def _from_short_time_fourier(
     return_complex: bool = False,
 ) -> Tensor:
     """Return the signals of short-time Fourier transforms; torch looks whether its windows cover them."""
-    if n_fft > _MOST_TAPS:
-        raise Untraceable(f"istft of windows of more than {_MOST_TAPS} samples is not compiled; torch.fft.irfft is.")
+    if n_fft > MOST_TAPS:
+        raise Untraceable(f"istft of windows of more than {MOST_TAPS} samples is not compiled; torch.fft.irfft is.")
     if return_complex or input.dim() != 3 or (window is not None and window.is_complex()):
         raise Untraceable("Of istft only that of a batch (N, frequencies, frames) to real signals is compiled.")
     hop, weights = hop_length or n_fft // 4, _window_of(n_fft, win_length, window, input.real)

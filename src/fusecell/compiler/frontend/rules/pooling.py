@@ -16,10 +16,10 @@ from fusecell.compiler.frontend.rules.indexing import gather, scattered
 from fusecell.compiler.frontend.rules.interpolation import resized
 from fusecell.compiler.frontend.traced_values import Row, Untraceable, arranged
 
-__all__ = ["POOLING"]
+__all__ = ["MOST_TAPS", "POOLING"]
 
 Sizes = Sequence[int]
-_MOST_TAPS = 64
+MOST_TAPS = 64
 """Elements of a window that is folded back, at the most: each is an image of its own."""
 
 
@@ -216,9 +216,9 @@ def _image_of_windows(
     """Add the windows of images up where they lie over one another: ``fold``, and the gradient of ``unfold``."""
     dims = len(kernel)
     pads, steps, gaps = _each(padding, dims), _each(stride, dims), _each(dilation, dims)
-    if math.prod(kernel) > _MOST_TAPS:
+    if math.prod(kernel) > MOST_TAPS:
         raise Untraceable(
-            f"fold over windows of more than {_MOST_TAPS} elements is not compiled; fold along one side, then along "
+            f"fold over windows of more than {MOST_TAPS} elements is not compiled; fold along one side, then along "
             "the other."
         )
     counts = [
